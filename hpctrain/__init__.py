@@ -1,0 +1,33 @@
+"""Train PyTorch models on MPI and Slurm clusters with whichever way of synchronising is fastest there.
+
+Importing this initialises neither MPI nor CUDA, and does not load torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpctrain.errors import HpctrainError
+    from hpctrain.job import Job
+    from hpctrain.launch import Result, Session, session, train
+
+__version__ = "0.1.0"
+__all__ = ["HpctrainError", "Job", "Result", "Session", "session", "train"]
+
+_WHERE = {
+    "HpctrainError": "hpctrain.errors",
+    "Job": "hpctrain.job",
+    "Result": "hpctrain.launch",
+    "Session": "hpctrain.launch",
+    "session": "hpctrain.launch",
+    "train": "hpctrain.launch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'hpctrain' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_WHERE[name]), name)

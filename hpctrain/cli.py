@@ -1,0 +1,154 @@
+"""The `hpctrain` command. Imports torch and MPI only in the commands that need them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpctrain import __version__
+from hpctrain.errors import HpctrainError
+
+if TYPE_CHECKING:
+    from hpctrain.job import Job
+
+DESCRIPTION = "Train PyTorch models on MPI and Slurm clusters with whichever way of synchronising is fastest there."
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for a user's mistake, 130 after an interruption."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except HpctrainError as error:
+        print(f"hpctrain: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hpctrain", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"hpctrain {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="run a job on the ranks that mpirun or srun started (or on one)")
+    _job_arguments(train)
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="here",
+        metavar="RUN",
+        help="go on from the newest checkpoint of that run folder; without RUN, of the folder that JOB lies in; "
+        "`latest`: of the newest unfinished run of that name, or start a new one",
+    )
+    train.set_defaults(command=_train)
+    run = commands.add_parser("run", help="start ranks on this machine and train (finds the right mpiexec)")
+    run.add_argument("-n", type=int, default=2, metavar="N", help="how many ranks (default 2)")
+    _job_arguments(run)
+    run.add_argument("--resume", nargs="?", const="here", metavar="RUN", help="as for `hpctrain train`")
+    run.set_defaults(command=_run)
+    evaluate = commands.add_parser("evaluate", help="loss and metric of a run's model on its test samples")
+    evaluate.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    evaluate.set_defaults(command=_evaluate)
+    trace = commands.add_parser("trace", help="where the time of a run went: totals per rank and span kind")
+    trace.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    trace.set_defaults(command=_trace)
+    bench = commands.add_parser("bench", help="measure this machine: all-reduce, synchronous step, virtual ranks")
+    bench.add_argument("what", nargs="?", default="all", choices=["all", "all_reduce", "step", "virtual"])
+    bench.add_argument("-n", type=int, default=2, metavar="N", help="ranks (default 2)")
+    bench.set_defaults(command=_bench)
+    job = commands.add_parser("job", help="about job files")
+    about = job.add_subparsers(required=True, metavar="ACTION")
+    explain = about.add_parser("explain", help="list every key of a job with its type, default and meaning")
+    explain.add_argument("key", nargs="?", default="", help="only keys that begin so")
+    explain.add_argument("--markdown", action="store_true", help="as the table of docs/job.md")
+    explain.set_defaults(command=_explain)
+    show = about.add_parser("show", help="check a job file and print it with every default written out")
+    _job_arguments(show)
+    show.set_defaults(command=_show)
+    return parser
+
+
+def _job_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB", nargs="?", help="a job file (TOML)")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to change: train.epochs=3")
+
+
+def _load(options: argparse.Namespace) -> tuple[Job, str | None]:
+    """The job, and the run folder to go on in."""
+    from hpctrain.errors import JobError
+    from hpctrain.job import Job
+
+    resume, path = options.resume, options.job
+    if path is None and resume not in (None, "here", "latest"):
+        path = os.path.join(resume, "job.toml")
+    if path is None:
+        raise JobError("no job file given; name one, such as jobs/digits.toml")
+    job = Job.load(path, options.overrides)
+    if resume == "here":
+        return job, os.path.dirname(path) or "."
+    if resume == "latest":
+        from hpctrain.runfolder import find_resumable
+
+        found = find_resumable(job)
+        return job, str(found) if found is not None else None
+    return job, resume
+
+
+def _train(options: argparse.Namespace) -> int:
+    from hpctrain.training import main
+
+    return main(lambda: _load(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    from hpctrain import launcher
+
+    _load(options)  # a mistake in the job file is told before any rank is started
+    command = [sys.executable, "-m", "hpctrain", "train"]
+    if options.job is not None:
+        command += [options.job, *options.overrides]
+    if options.resume is not None:
+        command += [f"--resume={options.resume}"]
+    return launcher.run(options.n, command)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from hpctrain.training import evaluate_run
+
+    loss, metric, name = evaluate_run(options.run)
+    print(f"test loss {loss:.4f}\ntest {name} {metric:.4f}")
+    return 0
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from hpctrain.trace import open_run
+    from hpctrain.trace.totals import format_totals
+
+    print(format_totals(open_run(options.run)))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from hpctrain.bench import main
+
+    return main(options.what, options.n)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from hpctrain.explain import explain, markdown, text
+
+    rows = [row for row in explain() if row.key.startswith(options.key)]
+    print(markdown(rows) if options.markdown else text(rows))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    options.resume = None
+    print(_load(options)[0].dump(), end="")
+    return 0

@@ -1,0 +1,275 @@
+"""The communicator: MPI's verbs on arenas and their slices, plus clock, spans and threads.
+
+Two implementations: `mpi.MpiCommunicator` (real ranks) and `virtual.VirtualCommunicator` (coroutines on a
+virtual clock). Strategies see only this file. Buffers are one-dimensional, C-contiguous NumPy arrays (or CuPy
+arrays, where a device path is in use) of float16, float32, float64, bfloat16 (`ml_dtypes.bfloat16`) or integers.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from copy import copy
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+import ml_dtypes
+import numpy as np
+
+from hpctrain.errors import HpctrainError
+
+if TYPE_CHECKING:
+    from hpctrain.trace.recorder import Recorder
+
+Buffer = Any  # np.ndarray, or a CuPy array on the device path
+Share = Literal["node", "rank"]
+Operation = Literal["sum", "max", "min"]
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+ANY_SOURCE = -1
+
+
+class Tag(IntEnum):
+    """Every message tag there is. Collectives built from messages use COLLECTIVE."""
+
+    COLLECTIVE = 1
+    PUSH = 2
+    PULL = 3
+    CONTROL = 4
+    REPLY = 5
+    DECISION = 6
+    STATE = 7
+    CLOCK = 8
+
+
+class NotSupportedError(HpctrainError):
+    """This communicator has no such verb (failure handling, say)."""
+
+
+class Status(NamedTuple):
+    """What a receive got: `source` rank, `tag`, and `count` elements."""
+
+    source: int
+    tag: int
+    count: int
+
+
+class Request(ABC):
+    """A started operation. Its buffers belong to the communicator until it is done."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def test(self) -> bool:
+        """True once done; never waits."""
+
+    @abstractmethod
+    def wait(self) -> Status:
+        """Wait until done. Of a send or collective the status' fields are -1."""
+
+    def cancel(self) -> None:
+        """Withdraw a receive that nobody will ever match (when a server ends)."""
+        raise NotSupportedError("this request cannot be cancelled")
+
+
+class Arena(ABC):
+    """One contiguous buffer per rank, placed by the communicator.
+
+    `parts[i]` is the buffer of the i-th rank of this node (`share="node"`; a rank may have asked for length 0,
+    so "once per node" is: local rank 0 asks for n, the others for 0, all use `parts[0]`), or just this rank's
+    own (`share="rank"`: `parts` has one entry). `mine` is this rank's own buffer.
+    """
+
+    parts: list[Buffer]
+    mine: Buffer
+
+    @abstractmethod
+    def free(self) -> None:
+        """Give the memory back. Collective over the node's ranks if shared. Views must no longer be used."""
+
+
+class Counter(ABC):
+    """An integer that all ranks of a communicator see (the cursor of a shared sample queue)."""
+
+    @abstractmethod
+    def fetch_add(self, amount: int) -> int:
+        """Add atomically and return the value before."""
+
+    @abstractmethod
+    def free(self) -> None:
+        """Give it back. Collective."""
+
+
+class Thread(ABC):
+    """What `spawn` started."""
+
+    @abstractmethod
+    def join(self) -> Any:
+        """Wait for its end; returns the function's result or raises its exception."""
+
+
+class Communicator(ABC):
+    """A group of ranks. Unless said otherwise a verb is collective over all of them and in place.
+
+    Attributes: `rank`, `size`; `nodes[r]` the index of rank r's node (nodes are numbered by their first rank);
+    `local_ranks` the ranks of this node in order, `local_rank` this rank's place among them;
+    `members[r]` the rank that r has in the whole run (what traces and messages to people name);
+    `concurrent` whether ranks run in parallel for real (False: coroutines; do not make threads).
+    """
+
+    rank: int
+    size: int
+    nodes: tuple[int, ...]
+    local_ranks: tuple[int, ...]
+    local_rank: int
+    members: tuple[int, ...]
+    concurrent: bool
+    recorder: Recorder
+
+    # -- point to point (not collective) -----------------------------------------------------------------
+    @abstractmethod
+    def start_send(self, buffer: Buffer, dest: int, tag: int) -> Request: ...
+
+    @abstractmethod
+    def start_recv(self, buffer: Buffer, source: int, tag: int) -> Request:
+        """`source` may be ANY_SOURCE. The message may be shorter than the buffer."""
+
+    def send(self, buffer: Buffer, dest: int, tag: int) -> None:
+        self.start_send(buffer, dest, tag).wait()
+
+    def recv(self, buffer: Buffer, source: int, tag: int) -> Status:
+        return self.start_recv(buffer, source, tag).wait()
+
+    def sendrecv(self, out: Buffer, dest: int, into: Buffer, source: int, tag: int) -> Status:
+        """Send and receive at once; cannot deadlock in a ring."""
+        incoming = self.start_recv(into, source, tag)
+        outgoing = self.start_send(out, dest, tag)
+        status = incoming.wait()
+        outgoing.wait()
+        return status
+
+    @abstractmethod
+    def wait_any(self, requests: Sequence[Request]) -> int:
+        """The index of a request that is done (the lowest, if several); waits for the first."""
+
+    def wait_all(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            request.wait()
+
+    # -- collectives -------------------------------------------------------------------------------------
+    @abstractmethod
+    def barrier(self) -> None: ...
+
+    @abstractmethod
+    def broadcast(self, buffer: Buffer, root: int = 0) -> None: ...
+
+    @abstractmethod
+    def all_reduce(self, buffer: Buffer, operation: Operation = "sum", algorithm: str = "library") -> None:
+        """Reduce over all ranks, in place. `algorithm`: library, ring, halving_doubling, tree or hierarchical."""
+
+    @abstractmethod
+    def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
+        """The library's all-reduce, started; every rank must start the same ones in the same order."""
+
+    @abstractmethod
+    def reduce_scatter(self, buffer: Buffer, bounds: Sequence[int], operation: Operation = "sum") -> None:
+        """After it buffer[bounds[rank]:bounds[rank + 1]] is reduced; the rest of the buffer is undefined."""
+
+    @abstractmethod
+    def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
+        """Rank r gives buffer[bounds[r]:bounds[r + 1]]; afterwards all have the whole buffer."""
+
+    @abstractmethod
+    def split(self, color: int | None, key: int = 0) -> Communicator | None:
+        """Ranks of equal color form a communicator, ordered by (key, rank). None: this rank joins none."""
+
+    def gather_rows(self, row: Buffer) -> Buffer:
+        """All ranks' rows of equal length n, as one (size, n) array, row r of rank r."""
+        table = np.zeros((self.size, row.size), row.dtype)
+        table[self.rank] = row
+        self.all_gather(table.reshape(-1), [r * row.size for r in range(self.size + 1)])
+        return table
+
+    def broadcast_json(self, value: Any, root: int = 0) -> Any:
+        """A small plain value from `root` (what it holds elsewhere is ignored). Never pickled."""
+        data = np.frombuffer(json.dumps(value).encode(), np.uint8).copy() if self.rank == root else None
+        length = np.array([0 if data is None else data.size], np.int64)
+        self.broadcast(length, root)
+        if data is None:
+            data = np.empty(int(length[0]), np.uint8)
+        self.broadcast(data, root)
+        return json.loads(data.tobytes())
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Small plain values of all ranks, in rank order, on all ranks. Never pickled."""
+        data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        lengths = self.gather_rows(np.array([data.size], np.int64))[:, 0]
+        bounds = [0, *np.cumsum(lengths).tolist()]
+        everything = np.zeros(bounds[-1], np.uint8)
+        everything[bounds[self.rank] : bounds[self.rank + 1]] = data
+        self.all_gather(everything, bounds)
+        return [json.loads(everything[a:b].tobytes()) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+    # -- memory ------------------------------------------------------------------------------------------
+    @abstractmethod
+    def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
+        """A zeroed buffer of `length` elements. Collective over the node's ranks if `share="node"`."""
+
+    @abstractmethod
+    def can_share(self, nbytes: int) -> str | None:
+        """Why this node cannot share arenas of `nbytes` in all, as a sentence; None if it can. Collective."""
+
+    @abstractmethod
+    def notify(self, arena: Arena) -> None:
+        """Publish what this rank has written to its node-shared arenas: raises its epoch by one. Not collective."""
+
+    @abstractmethod
+    def wait(self, arena: Arena) -> None:
+        """Wait until every rank of the node has notified `arena` as often as this rank has: a node barrier."""
+
+    @abstractmethod
+    def counter(self) -> Counter:
+        """A new shared counter, at 0."""
+
+    # -- time, threads -----------------------------------------------------------------------------------
+    @abstractmethod
+    def now(self) -> int:
+        """Nanoseconds, of a clock that never runs backwards; virtual time where time is virtual."""
+
+    @abstractmethod
+    def sleep(self, seconds: float) -> None: ...
+
+    @abstractmethod
+    def span(
+        self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0
+    ) -> AbstractContextManager[Any]:
+        """Trace the block as a span; in virtual time it also advances the clock by what the block would cost.
+
+        `peer` is a rank of the whole run. The verbs above trace themselves: a span around one of them is cut
+        where it waits.
+        """
+
+    @abstractmethod
+    def spawn(self, function: Callable[[], Any]) -> Thread:
+        """Run beside this rank's own course: a thread under MPI, a coroutine in virtual time."""
+
+    def lane(self, number: int) -> Self:
+        """This communicator for another thread of this rank, which traces into a lane of its own."""
+        other = copy(self)
+        other.recorder = self.recorder.lane(number)
+        return other
+
+    # -- failures (answered by communicators that can) -----------------------------------------------------
+    def revoke(self) -> None:
+        raise NotSupportedError("this communicator cannot be revoked")
+
+    def agree(self, value: bool) -> bool:
+        raise NotSupportedError("this communicator cannot agree after a failure")
+
+    def shrink(self) -> Communicator:
+        raise NotSupportedError("this communicator cannot shrink")
+
+    @abstractmethod
+    def free(self) -> None:
+        """Give the communicator back; its arenas first."""

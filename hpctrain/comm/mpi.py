@@ -1,0 +1,406 @@
+"""Real ranks: the communicator over mpi4py. The only place, with `node`, that imports it.
+
+Importing this module initialises MPI (thread level MULTIPLE). Lower-case mpi4py calls, which pickle, are used
+between the ranks of one run only while a communicator is set up, and only on integers and strings.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from hpctrain.comm import algorithms
+from hpctrain.comm.base import (
+    ANY_SOURCE,
+    BFLOAT16,
+    Arena,
+    Buffer,
+    Communicator,
+    Counter,
+    Operation,
+    Request,
+    Share,
+    Status,
+    Thread,
+)
+from hpctrain.comm.node import PrivateArena, SharedArena, why_not_shared
+from hpctrain.errors import ClusterError
+from hpctrain.trace.recorder import NullRecorder, Recorder
+
+OPERATIONS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
+SENT = Status(-1, -1, -1)
+NAP = 50e-6  # seconds; FIELD study: beats blocking waits where ranks outnumber cores
+
+
+class Waiting:
+    """How to pass the time until something is true: look often at first, then nap or go on looking.
+
+    `naps` lets the cores of waiting ranks to those that compute; without, latency is lowest.
+    """
+
+    def __init__(self, naps: bool) -> None:
+        self.naps = naps
+        self._eager = 20 if naps else 1000
+
+    def until(self, ready: Callable[[], bool]) -> None:
+        for _ in range(self._eager):
+            if ready():
+                return
+        pause: Callable[[], None] = _nap if self.naps else os.sched_yield
+        while not ready():
+            pause()
+
+
+def _nap() -> None:
+    time.sleep(NAP)
+
+
+def world(
+    recorder: Recorder | None = None, ranks_per_node: int | None = None, wait: str = "auto"
+) -> MpiCommunicator:
+    """The communicator over all ranks of the MPI job (a copy of COMM_WORLD). Collective.
+
+    `ranks_per_node` pretends that a node's ranks sit on several smaller ones, for tests and studies. `wait`: spin,
+    nap, or auto, which naps if any node has as many ranks as cores, or more.
+    """
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise ClusterError(
+            "the MPI library does not offer MPI_THREAD_MULTIPLE, which hpctrain needs; "
+            "use an MPI built with thread support"
+        )
+    handle = MPI.COMM_WORLD.Dup()
+    shared = handle.Split_type(MPI.COMM_TYPE_SHARED)
+    host = shared.bcast(handle.rank)
+    place = shared.rank // ranks_per_node if ranks_per_node else 0
+    crowded = shared.size >= len(os.sched_getaffinity(0))
+    shared.Free()
+    hosts = tuple(handle.allgather((host, place)))
+    naps = wait == "nap" or (wait == "auto" and any(handle.allgather(crowded)))
+    members = tuple(range(handle.size))
+    return MpiCommunicator(handle, members, hosts, 1, Waiting(naps), recorder or NullRecorder())
+
+
+def launched_together() -> int:
+    """How many processes the MPI library knows to have been started together."""
+    return MPI.COMM_WORLD.size
+
+
+def library() -> str:
+    """The MPI library's own name and version, one line."""
+    return MPI.Get_library_version().splitlines()[0].strip("\x00 ")
+
+
+def abort(status: int) -> None:
+    """End all ranks at once."""
+    MPI.COMM_WORLD.Abort(status)
+
+
+class MpiCommunicator(Communicator):
+    """See `Communicator`."""
+
+    def __init__(
+        self,
+        handle: MPI.Comm,
+        members: tuple[int, ...],
+        hosts: tuple[tuple[int, int], ...],
+        number: int,
+        waiting: Waiting,
+        recorder: Recorder,
+    ) -> None:
+        self.handle = handle
+        self.rank, self.size = handle.rank, handle.size
+        self.members, self.hosts = members, hosts
+        order = {host: index for index, host in enumerate(dict.fromkeys(hosts))}
+        self.nodes = tuple(order[host] for host in hosts)
+        self.local_ranks = tuple(r for r in range(self.size) if hosts[r] == hosts[self.rank])
+        self.local_rank = self.local_ranks.index(self.rank)
+        self.concurrent = True
+        self.recorder = recorder
+        self.waiting = waiting
+        self.number = number
+        self.node = handle.Split(self.nodes[self.rank], self.rank)
+        self._count = 0
+        self._messages: dict[tuple[int, int], int] = {}
+        self._everybody = tuple(range(self.size))
+
+    # -- point to point ------------------------------------------------------------------------------------
+    def start_send(self, buffer: Buffer, dest: int, tag: int) -> Request:
+        return _Message(self, "send", self.handle.Isend(_wire(buffer), dest, tag), buffer, dest, tag)
+
+    def start_recv(self, buffer: Buffer, source: int, tag: int) -> Request:
+        peer = MPI.ANY_SOURCE if source == ANY_SOURCE else source
+        return _Message(self, "recv", self.handle.Irecv(_wire(buffer), peer, tag), buffer, source, tag)
+
+    def wait_any(self, requests: Sequence[Request]) -> int:
+        done = _first_done(requests)
+        if done is None:
+            with self.span("wait"):
+                self.waiting.until(lambda: _first_done(requests) is not None)
+            done = _first_done(requests)
+        assert done is not None
+        return done
+
+    def number_of(self, verb: str, peer: int, tag: int) -> int:
+        """The number of this message among those to (or from) that peer: equal at both ends."""
+        key = (2 * peer + (verb == "recv"), tag)
+        self._messages[key] = count = self._messages.get(key, 0) + 1
+        return self.number << 44 | tag << 36 | count
+
+    # -- collectives ---------------------------------------------------------------------------------------
+    def barrier(self) -> None:
+        with self.span("wait", id=self._collective()):
+            self._settle(self.handle.Ibarrier())
+
+    def broadcast(self, buffer: Buffer, root: int = 0) -> None:
+        with self.span("send" if self.rank == root else "recv", buffer.nbytes, id=self._collective()):
+            self._settle(self.handle.Ibcast(_wire(buffer), root))
+
+    def all_reduce(self, buffer: Buffer, operation: Operation = "sum", algorithm: str = "library") -> None:
+        id = self._collective()
+        self._gather_up(id)
+        with self.span("reduce", buffer.nbytes, id=id):
+            if buffer.dtype == BFLOAT16:
+                wide = buffer.astype(np.float32)
+                self._all_reduce(wide, operation, algorithm)
+                buffer[...] = wide
+            else:
+                self._all_reduce(buffer, operation, algorithm)
+
+    def _all_reduce(self, buffer: Buffer, operation: Operation, algorithm: str) -> None:
+        if algorithm == "library":
+            self.handle.Allreduce(MPI.IN_PLACE, buffer, OPERATIONS[operation])
+        else:
+            algorithms.all_reduce_by(algorithm)(self, buffer, operation, self._everybody)
+
+    def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
+        id = self._collective()
+        wide = buffer.astype(np.float32) if buffer.dtype == BFLOAT16 else buffer
+        request = self.handle.Iallreduce(MPI.IN_PLACE, wide, OPERATIONS[operation])
+        return _StartedReduce(self, request, buffer, wide, id)
+
+    def reduce_scatter(self, buffer: Buffer, bounds: Sequence[int], operation: Operation = "sum") -> None:
+        id = self._collective()
+        self._gather_up(id)
+        with self.span("reduce", buffer.nbytes, id=id):
+            algorithms.ring_reduce_scatter(self, buffer, bounds, operation, self._everybody)
+
+    def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
+        id = self._collective()
+        self._gather_up(id)
+        with self.span("recv", buffer.nbytes, id=id):
+            wire = _wire(buffer)
+            counts = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+            places = list(bounds[:-1])
+            self.handle.Allgatherv(MPI.IN_PLACE, [wire, (counts, places)])
+
+    def split(self, color: int | None, key: int = 0) -> MpiCommunicator | None:
+        self._count += 1
+        handle = self.handle.Split(MPI.UNDEFINED if color is None else color, key)
+        if handle == MPI.COMM_NULL:
+            return None
+        ranks = np.empty(handle.size, np.int64)
+        handle.Allgather(np.array([self.rank], np.int64), ranks)
+        members = tuple(self.members[r] for r in ranks)
+        number = zlib.crc32(f"{self.number}/{self._count}/{color}".encode()) & 0x3FFFF
+        hosts = tuple(self.hosts[r] for r in ranks)
+        return MpiCommunicator(handle, members, hosts, number, self.waiting, self.recorder)
+
+    def _gather_up(self, id: int) -> None:
+        """Where cores are scarce, wait for the last rank without burning a core, then exchange at full speed."""
+        if self.waiting.naps:
+            with self.span("wait", id=id):
+                self._settle(self.handle.Ibarrier())
+
+    def _settle(self, request: MPI.Request) -> None:
+        if self.waiting.naps:
+            self.waiting.until(request.Test)
+        else:
+            request.Wait()
+
+    def _collective(self) -> int:
+        self._count += 1
+        return self.number << 44 | self._count
+
+    # -- memory --------------------------------------------------------------------------------------------
+    def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
+        return PrivateArena(length, dtype) if share == "rank" else SharedArena(self.node, length, dtype)
+
+    def can_share(self, nbytes: int) -> str | None:
+        return why_not_shared(self.node, nbytes)
+
+    def notify(self, arena: Arena) -> None:
+        if isinstance(arena, SharedArena):
+            arena.publish()
+
+    def wait(self, arena: Arena) -> None:
+        if isinstance(arena, SharedArena) and not arena.arrived():
+            with self.span("wait", id=self.number << 44 | arena.epoch):
+                self.waiting.until(arena.arrived)
+
+    def counter(self) -> Counter:
+        return _MpiCounter(self.handle)
+
+    # -- time, threads -------------------------------------------------------------------------------------
+    def now(self) -> int:
+        return time.monotonic_ns()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def span(
+        self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0
+    ) -> AbstractContextManager[Any]:
+        return _Span(self.recorder, kind, bytes, peer, id)
+
+    def spawn(self, function: Callable[[], Any]) -> Thread:
+        return _MpiThread(function)
+
+    def free(self) -> None:
+        self.node.Free()
+        self.handle.Free()
+
+
+class _Span:
+    __slots__ = ("_recorder", "_arguments")
+
+    def __init__(self, recorder: Recorder, kind: str, nbytes: int, peer: int, id: int) -> None:
+        self._recorder = recorder
+        self._arguments = kind, nbytes, peer, id
+
+    def __enter__(self) -> None:
+        kind, nbytes, peer, id = self._arguments
+        self._recorder.open(kind, time.monotonic_ns(), nbytes, peer, id)
+
+    def __exit__(self, *error: Any) -> None:
+        self._recorder.close(time.monotonic_ns())
+
+
+def _wire(buffer: Buffer) -> Buffer:
+    """The buffer as MPI can move it: bfloat16 has no MPI type, its bits have."""
+    return buffer.view(np.uint16) if buffer.dtype == BFLOAT16 else buffer
+
+
+def _first_done(requests: Sequence[Request]) -> int | None:
+    for index, request in enumerate(requests):
+        if request.test():
+            return index
+    return None
+
+
+class _Message(Request):
+    __slots__ = ("_comm", "_verb", "_request", "_buffer", "_peer", "_tag", "_status", "_id")
+
+    def __init__(
+        self, comm: MpiCommunicator, verb: str, request: MPI.Request, buffer: Buffer, peer: int, tag: int
+    ) -> None:
+        self._comm, self._verb, self._request = comm, verb, request
+        self._buffer, self._peer, self._tag = buffer, peer, tag
+        self._status: Status | None = None
+        self._id = comm.number_of(verb, peer, tag)
+
+    def test(self) -> bool:
+        if self._status is None:
+            status = MPI.Status()
+            if self._request.Test(status):
+                self._finish(status)
+        return self._status is not None
+
+    def wait(self) -> Status:
+        if not self.test():
+            comm = self._comm
+            peer = comm.members[self._peer] if self._peer >= 0 else -1
+            with comm.span(self._verb, self._buffer.nbytes, peer, self._id):
+                if comm.waiting.naps:
+                    comm.waiting.until(self.test)
+                else:
+                    status = MPI.Status()
+                    self._request.Wait(status)
+                    self._finish(status)
+        assert self._status is not None
+        return self._status
+
+    def cancel(self) -> None:
+        if self._status is None:
+            self._request.Cancel()
+            self._request.Wait()
+            self._status = SENT
+
+    def _finish(self, status: MPI.Status) -> None:
+        if self._verb == "recv":
+            nbytes = status.Get_count(MPI.BYTE)
+            self._status = Status(status.Get_source(), self._tag, nbytes // self._buffer.itemsize)
+        else:
+            self._status = SENT
+
+
+class _StartedReduce(Request):
+    def __init__(
+        self, comm: MpiCommunicator, request: MPI.Request, buffer: Buffer, wide: Buffer, id: int
+    ) -> None:
+        self._comm, self._request, self._buffer, self._wide, self._id = comm, request, buffer, wide, id
+        self._done = False
+
+    def test(self) -> bool:
+        if not self._done and self._request.Test():
+            self._finish()
+        return self._done
+
+    def wait(self) -> Status:
+        if not self._done:
+            with self._comm.span("reduce", self._buffer.nbytes, id=self._id):
+                self._comm._settle(self._request)
+            self._finish()
+        return SENT
+
+    def _finish(self) -> None:
+        self._done = True
+        if self._wide is not self._buffer:
+            self._buffer[...] = self._wide
+
+
+class _MpiCounter(Counter):
+    def __init__(self, handle: MPI.Comm) -> None:
+        self._window = MPI.Win.Allocate(8 if handle.rank == 0 else 0, 8, comm=handle)
+        if handle.rank == 0:
+            np.frombuffer(self._window.tomemory(), np.int64)[0] = 0
+        handle.Barrier()
+        self._window.Lock_all(MPI.MODE_NOCHECK)
+
+    def fetch_add(self, amount: int) -> int:
+        before = np.empty(1, np.int64)
+        self._window.Fetch_and_op(np.array([amount], np.int64), before, 0, 0, MPI.SUM)
+        self._window.Flush(0)
+        return int(before[0])
+
+    def free(self) -> None:
+        self._window.Unlock_all()
+        self._window.Free()
+
+
+class _MpiThread(Thread):
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+        def body() -> None:
+            try:
+                self._result = function()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=body, daemon=True)
+        self._thread.start()
+
+    def join(self) -> Any:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._result

@@ -1,0 +1,56 @@
+"""The network that virtual time runs on. All times are integers, in nanoseconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class Network(Protocol):
+    """How long messages take. A message of at most `eager_limit` bytes does not wait for its receiver."""
+
+    eager_limit: int
+
+    def transfer(self, source: int, dest: int, nbytes: int, start: int) -> tuple[int, int]:
+        """Reserve the way of `nbytes` from node `source` to node `dest` from `start` on.
+
+        Returns (when the sender may go on, when the last byte has arrived).
+        """
+
+
+@dataclass
+class FreeNetwork:
+    """Costs nothing. By default even the shortest message waits for its receiver, so that deadlocks show."""
+
+    eager_limit: int = -1
+
+    def transfer(self, source: int, dest: int, nbytes: int, start: int) -> tuple[int, int]:
+        return start, start
+
+
+@dataclass
+class LinkNetwork:
+    """Each node has one link, of `bandwidth` bytes per second each way, to a switch that never blocks.
+
+    A message holds the sender's link, then the receiver's, one message at a time (the postal model with
+    contention at the ends); within a node it takes `node_latency` and passes at `node_bandwidth`, uncontended.
+    """
+
+    latency: int = 20_000
+    bandwidth: float = 1.25e9
+    node_latency: int = 500
+    node_bandwidth: float = 8e9
+    eager_limit: int = 8192
+    _out: dict[int, int] = field(default_factory=dict)
+    _in: dict[int, int] = field(default_factory=dict)
+
+    def transfer(self, source: int, dest: int, nbytes: int, start: int) -> tuple[int, int]:
+        if source == dest:
+            end = start + self.node_latency + int(nbytes * 1e9 / self.node_bandwidth)
+            return end, end
+        wire = int(nbytes * 1e9 / self.bandwidth)
+        leave = max(start, self._out.get(source, 0))
+        self._out[source] = leave + wire
+        arrive = max(leave + self.latency, self._in.get(dest, 0)) + wire
+        self._in[dest] = arrive
+        return leave + wire, arrive

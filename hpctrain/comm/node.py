@@ -1,0 +1,100 @@
+"""Arenas in memory that the ranks of a node share (MPI-3 shared windows), with a notice board for waiting."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from hpctrain.comm.base import Arena, Buffer
+
+BOARD = 64  # bytes before each rank's part: its epoch, alone on a cache line
+SHARED_MEMORY = "/dev/shm"
+
+
+class PrivateArena(Arena):
+    """Memory of this rank alone."""
+
+    def __init__(self, length: int, dtype: np.dtype[Any]) -> None:
+        self.mine = np.zeros(length, dtype)
+        self.parts = [self.mine]
+
+    def free(self) -> None:
+        self.parts = []
+        self.mine = None
+
+
+class SharedArena(Arena):
+    """One window over the ranks of a node. Collective over `node`, like `free`.
+
+    Writes become visible by `publish` (store of the epoch after a memory barrier) and `arrived`. The window is
+    locked once and for all: MPICH takes Win.Sync only inside an epoch.
+    """
+
+    def __init__(self, node: MPI.Comm, length: int, dtype: np.dtype[Any]) -> None:
+        nbytes = BOARD + -(-length * dtype.itemsize // BOARD) * BOARD
+        self._window = MPI.Win.Allocate_shared(nbytes, 1, comm=node)
+        self._window.Lock_all(MPI.MODE_NOCHECK)
+        self._epochs: list[np.ndarray[Any, Any]] = []
+        self.parts: list[Buffer] = []
+        lengths = node.allgather(length)
+        for rank in range(node.size):
+            memory, _ = self._window.Shared_query(rank)
+            data = np.frombuffer(memory, np.uint8)
+            self._epochs.append(data[:8].view(np.int64))
+            size = lengths[rank] * dtype.itemsize
+            self.parts.append(data[BOARD : BOARD + size].view(dtype))
+        self._rank = node.rank
+        self.mine = self.parts[node.rank]
+        self._epochs[node.rank][0] = 0
+        self.mine[...] = 0
+        self.epoch = 0
+        self._window.Sync()
+        node.Barrier()
+        self._window.Sync()
+
+    def publish(self) -> None:
+        self._window.Sync()
+        self.epoch += 1
+        self._epochs[self._rank][0] = self.epoch
+
+    def late(self) -> list[int]:
+        """The local ranks that have not yet published as often as this one."""
+        return [rank for rank, epoch in enumerate(self._epochs) if epoch[0] < self.epoch]
+
+    def arrived(self) -> bool:
+        epoch = self.epoch
+        for other in self._epochs:
+            if other[0] < epoch:
+                return False
+        self._window.Sync()
+        return True
+
+    def free(self) -> None:
+        self.parts, self._epochs = [], []
+        self.mine = None
+        self._window.Unlock_all()
+        self._window.Free()
+
+
+def why_not_shared(node: MPI.Comm, nbytes: int) -> str | None:
+    """Why arenas of `nbytes` of this rank and its like cannot be shared; None if they can. Collective.
+
+    Touching more shared memory than there is kills the process (a bus error), so this is asked first.
+    """
+    wanted = node.allreduce(nbytes)
+    reason = None
+    if node.rank == 0:
+        try:
+            status = os.statvfs(SHARED_MEMORY)
+            free = status.f_bavail * status.f_frsize
+        except OSError as error:
+            return node.bcast(f"{SHARED_MEMORY} cannot be looked at ({error.strerror})")
+        if wanted > 0.9 * free:
+            reason = (
+                f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free and {wanted / 2**20:.0f} MiB are needed; "
+                "give the node (or container: --shm-size) more shared memory"
+            )
+    return node.bcast(reason)

@@ -1,0 +1,86 @@
+"""Data sets held in memory, and how any data set gives a whole batch with one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+Gather = Callable[[NDArray[np.int64]], Sequence[Any]]
+
+
+class Images(Dataset[tuple[Tensor, Tensor]]):
+    """Images kept as bytes, a quarter of their float32 size, and scaled when fetched: (pixel / 255 - mean) /
+    std.
+
+    `images` (n, channels, height, width) uint8, `targets` (n,) int64. Items and batches are float32.
+    """
+
+    def __init__(self, images: Tensor, targets: Tensor, mean: float = 0.0, std: float = 1.0) -> None:
+        self.images = images
+        self.targets = targets
+        self._scale = 1.0 / (255.0 * std)
+        self._shift = -mean / std
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._scaled(self.images[index]), self.targets[index]
+
+    def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples at `indices` (int64, one-dimensional): (inputs float32, targets int64)."""
+        return self._scaled(self.images.index_select(0, indices)), self.targets.index_select(0, indices)
+
+    def _scaled(self, pixels: Tensor) -> Tensor:
+        return pixels.to(torch.float32).mul_(self._scale).add_(self._shift)
+
+
+def unwrap(dataset: Any) -> tuple[Any, NDArray[np.int64] | None]:
+    """(the data set inside any nest of `Subset`, which of its samples are meant; None: all, in order)."""
+    picked = None
+    while type(dataset) is Subset:  # a subclass may fetch in its own way
+        inner = np.asarray(dataset.indices, dtype=np.int64)
+        picked = inner if picked is None else inner[picked]
+        dataset = dataset.dataset
+    return dataset, picked
+
+
+def gatherer(base: Any) -> Gather | None:
+    """A function that gives a collated batch of an unwrapped data set in one go; None if it cannot.
+
+    It can if it is a `TensorDataset`, or a torch data set with a method `gather(indices: int64 Tensor) ->
+    (inputs, targets)`.
+    """
+    if type(base) is TensorDataset:
+        tensors = base.tensors
+        return lambda indices: [t.index_select(0, torch.from_numpy(indices)) for t in tensors]
+    gather = getattr(base, "gather", None)
+    if isinstance(base, Dataset) and callable(gather):
+        return lambda indices: gather(torch.from_numpy(indices))
+    return None
+
+
+def known_targets(dataset: Any) -> NDArray[np.int64] | None:
+    """The classes of all samples, if they can be told without fetching these: int64 (n,), else None.
+
+    Looks at the second tensor of a `TensorDataset` and at the attributes `targets` and `labels`, as
+    torchvision has them; whole numbers, one per sample.
+    """
+    base, picked = unwrap(dataset)
+    if type(base) is TensorDataset:
+        found = base.tensors[1] if len(base.tensors) == 2 else None
+    else:
+        found = getattr(base, "targets", getattr(base, "labels", None))
+    try:
+        targets = np.asarray(found)
+    except Exception:  # whatever a user's attribute of that name may be, it is not a list of classes
+        return None
+    if targets.ndim != 1 or targets.dtype.kind not in "iu" or len(targets) != len(base):
+        return None
+    return (targets if picked is None else targets[picked]).astype(np.int64)

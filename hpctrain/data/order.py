@@ -1,0 +1,112 @@
+"""The sample clock: which sample stands at which position of a run. Pure; NumPy only.
+
+A run's samples are numbered by a global cursor 0, 1, 2, ...; epoch e of a data set of N samples is
+[e*N, (e+1)*N), in the order of one permutation drawn from (seed, epoch). Every rank computes the same one.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+UNKNOWN_END = 2**62
+_MASK = 2**64 - 1
+
+
+class Order:
+    """The order of `length` samples, epoch after epoch; safe to use from several threads.
+
+    `length` is None for a stream that has not told its length and has not been read to its end yet (see
+    `learn`): until then there is one epoch without end. Streams keep their own order, so `shuffle` is of no
+    effect on them.
+    """
+
+    def __init__(self, length: int | None, seed: int = 0, shuffle: bool = True) -> None:
+        if length is not None and length < 1:
+            raise ValueError(f"an order of {length} samples")
+        self.length = length
+        self.seed = seed
+        self.shuffle = shuffle
+        self._permutations: dict[int, Indices] = {}
+        self._lock = threading.Lock()
+
+    def learn(self, length: int) -> None:
+        """Tell the length of a stream, once its end has been seen (or is known from a checkpoint)."""
+        if length < 1 or self.length not in (None, length):
+            raise ValueError(f"the length is {self.length}, and cannot become {length}")
+        self.length = length
+
+    def epoch(self, cursor: int) -> int:
+        """The epoch in which the sample at position `cursor` lies, from 0."""
+        return 0 if self.length is None else cursor // self.length
+
+    def epoch_end(self, cursor: int) -> int:
+        """The position just behind the epoch of `cursor`; `UNKNOWN_END` while the length is unknown."""
+        return _epoch_end(cursor, self.length)
+
+    def place(self, start: int, stop: int) -> tuple[int, int]:
+        """(epoch, offset in it) of `start`; raises ValueError where [start, stop) crosses the end of an
+        epoch.
+        """
+        if not 0 <= start <= stop or stop > self.epoch_end(start):
+            raise ValueError(f"positions {start} to {stop} are not in one epoch of {self.length} samples")
+        epoch = self.epoch(start)
+        return epoch, start - epoch * (self.length or 0)
+
+    def indices(self, start: int, stop: int) -> Indices:
+        """Which samples stand at positions [start, stop), as int64; the range lies within one epoch."""
+        epoch, offset = self.place(start, stop)
+        if not self.shuffle or self.length is None:
+            return np.arange(offset, offset + stop - start, dtype=np.int64)
+        return self._permutation(epoch)[offset : offset + stop - start]
+
+    def _permutation(self, epoch: int) -> Indices:
+        with self._lock:
+            if epoch not in self._permutations:
+                while (
+                    len(self._permutations) > 1
+                ):  # the epoch before is still fetched from at an epoch's start
+                    del self._permutations[min(self._permutations)]
+                self._permutations[epoch] = permutation(self.length or 0, self.seed, epoch)
+            return self._permutations[epoch]
+
+
+def permutation(length: int, *seed: int) -> Indices:
+    """A permutation of range(length), drawn from the seeds alone.
+
+    Sorted from raw bits: NumPy keeps a bit generator's stream for ever, but may change
+    `Generator.permutation` with any release, and all nodes have to agree.
+    """
+    bits = np.random.PCG64([part & _MASK for part in seed])
+    return np.argsort(bits.random_raw(length), kind="stable").astype(np.int64, copy=False)
+
+
+def mix(seed: int, epoch: int, indices: NDArray[Any]) -> NDArray[np.uint64]:
+    """One seed per sample from (seed, epoch, index), as uint64: splitmix64's finaliser, chained."""
+    state = np.zeros(len(indices), np.uint64)
+    for part in (np.uint64(seed & _MASK), np.uint64(epoch & _MASK), np.asarray(indices).astype(np.uint64)):
+        state = (state ^ part) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return state
+
+
+def round_bounds(cursor: int, length: int | None, round_size: int, workers: int) -> list[int]:
+    """The positions that a round starting at `cursor` gives its workers: worker i takes [b[i], b[i+1]).
+
+    A round is `round_size` samples and never crosses the end of an epoch: the last one of an epoch is
+    smaller. The workers' shares differ by at most one sample; some may be empty. `length` None: the end is
+    not known yet.
+    """
+    size = min(round_size, _epoch_end(cursor, length) - cursor)
+    share, extra = divmod(size, workers)
+    return [cursor + i * share + min(i, extra) for i in range(workers + 1)]
+
+
+def _epoch_end(cursor: int, length: int | None) -> int:
+    return UNKNOWN_END if length is None else (cursor // length + 1) * length

@@ -1,0 +1,33 @@
+"""What a user can do wrong, each a sentence: printed once by rank 0, exit status 2, never a traceback."""
+
+
+class HpctrainError(Exception):
+    """A mistake that the user can mend: the message says what, where, what was expected and what to do."""
+
+
+class JobError(HpctrainError):
+    """The job description is wrong: a key, a value, or keys that contradict each other."""
+
+
+class DataError(HpctrainError):
+    """A data set is missing, corrupt or of the wrong shape."""
+
+
+class ClusterError(HpctrainError):
+    """The ranks, nodes or MPI library are not what the job needs."""
+
+
+class CheckpointError(HpctrainError):
+    """A checkpoint is missing, truncated, foreign, or of another model or job."""
+
+
+class TraceError(HpctrainError):
+    """A run folder or trace file cannot be read."""
+
+
+class ModelError(HpctrainError):
+    """The model or optimizer cannot be trained as asked."""
+
+
+class NanError(HpctrainError):
+    """A loss or gradient is not finite; names the rank and the step."""

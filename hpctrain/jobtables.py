@@ -1,0 +1,348 @@
+"""The tables of a job: what may be said in each, its defaults and its meaning."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from hpctrain import registry
+from hpctrain.jobspec import Choice, Named, Table, names_of
+from hpctrain.sentences import fail
+
+MANY = 10**12
+Unit = Literal["epochs", "steps", "samples", "fraction"]
+Whole = Annotated[int, Field(ge=0, le=MANY)]
+Count = Annotated[int, Field(ge=1, le=MANY)]
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+NotNegative = Annotated[float, Field(ge=0, le=1e12)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Amount(Table):
+    """A stretch of training: {epochs = 1}, {steps = 100}, {samples = 5000} or {fraction = 0.1}."""
+
+    EXCLUSIVE = (frozenset({"epochs", "steps", "samples", "fraction"}),)
+    epochs: Positive | None = Field(default=None, description="passes over the training samples")
+    steps: Count | None = Field(default=None, description="rounds: steps that all workers have taken")
+    samples: Count | None = Field(default=None, description="training samples, of all workers together")
+    fraction: Fraction | None = Field(default=None, description="share of the whole run")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if len(self.plain()) != 1:
+            raise ValueError(
+                "must have exactly one of epochs, steps, samples and fraction, such as {epochs = 1}"
+            )
+        return self
+
+    @property
+    def unit(self) -> Unit:
+        """Which of the four was given."""
+        units: tuple[Unit, ...] = ("epochs", "steps", "samples", "fraction")
+        return next(unit for unit in units if getattr(self, unit) is not None)
+
+    @property
+    def value(self) -> float:
+        """How much of `unit`; a whole number for steps and samples."""
+        return (
+            float(getattr(self, self.unit))
+            if self.unit in ("epochs", "fraction")
+            else getattr(self, self.unit)
+        )
+
+
+class Model(Named):
+    """What is trained."""
+
+    KIND = "model"
+    name: str = Field(
+        default="convnet", description="the model; further keys are its function's keyword arguments"
+    )
+
+
+class Data(Named):
+    """What it is trained on, and how samples reach the workers."""
+
+    KIND = "dataset"
+    KEPT = ("validation", "queue", "shuffle", "prefetch", "threads", "augment")
+    name: str = Field(
+        default="digits", description="the data set; further keys are its function's keyword arguments"
+    )
+    validation: Share = Field(
+        default=0.0, description="share of the training samples held back for validation"
+    )
+    queue: Literal["auto", "static", "shared"] = Field(
+        default="auto",
+        description="static: each worker has its own share of the samples; shared: one queue for all; "
+        "auto: as the strategy prefers",
+    )
+    shuffle: bool = Field(
+        default=True, description="another order of the samples in every epoch, drawn from the seed"
+    )
+    prefetch: Annotated[int, Field(ge=0, le=1024)] = Field(
+        default=2, description="batches fetched ahead of their use"
+    )
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(
+        default=1,
+        description="threads that fetch and augment, per worker; 0: none, the training loop fetches",
+    )
+    augment: list[str] = Field(default=[], description="augmentations of training samples, in this order")
+
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _check_augment(cls, value: object) -> object:
+        return names_of("augmentation", value)
+
+    @classmethod
+    def _check_object(cls, thing: object) -> None:
+        if not callable(thing) and not any(hasattr(thing, n) for n in ("__getitem__", "__iter__", "train")):
+            fail((), thing, "must be a data set, a pair (train, test), or a function that makes one")
+
+
+class Loss(Named):
+    """What is made small."""
+
+    KIND = "loss"
+    name: str = Field(
+        default="cross_entropy",
+        description="function of (outputs, targets); further keys are its keyword arguments",
+    )
+
+
+class Metric(Named):
+    """What is reported, and what train.target and train.patience look at."""
+
+    KIND = "metric"
+    name: str = Field(
+        default="accuracy",
+        description="function of (outputs, targets); further keys are its keyword arguments",
+    )
+    goal: Literal["max", "min"] = Field(
+        default="max", description="whether more of the metric is better, or less"
+    )
+
+
+class LearningRate(Named):
+    """The course of the learning rate."""
+
+    KIND = "schedule"
+    KEPT = ("warmup",)
+    name: str = Field(
+        default="constant",
+        description="the course after the warm-up; further keys are its function's keyword arguments",
+    )
+    warmup: Amount | None = Field(
+        default=None, description="linear rise from 0 to optimizer.lr at the start; none if left out"
+    )
+
+
+class Optimizer(Named):
+    """How gradients become updates."""
+
+    KIND = "optimizer"
+    KEPT = ("schedule",)
+    name: str = Field(
+        default="SGD", description="a class of torch.optim; further keys are its keyword arguments"
+    )
+    lr: Positive | None = Field(
+        default=None,
+        description="learning rate; left out: 0.1 for SGD, torch's default for its other classes",
+        json_schema_extra={"default": "by optimizer"},
+    )
+    elementwise: bool | None = Field(
+        default=None,
+        description="whether each parameter is updated by itself, so that any slice may be updated alone; "
+        "left out: known for torch's own classes, false for others",
+        json_schema_extra={"default": "by optimizer"},
+    )
+    schedule: LearningRate = Field(
+        default_factory=LearningRate, description="the course of the learning rate"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("lr") is None:
+            rate = registry.LEARNING_RATES.get(str(value.get("name", "SGD")))
+            return value if rate is None else {**value, "lr": rate}
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lr is None:
+            fail(("lr",), None, f'is needed: hpctrain knows no learning rate for optimizer "{self.name}"')
+        if "params" in self.options:
+            fail(("params",), None, "is the model's parameters, which hpctrain gives the optimizer")
+        return self
+
+    @classmethod
+    def _check_object(cls, thing: object) -> None:
+        if hasattr(thing, "param_groups") or not callable(thing):
+            fail(
+                (),
+                thing,
+                "must be the optimizer's class, not an object of it; lr and the rest stand beside it",
+            )
+
+
+class Train(Table):
+    """How long and in what steps, and when to evaluate, save and stop."""
+
+    EXCLUSIVE = (frozenset({"epochs", "steps"}),)
+    epochs: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
+        default=None,
+        description="passes over the training samples; not together with train.steps",
+        json_schema_extra={"default": "1.0, or none with train.steps"},
+    )
+    steps: Count | None = Field(
+        default=None, description="rounds (steps of all workers); not together with train.epochs"
+    )
+    batch_size: Annotated[int, Field(ge=1, le=10**9)] = Field(
+        default=32, description="samples per worker and micro-batch"
+    )
+    accumulate: Annotated[int, Field(ge=1, le=10**6)] = Field(
+        default=1, description="micro-batches whose gradients are summed before workers agree"
+    )
+    precision: Literal["float32", "float64", "bfloat16", "mixed_bfloat16"] = Field(
+        default="float32",
+        description="of parameters and arithmetic; mixed: parameters float32, arithmetic bfloat16",
+    )
+    clip_norm: Positive | None = Field(
+        default=None,
+        description="largest norm of the whole gradient; a longer one is scaled down; none if left out",
+    )
+    target: float | None = Field(
+        default=None, description="value of the metric at which training stops; none if left out"
+    )
+    patience: Count | None = Field(
+        default=None,
+        description="evaluations without improvement after which training stops; never if left out",
+    )
+    min_delta: NotNegative = Field(
+        default=0.0, description="what counts as improvement of the metric, for train.patience"
+    )
+    evaluate_every: Amount = Field(
+        default_factory=lambda: Amount(epochs=1.0),
+        description="how often to evaluate; {fraction = 1} for the end only",
+    )
+    checkpoint_every: Amount | None = Field(
+        default=None,
+        description="how often to save a checkpoint; left out: only when the run ends or is interrupted",
+    )
+    keep_checkpoints: Annotated[int, Field(ge=1, le=10**6)] = Field(
+        default=2, description="the newest so many are kept"
+    )
+    nan: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="what to do about a loss or gradient that is not finite: end the run, or skip the update",
+    )
+    sync_batchnorm: bool = Field(
+        default=False, description="batch norm over the samples of all workers, not its own alone"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("epochs") is None and value.get("steps") is None:
+            return {**value, "epochs": 1.0}
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            fail(("steps",), self.steps, f"train.epochs = {self.epochs:g} is given too; use one of the two")
+        if self.min_delta > 0 and self.patience is None:
+            fail(("min_delta",), self.min_delta, "has no effect without train.patience; set that too")
+        return self
+
+
+class StrategySpec(Choice):
+    """A strategy's `name` and its validated `options`."""
+
+    KIND = "strategy"
+    DEFAULT = "all_reduce"
+
+
+class RuleSpec(Choice):
+    """The rule that ends a phase: its `name` (the key is `rule`) and its validated `options`."""
+
+    KIND = "rule"
+    KEY = "rule"
+    DEFAULT = "after"
+
+
+class Phase(Table):
+    """A stretch of the run under one strategy."""
+
+    strategy: StrategySpec = Field(description="how the replicas agree in this phase")
+    until: RuleSpec | None = Field(
+        default=None,
+        description="the rule that ends the phase; left out (in the last phase only): the end of the run",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, value: Any) -> Any:
+        return {**value, "strategy": {}} if isinstance(value, dict) and "strategy" not in value else value
+
+
+class Trace(Table):
+    """What the ranks write down about themselves."""
+
+    enabled: bool = Field(default=True, description="write traces")
+    flush_seconds: Annotated[float, Field(gt=0, le=86400)] = Field(
+        default=2.0, description="seconds between writes: what a rank that is killed may lose"
+    )
+    resources_seconds: Annotated[float, Field(ge=0.01, le=86400)] = Field(
+        default=1.0, description="seconds between samples of processor, memory, network and GPU use"
+    )
+
+
+class Communicator(Table):
+    """How ranks exchange."""
+
+    wait: Literal["auto", "spin", "nap"] = Field(
+        default="auto",
+        description="waiting ranks spin (fast) or nap (leave the core to others); auto: by the cores",
+    )
+    shared: bool = Field(
+        default=True, description="ranks of a node may exchange through shared memory windows"
+    )
+    ranks_per_node: Count | None = Field(
+        default=None,
+        description="pretend that every so many ranks of a node are a node of their own "
+        "(for tests and studies)",
+    )
+
+
+class Debug(Table):
+    """For tests and studies."""
+
+    slow: dict[int, Annotated[float, Field(ge=1, le=1e6)]] = Field(
+        default={},
+        description="rank = factor: the rank sleeps factor - 1 times its measured compute time in every step",
+    )
+
+    @field_validator("slow", mode="before")
+    @classmethod
+    def _ranks(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        ranks: dict[int, Any] = {}
+        for key, factor in value.items():
+            rank = _rank(key)
+            if rank is None or rank in ranks:
+                fail((str(key),), None, "must be a rank, each once: a whole number from 0")
+            elif isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 <= factor <= 1e6:
+                fail((str(key),), factor, "must be a number, at least 1 and at most 1000000")
+            else:
+                ranks[rank] = factor
+        return dict(sorted(ranks.items()))
+
+
+def _rank(key: object) -> int | None:
+    text = str(key)
+    return int(text) if re.fullmatch(r"[0-9]{1,7}", text) else None

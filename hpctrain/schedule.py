@@ -1,0 +1,211 @@
+"""Phases, the rules that end them, and everything else that is timed by the clock of a run: its samples.
+
+Pure: no torch, no MPI. The same decisions come out wherever the same numbers are observed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import IntFlag
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from hpctrain.errors import JobError
+from hpctrain.jobspec import Options
+
+
+class Ask(IntFlag):
+    """What is asked of the trainer after a step."""
+
+    NOTHING = 0
+    EVALUATE = 1
+    CHECKPOINT = 2
+    END_PHASE = 4
+    STOP = 8
+    INTERRUPT = 16  # a signal came: checkpoint, then stop before the end
+
+
+@dataclass(frozen=True)
+class RunClock:
+    """Converts epochs, steps and fractions to samples. `epoch` samples per epoch, `round` samples per round."""
+
+    epoch: int
+    round: int
+    total: int
+
+    def samples(self, amount: Any) -> int:
+        """Of an Amount (one of epochs, steps, samples, fraction set); at least 1."""
+        if amount.epochs is not None:
+            return max(1, round(amount.epochs * self.epoch))
+        if amount.steps is not None:
+            return int(max(1, self._steps(amount.steps)))
+        if amount.samples is not None:
+            return int(max(1, amount.samples))
+        return max(1, math.ceil(amount.fraction * self.total))
+
+    def _steps(self, steps: int) -> int:
+        """Rounds do not cross the end of an epoch: its last one is smaller."""
+        per_epoch = math.ceil(self.epoch / self.round)
+        whole, rest = divmod(steps, per_epoch)
+        return whole * self.epoch + min(rest * self.round, self.epoch)
+
+
+def run_total(train: Any, epoch: int, round_size: int) -> int:
+    """Samples of the whole run, from train.epochs or train.steps (rounds)."""
+    clock = RunClock(epoch, round_size, 0)
+    return clock._steps(train.steps) if train.steps is not None else max(1, round(train.epochs * epoch))
+
+
+# -- rules that end a phase -----------------------------------------------------------------------------------
+class Rule:
+    """Ends a phase. Sees only what all ranks agree on, so that no rank decides alone.
+
+    A rule class has `Options` (pydantic), and is built once per phase with them, the clock and the cursor at
+    which the phase begins.
+    """
+
+    Options: ClassVar[type[BaseModel]]
+
+    def __init__(self, options: Any, clock: RunClock, start: int) -> None:
+        self.options, self.clock, self.start = options, clock, start
+
+    def observe(self, cursor: int, loss: float) -> str | None:
+        """After every agreed step: why the phase ends here, or None."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep, as plain values."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take it over."""
+
+
+class AfterOptions(Options):
+    """The keys of rule = "after"; exactly one."""
+
+    epochs: float | None = Field(None, gt=0, description="end after so many epochs of this phase")
+    steps: int | None = Field(None, gt=0, description="end after so many rounds")
+    samples: int | None = Field(None, gt=0, description="end after so many samples")
+    fraction: float | None = Field(None, gt=0, le=1, description="end after this share of the whole run")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if len(self.plain()) != 1:
+            raise ValueError("must have exactly one of epochs, steps, samples and fraction")
+        return self
+
+
+class After(Rule):
+    """Ends a phase when it has consumed a given amount, counted from its own start."""
+
+    Options = AfterOptions
+
+    def observe(self, cursor: int, loss: float) -> str | None:
+        done, limit = cursor - self.start, self.clock.samples(self.options)
+        return f"after {done} >= {limit} samples" if done >= limit else None
+
+
+# -- decisions ---------------------------------------------------------------------------------------------------
+@dataclass
+class Conductor:
+    """Turns agreed numbers into what is asked of the trainer: wherever it runs, it answers the same.
+
+    `evaluate_every`, `checkpoint_every`: samples (0: never).
+    """
+
+    total: int
+    evaluate_every: int
+    checkpoint_every: int
+    rule: Rule | None
+    why: str = ""
+
+    def decide(self, before: int, after: int, loss: float, wish: Ask) -> Ask:
+        """The cursor went from `before` to `after` in one step; `wish` is what any rank wants besides."""
+        ask = wish
+        if _crossed(before, after, self.evaluate_every):
+            ask |= Ask.EVALUATE
+        if _crossed(before, after, self.checkpoint_every):
+            ask |= Ask.CHECKPOINT
+        if after >= self.total:
+            ask |= Ask.STOP
+        elif self.rule is not None and (why := self.rule.observe(after, loss)) is not None:
+            self.why = why
+            ask |= Ask.END_PHASE
+        return ask
+
+
+def _crossed(before: int, after: int, every: int) -> bool:
+    return every > 0 and after // every > before // every
+
+
+@dataclass
+class Progress:
+    """Early stopping and the target, judged on agreed evaluations; the same on all workers.
+
+    `higher_is_better` says how metric values compare.
+    """
+
+    target: float | None
+    patience: int | None
+    min_delta: float
+    higher_is_better: bool = True
+    best: float | None = None
+    waited: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def judge(self, value: float) -> str | None:
+        """Why training should stop after this evaluation, or None."""
+        sign = 1.0 if self.higher_is_better else -1.0
+        if self.best is None or sign * (value - self.best) > self.min_delta:
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+        if self.target is not None and sign * (value - self.target) >= 0:
+            return f"target {self.target:g} reached: {value:.4f}"
+        if self.patience is not None and self.waited >= self.patience:
+            return f"no improvement in {self.waited} evaluations (best {self.best:.4f})"
+        return None
+
+
+# -- the learning rate's course: factors of the base rate, by progress 0..1 ---------------------------------------
+def constant(progress: float) -> float:
+    """Always 1."""
+    return 1.0
+
+
+def linear(progress: float, end: float = 0.0) -> float:
+    """From 1 straight to `end`."""
+    return 1.0 + (end - 1.0) * progress
+
+
+def cosine(progress: float, end: float = 0.0) -> float:
+    """From 1 to `end` along half a cosine (Loshchilov and Hutter 2017, without restarts)."""
+    return end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def step(progress: float, gamma: float = 0.1, every: float = 1 / 3) -> float:
+    """Multiplied by `gamma` each time another share `every` of the run is done."""
+    return float(gamma ** int(progress / every + 1e-9))
+
+
+@dataclass(frozen=True)
+class Course:
+    """The learning rate's factor at a cursor: a linear warm-up, then a course over what remains."""
+
+    function: Any
+    options: dict[str, Any]
+    warmup: int
+    total: int
+
+    def factor(self, cursor: int) -> float:
+        """At `cursor` samples (the step that begins there)."""
+        if cursor < self.warmup:
+            return (cursor + 1) / (self.warmup + 1)
+        progress = min(1.0, (cursor - self.warmup) / max(1, self.total - self.warmup))
+        try:
+            return float(self.function(progress, **self.options))
+        except TypeError as error:
+            raise JobError(f"optimizer.schedule: {error}; check the keys of [optimizer.schedule]") from error

@@ -1,0 +1,1 @@
+"""One strategy, one file. `hpctrain.registry.STRATEGIES` lists them."""

@@ -1,0 +1,177 @@
+"""The contract between a strategy and the rest: how replicas agree, and who decides what.
+
+This file imports neither torch nor a communicator, so that a job can be checked before they are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import BaseModel
+
+from hpctrain.cluster import Roles
+from hpctrain.errors import NanError
+from hpctrain.schedule import Ask, Conductor
+
+if TYPE_CHECKING:
+    import torch
+
+    from hpctrain.comm.base import Communicator
+    from hpctrain.optimizer import Update
+    from hpctrain.replica import Replica
+    from hpctrain.state import State
+
+Result = Literal["applied", "dropped", "local", "skipped"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a strategy asks of `launch` before it joins.
+
+    `parameters`: "node" if it can work with parameters that exist once per node (synchronous strategies only),
+    else one private copy per "rank". `gradients`: one or two gradient buffers. `optimizer`: whether it takes
+    any optimizer or only elementwise ones.
+    """
+
+    parameters: Literal["node", "rank"] = "rank"
+    gradients: int = 1
+    optimizer: Literal["any", "elementwise"] = "any"
+
+
+class Outcome(NamedTuple):
+    """What became of a step. `loss` and `samples` are of the whole round (all workers) where there is one;
+    `cursor` is the run's clock after it; `version` and `staleness` (min, max over shards) count updates."""
+
+    result: Result
+    cursor: int
+    loss: float
+    samples: int
+    ask: Ask = Ask.NOTHING
+    version: int = 0
+    staleness: tuple[int, int] = (0, 0)
+    why: str = ""
+
+
+@dataclass
+class Phase:
+    """All that a strategy gets: its place in the run, its ranks, its replica, and how to update.
+
+    `comm`: all ranks of the phase, servers included; `workers`: the workers alone, in rank order (None on a
+    dedicated server). `shared`: whether the replica's arenas are node-shared. `batch`: samples per worker and
+    round at most; gradients arrive as the sum over a worker's samples divided by `batch`, so a full batch
+    weighs 1. `cursor`: the run's clock, in samples; `round_end`: where it will stand after the step in progress
+    (both kept by trainer and strategy). `wish`: what this rank asks of all (set by the trainer, sent with the next step).
+    """
+
+    index: int
+    comm: Communicator
+    roles: Roles
+    workers: Communicator | None
+    replica: Replica
+    shared: bool
+    elementwise: bool
+    make_update: Callable[[torch.Tensor, int, int], Update]
+    rate: Callable[[int], float]
+    conductor: Conductor
+    batch: int
+    clip_norm: float | None
+    nan: Literal["stop", "skip"]
+    cursor: int
+    round_end: int = 0
+    wish: Ask = Ask.NOTHING
+    step: int = 0
+    events: Callable[[str, str], None] = field(default=lambda kind, text: None)
+
+    @property
+    def worker_index(self) -> int:
+        """This rank's place among the workers."""
+        return self.roles.workers.index(self.comm.rank)
+
+
+class Strategy:
+    """How replicas agree: owns when parameters change. The worker half; `Server` is the other.
+
+    A minimal strategy writes `join`, `step` and `leave`. One is built per phase and worker, from its `Options`.
+    """
+
+    Options: ClassVar[type[BaseModel]]
+    Server: ClassVar[type[Server] | None] = None
+    needs: Needs = Needs()
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @staticmethod
+    def roles(options: Any) -> tuple[int, bool]:
+        """(how many servers, whether they sit beside workers)."""
+        return 0, False
+
+    def join(self, phase: Phase, state: State | None = None) -> None:
+        """Collective over the phase's ranks, servers included. Afterwards all replicas hold rank 0's parameters
+        and the optimizer state is `state` (whole on rank 0, None elsewhere; nowhere: a fresh start)."""
+        raise NotImplementedError
+
+    def before(self) -> None:
+        """Parameters may be read after this: pull, staleness bound, per-layer wait."""
+
+    def ready(self, low: int, high: int) -> None:
+        """The gradient's stretch [low, high) is final (called from hooks during the last micro-batch's backward).
+        May start communication, never waits."""
+
+    bucket_bytes: int = 0  # size of the stretches that `ready` hears of; 0: it is not called
+
+    def step(self, samples: int, loss: float) -> Outcome:
+        """Gradients of `samples` samples, of mean loss `loss`, are in the replica's arena. On return the next
+        step may begin. Raises NanError if the loss of any worker is not finite (and nan = "stop")."""
+        raise NotImplementedError
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Inside, parameters are consistent and equal on all workers, to be evaluated or saved."""
+        yield
+
+    def state(self) -> State | None:
+        """Whole on rank 0, None elsewhere. Collective over the workers (servers take part in `serve`)."""
+        return None
+
+    def leave(self) -> State | None:
+        """Drain what is in flight; all replicas hold equal, final parameters. Returns like `state`. Collective."""
+        return self.state()
+
+    def lost(self, ranks: tuple[int, ...], comm: Communicator) -> bool:
+        """After these ranks died: can this strategy go on over `comm`?"""
+        return False
+
+
+class Server:
+    """A strategy's server half: built on dedicated server ranks, or by the worker half beside itself."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def join(self, phase: Phase, state: State | None = None) -> None:
+        """The server's part of `Strategy.join`."""
+        raise NotImplementedError
+
+    def serve(self) -> None:
+        """Push, pull, snapshot, state; returns when all workers have left."""
+        raise NotImplementedError
+
+
+def find_nan(phase: Phase, workers: tuple[int, ...], losses: list[float], step: int) -> bool:
+    """Whether a loss is not finite. Raises NanError, naming rank and step, unless such steps are skipped."""
+    bad = [(r, loss) for r, loss in zip(workers, losses, strict=True) if loss - loss != 0.0]
+    if bad and phase.nan == "stop":
+        raise nan_error(phase, *bad[0], step)
+    return bool(bad)
+
+
+def nan_error(phase: Phase, rank: int, loss: float, step: int) -> NanError:
+    """The error that says so; `rank` is of the phase's communicator."""
+    return NanError(
+        f"loss is {loss} on rank {phase.comm.members[rank]} in step {step} (phase {phase.index}); lower "
+        'optimizer.lr, clip with train.clip_norm, or set train.nan = "skip" to leave such steps out'
+    )

@@ -1,0 +1,336 @@
+"""Reads a run's traces back: pandas frames, times corrected to rank 0's clock.
+
+What cannot be read is noted in `Run.notes` and left out; a run of which nothing can be read is a TraceError.
+Files are opened for the length of a call, through SWMR and without locks, so that a run still going is not
+disturbed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hpctrain.errors import HpctrainError, TraceError
+from hpctrain.trace.files import (
+    UNREADABLE,
+    Rows,
+    TraceFile,
+    align,
+    open_file,
+    open_h5,
+    read_rows,
+    rows_there,
+    why,
+)
+from hpctrain.trace.schema import KIND_CODES, KINDS, OUTCOMES, TABLES
+from hpctrain.trace.writer import trace_files
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hpctrain.job import Job
+
+Ranks = int | Iterable[int] | None
+BLOCK_ROWS = 1 << 18
+TIMES = ("start_ns", "end_ns", "t_ns")
+
+
+def open_run(path: Path | str) -> Run:
+    """The run in the folder `path` (or the folder of a file of it: trace.h5, job.toml). Raises TraceError."""
+    return Run(path)
+
+
+class Run:
+    """A run's traces. Attributes: `folder`; `ranks`, those with a readable file; `size`, how many there were;
+    `attempts`, 1 and one more for every resumption; `notes`, what is missing or damaged, grows as more is
+    read.
+
+    Frames have columns `rank` and `attempt`, times as `..._ns` on rank 0's clock and as seconds (`..._s`)
+    since the run's first span. `rank` selects one rank or several; nothing of other ranks' files is read
+    then.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.folder = _folder_of(Path(path))
+        self.notes: list[str] = []
+        self._files = self._open_files()
+        self.ranks = sorted({file.rank for file in self._files})
+        self.attempts = sorted({file.attempt for file in self._files})
+        self.size = max([int(file.attributes.get("size", 0)) for file in self._files] + [self.ranks[-1] + 1])
+        self._note_gaps()
+        align(self._files)
+
+    # -- opening -----------------------------------------------------------------------------------------
+    def _open_files(self) -> list[TraceFile]:
+        files, faults = [], []
+        for (attempt, rank), path in trace_files(self.folder).items():
+            try:
+                files.append(open_file(path, rank, attempt))
+            except TraceError as error:
+                faults.append(str(error))
+            except UNREADABLE as error:
+                faults.append(
+                    f"rank {rank}: trace/{path.name} cannot be read: it is damaged or cut ({why(error)})"
+                )
+        if not files:
+            if faults:
+                raise TraceError(f"{self.folder}: none of its traces can be read: {'; '.join(faults[:3])}")
+            raise TraceError(
+                f"{self.folder}: this run has no traces (was it started with trace.enabled = false?)"
+            )
+        self.notes += faults
+        return files
+
+    def _note_gaps(self) -> None:
+        present = trace_files(self.folder)
+        for attempt in self.attempts:
+            files = [file for file in self._files if file.attempt == attempt]
+            size = max(int(file.attributes.get("size", 0)) for file in files)
+            which = f" in attempt {attempt}" if len(self.attempts) > 1 else ""
+            missing = [rank for rank in range(size) if (attempt, rank) not in present]
+            if missing:
+                self._note(f"{_name(missing)} of {size}: no trace file{which}")
+            unclosed = [file.rank for file in files if not file.closed]
+            if unclosed:
+                self._note(
+                    f"{_name(unclosed)} of {size}: trace not closed{which}: still running, or killed; "
+                    "complete up to the last flush"
+                )
+        for file in self._files:
+            self._count_rows(file)
+
+    def _count_rows(self, file: TraceFile) -> None:
+        """Find out how many rows of each table are really there, and note what is not."""
+        with open_h5(file.path) as h5:
+            for name in TABLES:
+                try:
+                    whole, there = rows_there(h5[name], file.path)
+                except UNREADABLE:
+                    whole = there = 0
+                    self._note(f"rank {file.rank}: /{name} of trace/{file.path.name} cannot be read")
+                if there < whole:
+                    self._note_lost(file, name, whole - there, whole)
+                file.rows[name] = there
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _note_lost(self, file: TraceFile, table: str, lost: int, whole: int) -> None:
+        where = f"/{table} of trace/{file.path.name}"
+        self._note(
+            f"rank {file.rank}: {lost} of {whole} rows of {where} cannot be read: the file is damaged or cut"
+        )
+
+    # -- about the run -----------------------------------------------------------------------------------
+    @cached_property
+    def job(self) -> Job | str:
+        """The resolved job; its text if it cannot be loaded (a program's objects, say); "" if there is none."""
+        path = self.folder / "job.toml"
+        try:
+            from hpctrain.job import Job
+
+            return Job.load(path)
+        except (HpctrainError, ImportError):
+            pass
+        try:
+            return path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return str(self._files[0].attributes.get("job", ""))
+
+    def attributes(self, rank: int, attempt: int | None = None) -> dict[str, Any]:
+        """What the rank's file says of itself: rank, size, host, node, role, device, job, versions ...
+
+        Of the newest attempt, if none is given. Raises TraceError if there is no such file.
+        """
+        for file in reversed(self._files):
+            if file.rank == rank and attempt in (None, file.attempt):
+                return dict(file.attributes)
+        which = f" in attempt {attempt}" if attempt is not None else ""
+        raise TraceError(
+            f"{self.folder}: there is no readable trace of rank {rank}{which}; there are {self.ranks}"
+        )
+
+    @cached_property
+    def start_ns(self) -> int:
+        """When the run's first span began (of the first few thousand of each file), on rank 0's clock."""
+        starts = []
+        for table, column in (("spans", "start_ns"), ("steps", "t_ns"), ("events", "t_ns")):
+            for file in self._files:
+                block = next(self._blocks(file, table, 4096), None)
+                if block is not None:
+                    starts.append(int(block[column].min()))
+            if starts:
+                break
+        return min(starts, default=0)
+
+    # -- rows --------------------------------------------------------------------------------------------
+    def blocks(
+        self, table: str, rank: Ranks = None, rows: int = BLOCK_ROWS
+    ) -> Iterator[tuple[int, int, Rows]]:
+        """(rank, attempt, rows) of one of `schema.TABLES`, at most `rows` at a time, in the order written.
+
+        Times are corrected. For what is too large for a frame.
+        """
+        for file in self._select(rank):
+            for block in self._blocks(file, table, rows):
+                yield file.rank, file.attempt, block
+
+    def _select(self, rank: Ranks) -> list[TraceFile]:
+        if rank is None:
+            return self._files
+        wanted = {rank} if isinstance(rank, int) else set(rank)
+        absent = sorted(wanted - set(self.ranks))
+        if absent:
+            raise TraceError(
+                f"{self.folder}: no readable trace of {_name(absent)}; there are {_name(self.ranks)}"
+            )
+        return [file for file in self._files if file.rank in wanted]
+
+    def _blocks(self, file: TraceFile, table: str, rows: int) -> Iterator[Rows]:
+        whole = file.rows[table]
+        lost = 0
+        with open_h5(file.path) as h5:
+            for start in range(0, whole, rows):
+                stop = min(start + rows, whole)
+                block = read_rows(h5[table], start, stop)
+                lost += stop - start - len(block)
+                if len(block):
+                    for name in set(TIMES) & set(block.dtype.names or ()):
+                        block[name] = file.correct(block[name])
+                    yield block
+        if lost:
+            self._note_lost(file, table, lost, whole)
+
+    # -- frames ------------------------------------------------------------------------------------------
+    def spans(
+        self,
+        rank: Ranks = None,
+        kind: str | Iterable[str] | None = None,
+        steps: range | tuple[int, int] | None = None,
+    ) -> pd.DataFrame:
+        """Columns rank, attempt, step, kind, lane, piece, start_ns, end_ns, bytes, peer, id, start_s, end_s.
+
+        `kind`: one or several of `schema.KINDS`; `steps`: (first, one past the last), or a range.
+        """
+        codes = None
+        if kind is not None:
+            codes = [KIND_CODES[name] for name in ([kind] if isinstance(kind, str) else kind)]
+        first, last = (steps.start, steps.stop) if isinstance(steps, range) else steps or (0, 0)
+
+        def keep(block: Rows) -> Rows:
+            if codes is not None:
+                block = block[np.isin(block["kind"], codes)]
+            if steps is not None:
+                block = block[(block["step"] >= first) & (block["step"] < last)]
+            return block
+
+        frame = self._frame("spans", rank, keep)
+        frame["kind"] = _categories(frame["kind"].to_numpy(), KINDS)
+        return frame
+
+    def steps(self, rank: Ranks = None, rolled_back: bool = False) -> pd.DataFrame:
+        """Columns rank, attempt, step, epoch, loss, samples, lr, outcome, staleness_min, staleness_max,
+        phase, cursor, t_ns, t_s: see `schema.STEPS`. Steps that a resumed run did again are left out, unless
+        `rolled_back`.
+        """
+        frame = self._frame("steps", rank)
+        frame["outcome"] = _categories(frame["outcome"].to_numpy(), OUTCOMES)
+        if not rolled_back and len(self.attempts) > 1:
+            frame = frame[self._valid(frame)].reset_index(drop=True)
+        return frame
+
+    def _valid(self, frame: pd.DataFrame) -> Rows:
+        """Which steps no later attempt began again."""
+        first = {key: int(steps.min()) for key, steps in frame.groupby(["rank", "attempt"])["step"]}
+        valid = np.ones(len(frame), bool)
+        step, rank, attempt = (frame[name].to_numpy() for name in ("step", "rank", "attempt"))
+        for (of_rank, again), start in first.items():
+            valid &= ~((rank == of_rank) & (attempt < again) & (step >= start))
+        return valid
+
+    def resources(self, rank: Ranks = None) -> pd.DataFrame:
+        """Columns rank, attempt, those of `schema.RESOURCES`, t_s."""
+        return self._frame("resources", rank)
+
+    def events(self, rank: Ranks = None) -> pd.DataFrame:
+        """Columns rank, attempt, t_ns, kind, text, t_s, in the order of time."""
+        frame = self._frame("events", rank)
+        for name in ("kind", "text"):
+            frame[name] = [value.decode(errors="replace") for value in frame[name]]
+        return frame.sort_values("t_ns", kind="stable", ignore_index=True)
+
+    def clock(self, rank: Ranks = None) -> pd.DataFrame:
+        """Columns rank, attempt, t_ns (corrected), offset_ns, error_ns, t_s: what times were corrected by."""
+        return self._frame("clock", rank)
+
+    def metrics(self) -> pd.DataFrame:
+        """metrics.csv, one row per evaluation; empty if there was none."""
+        import pandas as pd
+
+        path = self.folder / "metrics.csv"
+        if not path.exists():
+            return pd.DataFrame()
+        try:
+            return pd.read_csv(path)
+        except (OSError, ValueError) as error:  # pandas' own parser errors are ValueErrors
+            self._note(f"metrics.csv cannot be read ({str(error).splitlines()[0]})")
+            return pd.DataFrame()
+
+    def _frame(self, table: str, rank: Ranks, keep: Any = None) -> pd.DataFrame:
+        import pandas as pd
+
+        parts, ranks, attempts, counts = [np.zeros(0, TABLES[table])], [], [], []
+        for of_rank, attempt, block in self.blocks(table, rank):
+            block = keep(block) if keep else block
+            parts.append(block)
+            ranks.append(of_rank)
+            attempts.append(attempt)
+            counts.append(len(block))
+        columns: dict[str, Any] = {
+            "rank": np.repeat(np.array(ranks, np.int32), counts),
+            "attempt": np.repeat(np.array(attempts, np.int16), counts),
+        }
+        for name in TABLES[table].names or ():
+            columns[name] = np.concatenate([part[name] for part in parts])
+        for name in TIMES:
+            if name in columns:
+                columns[name.replace("_ns", "_s")] = (columns[name] - self.start_ns) / 1e9
+        return pd.DataFrame(columns)
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+def _folder_of(path: Path) -> Path:
+    if not path.exists():
+        raise TraceError(f"{path}: there is no such run folder")
+    folder = path if path.is_dir() else path.parent
+    if folder.name == "trace" and not (folder / "trace").exists():
+        folder = folder.parent
+    if not (folder / "trace").is_dir() and not (folder / "job.toml").exists():
+        raise TraceError(
+            f"{path}: this is no run folder (it has neither trace/ nor job.toml); give a folder runs/..."
+        )
+    return folder
+
+
+def _categories(codes: Rows, names: Sequence[str]) -> Any:
+    import pandas as pd
+
+    known: np.ndarray[Any, np.dtype[np.int64]] = np.where(codes <= len(names), codes.astype(np.int64) - 1, -1)
+    return pd.Categorical.from_codes(known, categories=list(names))
+
+
+def _name(ranks: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "ranks 0-2, 5"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {text}"

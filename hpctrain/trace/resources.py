@@ -1,0 +1,97 @@
+"""Samples what this process and its node use, now and then, in a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from hpctrain.trace.recorder import Recorder
+
+Gpu = Callable[[], tuple[float, int]]
+
+
+class Sampler:
+    """Records CPU, memory, network and GPU use into `recorder` every `seconds`. Makes no MPI call.
+
+    `gpu`: the UUID of this rank's device (a string beginning "GPU-"; what CUDA_VISIBLE_DEVICES cannot
+    renumber), or its index as the driver counts; None: no device. Where the driver cannot be asked (no
+    pynvml) -1 is recorded.
+    """
+
+    def __init__(self, recorder: Recorder, seconds: float = 1.0, gpu: str | int | None = None) -> None:
+        self.recorder = recorder
+        self.seconds = seconds
+        self.gpu = gpu
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start sampling, at once. The thread ends with the process, if not before."""
+        if self._thread is None:
+            self._ended.clear()
+            self._thread = threading.Thread(target=self._run, name="hpctrain-resources", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Take a last sample and end the thread."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._ended.set()
+            thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        import psutil
+
+        process = psutil.Process()
+        process.cpu_percent()  # the first answer is always 0: it has nothing to compare with
+        ask_gpu = _open_gpu(self.gpu)
+        self._ended.wait(min(0.05, self.seconds))
+        try:
+            while True:
+                self._sample(psutil, process, ask_gpu)
+                if self._ended.is_set():
+                    return
+                self._ended.wait(self.seconds)
+        except Exception as error:  # a measurement that fails must not end a training, nor pass unseen
+            self.recorder.event("resources", f"sampling stopped: {type(error).__name__}: {error}")
+
+    def _sample(self, psutil: Any, process: Any, ask_gpu: Gpu) -> None:
+        with process.oneshot():
+            cpu, resident = process.cpu_percent(), process.memory_info().rss
+        net_in = net_out = 0
+        for name, card in psutil.net_io_counters(pernic=True, nowrap=False).items():
+            if name != "lo":
+                net_in += card.bytes_recv
+                net_out += card.bytes_sent
+        self.recorder.resource(cpu, resident, net_in, net_out, *ask_gpu())
+
+
+def _no_gpu() -> tuple[float, int]:
+    return -1.0, -1
+
+
+def _open_gpu(gpu: str | int | None) -> Gpu:
+    """A function that gives (% busy, bytes used) of the device; (-1, -1) where that cannot be learnt."""
+    if gpu is None:
+        return _no_gpu
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        by_uuid = isinstance(gpu, str)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(gpu) if by_uuid else pynvml.nvmlDeviceGetHandleByIndex(gpu)
+    except Exception:  # no module, no driver, no such device
+        return _no_gpu
+
+    def ask() -> tuple[float, int]:
+        try:
+            busy = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+        except pynvml.NVMLError:  # a MIG slice does not tell
+            busy = -1.0
+        try:
+            return busy, int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+        except pynvml.NVMLError:
+            return busy, -1
+
+    return ask

@@ -1,0 +1,201 @@
+"""Writes a rank's trace: one HDF5 file that readers may open while it grows (SWMR) and that survives kill -9.
+
+In SWMR mode nothing can be created any more, only appended to: so every dataset and attribute exists from the
+start, and strings are of fixed length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpctrain.errors import TraceError
+from hpctrain.trace.recorder import Recorder
+from hpctrain.trace.schema import SCHEMA_VERSION, TABLES, Kind
+
+# Rows per chunk. A flush writes the last chunk anew, so rows that come slowly get small ones.
+CHUNK_ROWS = {"spans": 4096, "steps": 512, "resources": 256, "events": 64, "clock": 128}
+_FILE_NAME = re.compile(r"rank_(\d{5,})(?:\.(\d+))?\.h5")
+
+
+def trace_path(folder: Path | str, rank: int, attempt: int = 1) -> Path:
+    """The trace file of a rank in the run folder; `attempt` counts from 1, each resumption is one more."""
+    suffix = f".{attempt}.h5" if attempt > 1 else ".h5"
+    return Path(folder) / "trace" / f"rank_{rank:05d}{suffix}"
+
+
+def trace_files(folder: Path | str) -> dict[tuple[int, int], Path]:
+    """The trace files of the run folder by (attempt, rank), in that order."""
+    found = {}
+    trace = Path(folder) / "trace"
+    for path in trace.iterdir() if trace.is_dir() else ():
+        match = _FILE_NAME.fullmatch(path.name)
+        if match:
+            found[int(match[2] or 1), int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def next_attempt(folder: Path | str) -> int:
+    """The number of the attempt about to begin in this run folder: 1 in a new one. Not collective."""
+    return max((attempt for attempt, _ in trace_files(folder)), default=0) + 1
+
+
+class TraceWriter:
+    """Appends what `recorder` holds to `path` whenever `flush_seconds` have passed.
+
+    `attributes`: rank, size, host, node, role, device, job (TOML text), attempt, library versions: str, int,
+    float or bool. The file bears its name only once it can be read. Raises TraceError if it cannot be made.
+    If it cannot be written later (a full disk), one line goes to stderr, `stopped` says why, and the run goes
+    on untraced. Not collective; call every method from the thread of lane 0.
+    """
+
+    def __init__(
+        self, path: Path | str, recorder: Recorder, attributes: Mapping[str, Any], flush_seconds: float = 2.0
+    ) -> None:
+        self.path = Path(path)
+        self.recorder = recorder
+        self.stopped: str | None = None
+        self._interval = int(flush_seconds * 1e9)
+        self._due = recorder.now() + self._interval
+        self._file: Any = None
+        self._tables: dict[str, Any] = {}
+        self._create({**attributes, "schema_version": SCHEMA_VERSION})
+
+    def _create(self, attributes: Mapping[str, Any]) -> None:
+        import h5py
+
+        if self.path.exists():
+            raise TraceError(
+                f"{self.path}: this trace exists already; a resumed run must write the next attempt"
+            )
+        unfinished = self.path.with_name(self.path.name + ".part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = h5py.File(unfinished, "w", libver="latest", locking="best-effort")
+            for name, value in attributes.items():
+                self._file.attrs[name] = _attribute(value)
+            # The same moment by the trace's clock and by the calendar: aligns attempts, whose clocks may
+            # differ.
+            self._file.attrs["clock_ns"], self._file.attrs["unix_ns"] = self.recorder.now(), time.time_ns()
+            for name, dtype in TABLES.items():
+                chunk = (CHUNK_ROWS[name],)
+                self._tables[name] = self._file.create_dataset(
+                    name, (0,), dtype, maxshape=(None,), chunks=chunk
+                )
+            self._file.swmr_mode = True
+            self._file.flush()
+            os.replace(unfinished, self.path)
+        except (OSError, RuntimeError) as error:
+            self._abandon()
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            raise TraceError(
+                f"{self.path}: the trace cannot be written here ({_reason(error)}); "
+                "make room or choose another place (output = ...), or set trace.enabled = false"
+            ) from None
+
+    def maybe_flush(self, now_ns: int) -> bool:
+        """Flush if it is due; True if it did. Costs next to nothing when it is not: call it every step."""
+        if now_ns < self._due:
+            return False
+        self.flush()
+        return True
+
+    def flush(self) -> None:
+        """Append everything recorded and hand it to the file system. Is itself a span of kind trace."""
+        recorder = self.recorder
+        recorder.open(Kind.TRACE, recorder.now())
+        try:
+            self._append()
+        finally:
+            now = recorder.now()
+            recorder.close(now)
+            self._due = now + self._interval
+
+    def close(self) -> None:
+        """Flush and close the file. Spans still open are lost; call it again as you like."""
+        if self._file is not None:
+            self.flush()
+            self._append()  # the span of that flush
+        if self._file is not None:
+            try:
+                self._file.close()
+            except (OSError, RuntimeError) as error:
+                self._stop(error)
+            self._file, self._tables = None, {}
+
+    def _append(self) -> None:
+        rows = self.recorder.drain()  # even when stopped: memory must not grow
+        if self._file is None:
+            return
+        try:
+            for name, table in self._tables.items():
+                block = rows[name]
+                if len(block):
+                    end = table.shape[0]
+                    table.resize(end + len(block), axis=0)
+                    table[end:] = block
+                    table.flush()
+        except (OSError, RuntimeError) as error:
+            self._stop(error)
+
+    def _stop(self, error: Exception) -> None:
+        self.stopped = f"{self.path}: the trace ends here ({_reason(error)}); the run goes on without it"
+        print(f"hpctrain: {self.stopped}", file=sys.stderr, flush=True)
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Leave the file as a killed rank would. HDF5 crashes the process when it cannot write what it still
+        holds (at the latest at exit), so from here on it writes into memory that nobody reads.
+        """
+        file, self._file, self._tables = self._file, None, {}
+        if file is None:
+            return
+        try:
+            sink = os.memfd_create("hpctrain-trace")
+            os.dup2(sink, file.id.get_vfd_handle())
+            os.close(sink)
+            file.close()
+        except (OSError, RuntimeError, ValueError):
+            pass  # already said that the trace has ended
+
+
+def _attribute(value: Any) -> Any:
+    """Strings as fixed-length UTF-8; HDF5 has no empty ones: a zero byte, which reads back as empty."""
+    return np.bytes_(value.encode() or b"\0") if isinstance(value, str) else value
+
+
+def _reason(error: Exception) -> str:
+    number = getattr(error, "errno", None)
+    if number is None:
+        match = re.search(r"errno = (\d+)", str(error))
+        number = int(match[1]) if match else None
+    return os.strerror(number) if number else str(error).splitlines()[0]
+
+
+def link_ranks(folder: Path | str) -> Path:
+    """Write `trace.h5`, which links the files of all ranks present: /rank_00003, /rank_00003.2 ...; its path.
+
+    For one rank to call, once all have made their TraceWriter (or at any later time). Raises TraceError.
+    """
+    import h5py
+
+    path = Path(folder) / "trace.h5"
+    unfinished = path.with_name("trace.h5.part")
+    try:
+        with h5py.File(unfinished, "w", libver="latest", locking="best-effort") as file:
+            file.attrs["schema_version"] = SCHEMA_VERSION
+            for target in trace_files(folder).values():
+                file[target.name.removesuffix(".h5")] = h5py.ExternalLink(f"trace/{target.name}", "/")
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:
+        raise TraceError(f"{path}: cannot be written ({_reason(error)})") from None
+    return path

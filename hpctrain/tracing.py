@@ -1,0 +1,116 @@
+"""A run's trace on this rank: recorder, file, sampler and clock measurements, begun and ended together."""
+
+from __future__ import annotations
+
+import platform
+import socket
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hpctrain.comm.base import Communicator, Tag
+from hpctrain.trace.resources import Sampler
+from hpctrain.trace.writer import TraceWriter, link_ranks, next_attempt, trace_path
+
+if TYPE_CHECKING:
+    from hpctrain.job import Job
+    from hpctrain.prepare import Prepared
+
+LIBRARIES = ("torch", "numpy", "mpi4py", "h5py", "cupy")
+PINGS = 8
+
+
+class Tracing:
+    """See `begin`. Without traces every method does nothing."""
+
+    def __init__(self, comm: Communicator, folder: Path) -> None:
+        self._comm, self._folder = comm, folder
+        self._writer: TraceWriter | None = None
+        self._sampler: Sampler | None = None
+
+    @classmethod
+    def begin(cls, job: Job, comm: Communicator, folder: Path, prepared: Prepared) -> Tracing:
+        """Open this rank's file. Not collective; raises TraceError. Virtual ranks only record."""
+        tracing = cls(comm, folder)
+        if job.trace.enabled and comm.concurrent:
+            attempt = next_attempt(folder) if comm.rank == 0 else 0
+            attempt = int(comm.broadcast_json(attempt))
+            path = trace_path(folder, comm.rank, attempt)
+            attributes = _attributes(job, comm, prepared, attempt)
+            comm.recorder.drain()  # what came before is start-up, most of it torch's import
+            tracing._writer = TraceWriter(path, comm.recorder, attributes, job.trace.flush_seconds)
+            tracing._sampler = Sampler(comm.recorder, job.trace.resources_seconds)
+            tracing._sampler.start()
+            measure_clock(comm)
+        return tracing
+
+    def tick(self) -> None:
+        """Flush if it is due; cheap if not."""
+        if self._writer is not None:
+            self._writer.maybe_flush(self._comm.now())
+
+    def finish(self) -> None:
+        """Measure clocks once more and join the ranks' files in trace.h5. Collective."""
+        if self._writer is None:
+            return
+        measure_clock(self._comm)
+        self.close()
+        self._comm.barrier()
+        if self._comm.rank == 0:
+            link_ranks(self._folder)
+
+    def close(self) -> None:
+        """Write what there is and close the file; harmless if it is closed. Not collective."""
+        if self._sampler is not None:
+            self._sampler.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def measure_clock(comm: Communicator) -> None:
+    """Record this rank's offset to rank 0's clock, by the quickest of a few round trips (Cristian 1989). Collective."""
+    stamp, answer = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    if comm.rank == 0:
+        comm.recorder.clock(0, 0)
+        for rank in range(1, comm.size):
+            for _ in range(PINGS):
+                comm.recv(stamp, rank, Tag.CLOCK)
+                answer[0] = comm.now()
+                comm.send(answer, rank, Tag.CLOCK)
+        return
+    best = (2**62, 0)
+    for _ in range(PINGS):
+        before = comm.now()
+        comm.send(stamp, 0, Tag.CLOCK)
+        comm.recv(answer, 0, Tag.CLOCK)
+        after = comm.now()
+        best = min(best, (after - before, int(answer[0]) - (before + after) // 2))
+    comm.recorder.clock(best[1], best[0] // 2)
+
+
+def _attributes(job: Job, comm: Communicator, prepared: Prepared, attempt: int) -> dict[str, Any]:
+    from hpctrain.comm import mpi
+
+    versions = {name: _version(name) for name in LIBRARIES}
+    return {
+        "rank": comm.rank,
+        "size": comm.size,
+        "host": socket.gethostname(),
+        "node": comm.nodes[comm.rank],
+        "role": prepared.roles[0].of(comm.rank).value,
+        "device": str(prepared.device),
+        "job": job.dump(),
+        "attempt": attempt,
+        "python": platform.python_version(),
+        "mpi": mpi.library(),
+        **{name: text for name, text in versions.items() if text},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

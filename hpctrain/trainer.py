@@ -1,0 +1,146 @@
+"""A worker's loop in one phase: batches, gradients, the strategy's step, and what the step asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hpctrain.data.loader import Batch, Loader
+from hpctrain.errors import HpctrainError
+from hpctrain.replica import Buckets
+
+from hpctrain.strategies.base import Outcome, Phase, Strategy
+
+if TYPE_CHECKING:
+    from hpctrain.launch import Session
+
+
+class Attendant(Protocol):
+    """Who carries out what steps ask for, and keeps the books (the session)."""
+
+    def stepped(self, trainer: Trainer, outcome: Outcome, loss: float, samples: int) -> bool:
+        """After every step. True if the phase ends here."""
+
+
+@dataclass
+class Trainer:
+    """Built per phase on every worker. `slow`: how many times slower this rank is to pretend to be."""
+
+    phase: Phase
+    strategy: Strategy
+    loader: Loader
+    attendant: Attendant
+    batch_size: int
+    move: Callable[[Batch], Batch]
+    slow: float = 1.0
+    check_gradient: bool = False
+    steps: int = 0
+    _ended: bool = False
+    _batch: Batch | None = None
+    _left: int = 0
+    _samples: int = 0
+    _loss: float = 0.0
+    _forward: AbstractContextManager[Any] | None = None
+    _started: int = 0
+    _buckets: Buckets | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        if self.strategy.bucket_bytes:
+            self._buckets = Buckets(self.phase.replica, self.strategy.bucket_bytes, self.strategy.ready)
+
+    def batches(self) -> Iterator[Batch]:
+        """This worker's micro-batches until the phase ends; `step` must be called once for each."""
+        phase, worker = self.phase, self.phase.worker_index
+        workers = len(phase.roles.workers)
+        while not self._ended:
+            bounds = self.loader.bounds(phase.cursor, phase.batch * workers, workers)
+            phase.round_end = bounds[-1]
+            pieces = self._pieces(bounds[worker], bounds[worker + 1])
+            self.strategy.before()
+            phase.replica.gradient.zero_()
+            self._left, self._samples, self._loss = len(pieces), 0, 0.0
+            for index, (start, stop) in enumerate(pieces):
+                yield self._take(start, stop, pieces[index + 1 :])
+                if self._batch is not None:
+                    raise HpctrainError("step(loss) was not called for the last batch; call it once per batch")
+            if not pieces:
+                self._finish()
+        if self._buckets is not None:
+            self._buckets.remove()
+
+    def end(self) -> None:
+        """There is nothing (more) to do in this phase."""
+        self._ended = True
+
+    def _pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+        return [(a, min(stop, a + self.batch_size)) for a in range(start, stop, self.batch_size)]
+
+    def _take(self, start: int, stop: int, following: list[tuple[int, int]]) -> Batch:
+        with self.phase.comm.span("data"):
+            batch = self.move(self.loader.take(start, stop))
+            self._ask_ahead(following)
+        self._batch = batch
+        self._started = self.phase.comm.now()
+        self._forward = self.phase.comm.span("forward")
+        self._forward.__enter__()
+        return batch
+
+    def _ask_ahead(self, following: list[tuple[int, int]]) -> None:
+        """What comes next as far as one can tell: the rest of this round, then the next one."""
+        phase, workers = self.phase, len(self.phase.roles.workers)
+        if not following:
+            bounds = self.loader.bounds(phase.round_end, phase.batch * workers, workers)
+            following = self._pieces(bounds[phase.worker_index], bounds[phase.worker_index + 1])
+        for start, stop in following:
+            self.loader.request(start, stop)
+
+    def step(self, loss: Tensor) -> None:
+        """Backward of a micro-batch's mean loss; after the last one of the round, the strategy's step."""
+        batch, self._batch = self._batch, None
+        if batch is None or self._forward is None:
+            raise HpctrainError("step(loss) was called without a batch; call it once for each of batches()")
+        self._forward.__exit__(None, None, None)
+        self._left -= 1
+        if self._buckets is not None and self._left == 0:
+            self._buckets.arm()
+        with self.phase.comm.span("backward"):
+            scale = batch.size / self.phase.batch
+            (loss if scale == 1.0 else loss * scale).backward()
+        self._samples += batch.size
+        self._loss += float(loss.detach()) * batch.size
+        self._dawdle()
+        if self._left == 0:
+            self._finish()
+
+    def _dawdle(self) -> None:
+        if self.slow > 1.0:
+            took = (self.phase.comm.now() - self._started) / 1e9
+            self.phase.comm.sleep((self.slow - 1.0) * took)
+
+    def _finish(self) -> None:
+        replica, samples = self.phase.replica, self._samples
+        replica.check()
+        loss = self._loss / samples if samples else 0.0
+        if self.check_gradient and not torch.isfinite(torch.linalg.vector_norm(replica.gradient, torch.inf)):
+            loss = float("nan")
+        if self._buckets is not None:
+            self._buckets.flush()
+        self.phase.step = self.steps
+        outcome = self.strategy.step(samples, loss)
+        self.steps += 1
+        self._ended = self.attendant.stepped(self, outcome, loss, samples)
+
+
+def fit(session: Session) -> None:
+    """The standard loop."""
+    for batch in session.batches():
+        with session.autocast():
+            loss = session.loss(session.model(batch.inputs), batch.targets)
+        session.step(loss)
+
+

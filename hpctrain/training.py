@@ -1,0 +1,86 @@
+"""What `hpctrain train` and `hpctrain evaluate` do."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpctrain.cluster import launched_rank
+from hpctrain.comm.connect import report
+from hpctrain.errors import CheckpointError, HpctrainError
+
+if TYPE_CHECKING:
+    from hpctrain.job import Job
+
+INTERRUPTED = 130
+
+
+def main(load: Callable[[], tuple[Job, str | None]]) -> int:
+    """Train on the ranks that the launcher started; the exit status of this rank.
+
+    `load` reads the job. What is wrong with it is told after MPI has started, before torch is imported: a rank
+    that ends before MPI_Init while another enters it leaves that one waiting for ever (MPICH's launcher), and
+    one that ends with a status while rank 0 has not spoken has rank 0 killed (Open MPI's).
+    """
+    error: HpctrainError | None = None
+    job, resume = None, None
+    try:
+        job, resume = load()
+    except HpctrainError as mistake:
+        error = mistake
+    rank = launched_rank(os.environ)
+    try:
+        from hpctrain.comm.connect import connect
+
+        comm = connect(job)
+        rank = comm.rank
+        errors = comm.gather_json(str(error) if error is not None else None)
+        first = next((text for text in errors if text is not None), None)
+        if first is not None:
+            raise HpctrainError(first)
+        from hpctrain.launch import train
+
+        assert job is not None
+        result = train(job, comm, resume)
+    except HpctrainError as mistake:
+        return _exit(report(mistake, rank))
+    return _exit(INTERRUPTED if result.interrupted and rank == 0 else 0)
+
+
+def _exit(status: int) -> int:
+    """Give the others time to end: Open MPI's launcher tells of ranks that end with a status before others do."""
+    if status:
+        time.sleep(0.3)
+    return status
+
+
+def evaluate_run(folder: Path) -> tuple[float, float, str]:
+    """(loss, metric, the metric's name) of a run's saved model on its test samples, on this process alone."""
+    from hpctrain.checkpoint import MODEL, load_model
+    from hpctrain.comm.virtual import World
+    from hpctrain.errors import DataError
+    from hpctrain.evaluate import evaluate
+    from hpctrain.job import Job
+    from hpctrain.prepare import prepare
+
+    job = Job.load(folder / "job.toml", ["strategy.name=all_reduce", "ranks=default"])
+    tensors = load_model(folder / MODEL)
+
+    def body(comm):  # type: ignore[no-untyped-def]
+        prepared = prepare(job, comm)
+        try:
+            prepared.model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder / MODEL} is not of the job's model: {error}") from None
+        if prepared.splits.test is None:
+            raise DataError(f"data.name = {job.data.name!r} has no test samples to evaluate on")
+        return evaluate(
+            prepared.model, prepared.splits.test, prepared.loss, prepared.metric, comm, 256, prepared.move,
+            prepared.autocast,
+        )  # fmt: skip
+
+    loss, metric = World(1).run(body)[0]
+    return loss, metric, job.metric.name

@@ -1,0 +1,93 @@
+"""Fixtures for all tests. Nothing here imports torch or mpi4py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from hpctrain import launcher
+
+ROOT = Path(__file__).resolve().parent.parent
+Mpirun = Callable[..., "Ended"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A launched program that has ended: its status and what it printed."""
+
+    status: int
+    out: str
+    err: str
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def mpi() -> launcher.Mpi:
+    """The mpiexec of the MPI that mpi4py loads here."""
+    return launcher.find_mpiexec()
+
+
+@pytest.fixture
+def mpirun(mpi: launcher.Mpi, tmp_path: Path) -> Mpirun:
+    """mpirun(n, program, *arguments, timeout=60, environment={}, status=0) -> Ended.
+
+    Starts `n` ranks of a Python program: a file, or its text. An exception on one rank ends them all. When it takes
+    longer, or ends with another status than the one asked for (None: any), the test fails and shows its output.
+    """
+
+    def start(
+        count: int,
+        program: Path | str,
+        *arguments: str,
+        timeout: float = 60.0,
+        environment: dict[str, str] | None = None,
+        status: int | None = 0,
+    ) -> Ended:
+        if isinstance(program, str):
+            file = tmp_path / f"program-{uuid.uuid4().hex[:8]}.py"
+            file.write_text(program)
+            program = file
+        command = [sys.executable, "-m", "mpi4py", str(program), *arguments]
+        ended = launch([*mpi.command(count), *command], mpi, count, timeout, environment)
+        if status is not None and ended.status != status:
+            pytest.fail(f"status {ended.status} instead of {status}\n{ended.out}\n{ended.err}", pytrace=False)
+        return ended
+
+    return start
+
+
+def launch(
+    argv: list[str], mpi: launcher.Mpi, count: int, timeout: float, environment: dict[str, str] | None = None
+) -> Ended:
+    """Run a launcher in a session of its own; whatever happens, none of its processes are left."""
+    mark = uuid.uuid4().hex
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    base = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(environment or {})}
+    variables = {**launcher.rank_environment(mpi.library, count, base), launcher.MARK: mark}
+    started, wall = time.monotonic(), time.time()
+    with subprocess.Popen(
+        argv,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            launcher.clear(mark, process.pid, wall)
+            out, err = process.communicate()
+            pytest.fail(f"not done after {timeout:g} s; killed\n{out}\n{err}", pytrace=False)
+        finally:
+            launcher.clear(mark, process.pid, wall)
+    return Ended(process.returncode, out, err, time.monotonic() - started)

@@ -1,0 +1,249 @@
+"""`hpctrain run` with the real mpiexec: output, status, signals, deaths, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.conftest import Mpirun
+
+from hpctrain import launcher
+
+pytestmark = pytest.mark.launch
+
+RUN = "import sys; from hpctrain.launcher import run; sys.exit(run(int(sys.argv[1]), sys.argv[2:], grace=4.0))"
+HEAD = """
+import os, signal, sys, time
+from mpi4py import MPI
+comm = MPI.COMM_WORLD
+rank = comm.rank
+folder = sys.argv[1]
+open(f"{folder}/pid.{rank}", "w").write(str(os.getpid()))
+"""
+STOPPABLE = """
+from hpctrain.interrupt import StopSignals
+with StopSignals() as stop:
+    asked = 0
+    comm.Barrier()
+    open(f"{folder}/ready.{rank}", "w").close()
+    while not asked:
+        time.sleep(0.02)
+        asked = comm.allreduce(stop.asked, MPI.MAX)
+    time.sleep(float(sys.argv[2]))          # a checkpoint that takes its time
+    open(f"{folder}/saved.{rank}", "w").close()
+    comm.Barrier()
+    if rank == 0:
+        stop.say("stopped, saved")
+    comm.Barrier()
+MPI.Finalize()
+sys.exit(130 if rank == 0 else 0)
+"""
+STUBBORN = """
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_IGN)
+window = MPI.Win.Allocate_shared(1 << 16, comm=comm)
+comm.Barrier()
+open(f"{folder}/ready.{rank}", "w").close()
+time.sleep(100)
+"""
+
+
+class Started:
+    """`hpctrain run` (or a plain mpiexec) as a process of its own."""
+
+    def __init__(self, folder: Path, argv: list[str], environment: dict[str, str]) -> None:
+        self.folder = folder
+        self.files = [open(folder / name, "w+") for name in ("out", "err")]
+        self.process = subprocess.Popen(
+            argv, env=environment, stdout=self.files[0], stderr=self.files[1], start_new_session=True
+        )
+
+    def ready(self, count: int) -> None:
+        """Until all ranks have said so."""
+        deadline = time.monotonic() + 30
+        while len(list(self.folder.glob("ready.*"))) < count:
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.02)
+
+    def end(self, seconds: float) -> int:
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"not ended within {seconds} s\n{self.text()}", pytrace=False)
+
+    def pids(self) -> list[int]:
+        return [int(file.read_text()) for file in self.folder.glob("pid.*")]
+
+    def living(self) -> list[int]:
+        """Ranks that are neither gone nor zombies."""
+        found = []
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                    found.append(pid)
+        return found
+
+    def gone(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self.living():
+            assert time.monotonic() < deadline, f"ranks left: {self.living()}"
+            time.sleep(0.05)
+
+    def text(self) -> str:
+        return "".join((self.folder / name).read_text() for name in ("out", "err"))
+
+
+Start = Callable[..., Started]
+
+
+@pytest.fixture
+def start(tmp_path: Path, mpi: launcher.Mpi) -> Iterator[Start]:
+    """start(count, body, *arguments, plain=False): through `run`, or by the bare mpiexec."""
+    began = []
+    root = str(Path(launcher.__file__).parent.parent)
+    mark = f"test-{os.getpid()}-{time.monotonic_ns()}"
+
+    def begin(count: int, body: str, *arguments: str, plain: bool = False) -> Started:
+        (tmp_path / "program.py").write_text(HEAD + body)
+        command = [sys.executable, "-m", "mpi4py", str(tmp_path / "program.py"), str(tmp_path), *arguments]
+        environment = {**os.environ, "PYTHONPATH": root, "TEST_MARK": mark}
+        argv = [sys.executable, "-c", RUN, str(count)]
+        if plain:
+            argv = mpi.command(count)
+            environment = launcher.rank_environment(mpi.library, count, environment)
+        began.append(Started(tmp_path, argv + command, environment))
+        return began[-1]
+
+    yield begin
+    for each in began:
+        for pid in [*each.living(), each.process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        each.process.wait()
+        for file in each.files:
+            file.close()
+
+
+def no_files_since(began: float) -> None:
+    """Nothing of an MPI library's is left in shared memory (within 5 s: the watcher may still be at it)."""
+    deadline = time.monotonic() + 5
+    while left := launcher.leftovers(began, launcher=0):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def test_finds_the_mpiexec_that_gives_all_ranks_one_world(mpi: launcher.Mpi, mpirun: Mpirun) -> None:
+    ended = mpirun(3, "import os; from mpi4py import MPI; os.write(1, b'%d\\n' % MPI.COMM_WORLD.size)")
+    assert ended.out.split() == ["3"] * 3
+    assert mpi.library.kind in ("mpich", "openmpi", "intel")
+
+
+def test_output_and_status_pass_through(start: Start) -> None:
+    body = "comm.Barrier()\nos.write(1, b'rank %d\\n' % rank)\nMPI.Finalize()\nsys.exit(7 if rank == 0 else 0)"
+    run = start(3, body)
+    assert run.end(30) == 7
+    assert sorted((run.folder / "out").read_text().splitlines()) == ["rank 0", "rank 1", "rank 2"]
+    assert (run.folder / "err").read_text() == ""
+
+
+def test_output_arrives_line_by_line(start: Start) -> None:
+    run = start(2, "if rank == 0: print('first', flush=True)\ncomm.Barrier()\ntime.sleep(3)")
+    deadline = time.monotonic() + 30
+    while "first" not in run.text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert run.process.poll() is None, "the line came only with the end"
+    assert run.end(30) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_lets_the_ranks_save(start: Start, number: int) -> None:
+    run = start(3, STOPPABLE, "1.0")
+    run.ready(3)
+    run.process.send_signal(number)
+    assert run.end(10) == 130
+    assert len(list(run.folder.glob("saved.*"))) == 3
+    assert (run.folder / "err").read_text() == "stopped, saved\n"
+    assert not run.living()
+
+
+def test_ctrl_c_to_the_bare_launcher_lets_the_ranks_save(start: Start) -> None:
+    run = start(3, STOPPABLE, "2.0", plain=True)
+    run.ready(3)
+    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
+    assert run.end(10) != 0
+    assert len(list(run.folder.glob("saved.*"))) == 3
+    assert run.text().count("stopped, saved\n") == 1
+    run.gone(5)
+
+
+def test_ranks_that_do_not_stop_are_killed_at_the_deadline(start: Start) -> None:
+    began = time.time()
+    run = start(3, STUBBORN)
+    run.ready(3)
+    run.process.send_signal(signal.SIGINT)
+    assert run.end(10) == 137
+    assert "were killed" in run.text()
+    assert not run.living()
+    no_files_since(began)
+
+
+def test_a_second_ctrl_c_kills_at_once(start: Start) -> None:
+    run = start(2, STUBBORN)
+    run.ready(2)
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    began = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    assert run.end(10) == 137
+    assert time.monotonic() - began < 3.5  # the grace would be 4
+    assert not run.living()
+
+
+def test_a_killed_rank_ends_all_and_is_named_once(start: Start) -> None:
+    began = time.time()
+    run = start(3, STUBBORN)
+    run.ready(3)
+    victim = int((run.folder / "pid.1").read_text())
+    os.kill(victim, signal.SIGKILL)
+    assert run.end(5) not in (0, 2, 130)
+    assert not run.living()
+    no_files_since(began)
+    lines = run.text().splitlines()
+    assert len(lines) == 1
+    assert f"PID {victim} " in lines[0]
+    assert "SIGKILL" in lines[0]
+
+
+def test_a_traceback_is_shown_without_the_launcher_s_own_words(start: Start) -> None:
+    run = start(3, "comm.Barrier()\nif rank == 1: raise ValueError('mine')\ntime.sleep(60)")
+    assert run.end(10) != 0
+    assert not run.living()
+    lines = [line for line in run.text().splitlines() if line.strip()]
+    assert lines[0].startswith("Traceback")
+    assert lines[-1] == "ValueError: mine"
+
+
+@pytest.mark.parametrize("victim", ["launcher", "run"])
+def test_no_rank_outlives_what_started_it(start: Start, victim: str) -> None:
+    began = time.time()
+    run = start(3, STUBBORN)
+    run.ready(3)
+    if victim == "run":
+        run.process.kill()
+        run.gone(4 + 5)  # the grace, and some
+    else:
+        children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()
+        names = {int(pid): Path(f"/proc/{pid}/comm").read_text().strip() for pid in children}
+        os.kill(next(pid for pid, name in names.items() if not name.startswith("python")), signal.SIGKILL)
+        assert run.end(10) == 137
+        assert not run.living()
+    no_files_since(began)
