@@ -31,9 +31,7 @@ def draw(run: Run) -> Figure:
     window = max(1, len(steps) // max(1, steps["rank"].nunique()) // 100)
     for i, (rank, mine) in enumerate(steps.groupby("rank")):
         look = {"color": COLOURS[i % 7], "linestyle": STYLES[i // 7 % 4], "linewidth": 1.3}
-        upper.plot(
-            mine["t_s"], mine["loss"].rolling(window, min_periods=1).mean(), label=f"rank {rank}", **look
-        )
+        upper.plot(mine["t_s"], mine["loss"].rolling(window, min_periods=1).mean(), label=f"rank {rank}", **look)
         lower.plot(*throughput(mine, max(2, min(60, len(mine) // 10))), marker=".", **look)
     upper.set_ylabel(f"training loss (mean of {window} steps)" if window > 1 else "training loss")
     lower.set_ylabel("throughput (samples/s)")
@@ -41,9 +39,7 @@ def draw(run: Run) -> Figure:
     lower.set_ylim(bottom=0)
     if len(steps):
         upper.legend(ncols=max(1, steps["rank"].nunique() // 8), loc="upper right")
-    figure.suptitle(
-        "\n".join([run.folder.resolve().name, *(f"note: {note}" for note in run.notes[:4])]), fontsize=9
-    )
+    figure.suptitle("\n".join([run.folder.resolve().name, *(f"note: {note}" for note in run.notes[:4])]), fontsize=9)
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
     return figure

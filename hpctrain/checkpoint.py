@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -53,30 +53,35 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     }
     path = folder / "checkpoints" / f"{checkpoint.progress['cursor']:012d}.safetensors"
     _write(path, tensors, {"hpctrain": json.dumps(head)})
-    for old in list_checkpoints(folder)[:-keep]:
-        old.unlink(missing_ok=True)
+    with suppress(OSError):  # what cannot be removed harms nobody
+        for old in list_checkpoints(folder)[:-keep]:
+            old.unlink(missing_ok=True)
     return path
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Those of a run folder, oldest first."""
-    return sorted((folder / "checkpoints").glob("*.safetensors"))
+    found = [path for path in (folder / "checkpoints").glob("*.safetensors") if path.stem.isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem))
 
 
 def load_checkpoint(path: Path, fingerprint: str, names: Mapping[str, tuple[int, ...]]) -> Checkpoint:
     """Read one, checking that it is whole and of this model (`names`: parameter shapes). CheckpointError if not."""
     head, tensors = _read(path)
-    if head.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of hpctrain (or of another version of it)")
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of hpctrain (or one of another version of it); remove it")
     parameters = _below(tensors, "parameter/")
-    if head["fingerprint"] != fingerprint:
-        raise CheckpointError(f"{path} is a checkpoint of another model: {_difference(parameters, names)}")
-    numbers = head["state"]
-    state = State(0, numbers["high"], {}, {}, numbers["groups"], numbers["counters"], numbers["rule"])
-    for name, tensor in _below(tensors, "state/").items():
-        state.place(name, as_array(tensor))
-    workers = [_below(tensors, f"worker/{index}/") for index in range(head["workers"])]
-    return Checkpoint(fingerprint, parameters, state, workers, head["progress"])
+    try:
+        if head["fingerprint"] != fingerprint:
+            raise CheckpointError(f"{path} is a checkpoint of another model: {_difference(parameters, names)}")
+        numbers = head["state"]
+        state = State(0, numbers["high"], {}, {}, numbers["groups"], numbers["counters"], numbers["rule"])
+        for name, tensor in _below(tensors, "state/").items():
+            state.place(name, as_array(tensor))
+        workers = [_below(tensors, f"worker/{index}/") for index in range(head["workers"])]
+        return Checkpoint(fingerprint, parameters, state, workers, head["progress"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint of hpctrain: its header lacks {error}; remove it") from None
 
 
 def save_model(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
@@ -98,11 +103,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
+    except (SafetensorError, ValueError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); remove it") from None
     try:
         return json.loads(metadata.get("hpctrain", "{}")), tensors
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path} was not written by hpctrain: its header cannot be read") from None
 
 
@@ -111,13 +118,27 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+        beside.touch()
+        mode = beside.stat().st_mode & 0o777
         save_file(whole, beside, metadata)
+        beside.chmod(mode)  # safetensors lets nobody else read it, whatever the umask says
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+        _settle(path.parent)
     except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written ({error}); free space or mend permissions") from None
+
+
+def _settle(folder: Path) -> None:
+    """Have the new name on the disk as well: else a file of the old name may be gone after a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -131,6 +152,6 @@ def _difference(found: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]
         if tuple(found[name].shape) != tuple(shape):
             return f"its {name} is {tuple(found[name].shape)}, this model's {tuple(shape)}"
     extra = [name for name in found if name not in wanted]
-    return f"its parameter {extra[0]} is not in this model" if extra else "the precision differs"
-
-
+    if extra:
+        return f"its parameter {extra[0]} is not in this model"
+    return "the precision, or the order or groups of the optimizer's parameters, differ"

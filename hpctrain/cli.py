@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from hpctrain.job import Job
 
 DESCRIPTION = "Train PyTorch models on MPI and Slurm clusters with whichever way of synchronising is fastest there."
-INTERRUPTED = 130
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's mistake, 130 after an interruption."""
@@ -59,8 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     trace.set_defaults(command=_trace)
     bench = commands.add_parser("bench", help="measure this machine: all-reduce, synchronous step, virtual ranks")
-    bench.add_argument("what", nargs="?", default="all", choices=["all", "all_reduce", "step", "virtual"])
-    bench.add_argument("-n", type=int, default=2, metavar="N", help="ranks (default 2)")
+    bench.add_argument("what", nargs="?", default="all", choices=["all", "all_reduce", "step", "virtual", "trace"])
+    bench.add_argument("-n", type=int, default=2, metavar="N", help="how many ranks to start (default 2)")
+    bench.add_argument("--json", metavar="FILE", help="write the figures to FILE, too")
     bench.set_defaults(command=_bench)
     job = commands.add_parser("job", help="about job files")
     about = job.add_subparsers(required=True, metavar="ACTION")
@@ -135,16 +134,22 @@ def _trace(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from hpctrain.bench import main
+    from hpctrain import bench, launcher
 
-    return main(options.what, options.n)
+    if not bench.wants_ranks(options.what, os.environ):
+        return bench.main(options.what, options.json)
+    bench.check_path(options.json)
+    command = [sys.executable, "-m", "hpctrain", "bench", options.what]
+    if options.json is not None:
+        command.append(f"--json={options.json}")
+    return launcher.run(options.n, command)
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from hpctrain.explain import explain, markdown, text
+    from hpctrain.explain import as_markdown, as_text, explain
 
     rows = [row for row in explain() if row.key.startswith(options.key)]
-    print(markdown(rows) if options.markdown else text(rows))
+    print(as_markdown(rows) if options.markdown else as_text(rows))
     return 0
 
 

@@ -57,9 +57,7 @@ def _last_of_each_node_in_turn(nodes: Sequence[int]) -> list[int]:
         left.setdefault(node, []).append(rank)
     order: list[int] = []
     while any(left.values()):
-        for node in sorted(left, reverse=True):
-            if left[node]:
-                order.append(left[node].pop())
+        order += [left[node].pop() for node in sorted(left, reverse=True) if left[node]]
     return order
 
 
@@ -69,7 +67,7 @@ def local_cores(cores: int, local_size: int, threads: int | str) -> int:
 
 
 def device_for(wanted: str, local_rank: int, gpus: int) -> str:
-    """"cpu" or "cuda:i": ranks of a node take its GPUs in turn. Raises ClusterError where there is none."""
+    """The name "cpu" or "cuda:i": ranks of a node take its GPUs in turn. Raises ClusterError where there is none."""
     if wanted == "cpu" or (wanted == "auto" and gpus == 0):
         return "cpu"
     if gpus == 0:

@@ -2,7 +2,12 @@
 
 
 class HpctrainError(Exception):
-    """A mistake that the user can mend: the message says what, where, what was expected and what to do."""
+    """A mistake that the user can mend: the message says what, where, what was expected and what to do.
+
+    `everywhere`: all ranks of the run raise it, so that none of them waits for another.
+    """
+
+    everywhere = False
 
 
 class JobError(HpctrainError):

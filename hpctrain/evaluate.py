@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hpctrain.comm.base import Communicator
 from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.order import Order
+from hpctrain.data.splits import make_order
 
 Loss = Callable[..., Tensor]
 Metric = Callable[..., Any]
@@ -37,17 +38,16 @@ def evaluate(
 
     Leaves the model's mode, gradients and torch's random state as they were.
     """
-    length = len(dataset)
-    start, stop = length * comm.rank // comm.size, length * (comm.rank + 1) // comm.size
+    order = make_order(dataset, shuffle=False)
     sums = np.zeros(3, np.float64)
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     random = torch.get_rng_state()
     model.eval()
-    loader = Loader(dataset, Order(length, 0, shuffle=False), threads=0)
+    loader = Loader(dataset, order, threads=0)
     try:
         with torch.no_grad():
-            for first in range(start, stop, batch_size):
-                batch = move(loader.take(first, min(stop, first + batch_size)))
+            for start, stop in _share(loader, order, comm, batch_size):
+                batch = move(loader.take(start, stop))
                 with precision():
                     outputs = model(batch.inputs)
                     value = loss(outputs, batch.targets)
@@ -55,7 +55,23 @@ def evaluate(
                 sums += batch.size * np.array([float(value), float(measured), 1.0])
     finally:
         loader.close()
-        model.train(training)
+        for module, training in modes:  # not all alike where a user keeps some layers in evaluation mode
+            module.training = training
         torch.set_rng_state(random)
     comm.all_reduce(sums)
     return float(sums[0] / sums[2]), float(sums[1] / sums[2])
+
+
+def _share(loader: Loader, order: Order, comm: Communicator, batch_size: int) -> Iterator[tuple[int, int]]:
+    """This worker's batches of one pass: a stretch of its own; of a stream that does not know its length, in turn."""
+    if order.length is not None:
+        low, high = order.length * comm.rank // comm.size, order.length * (comm.rank + 1) // comm.size
+        for start in range(low, high, batch_size):
+            yield start, min(high, start + batch_size)
+        return
+    cursor = 0
+    while cursor < order.epoch_end(0):  # far away, until its end was seen
+        bounds = loader.bounds(cursor, batch_size * comm.size, comm.size)
+        if bounds[comm.rank] < bounds[comm.rank + 1]:
+            yield bounds[comm.rank], bounds[comm.rank + 1]
+        cursor = bounds[-1]

@@ -63,11 +63,7 @@ def _choice(choice: type[Choice], key: str) -> Iterator[Row]:
         yield Row(key, "table", '{name = "all_reduce"}', "", f"{what} in this phase: the keys of strategy")
         return
     default = value_text(choice.DEFAULT) if choice is StrategySpec else "none"
-    text = (
-        f"{what}; not together with phases"
-        if choice is StrategySpec
-        else f"{what}; none in the last: the run's end"
-    )
+    text = f"{what}; not together with phases" if choice is StrategySpec else f"{what}; none in the last: the run's end"
     yield Row(f"{key}.{choice.KEY}", "text", default, _listed(names), text)
     for name in names:
         options = options_class(registry.resolve(choice.KIND, name))

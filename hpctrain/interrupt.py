@@ -16,10 +16,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PATIENCE = 1.0  # seconds beyond twice the longest step
 PRTE_NAMES = {"mpirun", "mpiexec", "prterun", "prte", "prted"}
 # A process of its own, so that it outlives the rank. Its standard input ends when the rank is done, or gone.
 WATCHDOG = """
@@ -52,6 +54,9 @@ class StopSignals:
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._former: dict[int, Any] = {}
         self._lock = threading.Lock()
+        self._heeded = False
+        self._last = 0.0  # when the newest step ended
+        self._longest = 0.0
 
     def __enter__(self) -> Self:
         self._pipe, write = os.pipe()
@@ -74,6 +79,21 @@ class StopSignals:
         self._thread.join()
         os.close(self._pipe)
         self.release()
+
+    def stepped(self) -> None:
+        """A step has ended. Once this is called, a held launcher is let go when steps no longer come.
+
+        For prterun sends SIGTERM not only after a Ctrl-C but also when a rank has failed; then the others wait
+        for it for ever, and must not keep the launcher from ending them.
+        """
+        now = time.monotonic()
+        if self._last:
+            self._longest = max(self._longest, now - self._last)
+        self._last = now
+
+    def heed(self) -> None:
+        """All ranks have agreed to stop: from here on saving may take up to `limit`."""
+        self._heeded = True
 
     @property
     def held(self) -> bool:
@@ -115,11 +135,35 @@ class StopSignals:
 
     def _hold(self, launcher: int) -> None:
         with self._lock:
-            if self._watchdog is not None or os.getppid() != launcher:
+            if self._watchdog is not None or os.getppid() != launcher or _has_lost_a_rank(launcher):
                 return
             os.kill(launcher, signal.SIGSTOP)
             argv = [sys.executable, "-S", "-E", "-c", WATCHDOG, str(launcher), str(self.limit)]
             self._watchdog = subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True)
+        threading.Thread(target=self._guard, name="stop-signals-guard", daemon=True).start()
+
+    def _guard(self) -> None:
+        """Let the launcher go if no step ends any more."""
+        while self.held and not self._heeded:
+            if self._last and time.monotonic() - self._last > PATIENCE + 2 * self._longest:
+                self.release()
+            time.sleep(0.05)
+
+
+def _has_lost_a_rank(launcher: int) -> bool:
+    """Whether a rank below that daemon has ended: then it is about to kill the others, and shall."""
+    wanted = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "0"))
+    living = 0
+    try:
+        for task in os.listdir(f"/proc/{launcher}/task"):
+            with open(f"/proc/{launcher}/task/{task}/children") as file:
+                children = file.read().split()
+            for child in children:
+                with contextlib.suppress(OSError), open(f"/proc/{child}/environ", "rb") as file:
+                    living += b"OMPI_COMM_WORLD_LOCAL_RANK=" in file.read()  # of a zombie it is empty
+    except OSError:  # not every kernel lists children
+        return False
+    return living < wanted
 
 
 def _name(pid: int) -> str:

@@ -71,9 +71,7 @@ class Job(Table):
     data: Data = Field(default_factory=Data, description=Data.__doc__)
     loss: Loss = Field(default_factory=Loss, description=Loss.__doc__)
     metric: Metric = Field(default_factory=Metric, description=Metric.__doc__)
-    optimizer: Optimizer = Field(
-        default_factory=lambda: Optimizer.model_validate({}), description=Optimizer.__doc__
-    )
+    optimizer: Optimizer = Field(default_factory=lambda: Optimizer.model_validate({}), description=Optimizer.__doc__)
     train: Train = Field(default_factory=lambda: Train.model_validate({}), description=Train.__doc__)
     strategy: StrategySpec | None = Field(
         default=None,
@@ -118,7 +116,7 @@ class Job(Table):
         """As `plain`, but with the objects themselves where names cannot be imported."""
         tables = self.plain()
         specs = [(tables[name], getattr(self, name)) for name in tables if isinstance(tables[name], dict)]
-        specs += [(tables["optimizer"]["schedule"], self.optimizer.schedule)]
+        specs += [(tables["optimizer"].get(key), getattr(self.optimizer, key)) for key in ("schedule", "groups")]
         for table, phase in zip(tables.get("phases", []), self.phases or [], strict=True):
             specs += [(table["strategy"], phase.strategy), (table.get("until"), phase.until)]
         for table, spec in specs:

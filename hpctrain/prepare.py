@@ -12,17 +12,19 @@ import torch
 from torch import nn
 
 from hpctrain import registry
-from hpctrain.cluster import Roles, assign_roles, device_for, local_cores
+from hpctrain.batchnorm import BatchNorms
+from hpctrain.cluster import Roles, device_for, local_cores
 from hpctrain.comm.base import Communicator
+from hpctrain.comm.gpu import usable_gpus
 from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.order import Order
 from hpctrain.data.splits import Splits, load_data, make_order
-from hpctrain.errors import ClusterError, DataError, ModelError
-from hpctrain.job import Job, check_ranks
+from hpctrain.errors import ClusterError, DataError, JobError, ModelError
+from hpctrain.job import Job
 from hpctrain.optimizer import OptimizerChoice
 from hpctrain.replica import Replica
-from hpctrain.schedule import Conductor, Course, RunClock, run_total
-from hpctrain.strategies.base import Strategy
+from hpctrain.schedule import Conductor, Course, RunClock, interval, run_total
+from hpctrain.strategies.base import Strategy, roles_of
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -44,6 +46,7 @@ class Prepared:
     batch: int
     total: int
     course: Course
+    norms: BatchNorms | None = None
 
     def clock(self, phase: int) -> RunClock:
         """The units of that phase."""
@@ -67,7 +70,7 @@ class Prepared:
         rule = until.resolve()(until.options, clock, start) if until is not None else None
         every = train.checkpoint_every
         return Conductor(
-            self.total, clock.samples(train.evaluate_every), clock.samples(every) if every else 0, rule
+            self.total, interval(clock, train.evaluate_every), interval(clock, every) if every else 0, rule
         )
 
     def loader(self, phase: int, threads: int | None = None) -> Loader:
@@ -99,14 +102,32 @@ class Prepared:
 
 def prepare(job: Job, comm: Communicator) -> Prepared:
     """Build everything. Not collective, but done by all ranks alike; raises HpctrainErrors of every kind."""
-    check_ranks(job, comm.size)
+    if job.data.queue == "shared":
+        raise JobError(
+            'data.queue = "shared": the strategies of today are synchronous and deal out every round by rank; '
+            'use "auto" or "static"'
+        )
     device = _device(job, comm)
-    roles = [_roles(job, index, comm) for index in range(len(job.schedule))]
+    roles = roles_of(job, comm.nodes)
     splits = load_data(job)
     model = _model(job, device)
-    groups = None
-    replica = Replica(model, groups)
-    optimizer = _optimizer(job)
+    norms = BatchNorms(model) if job.train.sync_batchnorm else None
+    groups = job.optimizer.groups
+    replica = Replica(model, groups.bind(positional=1)(model) if groups is not None else None)
+    optimizer = _optimizer(job, device)
+    optimizer.check(replica.layout, device)
+    for spec in [phase.strategy for phase in job.schedule]:
+        needs = spec.resolve()(spec.options).needs
+        if norms is not None and not needs.lockstep:
+            raise ModelError(
+                f"train.sync_batchnorm = true: under strategy {spec.name} workers do not take their steps together, "
+                "so they have no batch in common; leave the key out"
+            )
+        if needs.optimizer == "elementwise" and not optimizer.elementwise:
+            raise ModelError(
+                f"optimizer.name = {job.optimizer.name!r}: strategy {spec.name} needs an elementwise optimizer, "
+                "such as SGD or Adam (if this one is, set optimizer.elementwise = true)"
+            )
     order = make_order(splits.train, job.seed, job.data.shuffle)
     batch = job.train.batch_size * job.train.accumulate
     epoch = order.length
@@ -122,12 +143,15 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     course = Course(schedule.bind(positional=1), {}, warmup, total)
     loss, metric = job.loss.bind(positional=2), job.metric.bind(positional=2)
     return Prepared(
-        job, device, splits, order, model, replica, optimizer, loss, metric, roles, batch, total, course
-    )
+        job, device, splits, order, model, replica, optimizer, loss, metric, roles, batch, total, course,
+        norms,
+    )  # fmt: skip
 
 
 def _device(job: Job, comm: Communicator) -> torch.device:
-    gpus = torch.cuda.device_count() if job.device != "cpu" and torch.cuda.is_available() else 0
+    gpus, why = usable_gpus() if job.device != "cpu" else (0, None)
+    if job.device == "cuda" and why is not None:
+        raise ClusterError(f'device = "cuda": {why}')
     device = torch.device(device_for(job.device, comm.local_rank, gpus))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -135,16 +159,6 @@ def _device(job: Job, comm: Communicator) -> torch.device:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(local_cores(cores, len(comm.local_ranks), job.threads))
     return device
-
-
-def _roles(job: Job, index: int, comm: Communicator) -> Roles:
-    spec = job.schedule[index].strategy
-    servers, colocated = spec.resolve().roles(spec.options)
-    try:
-        return assign_roles(comm.nodes, servers, colocated)
-    except ClusterError as error:
-        where = f"phases.{index}." if job.phases is not None else ""
-        raise ClusterError(f"{where}{error}") from None
 
 
 def _model(job: Job, device: torch.device) -> nn.Module:
@@ -163,10 +177,10 @@ def _model(job: Job, device: torch.device) -> nn.Module:
     return model.to(device=device, dtype=DTYPES.get(job.train.precision, torch.float32)).train()
 
 
-def _optimizer(job: Job) -> OptimizerChoice:
+def _optimizer(job: Job, device: torch.device) -> OptimizerChoice:
     optimizer = job.optimizer
     options = {"lr": optimizer.lr, **optimizer.options}
-    return OptimizerChoice.of(optimizer.resolve(), options, optimizer.elementwise)
+    return OptimizerChoice.of(optimizer.resolve(), options, optimizer.elementwise, device)
 
 
 def _to(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:

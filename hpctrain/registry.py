@@ -32,6 +32,7 @@ LOSSES = {"cross_entropy": "torch.nn.functional:cross_entropy", "mse": "torch.nn
 METRICS = {"accuracy": "hpctrain.evaluate:accuracy"}
 AUGMENTATIONS = {"shift": "hpctrain.data.augment:shift", "flip": "hpctrain.data.augment:flip"}
 SCHEDULES = {name: f"hpctrain.schedule:{name}" for name in ("constant", "linear", "cosine", "step")}
+GROUPS = {"decay": "hpctrain.optimizer:decay"}
 RULES = {"after": "hpctrain.schedule:After"}
 # torch.optim's classes with the learning rate a job gets that names none: torch's own, but 0.1 for SGD.
 LEARNING_RATES = {
@@ -63,6 +64,7 @@ TABLES: dict[str, dict[str, str]] = {
     "augmentation": AUGMENTATIONS,
     "schedule": SCHEDULES,
     "rule": RULES,
+    "groups": GROUPS,
     "optimizer": OPTIMIZERS,
 }
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -89,11 +91,7 @@ def check(kind: str, name: str) -> None:
     """
     table = TABLES[kind]
     module, _, attribute = name.rpartition(":")
-    if (
-        kind == "optimizer"
-        and attribute in REFUSED_OPTIMIZERS
-        and (not module or module.startswith("torch.optim"))
-    ):
+    if kind == "optimizer" and attribute in REFUSED_OPTIMIZERS and (not module or module.startswith("torch.optim")):
         raise JobError(f"cannot be used: {REFUSED_OPTIMIZERS[attribute]}")
     if name in table or _PATH.fullmatch(name):
         return
@@ -102,9 +100,7 @@ def check(kind: str, name: str) -> None:
     known = ", ".join(table)
     if ":" in name:
         raise JobError(f'is not of the form "package.module:attribute"; or use one of {known}')
-    raise JobError(
-        f'unknown {kind}{did_you_mean(name, table)}; use one of {known}, or "package.module:attribute"'
-    )
+    raise JobError(f'unknown {kind}{did_you_mean(name, table)}; use one of {known}, or "package.module:attribute"')
 
 
 def resolve(kind: str, name: str) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpctrain.comm.base import BFLOAT16, Arena, Buffer, Communicator
+from hpctrain.comm.base import BFLOAT16, Arena, Buffer, Communicator, Share
 from hpctrain.errors import ModelError
 
 ALIGNMENT = 64  # bytes; every parameter begins on a cache line, as vector units and BLAS like it
@@ -64,8 +65,9 @@ class Layout:
         return sum(slot.size for slot in self.slots)
 
     def fingerprint(self) -> str:
-        """Names, shapes and dtype, hashed: equal only for the same model."""
-        text = repr([(slot.name, slot.shape) for slot in self.slots]) + str(self.dtype)
+        """Names, shapes, where parameter groups begin, and dtype, hashed: equal only for the same model."""
+        places = [(slot.name, slot.shape) for slot in self.slots], [group.low for group in self.groups]
+        text = repr(places) + str(self.dtype)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def slots_in(self, low: int, high: int) -> list[Slot]:
@@ -101,6 +103,7 @@ class Replica:
         self.value_arena: Arena | None = None
         self.gradient_arenas: list[Arena] = []
         self._watched: list[tuple[Slot, nn.Parameter, int, int]] = []
+        self._owners = self._find_owners()
 
     def _lay_out(self, named: dict[str, nn.Parameter], groups: ParameterGroups | None) -> Layout:
         dtypes = {p.dtype for p in named.values()}
@@ -124,6 +127,14 @@ class Replica:
             bounds.append(Group(low, offset, options))
         return Layout(tuple(slots), tuple(bounds), offset, NUMPY_DTYPES[dtype])
 
+    def _find_owners(self) -> list[tuple[dict[str, nn.Parameter | None], str]]:
+        """For every slot a module's own table of parameters, and the name in it."""
+        found = {}
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                found[id(parameter)] = (module._parameters, name)
+        return [found[id(parameter)] for parameter in self._parameters]
+
     # -- arenas --------------------------------------------------------------------------------------------
     def place(self, comm: Communicator, shared: bool, gradients: int = 1) -> None:
         """(Re-)place the arenas, keeping the values. Collective over `comm`.
@@ -133,7 +144,7 @@ class Replica:
         """
         old = [self.value_arena, *self.gradient_arenas]
         length, dtype = self.layout.length, self.layout.dtype
-        share = "node" if shared else "rank"
+        share: Share = "node" if shared else "rank"
         owner = not shared or comm.local_rank == 0
         value_arena = comm.arena(length if owner else 0, dtype, share)
         values = as_tensor(value_arena.parts[0])
@@ -173,8 +184,8 @@ class Replica:
 
     def check(self) -> None:
         """ModelError if user code broke the views (`model.to()`, `p.data = ...`, `zero_grad()`)."""
-        for slot, parameter, value, gradient in self._watched:
-            if parameter.data_ptr() != value:
+        for (slot, parameter, value, gradient), (owner, name) in zip(self._watched, self._owners, strict=False):
+            if parameter.data_ptr() != value or owner.get(name) is not parameter:
                 raise ModelError(
                     f"parameter {slot.name} no longer lies in its arena: something assigned its .data or moved "
                     "the model (model.to(), .half(), load_state_dict(assign=True)); change it in place instead"
@@ -216,22 +227,42 @@ def _groups(named: dict[str, nn.Parameter], groups: ParameterGroups | None) -> l
     """The user's groups with their trainable parameters only; checked to cover each exactly once."""
     if groups is None:
         return [{"params": list(named.values())}]
+    if isinstance(groups, (str, bytes, dict)) or not isinstance(groups, Iterable):
+        raise ModelError(f"optimizer.groups gave a {type(groups).__name__}; expected a list of dictionaries")
     names = {id(p): name for name, p in named.items()}
-    chosen = [{**g, "params": [p for p in g["params"] if id(p) in names]} for g in groups]
-    listed = [id(p) for group in chosen for p in group["params"]]
+    chosen = [_trainable(group, index, names) for index, group in enumerate(groups)]
+    times = Counter(id(p) for group in chosen for p in group["params"])
     for ident, name in names.items():
-        if listed.count(ident) != 1:
+        if times[ident] != 1:
             raise ModelError(
-                f"parameter {name} is in {listed.count(ident)} of the optimizer's parameter groups; "
-                "each trainable parameter must be in exactly one (freeze it with requires_grad = False to leave it out)"
+                f"optimizer.groups: parameter {name} is listed {times[ident]} times; every trainable parameter must be "
+                "in exactly one group (freeze it with requires_grad = False to leave it out)"
             )
     return [group for group in chosen if group["params"]]
+
+
+def _trainable(group: Any, index: int, names: dict[int, str]) -> dict[str, Any]:
+    """A group with a list of its trainable parameters; torch takes one tensor, and (name, tensor) pairs, too."""
+    if not isinstance(group, dict) or "params" not in group:
+        raise ModelError(f"optimizer.groups: group {index} is no dictionary with params and options")
+    params = group["params"]
+    listed = [params] if isinstance(params, torch.Tensor) else list(params)
+    tensors = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in listed]
+    for tensor in tensors:
+        if not isinstance(tensor, torch.Tensor):
+            raise ModelError(f"optimizer.groups: group {index} lists a {type(tensor).__name__}, not a parameter")
+        if tensor.requires_grad and id(tensor) not in names:
+            raise ModelError(
+                f"optimizer.groups: group {index} lists a tensor of shape {tuple(tensor.shape)} that is no parameter "
+                "of the model"
+            )
+    return {**group, "params": [p for p in tensors if id(p) in names]}
 
 
 def as_tensor(array: Buffer) -> torch.Tensor:
     """A torch tensor over the same memory: of a NumPy array, or (by DLPack) of a CuPy one."""
     bits = array.view(np.int16) if array.dtype == BFLOAT16 else array
-    tensor = torch.from_numpy(bits) if isinstance(bits, np.ndarray) else torch.from_dlpack(bits)
+    tensor = torch.from_numpy(bits) if isinstance(bits, np.ndarray) else torch.utils.dlpack.from_dlpack(bits)
     return tensor.view(torch.bfloat16) if array.dtype == BFLOAT16 else tensor
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -37,6 +38,12 @@ def create(job: Job) -> Path:
     raise JobError(f"output = {job.output!r} is a file; choose a folder")
 
 
+def discard(folder: Path | None) -> None:
+    """Remove a run folder that was made for a run that could not begin."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def find_resumable(job: Job) -> Path | None:
     """The newest run of this job's name under its output that has a checkpoint and no model yet."""
     runs = sorted(Path(job.output).glob(f"{job.name}-*/job.toml"), key=lambda p: p.stat().st_mtime)
@@ -67,7 +74,7 @@ def append_metrics(
 
 @dataclass
 class PhaseSummary:
-    """What became of a phase; `seconds` without evaluation and checkpoints."""
+    """What became of a phase; `seconds` without evaluation and checkpoints; `dropped`: gradients that came late."""
 
     index: int
     strategy: str
@@ -75,6 +82,7 @@ class PhaseSummary:
     samples: int = 0
     seconds: float = 0.0
     loss: float = float("nan")
+    dropped: int = 0
 
     def row(self) -> list[str]:
         rate = self.samples / self.seconds if self.seconds > 0 else float("nan")
@@ -132,7 +140,8 @@ class Narrator:
 
     @property
     def _live(self) -> bool:
-        return self.out.isatty()
+        # Open MPI gives every rank a terminal of its own, whatever mpirun itself writes to.
+        return self.out.isatty() and "OMPI_COMM_WORLD_RANK" not in os.environ
 
     def _close_line(self) -> None:
         if self._open:

@@ -43,13 +43,41 @@ class RunClock:
             return int(max(1, self._steps(amount.steps)))
         if amount.samples is not None:
             return int(max(1, amount.samples))
-        return max(1, math.ceil(amount.fraction * self.total))
+        return max(1, math.ceil(round(amount.fraction * self.total, 6)))  # 0.07 * 100 is a little more than 7
+
+    def until(self, start: int, amount: Any) -> int:
+        """The cursor at which an Amount ends that begins at the cursor `start`."""
+        if amount.steps is None or (into := start % self.epoch) == 0:
+            return start + self.samples(amount)
+        rest = self.epoch - into  # in mid-epoch: its remaining rounds first
+        rounds = -(-rest // self.round)
+        if amount.steps <= rounds:
+            return start + min(amount.steps * self.round, rest)
+        return start + rest + self._steps(amount.steps - rounds)
 
     def _steps(self, steps: int) -> int:
-        """Rounds do not cross the end of an epoch: its last one is smaller."""
-        per_epoch = math.ceil(self.epoch / self.round)
+        """Samples of so many rounds from an epoch's start: they do not cross its end, its last one is smaller."""
+        per_epoch = -(-self.epoch // self.round)
         whole, rest = divmod(steps, per_epoch)
-        return whole * self.epoch + min(rest * self.round, self.epoch)
+        return whole * self.epoch + rest * self.round
+
+    def rounds(self, cursor: int) -> int:
+        """How many rounds have ended at `cursor`, counted from 0 in rounds of this size."""
+        whole, into = divmod(cursor, self.epoch)
+        return whole * -(-self.epoch // self.round) + -(-into // self.round)
+
+
+@dataclass(frozen=True)
+class Every:
+    """An interval of `steps` rounds: not the same as their samples, for the last round of an epoch is smaller."""
+
+    clock: RunClock
+    steps: int
+
+
+def interval(clock: RunClock, amount: Any) -> int | Every:
+    """An Amount that comes again and again: in samples, or in rounds."""
+    return clock.samples(amount) if amount.steps is None else Every(clock, amount.steps)
 
 
 def run_total(train: Any, epoch: int, round_size: int) -> int:
@@ -104,7 +132,7 @@ class After(Rule):
     Options = AfterOptions
 
     def observe(self, cursor: int, loss: float) -> str | None:
-        done, limit = cursor - self.start, self.clock.samples(self.options)
+        done, limit = cursor - self.start, self.clock.until(self.start, self.options) - self.start
         return f"after {done} >= {limit} samples" if done >= limit else None
 
 
@@ -113,12 +141,12 @@ class After(Rule):
 class Conductor:
     """Turns agreed numbers into what is asked of the trainer: wherever it runs, it answers the same.
 
-    `evaluate_every`, `checkpoint_every`: samples (0: never).
+    `evaluate_every`, `checkpoint_every`: samples (0: never), or rounds.
     """
 
     total: int
-    evaluate_every: int
-    checkpoint_every: int
+    evaluate_every: int | Every
+    checkpoint_every: int | Every
     rule: Rule | None
     why: str = ""
 
@@ -137,7 +165,9 @@ class Conductor:
         return ask
 
 
-def _crossed(before: int, after: int, every: int) -> bool:
+def _crossed(before: int, after: int, every: int | Every) -> bool:
+    if isinstance(every, Every):
+        return every.clock.rounds(after) // every.steps > every.clock.rounds(before) // every.steps
     return every > 0 and after // every > before // every
 
 
@@ -159,14 +189,15 @@ class Progress:
     def judge(self, value: float) -> str | None:
         """Why training should stop after this evaluation, or None."""
         sign = 1.0 if self.higher_is_better else -1.0
-        if self.best is None or sign * (value - self.best) > self.min_delta:
+        if not math.isnan(value) and (self.best is None or sign * (value - self.best) > self.min_delta):
             self.best, self.waited = value, 0
         else:
             self.waited += 1
         if self.target is not None and sign * (value - self.target) >= 0:
             return f"target {self.target:g} reached: {value:.4f}"
         if self.patience is not None and self.waited >= self.patience:
-            return f"no improvement in {self.waited} evaluations (best {self.best:.4f})"
+            best = "none" if self.best is None else f"{self.best:.4f}"
+            return f"no improvement in {self.waited} evaluations (best {best})"
         return None
 
 
@@ -200,12 +231,21 @@ class Course:
     warmup: int
     total: int
 
+    def __post_init__(self) -> None:
+        """JobError where the function fails, or gives what is no factor, at one of five points of the run."""
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+            try:
+                value = float(self.function(share, **self.options))
+            except (TypeError, ValueError, ArithmeticError) as error:
+                raise JobError(f"optimizer.schedule: {error}; check the keys of [optimizer.schedule]") from error
+            if not (math.isfinite(value) and value >= 0):
+                raise JobError(
+                    f"optimizer.schedule: its factor at {share:.0%} of the run is {value:g}; expected a number >= 0"
+                )
+
     def factor(self, cursor: int) -> float:
         """At `cursor` samples (the step that begins there)."""
         if cursor < self.warmup:
             return (cursor + 1) / (self.warmup + 1)
         progress = min(1.0, (cursor - self.warmup) / max(1, self.total - self.warmup))
-        try:
-            return float(self.function(progress, **self.options))
-        except TypeError as error:
-            raise JobError(f"optimizer.schedule: {error}; check the keys of [optimizer.schedule]") from error
+        return float(self.function(progress, **self.options))

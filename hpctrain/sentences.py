@@ -46,9 +46,7 @@ class Fault(NamedTuple):
 
 def wrong(place: Place, value: object, text: str) -> InitErrorDetails:
     """An error for `raise_all`, at `place` below the model that is being validated."""
-    return InitErrorDetails(
-        type=PydanticCustomError(SENTENCE, "{text}", {"text": text}), loc=place, input=value
-    )
+    return InitErrorDetails(type=PydanticCustomError(SENTENCE, "{text}", {"text": text}), loc=place, input=value)
 
 
 def fail(place: Place, value: object, text: str) -> NoReturn:
@@ -92,9 +90,7 @@ def value_text(value: object) -> str:
 
 def is_plain(value: object) -> bool:
     """True for what a TOML file can hold, and None; false for a program's objects."""
-    return value is None or isinstance(
-        value, (bool, int, float, str, list, dict, datetime.date, datetime.time)
-    )
+    return value is None or isinstance(value, (bool, int, float, str, list, dict, datetime.date, datetime.time))
 
 
 def unwritable(value: object, place: Place = ()) -> list[InitErrorDetails]:

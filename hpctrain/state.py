@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 
@@ -41,18 +42,19 @@ class State:
 
     def arrays(self) -> list[tuple[str, Buffer]]:
         """All arrays with a path each, in a fixed order."""
-        rows = [(f"flat/{key}", self.flat[key]) for key in sorted(self.flat)]
+        rows = [(f"flat/{quote(key, safe='')}", self.flat[key]) for key in sorted(self.flat)]
         for name in sorted(self.named):
-            rows += [(f"named/{key}/{name}", self.named[name][key]) for key in sorted(self.named[name])]
+            own = self.named[name]
+            rows += [(f"named/{quote(key, safe='')}/{name}", own[key]) for key in sorted(own)]
         return rows
 
     def place(self, path: str, array: Buffer) -> None:
         """The inverse of `arrays`, one at a time."""
         kind, key, *name = path.split("/", 2)
         if kind == "flat":
-            self.flat[key] = array
+            self.flat[unquote(key)] = array
         else:
-            self.named.setdefault(name[0], {})[key] = array
+            self.named.setdefault(name[0], {})[unquote(key)] = array
 
 
 def send_state(comm: Communicator, state: State, dest: int) -> None:
@@ -80,7 +82,8 @@ def recv_state(comm: Communicator, source: int) -> State:
     text = np.empty(int(size[0]), np.uint8)
     comm.recv(text, source, Tag.STATE)
     head = json.loads(text.tobytes())
-    state = State(*head["bounds"], groups=head["groups"], counters=head["counters"], rule=head["rule"])
+    low, high = head["bounds"]
+    state = State(low, high, {}, {}, head["groups"], head["counters"], head["rule"])
     for path, shape, dtype in head["arrays"]:
         array = np.empty(shape, BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype))
         if array.size:

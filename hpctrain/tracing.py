@@ -12,7 +12,7 @@ import numpy as np
 
 from hpctrain.comm.base import Communicator, Tag
 from hpctrain.trace.resources import Sampler
-from hpctrain.trace.writer import TraceWriter, link_ranks, next_attempt, trace_path
+from hpctrain.trace.writer import TraceWriter, link_ranks, trace_path
 
 if TYPE_CHECKING:
     from hpctrain.job import Job
@@ -23,28 +23,28 @@ PINGS = 8
 
 
 class Tracing:
-    """See `begin`. Without traces every method does nothing."""
+    """Open it, begin, tick, finish, close. Without traces every method does nothing."""
 
     def __init__(self, comm: Communicator, folder: Path) -> None:
         self._comm, self._folder = comm, folder
         self._writer: TraceWriter | None = None
         self._sampler: Sampler | None = None
 
-    @classmethod
-    def begin(cls, job: Job, comm: Communicator, folder: Path, prepared: Prepared) -> Tracing:
+    def open(self, job: Job, prepared: Prepared, attempt: int) -> None:
         """Open this rank's file. Not collective; raises TraceError. Virtual ranks only record."""
-        tracing = cls(comm, folder)
+        comm = self._comm
         if job.trace.enabled and comm.concurrent:
-            attempt = next_attempt(folder) if comm.rank == 0 else 0
-            attempt = int(comm.broadcast_json(attempt))
-            path = trace_path(folder, comm.rank, attempt)
+            path = trace_path(self._folder, comm.rank, attempt)
             attributes = _attributes(job, comm, prepared, attempt)
             comm.recorder.drain()  # what came before is start-up, most of it torch's import
-            tracing._writer = TraceWriter(path, comm.recorder, attributes, job.trace.flush_seconds)
-            tracing._sampler = Sampler(comm.recorder, job.trace.resources_seconds)
-            tracing._sampler.start()
-            measure_clock(comm)
-        return tracing
+            self._writer = TraceWriter(path, comm.recorder, attributes, job.trace.flush_seconds)
+            self._sampler = Sampler(comm.recorder, job.trace.resources_seconds)
+
+    def begin(self) -> None:
+        """Begin sampling, and measure the clocks. Collective, once all ranks have opened their files."""
+        if self._sampler is not None:
+            self._sampler.start()
+            measure_clock(self._comm)
 
     def tick(self) -> None:
         """Flush if it is due; cheap if not."""

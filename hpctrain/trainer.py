@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from hpctrain.batchnorm import BatchNorms
 from hpctrain.data.loader import Batch, Loader
+from hpctrain.data.order import round_bounds
 from hpctrain.errors import HpctrainError
 from hpctrain.replica import Buckets
 
@@ -39,6 +42,7 @@ class Trainer:
     move: Callable[[Batch], Batch]
     slow: float = 1.0
     check_gradient: bool = False
+    norms: BatchNorms | None = None
     steps: int = 0
     _ended: bool = False
     _batch: Batch | None = None
@@ -60,12 +64,13 @@ class Trainer:
         while not self._ended:
             bounds = self.loader.bounds(phase.cursor, phase.batch * workers, workers)
             phase.round_end = bounds[-1]
-            pieces = self._pieces(bounds[worker], bounds[worker + 1])
+            own = self._pieces(bounds[worker], bounds[worker + 1])
+            pieces = own + self._borrowed(bounds, len(own))
             self.strategy.before()
             phase.replica.gradient.zero_()
             self._left, self._samples, self._loss = len(pieces), 0, 0.0
             for index, (start, stop) in enumerate(pieces):
-                yield self._take(start, stop, pieces[index + 1 :])
+                yield self._take(start, stop, pieces[index + 1 :], counts=index < len(own))
                 if self._batch is not None:
                     raise HpctrainError("step(loss) was not called for the last batch; call it once per batch")
             if not pieces:
@@ -80,9 +85,20 @@ class Trainer:
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
         return [(a, min(stop, a + self.batch_size)) for a in range(start, stop, self.batch_size)]
 
-    def _take(self, start: int, stop: int, following: list[tuple[int, int]]) -> Batch:
+    def _borrowed(self, bounds: list[int], own: int) -> list[tuple[int, int]]:
+        """Batch norm over all workers needs equally many micro-batches of each: where this one has fewer than
+        another, it runs over the round's last sample instead, which counts nothing (its batch is of size 0)."""
+        if self.norms is None:
+            return []
+        most = max(-(-(b - a) // self.batch_size) for a, b in pairwise(bounds))
+        return [(bounds[-1] - 1, bounds[-1])] * (most - own)
+
+    def _take(self, start: int, stop: int, following: list[tuple[int, int]], counts: bool) -> Batch:
         with self.phase.comm.span("data"):
             batch = self.move(self.loader.take(start, stop))
+            if self.norms is not None:
+                self.norms.counted = counts
+                batch = batch if counts else Batch(batch.inputs, batch.targets, 0)
             self._ask_ahead(following)
         self._batch = batch
         self._started = self.phase.comm.now()
@@ -94,7 +110,7 @@ class Trainer:
         """What comes next as far as one can tell: the rest of this round, then the next one."""
         phase, workers = self.phase, len(self.phase.roles.workers)
         if not following:
-            bounds = self.loader.bounds(phase.round_end, phase.batch * workers, workers)
+            bounds = round_bounds(phase.round_end, self.loader.length, phase.batch * workers, workers)
             following = self._pieces(bounds[phase.worker_index], bounds[phase.worker_index + 1])
         for start, stop in following:
             self.loader.request(start, stop)
@@ -110,7 +126,11 @@ class Trainer:
             self._buckets.arm()
         with self.phase.comm.span("backward"):
             scale = batch.size / self.phase.batch
-            (loss if scale == 1.0 else loss * scale).backward()
+            scaled = loss if scale == 1.0 else loss * scale
+            if self.norms is not None:
+                self.norms.backward(scaled)
+            else:
+                scaled.backward()
         self._samples += batch.size
         self._loss += float(loss.detach()) * batch.size
         self._dawdle()

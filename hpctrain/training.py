@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hpctrain.cluster import launched_rank
 from hpctrain.comm.connect import report
 from hpctrain.errors import CheckpointError, HpctrainError
+from hpctrain.strategies.base import roles_of
 
 if TYPE_CHECKING:
     from hpctrain.job import Job
@@ -41,12 +42,15 @@ def main(load: Callable[[], tuple[Job, str | None]]) -> int:
         first = next((text for text in errors if text is not None), None)
         if first is not None:
             raise HpctrainError(first)
+        assert job is not None
+        roles_of(job, comm.nodes)
         from hpctrain.launch import train
 
-        assert job is not None
         result = train(job, comm, resume)
     except HpctrainError as mistake:
         return _exit(report(mistake, rank))
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return _exit(INTERRUPTED if result.interrupted and rank == 0 else 0)
 
 

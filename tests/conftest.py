@@ -56,7 +56,7 @@ def mpirun(mpi: launcher.Mpi, tmp_path: Path) -> Mpirun:
             file.write_text(program)
             program = file
         command = [sys.executable, "-m", "mpi4py", str(program), *arguments]
-        ended = launch([*mpi.command(count), *command], mpi, count, timeout, environment)
+        ended = launch([*mpi.command(count), *command], mpi, timeout, environment)
         if status is not None and ended.status != status:
             pytest.fail(f"status {ended.status} instead of {status}\n{ended.out}\n{ended.err}", pytrace=False)
         return ended
@@ -64,14 +64,12 @@ def mpirun(mpi: launcher.Mpi, tmp_path: Path) -> Mpirun:
     return start
 
 
-def launch(
-    argv: list[str], mpi: launcher.Mpi, count: int, timeout: float, environment: dict[str, str] | None = None
-) -> Ended:
+def launch(argv: list[str], mpi: launcher.Mpi, timeout: float, environment: dict[str, str] | None = None) -> Ended:
     """Run a launcher in a session of its own; whatever happens, none of its processes are left."""
     mark = uuid.uuid4().hex
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     base = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(environment or {})}
-    variables = {**launcher.rank_environment(mpi.library, count, base), launcher.MARK: mark}
+    variables = {**launcher.rank_environment(mpi.library, base), launcher.MARK: mark}
     started, wall = time.monotonic(), time.time()
     with subprocess.Popen(
         argv,

@@ -48,11 +48,11 @@ class NotSupportedError(HpctrainError):
 
 
 class Status(NamedTuple):
-    """What a receive got: `source` rank, `tag`, and `count` elements."""
+    """What a receive got: `source` rank, `tag`, and how many `elements`."""
 
     source: int
     tag: int
-    count: int
+    elements: int
 
 
 class Request(ABC):

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 import traceback
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from hpctrain.cluster import check_singleton
 from hpctrain.comm.base import Communicator
-from hpctrain.errors import HpctrainError
+from hpctrain.errors import ClusterError, HpctrainError
 
 if TYPE_CHECKING:
+    import torch
+
     from hpctrain.job import Job
+
+PATIENCE = 2.0  # seconds that a rank lets the others speak first, at most
 
 
 def connect(job: Job | None = None) -> Communicator:
     """The communicator over all ranks, as the job's [communicator] and [trace] ask (if it is known). Collective.
 
     Raises ClusterError where the launcher and the MPI library do not belong together. From then on an uncaught
-    HpctrainError is told in one sentence by rank 0 alone, and any other uncaught exception ends all ranks.
+    HpctrainError that all ranks raise is told in one sentence by rank 0 alone, and any other uncaught exception,
+    also in a thread, ends all ranks.
     """
-    import time
-
     from hpctrain.comm import mpi
     from hpctrain.trace.recorder import NullRecorder, Recorder
 
@@ -34,17 +39,56 @@ def connect(job: Job | None = None) -> Communicator:
         recorder = Recorder(time.monotonic_ns) if job.trace.enabled else NullRecorder()
         comm = mpi.world(recorder, job.communicator.ranks_per_node, job.communicator.wait)
     sys.excepthook = lambda kind, error, trace: _uncaught(comm, kind, error, trace)
+    if comm.size > 1:
+        threading.excepthook = lambda told: _uncaught_in_thread(comm, told)
     return comm
 
 
-def abort_with_traceback(comm: Communicator, error: BaseException) -> None:
-    """Print the exception with this rank's number before every line, and end all ranks."""
+def place_arenas(job: Job, comm: Communicator, device: torch.device) -> tuple[Communicator, str | None]:
+    """The communicator whose arenas lie on this rank's `device`, and what a user should know about that. Collective.
+
+    Raises ClusterError, on all ranks, where some computes on a GPU and others do not.
+    """
+    from hpctrain.comm.device import open_device
+    from hpctrain.comm.gpu import usable_gpus
+
+    kinds = comm.gather_json(device.type)
+    if len(set(kinds)) > 1:
+        without = [comm.members[rank] for rank, kind in enumerate(kinds) if kind == "cpu"]
+        error = ClusterError(
+            f'device = "{job.device}": ranks {without} have no GPU that torch and CuPy can use, the others have one; '
+            'use nodes that are alike, or device = "cpu"'
+        )
+        error.everywhere = True
+        raise error
+    if device.type == "cpu":
+        why = usable_gpus()[1] if job.device == "auto" else None
+        return comm, f"computing on the CPU: {why}" if why is not None else None
+    return open_device(comm, device.index, job.communicator.cuda_aware)
+
+
+def end_all_ranks(comm: Communicator, error: BaseException) -> None:
+    """Tell what only this rank may know, and end all ranks.
+
+    A user's mistake is a sentence, status 2; an interruption status 130; anything else is the traceback, with this
+    rank's number before every line, status 1. Rank 0 speaks at once, the others in turn a moment later, so that
+    what all of them ran into is told once.
+    """
     from hpctrain.comm import mpi
 
-    lines = "".join(traceback.format_exception(error)).splitlines()
-    sys.stderr.write("".join(f"rank {comm.rank}: {line}\n" for line in lines))
+    if comm.rank > 0:
+        time.sleep(min(PATIENCE, 0.3 + 0.02 * comm.rank))
+    status = 1
+    if isinstance(error, HpctrainError):
+        text, status = f"hpctrain: rank {comm.rank}: {error}\n", 2
+    elif isinstance(error, KeyboardInterrupt):
+        text, status = "hpctrain: interrupted before the first step; nothing was saved\n", 130
+    else:
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        text = "".join(f"rank {comm.rank}: {line}\n" for line in lines)
+    sys.stderr.write(text)
     sys.stderr.flush()
-    mpi.abort(1)
+    mpi.abort(status)
 
 
 def report(error: HpctrainError, rank: int) -> int:
@@ -63,9 +107,14 @@ def report(error: HpctrainError, rank: int) -> int:
 def _uncaught(
     comm: Communicator, kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    if isinstance(error, HpctrainError):
+    if isinstance(error, HpctrainError) and (error.everywhere or comm.size == 1):
         raise SystemExit(report(error, comm.rank))
-    if issubclass(kind, KeyboardInterrupt) or comm.size == 1:
+    if comm.size == 1:
         sys.__excepthook__(kind, error, trace)
     else:
-        abort_with_traceback(comm, error)
+        end_all_ranks(comm, error)
+
+
+def _uncaught_in_thread(comm: Communicator, told: threading.ExceptHookArgs) -> None:
+    if told.exc_value is not None and not isinstance(told.exc_value, SystemExit):
+        end_all_ranks(comm, told.exc_value)

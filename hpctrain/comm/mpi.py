@@ -6,13 +6,14 @@ between the ranks of one run only while a communicator is set up, and only on in
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from mpi4py import MPI
@@ -98,6 +99,24 @@ def library() -> str:
     return MPI.Get_library_version().splitlines()[0].strip("\x00 ")
 
 
+def cuda_support() -> bool | None:
+    """What the MPI library says: whether it takes device pointers. None where it does not say."""
+    library = ctypes.CDLL(MPI.__file__)
+    if hasattr(library, "MPIX_Query_cuda_support"):
+        return bool(library.MPIX_Query_cuda_support())
+    info = MPI.COMM_WORLD.Get_info()
+    kinds = info.Get("mpi_memory_alloc_kinds")  # of MPI 4.1: "mpi,system,cuda:device", say
+    info.Free()
+    return None if kinds is None else any(kind.strip().startswith("cuda") for kind in kinds.split(","))
+
+
+def try_on_self(out: Buffer, into: Buffer) -> None:
+    """Send `out` to this process itself, and add it to what arrived, leaving twice `out` in `into`."""
+    MPI.COMM_SELF.Sendrecv(out, 0, recvbuf=into, source=0)
+    MPI.SUM.Reduce_local(out, into)
+    MPI.COMM_SELF.Allreduce(MPI.IN_PLACE, into)
+
+
 def abort(status: int) -> None:
     """End all ranks at once."""
     MPI.COMM_WORLD.Abort(status)
@@ -108,7 +127,7 @@ class MpiCommunicator(Communicator):
 
     def __init__(
         self,
-        handle: MPI.Comm,
+        handle: MPI.Intracomm,
         members: tuple[int, ...],
         hosts: tuple[tuple[int, int], ...],
         number: int,
@@ -126,7 +145,7 @@ class MpiCommunicator(Communicator):
         self.recorder = recorder
         self.waiting = waiting
         self.number = number
-        self.node = handle.Split(self.nodes[self.rank], self.rank)
+        self.node = _split(handle, self.nodes[self.rank], self.rank)
         self._count = 0
         self._messages: dict[tuple[int, int], int] = {}
         self._everybody = tuple(range(self.size))
@@ -203,7 +222,7 @@ class MpiCommunicator(Communicator):
 
     def split(self, color: int | None, key: int = 0) -> MpiCommunicator | None:
         self._count += 1
-        handle = self.handle.Split(MPI.UNDEFINED if color is None else color, key)
+        handle = _split(self.handle, MPI.UNDEFINED if color is None else color, key)
         if handle == MPI.COMM_NULL:
             return None
         ranks = np.empty(handle.size, np.int64)
@@ -281,6 +300,10 @@ class _Span:
 
     def __exit__(self, *error: Any) -> None:
         self._recorder.close(time.monotonic_ns())
+
+
+def _split(handle: MPI.Intracomm, color: int, key: int) -> MPI.Intracomm:
+    return cast(MPI.Intracomm, handle.Split(color, key))
 
 
 def _wire(buffer: Buffer) -> Buffer:
@@ -367,10 +390,10 @@ class _StartedReduce(Request):
 
 
 class _MpiCounter(Counter):
-    def __init__(self, handle: MPI.Comm) -> None:
+    def __init__(self, handle: MPI.Intracomm) -> None:
         self._window = MPI.Win.Allocate(8 if handle.rank == 0 else 0, 8, comm=handle)
         if handle.rank == 0:
-            np.frombuffer(self._window.tomemory(), np.int64)[0] = 0
+            np.asarray(self._window.tomemory()).view(np.int64)[0] = 0
         handle.Barrier()
         self._window.Lock_all(MPI.MODE_NOCHECK)
 
@@ -395,6 +418,8 @@ class _MpiThread(Thread):
                 self._result = function()
             except BaseException as error:
                 self._error = error
+                if not getattr(error, "everywhere", False):
+                    raise  # nobody may ever come to join: see `connect`
 
         self._thread = threading.Thread(target=body, daemon=True)
         self._thread.start()

@@ -33,7 +33,7 @@ class SharedArena(Arena):
     locked once and for all: MPICH takes Win.Sync only inside an epoch.
     """
 
-    def __init__(self, node: MPI.Comm, length: int, dtype: np.dtype[Any]) -> None:
+    def __init__(self, node: MPI.Intracomm, length: int, dtype: np.dtype[Any]) -> None:
         nbytes = BOARD + -(-length * dtype.itemsize // BOARD) * BOARD
         self._window = MPI.Win.Allocate_shared(nbytes, 1, comm=node)
         self._window.Lock_all(MPI.MODE_NOCHECK)
@@ -42,7 +42,7 @@ class SharedArena(Arena):
         lengths = node.allgather(length)
         for rank in range(node.size):
             memory, _ = self._window.Shared_query(rank)
-            data = np.frombuffer(memory, np.uint8)
+            data = np.asarray(memory).view(np.uint8)
             self._epochs.append(data[:8].view(np.int64))
             size = lengths[rank] * dtype.itemsize
             self.parts.append(data[BOARD : BOARD + size].view(dtype))
@@ -79,7 +79,7 @@ class SharedArena(Arena):
         self._window.Free()
 
 
-def why_not_shared(node: MPI.Comm, nbytes: int) -> str | None:
+def why_not_shared(node: MPI.Intracomm, nbytes: int) -> str | None:
     """Why arenas of `nbytes` of this rank and its like cannot be shared; None if they can. Collective.
 
     Touching more shared memory than there is kills the process (a bus error), so this is asked first.

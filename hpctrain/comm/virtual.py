@@ -2,21 +2,20 @@
 
 `World(size).run(function)` calls `function(communicator)` once per rank. A rank runs until it must wait; then
 the next one that can, in the order in which they became able to. Time passes only in messages (what the
-`network` says), in spans (what `compute` says) and in `sleep`. Where nobody can go on and no event is to come,
-`DeadlockError` lists who waits for what.
+`network` says), in spans of the caller (what `compute` says) and in `sleep`. Where nobody can go on and no event
+is to come, `DeadlockError` lists who waits for what.
 """
 
 from __future__ import annotations
 
-import heapq
-import sys
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from functools import partial
+from typing import Any, TypeVar
 
-import greenlet
 import numpy as np
 
 from hpctrain.comm import algorithms
@@ -33,42 +32,26 @@ from hpctrain.comm.base import (
     Status,
     Thread,
 )
+from hpctrain.comm.coroutines import DeadlockError, Scheduler, Task
 from hpctrain.comm.network import FreeNetwork, Network
 from hpctrain.trace.recorder import NullRecorder, Recorder
+
+__all__ = ["DeadlockError", "VirtualCommunicator", "World"]
 
 Compute = Callable[[int, str, int, float], int]
 """(rank, span kind, bytes, flops) -> nanoseconds that the span costs in virtual time."""
 
+Made = TypeVar("Made")
 SENT = Status(-1, -1, -1)
+LATER = 2**63
+UNTRACED = nullcontext()
 
 
-class DeadlockError(RuntimeError):
-    """No virtual rank can go on; the message lists who waits for what."""
-
-
-class _Task:
-    """One coroutine: a rank's own course, or a function it spawned. Carries what torch keeps per thread."""
-
-    __slots__ = ("name", "glet", "waits", "queued", "finished", "result", "error", "joiner", "inside", "torch")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.glet: Any = None
-        self.waits: Any = None
-        self.queued = False
-        self.finished = False
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.joiner: _Task | None = None
-        self.inside = 0  # depth of collectives: until they return no code runs that could look at torch's state
-        self.torch: tuple[Any, ...] | None = None  # saved; None while it is the one in force
-
-
-class World:
+class World(Scheduler):
     """`size` virtual ranks on `nodes` (rank -> node index; default: all on one).
 
     `isolate_torch`: save and restore torch's grad mode, autocast and CPU random state at every change of rank.
-    Attributes after a run: `time` (virtual nanoseconds), `resumptions` (how often a rank was resumed).
+    Attributes after a run: `time` (virtual nanoseconds), `resumptions` (how often one rank gave way to another).
     """
 
     def __init__(
@@ -80,168 +63,26 @@ class World:
         recorders: Sequence[Recorder] | None = None,
         isolate_torch: bool = True,
     ) -> None:
+        super().__init__(isolate_torch)
         self.size = size
         self.nodes = tuple(nodes) if nodes is not None else (0,) * size
         self.network: Network = network or FreeNetwork()
         self.compute = compute
         self.recorders = recorders
-        self.time = 0
-        self.resumptions = 0
-        self._torch = sys.modules.get("torch") if isolate_torch else None
-        self._ready: deque[_Task] = deque()
-        self._events: list[tuple[int, int, Any]] = []
-        self._sequence = 0
-        self._tasks: list[_Task] = []
-        self._hub: Any = None
-        self._dying = False
-        self._starting: _Task | None = None
-        self.current: _Task | None = None
 
     def run(self, function: Callable[[VirtualCommunicator], Any]) -> list[Any]:
         """Run all ranks to their end; returns their results in rank order.
 
         Raises the first exception of a rank, or DeadlockError.
         """
-        self._hub = greenlet.getcurrent()
         group = _Group(self, tuple(range(self.size)), 1)
-        tasks = []
-        for rank in range(self.size):
-            recorder = self.recorders[rank] if self.recorders else NullRecorder()
-            comm = VirtualCommunicator(self, group, rank, recorder)
-            tasks.append(self.start(f"rank {rank}", lambda comm=comm: function(comm)))
-        before = _torch_state(self._torch)
-        try:
-            self._loop(tasks)
-        finally:
-            self._end()
-            _restore_torch(self._torch, before)
-        return [task.result for task in tasks]
-
-    # -- scheduling ----------------------------------------------------------------------------------------
-    def start(self, name: str, function: Callable[[], Any]) -> _Task:
-        task = _Task(name)
-
-        def body() -> None:
-            self._enter(task)
-            try:
-                task.result = function()
-            except greenlet.GreenletExit:
-                raise
-            except BaseException as error:
-                task.error = error
-            task.finished = True
-            if task.joiner is not None:
-                self.wake(task.joiner)
-
-        task.glet = greenlet.greenlet(body, parent=self._hub)
-        task.torch = _torch_state(self._torch)
-        self._tasks.append(task)
-        self.wake(task)
-        return task
-
-    def wake(self, task: _Task) -> None:
-        if not task.queued:
-            task.queued = True
-            self._ready.append(task)
-
-    def at(self, time: int, action: Any) -> None:
-        """Wake a task or call a function when the clock has come to `time`."""
-        self._sequence += 1
-        heapq.heappush(self._events, (time, self._sequence, action))
-
-    def block(self, waits: Any) -> None:
-        """Give way until somebody wakes the current task. `waits` is shown if it never happens."""
-        if self._dying:
-            raise greenlet.GreenletExit
-        task = self.current
-        assert task is not None
-        task.waits = waits
-        following = self._next()
-        if following is not task:
-            self._leave(task)
-            if following is not None and following.glet:
-                following.glet.switch()
-            else:  # only the hub starts coroutines: each inherits the stack depth of whoever starts it
-                self._starting = following
-                self._hub.switch()
-            self._enter(task)
-        task.waits = None
-
-    def _next(self) -> _Task | None:
-        while not self._ready:
-            if not self._events:
-                return None
-            self.time, _, action = heapq.heappop(self._events)
-            if isinstance(action, _Task):
-                self.wake(action)
-            else:
-                action()
-        task = self._ready.popleft()
-        task.queued = False
-        return task
-
-    def _leave(self, task: _Task) -> None:
-        if self._torch is not None and task.torch is None:
-            task.torch = _torch_state(self._torch)
-
-    def _enter(self, task: _Task) -> None:
-        self.current = task
-        self.resumptions += 1
-        if task.torch is not None and not task.inside:
-            self.restore_torch(task)
-
-    def restore_torch(self, task: _Task) -> None:
-        _restore_torch(self._torch, task.torch)
-        task.torch = None
-
-    def _loop(self, ranks: Sequence[_Task]) -> None:
-        following: _Task | None = None
-        while True:
-            failed = next((task for task in self._tasks if task.error is not None), None)
-            if failed is not None:
-                assert failed.error is not None
-                raise failed.error
-            if all(task.finished for task in ranks):
-                return
-            following, self._starting = self._starting or self._next(), None
-            if following is None:
-                waiting = [f"{t.name} waits for {_describe(t.waits)}" for t in self._tasks if not t.finished]
-                raise DeadlockError("deadlock of virtual ranks: " + "; ".join(waiting))
-            self._tasks = [task for task in self._tasks if not task.finished or task in ranks]
-            following.glet.switch()
-
-    def _end(self) -> None:
-        self._dying = True
-        for task in self._tasks:
-            if task.glet:
-                task.glet.throw()
+        recorders = self.recorders or [NullRecorder()] * self.size
+        comms = [VirtualCommunicator(self, group, rank, recorders[rank]) for rank in range(self.size)]
+        return self.run_all([(f"rank {comm.rank}", partial(function, comm)) for comm in comms])
 
 
-def _torch_state(torch: Any) -> tuple[Any, ...] | None:
-    if torch is None:
-        return None
-    autocast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocast else None
-    return torch.is_grad_enabled(), autocast, dtype, torch.default_generator.get_state()
-
-
-def _restore_torch(torch: Any, state: tuple[Any, ...] | None) -> None:
-    if torch is None or state is None:
-        return
-    grad, autocast, dtype, random = state
-    if torch.is_grad_enabled() != grad:
-        torch._C._set_grad_enabled(grad)
-    if autocast or torch.is_autocast_enabled("cpu"):
-        torch.set_autocast_enabled("cpu", autocast)
-        if dtype is not None:
-            torch.set_autocast_dtype("cpu", dtype)
-    torch.default_generator.set_state(random)
-
-
-def _describe(waits: Any) -> str:
-    if isinstance(waits, (list, tuple)):
-        return " or ".join(_describe(wait) for wait in waits)
-    return str(waits)
+Box = deque["_Operation"]
+"""What was started and has no counterpart yet: only sends, or only receives."""
 
 
 class _Group:
@@ -253,64 +94,67 @@ class _Group:
         hosts = [world.nodes[rank] for rank in members]
         order = {host: index for index, host in enumerate(dict.fromkeys(hosts))}
         self.nodes = tuple(order[host] for host in hosts)
-        self.sends: dict[tuple[int, int, int], deque[_Send]] = {}  # (dest, source, tag) -> not yet received
-        self.recvs: dict[tuple[int, int, int], deque[_Recv]] = {}  # the same, of receives
+        on_node: dict[int, list[int]] = {}
+        for rank, node in enumerate(self.nodes):
+            on_node.setdefault(node, []).append(rank)
+        self.local_ranks = {node: tuple(ranks) for node, ranks in on_node.items()}
+        self.everybody = tuple(range(len(members)))
+        self.boxes: defaultdict[tuple[int, int, int], Box] = defaultdict(deque)  # by dest, source, tag
+        self.unnamed: defaultdict[tuple[int, int], Box] = defaultdict(deque)  # by dest, tag: from ANY_SOURCE
         self.meetings: dict[Any, _Meeting] = {}
-
-    def any_sends(self, dest: int, tag: int) -> deque[_Send] | None:
-        """What the lowest rank that has sent to `dest` has sent."""
-        queues = (self.sends.get((dest, source, tag)) for source in range(len(self.members)))
-        return next((queue for queue in queues if queue), None)
 
 
 class _Meeting:
+    """Something that ranks of a group have in common for a while: forgotten when all of them have taken it."""
+
     def __init__(self) -> None:
         self.values: dict[int, Any] = {}
-        self.tasks: list[_Task] = []
+        self.tasks: list[Task] = []
+        self.taken = 0
 
 
 class _Operation(Request):
-    __slots__ = ("comm", "done", "task", "buffer", "peer", "tag", "count", "id", "arrived")
+    """A send or a receive in progress: over when the clock comes to `ends`, which is LATER until that is known.
+
+    Of a receive: `elements`, how many came. Of a send: `since` when it could have been received, and `arrives`,
+    when it is there if it set out before its receiver was (else -1).
+    """
+
+    __slots__ = ("arrives", "buffer", "comm", "elements", "ends", "id", "peer", "since", "tag", "task")
     verb = ""
 
-    def __init__(self, comm: VirtualCommunicator, buffer: Buffer, peer: int, tag: int, id: int) -> None:
+    def __init__(self, comm: VirtualCommunicator, buffer: Buffer, peer: int, tag: int) -> None:
         self.comm = comm
         self.buffer = buffer
         self.peer = peer
         self.tag = tag
-        self.count = -1
-        self.done = False
-        self.task: _Task | None = None
-        self.arrived = -1
-        self.id = id
-
-    def finish(self) -> None:
-        self.done = True
-        if self.task is not None:
-            self.comm.world.wake(self.task)
+        self.ends = LATER
+        self.task: Task | None = None
+        self.arrives = self.since = self.elements = self.id = -1
 
     def test(self) -> bool:
-        return self.done
+        return self.ends <= self.comm.world.time
 
-    def wait(self) -> Status:
-        if not self.done:
-            self._wait()
-        return Status(self.peer, self.tag, self.count)
+    def pause(self, task: Task | None) -> None:
+        """The task waits for it (None: no longer)."""
+        self.task = task
+        if task is not None and self.ends < LATER:
+            self.comm.world.wake_at(self.ends, task)
 
-    def _wait(self) -> None:
+    def block(self) -> None:
+        """Wait until it is over. For operations that are not."""
         comm = self.comm
+        world = comm.world
         if comm.traced:
             peer = comm.members[self.peer] if self.peer >= 0 else -1
-            with comm.span(self.verb, self.buffer.nbytes, peer, self.id):
-                self._block()
-        else:
-            self._block()
-
-    def _block(self) -> None:
-        world = self.comm.world
+            comm.recorder.open(self.verb, world.time, self.buffer.nbytes, peer, self.id)
         self.task = world.current
-        while not self.done:
+        if self.ends < LATER and self.task is not None:
+            world.wake_at(self.ends, self.task)
+        while self.ends > world.time:
             world.block(self)
+        if comm.traced:
+            comm.recorder.close(world.time)
 
     def __str__(self) -> str:
         peer = "any rank" if self.peer == ANY_SOURCE else f"rank {self.comm.members[self.peer]}"
@@ -321,108 +165,124 @@ class _Send(_Operation):
     __slots__ = ()
     verb = "send"
 
+    def wait(self) -> Status:
+        if not self.test():
+            self.block()
+        return SENT
+
 
 class _Recv(_Operation):
     __slots__ = ()
     verb = "recv"
 
+    def wait(self) -> Status:
+        if not self.test():
+            self.block()
+        return Status(self.peer, self.tag, self.elements)
+
     def cancel(self) -> None:
         comm = self.comm
-        posted = comm.group.recvs.get((comm.rank, self.peer, self.tag))
-        if posted and self in posted:
-            posted.remove(self)
+        named = self.peer != ANY_SOURCE
+        box = comm.boxes[comm.rank, self.peer, self.tag] if named else comm.unnamed[comm.rank, self.tag]
+        if self in box:
+            box.remove(self)
+            self.ends = comm.world.time
 
 
-class _Done(Request):
-    """A send whose receiver was there already."""
-
-    def test(self) -> bool:
-        return True
-
-    def wait(self) -> Status:
-        return SENT
-
-
-DONE = _Done()
+def _match(world: World, send: _Send, recv: _Recv) -> None:
+    """Move the bytes, and let time pass for both ends."""
+    out, into, now = send.buffer, recv.buffer, world.time
+    if out.size == into.size:
+        into[...] = out
+    elif out.size < into.size:
+        into[: out.size] = out
+    else:
+        raise ValueError(f"a message of {out.nbytes} bytes came for a buffer of {into.nbytes}: {recv}")
+    recv.peer, recv.elements = send.comm.rank, out.size
+    arrives = send.arrives
+    if arrives < 0:
+        send.ends, arrives = world.network.transfer(send.comm.host, recv.comm.host, out.nbytes, now)
+        if send.task is not None:
+            world.wake_at(send.ends, send.task)
+    recv.ends = arrives if arrives > now else now
+    if recv.task is not None:
+        world.wake_at(recv.ends, recv.task)
 
 
 class VirtualCommunicator(Communicator):
-    """See `Communicator`. Collectives are built from messages, so they cost what their messages cost."""
+    """See `Communicator`. Collectives are built from messages and cost what these cost; their sums are free."""
 
     def __init__(self, world: World, group: _Group, rank: int, recorder: Recorder) -> None:
         self.world = world
         self.group = group
+        self.boxes, self.unnamed = group.boxes, group.unnamed
         self.rank = rank
         self.size = len(group.members)
         self.members = group.members
         self.nodes = group.nodes
-        self.local_ranks = tuple(r for r in range(self.size) if group.nodes[r] == group.nodes[rank])
+        self.local_ranks = group.local_ranks[group.nodes[rank]]
         self.local_rank = self.local_ranks.index(rank)
         self.concurrent = False
         self.recorder = recorder
         self.host = world.nodes[group.members[rank]]
         self.traced = not isinstance(recorder, NullRecorder)
         self._count = 0
-        self._sent: dict[tuple[int, int], int] = {}
-        self._everybody = tuple(range(self.size))
+        self._numbers: dict[tuple[int, int], int] = {}
 
     # -- point to point ------------------------------------------------------------------------------------
-    def start_send(self, buffer: Buffer, dest: int, tag: int) -> Request:
-        group, world, rank = self.group, self.world, self.rank
-        id = self._number(dest, tag, 0) if self.traced else -1
-        queue = group.recvs.get((dest, rank, tag)) or group.recvs.get((dest, ANY_SOURCE, tag))
-        if queue:
-            recv = queue.popleft()
-            sent, arrived = world.network.transfer(self.host, recv.comm.host, buffer.nbytes, world.time)
-            _copy(buffer, recv.buffer)
-            recv.peer, recv.count = rank, buffer.size
-            _finish_at(world, arrived, recv)
-            if sent <= world.time:
-                return DONE
-            send = _Send(self, buffer, dest, tag, id)
-            world.at(sent, send.finish)
+    def start_send(self, buffer: Buffer, dest: int, tag: int) -> _Send:
+        world, send = self.world, _Send(self, buffer, dest, tag)
+        if self.traced:
+            send.id = self._number(dest, tag, 0)
+        box = self.boxes[dest, self.rank, tag]
+        if not (box and box[0].verb == "recv") and self.unnamed:
+            box = self.unnamed[dest, tag] or box
+        if box and box[0].verb == "recv":
+            _match(world, send, box.popleft())  # type: ignore[arg-type]
             return send
-        send = _Send(self, buffer, dest, tag, id)
-        if buffer.nbytes <= world.network.eager_limit:
+        send.since = world.time
+        if buffer.nbytes <= world.network.eager_limit:  # it does not wait for its receiver
             send.buffer = buffer.copy()
-            there = world.nodes[group.members[dest]]
-            sent, send.arrived = world.network.transfer(self.host, there, buffer.nbytes, world.time)
-            _finish_at(world, sent, send)
-        _append(group.sends, (dest, rank, tag), send)
+            there = world.nodes[self.members[dest]]
+            send.ends, send.arrives = world.network.transfer(self.host, there, buffer.nbytes, world.time)
+            send.since = send.arrives
+        box.append(send)
         return send
 
-    def start_recv(self, buffer: Buffer, source: int, tag: int) -> Request:
-        group, world = self.group, self.world
-        recv = _Recv(self, buffer, source, tag, self._number(source, tag, 1) if self.traced else -1)
-        queue = group.sends.get((self.rank, source, tag))
+    def start_recv(self, buffer: Buffer, source: int, tag: int) -> _Recv:
+        """Of several messages for ANY_SOURCE the earliest comes first; a receive that names its source, before."""
+        recv = _Recv(self, buffer, source, tag)
+        if self.traced:
+            recv.id = self._number(source, tag, 1)
         if source == ANY_SOURCE:
-            queue = group.any_sends(self.rank, tag)
-        if not queue:
-            _append(group.recvs, (self.rank, source, tag), recv)
-            return recv
-        send = queue.popleft()
-        arrived, there = send.arrived, send.comm
-        if arrived < 0:
-            sent, arrived = world.network.transfer(there.host, self.host, send.buffer.nbytes, world.time)
-            _finish_at(world, sent, send)
-        _copy(send.buffer, buffer)
-        recv.peer, recv.count = there.rank, send.buffer.size
-        _finish_at(world, arrived, recv)
+            box = self._earliest(tag) or self.unnamed[self.rank, tag]
+        else:
+            box = self.boxes[self.rank, source, tag]
+        if box and box[0].verb == "send":
+            _match(self.world, box.popleft(), recv)  # type: ignore[arg-type]
+        else:
+            box.append(recv)
         return recv
+
+    def _earliest(self, tag: int) -> Box | None:
+        boxes = [self.boxes.get((self.rank, source, tag)) for source in range(self.size)]
+        sent = [box for box in boxes if box and box[0].verb == "send"]
+        return min(sent, key=lambda box: box[0].since, default=None)
 
     def sendrecv(self, out: Buffer, dest: int, into: Buffer, source: int, tag: int) -> Status:
         incoming = self.start_recv(into, source, tag)
         outgoing = self.start_send(out, dest, tag)
-        if not incoming.test():
-            incoming.wait()
-        if not outgoing.test():
-            outgoing.wait()
-        return incoming.wait()
+        world = self.world
+        if incoming.ends > world.time:
+            incoming.block()
+        if outgoing.ends > world.time:
+            outgoing.block()
+        return Status(incoming.peer, tag, incoming.elements)
 
     def _number(self, peer: int, tag: int, way: int) -> int:
         """The number of this message among those to (or from) that peer: equal at both ends."""
         key = (2 * peer + way, tag)
-        self._sent[key] = count = self._sent.get(key, 0) + 1
+        self._numbers[key] = count = self._numbers.get(key, 0) + 1
         return self.group.number << 44 | tag << 36 | count
 
     def wait_any(self, requests: Sequence[Request]) -> int:
@@ -431,55 +291,66 @@ class VirtualCommunicator(Communicator):
             for index, request in enumerate(requests):
                 if request.test():
                     return index
-            for request in requests:  # none of them done, so each is an operation that can wake a task
-                request.task = world.current  # type: ignore[attr-defined]
-            with self.span("wait"):
+            for request in requests:
+                request.pause(world.current)  # type: ignore[attr-defined]
+            with self._own_span("wait"):
                 world.block(requests)
             for request in requests:
-                request.task = None  # type: ignore[attr-defined]
+                request.pause(None)  # type: ignore[attr-defined]
 
     # -- collectives ---------------------------------------------------------------------------------------
     def barrier(self) -> None:
         with self._collective("wait"):
-            algorithms.dissemination_barrier(self, self._everybody)
+            algorithms.dissemination_barrier(self, self.group.everybody)
 
     def broadcast(self, buffer: Buffer, root: int = 0) -> None:
-        group = self._everybody[root:] + self._everybody[:root]
+        everybody = self.group.everybody
         with self._collective("send" if self.rank == root else "recv", buffer.nbytes):
-            algorithms.tree_broadcast(self, buffer, group)
+            algorithms.tree_broadcast(self, buffer, everybody[root:] + everybody[:root])
 
     def all_reduce(self, buffer: Buffer, operation: Operation = "sum", algorithm: str = "library") -> None:
+        with self._collective("reduce", buffer.nbytes):
+            self._all_reduce(buffer, operation, algorithm)
+
+    def _all_reduce(self, buffer: Buffer, operation: Operation, algorithm: str) -> None:
         if algorithm == "library":
             algorithm = "tree" if buffer.nbytes <= 2048 else "halving_doubling"
         reduce = algorithms.all_reduce_by(algorithm)
-        with self._collective("reduce", buffer.nbytes):
-            if buffer.dtype == BFLOAT16:
-                wide = buffer.astype(np.float32)
-                reduce(self, wide, operation, self._everybody)
-                buffer[:] = wide
-            else:
-                reduce(self, buffer, operation, self._everybody)
+        if buffer.dtype == BFLOAT16:
+            wide = buffer.astype(np.float32)
+            reduce(self, wide, operation, self.group.everybody)
+            buffer[:] = wide
+        else:
+            reduce(self, buffer, operation, self.group.everybody)
 
     def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
-        return _Deferred(self, buffer, operation)
+        """Runs in a coroutine beside this rank's own, with messages of its own."""
+        self._count += 1
+        id = self.group.number << 44 | self._count
+        beside = copy(self)
+        beside.boxes = self._shared("started", self.size, lambda: defaultdict(deque))
+        beside.recorder, beside.traced = NullRecorder(), False
+        name = f"a started all-reduce of rank {self.members[self.rank]}"
+        task = self.world.start(name, lambda: beside._all_reduce(buffer, operation, "library"), inside=1)
+        return _Started(self, task, buffer.nbytes, id)
 
     def reduce_scatter(self, buffer: Buffer, bounds: Sequence[int], operation: Operation = "sum") -> None:
         with self._collective("reduce", buffer.nbytes):
-            algorithms.ring_reduce_scatter(self, buffer, bounds, operation, self._everybody)
+            algorithms.ring_reduce_scatter(self, buffer, bounds, operation, self.group.everybody)
 
     def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
         with self._collective("recv", buffer.nbytes):
-            algorithms.ring_all_gather(self, buffer, bounds, self._everybody)
+            algorithms.ring_all_gather(self, buffer, bounds, self.group.everybody)
 
     def split(self, color: int | None, key: int = 0) -> VirtualCommunicator | None:
-        answers = self._meet("split", self._everybody, (color, key))
+        answers = self._meet("split", self.group.everybody, (color, key))
         if color is None:
             return None
-        chosen = sorted((k, r) for r, (c, k) in enumerate(answers) if c == color)
+        chosen = [r for _, r in sorted((k, r) for r, (c, k) in enumerate(answers) if c == color)]
         number = zlib.crc32(f"{self.group.number}/{self._count}/{color}".encode()) & 0x3FFFF
-        members = tuple(self.members[r] for _, r in chosen)
-        shared = self._shared(("group", self._count, color), lambda: _Group(self.world, members, number))
-        return VirtualCommunicator(self.world, shared, [r for _, r in chosen].index(self.rank), self.recorder)
+        members = tuple(self.members[r] for r in chosen)
+        group = self._shared(("group", color), len(chosen), lambda: _Group(self.world, members, number))
+        return VirtualCommunicator(self.world, group, chosen.index(self.rank), self.recorder)
 
     # -- memory --------------------------------------------------------------------------------------------
     def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
@@ -487,9 +358,9 @@ class VirtualCommunicator(Communicator):
         if share == "rank":
             return _VirtualArena([mine], 0, [0], [])
         parts = self._meet("arena", self.local_ranks, mine)
-        name = ("epochs", self._count, self.local_ranks[0])
-        epochs, waiting = self._shared(name, lambda: ([0] * len(parts), []))
-        return _VirtualArena(parts, self.local_rank, epochs, waiting)
+        name, takers = ("epochs", self.local_ranks[0]), len(parts)
+        board: tuple[list[int], list[Task]] = self._shared(name, takers, lambda: ([0] * len(parts), []))
+        return _VirtualArena(parts, self.local_rank, *board)
 
     def can_share(self, nbytes: int) -> str | None:
         return None
@@ -504,7 +375,9 @@ class VirtualCommunicator(Communicator):
     def wait(self, arena: Arena) -> None:
         assert isinstance(arena, _VirtualArena)
         epoch, world = arena.epochs[arena.index], self.world
-        with self.span("wait", id=epoch):
+        if min(arena.epochs) >= epoch:
+            return
+        with self._own_span("wait", id=self.group.number << 44 | epoch):
             while min(arena.epochs) < epoch:
                 late = [self.members[self.local_ranks[i]] for i, e in enumerate(arena.epochs) if e < epoch]
                 assert world.current is not None
@@ -513,31 +386,39 @@ class VirtualCommunicator(Communicator):
 
     def counter(self) -> Counter:
         self._count += 1
-        return _VirtualCounter(self._shared(("counter", self._count), lambda: [0]))
+        return _VirtualCounter(self._shared("counter", self.size, lambda: [0]))
 
     def _meet(self, what: str, who: Sequence[int], value: Any) -> list[Any]:
         """Values of all of `who`, in their order; waits until all have come."""
         self._count += 1
-        key = (what, self._count, tuple(who))
-        meeting = self.group.meetings.setdefault(key, _Meeting())
+        meetings, key = self.group.meetings, (what, self._count, who[0])
+        meeting = meetings.setdefault(key, _Meeting())
         meeting.values[self.rank] = value
-        if len(meeting.values) < len(who):
-            while len(meeting.values) < len(who):
-                assert self.world.current is not None
-                meeting.tasks.append(self.world.current)
-                late = [self.members[r] for r in who if r not in meeting.values]
-                self.world.block(f"{what} with ranks {late}")
-        else:
+        if len(meeting.values) == len(who):
             for task in meeting.tasks:
                 self.world.wake(task)
+        while len(meeting.values) < len(who):
+            assert self.world.current is not None
+            meeting.tasks.append(self.world.current)
+            late = [self.members[r] for r in who if r not in meeting.values]
+            self.world.block(f"{what} with ranks {late}")
+        self._take(key, meeting, len(who))
         return [meeting.values[r] for r in who]
 
-    def _shared(self, name: Any, make: Callable[[], Any]) -> Any:
-        """One object for all ranks that ask for it by the same name."""
-        store: dict[Any, Any] = self.group.meetings  # type: ignore[assignment]
-        if name not in store:
-            store[name] = make()
-        return store[name]
+    def _shared(self, name: Any, takers: int, make: Callable[[], Made]) -> Made:
+        """One object for all `takers` ranks that ask for it by the same name at the same place of their course."""
+        meetings, key = self.group.meetings, (name, self._count)
+        meeting = meetings.setdefault(key, _Meeting())
+        if not meeting.values:
+            meeting.values[0] = make()
+        self._take(key, meeting, takers)
+        made: Made = meeting.values[0]
+        return made
+
+    def _take(self, key: Any, meeting: _Meeting, takers: int) -> None:
+        meeting.taken += 1
+        if meeting.taken == takers:
+            del self.group.meetings[key]
 
     @contextmanager
     def _collective(self, kind: str, nbytes: int = 0) -> Iterator[None]:
@@ -546,7 +427,7 @@ class VirtualCommunicator(Communicator):
         assert task is not None
         task.inside += 1
         try:
-            with self.span(kind, nbytes, id=self.group.number << 44 | self._count):
+            with self._own_span(kind, nbytes, self.group.number << 44 | self._count):
                 yield
         finally:
             task.inside -= 1
@@ -558,17 +439,28 @@ class VirtualCommunicator(Communicator):
         return self.world.time
 
     def sleep(self, seconds: float) -> None:
-        self._pass(int(seconds * 1e9))
+        self.pass_time(int(seconds * 1e9))
 
-    def _pass(self, nanoseconds: int) -> None:
+    def pass_time(self, nanoseconds: int) -> None:
+        """Let this rank do nothing for so long."""
+        world = self.world
+        task, end = world.current, world.time + nanoseconds
+        assert task is not None
         if nanoseconds > 0:
-            self.world.at(self.world.time + nanoseconds, self.world.current)
-            self.world.block("the end of a sleep")
+            world.wake_at(end, task)
+        while world.time < end:
+            world.block("the end of a sleep")
 
     def span(
         self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0
     ) -> AbstractContextManager[Any]:
-        return _VirtualSpan(self, kind, bytes, peer, id, flops)
+        if self.traced or self.world.compute is not None:
+            return _VirtualSpan(self, kind, bytes, peer, id, flops)
+        return UNTRACED
+
+    def _own_span(self, kind: str, nbytes: int = 0, id: int = -1) -> AbstractContextManager[Any]:
+        """Of a verb, which takes the time that its messages take and no more."""
+        return _VirtualSpan(self, kind, nbytes, -1, id, None) if self.traced else UNTRACED
 
     def spawn(self, function: Callable[[], Any]) -> Thread:
         world = self.world
@@ -578,51 +470,37 @@ class VirtualCommunicator(Communicator):
         return None
 
 
-def _append(table: dict[Any, deque[Any]], key: tuple[int, int, int], operation: _Operation) -> None:
-    queue = table.get(key)
-    if queue is None:
-        queue = table[key] = deque()
-    queue.append(operation)
+class _Started(Request):
+    """A started all-reduce."""
 
+    def __init__(self, comm: VirtualCommunicator, task: Task, nbytes: int, id: int) -> None:
+        self._comm, self._work, self._nbytes, self._id = comm, task, nbytes, id
 
-def _copy(source: Buffer, into: Buffer) -> None:
-    if source.size == into.size:
-        into[...] = source
-    elif source.size < into.size:
-        into[: source.size] = source
-    else:
-        raise ValueError(f"a message of {source.nbytes} bytes came for a buffer of {into.nbytes}")
-
-
-def _finish_at(world: World, time: int, operation: _Operation) -> None:
-    if time <= world.time:
-        operation.done = True
-        if operation.task is not None:
-            world.wake(operation.task)
-    else:
-        world.at(time, operation.finish)
-
-
-class _Deferred(Request):
-    """A started all-reduce: done as a whole when waited for (a coroutine cannot progress by itself)."""
-
-    def __init__(self, comm: VirtualCommunicator, buffer: Buffer, operation: Operation) -> None:
-        self._arguments = comm, buffer, operation
-        self._done = False
+    def pause(self, task: Task | None) -> None:
+        """The task waits for it (None: no longer)."""
+        self._work.joiner = task
 
     def test(self) -> bool:
-        return self._done
+        return self._work.finished
 
     def wait(self) -> Status:
-        if not self._done:
-            comm, buffer, operation = self._arguments
-            comm.all_reduce(buffer, operation)
-            self._done = True
+        if not self._work.finished:
+            with self._comm._own_span("reduce", self._nbytes, self._id):
+                _join(self._comm.world, self._work)
         return SENT
+
+    def __str__(self) -> str:
+        return self._work.name
+
+
+def _join(world: World, work: Task) -> None:
+    while not work.finished:
+        work.joiner = world.current
+        world.block(work.name)
 
 
 class _VirtualArena(Arena):
-    def __init__(self, parts: list[Buffer], index: int, epochs: list[int], waiting: list[_Task]) -> None:
+    def __init__(self, parts: list[Buffer], index: int, epochs: list[int], waiting: list[Task]) -> None:
         self.parts = parts
         self.index = index
         self.mine = parts[index]
@@ -648,21 +526,21 @@ class _VirtualCounter(Counter):
 
 
 class _VirtualThread(Thread):
-    def __init__(self, world: World, task: _Task) -> None:
+    def __init__(self, world: World, task: Task) -> None:
         self._world = world
         self._task = task
 
     def join(self) -> Any:
-        while not self._task.finished:
-            self._task.joiner = self._world.current
-            self._world.block(self._task.name)
+        _join(self._world, self._task)
         if self._task.error is not None:
             raise self._task.error
         return self._task.result
 
 
 class _VirtualSpan:
-    __slots__ = ("_comm", "_arguments")
+    """Traces its block and lets the time pass that the block costs (`flops` None: none)."""
+
+    __slots__ = ("_arguments", "_comm")
 
     def __init__(self, comm: VirtualCommunicator, *arguments: Any) -> None:
         self._comm = comm
@@ -677,10 +555,8 @@ class _VirtualSpan:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         comm = self._comm
         compute = comm.world.compute
-        if compute is not None and kind is None:
-            name, nbytes, _, _, flops = self._arguments
-            comm._pass(compute(comm.members[comm.rank], name, nbytes, flops))
+        name, nbytes, _, _, flops = self._arguments
+        if compute is not None and kind is None and flops is not None:
+            comm.pass_time(compute(comm.members[comm.rank], name, nbytes, flops))
         if comm.traced:
             comm.recorder.close(comm.world.time)
-
-

@@ -82,6 +82,11 @@ class Loader:
                 self._pool.submit(self._stream.look_ahead, cursor, cursor + round_size).result()
         return round_bounds(cursor, self._order.length, round_size, workers)
 
+    @property
+    def length(self) -> int | None:
+        """Samples per epoch; None while a stream has not shown its end."""
+        return self._order.length
+
     def request(self, start: int, stop: int) -> None:
         """Start fetching [start, stop); ignored where nothing is fetched ahead, or enough is on its way.
 

@@ -16,7 +16,7 @@ def mlp(inputs: int, outputs: int = 10, hidden: Sequence[int] = (128,)) -> nn.Mo
 
     `hidden` are the widths between; empty, it is a linear model.
     """
-    if isinstance(hidden, str) or not isinstance(hidden, Sequence):
+    if not isinstance(hidden, (list, tuple)):
         raise ModelError(f"model.hidden = {hidden!r}: a list of widths, such as [128, 64], was expected")
     widths = [whole("inputs", inputs), *(whole(f"hidden[{i}]", w) for i, w in enumerate(hidden))]
     layers: list[nn.Module] = [nn.Flatten()]

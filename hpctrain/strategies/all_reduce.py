@@ -8,10 +8,10 @@ Otherwise the gradient arena is all-reduced by messages and every worker updates
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hpctrain.jobspec import Options
 from hpctrain.schedule import Ask
@@ -38,6 +38,14 @@ class AllReduceOptions(Options):
         False, description="start all-reducing buckets while backward still runs (exchange = message, library only)"
     )
     bucket_mb: float = Field(4.0, gt=0, description="size of the buckets with overlap, in MiB")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.overlap and self.algorithm != "library":
+            raise ValueError('has overlap = true, which needs algorithm = "library"')
+        if self.overlap and self.exchange == "shared":
+            raise ValueError('has overlap = true, which has no effect on exchange = "shared"')
+        return self
 
 
 class AllReduce(Strategy):

@@ -5,15 +5,16 @@ This file imports neither torch nor a communicator, so that a job can be checked
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from hpctrain.cluster import Roles
-from hpctrain.errors import NanError
+from hpctrain.cluster import Roles, assign_roles
+from hpctrain.errors import ClusterError, NanError
+from hpctrain.job import Job, check_ranks
 from hpctrain.schedule import Ask, Conductor
 
 if TYPE_CHECKING:
@@ -33,12 +34,14 @@ class Needs:
 
     `parameters`: "node" if it can work with parameters that exist once per node (synchronous strategies only),
     else one private copy per "rank". `gradients`: one or two gradient buffers. `optimizer`: whether it takes
-    any optimizer or only elementwise ones.
+    any optimizer or only elementwise ones. `lockstep`: whether all workers take every step together, as
+    train.sync_batchnorm needs it (asynchronous strategies: False).
     """
 
     parameters: Literal["node", "rank"] = "rank"
     gradients: int = 1
     optimizer: Literal["any", "elementwise"] = "any"
+    lockstep: bool = True
 
 
 class Outcome(NamedTuple):
@@ -63,7 +66,8 @@ class Phase:
     dedicated server). `shared`: whether the replica's arenas are node-shared. `batch`: samples per worker and
     round at most; gradients arrive as the sum over a worker's samples divided by `batch`, so a full batch
     weighs 1. `cursor`: the run's clock, in samples; `round_end`: where it will stand after the step in progress
-    (both kept by trainer and strategy). `wish`: what this rank asks of all (set by the trainer, sent with the next step).
+    (both kept by trainer and strategy). `wish`: what this rank asks of all (set by the trainer, sent with the
+    next step).
     """
 
     index: int
@@ -108,6 +112,10 @@ class Strategy:
     def roles(options: Any) -> tuple[int, bool]:
         """(how many servers, whether they sit beside workers)."""
         return 0, False
+
+    @staticmethod
+    def check(options: Any, roles: Roles) -> None:
+        """Refuse options that these roles cannot satisfy (HpctrainError), before anything is allocated."""
 
     def join(self, phase: Phase, state: State | None = None) -> None:
         """Collective over the phase's ranks, servers included. Afterwards all replicas hold rank 0's parameters
@@ -161,6 +169,24 @@ class Server:
         raise NotImplementedError
 
 
+def roles_of(job: Job, nodes: Sequence[int]) -> list[Roles]:
+    """Who does what in each phase, on ranks whose node indices are `nodes`.
+
+    Raises ClusterError or JobError where the job does not suit them.
+    """
+    check_ranks(job, len(nodes))
+    found = []
+    for index, phase in enumerate(job.schedule):
+        strategy, options = phase.strategy.resolve(), phase.strategy.options
+        try:
+            roles = assign_roles(nodes, *strategy.roles(options))
+            strategy.check(options, roles)
+        except ClusterError as error:
+            raise ClusterError(f"{f'phases.{index}.' if job.phases is not None else ''}{error}") from None
+        found.append(roles)
+    return found
+
+
 def find_nan(phase: Phase, workers: tuple[int, ...], losses: list[float], step: int) -> bool:
     """Whether a loss is not finite. Raises NanError, naming rank and step, unless such steps are skipped."""
     bad = [(r, loss) for r, loss in zip(workers, losses, strict=True) if loss - loss != 0.0]
@@ -170,8 +196,10 @@ def find_nan(phase: Phase, workers: tuple[int, ...], losses: list[float], step: 
 
 
 def nan_error(phase: Phase, rank: int, loss: float, step: int) -> NanError:
-    """The error that says so; `rank` is of the phase's communicator."""
-    return NanError(
+    """The error that says so, for all ranks to raise; `rank` is of the phase's communicator."""
+    error = NanError(
         f"loss is {loss} on rank {phase.comm.members[rank]} in step {step} (phase {phase.index}); lower "
         'optimizer.lr, clip with train.clip_norm, or set train.nan = "skip" to leave such steps out'
     )
+    error.everywhere = True
+    return error

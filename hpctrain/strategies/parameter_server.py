@@ -22,6 +22,7 @@ from hpctrain.schedule import Ask
 from hpctrain.strategies.base import Outcome, Phase, Server, Strategy, nan_error
 
 if TYPE_CHECKING:
+    from hpctrain.cluster import Roles
     from hpctrain.comm.base import Buffer, Communicator, Request, Thread
     from hpctrain.optimizer import Update
     from hpctrain.state import State
@@ -45,6 +46,7 @@ class Decision(IntEnum):
     RELEASE = 3
     STATE = 4
     END = 5
+    NAN = 6
 
 
 class ParameterServerOptions(Options):
@@ -60,7 +62,7 @@ class ParameterServerOptions(Options):
     backup_workers: int = Field(
         0,
         ge=0,
-        description="close a round without waiting for so many of the slowest workers; their late gradients are dropped",
+        description="close a round without waiting for so many of the slowest workers, and drop their late gradients",
     )
 
 
@@ -70,11 +72,6 @@ class Wiring:
     def __init__(self, phase: Phase, options: ParameterServerOptions) -> None:
         from hpctrain.optimizer import slice_bounds
 
-        workers = len(phase.roles.workers)
-        if options.backup_workers >= workers:
-            raise ClusterError(
-                f"strategy.backup_workers = {options.backup_workers}: of {workers} workers at least one must be waited for"
-            )
         comm = phase.comm
         self.workers, self.servers = phase.roles.workers, phase.roles.servers
         service = comm.split(0, comm.rank)
@@ -93,6 +90,13 @@ class Wiring:
         """(server's rank, low, high) of every shard that is not empty."""
         cuts = zip(self.servers, self.bounds, self.bounds[1:], strict=False)
         return [(server, low, high) for server, low, high in cuts if low < high]
+
+    def keepers(self) -> list[tuple[int, int, int]]:
+        """Who has a part of the strategy's state: the owners of shards, and the coordinator."""
+        shards = self.shards()
+        if shards and shards[0][0] != self.coordinator:
+            shards.insert(0, (self.coordinator, 0, 0))
+        return shards
 
     def free(self) -> None:
         if self.between_servers is not None:
@@ -127,32 +131,51 @@ class ParameterServerServer(Server):
         self._gradients = [phase.comm.arena(length, dtype, "rank") for _ in wiring.workers]
         self._pushes: list[Request | None] = [None] * len(wiring.workers)
         self._sum = as_tensor(phase.comm.arena(length, dtype, "rank").mine)
+        if self.comm.rank == wiring.coordinator:
+            self.coordinator = Coordinator(self)
+
+    def load(self, state: State) -> None:
+        """Take over this server's part of a checkpoint, or of the phase before."""
+        self.update.load(state)
+        if self.comm.rank == self.wiring.coordinator:
+            self.coordinator.dropped = int(state.counters.get("dropped", 0))
 
     def serve(self) -> None:
         """Until every worker has left. Raises NanError (as the workers do) if a loss is not finite."""
         for worker in range(len(self.wiring.workers)):
             self._expect(worker)
-        if self.comm.rank == self.wiring.coordinator:
-            Coordinator(self).run()
-        else:
-            decision = np.zeros(self.decision_size, np.float64)
-            while True:
-                self.comm.recv(decision, self.wiring.coordinator, Tag.DECISION)
-                if Decision(int(decision[0])) is Decision.END:
-                    break
-                self.execute(decision)
-        for request in self._pushes:
-            if request is not None:
-                request.cancel()
+        try:
+            if self.comm.rank == self.wiring.coordinator:
+                self.coordinator.run()
+            else:
+                self._follow()
+        finally:
+            for request in self._pushes:
+                if request is not None:
+                    request.cancel()
         if self._lane == 0:
             self.wiring.free()
+
+    def _follow(self) -> None:
+        decision = np.zeros(self.decision_size, np.float64)
+        while True:
+            self.comm.recv(decision, self.wiring.coordinator, Tag.DECISION)
+            what = Decision(int(decision[0]))
+            if what is Decision.END:
+                return
+            if what is Decision.NAN:
+                raise nan_error(self.phase, int(decision[1]), float(decision[3]), int(decision[2]))
+            self.execute(decision)
 
     @property
     def decision_size(self) -> int:
         return 3 + len(self.wiring.workers)
 
     def execute(self, decision: Buffer) -> None:
-        """Do what the coordinator decided: [Decision, weight, learning rate factor, 1 for each worker concerned]."""
+        """Do what the coordinator decided: [Decision, weight, learning rate factor, 1 for each worker concerned].
+
+        Of NAN: [NAN, rank, step, loss].
+        """
         what = Decision(int(decision[0]))
         concerned = [i for i, flag in enumerate(decision[3:]) if flag]
         if what is Decision.STATE:
@@ -204,10 +227,12 @@ class ParameterServerServer(Server):
     def _send_state(self) -> None:
         from hpctrain.state import send_state
 
-        state = self.update.state()
-        if self.comm.rank == self.wiring.coordinator and self.phase.conductor.rule is not None:
+        state, leads = self.update.state(), self.comm.rank == self.wiring.coordinator
+        if leads:
+            state.counters = {"dropped": self.coordinator.dropped}
+        if leads and self.phase.conductor.rule is not None:
             state.rule = self.phase.conductor.rule.state()
-        if self.low < self.high:
+        if leads or self.low < self.high:
             send_state(self.comm, state, 0)
 
 
@@ -225,45 +250,44 @@ class Coordinator:
         self.waiting: dict[int, Buffer] = {}
         self.needed = len(self.present) - server.options.backup_workers
         self.nan: tuple[int, float, int] | None = None
+        self.left: set[int] = set()
 
     def run(self) -> None:
         """Until every worker has left (or, after a NaN, been told). Raises NanError then."""
-        size = len(self.wiring.workers)
-        headers = [np.zeros(7, np.float64) for _ in range(size)]
-        requests: list[Request] = [self._listen(headers[i], i) for i in range(size)]
-        senders = list(range(size))
-        while senders:
-            place = self.comm.wait_any(requests)
-            worker = senders[place]
-            if self._hear(worker, headers[worker].copy()):
-                requests[place] = self._listen(headers[worker], worker)
-            else:
-                del senders[place], requests[place]
-        self._decide(Decision.END)
-        if self.nan is not None:
-            raise nan_error(self.phase, *self.nan)
+        headers = [np.zeros(7, np.float64) for _ in self.wiring.workers]
+        requests: dict[int, Request] = {i: self._listen(header, i) for i, header in enumerate(headers)}
+        while requests:
+            senders = list(requests)
+            worker = senders[self.comm.wait_any([requests[sender] for sender in senders])]
+            header = headers[worker].copy()
+            requests[worker] = self._listen(headers[worker], worker)
+            self._hear(worker, header)
+            for gone in self.left & set(requests):
+                requests.pop(gone).cancel()
+        if self.nan is None:
+            self._decide(Decision.END)
+            return
+        rank, loss, step = self.nan
+        self._decide(Decision.NAN, weight=rank, factor=step, loss=loss)
+        raise nan_error(self.phase, rank, loss, step)
 
     def _listen(self, header: Buffer, worker: int) -> Request:
         return self.comm.start_recv(header, self.wiring.workers[worker], Tag.CONTROL)
 
-    def _hear(self, worker: int, header: Buffer) -> bool:
-        """Act on a header; False when that worker will send no more."""
+    def _hear(self, worker: int, header: Buffer) -> None:
+        """Act on a header."""
         kind = Kind(int(header[0]))
         if kind is Kind.LEAVE:
-            return False
-        if kind is Kind.STATE:
+            self.left.add(worker)
+        elif kind is Kind.STATE:
             self._decide(Decision.STATE)
             self.server.execute(np.array([Decision.STATE, 0, 0], np.float64))
         elif header[1] < self.version or self.nan is not None:
             self._release(worker, int(header[2]))
-            return self.nan is None
         else:
             self.waiting[worker] = header
             if len(self.waiting) >= self.needed:
-                closed = sorted(self.waiting)
                 self._close_round()
-                return self.nan is None or worker not in closed
-        return True
 
     def _close_round(self) -> None:
         phase, accepted = self.phase, sorted(self.waiting)
@@ -291,6 +315,8 @@ class Coordinator:
         self._decide(Decision.RELEASE, [worker])
 
     def _reply(self, worker: int, result: str, loss: float, samples: int, late: int) -> None:
+        if self.nan is not None:  # it will raise, and send no more
+            self.left.add(worker)
         text = json.dumps(
             {
                 "result": result,
@@ -307,10 +333,12 @@ class Coordinator:
         buffer = np.frombuffer(text.ljust(REPLY, b"\0"), np.uint8).copy()
         self.comm.send(buffer, self.wiring.workers[worker], Tag.REPLY)
 
-    def _decide(self, what: Decision, workers: list[int] | None = None, weight: float = 0, factor: float = 0) -> None:
+    def _decide(
+        self, what: Decision, workers: list[int] | None = None, weight: float = 0, factor: float = 0, loss: float = 0
+    ) -> None:
         """Tell the other servers, then do the same here."""
         decision = np.zeros(self.server.decision_size, np.float64)
-        decision[:3] = what, weight, factor
+        decision[:4] = what, weight, factor, loss
         decision[3:][workers or []] = 1
         sends = [self.comm.start_send(decision, server, Tag.DECISION) for server in self.wiring.servers[1:]]
         if workers:
@@ -328,6 +356,14 @@ class ParameterServer(Strategy):
     @staticmethod
     def roles(options: ParameterServerOptions) -> tuple[int, bool]:
         return options.servers, options.colocated
+
+    @staticmethod
+    def check(options: ParameterServerOptions, roles: Roles) -> None:
+        if options.backup_workers >= (workers := len(roles.workers)):
+            raise ClusterError(
+                f"strategy.backup_workers = {options.backup_workers}: of {workers} workers at least one must be waited "
+                "for; lower strategy.backup_workers or start more ranks"
+            )
 
     def join(self, phase: Phase, state: State | None = None) -> None:
         self.phase = phase
@@ -379,7 +415,7 @@ class ParameterServer(Strategy):
             from hpctrain.state import merge, recv_state
 
             self._tell(Kind.STATE)
-            pieces = [recv_state(self.comm, server) for server, _, _ in self.wiring.shards()]
+            pieces = [recv_state(self.comm, server) for server, _, _ in self.wiring.keepers()]
             whole = merge(pieces, self.phase.replica.layout.length)
         self.phase.workers.barrier()
         return whole
@@ -409,12 +445,12 @@ def _deal(
         return
     if comm.rank == 0:
         assert state is not None
-        for rank, low, high in wiring.shards():
+        for rank, low, high in wiring.keepers():
             part = state.cut(low, high, [slot.name for slot in phase.replica.layout.slots_in(low, high)])
             if rank != 0:
                 send_state(comm, part, rank)
             elif server is not None:
-                server.update.load(part)
-    elif server is not None and server.low < server.high:
-        server.update.load(recv_state(comm, 0))
+                server.load(part)
+    elif server is not None and comm.rank in [rank for rank, _, _ in wiring.keepers()]:
+        server.load(recv_state(comm, 0))
 

@@ -63,14 +63,10 @@ def open_file(path: Path, rank: int, attempt: int) -> TraceFile:
         version = attributes.get("schema_version")
         if version != SCHEMA_VERSION:
             found = "no schema version (it is no trace)" if version is None else f"schema version {version}"
-            raise TraceError(
-                f"rank {rank}: trace/{path.name} has {found}; this hpctrain reads {SCHEMA_VERSION}"
-            )
+            raise TraceError(f"rank {rank}: trace/{path.name} has {found}; this hpctrain reads {SCHEMA_VERSION}")
         for name, dtype in TABLES.items():
             if h5[name].dtype != dtype:
-                raise TraceError(
-                    f"rank {rank}: /{name} of trace/{path.name} does not have the columns of its schema"
-                )
+                raise TraceError(f"rank {rank}: /{name} of trace/{path.name} does not have the columns of its schema")
         clock = read_rows(h5["clock"], 0, rows_there(h5["clock"], path)[0])
     clock = clock[np.argsort(clock["t_ns"], kind="stable")]
     return TraceFile(path, rank, attempt, attributes, _closed(path), clock)

@@ -73,15 +73,11 @@ class Run:
             except TraceError as error:
                 faults.append(str(error))
             except UNREADABLE as error:
-                faults.append(
-                    f"rank {rank}: trace/{path.name} cannot be read: it is damaged or cut ({why(error)})"
-                )
+                faults.append(f"rank {rank}: trace/{path.name} cannot be read: it is damaged or cut ({why(error)})")
         if not files:
             if faults:
                 raise TraceError(f"{self.folder}: none of its traces can be read: {'; '.join(faults[:3])}")
-            raise TraceError(
-                f"{self.folder}: this run has no traces (was it started with trace.enabled = false?)"
-            )
+            raise TraceError(f"{self.folder}: this run has no traces (was it started with trace.enabled = false?)")
         self.notes += faults
         return files
 
@@ -122,14 +118,12 @@ class Run:
 
     def _note_lost(self, file: TraceFile, table: str, lost: int, whole: int) -> None:
         where = f"/{table} of trace/{file.path.name}"
-        self._note(
-            f"rank {file.rank}: {lost} of {whole} rows of {where} cannot be read: the file is damaged or cut"
-        )
+        self._note(f"rank {file.rank}: {lost} of {whole} rows of {where} cannot be read: the file is damaged or cut")
 
     # -- about the run -----------------------------------------------------------------------------------
     @cached_property
     def job(self) -> Job | str:
-        """The resolved job; its text if it cannot be loaded (a program's objects, say); "" if there is none."""
+        """The resolved job; its text if it cannot be loaded (a program's objects, say); "" without one."""
         path = self.folder / "job.toml"
         try:
             from hpctrain.job import Job
@@ -151,9 +145,7 @@ class Run:
             if file.rank == rank and attempt in (None, file.attempt):
                 return dict(file.attributes)
         which = f" in attempt {attempt}" if attempt is not None else ""
-        raise TraceError(
-            f"{self.folder}: there is no readable trace of rank {rank}{which}; there are {self.ranks}"
-        )
+        raise TraceError(f"{self.folder}: there is no readable trace of rank {rank}{which}; there are {self.ranks}")
 
     @cached_property
     def start_ns(self) -> int:
@@ -169,9 +161,7 @@ class Run:
         return min(starts, default=0)
 
     # -- rows --------------------------------------------------------------------------------------------
-    def blocks(
-        self, table: str, rank: Ranks = None, rows: int = BLOCK_ROWS
-    ) -> Iterator[tuple[int, int, Rows]]:
+    def blocks(self, table: str, rank: Ranks = None, rows: int = BLOCK_ROWS) -> Iterator[tuple[int, int, Rows]]:
         """(rank, attempt, rows) of one of `schema.TABLES`, at most `rows` at a time, in the order written.
 
         Times are corrected. For what is too large for a frame.
@@ -186,9 +176,7 @@ class Run:
         wanted = {rank} if isinstance(rank, int) else set(rank)
         absent = sorted(wanted - set(self.ranks))
         if absent:
-            raise TraceError(
-                f"{self.folder}: no readable trace of {_name(absent)}; there are {_name(self.ranks)}"
-            )
+            raise TraceError(f"{self.folder}: no readable trace of {_name(absent)}; there are {_name(self.ranks)}")
         return [file for file in self._files if file.rank in wanted]
 
     def _blocks(self, file: TraceFile, table: str, rows: int) -> Iterator[Rows]:
@@ -246,7 +234,7 @@ class Run:
 
     def _valid(self, frame: pd.DataFrame) -> Rows:
         """Which steps no later attempt began again."""
-        first = {key: int(steps.min()) for key, steps in frame.groupby(["rank", "attempt"])["step"]}
+        first = {key: int(steps.min()) for key, steps in frame[frame["step"] >= 0].groupby(["rank", "attempt"])["step"]}
         valid = np.ones(len(frame), bool)
         step, rank, attempt = (frame[name].to_numpy() for name in ("step", "rank", "attempt"))
         for (of_rank, again), start in first.items():
@@ -311,9 +299,7 @@ def _folder_of(path: Path) -> Path:
     if folder.name == "trace" and not (folder / "trace").exists():
         folder = folder.parent
     if not (folder / "trace").is_dir() and not (folder / "job.toml").exists():
-        raise TraceError(
-            f"{path}: this is no run folder (it has neither trace/ nor job.toml); give a folder runs/..."
-        )
+        raise TraceError(f"{path}: this is no run folder (it has neither trace/ nor job.toml); give a folder runs/...")
     return folder
 
 
@@ -321,7 +307,7 @@ def _categories(codes: Rows, names: Sequence[str]) -> Any:
     import pandas as pd
 
     known: np.ndarray[Any, np.dtype[np.int64]] = np.where(codes <= len(names), codes.astype(np.int64) - 1, -1)
-    return pd.Categorical.from_codes(known, categories=list(names))
+    return pd.Categorical.from_codes(known, categories=pd.Index(list(names)))
 
 
 def _name(ranks: Sequence[int]) -> str:

@@ -53,9 +53,7 @@ class _Codes(dict[Any, int]):
     """Code of a name, or of a code; anything else is a programming error, said in a sentence."""
 
     def __init__(self, what: str, codes: type[IntEnum]) -> None:
-        super().__init__(
-            {code.name.lower(): int(code) for code in codes} | {int(code): int(code) for code in codes}
-        )
+        super().__init__({code.name.lower(): int(code) for code in codes} | {int(code): int(code) for code in codes})
         self._what = what
 
     def __missing__(self, key: Any) -> int:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_NAME, _CELL = 11, 17  # widths of the columns of the text
+
+
 def sum_times(run: Run) -> pd.DataFrame:
     """A row per rank and lane: rank, lane, role, time, span kinds ..., unaccounted, steps, samples, rate.
 
@@ -39,9 +42,7 @@ def sum_times(run: Run) -> pd.DataFrame:
     rows = []
     for (rank, lane), took in sorted(sums.items()):
         time = sum((b - a) / 1e9 for (r, n, _), (a, b) in extents.items() if (r, n) == (rank, lane))
-        count, samples = (
-            (int(x) for x in steps.loc[rank].to_numpy()) if lane == 0 and rank in steps.index else (0, 0)
-        )
+        count, samples = (int(x) for x in steps.loc[rank].to_numpy()) if lane == 0 and rank in steps.index else (0, 0)
         row: dict[str, Any] = {"rank": rank, "lane": lane, "role": str(run.attributes(rank).get("role", ""))}
         row |= {"time": time} | {kind: float(took[code]) for code, kind in enumerate(KINDS, 1)}
         row |= {"unaccounted": time - float(took.sum()), "steps": count, "samples": samples}
@@ -49,30 +50,33 @@ def sum_times(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def format_totals(run: Run) -> str:
-    """The totals as a text table: two lines per rank, seconds and below them the share of the rank's time."""
+def format_totals(run: Run, width: int = 80) -> str:
+    """The totals as text: a line per span kind, per rank the seconds and their share of its time; then the notes.
+
+    As many ranks side by side as fit into `width` characters. "2+" is the server thread beside rank 2's own course.
+    """
     frame = sum_times(run)
     kinds = [kind for kind in KINDS if (frame[kind] > 0).any()] + ["unaccounted"]
-    head = ["rank", "role", "time s", *kinds, "steps", "samples", "samples/s"]
-    lines = [head]
-    for row in frame.to_dict("records"):
-        name = str(row["rank"]) if row["lane"] == 0 else f"{row['rank']}+"
-        role = row["role"] if row["lane"] == 0 else "server thread"
-        counts = (
-            [str(row["steps"]), str(row["samples"]), f"{row['rate']:.1f}"] if row["lane"] == 0 else [""] * 3
-        )
-        lines.append([name, role, f"{row['time']:.3f}", *(f"{row[kind]:.3f}" for kind in kinds), *counts])
-        shares = [f"{100 * row[kind] / row['time']:.1f} %" if row["time"] > 0 else "" for kind in kinds]
-        lines.append(["", "", "", *shares, "", "", ""])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = [_line(line, widths) for line in lines]
-    text += [f"note: {note}" for note in run.notes]
-    return "\n".join(text)
+    rows, many = frame.to_dict("records"), max(1, (width - _NAME) // _CELL)
+    blocks = [_block(rows[i : i + many], kinds) for i in range(0, len(rows), many)]
+    notes = "\n".join(f"note: {note}" for note in run.notes)
+    return "\n\n".join([*blocks, notes] if notes else blocks)
 
 
-def _line(cells: list[str], widths: list[int]) -> str:
-    left = {1}  # the role
-    aligned = (
-        c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+def _block(rows: list[dict[Any, Any]], kinds: list[str]) -> str:
+    own = [row["lane"] == 0 for row in rows]
+    shared = ["" if mine else "+" for mine in own]
+    lines = [("", [f"rank {row['rank']}{plus}" for row, plus in zip(rows, shared, strict=True)])]
+    lines.append(("role", [row["role"] if mine else "server thread" for row, mine in zip(rows, own, strict=True)]))
+    lines.append(("seconds", [f"{row['time']:.3f}{'100.0 %' if row['time'] else '':>8}" for row in rows]))
+    lines += [(kind, [_cell(row[kind], row["time"]) for row in rows]) for kind in kinds]
+    for name, text in (("steps", "{steps}"), ("samples", "{samples}"), ("samples/s", "{rate:.1f}")):
+        lines.append((name, [text.format(**row) if mine else "" for row, mine in zip(rows, own, strict=True)]))
+    return "\n".join(
+        f"{name:<{_NAME}}{''.join(f'{cell:>{_CELL}}' for cell in cells)}".rstrip() for name, cells in lines
     )
-    return "  ".join(aligned).rstrip()
+
+
+def _cell(seconds: float, time: float) -> str:
+    share = f"{100 * seconds / time:.1f} %" if time > 0 else ""
+    return f"{seconds:.3f}{share:>8}"

@@ -73,13 +73,11 @@ class TraceWriter:
         import h5py
 
         if self.path.exists():
-            raise TraceError(
-                f"{self.path}: this trace exists already; a resumed run must write the next attempt"
-            )
+            raise TraceError(f"{self.path}: this trace exists already; a resumed run must write the next attempt")
         unfinished = self.path.with_name(self.path.name + ".part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = h5py.File(unfinished, "w", libver="latest", locking="best-effort")
+            self._file = h5py.File(unfinished, "w", libver="latest", locking=False)
             for name, value in attributes.items():
                 self._file.attrs[name] = _attribute(value)
             # The same moment by the trace's clock and by the calendar: aligns attempts, whose clocks may
@@ -87,9 +85,7 @@ class TraceWriter:
             self._file.attrs["clock_ns"], self._file.attrs["unix_ns"] = self.recorder.now(), time.time_ns()
             for name, dtype in TABLES.items():
                 chunk = (CHUNK_ROWS[name],)
-                self._tables[name] = self._file.create_dataset(
-                    name, (0,), dtype, maxshape=(None,), chunks=chunk
-                )
+                self._tables[name] = self._file.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=chunk)
             self._file.swmr_mode = True
             self._file.flush()
             os.replace(unfinished, self.path)
@@ -191,7 +187,7 @@ def link_ranks(folder: Path | str) -> Path:
     path = Path(folder) / "trace.h5"
     unfinished = path.with_name("trace.h5.part")
     try:
-        with h5py.File(unfinished, "w", libver="latest", locking="best-effort") as file:
+        with h5py.File(unfinished, "w", libver="latest", locking=False) as file:
             file.attrs["schema_version"] = SCHEMA_VERSION
             for target in trace_files(folder).values():
                 file[target.name.removesuffix(".h5")] = h5py.ExternalLink(f"trace/{target.name}", "/")

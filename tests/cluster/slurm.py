@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
-PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
+# srun --mpi=pmix loads libpmix.so, which only the development package has.
+PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "libpmix-dev")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 SBIN = "/usr/sbin"
 
@@ -113,9 +114,7 @@ class Slurm:
     def command(self, *argv: str, cwd: Path | None = None, seconds: float = 60.0) -> str:
         """Run one of Slurm's programs and return what it printed. Raises SlurmError."""
         try:
-            done = subprocess.run(
-                argv, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=seconds
-            )
+            done = subprocess.run(argv, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=seconds)
         except subprocess.TimeoutExpired as error:
             raise SlurmError(f"{argv[0]} took longer than {seconds:g} s\n{self.logs()}") from error
         if done.returncode:

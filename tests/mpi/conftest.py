@@ -19,6 +19,7 @@ def _rank() -> int:
     return next((int(os.environ[name]) for name in RANKS if name in os.environ), 0)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """The reports of the ranks behind the first go into a buffer."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.conftest import Mpirun
 
 from hpctrain import launcher
+from tests.conftest import Mpirun
 
 pytestmark = pytest.mark.launch
 
@@ -60,10 +60,8 @@ class Started:
 
     def __init__(self, folder: Path, argv: list[str], environment: dict[str, str]) -> None:
         self.folder = folder
-        self.files = [open(folder / name, "w+") for name in ("out", "err")]
-        self.process = subprocess.Popen(
-            argv, env=environment, stdout=self.files[0], stderr=self.files[1], start_new_session=True
-        )
+        with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+            self.process = subprocess.Popen(argv, env=environment, stdout=out, stderr=err, start_new_session=True)
 
     def ready(self, count: int) -> None:
         """Until all ranks have said so."""
@@ -118,7 +116,7 @@ def start(tmp_path: Path, mpi: launcher.Mpi) -> Iterator[Start]:
         argv = [sys.executable, "-c", RUN, str(count)]
         if plain:
             argv = mpi.command(count)
-            environment = launcher.rank_environment(mpi.library, count, environment)
+            environment = launcher.rank_environment(mpi.library, environment)
         began.append(Started(tmp_path, argv + command, environment))
         return began[-1]
 
@@ -128,8 +126,6 @@ def start(tmp_path: Path, mpi: launcher.Mpi) -> Iterator[Start]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         each.process.wait()
-        for file in each.files:
-            file.close()
 
 
 def no_files_since(began: float) -> None:

@@ -110,9 +110,7 @@ def copied(value: Any) -> Any:
 def mutate(job: dict[str, Any], dice: random.Random) -> None:
     """One change somewhere: another value, a key more, less, renamed or moved elsewhere."""
     place = dice.choice(containers(job))
-    value = copied(
-        dice.choice([*ODD, dice.choice(containers(FULL)), dice.randint(-5, 5), dice.uniform(-2, 2)])
-    )
+    value = copied(dice.choice([*ODD, dice.choice(containers(FULL)), dice.randint(-5, 5), dice.uniform(-2, 2)]))
     if isinstance(place, list):
         place.insert(dice.randint(0, len(place)), value)
         return
@@ -252,9 +250,7 @@ def test_fuzzed_python_arguments() -> None:
         Job,
     ]
     for _ in range(1000):
-        keys = {
-            dice.choice([*FULL, "strategy", "phases"]): dice.choice(things) for _ in range(dice.randint(1, 3))
-        }
+        keys = {dice.choice([*FULL, "strategy", "phases"]): dice.choice(things) for _ in range(dice.randint(1, 3))}
         if dice.random() < 0.5:
             keys["model"] = {"name": dice.choice(things), "x": dice.choice(things)}
         try:

@@ -31,7 +31,7 @@ class Tiny:
         mode: typing.Literal["sync", "async"] = Field(default="sync", description="which way")
         shares: tuple[float, ...] = Field(default=(), description="a tuple, which TOML has not")
         when: int | typing.Literal["auto"] = Field(default="auto", description="a union")
-        codec: str | None = Field(default=None, description="may be none")
+        codec: str | None = Field(default=None, description="may be none | or text")
 
 
 class Loose:
@@ -155,7 +155,7 @@ def test_the_full_job_says_what_was_written(tmp_path: Path) -> None:
     assert job.optimizer.schedule.options == {"gamma": 0.5}
     assert job.optimizer.schedule.warmup is not None and job.optimizer.schedule.warmup.unit == "fraction"
     assert job.train.epochs is None and job.train.clip_norm == 1.0
-    assert job.train.evaluate_every.value == 5000 and job.debug.slow == {0: 1.5, 3: 2.0}
+    assert job.train.evaluate_every.value == 5000 and list(job.debug.slow.items()) == [(0, 1.5), (3, 2.0)]
     first, last = job.schedule
     assert first.strategy.options.shares == (0.5, 0.5) and first.until is not None
     assert (first.until.name, first.until.options.steps) == ("until", 10)
@@ -221,9 +221,7 @@ def test_mistakes_name_the_file_unless_they_come_from_an_override(tmp_path: Path
     with pytest.raises(JobError) as caught:
         load(tmp_path, "seed = -1", "train.batch_size=0")
     first, second = str(caught.value).splitlines()
-    assert first.endswith(
-        "job.toml: seed = -1: must be an integer, at least 0 and at most 9223372036854775807"
-    )
+    assert first.endswith("job.toml: seed = -1: must be an integer, at least 0 and at most 9223372036854775807")
     assert second == "train.batch_size = 0: must be an integer, at least 1 and at most 1000000000"
 
 
@@ -416,10 +414,10 @@ def test_override_takes_toml_values_and_plain_text() -> None:
     job = changed(
         Job(), "seed=3", "name=abc", 'output="a b"', "train.clip_norm=1e-3", "data.shuffle=false",
         "model.hidden=[1, 2]", "train.evaluate_every={steps = 5}", "debug.slow.2=3", "model.text=a=b, c",
-        "data.'odd'=1",
+        "data.'odd'=1", "model.line=1\nx = 2",
     )  # fmt: skip
     assert (job.seed, job.name, job.output, job.train.clip_norm) == (3, "abc", "a b", 1e-3)
-    assert job.model.options == {"hidden": [1, 2], "text": "a=b, c"} and not job.data.shuffle
+    assert job.model.options == {"hidden": [1, 2], "text": "a=b, c", "line": "1\nx = 2"} and not job.data.shuffle
     assert job.train.evaluate_every == Amount(steps=5) and job.debug.slow == {2: 3.0}
     assert job.data.options == {"odd": 1}
 
@@ -438,9 +436,7 @@ def test_default_puts_a_default_back() -> None:
     assert changed(job, "train.steps=default").train.epochs == 1.0
     assert changed(job, "train=default").train == Job().train
     assert changed(job, "strategy.servers=default").schedule[0].strategy.options.servers == 1
-    assert changed(job, "strategy=default") == changed(
-        Job(), "seed=3", "train.clip_norm=1.0", "train.steps=5"
-    )
+    assert changed(job, "strategy=default") == changed(Job(), "seed=3", "train.clip_norm=1.0", "train.steps=5")
 
 
 def test_one_of_two_keys_takes_the_place_of_the_other() -> None:
@@ -468,7 +464,9 @@ def test_a_new_name_takes_the_old_ones_keys_away_whatever_the_order(tmp_path: Pa
         3,
         "async",
     )
-    assert changed(load(tmp_path, "optimizer.lr = 0.5"), "optimizer.name=SGD").optimizer.lr == 0.5
+    assert load(tmp_path, "optimizer.lr = 0.5", "optimizer.name=SGD").optimizer.lr == 0.5
+    linear = changed(load(tmp_path, FULL), "optimizer.schedule.name=linear").optimizer.schedule
+    assert linear.warmup == job.optimizer.schedule.warmup and linear.options == {}
 
 
 def test_a_strategy_replaces_phases_and_the_other_way_round(tmp_path: Path) -> None:
@@ -488,9 +486,7 @@ def test_a_strategy_replaces_phases_and_the_other_way_round(tmp_path: Path) -> N
 
 def test_lists_are_entered_by_index(tmp_path: Path) -> None:
     job = load(tmp_path, FULL)
-    changed_job = changed(
-        job, "phases.0.strategy.servers=9", "phases.0.until.steps=99", "data.augment.1=shift"
-    )
+    changed_job = changed(job, "phases.0.strategy.servers=9", "phases.0.until.steps=99", "data.augment.1=shift")
     first = changed_job.schedule[0]
     assert (first.strategy.options.servers, first.strategy.options.mode) == (9, "async")
     assert first.until is not None and first.until.options.steps == 99
@@ -572,9 +568,7 @@ def test_other_objects_are_kept_and_refused_when_the_file_is_loaded(tmp_path: Pa
         "loss.name",
         "metric.name",
     ]
-    assert all(
-        "was an object of the program that made this run; start that program again" in line for line in lines
-    )
+    assert all("was an object of the program that made this run; start that program again" in line for line in lines)
 
 
 def test_a_strategy_class_of_the_program_itself_is_kept(tmp_path: Path) -> None:
@@ -640,12 +634,14 @@ def test_a_job_does_not_change() -> None:
 def test_check_ranks() -> None:
     check_ranks(Job(), 2)
     check_ranks(Job(ranks=4, debug={"slow": {3: 2.0}}), 4)
-    with pytest.raises(
-        ClusterError, match="ranks = 4: a job that needs 4 ranks was started with 2; start 4, or"
-    ):
+    with pytest.raises(ClusterError, match="ranks = 4: a job that needs 4 ranks was started with 2; start 4, or"):
         check_ranks(Job(ranks=4), 2)
+    with pytest.raises(ClusterError, match="started with 8"):
+        check_ranks(Job(ranks=4), 8)
     with pytest.raises(JobError, match=r"debug.slow.3: this run has 2 ranks, 0 to 1"):
         check_ranks(Job(debug={"slow": {"3": 2.0}}), 2)
+    with pytest.raises(JobError, match=r"debug.slow.2"):
+        check_ranks(Job(debug={"slow": {2: 2.0}}), 2)
 
 
 def test_explain_has_every_key_once_and_each_is_described() -> None:
@@ -695,9 +691,7 @@ def test_the_page_in_docs_is_what_explain_writes(monkeypatch: pytest.MonkeyPatch
         monkeypatch.delitem(registry.STRATEGIES, name)
     monkeypatch.delitem(registry.RULES, "until")
     page = Path(__file__).parents[2] / "docs" / "job.md"
-    assert page.read_text(encoding="utf-8") == as_markdown(explain()), (
-        "hpctrain job explain --markdown > docs/job.md"
-    )
+    assert page.read_text(encoding="utf-8") == as_markdown(explain()), "hpctrain job explain --markdown > docs/job.md"
 
 
 def test_built_in_strategies_and_rules_describe_and_forbid() -> None:

@@ -61,9 +61,7 @@ def test_torchs_optimizers_are_known_with_their_learning_rates() -> None:
         if isinstance(thing, type) and thing is not torch.optim.Optimizer:
             assert name in registry.OPTIMIZERS or name in registry.REFUSED_OPTIMIZERS, name
             if name in registry.LEARNING_RATES and name != "SGD":
-                assert inspect.signature(thing).parameters["lr"].default == registry.LEARNING_RATES[name], (
-                    name
-                )
+                assert inspect.signature(thing).parameters["lr"].default == registry.LEARNING_RATES[name], name
 
 
 def test_unknown_names_get_a_suggestion_and_the_choice() -> None:
@@ -109,10 +107,7 @@ def test_sys_path_is_as_before_when_the_module_comes_from_elsewhere_or_fails(fol
 def test_missing_modules_and_attributes(folder: Path) -> None:
     Path("own_models.py").write_text("def small_net(): pass\n")
     text = refusal("model", "own_model:net")
-    assert (
-        text.startswith('model "own_model:net": there is no module own_model, neither in ')
-        and str(folder) in text
-    )
+    assert text.startswith('model "own_model:net": there is no module own_model, neither in ') and str(folder) in text
     assert "there is no module own_models.deeper" in refusal("model", "own_models.deeper:net")
     assert refusal("model", "own_models:smal_net") == (
         'model "own_models:smal_net": own_models has no smal_net (did you mean small_net?)'
@@ -178,12 +173,13 @@ def test_objects_that_cannot_be_imported_are_named_by_where_they_stand() -> None
 
 def test_what_the_main_program_defines_is_not_taken_for_importable(tmp_path: Path) -> None:
     script = tmp_path / "train_me.py"
-    script.write_text(
-        "from hpctrain import registry\nclass Net: pass\nprint(registry.describe('model', Net))\n"
-    )
+    script.write_text("from hpctrain import registry\nclass Net: pass\nprint(registry.describe('model', Net))\n")
     where = dict(os.environ, PYTHONPATH=str(Path(registry.__file__).parents[1]))
-    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, env=where)
-    assert out.stdout.strip() == "<Net in train_me.py:2>", out.stderr
+    for command in ([str(script)], ["-m", "train_me"]):
+        out = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, timeout=60, env=where, cwd=tmp_path
+        )
+        assert out.stdout.strip() == "<Net in train_me.py:2>", out.stderr
 
 
 def test_reading_a_job_imports_neither_torch_nor_mpi_nor_hdf5() -> None:

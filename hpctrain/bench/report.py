@@ -1,0 +1,101 @@
+"""What a measurement gave: as aligned text, and as plain values."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Repeated measurements of one thing, in `unit`."""
+
+    values: tuple[float, ...]
+    unit: str
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.values))
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The middle half of the values lies between these."""
+        low, high = np.percentile(self.values, [25, 75])
+        return float(low), float(high)
+
+    def __str__(self) -> str:
+        low, high = self.quartiles
+        return f"{number(self.median)} ({number(low)}-{number(high)})"
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        low, high = self.quartiles
+        return {"median": self.median, "q25": low, "q75": high, "n": len(self.values), "unit": self.unit}
+
+
+@dataclass
+class Table:
+    """`rows[label][column]`; `title` names the unit of its cells. `notes` stand below."""
+
+    name: str
+    title: str
+    columns: Sequence[str]
+    rows: dict[str, dict[str, Sample]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Aligned: labels to the left, cells to the right."""
+        lines = [["", *self.columns]]
+        for label, cells in self.rows.items():
+            lines.append([label, *(str(cells[c]) if c in cells else "-" for c in self.columns)])
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns) + 1)]
+        body = ["  ".join(_pad(cell, widths[i], i) for i, cell in enumerate(line)).rstrip() for line in lines]
+        return "\n".join([self.title, *body, *self.notes])
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = {label: {c: sample.plain() for c, sample in cells.items()} for label, cells in self.rows.items()}
+        return {"title": self.title, "rows": rows, "notes": self.notes}
+
+
+@dataclass
+class Report:
+    """Tables, in order."""
+
+    tables: list[Table] = field(default_factory=list)
+
+    def text(self) -> str:
+        """All tables, with what the machine is."""
+        return "\n\n".join([machine(), *(table.text() for table in self.tables)])
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"machine": machine(), **{table.name: table.plain() for table in self.tables}}
+
+
+def machine() -> str:
+    """This machine in one line."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0))
+    return f"{model}, {cores} cores; median (middle half) of interleaved repetitions"
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands set off."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _pad(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column == 0 else cell.rjust(width)

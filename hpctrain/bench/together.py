@@ -1,0 +1,236 @@
+"""What ranks measure together: all-reduces and synchronous steps. All functions here are collective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpctrain import registry
+from hpctrain.bench.report import Sample, Table
+from hpctrain.cluster import assign_roles
+from hpctrain.comm.base import Arena, Communicator
+from hpctrain.models.mlp import mlp
+from hpctrain.models.resnet18 import resnet18
+from hpctrain.optimizer import OptimizerChoice, make_update, slice_bounds
+from hpctrain.replica import Layout, Replica, as_tensor
+from hpctrain.schedule import Conductor
+from hpctrain.strategies.base import Phase, Strategy
+
+Progress = Callable[[str], None]
+SIZES = {"64 KiB": 2**16, "1 MiB": 2**20, "8 MiB": 2**23, "64 MiB": 2**26}
+ALGORITHMS = ("library", "ring", "halving_doubling", "tree", "hierarchical")
+SHARED = "shared windows"
+SECONDS = 6.0  # for one size, all algorithms together
+MLP, RESNET = "mlp, 10.0 M, batch 32", "resnet18 at 32x32, 11.2 M, batch 16"
+
+
+# -- all-reduce ------------------------------------------------------------------------------------------------
+def measure_all_reduce(comm: Communicator, progress: Progress) -> Table:
+    """By algorithm and size, float32; a repetition lasts until its last rank has the result."""
+    table = Table("all_reduce", f"all-reduce of {comm.size} ranks, float32, ms", list(SIZES))
+    table.rows = {name: {} for name in (SHARED, *ALGORITHMS)}
+    if not _one_node(comm):
+        del table.rows[SHARED]
+        table.notes.append("Shared windows are left out: the ranks are on several nodes.")
+    for label, nbytes in SIZES.items():
+        progress(f"all-reduce of {label}")
+        with _all_reduces(comm, nbytes) as ways:
+            for name, values in _interleaved(comm, ways).items():
+                table.rows[name][label] = Sample(tuple(v * 1e3 for v in values), "ms")
+    return table
+
+
+@contextmanager
+def _all_reduces(comm: Communicator, nbytes: int) -> Iterator[dict[str, Callable[[], None]]]:
+    """Name -> one all-reduce of so many bytes. Their values overflow in time, which costs nothing."""
+    buffer = np.zeros(nbytes // 4, np.float32)
+    ways: dict[str, Callable[[], None]] = {}
+    window = SharedSum(comm, nbytes // 4) if _one_node(comm) else None
+    if window is not None:
+        ways[SHARED] = window.run
+    for name in ALGORITHMS:
+        ways[name] = lambda name=name: comm.all_reduce(buffer, algorithm=name)  # type: ignore[misc]
+    yield ways
+    if window is not None:
+        window.free()
+
+
+class SharedSum:
+    """As the strategy all_reduce does it on one node: every rank sums its slice out of everybody's memory."""
+
+    def __init__(self, comm: Communicator, length: int) -> None:
+        self.comm = comm
+        self.given = comm.arena(length, np.dtype(np.float32), "node")
+        self.summed = comm.arena(length if comm.local_rank == 0 else 0, np.dtype(np.float32), "node")
+        layout = Layout((), (), length, np.dtype(np.float32))
+        low, high = slice_bounds(layout, comm.size, elementwise=True)[comm.rank : comm.rank + 2]
+        self._parts = [as_tensor(part)[low:high] for part in self.given.parts]
+        self._sum = as_tensor(self.summed.parts[0])[low:high]
+
+    def run(self) -> None:
+        """From what lies in `given` to what lies in `summed.parts[0]`, for all ranks."""
+        self._agree(self.given)
+        if len(self._parts) == 1:
+            self._sum.copy_(self._parts[0])
+        else:
+            torch.add(self._parts[0], self._parts[1], out=self._sum)
+        for part in self._parts[2:]:
+            self._sum.add_(part)
+        self._agree(self.summed)
+
+    def _agree(self, arena: Arena) -> None:
+        self.comm.notify(arena)
+        self.comm.wait(arena)
+
+    def free(self) -> None:
+        """Collective."""
+        self._parts, self._sum = [], torch.empty(0)
+        self.given.free()
+        self.summed.free()
+
+
+def _interleaved(comm: Communicator, ways: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Seconds of every repetition of each way (of its slowest rank); as many as there is time for."""
+    once = [max(_times(comm, way, 2)[1:]) for way in ways.values()]
+    repetitions = int(np.clip(SECONDS / max(sum(once), 1e-9), 5, 300))
+    batch = max(1, repetitions // 10)  # ways take turns after so many
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    while len(taken[next(iter(ways))]) < repetitions:
+        for name, way in ways.items():
+            taken[name] += _times(comm, way, batch + 1)[1:]
+    return taken
+
+
+def _times(comm: Communicator, way: Callable[[], None], count: int) -> list[float]:
+    times = np.zeros(count)
+    for index in range(count):
+        comm.barrier()
+        start = comm.now()
+        way()
+        times[index] = (comm.now() - start) / 1e9
+    comm.all_reduce(times, "max")
+    return [float(time) for time in times]
+
+
+# -- synchronous step ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Load:
+    """A model to train, on random numbers."""
+
+    build: Callable[[], nn.Module]
+    inputs: tuple[int, ...]
+    batch: int
+    steps: int  # per block
+    blocks: int
+
+
+LOADS = {
+    MLP: Load(lambda: mlp(784, 10, [2048, 2048, 2048]), (784,), 32, 8, 6),
+    RESNET: Load(lambda: resnet18(), (3, 32, 32), 16, 3, 3),
+}
+NOTHING = "no exchange"
+WAYS: dict[str, tuple[str, dict[str, Any]] | None] = {
+    NOTHING: None,
+    "all_reduce, shared": ("all_reduce", {"exchange": "shared"}),
+    "all_reduce, message": ("all_reduce", {"exchange": "message"}),
+    "parameter_server, sync": ("parameter_server", {"mode": "sync", "colocated": True}),
+}
+
+
+def measure_step(comm: Communicator, progress: Progress) -> Table:
+    """Forward, backward, strategy and SGD with momentum, by strategy and model."""
+    threads = torch.get_num_threads()
+    table = Table("step", f"synchronous step of {comm.size} workers, torch threads of each: {threads}, ms", list(LOADS))
+    table.rows = {name: {} for name in WAYS}
+    table.notes.append("parameter_server has one server beside each worker.")
+    for label, load in LOADS.items():
+        taken: dict[str, list[float]] = {name: [] for name in WAYS}
+        bench = StepBench(comm, load)
+        for block in range(load.blocks):
+            progress(f"step of {label}, block {block + 1} of {load.blocks}")
+            for name, way in WAYS.items():
+                taken[name] += bench.block(way)
+        for name, values in taken.items():
+            table.rows[name][label] = Sample(tuple(v * 1e3 for v in values), "ms")
+    return table
+
+
+class StepBench:
+    """One model on every rank; `block` trains it for some steps with one strategy."""
+
+    def __init__(self, comm: Communicator, load: Load) -> None:
+        torch.manual_seed(0)
+        self.comm, self.load = comm, load
+        self.replica = Replica(load.build())
+        self.choice = OptimizerChoice.of(torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9}, True)
+        self.inputs = torch.randn(load.batch, *load.inputs)
+        self.targets = torch.randint(0, 10, (load.batch,))
+
+    def block(self, way: tuple[str, dict[str, Any]] | None) -> list[float]:
+        """Seconds per step, the mean of the ranks."""
+        cls = registry.resolve("strategy", way[0]) if way is not None else Alone
+        given = dict(way[1]) if way is not None else {}
+        if given.get("colocated"):
+            given["servers"] = self.comm.size
+        strategy: Strategy = cls(cls.Options(**given)) if way is not None else cls(None)
+        phase = self._phase(strategy)
+        strategy.join(phase)
+        times = np.array([self._step(phase, strategy) for _ in range(self.load.steps + 1)][1:])
+        strategy.leave()
+        self.replica.release()
+        self.comm.all_reduce(times)
+        return [float(time) for time in times / self.comm.size]
+
+    def _phase(self, strategy: Strategy) -> Phase:
+        comm, replica = self.comm, self.replica
+        roles = assign_roles(comm.nodes, *type(strategy).roles(strategy.options))
+        # Otherwise the strategy would exchange by messages where it was asked to share.
+        shared = strategy.needs.parameters == "node" and comm.can_share(2 * replica.layout.length * 4) is None
+        replica.place(comm, shared, strategy.needs.gradients)
+        return Phase(
+            index=0,
+            comm=comm,
+            roles=roles,
+            workers=comm,
+            replica=replica,
+            shared=shared,
+            elementwise=True,
+            make_update=lambda values, low, high: make_update(self.choice, replica.layout, values, low, high),
+            rate=lambda cursor: 1.0,
+            conductor=Conductor(2**62, 0, 0, None),
+            batch=self.load.batch,
+            clip_norm=None,
+            nan="stop",
+            cursor=0,
+        )
+
+    def _step(self, phase: Phase, strategy: Strategy) -> float:
+        batch, start = self.load.batch, self.comm.now()
+        phase.round_end = phase.cursor + batch * self.comm.size
+        strategy.before()
+        phase.replica.gradient.zero_()
+        loss = nn.functional.cross_entropy(phase.replica.model(self.inputs), self.targets)
+        loss.backward()
+        strategy.step(batch, float(loss.detach()))
+        return (self.comm.now() - start) / 1e9
+
+
+class Alone(Strategy):
+    """No exchange: every process trains for itself."""
+
+    def join(self, phase: Phase, state: Any = None) -> None:
+        self.replica = phase.replica
+        self.update = phase.make_update(phase.replica.values, 0, phase.replica.layout.length)
+
+    def step(self, samples: int, loss: float) -> Any:
+        self.update.apply(self.replica.gradient, 1.0)
+
+
+def _one_node(comm: Communicator) -> bool:
+    return len(set(comm.nodes)) == 1

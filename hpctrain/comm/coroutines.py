@@ -1,0 +1,221 @@
+"""Coroutines on a virtual clock: what virtual ranks run on. Deterministic, in one thread.
+
+A task runs until it must wait; then the next one that can, in the order in which they became able to. When none
+can, the clock goes on to the next event. What torch keeps per thread (grad mode, autocast, CPU random state) is
+kept per task.
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import greenlet
+
+
+class DeadlockError(RuntimeError):
+    """No task can go on; the message lists who waits for what."""
+
+
+class Task:
+    """One coroutine. `waits`: what it waits for, to be shown; `joiner`: the task that waits for its end."""
+
+    waits: Any = None
+    queued = False
+    finished = False
+    result: Any = None
+    error: BaseException | None = None
+    joiner: Task | None = None
+    inside = 0  # depth of collectives: until they return no code runs that could look at torch's state
+    torch: tuple[Any, ...] | None = None  # saved; None while it is the one in force
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.glet: Any = None
+        self.resume: Callable[[], Any]
+
+
+class Scheduler:
+    """Runs tasks. `time`: virtual nanoseconds; `resumptions`: how often one task gave way to another."""
+
+    def __init__(self, isolate_torch: bool = True) -> None:
+        self.time = 0
+        self.resumptions = 0
+        self.current: Task | None = None
+        self._torch = sys.modules.get("torch") if isolate_torch else None
+        self._ready: deque[Task] = deque()
+        self._events: list[tuple[int, int, Task]] = []
+        self._sequence = 0
+        self._tasks: dict[Task, None] = {}  # those that have not ended, in order of their start
+        self._failed: list[Task] = []
+        self._hub: Any = None
+        self._starting: Task | None = None
+        self._dying = False
+
+    def run_all(self, courses: Sequence[tuple[str, Callable[[], Any]]]) -> list[Any]:
+        """Run (name, function) pairs as tasks to their end; returns their results.
+
+        Raises the first exception of a task, or DeadlockError.
+        """
+        self._hub, self._dying = greenlet.getcurrent(), False
+        before = _torch_state(self._torch)
+        tasks = [self.start(name, function) for name, function in courses]
+        try:
+            self._loop(tasks)
+        finally:
+            self._end()
+            _restore_torch(self._torch, before)
+        return [task.result for task in tasks]
+
+    def start(self, name: str, function: Callable[[], Any], inside: int = 0) -> Task:
+        """A new task, able to run; it inherits torch's state of now. `inside` 1: it never looks at that."""
+        task = Task(name)
+        task.glet = greenlet.greenlet(lambda: self._body(task, function), parent=self._hub)
+        task.resume = lambda: self._start_from_hub(task)
+        task.inside = inside
+        task.torch = _torch_state(self._torch)
+        self._tasks[task] = None
+        self.wake(task)
+        return task
+
+    def _body(self, task: Task, function: Callable[[], Any]) -> None:
+        self.current, task.queued = task, False
+        self.restore_torch(task)
+        try:
+            task.result = function()
+        except greenlet.GreenletExit:
+            raise
+        except BaseException as error:
+            task.error = error
+            self._failed.append(task)
+        task.finished = True
+        del self._tasks[task]
+        if task.joiner is not None:
+            self.wake(task.joiner)
+
+    def _start_from_hub(self, task: Task) -> None:
+        """A coroutine inherits the stack depth of whoever starts it, so only the hub does."""
+        self._starting = task
+        self._hub.switch()
+
+    def wake(self, task: Task) -> None:
+        """Let it run again, after those that are able to already."""
+        if not task.queued:
+            task.queued = True
+            self._ready.append(task)
+
+    def wake_at(self, time: int, task: Task) -> None:
+        """Let it run again when the clock has come to `time`."""
+        if time > self.time:
+            self._sequence += 1
+            heapq.heappush(self._events, (time, self._sequence, task))
+        elif not task.queued:
+            task.queued = True
+            self._ready.append(task)
+
+    def block(self, waits: Any) -> None:
+        """Give way until somebody wakes the current task, perhaps for a reason of old: look whether it may go on.
+
+        `waits` is shown if nobody ever does.
+        """
+        task = self.current
+        assert task is not None
+        if self._dying:
+            raise greenlet.GreenletExit
+        task.waits = waits
+        if task.torch is None and self._torch is not None:
+            task.torch = _torch_state(self._torch)
+        following = self._ready.popleft() if self._ready else self._next()
+        if following is not task:
+            (following.resume if following is not None else self._hub.switch)()
+            self.current = task
+            self.resumptions += 1
+        task.queued = False
+        if task.torch is not None and not task.inside:
+            self.restore_torch(task)
+
+    def _next(self) -> Task | None:
+        """The next task that is able to run, after the time that has to pass before; None if that never happens."""
+        if self._ready:
+            return self._ready.popleft()
+        while self._events:
+            self.time, _, task = heapq.heappop(self._events)
+            if not task.finished:
+                return task
+        return None
+
+    def restore_torch(self, task: Task) -> None:
+        """Put the state in force that torch had when the task gave way."""
+        if task.torch is not None:
+            _restore_torch(self._torch, task.torch)
+            task.torch = None
+
+    def _loop(self, tasks: Sequence[Task]) -> None:
+        left = list(tasks)
+        while True:
+            self._raise_failure(tasks)
+            while left and left[-1].finished:
+                left.pop()
+            if not left:
+                return
+            following, self._starting = self._starting or self._next(), None
+            if following is None:
+                self._deadlock()
+            elif following.glet:
+                following.resume()
+            else:
+                following.resume = following.glet.switch
+                following.resume()
+
+    def _raise_failure(self, tasks: Sequence[Task]) -> None:
+        """As under MPI, a mistake that all ranks learn of by themselves may wait in its thread to be joined."""
+        for task in self._failed:
+            assert task.error is not None
+            if task in tasks or not getattr(task.error, "everywhere", False):
+                raise task.error
+
+    def _deadlock(self) -> None:
+        if self._failed and self._failed[0].error is not None:
+            raise self._failed[0].error
+        waiting = [f"{task.name} waits for {_describe(task.waits)}" for task in self._tasks]
+        raise DeadlockError("deadlock of virtual ranks: " + "; ".join(waiting))
+
+    def _end(self) -> None:
+        self._dying = True
+        for task in list(self._tasks):
+            if task.glet:
+                task.glet.throw()
+        self._tasks.clear()
+        self._ready.clear()
+        self._events.clear()
+
+
+def _describe(waits: Any) -> str:
+    if isinstance(waits, (list, tuple)):
+        return " or ".join(_describe(wait) for wait in waits)
+    return str(waits)
+
+
+def _torch_state(torch: Any) -> tuple[Any, ...] | None:
+    if torch is None:
+        return None
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else None
+    return torch.is_grad_enabled(), autocast, dtype, torch.default_generator.get_state()
+
+
+def _restore_torch(torch: Any, state: tuple[Any, ...] | None) -> None:
+    if torch is None or state is None:
+        return
+    grad, autocast, dtype, random = state
+    if torch.is_grad_enabled() != grad:
+        torch._C._set_grad_enabled(grad)
+    if autocast or torch.is_autocast_enabled("cpu"):
+        torch.clear_autocast_cache()  # of casts of the other task's weights
+        torch.set_autocast_enabled("cpu", autocast)
+        if dtype is not None:
+            torch.set_autocast_dtype("cpu", dtype)
+    torch.default_generator.set_state(random)

@@ -1,0 +1,71 @@
+"""Whether the MPI library takes pointers to device memory: asked, or tried out in a process of its own.
+
+NOT YET RUN ON A GPU. Device memory given to an MPI that does not take it kills the process (SIGSEGV), so it is never
+tried out in this one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.gpu import Gpu
+
+PROBE_SECONDS = 60.0
+TRIAL = "from hpctrain.comm.cuda_aware import trial; trial({index})"
+LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "PRTE_", "HYDI_", "HYDRA_", "OMPI_COMM_", "OMPI_UNIVERSE", "MPI_LOCAL", "PALS_")
+
+
+def cuda_aware(comm: Communicator, wanted: str, index: int) -> tuple[bool, str]:
+    """Whether device pointers may be given to MPI, and how that is known. The same on all ranks. Collective.
+
+    Never tried out in this process, which would not survive a no.
+    """
+    if wanted != "auto":
+        return wanted == "yes", f'communicator.cuda_aware = "{wanted}"'
+    if not comm.concurrent:
+        return False, "virtual ranks"
+    from hpctrain.comm import mpi
+
+    answers = comm.gather_json(mpi.cuda_support())
+    if None in answers:
+        worked = bool(comm.broadcast_json(probe(index) if comm.rank == 0 else None))
+        ended = "worked" if worked else "failed"
+        return worked, f"the MPI library does not say whether it is CUDA-aware, and a trial {ended}"
+    aware = all(answers)
+    return aware, f"the MPI library says that it is {'' if aware else 'not '}CUDA-aware"
+
+
+def probe(index: int, program: str = TRIAL, seconds: float = PROBE_SECONDS) -> bool:
+    """Whether an MPI process on its own survives sending device memory to itself. It is a child: it may well not."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_PREFIXES)}
+    home = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [home, *sys.path]))
+    command = [sys.executable, "-c", program.format(index=index)]
+    quiet = subprocess.DEVNULL
+    try:
+        ended = subprocess.run(
+            command, env=environment, stdin=quiet, stdout=quiet, stderr=quiet, timeout=seconds, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return ended.returncode == 0
+
+
+def trial(index: int) -> None:
+    """What the child does: send device memory to itself and add it up. Raises, or dies, where that does not work."""
+    gpu = Gpu.open(index)
+    from hpctrain.comm import mpi
+
+    for length in (16, 1 << 20):  # one message that is sent at once, one that waits for its receiver
+        out, into = (gpu.zeros(length, np.dtype(np.float32)) for _ in range(2))
+        out.fill(1.0)
+        gpu.mark().synchronize()
+        mpi.try_on_self(out, into)
+        if float(into.sum()) != 2.0 * length:
+            raise SystemExit(1)

@@ -1,0 +1,184 @@
+"""A rank's GPU: device memory that torch and CuPy both see, and the pinned memory that it is copied through.
+
+NOT YET RUN ON A GPU: tested with stand-ins for CuPy. CuPy and torch are imported when a GPU is opened or looked for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from hpctrain.comm.base import BFLOAT16, Arena, Buffer
+
+SLOT_BYTES = 4 << 20  # of pinned memory; a message longer than this moves in pieces
+
+
+class Gpu:
+    """The device of this rank: the CuPy and torch calls that are needed, in one place.
+
+    `cupy`, `cupyx`: the modules (tests pass stand-ins); `current`: torch's current stream in the calling thread, as an
+    object of the CUDA stream protocol. Copies run on two streams of their own, one for each direction.
+    """
+
+    def __init__(self, index: int, cupy: Any, cupyx: Any, current: Callable[[], Any]) -> None:
+        self.index, self._cupy, self._cupyx, self._current = index, cupy, cupyx, current
+        cupy.cuda.Device(index).use()
+        self.down = cupy.cuda.Stream(non_blocking=True)
+        self.up = cupy.cuda.Stream(non_blocking=True)
+
+    @classmethod
+    def open(cls, index: int) -> Gpu:
+        """The device that torch calls cuda:`index`. Not collective."""
+        import cupy
+        import cupyx
+        import torch
+
+        return cls(index, cupy, cupyx, lambda: _TorchStream(torch.cuda.current_stream(index).cuda_stream))
+
+    def use(self) -> None:
+        """Make it the current device of this thread: new threads begin with device 0."""
+        import torch
+
+        self._cupy.cuda.Device(self.index).use()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self.index)
+
+    def zeros(self, length: int, dtype: np.dtype[Any]) -> Buffer:
+        """`length` zeros in an allocation of their own: arrays of a pool share one and have no IPC handle."""
+        nbytes = max(length * dtype.itemsize, 256)
+        pointer = self._cupy.cuda.MemoryPointer(self._cupy.cuda.Memory(nbytes), 0)
+        pointer.memset_async(0, nbytes, self.stream())
+        kept = np.dtype(np.uint16) if dtype == BFLOAT16 else dtype
+        array = self._cupy.ndarray((length,), kept, pointer)
+        return array.view(BFLOAT16) if dtype == BFLOAT16 else array
+
+    def pinned(self, nbytes: int) -> np.ndarray[Any, Any]:
+        """Host memory (uint8) that the device copies to and from by itself."""
+        memory: np.ndarray[Any, Any] = self._cupyx.empty_pinned(nbytes, np.uint8)
+        return memory
+
+    def stream(self) -> Any:
+        """Torch's current stream, as CuPy's."""
+        return self._cupy.cuda.Stream.from_external(self._current())
+
+    def event(self) -> Any:
+        """Not recorded yet, which counts as passed."""
+        return self._cupy.cuda.Event(disable_timing=True)
+
+    def mark(self) -> Any:
+        """An event that has passed once all that torch has queued so far is done."""
+        event = self.event()
+        event.record(self.stream())
+        return event
+
+    def widened(self, buffer: Buffer) -> Buffer:
+        """A bfloat16 array as float32, queued on torch's current stream (CuPy's own bfloat16 is young)."""
+        import torch
+
+        bits = torch.utils.dlpack.from_dlpack(buffer.view(np.int16))
+        return self._cupy.from_dlpack(bits.view(torch.bfloat16).float())
+
+    def narrow(self, wide: Buffer, buffer: Buffer) -> None:
+        """The inverse, into `buffer`; queued likewise."""
+        import torch
+
+        bits = torch.utils.dlpack.from_dlpack(buffer.view(np.int16))
+        bits.view(torch.bfloat16).copy_(torch.utils.dlpack.from_dlpack(wide))
+
+
+class _TorchStream:
+    """A stream that torch owns, in the CUDA stream protocol, which older torch streams do not speak themselves."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+class DeviceArena(Arena):
+    """Device memory of this rank alone: a CuPy array, which torch sees by DLPack."""
+
+    def __init__(self, gpu: Gpu, length: int, dtype: np.dtype[Any]) -> None:
+        self.mine = gpu.zeros(length, dtype)
+        self.parts = [self.mine]
+
+    def free(self) -> None:
+        self.parts = []
+        self.mine = None
+
+
+class Slot:
+    """A stretch of pinned memory. `event`: the last copy to or from it that was started."""
+
+    def __init__(self, gpu: Gpu, nbytes: int) -> None:
+        self._gpu, self._memory, self.event = gpu, gpu.pinned(nbytes), gpu.event()
+
+    def host(self, size: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+        """Its first `size` elements."""
+        return self._memory[: size * dtype.itemsize].view(dtype)
+
+    def load(self, part: Buffer) -> None:
+        """Start copying from the device."""
+        if part.size:
+            _bits(part).get(stream=self._gpu.down, out=_bits(self.host(part.size, part.dtype)), blocking=False)
+            self.event.record(self._gpu.down)
+
+    def store(self, part: Buffer) -> None:
+        """Start copying to the device."""
+        if part.size:
+            _bits(part).set(_bits(self.host(part.size, part.dtype)), stream=self._gpu.up)
+            self.event.record(self._gpu.up)
+
+
+class SlotPool:
+    """Slots of a rank, kept for the next message. For all its threads. `made`: how many there are."""
+
+    def __init__(self, gpu: Gpu, nbytes: int = SLOT_BYTES) -> None:
+        self.gpu, self.nbytes, self.made = gpu, nbytes, 0
+        self._free: list[Slot] = []
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> list[Slot]:
+        """`count` of them; what is missing is allocated."""
+        with self._lock:
+            ready = [self._free.pop() for _ in range(min(count, len(self._free)))]
+            self.made += count - len(ready)
+        return ready + [Slot(self.gpu, self.nbytes) for _ in range(count - len(ready))]
+
+    def give(self, slots: Sequence[Slot]) -> None:
+        """Back; copies to and from them are waited for."""
+        for slot in slots:
+            slot.event.synchronize()
+        with self._lock:
+            self._free.extend(slots)
+
+    def cut(self, buffer: Buffer) -> list[Buffer]:
+        """The buffer in pieces that fit a slot: at least one, which is empty if the buffer is."""
+        step = self.nbytes // buffer.itemsize
+        return [buffer[low : low + step] for low in range(0, buffer.size, step)] or [buffer]
+
+
+def _bits(buffer: Buffer) -> Buffer:
+    return buffer.view(np.uint16) if buffer.dtype == BFLOAT16 else buffer
+
+
+def usable_gpus() -> tuple[int, str | None]:
+    """(how many GPUs torch and CuPy both see, why CuPy sees none where torch does)."""
+    import torch
+
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if seen == 0:
+        return 0, None
+    try:
+        import cupy
+
+        return (seen, None) if cupy.cuda.is_available() else (0, "torch sees a GPU, but CuPy finds no CUDA driver")
+    except Exception as error:  # CuPy raises all kinds where it cannot load CUDA's libraries
+        return 0, (
+            f"torch sees a GPU, but CuPy cannot be imported ({error}); pip install 'hpctrain[cuda13]' (or cuda12, by "
+            "torch.version.cuda)"
+        )

@@ -1,0 +1,36 @@
+"""A real Slurm for the tests of this folder, started once and stopped completely."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm import PACKAGES, Slurm, SlurmError, install, missing
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Slurm]:
+    """Two nodes. Where CI is set Slurm gets installed, and not having it is a failure; elsewhere tests are skipped."""
+    continuous = os.environ.get("CI", "") not in ("", "0", "false")
+    if missing() and continuous:
+        try:
+            install()
+        except SlurmError as error:
+            pytest.fail(f"Slurm cannot be installed: {error}", pytrace=False)
+    if absent := missing():
+        pytest.skip(f"no {', '.join(absent)} here; as root: apt-get install {' '.join(PACKAGES)} (or set CI=true)")
+    # A socket's path may have 107 characters: not below pytest's own folders.
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+    cluster = Slurm(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+    assert not cluster.processes()

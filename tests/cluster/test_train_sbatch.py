@@ -1,0 +1,100 @@
+"""slurm/train.sbatch on a real Slurm: two nodes, two ranks each."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpctrain import launcher
+from tests.cluster.slurm import ENDED, Slurm
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "slurm" / "train.sbatch"
+ENVIRONMENT = {"HPCTRAIN_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+JOB = """
+name = "tiny"
+[model]
+name = "mlp"
+inputs = 64
+outputs = 10
+[data]
+name = "digits"
+[train]
+epochs = 1
+"""
+WORLD = """
+from mpi4py import MPI
+names = MPI.COMM_WORLD.gather(__import__("os").environ["SLURMD_NODENAME"])
+if names: print(*names, flush=True)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.toml").write_text(JOB)
+    return tmp_path
+
+
+def output(folder: Path, job: int) -> str:
+    file = folder / f"slurm-{job}.out"
+    return file.read_text() if file.exists() else ""
+
+
+def test_srun_with_the_plugin_that_the_library_needs_makes_one_world(slurm: Slurm, folder: Path) -> None:
+    plugin = launcher.find_library().srun
+    (folder / "world.py").write_text(WORLD)
+    (folder / "world.sh").write_text(f"#!/bin/bash\nsrun --mpi={plugin} {sys.executable} world.py\n")
+    job = slurm.submit("world.sh", cwd=folder, options=["--nodes=2", "--ntasks-per-node=2"])
+    state = slurm.wait(job, 60)
+    assert (state, output(folder, job).split()) == ("COMPLETED", ["n1", "n1", "n2", "n2"])
+
+
+def test_the_template_trains_on_two_nodes(slurm: Slurm, folder: Path) -> None:
+    job = slurm.submit(SCRIPT, "tiny.toml", "train.epochs=2", cwd=folder, environment=ENVIRONMENT)
+    state = slurm.wait(job, 120)
+    text = output(folder, job)
+    assert state == "COMPLETED", text
+    (run,) = (folder / "runs").iterdir()
+    assert (run / "model.safetensors").stat().st_size > 0
+    assert sorted(path.name for path in (run / "trace").iterdir()) == [f"rank_{r:05d}.h5" for r in range(4)]
+    assert "4 ranks" in text
+    assert "test accuracy 0." in text
+
+
+def test_before_its_time_limit_it_saves_queues_again_and_goes_on(slurm: Slurm, folder: Path) -> None:
+    job = slurm.submit(SCRIPT, "tiny.toml", "train.epochs=3000", cwd=folder, environment=ENVIRONMENT)
+
+    def until(condition: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            state = slurm.state(job)["JobState"]
+            assert state not in ENDED, f"{state}\n{output(folder, job)}\n{slurm.logs()}"
+            assert time.monotonic() < deadline, output(folder, job) + slurm.logs()
+            time.sleep(0.2)
+
+    until(lambda: "epoch 1.00:" in output(folder, job), 60)
+    slurm.command("scancel", "--batch", "--signal=USR1", str(job))  # what --signal=B:USR1@120 makes Slurm do
+    until(lambda: slurm.state(job)["Restarts"] == "1", 30)
+    (run,) = (folder / "runs").iterdir()
+    assert list((run / "checkpoints").glob("*.safetensors"))
+    assert not (run / "model.safetensors").exists()
+    until((run / "trace" / "rank_00003.2.h5").exists, 60)
+    slurm.command("scancel", str(job))
+    slurm.wait(job, 30)
+    assert list((folder / "runs").iterdir()) == [run]
+    assert "queueing again (restart 1)" in output(folder, job)
+
+
+def test_a_wrong_job_file_is_one_message_and_status_2(slurm: Slurm, folder: Path) -> None:
+    job = slurm.submit(SCRIPT, "tiny.toml", "train.epochs=-1", cwd=folder, environment=ENVIRONMENT)
+    assert slurm.wait(job, 60) == "FAILED"
+    text = output(folder, job)
+    assert slurm.state(job)["ExitCode"] == "2:0", text
+    assert text.count("train.epochs") == 1, text
+    assert not (folder / "runs").exists()

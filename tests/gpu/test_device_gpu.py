@@ -1,0 +1,172 @@
+"""The device path on a device. NOT YET RUN: no GPU was at hand when it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hpctrain.comm import cuda_aware, mpi
+from hpctrain.comm.base import BFLOAT16, Tag
+from hpctrain.comm.device import DeviceCommunicator, DirectCommunicator, StagedCommunicator
+from hpctrain.comm.gpu import Gpu, SlotPool
+from hpctrain.comm.virtual import World
+from hpctrain.replica import as_array, as_tensor
+from tests.conftest import Mpirun
+
+DTYPES = [np.dtype(kind) for kind in (np.float16, np.float32, np.float64)] + [BFLOAT16]
+SLOT = 1 << 16  # bytes
+LENGTHS = [0, 1, SLOT // 4 - 1, SLOT // 4, SLOT // 4 + 1, 20 * SLOT // 4 + 7]
+KINDS: list[type[DeviceCommunicator]] = [StagedCommunicator, DirectCommunicator]
+TRAINING = Path(__file__).with_name("training.py")
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Gpu:
+    return Gpu.open(0)
+
+
+def values(length: int, dtype: np.dtype[Any], rank: int = 0) -> np.ndarray[Any, Any]:
+    """Small whole numbers, different on every rank, whose sums are exact in every dtype."""
+    return ((np.arange(length) * 7 + rank * 3) % 11 - 5).astype(dtype)
+
+
+def on_gpu(gpu: Gpu, wanted: np.ndarray[Any, Any]) -> Any:
+    """A device array whose values are still being computed when this returns."""
+    array = gpu.zeros(wanted.size, wanted.dtype)
+    busy = torch.ones(2000, 2000, device="cuda")
+    for _ in range(20):
+        busy = busy @ busy * 5e-4
+    numbers = torch.from_numpy(wanted.astype(np.float64)).cuda()
+    as_tensor(array).copy_(numbers + 0 * busy[0, 0].double().nan_to_num(0, 0, 0))
+    return array
+
+
+def host(array: Any) -> np.ndarray[Any, Any]:
+    """Its values, in float64."""
+    copied: np.ndarray[Any, Any] = as_tensor(array).double().cpu().numpy()
+    return copied
+
+
+def run(size: int, kind: type[DeviceCommunicator], gpu: Gpu, body: Callable[[DeviceCommunicator], Any]) -> list[Any]:
+    """On virtual ranks, which share the device and this process."""
+    return World(size).run(lambda inner: body(kind.around(inner, gpu, SlotPool(gpu, SLOT))))
+
+
+# -- memory --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_torch_and_cupy_see_the_same_memory(gpu: Gpu, dtype: np.dtype[Any]) -> None:
+    array = gpu.zeros(1000, dtype)
+    tensor = as_tensor(array)
+    assert tensor.device == torch.device("cuda:0")
+    assert tensor.data_ptr() == array.data.ptr
+    assert not tensor.any()
+    assert tensor.shape == (1000,)
+    tensor[10:20] = 3
+    part = array[10:20]
+    assert part.dtype == dtype
+    assert as_tensor(part).data_ptr() == tensor[10:].data_ptr()
+    assert as_tensor(part).tolist() == [3.0] * 10
+    again = as_array(tensor)
+    assert again.data.ptr == array.data.ptr
+    assert again.dtype == dtype
+    assert as_tensor(gpu.zeros(0, dtype)).numel() == 0
+
+
+def test_an_arena_has_an_allocation_of_its_own(gpu: Gpu) -> None:
+    import cupy
+
+    used = cupy.get_default_memory_pool().used_bytes()
+    arrays = [gpu.zeros(1000, np.dtype(np.float32)) for _ in range(3)]
+    assert cupy.get_default_memory_pool().used_bytes() == used
+    for array in arrays:
+        assert len(cupy.cuda.runtime.ipcGetMemHandle(array.data.ptr)) == 64
+
+
+# -- transfers -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_messages(gpu: Gpu, kind: type[DeviceCommunicator], dtype: np.dtype[Any], length: int) -> None:
+    def body(comm: DeviceCommunicator) -> None:
+        out, into = on_gpu(gpu, values(length, dtype, comm.rank)), on_gpu(gpu, values(length, dtype, 9))
+        if comm.rank == 0:
+            comm.send(out, 1, Tag.PUSH)
+            comm.start_send(out, 1, Tag.PULL).wait()
+        else:
+            request = comm.start_recv(into, 0, Tag.PUSH)
+            comm.wait_any([request])
+            assert request.wait() == (0, Tag.PUSH, length)
+            np.testing.assert_array_equal(host(into), values(length, dtype).astype(np.float64))
+            assert comm.recv(out, 0, Tag.PULL).elements == length
+            np.testing.assert_array_equal(host(out), host(into))
+
+    run(2, kind, gpu, body)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_collectives(gpu: Gpu, kind: type[DeviceCommunicator], dtype: np.dtype[Any], length: int) -> None:
+    summed = np.sum([values(length, dtype, rank).astype(np.float64) for rank in range(3)], axis=0)
+
+    def body(comm: DeviceCommunicator) -> None:
+        for algorithm in ("library", "ring"):
+            buffer = on_gpu(gpu, values(length, dtype, comm.rank))
+            comm.all_reduce(buffer, algorithm=algorithm)
+            np.testing.assert_array_equal(host(buffer), summed)
+        buffer = on_gpu(gpu, values(length, dtype, comm.rank))
+        comm.start_all_reduce(buffer).wait()
+        np.testing.assert_array_equal(host(buffer), summed)
+        comm.broadcast(other := on_gpu(gpu, values(length, dtype, comm.rank)), root=1)
+        np.testing.assert_array_equal(host(other), values(length, dtype, 1).astype(np.float64))
+        bounds = [0, length // 3, length // 2, length]
+        scattered = on_gpu(gpu, values(length, dtype, comm.rank))
+        comm.reduce_scatter(scattered, bounds)
+        mine = slice(bounds[comm.rank], bounds[comm.rank + 1])
+        np.testing.assert_array_equal(host(scattered)[mine], summed[mine])
+        comm.all_gather(scattered, bounds)
+        np.testing.assert_array_equal(host(scattered), summed)
+
+    run(3, kind, gpu, body)
+
+
+def test_another_stream_of_torch_is_waited_for(gpu: Gpu) -> None:
+    def body(comm: DeviceCommunicator) -> None:
+        buffer = gpu.zeros(1 << 20, np.dtype(np.float32))
+        with torch.cuda.stream(torch.cuda.Stream()):
+            busy = torch.ones(4000, 4000, device="cuda")
+            for _ in range(50):
+                busy = busy @ busy * 2.5e-4
+            as_tensor(buffer).fill_(comm.rank + 1).mul_((busy[0, 0] > -1).float())
+            comm.all_reduce(buffer)
+        assert (host(buffer) == 3).all()
+
+    run(2, StagedCommunicator, gpu, body)
+
+
+# -- MPI -----------------------------------------------------------------------------------------------------
+def test_an_mpi_that_is_not_cuda_aware_is_found_out_in_a_process_of_its_own() -> None:
+    if mpi.cuda_support():
+        assert cuda_aware.probe(0) is True
+    else:
+        assert cuda_aware.probe(0) is False
+
+
+@pytest.mark.parametrize("what", ["equivalence", "bfloat16", "resumes"])
+def test_two_ranks_that_share_a_gpu(mpirun: Mpirun, tmp_path: Path, what: str) -> None:
+    ended = mpirun(2, TRAINING, what, str(tmp_path), timeout=110)
+    print(ended.out)
+
+
+def test_the_command_line_says_where_it_computes(mpirun: Mpirun, tmp_path: Path) -> None:
+    program = "import sys; from hpctrain.cli import main; sys.exit(main(sys.argv[1:]))"
+    keys = ["device=cuda", "train.epochs=1", f"output={tmp_path}"]
+    job = Path(__file__).resolve().parents[2] / "jobs" / "all_reduce.toml"
+    ended = mpirun(2, program, "train", str(job), *keys, timeout=110)
+    assert "device buffers are" in ended.out
+    assert "test accuracy" in ended.out

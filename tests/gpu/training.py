@@ -1,0 +1,73 @@
+"""Run by mpiexec: ranks that share a GPU train to what one process on the CPU does. Arguments: what, folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: the same sums every time
+
+import numpy as np
+import torch
+
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.connect import connect
+from hpctrain.comm.device import StagedCommunicator
+from hpctrain.job import Job
+from hpctrain.launch import session
+from hpctrain.runfolder import Narrator
+from hpctrain.trainer import fit
+from tests import helpers
+
+AGREE = ["message", "ring", "overlap", "server", "colocated", "all_serve"]
+CASES = [("all", "float64", 1e-10), ("momentum", "float32", 1e-5)]
+
+
+def trained(comm: Communicator, job: Job) -> tuple[Communicator, np.ndarray]:
+    """The communicator that the run was on, and the parameters, flat, float64."""
+    with session(job, comm, out=Narrator(enabled=False)) as running:
+        fit(running)
+    flat = torch.nn.utils.parameters_to_vector(running.result.model.parameters())
+    assert flat.device.type == "cuda"
+    return running.comm, flat.detach().double().cpu().numpy()
+
+
+def equivalence(comm: Communicator, folder: Path) -> None:
+    for agree in AGREE:
+        for recipe, precision, limit in CASES:
+            job = helpers.equivalence_job(folder, agree, recipe, precision, comm.size)
+            used, found = trained(comm, job)
+            assert isinstance(used, StagedCommunicator) or job.communicator.cuda_aware == "yes"
+            table = comm.gather_rows(found)
+            assert (table == table[0]).all(), (agree, recipe, "the ranks hold different parameters")
+            distance = helpers.difference(found, helpers.plain(job, helpers.workers_of(agree, comm.size)))
+            if comm.rank == 0:
+                print(f"{agree} {recipe} {precision}: {distance:.2e}", flush=True)
+            assert distance < limit, (agree, recipe, precision, distance)
+
+
+def bfloat16(comm: Communicator, folder: Path) -> None:
+    """The ranks agree bit for bit, and are about where float32 is."""
+    for strategy in ({"name": "all_reduce", "exchange": "message"}, {"name": "parameter_server", "colocated": True}):
+        ends = []
+        for precision in ("bfloat16", "float32"):
+            job = helpers.make_job(folder, strategy=strategy, train={"precision": precision})
+            _, found = trained(comm, job)
+            table = comm.gather_rows(found)
+            assert (table == table[0]).all()
+            ends.append(found)
+        assert helpers.difference(*ends) < 0.05
+
+
+def resumes(comm: Communicator, folder: Path) -> None:
+    torch.use_deterministic_algorithms(True)
+    for strategy in ({"name": "all_reduce", "exchange": "message"}, {"name": "parameter_server", "colocated": True}):
+        for optimizer in ({"name": "SGD", "lr": 0.05, "momentum": 0.9}, {"name": "Adam", "lr": 0.01}):
+            helpers.resumed_bits(comm, folder, strategy, optimizer)
+
+
+if __name__ == "__main__":
+    what, where = sys.argv[1:]
+    torch.set_num_threads(1)
+    {"equivalence": equivalence, "bfloat16": bfloat16, "resumes": resumes}[what](connect(), Path(where))

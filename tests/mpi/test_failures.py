@@ -1,0 +1,275 @@
+"""What goes wrong under a real launcher: told once and clearly, all ranks gone in time, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpctrain import launcher
+from hpctrain.trace import open_run
+from tests.conftest import ROOT, Mpirun, launch
+from tests.helpers_mpi import RUN, TRAIN, Started, write_job
+
+pytestmark = pytest.mark.launch
+Start = Callable[..., Started]
+IDX = b"\0\0\x08\x03\0\0\0\5"  # the header of an idx file, cut off
+
+
+@pytest.fixture
+def start(tmp_path: Path, mpi: launcher.Mpi) -> Iterator[Start]:
+    """start(count, *arguments, plain=False): `hpctrain run -n count ...`, or `mpiexec ... hpctrain train ...`."""
+    began = []
+
+    def begin(count: int, *arguments: str, plain: bool = False) -> Started:
+        command = [*mpi.command(count), *TRAIN] if plain else [*RUN, "-n", str(count)]
+        environment = launcher.rank_environment(mpi.library, os.environ) if plain else {}
+        began.append(Started(tmp_path, [*command, *arguments], environment))
+        return began[-1]
+
+    yield begin
+    for one in began:
+        one.clear()
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.batchsize=3"], "train.batchsize"),
+        (["train.batch_size=many", "ranks=0"], "train.batch_size"),
+        (["strategy.name=parameter_server", "strategy.servers=9"], "strategy.servers = 9: of 4 ranks at most 3"),
+        (["ranks=3"], "ranks = 3: a job that needs 3 ranks was started with 4"),
+    ],
+)
+def test_what_the_job_file_tells(mpi: launcher.Mpi, tmp_path: Path, overrides: list[str], words: str) -> None:
+    """Under plain mpirun, before torch is imported."""
+    argv = [*mpi.command(4), *TRAIN, str(write_job(tmp_path)), *overrides]
+    ended = launch(argv, mpi, timeout=40)
+    assert ended.status == 2, ended
+    assert ended.err.count(words) == 1, ended.err
+    assert "Traceback" not in ended.err + ended.out
+    assert ended.out.strip("\n") == ""
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_job_file_by_hpctrain_run(start: Start, tmp_path: Path) -> None:
+    started = start(4, str(tmp_path / "nowhere.toml"))
+    assert started.end(40) == 2
+    assert started.err.startswith("hpctrain: there is no job file ")
+    assert started.err.count("\n") == 1
+
+
+BATTERY = """
+import glob, io, json, os, pathlib, shutil, sys, time
+from contextlib import redirect_stderr
+import torch
+from hpctrain.job import Job
+from hpctrain.training import main
+
+folder, job = pathlib.Path(sys.argv[1]), sys.argv[2]
+rank = int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", 0)))
+found = {}
+def run(what, overrides=(), resume=None):
+    began, told = time.monotonic(), io.StringIO()
+    with redirect_stderr(told):
+        status = main(lambda: (Job.load(job, overrides), resume))
+    found[what] = [status, told.getvalue(), time.monotonic() - began]
+
+good = folder / "good"
+run("fine", [f"output={good}", "train.checkpoint_every.steps=3"])
+run("corrupt", ["data.name=mnist", f"data.path={folder}/idx"])
+run("missing data", ["data.name=mnist", f"data.path={folder}/nowhere"])
+run("frozen", ["model.name=tests.helpers_mpi:frozen"])
+run("output", [f"output={job}/below"])
+run("no module", ["model.name=not_there:net"])
+made = next(good.iterdir())
+before = sorted(map(str, made.rglob("*")))
+run("another model", ["model.name=tests.helpers_mpi:wide"], str(made))
+from mpi4py import MPI
+MPI.COMM_WORLD.Barrier()
+if rank == 0:
+    path = max((made / "checkpoints").iterdir())
+    os.truncate(path, path.stat().st_size - 40)
+MPI.COMM_WORLD.Barrier()
+run("truncated", [], str(made))
+run("no checkpoint", [], str(folder / "nowhere"))
+same = sorted(map(str, made.rglob("*"))) == before
+everybody = MPI.COMM_WORLD.gather([found, same], 0)
+if rank == 0:
+    (folder / "found.json").write_text(json.dumps(everybody))
+"""
+
+
+def test_what_only_the_ranks_can_find_out(mpirun: Mpirun, tmp_path: Path) -> None:
+    """One message, by rank 0; no traceback; nothing half-written; all of it in one launch of 4 ranks."""
+    import json
+
+    (tmp_path / "idx").mkdir()
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        (tmp_path / "idx" / name).write_bytes(IDX)
+    job = write_job(tmp_path)
+    mpirun(4, BATTERY, str(tmp_path), str(job), timeout=90)
+    everybody = json.loads((tmp_path / "found.json").read_text())
+    words = {
+        "corrupt": "train-images-idx3-ubyte",
+        "missing data": "nowhere",
+        "frozen": "no trainable parameters",
+        "output": "output = ",
+        "no module": "there is no module not_there",
+        "another model": "is a checkpoint of another model",
+        "truncated": "is truncated",
+        "no checkpoint": "has no checkpoint to resume from",
+    }
+    for rank, (found, same) in enumerate(everybody):
+        assert found.pop("fine")[:2] == [0, ""]
+        assert same, "a refused resumption wrote into the run folder"
+        for what, (status, told, seconds) in found.items():
+            assert status == (2 if rank == 0 else 0), (what, rank)
+            assert seconds < 10, (what, rank)
+            if rank == 0:
+                assert told.startswith("hpctrain: "), (what, told)
+                assert words[what] in told
+                assert told.count("\n") == 1
+            else:
+                assert told == "", (what, rank)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("variable", "words"), [("PMI_SIZE", "mpiexec"), ("SLURM_STEP_NUM_TASKS", "srun")])
+def test_a_process_that_wrongly_believes_it_is_alone(tmp_path: Path, variable: str, words: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), variable: "4"}
+    argv = [*TRAIN, str(write_job(tmp_path))]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count("started 4 processes, but each is alone") == 1
+    assert words in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+# -- one rank fails ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("strategy", ["all_reduce", "parameter_server"])
+def test_an_exception_in_user_code_on_one_rank(mpi: launcher.Mpi, tmp_path: Path, strategy: str) -> None:
+    """Sample 17 is rank 2's with shuffle = false; the other two wait for it."""
+    text = f'strategy = {{name = "{strategy}"{", servers = 2, colocated = true" if "server" in strategy else ""}}}'
+    job = write_job(tmp_path, text)
+    said = tmp_path / "said"
+    data = ["data.name=tests.helpers_mpi:Raising", f"data.said={said}", "data.shuffle=false"]
+    ended = launch([*mpi.command(3), *TRAIN, str(job), *data], mpi, timeout=60)
+    gone = time.time() - float(said.read_text())
+    assert ended.status not in (0, 2)
+    told = [line for line in ended.err.splitlines() if line.strip()]
+    assert told[0] == "rank 2: Traceback (most recent call last):", ended.err
+    assert "rank 2: ZeroDivisionError: sample 17 is bad" in told
+    assert not [line for line in told if line.startswith(("rank 0", "rank 1"))]
+    assert gone < 5, gone
+
+
+LONE = """
+import sys
+import torch
+import hpctrain
+from hpctrain.comm.connect import connect
+from tests import helpers
+
+job = helpers.make_job(sys.argv[1], strategy={"name": sys.argv[3]})
+comm = connect(job)
+with hpctrain.session(job, comm) as s:
+    for batch in s.batches():
+        loss = s.loss(s.model(batch.inputs), batch.targets)
+        if s.books.step == 3 and (sys.argv[2] == "all" or comm.rank == 1):
+            s.model.zero_grad()
+        s.step(loss)
+"""
+
+
+@pytest.mark.parametrize(("who", "strategy"), [("one", "parameter_server"), ("all", "all_reduce")])
+def test_a_users_mistake_in_mid_training(mpi: launcher.Mpi, tmp_path: Path, who: str, strategy: str) -> None:
+    """On one rank alone, or on all of them alike: told once, status 2, nobody waits."""
+    program = tmp_path / "program.py"
+    program.write_text(LONE)
+    argv = [*mpi.command(3), sys.executable, str(program), str(tmp_path / "runs"), who, strategy]
+    ended = launch(argv, mpi, timeout=60)
+    assert ended.status == 2, ended
+    assert ended.err.count("no longer lies in its arena") == 1, ended.err
+    assert f"hpctrain: rank {0 if who == 'all' else 1}: " in ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("strategy", ["all_reduce", "parameter_server"])
+def test_a_loss_that_is_not_finite(mpi: launcher.Mpi, tmp_path: Path, strategy: str) -> None:
+    job = write_job(tmp_path, f'strategy = {{name = "{strategy}"}}')
+    data = ["data.name=tests.helpers:points", "data.nan=30", "data.shuffle=false"]
+    ended = launch([*mpi.command(3), *TRAIN, str(job), *data], mpi, timeout=60)
+    assert ended.status == 2, ended
+    rank, step = (2, 1) if strategy == "all_reduce" else (1, 2)
+    assert ended.err.count(f"loss is nan on rank {rank} in step {step} ") == 1, ended.err
+    assert "Traceback" not in ended.err
+
+
+# -- killed, interrupted -----------------------------------------------------------------------------------------
+def _endless(tmp_path: Path) -> str:
+    text = 'trace = {flush_seconds = 0.2}\nstrategy = {name = "all_reduce"}'
+    return str(write_job(tmp_path, text, steps=10**9))
+
+
+def _folder(tmp_path: Path) -> Path:
+    [folder] = (tmp_path / "runs").iterdir()
+    return folder
+
+
+def test_a_rank_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
+    """Its trace can be read, like those of the others; no process and no shared memory is left."""
+    started = start(3, _endless(tmp_path))
+    started.until(" step ")
+    time.sleep(1.0)
+    os.kill(started.ranks()[1], signal.SIGKILL)
+    assert started.end(5) not in (0, 2, 130)
+    started.gone(5)
+    assert launcher.leftovers(started.began, started.process.pid) == []
+    everything = open_run(_folder(tmp_path)).steps()
+    for rank in range(3):
+        steps = everything[everything["rank"] == rank]
+        assert len(steps) > 10, rank
+        assert np.isfinite(steps["loss"]).all()
+    assert "was ended by signal 9" in started.err + started.out
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_ctrl_c(start: Start, mpi: launcher.Mpi, tmp_path: Path, plain: bool) -> None:
+    """To `hpctrain run`, or to mpiexec itself: a checkpoint, one line, within 10 s; --resume goes on."""
+    started = start(2, _endless(tmp_path), plain=plain)
+    started.until(" step ")
+    asked = time.monotonic()
+    started.process.send_signal(signal.SIGINT)
+    status = started.end(10)
+    started.gone(10 - (time.monotonic() - asked))
+    # Open MPI's mpirun has a status of its own when it was interrupted.
+    assert status == (1 if plain and mpi.library.kind == "openmpi" else 130), started.err
+    told = [line for line in (started.out + started.err).splitlines() if "interrupted at sample" in line]
+    assert len(told) == 1, started.out + started.err
+    assert "Traceback" not in started.err
+    folder = _folder(tmp_path)
+    [checkpoint] = (folder / "checkpoints").iterdir()
+    assert not (folder / "model.safetensors").exists()
+    assert len(open_run(folder).steps()) > 0
+    steps = _rounds(int(checkpoint.stem)) + 4
+    if plain:
+        return
+    resumed = start(2, str(folder / "job.toml"), f"train.steps={steps}", "--resume")
+    assert resumed.end(60) == 0, resumed.err
+    assert f"resumed at sample {int(checkpoint.stem):,}" in resumed.out
+    assert (folder / "model.safetensors").exists()
+
+
+def _rounds(cursor: int) -> int:
+    """Of two workers with 6 samples each, on 103 samples: 9 in an epoch."""
+    epochs, rest = divmod(cursor, 103)
+    return epochs * 9 + -(-rest // 12)

@@ -1,0 +1,125 @@
+"""Training as users start it: the command under mpirun, `hpctrain run`, and a script with objects of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from hpctrain import launcher
+from hpctrain.trace import open_run
+from tests.conftest import launch
+from tests.helpers_mpi import RUN, TRAIN, write_job
+
+pytestmark = pytest.mark.launch
+
+
+def _only(folder: Path) -> Path:
+    [run] = folder.iterdir()
+    return run
+
+
+def test_the_same_resolved_job_gives_the_same_bits(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    """First with overrides, then from the job that the run folder holds; also under the other launcher."""
+    job = write_job(tmp_path)
+    overrides = ["strategy.name=parameter_server", "strategy.mode=sync", "train.clip_norm=0.5"]
+    first = launch([*mpi.command(3), *TRAIN, str(job), *overrides], mpi, timeout=60)
+    assert first.status == 0, first
+    assert "parameter_server      8" in first.out
+    assert "test accuracy 0." in first.out
+    assert first.err == ""
+    folder = _only(tmp_path / "runs")
+    moved = tmp_path / "first"
+    folder.rename(moved)
+    second = launch([*RUN, "-n", "3", str(moved / "job.toml")], mpi, timeout=60)
+    assert second.status == 0, second
+    again = _only(tmp_path / "runs")
+    assert (again / "model.safetensors").read_bytes() == (moved / "model.safetensors").read_bytes()
+    assert sorted(open_run(again).steps()["rank"].unique()) == [0, 1]  # rank 2 serves
+    assert {path.name for path in again.iterdir()} == {
+        "job.toml", "trace", "trace.h5", "metrics.csv", "checkpoints", "model.safetensors"
+    }  # fmt: skip
+
+
+OWN = """
+import sys
+import torch
+from torch import nn
+import hpctrain
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(7, 3)
+    def forward(self, x):
+        return self.layer(x)
+
+class Points(torch.utils.data.Dataset):
+    def __len__(self):
+        return 50
+    def __getitem__(self, i):
+        return torch.full((7,), i / 50.0), i % 3
+
+class Descent(torch.optim.Optimizer):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["lr"] * p.grad
+
+loss = lambda outputs, targets: nn.functional.cross_entropy(outputs, targets)
+job = hpctrain.Job(
+    name="own", output=sys.argv[1], model=Net, data=(Points(), Points()), loss=loss,
+    optimizer={"name": Descent, "lr": 0.5}, train={"epochs": 2, "batch_size": 5}, threads=1,
+)
+result = hpctrain.train(job)
+from mpi4py import MPI
+sums = MPI.COMM_WORLD.allgather(sum(float(p.double().sum()) for p in result.model.parameters()))
+assert len(set(sums)) == 1, sums
+assert set(result.metrics) == {"loss", "metric"}
+try:
+    hpctrain.Job.load(result.folder / "job.toml")
+except hpctrain.HpctrainError as error:
+    refusal = str(error)
+
+# a loop of one's own, with a server
+job = hpctrain.Job(
+    name="loop", output=sys.argv[1], model=Net, data=Points(), train={"epochs": 1, "batch_size": 5}, threads=1,
+    strategy={"name": "parameter_server"}, trace={"enabled": False},
+)
+count = 0
+with hpctrain.session(job) as s:
+    for batch in s.batches():
+        s.step(s.loss(s.model(batch.inputs), batch.targets))
+        count += 1
+counts = MPI.COMM_WORLD.allgather(count)
+if MPI.COMM_WORLD.rank == 0:
+    print("COUNTS", counts)
+    print("REFUSED", refusal)
+"""
+
+
+def test_a_script_with_objects_and_a_loop_of_its_own(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(OWN)
+    ended = launch([*mpi.command(3), sys.executable, str(program), str(tmp_path / "runs")], mpi, timeout=60)
+    assert ended.status == 0, ended
+    assert "COUNTS [5, 5, 0]" in ended.out
+    assert "REFUSED " in ended.out
+    assert "was an object of the program that made this run" in ended.out
+    [own] = (tmp_path / "runs").glob("own-*")
+    assert set(load_file(own / "model.safetensors")) == {"layer.weight", "layer.bias"}
+    assert "<lambda in program.py:" in (own / "job.toml").read_text()
+    assert ended.out.count("own: 3 ranks on 1 node") == 1
+
+
+def test_more_ranks_than_cores(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    """8 ranks, two pretended nodes; and then the run is resumed, having nothing left to do."""
+    job = write_job(tmp_path, "communicator = {ranks_per_node = 4}")
+    ended = launch([*mpi.command(8), *TRAIN, str(job)], mpi, timeout=110)
+    assert ended.status == 0, ended
+    assert "8 ranks on 2 nodes" in ended.out

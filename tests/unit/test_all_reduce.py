@@ -1,0 +1,140 @@
+"""All-reduce over virtual ranks: equal to one process, on one node and on several, by every way of exchange."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hpctrain.comm.virtual import World
+from hpctrain.errors import JobError, NanError
+from hpctrain.strategies.all_reduce import clip_factor
+from tests import helpers
+
+MESSAGES = ["message", "ring", "halving", "tree", "hierarchical", "overlap"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def _distance(folder: Path, agree: str, recipe: str, precision: str, size: int, nodes=None) -> float:
+    world = World(size, nodes=nodes)
+    found = world.run(lambda comm: helpers.equivalence(comm, folder, agree, recipe, precision))
+    return max(found)
+
+
+@pytest.mark.parametrize("recipe", list(helpers.RECIPES))
+@pytest.mark.parametrize("agree", ["shared", "message"])
+def test_equals_one_process_in_float64(tmp_path: Path, agree: str, recipe: str):
+    assert _distance(tmp_path, agree, recipe, "float64", 4) < 1e-10
+
+
+@pytest.mark.parametrize("recipe", ["momentum", "clip", "accumulate"])
+@pytest.mark.parametrize("agree", ["shared", "message", "overlap"])
+def test_sgd_equals_one_process_in_float32(tmp_path: Path, agree: str, recipe: str):
+    assert _distance(tmp_path, agree, recipe, "float32", 4) < 1e-5
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("agree", ["shared", *MESSAGES])
+def test_any_number_of_ranks(tmp_path: Path, agree: str, size: int):
+    assert _distance(tmp_path, agree, "all", "float64", size) < 1e-10
+
+
+@pytest.mark.parametrize("nodes", [(0, 0, 1, 1), (0, 1, 1, 1), (0, 0, 0, 1, 1), (0, 1, 2), (0, 1, 0, 1)])
+@pytest.mark.parametrize("agree", ["shared", "hierarchical", "overlap"])
+def test_several_nodes(tmp_path: Path, agree: str, nodes: tuple[int, ...]):
+    assert _distance(tmp_path, agree, "all", "float64", len(nodes), nodes) < 1e-10
+
+
+def test_more_ranks_than_samples_in_a_round_leaves_some_without(tmp_path: Path):
+    job = helpers.make_job(
+        tmp_path,
+        data={"name": "tests.helpers:points", "samples": 10},
+        train={"steps": 9, "batch_size": 1, "precision": "float64"},
+    )
+    found = World(4).run(lambda comm: helpers.vector(helpers.quiet_train(comm, job).model))
+    one = job.override(["train.batch_size=4"])
+    alone = World(1).run(lambda comm: helpers.vector(helpers.quiet_train(comm, one).model))
+    for vector in found:
+        assert helpers.difference(vector, alone[0]) < 1e-10
+
+
+def test_an_optimizer_that_is_not_elementwise_runs_replicated(tmp_path: Path):
+    def run(size: int, batch: int) -> list[np.ndarray]:
+        job = helpers.make_job(
+            tmp_path,
+            optimizer={"name": "Adafactor", "lr": 0.01},
+            train={"steps": 9, "batch_size": batch, "precision": "float64"},
+        )
+        return World(size).run(lambda comm: helpers.vector(helpers.quiet_train(comm, job).model))
+
+    assert helpers.difference(run(4, 6)[3], run(1, 24)[0]) < 1e-9
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize(("agree", "nodes"), [("shared", (0, 0, 0)), ("shared", (0, 0, 1, 1)), ("overlap", (0, 0))])
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path, agree: str, nodes: tuple[int, ...], optimizer: str):
+    keys = {"name": optimizer, "lr": 0.01} | ({"momentum": 0.9} if optimizer == "SGD" else {})
+    strategy, _ = helpers.SYNCHRONOUS[agree]
+    World(len(nodes), nodes=nodes).run(lambda comm: helpers.resumed_bits(comm, tmp_path, strategy, keys))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("agree", ["shared", "message"])
+def test_every_sample_once_per_epoch(tmp_path: Path, agree: str, size: int):
+    strategy, _ = helpers.SYNCHRONOUS[agree]
+    World(size).run(
+        lambda comm: helpers.every_sample_once(comm, tmp_path, strategy=strategy, train={"accumulate": 2})
+    )
+
+
+@pytest.mark.parametrize("agree", ["shared", "message", "overlap"])
+def test_a_loss_that_is_not_finite_names_rank_and_step(tmp_path: Path, agree: str):
+    strategy, _ = helpers.SYNCHRONOUS[agree]
+    told = World(3).run(lambda comm: helpers.nan_told(comm, tmp_path, strategy))
+    assert len(set(told)) == 1
+    assert "loss is nan on rank 0 in step 2 " in told[0]
+
+
+@pytest.mark.parametrize("agree", ["shared", "message", "overlap"])
+def test_such_a_step_can_be_skipped(tmp_path: Path, agree: str):
+    strategy, _ = helpers.SYNCHRONOUS[agree]
+    World(3).run(lambda comm: helpers.nan_skipped(comm, tmp_path, strategy))
+
+
+def test_a_gradient_that_is_not_finite_is_noticed_when_clipping(tmp_path: Path):
+    class Steep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * torch.inf
+
+    job = helpers.make_job(
+        tmp_path,
+        loss=lambda outputs, targets: Steep.apply(torch.nn.functional.cross_entropy(outputs, targets)),
+        train={"clip_norm": 1.0},
+    )
+    with pytest.raises(NanError, match="rank 0 in step 0"):
+        World(2).run(lambda comm: helpers.quiet_train(comm, job))
+
+
+def test_overlap_takes_the_library_only():
+    with pytest.raises(JobError, match="overlap"):
+        helpers.make_job("runs", strategy={"name": "all_reduce", "overlap": True, "algorithm": "ring"})
+
+
+def test_clip_factor_is_torchs():
+    gradient = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    parameter.grad = gradient.clone()
+    torch.nn.utils.clip_grad_norm_([parameter], 2.0)
+    torch.testing.assert_close(gradient * clip_factor(25.0, 2.0), parameter.grad, rtol=1e-14, atol=0)
+    assert clip_factor(1.0, 2.0) == 1.0

@@ -1,0 +1,137 @@
+"""Who does what where: pure functions, tested without ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpctrain.cluster import (
+    Role,
+    assign_roles,
+    check_singleton,
+    device_for,
+    launched_rank,
+    launched_size,
+    local_cores,
+)
+from hpctrain.errors import ClusterError
+
+MPICH, OPEN_MPI = "MPICH Version: 4.3.0", "Open MPI v5.0.8"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "servers", "chosen"),
+    [
+        ([0, 0, 0, 0], 1, (3,)),
+        ([0, 0, 0, 0], 3, (1, 2, 3)),
+        ([0, 0, 1, 1], 1, (3,)),
+        ([0, 0, 1, 1], 2, (1, 3)),
+        ([0, 0, 1, 1], 3, (1, 2, 3)),
+        ([0, 1, 0, 1], 2, (2, 3)),
+        ([0, 0, 1, 1, 2, 2], 4, (1, 3, 4, 5)),
+        ([0, 1, 1, 1], 2, (2, 3)),  # node 0 has but rank 0
+        ([0, 0, 0, 1], 2, (2, 3)),
+        ([0], 0, ()),
+    ],
+)
+def test_dedicated_servers(nodes: list[int], servers: int, chosen: tuple[int, ...]) -> None:
+    roles = assign_roles(nodes, servers, colocated=False)
+    assert roles.servers == chosen
+    assert roles.workers == tuple(rank for rank in range(len(nodes)) if rank not in chosen)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "servers", "chosen"),
+    [([0, 0, 0], 1, (2,)), ([0, 0, 1, 1], 2, (1, 3)), ([0, 0, 1, 1], 4, (0, 1, 2, 3)), ([0], 1, (0,))],
+)
+def test_colocated_servers(nodes: list[int], servers: int, chosen: tuple[int, ...]) -> None:
+    roles = assign_roles(nodes, servers, colocated=True)
+    assert (roles.servers, roles.workers) == (chosen, tuple(range(len(nodes))))
+    assert {roles.of(rank) for rank in range(len(nodes))} == {Role.WORKER}
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=24), st.data())
+def test_servers_are_spread_over_nodes(nodes: list[int], data: st.DataObject) -> None:
+    colocated = data.draw(st.booleans())
+    servers = data.draw(st.integers(0, len(nodes) - (not colocated)))
+    roles = assign_roles(nodes, servers, colocated)
+    assert len(roles.servers) == servers
+    assert roles.servers == tuple(sorted(set(roles.servers)))
+    assert roles.of(0) is Role.WORKER
+    if not colocated:
+        assert sorted(roles.workers + roles.servers) == list(range(len(nodes)))
+    room = Counter(nodes)
+    if not colocated:
+        room[nodes[0]] -= 1
+    mine = Counter(nodes[rank] for rank in roles.servers)
+    most = max(mine.values(), default=0)
+    assert all(mine[node] >= most - 1 - (not colocated) or mine[node] == room[node] for node in room)
+
+
+@pytest.mark.parametrize(
+    ("size", "servers", "colocated", "message"),
+    [
+        (4, 4, False, r"strategy.servers = 4: of 4 ranks at most 3 can be servers, since rank 0 is always a worker"),
+        (1, 1, False, r"of 1 rank at most 0 can be servers"),
+        (4, 9, False, r"at most 3 .*; start more ranks or lower strategy.servers"),
+        (2, 3, True, r"of 2 ranks at most 2 can have a server beside it"),
+    ],
+)
+def test_too_many_servers(size: int, servers: int, colocated: bool, message: str) -> None:
+    with pytest.raises(ClusterError, match=message):
+        assign_roles([0] * size, servers, colocated)
+
+
+def test_cores() -> None:
+    assert [local_cores(8, ranks, "auto") for ranks in (1, 3, 8, 100)] == [8, 2, 1, 1]
+    assert local_cores(8, 3, 5) == 5
+
+
+def test_devices() -> None:
+    assert device_for("cpu", 0, 4) == device_for("auto", 3, 0) == "cpu"
+    assert [device_for("auto", rank, 2) for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert device_for("cuda", 5, 4) == "cuda:1"
+    with pytest.raises(ClusterError, match='device = "cuda": this node shows no GPU'):
+        device_for("cuda", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank", "size", "launcher"),
+    [
+        ({}, 0, 1, ""),
+        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}, 3, 4, "Open MPI's mpirun"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, 1, 2, "an MPICH-like mpiexec, or srun --mpi=pmi2"),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8"}, 2, 8, "srun"),
+        ({"PMIX_RANK": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5"}, 5, 8, "srun"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, 0, 1, ""),  # the batch script
+        ({"PMI_SIZE": "1", "PMI_RANK": "0"}, 0, 1, ""),
+        ({"PMI_SIZE": "many", "PMI_RANK": "-"}, 0, 1, ""),
+        ({"OMPI_COMM_WORLD_SIZE": ""}, 0, 1, ""),
+    ],
+)
+def test_what_launchers_say(environment: dict[str, str], rank: int, size: int, launcher: str) -> None:
+    assert launched_rank(environment) == rank
+    assert launched_size(environment) == (size, launcher)
+    check_singleton(max(2, size), MPICH, environment)  # MPI knows of several: all is well
+    if size == 1:
+        check_singleton(1, MPICH, environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "library", "cure"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, MPICH, "use the mpiexec that belongs to that library"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}, MPICH, "use the mpiexec that belongs"),
+        ({"PMI_SIZE": "4"}, OPEN_MPI, "or under srun another --mpi"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, OPEN_MPI, "--mpi=pmix for Open MPI"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, MPICH, "--mpi=pmi2 for MPICH"),
+    ],
+)
+def test_processes_that_believe_to_be_alone(environment: dict[str, str], library: str, cure: str) -> None:
+    with pytest.raises(ClusterError, match=cure) as caught:
+        check_singleton(1, library, environment)
+    assert "started 4 processes, but each is alone" in str(caught.value)
+    assert library in str(caught.value)

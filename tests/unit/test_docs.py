@@ -1,0 +1,38 @@
+"""The documents' code runs, and their tables are what the program says."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpctrain.comm.virtual import World
+from hpctrain.job import Job
+from hpctrain.launch import train
+from hpctrain.runfolder import Narrator
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def code_blocks(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def test_the_strategy_of_the_architecture_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_strategies.py").write_text(code_blocks("ARCHITECTURE.md")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_strategies", raising=False)
+    job = Job(
+        model={"name": "mlp", "inputs": 64, "outputs": 10, "hidden": [32]},
+        strategy={"name": "my_strategies:PeriodicAverage", "every": 4},
+        train={"epochs": 6, "batch_size": 16},
+        output=str(tmp_path / "runs"),
+    )
+    results = World(4).run(lambda comm: train(job, comm, out=Narrator(enabled=False)))
+    assert results[0].metrics["metric"] > 0.7
+    parameters = [list(result.model.parameters()) for result in results]
+    for other in parameters[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(parameters[0], other, strict=True))

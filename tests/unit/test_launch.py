@@ -1,0 +1,576 @@
+"""Runs from end to end over virtual ranks: sessions, phases, resuming, stopping early, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
+
+from hpctrain import launch
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.virtual import World
+from hpctrain.data.splits import Splits
+from hpctrain.errors import CheckpointError, ClusterError, DataError, HpctrainError, JobError, ModelError, TraceError
+from hpctrain.job import Job
+from hpctrain.launch import Result, agreed, session, train
+from hpctrain.runfolder import Narrator, find_resumable
+from tests import helpers
+
+PS = {"name": "parameter_server", "servers": 1}
+QUIET = Narrator(enabled=False)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def run(size: int, job: Job, **arguments: Any) -> list[Result]:
+    return World(size).run(lambda comm: helpers.quiet_train(comm, job, **arguments))
+
+
+def metrics_of(folder: Path) -> list[tuple[str, str]]:
+    with open(folder / "metrics.csv") as file:
+        return [(row["step"], row["split"]) for row in csv.DictReader(file)]
+
+
+# -- the result --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("strategy", [{"name": "all_reduce"}, PS])
+def test_every_rank_gets_the_model_that_is_saved(tmp_path: Path, strategy: helpers.Tables):
+    job = helpers.make_job(
+        tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures", strategy=strategy
+    )
+    results = run(3, job)
+    saved = load_file(results[0].folder / "model.safetensors")
+    for result in results:
+        assert result.folder == results[0].folder
+        for name, tensor in result.model.state_dict().items():
+            assert torch.equal(tensor, saved[name]), name
+    assert set(results[0].metrics) == {"loss", "metric"}
+    assert not results[0].interrupted
+
+
+def test_it_learns(tmp_path: Path):
+    inputs = torch.randn(120, 7, generator=torch.Generator().manual_seed(1))
+    easy = TensorDataset(inputs, inputs[:, :3].argmax(1))
+    job = helpers.make_job(
+        tmp_path, data=(easy, easy), optimizer={"name": "Adam", "lr": 0.02}, train={"epochs": 25, "batch_size": 8}
+    )
+    assert run(3, job)[0].metrics["metric"] > 0.9
+
+
+def test_the_same_resolved_job_gives_the_same_bits(tmp_path: Path):
+    job = helpers.make_job(
+        tmp_path,
+        model="tests.helpers:noisy_net",
+        data={"name": "tests.helpers:pictures", "augment": ["shift"]},
+        train={"clip_norm": 0.5},
+    )
+    first = run(3, job)[0].folder
+    second = run(3, Job.load(first / "job.toml"))[0].folder
+    assert first != second
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    assert (first / "job.toml").read_text() == (second / "job.toml").read_text()
+
+
+def test_only_rank_0_speaks(tmp_path: Path):
+    outs = [io.StringIO() for _ in range(3)]
+    job = helpers.make_job(tmp_path)
+    World(3).run(lambda comm: train(job, comm, out=Narrator(out=outs[comm.rank])))
+    assert "run folder" in outs[0].getvalue()
+    assert [out.getvalue() for out in outs[1:]] == ["", ""]
+
+
+def test_one_narrator_for_all_virtual_ranks_still_speaks(tmp_path: Path):
+    out = io.StringIO()
+    job = helpers.make_job(tmp_path)
+    narrator = Narrator(out=out)
+    World(3).run(lambda comm: train(job, comm, out=narrator))
+    assert out.getvalue().count("3 ranks on 1 node") == 1
+
+
+# -- a loop of one's own -----------------------------------------------------------------------------------------
+def own_loop(comm: Communicator, job: Job, steps: int = 10**9, resume: Path | None = None) -> tuple[int, Any]:
+    """(batches seen, the session), leaving the session after `steps`."""
+    count = 0
+    with session(job, comm, resume=resume, out=QUIET) as running:
+        for batch in running.batches():
+            with running.autocast():
+                loss = running.loss(running.model(batch.inputs), batch.targets)
+            running.step(loss)
+            count += 1
+            if count == steps:
+                break
+    return count, running
+
+
+@pytest.mark.parametrize("strategy", [{"name": "all_reduce"}, PS])
+def test_a_loop_of_ones_own_does_what_train_does(tmp_path: Path, strategy: helpers.Tables):
+    job = helpers.make_job(tmp_path, strategy=strategy)
+    trained = run(4, job)
+    looped = World(4).run(lambda comm: own_loop(comm, job))
+    for result, (_, running) in zip(trained, looped, strict=True):
+        assert (helpers.vector(result.model) == helpers.vector(running.result.model)).all()
+
+
+def test_on_a_server_batches_serves_and_yields_nothing(tmp_path: Path):
+    counts = [count for count, _ in World(4).run(lambda comm: own_loop(comm, helpers.make_job(tmp_path, strategy=PS)))]
+    assert counts == [8, 8, 8, 0]
+
+
+def test_a_session_that_is_left_early_has_no_result(tmp_path: Path):
+    job = helpers.make_job(tmp_path)
+    _, running = World(2).run(lambda comm: own_loop(comm, job, steps=3))[0]
+    with pytest.raises(HpctrainError, match="were not run to the end"):
+        _ = running.result
+    assert not (running.folder / "model.safetensors").exists()
+
+
+def test_a_session_that_is_left_early_goes_on_from_its_checkpoint(tmp_path: Path):
+    job = helpers.make_job(tmp_path, train={"checkpoint_every": {"steps": 3}})
+    whole = run(2, job)[0]
+    _, left = World(2).run(lambda comm: own_loop(comm, job, steps=5))[0]
+    resumed = run(2, job, resume=left.folder)[0]
+    assert (helpers.vector(resumed.model) == helpers.vector(whole.model)).all()
+
+
+@pytest.mark.parametrize("strategy", [{"name": "all_reduce"}, PS])
+def test_step_belongs_to_a_batch(tmp_path: Path, strategy: helpers.Tables):
+    def twice(comm: Communicator) -> None:
+        with session(helpers.make_job(tmp_path), comm, out=QUIET) as running:
+            for batch in running.batches():
+                loss = running.loss(running.model(batch.inputs), batch.targets)
+                running.step(loss)
+                running.step(loss)
+
+    def never(comm: Communicator) -> None:
+        with session(helpers.make_job(tmp_path), comm, out=QUIET) as running:
+            for _ in running.batches():
+                pass
+
+    def outside(comm: Communicator) -> None:
+        with session(helpers.make_job(tmp_path), comm, out=QUIET) as running:
+            running.step(torch.zeros(()))
+
+    def again(comm: Communicator) -> None:
+        with session(helpers.make_job(tmp_path), comm, out=QUIET) as running:
+            launch.fit(running)
+            launch.fit(running)
+
+    for body, words in ((twice, "without a batch"), (never, "not called"), (outside, "outside"), (again, "twice")):
+        with pytest.raises(HpctrainError, match=words):
+            World(2).run(body)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda s: s.model.to(torch.float64), "no longer lies in its arena"),
+        (lambda s: s.model.zero_grad(), "gradient of .* no longer lies"),
+        (lambda s: setattr(s.model[0].weight, "data", torch.zeros(13, 7)), "0.weight no longer lies"),
+    ],
+)
+def test_broken_views_are_noticed(tmp_path: Path, harm: Any, words: str):
+    def body(comm: Communicator) -> None:
+        with session(helpers.make_job(tmp_path), comm, out=QUIET) as running:
+            for batch in running.batches():
+                loss = running.loss(running.model(batch.inputs), batch.targets)
+                harm(running)
+                loss = running.loss(running.model(batch.inputs.to(running.model[0].weight)), batch.targets)
+                running.step(loss)
+
+    with pytest.raises(ModelError, match=words):
+        World(2).run(body)
+
+
+# -- phases ------------------------------------------------------------------------------------------------------
+def phased(folder: Path, *strategies: helpers.Tables, steps: int = 24, rule: helpers.Tables | None = None, **tables: Any) -> Job:
+    each = rule or {"rule": "after", "steps": steps // len(strategies)}
+    phases = [{"strategy": s, "until": each} for s in strategies]
+    del phases[-1]["until"]
+    keys = {"steps": steps, "batch_size": 3, "precision": "float64", **tables.pop("train", {})}
+    return helpers.make_job(folder, phases=phases, train=keys, **tables)
+
+
+AR, MESSAGE = {"name": "all_reduce"}, {"name": "all_reduce", "exchange": "message"}
+COLOCATED = {"name": "parameter_server", "servers": 4, "colocated": True}
+
+
+@pytest.mark.parametrize("middle", [MESSAGE, COLOCATED])
+def test_the_optimizers_state_crosses_to_another_strategy(tmp_path: Path, middle: helpers.Tables):
+    """Without a change in the number of workers, a schedule of phases equals one phase."""
+    optimizer = {"name": "Adam", "lr": 0.01}
+    whole = run(4, helpers.make_job(tmp_path, optimizer=optimizer, train={"steps": 24, "batch_size": 3, "precision": "float64"}))
+    switched = run(4, phased(tmp_path, AR, middle, AR, optimizer=optimizer))
+    assert helpers.difference(helpers.vector(switched[1].model), helpers.vector(whole[1].model)) < 1e-10
+    assert [p.steps for p in switched[0].phases] == [8, 8, 8]
+    assert [p.strategy for p in switched[0].phases] == ["all_reduce", middle["name"], "all_reduce"]
+
+
+def test_roles_change_and_no_sample_is_lost(tmp_path: Path):
+    """Servers become workers again; their books are those of the others."""
+    phases = [
+        {"strategy": AR, "until": {"rule": "after", "samples": 20}},
+        {"strategy": {"name": "parameter_server", "servers": 2}, "until": {"rule": "after", "samples": 31}},
+        {"strategy": AR},
+    ]
+    World(4).run(lambda comm: helpers.every_sample_once(comm, tmp_path, epochs=4, phases=phases))
+    out = io.StringIO()
+    job = helpers.make_job(tmp_path, phases=phases, train={"epochs": 2})
+    results = World(4).run(lambda comm: train(job, comm, out=Narrator(out=out)))
+    assert len({result.samples for result in results}) == 1
+    for result in results:
+        assert [p.index for p in result.phases] == [0, 1, 2]
+        assert [p.samples for p in result.phases] == [p.samples for p in results[0].phases]
+        assert (helpers.vector(result.model) == helpers.vector(results[0].model)).all()
+    assert "switched at sample 24: after 24 >= 20 samples" in out.getvalue()
+    assert "switched at sample 60: after 36 >= 31 samples" in out.getvalue()
+
+
+def test_workers_that_were_servers_take_the_buffers_of_rank_0(tmp_path: Path):
+    seen: dict[int, torch.Tensor] = {}
+
+    def body(comm: Communicator) -> None:
+        job = phased(
+            tmp_path, PS, AR, steps=6, model="tests.helpers:noisy_net", data="tests.helpers:pictures"
+        )
+        with session(job, comm, out=QUIET) as running:
+            for batch in running.batches():
+                if running.books.phase == 1 and comm.rank not in seen:
+                    seen[comm.rank] = running.model[1].running_mean.clone()
+                running.step(running.loss(running.model(batch.inputs), batch.targets))
+
+    World(3).run(body)
+    assert torch.equal(seen[2], seen[0])
+    assert not torch.equal(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 3])
+def test_resuming_in_any_phase_and_at_its_end(tmp_path: Path, index: int):
+    """Checkpoints every 4 steps; phases end after 8, so that some are made where a phase ends."""
+    job = phased(
+        tmp_path, AR, PS, AR, train={"checkpoint_every": {"samples": 48}, "keep_checkpoints": 99},
+        optimizer={"name": "SGD", "lr": 0.05, "momentum": 0.9},
+    )  # fmt: skip
+    whole = run(4, job)[0]
+    helpers.forget_after(whole.folder, index)
+    resumed = run(4, job, resume=whole.folder)[0]
+    assert [p.steps for p in resumed.phases] == [p.steps for p in whole.phases]
+    assert (helpers.vector(resumed.model) == helpers.vector(whole.model)).all()
+
+
+
+
+# -- stopping ----------------------------------------------------------------------------------------------------
+def test_evaluates_once_at_the_end(tmp_path: Path):
+    """Validation where the run stops, test once; a lone part once."""
+    parts = helpers.pictures()
+    for data, wanted in (
+        (parts, [("5", "validation"), ("10", "validation"), ("10", "test")]),
+        (Splits(parts.train, None, parts.test), [("5", "test"), ("10", "test")]),
+        (Splits(parts.train, parts.validation, None), [("5", "validation"), ("10", "validation")]),
+    ):
+        job = helpers.make_job(
+            tmp_path, model="tests.helpers:noisy_net", data=data, train={"epochs": 2, "batch_size": 8}
+        )
+        result = run(2, job)[0]
+        assert metrics_of(result.folder) == wanted
+        assert set(result.metrics) == {"loss", "metric"}
+
+
+@pytest.mark.parametrize("strategy", [AR, PS])
+def test_a_target_ends_the_run(tmp_path: Path, strategy: helpers.Tables):
+    job = helpers.make_job(
+        tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures", strategy=strategy,
+        train={"epochs": 9, "target": 0.0},
+    )  # fmt: skip
+    out = io.StringIO()
+    results = World(3).run(lambda comm: train(job, comm, out=Narrator(out=out)))
+    assert results[0].samples == 75
+    assert "stopped at sample 75: target 0 reached" in out.getvalue()
+    again = run(3, job, resume=results[0].folder)[0]  # what has ended stays so
+    assert again.samples == 75
+
+
+def test_patience_ends_the_run(tmp_path: Path):
+    job = helpers.make_job(
+        tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures",
+        train={"epochs": 9, "patience": 2, "min_delta": 1.0},
+    )  # fmt: skip
+    assert run(2, job)[0].samples == 3 * 75
+
+
+def test_a_rule_that_ends_the_last_phase_ends_the_run(tmp_path: Path):
+    job = helpers.make_job(
+        tmp_path, phases=[{"strategy": AR, "until": {"rule": "after", "steps": 3}}], train={"steps": 9}
+    )
+    result = run(2, job)[0]
+    assert result.phases[0].steps == 3
+    assert (result.folder / "model.safetensors").exists()
+    assert run(2, job, resume=result.folder)[0].phases[0].steps == 3
+
+
+class Signals:
+    """What there is in place of StopSignals."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.asked, self.say = 0, told.append
+
+    def stepped(self) -> None:
+        pass
+
+    def heed(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("strategy", [AR, PS, COLOCATED])
+def test_an_interruption_saves_and_the_resumed_run_has_the_same_bits(tmp_path: Path, strategy: helpers.Tables):
+    job = helpers.make_job(
+        tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures", strategy=strategy,
+        optimizer={"name": "Adam", "lr": 0.01}, train={"steps": 9, "batch_size": 4},
+    )  # fmt: skip
+    whole = run(4, job)[0]
+    told: list[str] = []
+
+    def body(comm: Communicator) -> Result:
+        count = 0
+        with session(job, comm, out=QUIET) as running:
+            for batch in running.batches():
+                running.step(running.loss(running.model(batch.inputs), batch.targets))
+                count += 1
+                running._signals = Signals(told)  # type: ignore[assignment]
+                if comm.rank == 1 and count == 4:  # a signal comes, to one rank alone
+                    running._signals.asked = 2
+        return running.result
+
+    left = World(4).run(body)[0]
+    assert left.interrupted
+    assert left.metrics == {}
+    assert left.phases[0].steps == 6  # heard after the fifth, agreed on with the sixth
+    assert len(told) == 1
+    assert "--resume" in told[0]
+    assert str(left.folder) in told[0]
+    assert find_resumable(job) == left.folder
+    resumed = run(4, job, resume=left.folder)[0]
+    assert (helpers.vector(resumed.model) == helpers.vector(whole.model)).all()
+    assert find_resumable(job) is None
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------
+def test_fewer_test_samples_than_ranks(tmp_path: Path):
+    few = TensorDataset(*(tensor[:2] for tensor in helpers.points().tensors))
+    job = helpers.make_job(tmp_path, data=(helpers.points(), few))
+    alone = run(1, job.override(["train.batch_size=30", "train.precision=float64"]))[0].metrics
+    five = run(5, job.override(["train.precision=float64"]))[0].metrics
+    assert five == pytest.approx(alone, rel=1e-9)
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        return iter(helpers.points(11))
+
+
+def test_a_stream_to_test_on(tmp_path: Path):
+    listed = helpers.make_job(tmp_path, data=(helpers.points(), helpers.points(11)))
+    streamed = helpers.make_job(tmp_path, data=(helpers.points(), Stream()))
+    assert run(3, streamed)[0].metrics == pytest.approx(run(3, listed)[0].metrics, rel=1e-6)
+
+
+def test_a_stream_to_train_on(tmp_path: Path):
+    job = helpers.make_job(tmp_path, data=Stream(), train={"steps": 7, "batch_size": 2})
+    result = run(3, job)[0]
+    assert result.samples == 44  # 7 full rounds' worth: at the ends of epochs, not known at first, rounds are smaller
+
+
+# -- what is refused: once, before anything is written -----------------------------------------------------------
+REFUSED: dict[str, tuple[type[HpctrainError], str, dict[str, Any]]] = {
+    "too few ranks": (ClusterError, "needs 4 ranks was started with 3", {"ranks": 4}),
+    "slow rank": (JobError, "debug.slow.7: this run has 3 ranks", {"debug": {"slow": {7: 2}}}),
+    "servers": (ClusterError, "strategy.servers = 3: of 3 ranks", {"strategy": {**PS, "servers": 3}}),
+    "servers of a later phase": (
+        ClusterError,
+        "phases.1.strategy.servers = 9: of 3 ranks",
+        {"phases": [{"strategy": AR, "until": {"rule": "after", "steps": 1}}, {"strategy": {**PS, "servers": 9}}]},
+    ),
+    "nothing trainable": (ModelError, "no trainable parameters", {"model": lambda: nn.ReLU()}),
+    "no model": (ModelError, "expected a torch.nn.Module", {"model": lambda: 5}),
+    "lazy": (ModelError, "lazy parameters", {"model": lambda: nn.LazyLinear(3)}),
+    "optimizer": (ModelError, "SGD takes no such argument", {"optimizer": {"name": "SGD", "momemtum": 1}}),
+    "missing data": (DataError, "nowhere", {"data": {"name": "mnist", "path": "nowhere"}}),
+    "empty data": (DataError, "is empty", {"data": TensorDataset(torch.zeros(0, 7))}),
+}
+
+
+@pytest.mark.parametrize("what", list(REFUSED))
+def test_refused_on_every_rank_alike_and_nothing_is_written(tmp_path: Path, what: str):
+    kind, words, tables = REFUSED[what]
+    job = helpers.make_job(tmp_path / "runs", **tables)
+    told = []
+
+    def body(comm: Communicator) -> None:
+        with pytest.raises(kind, match=words) as caught:
+            helpers.quiet_train(comm, job)
+        assert caught.value.everywhere
+        told.append(str(caught.value))
+
+    World(3).run(body)
+    assert len(told) == 3
+    assert len(set(told)) == 1
+    assert "\n" not in told[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_output_that_is_a_file(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JobError, match="output = "):
+        run(2, helpers.make_job(tmp_path / "file"))
+
+
+def test_the_run_folder_goes_if_the_traces_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_room(self: Any, *_: Any) -> None:
+        if self._comm.rank == 1:
+            raise TraceError("no room")
+
+    monkeypatch.setattr("hpctrain.tracing.Tracing.open", no_room)
+    with pytest.raises(TraceError, match="no room"):
+        run(3, helpers.make_job(tmp_path / "runs"))
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def _finished(folder: Path, **tables: Any) -> tuple[Job, Path]:
+    job = helpers.make_job(folder, train={"checkpoint_every": {"steps": 3}}, **tables)
+    result = run(2, job)[0]
+    helpers.forget_after(result.folder, 0)
+    return job, result.folder
+
+
+def _files(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_size for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("harm", "size", "overrides", "words"),
+    [
+        (lambda f: f.write_bytes(f.read_bytes()[:-50]), 2, [], "truncated"),
+        (lambda f: f.write_bytes(b""), 2, [], "truncated"),
+        (lambda f: f.unlink(), 2, [], "no checkpoint to resume from"),
+        (lambda f: None, 2, ["model.name=tests.unit.test_launch:other"], "another model"),
+        (lambda f: None, 3, [], "was on 2 ranks and is resumed on 3"),
+        (lambda f: None, 2, ["strategy=parameter_server"], "another schedule"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(
+    tmp_path: Path, harm: Any, size: int, overrides: list[str], words: str
+):
+    job, folder = _finished(tmp_path)
+    harm(next((folder / "checkpoints").iterdir()))
+    before = _files(tmp_path)
+    with pytest.raises(CheckpointError, match=words):
+        run(size, job.override(overrides), resume=folder)
+    assert _files(tmp_path) == before
+
+
+def other() -> nn.Module:
+    return nn.Linear(7, 3)
+
+
+def test_resuming_what_is_no_run_folder(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        run(2, helpers.make_job(tmp_path / "runs"), resume=tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_need_not_agree_on_the_folder_to_resume(tmp_path: Path):
+    """A file system may show a rank less than rank 0 sees: rank 0's is what counts."""
+    job, folder = _finished(tmp_path)
+    World(2).run(lambda comm: helpers.quiet_train(comm, job, resume=folder if comm.rank == 0 else None))
+
+
+def test_a_full_disk_at_a_checkpoint_is_told_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> None:
+        raise CheckpointError("no room")
+
+    monkeypatch.setattr(launch, "save_checkpoint", full)
+    out = io.StringIO()
+    job = helpers.make_job(tmp_path, train={"checkpoint_every": {"steps": 4}})
+    results = World(2).run(lambda comm: train(job, comm, out=Narrator(out=out)))
+    assert results[0].phases[0].steps == 8
+    assert "warning: no room" in out.getvalue()
+
+
+def test_a_model_that_cannot_be_saved_is_told_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> None:
+        raise CheckpointError("no room")
+
+    monkeypatch.setattr(launch, "save_model", full)
+    told = []
+
+    def body(comm: Communicator) -> None:
+        with pytest.raises(CheckpointError, match="no room") as caught:
+            helpers.quiet_train(comm, helpers.make_job(tmp_path, strategy=PS))
+        told.append(caught.value.everywhere)
+
+    World(3).run(body)
+    assert told == [True] * 3
+
+
+# -- objects of a program's own ----------------------------------------------------------------------------------
+def test_a_lambda_is_recorded_by_name_and_refused_when_loaded(tmp_path: Path):
+    job = helpers.make_job(tmp_path, model=lambda: other(), loss=lambda outputs, targets: outputs.square().mean())
+    folder = run(2, job)[0].folder
+    text = (folder / "job.toml").read_text()
+    assert "<lambda in test_launch.py:" in text
+    with pytest.raises(JobError, match="was an object of the program that made this run") as caught:
+        Job.load(folder / "job.toml")
+    assert "model" in str(caught.value)
+
+
+class Momentum(torch.optim.SGD):
+    """A class of the user's own."""
+
+
+def test_a_module_a_data_set_a_loss_and_an_optimizer_of_ones_own(tmp_path: Path):
+    def body(comm: Communicator) -> np.ndarray:
+        torch.manual_seed(3)
+        job = helpers.make_job(
+            tmp_path,
+            model=nn.Linear(7, 3),
+            data=helpers.points(),
+            loss=lambda outputs, targets: nn.functional.cross_entropy(outputs, targets, label_smoothing=0.1),
+            optimizer={"name": Momentum, "lr": 0.1, "momentum": 0.9, "elementwise": True},
+            metric=lambda outputs, targets: 0.0,
+        )
+        return helpers.vector(helpers.quiet_train(comm, job).model)
+
+    found = World(3).run(body)
+    assert all((vector == found[0]).all() for vector in found)
+
+
+# -- agreement ---------------------------------------------------------------------------------------------------
+def test_agreed_raises_the_first_ranks_mistake_everywhere():
+    told = []
+
+    def body(comm: Communicator) -> None:
+        def what() -> int:
+            if comm.rank > 0:
+                raise DataError(f"of rank {comm.rank}")
+            return 7
+
+        with pytest.raises(DataError, match="of rank 1") as caught:
+            agreed(comm, what)
+        told.append(caught.value.everywhere)
+
+    World(4).run(body)
+    assert told == [True] * 4
+
+
+def test_agreed_returns_what_each_rank_made():
+    assert World(3).run(lambda comm: agreed(comm, lambda: comm.rank * 2)) == [0, 2, 4]

@@ -1,0 +1,402 @@
+"""Optimizers on stretches of the arena: cut or whole they give the same; their state survives other cuts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from hpctrain import Job
+from hpctrain.comm.virtual import World
+from hpctrain.errors import HpctrainError, ModelError
+from hpctrain.launch import train
+from hpctrain.optimizer import ELEMENTWISE, OptimizerChoice, decay, make_update, slice_bounds
+from hpctrain.replica import Layout, Replica
+from hpctrain.runfolder import Narrator
+from hpctrain.state import State, merge
+
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "SGD": [
+        {"lr": 0.1},
+        {"lr": 0.1, "momentum": 0.9},
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True},
+    ],
+    "Adam": [{"lr": 0.01}, {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1}],
+    "AdamW": [{"lr": 0.01, "weight_decay": 0.1}],
+    "RMSprop": [{"lr": 0.01}, {"lr": 0.01, "centered": True, "momentum": 0.9}],
+    "ASGD": [{"lr": 0.01, "t0": 3}],
+}
+CASES = [(name, options) for name in sorted(ELEMENTWISE) for options in OPTIONS.get(name, [{"lr": 0.01}])]
+WHOLE: list[tuple[str, dict[str, Any]]] = [("Adafactor", {"lr": 0.01})]
+if hasattr(torch.optim, "Muon"):
+    WHOLE.append(("Muon", {"lr": 0.01, "momentum": 0.9}))
+
+
+class Net(nn.Module):
+    def __init__(self, vectors: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.one, self.two = nn.Linear(5, 7, bias=vectors), nn.Linear(7, 3, bias=vectors)
+        if vectors:
+            self.scale = nn.Parameter(torch.tensor(2.0))
+        self.double()
+
+
+def choice_of(name: str, options: dict[str, Any]) -> OptimizerChoice:
+    return OptimizerChoice.of(getattr(torch.optim, name), options)
+
+
+def gradients(layout: Layout, steps: int) -> list[Tensor]:
+    """Flat gradients, zero where the padding is."""
+    torch.manual_seed(2)
+    mask = torch.zeros(layout.length, dtype=torch.float64)
+    for slot in layout.slots:
+        mask[slot.offset : slot.offset + slot.size] = 1
+    return [torch.randn(layout.length, dtype=torch.float64) * mask for _ in range(steps)]
+
+
+def flat_values(model: nn.Module, layout: Layout) -> Tensor:
+    values, named = torch.zeros(layout.length, dtype=torch.float64), dict(model.named_parameters())
+    for slot in layout.slots:
+        values[slot.offset : slot.offset + slot.size] = named[slot.name].detach().reshape(-1)
+    return values
+
+
+def by_torch(model: nn.Module, layout: Layout, name: str, options: dict[str, Any], groups: Any, steps: int) -> Tensor:
+    """The values after so many steps of torch's optimizer on the model itself, at halved rates in odd steps."""
+    optimizer = getattr(torch.optim, name)(groups or model.parameters(), **options)
+    named = dict(model.named_parameters())
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for step, gradient in enumerate(gradients(layout, steps)):
+        for slot in layout.slots:
+            named[slot.name].grad = gradient[slot.offset : slot.offset + slot.size].view(slot.shape).clone()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor(step)
+        optimizer.step()
+    return flat_values(model, layout)
+
+
+def factor(step: int) -> float:
+    return 0.5 if step % 2 else 1.0
+
+
+class Cut:
+    """The arena cut into `parts`, each with an update of its own."""
+
+    def __init__(self, choice: OptimizerChoice, layout: Layout, values: Tensor, parts: int) -> None:
+        bounds = slice_bounds(layout, parts, choice.elementwise)
+        self.layout, self.values = layout, values.clone()
+        pairs = zip(bounds, bounds[1:], strict=False)
+        self.updates = [make_update(choice, layout, self.values[low:high], low, high) for low, high in pairs]
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        for update in self.updates:
+            update.apply(gradient[update.low : update.high], rate)
+
+    def state(self) -> State:
+        return merge([update.state() for update in self.updates], self.layout.length)
+
+    def load(self, state: State) -> None:
+        for update in self.updates:
+            names = [slot.name for slot in self.layout.slots_in(update.low, update.high)]
+            update.load(state.cut(update.low, update.high, names))
+
+
+def groups_of(model: Any) -> list[dict[str, Any]]:
+    return [
+        {"params": [model.one.weight, model.scale], "lr": 0.03},
+        {"params": [model.two.weight, model.one.bias, model.two.bias], "weight_decay": 0.2},
+    ]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_elementwise_optimizers_may_be_cut_anywhere(name: str, options: dict[str, Any], grouped: bool) -> None:
+    model = Net()
+    groups: Any = groups_of(model) if grouped else None
+    if name == "Rprop" and grouped:  # has no weight decay
+        groups[1].pop("weight_decay")
+    choice, layout = choice_of(name, options), Replica(model, groups).layout
+    choice.check(layout)
+    assert choice.elementwise
+    start = flat_values(model, layout)
+    cuts = [Cut(choice, layout, start, parts) for parts in (1, 3, 40)]
+    for step, gradient in enumerate(gradients(layout, 6)):
+        for cut in cuts:
+            cut.step(gradient, factor(step))
+    wanted = by_torch(model, layout, name, options, groups, 6)
+    assert not torch.equal(wanted, start)
+    for cut in cuts:
+        torch.testing.assert_close(cut.values, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("name", "options"), WHOLE)
+def test_other_optimizers_are_cut_between_parameters(name: str, options: dict[str, Any]) -> None:
+    model = Net(vectors=name != "Muon")
+    choice, layout = choice_of(name, options), Replica(model).layout
+    choice.check(layout)
+    assert not choice.elementwise
+    cuts = [Cut(choice, layout, flat_values(model, layout), parts) for parts in (1, 2, 9)]
+    for step, gradient in enumerate(gradients(layout, 6)):
+        for cut in cuts:
+            cut.step(gradient, factor(step))
+    wanted = by_torch(model, layout, name, options, None, 6)
+    for cut in cuts:
+        torch.testing.assert_close(cut.values, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (3, 2), (2, 40)])
+@pytest.mark.parametrize(("name", "options"), CASES + WHOLE)
+def test_state_goes_over_to_another_cut_exactly(name: str, options: dict[str, Any], before: int, after: int) -> None:
+    model = Net(vectors=name != "Muon")
+    choice, layout = choice_of(name, options), Replica(model).layout
+    old = Cut(choice, layout, flat_values(model, layout), before)
+    steps = gradients(layout, 6)
+    for step, gradient in enumerate(steps[:3]):
+        old.step(gradient, factor(step))
+    state = old.state()
+    state.groups = json.loads(json.dumps(state.groups))
+    new = Cut(choice, layout, old.values, after)
+    new.load(state)
+    assert_equal(new.state(), state)
+    for array in state.flat.values():  # the new one has copies
+        array.fill(7)
+    for step, gradient in enumerate(steps[3:], 3):
+        old.step(gradient, factor(step))
+        new.step(gradient, factor(step))
+    assert torch.equal(new.values, old.values)
+    assert_equal(new.state(), old.state())
+
+
+def assert_equal(one: State, other: State) -> None:
+    assert [path for path, _ in one.arrays()] == [path for path, _ in other.arrays()]
+    for (path, a), (_, b) in zip(one.arrays(), other.arrays(), strict=True):
+        assert a.shape == b.shape, path
+        assert a.dtype == b.dtype, path
+        assert a.tobytes() == b.tobytes(), path
+    assert one.groups == other.groups
+
+
+@pytest.mark.parametrize(("name", "options"), CASES + WHOLE)
+def test_state_before_the_first_step(name: str, options: dict[str, Any]) -> None:
+    model = Net(vectors=name != "Muon")
+    choice, layout = choice_of(name, options), Replica(model).layout
+    old = Cut(choice, layout, flat_values(model, layout), 2)
+    new = Cut(choice, layout, old.values, 3)
+    new.load(old.state())
+    for gradient in gradients(layout, 2):
+        old.step(gradient, 1.0)
+        new.step(gradient, 1.0)
+    assert torch.equal(new.values, old.values)
+
+
+@pytest.mark.parametrize("name", ["Adam", "Adafactor"])
+def test_state_is_a_copy(name: str) -> None:
+    choice, layout = choice_of(name, {"lr": 0.1}), Replica(Net()).layout
+    cut = Cut(choice, layout, torch.zeros(layout.length, dtype=torch.float64), 1)
+    first, second = gradients(layout, 2)
+    cut.step(first, 1.0)
+    state = cut.state()
+    kept = [array.copy() for _, array in state.arrays()]
+    cut.step(second, 1.0)
+    assert all((array == before).all() for (_, array), before in zip(state.arrays(), kept, strict=True))
+
+
+@pytest.mark.parametrize("more", [{"foreach": True}, {"foreach": False}, {"fused": True}])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_implementations_agree(name: str, more: dict[str, Any]) -> None:
+    model = Net()
+    layout, plain = Replica(model).layout, {"lr": 0.01}
+    one, other = (Cut(choice_of(name, o), layout, flat_values(model, layout), 2) for o in (plain, {**plain, **more}))
+    for gradient in gradients(layout, 4):
+        one.step(gradient, 1.0)
+        other.step(gradient, 1.0)
+    other_again = Cut(choice_of(name, {**plain, **more}), layout, other.values, 3)
+    other_again.load(other.state())
+    for cut in (one, other, other_again):
+        cut.step(gradients(layout, 1)[0], 1.0)
+        torch.testing.assert_close(cut.values, one.values, rtol=1e-12, atol=1e-13)
+
+
+# -- what is refused ------------------------------------------------------------------------------------------
+class Own(torch.optim.SGD):
+    """A user's optimizer: whether it is elementwise is not known."""
+
+
+class Greedy(torch.optim.Optimizer):
+    """Takes anything, wants a closure."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, options)
+
+    def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
+        return closure()
+
+
+class OwnLbfgs(torch.optim.LBFGS):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "elementwise", "message"),
+    [
+        (torch.optim.LBFGS, {"lr": 1}, None, "several times per step"),
+        (OwnLbfgs, {"lr": 1}, None, "several times per step"),
+        (torch.optim.SparseAdam, {"lr": 1}, None, "dense gradients"),
+        (torch.optim.SGD, {"lr": 1, "momentun": 1}, None, r"optimizer.momentun: SGD .*did you mean momentum\?"),
+        (torch.optim.SGD, {"lr": -1.0}, None, "SGD with lr = -1.0: Invalid learning rate"),
+        (torch.optim.SGD, {"lr": "big"}, None, "SGD with lr = 'big'"),
+        (torch.optim.SGD, {"lr": 0.1, "nesterov": True}, None, "Nesterov momentum requires"),
+        (torch.optim.Adam, {"lr": 0.1, "betas": 3}, None, "Adam with lr = 0.1, betas = 3"),
+        (torch.optim.Adam, {"lr": 0.1, "fused": True, "foreach": True}, None, "fused"),
+        (torch.optim.Adam, {"lr": 0.1, "capturable": True}, None, "capturable"),
+        (torch.optim.SGD, {"lr": 0.1, "differentiable": True}, None, "SGD with lr = 0.1, differentiable = True"),
+        (torch.optim.RMSprop, {"lr": 0.1, "fused": True}, None, "optimizer.fused: RMSprop takes no such argument"),
+        (torch.optim.Adafactor, {"lr": 0.1}, True, "elementwise = true: Adafactor looks at whole parameters"),
+        (Greedy, {"lr": 0.1, "anything": 1}, None, "closure"),
+    ],
+)
+def test_refused(optimizer: Any, options: dict[str, Any], elementwise: bool | None, message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        OptimizerChoice.of(optimizer, options, elementwise)
+    assert "\n" not in str(caught.value)
+
+
+def test_elementwise_is_known_of_torchs_own_only() -> None:
+    assert OptimizerChoice.of(torch.optim.SGD, {"lr": 0.1}).elementwise
+    assert not OptimizerChoice.of(torch.optim.SGD, {"lr": 0.1}, False).elementwise
+    assert not OptimizerChoice.of(Own, {"lr": 0.1}).elementwise
+    assert OptimizerChoice.of(Own, {"lr": 0.1}, True).elementwise
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_takes_matrices_only() -> None:
+    choice = choice_of("Muon", {"lr": 0.01})
+    with pytest.raises(ModelError, match=r"'Muon': parameter scale: Muon only supports 2D"):
+        choice.check(Replica(Net()).layout)
+    convolution = nn.Conv2d(2, 2, 3, bias=False)
+    with pytest.raises(ModelError, match="parameter weight"):
+        choice.check(Replica(convolution).layout)
+
+
+def test_known_optimizers_are_all_there_are() -> None:
+    """A class that a new torch brings has to be looked at: is it elementwise?"""
+    own = {n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
+    assert own - {"Optimizer"} <= ELEMENTWISE | {"LBFGS", "SparseAdam", "Adafactor", "Muon"}
+
+
+# -- groups ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentun": 0.9}, r"optimizer.groups: group 1 has momentun: SGD .*did you mean momentum\?"),
+        ({"lr": -1.0}, "lr = -1.0"),
+        ({"momentum": 0.9, "nesterov": True, "dampening": 0.5}, "Nesterov"),
+    ],
+)
+def test_options_of_groups_are_checked(options: dict[str, Any], message: str) -> None:
+    model = Net()
+    groups: Any = groups_of(model)
+    groups[1] = {"params": groups[1]["params"], **options}
+    with pytest.raises(ModelError, match=message):
+        choice_of("SGD", {"lr": 0.1}).check(Replica(model, groups).layout)
+
+
+def test_decay_spares_vectors() -> None:
+    model = Net()
+    layout = Replica(model, decay(model)).layout
+    start = flat_values(model, layout)
+    cut = Cut(choice_of("SGD", {"lr": 1.0, "weight_decay": 0.25}), layout, start, 3)
+    cut.step(torch.zeros_like(start), 1.0)
+    for slot in layout.slots:
+        here = slice(slot.offset, slot.offset + slot.size)
+        share = 0.75 if len(slot.shape) >= 2 else 1.0
+        torch.testing.assert_close(cut.values[here], start[here] * share)
+
+
+# -- cuts -----------------------------------------------------------------------------------------------------
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=12), st.integers(1, 30), st.booleans(), st.booleans())
+def test_slice_bounds(sizes: list[int], parts: int, elementwise: bool, double: bool) -> None:
+    model = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in sizes])
+    layout = Replica(model.double() if double else model).layout
+    bounds = slice_bounds(layout, parts, elementwise)
+    assert len(bounds) == parts + 1
+    assert (bounds[0], bounds[-1]) == (0, layout.length)
+    assert bounds == sorted(bounds)
+    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    if elementwise:
+        unit = 64 // layout.dtype.itemsize
+        assert all(bound % unit == 0 for bound in bounds)
+        assert max(lengths) - min(lengths) <= unit
+    else:
+        assert set(bounds) <= set(layout.cuts)
+        largest = max((slot.size for slot in layout.slots), default=0) + 64
+        assert max(lengths) <= layout.length / parts + largest
+        inside = [s.name for a, b in zip(bounds, bounds[1:], strict=False) for s in layout.slots_in(a, b) if s.size]
+        assert inside == [slot.name for slot in layout.slots if slot.size]
+
+
+# -- in a run -------------------------------------------------------------------------------------------------
+def two_rates(model: Any, last: float = 0.01) -> list[dict[str, Any]]:
+    return [{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": last, "weight_decay": 0.3}]
+
+
+def small_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 2))
+
+
+def few_samples() -> TensorDataset:
+    generator = torch.Generator().manual_seed(4)
+    return TensorDataset(torch.randn(30, 3, generator=generator), torch.randint(0, 2, (30,), generator=generator))
+
+
+def run(tmp_path: Any, ranks: int, batch: int, groups: Any, strategy: Any = "all_reduce", name: str = "SGD") -> Any:
+    more = {"momentum": 0.9} if name == "SGD" else {}
+    job = Job(
+        model=small_model,
+        data=few_samples,
+        optimizer={"name": name, "lr": 0.1, "groups": groups, **more},
+        train={"epochs": 2, "batch_size": batch, "precision": "float64"},
+        strategy=strategy,
+        output=str(tmp_path),
+        trace={"enabled": False},
+    )
+    narrator = Narrator(enabled=False)
+    return World(ranks).run(lambda comm: train(job, comm, out=narrator))[0].model.state_dict()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adafactor"])
+@pytest.mark.parametrize("strategy", ["all_reduce", {"name": "parameter_server", "servers": 2}])
+def test_groups_in_a_run(tmp_path: Any, strategy: Any, name: str) -> None:
+    groups = {"name": two_rates, "last": 0.02}
+    alone, uniform = (run(tmp_path, 1, 8, g, name=name) for g in (groups, None))
+    several = run(tmp_path, 2 if strategy == "all_reduce" else 4, 4, groups, strategy, name)
+    assert not torch.allclose(alone["1.weight"], uniform["1.weight"])
+    for key, value in alone.items():
+        torch.testing.assert_close(several[key], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (lambda model: [{"params": model[0].parameters()}], "1.weight is listed 0 times"),
+        (lambda model: [{"params": model.parameters(), "momentun": 1}], "group 0 has momentun"),
+        (lambda model: None, None),
+        ({"name": two_rates, "first": 1}, "has no keyword first; it takes last"),
+    ],
+)
+def test_groups_that_a_run_refuses(tmp_path: Any, groups: Any, message: str | None) -> None:
+    if message is None:  # no opinion: all alike
+        run(tmp_path, 1, 8, groups)
+        return
+    with pytest.raises(HpctrainError, match=message):
+        run(tmp_path, 2, 4, groups)

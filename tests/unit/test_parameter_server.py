@@ -1,0 +1,164 @@
+"""The synchronous parameter server over virtual ranks: equal to one process; backup workers; what is not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hpctrain.comm.virtual import World
+from hpctrain.errors import ClusterError
+from hpctrain.job import Job
+from hpctrain.trace.recorder import Recorder
+from hpctrain.trace.schema import OUTCOME_CODES
+from tests import helpers
+
+SERVED = ["server", "servers", "colocated", "all_serve"]
+MS = 1_000_000
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def _strategy(agree: str, size: int) -> helpers.Tables:
+    strategy, _ = helpers.SYNCHRONOUS[agree]
+    return {**strategy, "servers": size} if strategy["servers"] == -1 else strategy
+
+
+@pytest.mark.parametrize("recipe", list(helpers.RECIPES))
+@pytest.mark.parametrize("agree", SERVED)
+def test_equals_one_process_in_float64(tmp_path: Path, agree: str, recipe: str):
+    found = World(4).run(lambda comm: helpers.equivalence(comm, tmp_path, agree, recipe, "float64"))
+    assert max(found) < 1e-10
+
+
+@pytest.mark.parametrize("agree", SERVED)
+def test_sgd_equals_one_process_in_float32(tmp_path: Path, agree: str):
+    found = World(4).run(lambda comm: helpers.equivalence(comm, tmp_path, agree, "momentum", "float32"))
+    assert max(found) < 1e-5
+
+
+@pytest.mark.parametrize(("agree", "size"), [("server", 2), ("servers", 3), ("servers", 7), ("all_serve", 1), ("all_serve", 9)])
+def test_any_number_of_ranks(tmp_path: Path, agree: str, size: int):
+    found = World(size, nodes=[r // 2 for r in range(size)]).run(
+        lambda comm: helpers.equivalence(comm, tmp_path, agree, "all", "float64")
+    )
+    assert max(found) < 1e-10
+
+
+def test_more_servers_than_the_model_has_cache_lines(tmp_path: Path):
+    """Some shards are empty, the coordinator's among them; clipping still asks all."""
+    def run(size: int, **strategy) -> list[np.ndarray]:
+        job = helpers.make_job(
+            tmp_path,
+            model="tests.unit.test_parameter_server:line",
+            optimizer={"name": "Adam", "lr": 0.01},
+            train={"steps": 9, "batch_size": 12 // size, "precision": "float64", "clip_norm": 0.01},
+            strategy=strategy,
+        )
+        return World(size).run(lambda comm: helpers.vector(helpers.quiet_train(comm, job).model))
+
+    served = run(4, name="parameter_server", servers=4, colocated=True)
+    assert helpers.difference(served[2], run(1, name="all_reduce")[0]) < 1e-10
+
+
+def line() -> torch.nn.Module:
+    """24 parameters in three groups of cache lines or so."""
+    return torch.nn.Linear(7, 3)
+
+
+def test_an_optimizer_that_is_not_elementwise_gets_whole_parameters(tmp_path: Path):
+    def run(size: int, batch: int, **strategy) -> np.ndarray:
+        job = helpers.make_job(
+            tmp_path,
+            optimizer={"name": "Adafactor", "lr": 0.01},
+            train={"steps": 9, "batch_size": batch, "precision": "float64"},
+            strategy=strategy,
+        )
+        return World(size).run(lambda comm: helpers.vector(helpers.quiet_train(comm, job).model))[0]
+
+    served = run(5, 6, name="parameter_server", servers=2)
+    assert helpers.difference(served, run(1, 18, name="all_reduce")) < 1e-9
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize("agree", ["servers", "all_serve"])
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path, agree: str, optimizer: str):
+    keys = {"name": optimizer, "lr": 0.01} | ({"momentum": 0.9} if optimizer == "SGD" else {})
+    World(4).run(lambda comm: helpers.resumed_bits(comm, tmp_path, _strategy(agree, 4), keys))
+
+
+@pytest.mark.parametrize("agree", SERVED)
+def test_every_sample_once_per_epoch(tmp_path: Path, agree: str):
+    World(4).run(lambda comm: helpers.every_sample_once(comm, tmp_path, strategy=_strategy(agree, 4)))
+
+
+@pytest.mark.parametrize("agree", SERVED)
+def test_a_loss_that_is_not_finite_is_told_on_every_rank(tmp_path: Path, agree: str):
+    told = World(5).run(lambda comm: helpers.nan_told(comm, tmp_path, _strategy(agree, 5)))
+    assert len(set(told)) == 1
+    assert "loss is nan on rank " in told[0]
+    assert "in step " in told[0]
+
+
+@pytest.mark.parametrize("agree", SERVED)
+def test_such_a_step_can_be_skipped(tmp_path: Path, agree: str):
+    World(4).run(lambda comm: helpers.nan_skipped(comm, tmp_path, _strategy(agree, 4)))
+
+
+# -- backup workers ----------------------------------------------------------------------------------------------
+def _slow(rank: int, kind: str, nbytes: int, flops: float) -> int:
+    """Rank 1 computes for 7 ms, the others for 2."""
+    if kind == "backward":
+        return 7 * MS if rank == 1 else 2 * MS
+    return 0
+
+
+def _backup_job(folder: Path, **train) -> Job:
+    return helpers.make_job(
+        folder,
+        strategy={"name": "parameter_server", "servers": 1, "backup_workers": 1},
+        train={"epochs": 6, "batch_size": 6, **train},
+    )
+
+
+@pytest.mark.parametrize("every", [{"epochs": 1}, {"steps": 1}])
+def test_late_gradients_are_dropped_and_counted(tmp_path: Path, every: dict[str, int]):
+    recorders = [Recorder() for _ in range(4)]
+    job = _backup_job(tmp_path, evaluate_every=every, checkpoint_every={"steps": 5})
+    results = World(4, compute=_slow, recorders=recorders).run(lambda comm: helpers.quiet_train(comm, job))
+    outcomes = [recorder.drain()["steps"]["outcome"] for recorder in recorders]
+    dropped = [int((codes == OUTCOME_CODES["dropped"]).sum()) for codes in outcomes]
+    assert dropped[1] > 0
+    assert dropped[0] == dropped[2] == dropped[3] == 0
+    assert results[0].phases[0].dropped == dropped[1]
+    assert results[0].samples == 6 * helpers.SAMPLES
+    vectors = [helpers.vector(result.model) for result in results]
+    assert all((vector == vectors[0]).all() for vector in vectors)
+
+
+def test_the_run_does_not_wait_for_the_slowest(tmp_path: Path):
+    def seconds(backup: int) -> int:
+        world = World(4, compute=_slow)
+        job = _backup_job(tmp_path).override([f"strategy.backup_workers={backup}"])
+        world.run(lambda comm: helpers.quiet_train(comm, job))
+        return world.time
+
+    assert seconds(1) < 0.5 * seconds(0)
+
+
+def test_at_least_one_worker_is_waited_for(tmp_path: Path):
+    job = _backup_job(tmp_path).override(["strategy.backup_workers=3"])
+    with pytest.raises(ClusterError, match=r"strategy.backup_workers = 3: of 3 workers at least one"):
+        World(4).run(lambda comm: helpers.quiet_train(comm, job))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_late_loss_that_is_not_finite_does_no_harm(tmp_path: Path):
+    job = _backup_job(tmp_path).override(["data.nan=7", "data.shuffle=false", "train.nan=skip"])
+    results = World(4, compute=_slow).run(lambda comm: helpers.quiet_train(comm, job))
+    assert np.isfinite(helpers.vector(results[0].model)).all()

@@ -1,0 +1,258 @@
+"""The clock of a run, the rules that end phases, and everything timed by samples: plain arithmetic."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hpctrain.data.order import round_bounds
+from hpctrain.errors import JobError
+from hpctrain.job import Amount, Job
+from hpctrain.schedule import (
+    After,
+    AfterOptions,
+    Ask,
+    Conductor,
+    Course,
+    Every,
+    Progress,
+    RunClock,
+    constant,
+    cosine,
+    interval,
+    linear,
+    run_total,
+    step,
+)
+
+
+def cursors(epoch: int, round_size: int, start: int, count: int) -> list[int]:
+    """Where `count` rounds end that begin at `start`, as the trainer goes."""
+    found = []
+    for _ in range(count):
+        start = round_bounds(start, epoch, round_size, 1)[-1]
+        found.append(start)
+    return found
+
+
+CLOCK = RunClock(epoch=100, round=32, total=1000)
+
+
+@pytest.mark.parametrize(
+    ("amount", "samples"),
+    [
+        (Amount(epochs=1), 100),
+        (Amount(epochs=0.25), 25),
+        (Amount(epochs=1e-9), 1),
+        (Amount(samples=7), 7),
+        (Amount(fraction=0.07), 70),
+        (Amount(fraction=0.0701), 71),
+        (Amount(fraction=1), 1000),
+        (Amount(steps=1), 32),
+        (Amount(steps=3), 96),
+        (Amount(steps=4), 100),
+        (Amount(steps=5), 132),
+        (Amount(steps=8), 200),
+    ],
+)
+def test_amounts_in_samples(amount: Amount, samples: int) -> None:
+    assert CLOCK.samples(amount) == samples
+
+
+def test_fractions_do_not_round_up_by_rounding_errors() -> None:
+    for percent in range(1, 101):
+        assert RunClock(1, 1, 100).samples(Amount(fraction=percent / 100)) == percent
+
+
+SIZES = st.integers(1, 60)
+
+
+@given(SIZES, SIZES, st.integers(0, 200), st.integers(1, 30))
+def test_steps_across_uneven_epochs(epoch: int, size: int, start: int, count: int) -> None:
+    clock = RunClock(epoch, size, 0)
+    ends = cursors(epoch, size, start, count)
+    assert clock.until(start, Amount(steps=count)) == ends[-1]
+    assert clock.until(start, Amount(samples=count)) == start + count
+    if start == 0:
+        assert [clock.rounds(end) for end in ends] == list(range(1, count + 1))
+        assert run_total(Job(train={"steps": count}).train, epoch, size) == ends[-1]
+
+
+def test_totals() -> None:
+    assert run_total(Job(train={"epochs": 2.5}).train, 100, 32) == 250
+    assert run_total(Job(train={"epochs": 0.001}).train, 100, 32) == 1
+    assert run_total(Job(train={"steps": 5}).train, 100, 32) == 132
+
+
+# -- rules ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "start", "ends"),
+    [
+        ({"steps": 3}, 0, 96),
+        ({"steps": 4}, 0, 100),
+        ({"steps": 3}, 64, 132),  # 96, 100, 132
+        ({"steps": 2}, 96, 132),
+        ({"epochs": 1}, 64, 164),
+        ({"samples": 50}, 0, 64),
+        ({"fraction": 0.1}, 32, 132),
+    ],
+)
+def test_after(options: dict[str, Any], start: int, ends: int) -> None:
+    rule = After(AfterOptions.model_validate(options), CLOCK, start)
+    for cursor in cursors(100, 32, start, 20):
+        why = rule.observe(cursor, 1.0)
+        assert (why is not None) == (cursor >= ends)
+        if why is not None:
+            assert why == f"after {cursor - start} >= {CLOCK.until(start, rule.options) - start} samples"
+    assert rule.state() == {}
+    rule.load({})
+
+
+def test_after_needs_exactly_one() -> None:
+    for keys in ({}, {"steps": 1, "epochs": 1.0}):
+        with pytest.raises(ValidationError, match="exactly one"):
+            AfterOptions.model_validate(keys)
+    for bad in ({"steps": 0}, {"fraction": 1.5}, {"epochs": -1.0}, {"samples": 1.5}):
+        with pytest.raises(ValidationError):
+            AfterOptions.model_validate(bad)
+
+
+# -- decisions ------------------------------------------------------------------------------------------------
+def decisions(conductor: Conductor, start: int = 0, count: int = 12) -> dict[int, Ask]:
+    found, before = {}, start
+    for cursor in cursors(100, 32, start, count):
+        found[cursor] = conductor.decide(before, cursor, 0.5, Ask.NOTHING)
+        before = cursor
+    return found
+
+
+def asked(found: dict[int, Ask], what: Ask) -> list[int]:
+    return [cursor for cursor, ask in found.items() if ask & what]
+
+
+def test_conductor_by_samples() -> None:
+    found = decisions(Conductor(300, 100, 150, None))
+    assert asked(found, Ask.EVALUATE) == [100, 200, 300]
+    assert asked(found, Ask.CHECKPOINT) == [164, 300]
+    assert asked(found, Ask.STOP) == [300]
+    assert asked(decisions(Conductor(10**6, 0, 0, None)), Ask(31)) == []
+    assert asked(decisions(Conductor(300, 1000, 0, None)), Ask.EVALUATE) == []
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_conductor_by_rounds(steps: int) -> None:
+    """Every so many rounds, though the last of an epoch has fewer samples."""
+    found = decisions(Conductor(10**6, interval(CLOCK, Amount(steps=steps)), 0, None))
+    assert asked(found, Ask.EVALUATE) == list(found)[steps - 1 :: steps]
+
+
+def test_intervals() -> None:
+    assert interval(CLOCK, Amount(epochs=2)) == 200
+    assert interval(CLOCK, Amount(steps=2)) == Every(CLOCK, 2)
+
+
+@given(SIZES, SIZES, st.integers(1, 200), st.integers(0, 300))
+def test_a_mark_is_never_passed_by(epoch: int, size: int, every: int, start: int) -> None:
+    """However the run is cut into steps, as many evaluations as marks with a step between them."""
+    conductor = Conductor(10**9, every, every, None)
+    before = start
+    for cursor in cursors(epoch, size, start, 20):
+        marks = [mark for mark in range(before + 1, cursor + 1) if mark % every == 0]
+        assert bool(conductor.decide(before, cursor, 0.0, Ask.NOTHING) & Ask.EVALUATE) == bool(marks)
+        before = cursor
+
+
+def test_conductor_ends_phases() -> None:
+    conductor = Conductor(1000, 0, 0, After(AfterOptions.model_validate({"steps": 2}), CLOCK, 64))
+    found = decisions(conductor, start=64, count=3)
+    assert found == {96: Ask.NOTHING, 100: Ask.END_PHASE, 132: Ask.END_PHASE}
+    assert conductor.why == "after 68 >= 36 samples"
+
+
+def test_the_run_ends_before_the_phase() -> None:
+    conductor = Conductor(64, 0, 0, After(AfterOptions.model_validate({"steps": 2}), CLOCK, 0))
+    assert decisions(conductor, count=2) == {32: Ask.NOTHING, 64: Ask.STOP}
+    assert conductor.why == ""
+
+
+def test_wishes_are_granted() -> None:
+    conductor = Conductor(1000, 32, 0, None)
+    assert conductor.decide(0, 32, 0.0, Ask.INTERRUPT) == Ask.INTERRUPT | Ask.EVALUATE
+
+
+# -- stopping -------------------------------------------------------------------------------------------------
+def test_target() -> None:
+    progress = Progress(0.9, None, 0.0)
+    assert progress.judge(0.89) is None
+    assert progress.judge(0.9) == "target 0.9 reached: 0.9000"
+    lower = Progress(0.5, None, 0.0, higher_is_better=False)
+    assert lower.judge(0.6) is None
+    assert lower.judge(0.4) is not None
+
+
+def test_patience_and_min_delta() -> None:
+    progress = Progress(None, 2, 0.1)
+    assert [progress.judge(value) is None for value in (0.5, 0.55, 0.65, 0.7, 0.74)] == [True, True, True, True, False]
+    assert (progress.best, progress.waited) == (0.65, 2)
+    lower = Progress(None, 1, 0.0, higher_is_better=False)
+    assert [lower.judge(value) is None for value in (0.5, 0.4, 0.4)] == [True, True, False]
+
+
+def test_progress_survives_a_checkpoint() -> None:
+    progress = Progress(0.9, 3, 0.1)
+    progress.judge(0.5)
+    progress.judge(0.5)
+    assert Progress(**vars(progress)) == progress
+
+
+def test_a_metric_that_is_not_a_number_never_improves() -> None:
+    progress = Progress(0.9, 2, 0.0)
+    assert progress.judge(0.5) is None
+    assert progress.judge(math.nan) is None
+    assert progress.judge(math.nan) is not None
+    assert progress.best == 0.5
+
+
+def test_a_first_metric_that_is_not_a_number() -> None:
+    progress = Progress(None, 2, 0.0)
+    assert progress.judge(math.nan) is None
+    assert progress.judge(0.5) is None
+    assert progress.best == 0.5
+
+
+# -- the learning rate ----------------------------------------------------------------------------------------
+def test_courses() -> None:
+    assert [constant(x) for x in (0, 0.5, 1)] == [1, 1, 1]
+    assert [linear(x, end=0.2) for x in (0, 0.5, 1)] == pytest.approx([1, 0.6, 0.2])
+    assert [cosine(x, end=0.2) for x in (0, 0.5, 1)] == pytest.approx([1, 0.6, 0.2])
+    assert [step(x, gamma=0.5, every=0.25) for x in (0, 0.24, 0.25, 0.5, 1)] == [1, 1, 0.5, 0.25, 0.0625]
+    assert [step(n / 3) for n in range(4)] == pytest.approx([1, 0.1, 0.01, 0.001])
+
+
+def test_warmup_then_course() -> None:
+    course = Course(linear, {}, warmup=4, total=14)
+    assert [course.factor(cursor) for cursor in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert [course.factor(cursor) for cursor in (4, 9, 14, 20)] == pytest.approx([1, 0.5, 0, 0])
+    assert Course(linear, {}, warmup=20, total=10).factor(9) == pytest.approx(10 / 21)
+    assert Course(linear, {}, warmup=10, total=10).factor(10) == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        (step, {"every": 0}, "optimizer.schedule: .*zero"),
+        (linear, {"end": "low"}, "check the keys"),
+        (linear, {"stop": 1}, "stop"),
+        (lambda progress: -progress, {}, "at 25% of the run is -0.25; expected"),
+        (lambda progress: math.nan, {}, "at 0% of the run is nan"),
+        (lambda progress: None, {}, "optimizer.schedule"),
+    ],
+)
+def test_courses_that_are_refused(function: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        Course(function, options, 0, 100)

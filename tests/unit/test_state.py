@@ -1,0 +1,97 @@
+"""What goes from phase to phase, from rank to rank, and into files."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpctrain.comm.base import BFLOAT16, Communicator
+from hpctrain.comm.virtual import World
+from hpctrain.state import State, merge, recv_state, send_state
+
+
+def full() -> State:
+    """Of an arena of 8, with everything that can be in it."""
+    return State(
+        0,
+        8,
+        flat={"exp_avg": np.arange(8.0), "half": np.arange(8, dtype=np.float32).astype(BFLOAT16), "a/b %": np.ones(8)},
+        named={
+            "layer/1.weight": {"row/var": np.ones((2, 1, 3), np.float32), "scalar": np.array(2.5)},
+            "own": {"buffer/bn.running_mean": np.arange(3.0), "random": np.arange(5, dtype=np.uint8)},
+            "flat": {
+                "empty": np.zeros((0, 4)),
+                "flag": np.array(True),
+                "count": np.array(7),
+                "wide": np.ones((2, 2)).T,
+            },
+        },
+        groups={"0": {"step": ["float32", 3.0]}, "1": {"mu": ["float64", math.inf], "x": ["number", None]}},
+        counters={"versions": 12.0},
+        rule={"losses": [0.5, 0.25], "name": "über"},
+    )
+
+
+def assert_equal(one: State, other: State) -> None:
+    assert (one.low, one.high) == (other.low, other.high)
+    assert one.named.keys() == other.named.keys()
+    assert {n: set(own) for n, own in one.named.items()} == {n: set(own) for n, own in other.named.items()}
+    for (path, a), (same, b) in zip(one.arrays(), other.arrays(), strict=True):
+        assert (path, a.shape, a.dtype) == (same, b.shape, b.dtype)
+        assert a.tobytes() == b.tobytes()
+    assert (one.groups, one.counters, one.rule) == (other.groups, other.counters, other.rule)
+
+
+def test_paths_lead_back() -> None:
+    state, again = full(), State(0, 8, groups=full().groups, counters=full().counters, rule=full().rule)
+    paths = [path for path, _ in state.arrays()]
+    assert len(set(paths)) == len(paths) == 11
+    for path, array in state.arrays():
+        again.place(path, array)
+    assert_equal(again, state)
+
+
+@pytest.mark.parametrize("source", [0, 2])
+def test_one_rank_to_another(source: int) -> None:
+    def body(comm: Communicator) -> State | None:
+        if comm.rank == source:
+            send_state(comm, full(), 1)
+            send_state(comm, State(3, 3), 1)
+        elif comm.rank == 1:
+            state = recv_state(comm, source)
+            assert_equal(recv_state(comm, source), State(3, 3))
+            for _, array in state.arrays():
+                array[...] = array  # its own memory, to be written to
+            return state
+        return None
+
+    assert_equal(World(3).run(body)[1], full())
+
+
+def pieces(bounds: list[int], state: State, names: dict[str, int]) -> list[State]:
+    cuts = zip(bounds, bounds[1:], strict=False)
+    return [state.cut(low, high, [n for n, at in names.items() if low <= at < high]) for low, high in cuts]
+
+
+@pytest.mark.parametrize("bounds", [[0, 8], [0, 3, 8], [0, 0, 1, 1, 5, 8, 8]])
+def test_cut_and_merge(bounds: list[int]) -> None:
+    state, places = full(), {"layer/1.weight": 0, "own": 4, "flat": 7}
+    found = pieces(bounds, state, places)
+    for low, high, piece in zip(bounds, bounds[1:], found, strict=False):
+        assert all(array.size == high - low for array in piece.flat.values())
+    assert_equal(merge(found, 8), state)
+
+
+def test_a_cut_of_a_cut() -> None:
+    inner = full().cut(2, 7, []).cut(3, 5, [])
+    assert (inner.low, inner.high, inner.flat["exp_avg"].tolist()) == (3, 5, [3.0, 4.0])
+
+
+def test_merging_pieces_of_which_some_lack_a_moment() -> None:
+    with_moment: Any = State(0, 2, {"m": np.ones(2, np.float32)})
+    whole = merge([with_moment, State(2, 5)], 5)
+    assert whole.flat["m"].tolist() == [1, 1, 0, 0, 0]
+    assert whole.flat["m"].dtype == np.float32

@@ -1,0 +1,244 @@
+"""The reader: corrected times, resumed runs, and what is missing or damaged said instead of raised."""
+
+import os
+import random
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from hpctrain.errors import TraceError
+from hpctrain.trace import Recorder, TraceWriter, format_totals, open_run, trace_path
+from hpctrain.trace.files import TraceFile
+from hpctrain.trace.schema import CLOCK
+
+
+class Writing:
+    """A rank whose clock the test sets."""
+
+    def __init__(self, folder, rank, size=1, attempt=1, **attributes):
+        self.now = 1000
+        self.recorder = Recorder(lambda: self.now)
+        self.writer = TraceWriter(
+            trace_path(folder, rank, attempt),
+            self.recorder,
+            {"rank": rank, "size": size, "role": "worker", "attempt": attempt, **attributes},
+        )
+
+    def span(self, kind, start, end, nbytes=0, peer=-1, step=None, lane=0):
+        recorder = self.recorder.lane(lane)
+        recorder.step = step if step is not None else recorder.step
+        recorder.open(kind, start, nbytes, peer)
+        recorder.close(end)
+        self.now = end
+
+    def close(self):
+        self.writer._append()  # without the span of a flush, so that the file holds what the test wrote
+        self.writer._file.close()
+        self.writer._file = None
+
+
+def write(folder, ranks=2, size=None, steps=100, per_step=20):
+    for rank in range(ranks):
+        writing = Writing(folder, rank, size or ranks)
+        for step in range(steps):
+            for number in range(per_step):
+                start = 1000 + 10 * (step * per_step + number)
+                writing.span("send", start, start + 7, 8, 0, step)
+            writing.recorder.step_done(0, 1.0, 32, 0.1)
+        writing.close()
+
+
+def test_times_are_corrected_piecewise(tmp_path):
+    for rank in (0, 1):
+        writing = Writing(tmp_path, rank, 2)
+        writing.now = 1_000
+        writing.recorder.clock(10**18 * rank, 1)
+        writing.now = 2_000
+        writing.recorder.clock(10**18 * rank + 100 * rank, 1)
+        writing.span("send", 500, 1_000)
+        writing.span("recv", 1_500, 1_800)
+        writing.span("wait", 3_000, 4_000)
+        writing.close()
+    base = 10**18
+    spans = open_run(tmp_path).spans(1)
+    assert spans["start_ns"].tolist() == [base + 500, base + 1_550, base + 3_100]
+    assert spans["end_ns"].tolist() == [base + 1_000, base + 1_880, base + 4_100]
+    own = open_run(tmp_path).spans(0)
+    assert own["start_ns"].tolist() == [500, 1_500, 3_000]
+    assert own["start_s"].tolist() == [0.0, 1e-6, 2.5e-6]
+    assert open_run(tmp_path).clock(1)["offset_ns"].tolist() == [base, base + 100]
+
+
+def test_correction_keeps_nanoseconds_of_calendar_times():
+    begin = 1_800_000_000_000_000_001
+    clock = np.array([(begin, -5, 0), (begin + 1000, 95, 0)], CLOCK)
+    file = TraceFile(Path("x"), 0, 1, {}, True, clock)
+    times = np.array([begin, begin + 510, begin + 2000], np.int64)
+    assert (file.correct(times) - begin).tolist() == [-5, 510 + 46, 2095]
+
+
+def test_frames_select_ranks_kinds_and_steps(tmp_path):
+    for rank in range(3):
+        writing = Writing(tmp_path, rank, 3)
+        for step in range(5):
+            writing.span("forward", 100 * step, 100 * step + 10, step=step)
+            writing.span("send", 100 * step + 10, 100 * step + 30, 64, 1, step)
+        writing.span("update", 30, 40, step=1, lane=1)
+        writing.recorder.event("switch", "loss 0.1 <= 0.2")
+        writing.recorder.resource(50.0, 1000)
+        writing.close()
+    run = open_run(tmp_path)
+    assert (run.ranks, run.size, run.attempts, run.notes) == ([0, 1, 2], 3, [1], [])
+    assert len(run.spans()) == 33
+    assert run.spans([0, 2], "send", (1, 3))[["rank", "step"]].to_numpy().tolist() == [[0, 1], [0, 2], [2, 1], [2, 2]]
+    assert len(run.spans(1, ["send", "forward"], range(0, 5))) == 10
+    assert len(run.spans(1, steps=range(0))) == 0
+    assert run.spans(1, "update")["lane"].tolist() == [1]
+    assert run.events()["text"].tolist() == ["loss 0.1 <= 0.2"] * 3
+    assert run.resources(2)[["cpu", "resident", "gpu"]].to_numpy().tolist() == [[50.0, 1000.0, -1.0]]
+    assert run.metrics().empty
+    with pytest.raises(TraceError, match=r"no readable trace of rank 7; there are ranks 0-2"):
+        run.spans(7)
+    with pytest.raises(ValueError, match="'sending' is no span kind"):
+        run.spans(kind="sending")
+
+
+def test_frames_of_nothing_have_all_columns(tmp_path):
+    Writing(tmp_path, 0).close()
+    run = open_run(tmp_path)
+    assert {"rank", "step", "kind", "start_ns", "end_s"} <= set(run.spans().columns)
+    for frame in (run.steps(), run.events(), run.resources(), run.clock()):
+        assert len(frame) == 0
+        assert {"rank", "attempt", "t_ns", "t_s"} <= set(frame.columns)
+    assert "unaccounted" in format_totals(run)
+
+
+def test_a_resumed_run_is_one_run(tmp_path):
+    """The second attempt starts again at step 3; its clock began anew, a minute of the calendar later."""
+    for attempt, steps in ((1, range(6)), (2, range(3, 8))):
+        writing = Writing(tmp_path, 0, attempt=attempt)
+        writing.recorder.clock(0, 1)
+        for step in steps:
+            writing.span("forward", 1000 + 10 * step, 1005 + 10 * step, step=step)
+            writing.recorder.step_done(0, float(attempt), 32, 0.1)
+        writing.close()
+        with h5py.File(trace_path(tmp_path, 0, attempt), "r+") as file:
+            file.attrs["clock_ns"], file.attrs["unix_ns"] = 1000, 10**18 + (attempt - 1) * 60 * 10**9
+    run = open_run(tmp_path)
+    assert run.attempts == [1, 2]
+    assert run.steps()["loss"].tolist() == [1.0] * 3 + [2.0] * 5
+    assert run.steps()["step"].tolist() == list(range(8))
+    assert len(run.steps(rolled_back=True)) == 11
+    spans = run.spans()
+    assert spans["start_ns"].iloc[6] == 1030 + 60 * 10**9
+    assert spans["start_s"].iloc[6] == pytest.approx(60.00000003)
+    assert (run.attributes(0)["attempt"], run.attributes(0, 1)["attempt"]) == (2, 1)
+
+
+def test_a_missing_rank_is_noted(tmp_path):
+    write(tmp_path, ranks=3, size=5, steps=2)
+    os.remove(trace_path(tmp_path, 1))
+    run = open_run(tmp_path)
+    assert run.notes == ["ranks 1, 3-4 of 5: no trace file"]
+    assert run.ranks == [0, 2]
+    assert run.size == 5
+    assert "note: ranks 1, 3-4 of 5: no trace file" in format_totals(run)
+
+
+def test_a_file_cut_anywhere_gives_only_true_rows(tmp_path):
+    write(tmp_path, steps=300)
+    path = trace_path(tmp_path, 1)
+    data, seen = path.read_bytes(), set()
+    cuts = random.Random(0)
+    for _ in range(60):
+        length = cuts.choice([cuts.randrange(30_000), cuts.randrange(len(data))])
+        path.write_bytes(data[:length])
+        run = open_run(tmp_path)
+        assert len(run.spans(0)) == 6000
+        rows = run.spans(1) if 1 in run.ranks else run.spans(0).iloc[:0]
+        order = np.arange(len(rows))
+        assert (rows["start_ns"] == 1000 + 10 * order).all()
+        assert (rows["end_ns"] == 1007 + 10 * order).all()
+        assert (rows["step"] == order // 20).all()
+        if len(rows) < 6000 or len(run.steps(1)) < 300:
+            assert [note for note in run.notes if "rank 1" in note], length
+        seen.add(0 if not len(rows) else 1 if len(rows) < 6000 else 2)
+    assert {0, 1} <= seen
+
+
+def test_rows_that_never_came_are_left_out_and_noted(tmp_path):
+    write(tmp_path, ranks=1, steps=5)
+    with h5py.File(trace_path(tmp_path, 0), "r+") as file:
+        file["spans"].resize(150, axis=0)
+    run = open_run(tmp_path)
+    assert len(run.spans()) == 100
+    assert [note for note in run.notes if note.startswith("rank 0: 50 of 150 rows of /spans")]
+
+
+def test_foreign_files_are_refused_by_name(tmp_path):
+    write(tmp_path, ranks=4, steps=1)
+    trace_path(tmp_path, 1).write_bytes(b"no HDF5 at all" * 100)
+    trace_path(tmp_path, 2).write_bytes(b"")
+    with h5py.File(trace_path(tmp_path, 3), "r+") as file:
+        file.attrs["schema_version"] = 99
+    notes = open_run(tmp_path).notes
+    assert any(note.startswith("rank 1: trace/rank_00001.h5 cannot be read") for note in notes)
+    assert any(note.startswith("rank 2: trace/rank_00002.h5 cannot be read") for note in notes)
+    assert "rank 3: trace/rank_00003.h5 has schema version 99; this hpctrain reads 1" in notes
+    os.remove(trace_path(tmp_path, 0))
+    with pytest.raises(TraceError, match="none of its traces can be read: rank 1: trace/rank_00001.h5"):
+        open_run(tmp_path)
+
+
+def test_hdf5_that_is_no_trace_is_refused(tmp_path):
+    write(tmp_path, steps=1)
+    with h5py.File(trace_path(tmp_path, 1), "w", libver="latest") as file:
+        file["something"] = [1, 2, 3]
+    assert open_run(tmp_path).notes == [
+        "rank 1: trace/rank_00001.h5 has no schema version (it is no trace); this hpctrain reads 1"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda folder: None, "is no run folder"),
+        (lambda folder: folder.joinpath("job.toml").write_text(""), "has no traces"),
+        (lambda folder: folder.joinpath("trace").mkdir(), "has no traces"),
+        (lambda folder: folder.rmdir(), "there is no such run folder"),
+    ],
+)
+def test_a_folder_without_traces_is_a_sentence(tmp_path, make, sentence):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    make(folder)
+    with pytest.raises(TraceError, match=sentence):
+        open_run(folder)
+
+
+def test_a_run_is_found_from_its_files(tmp_path):
+    write(tmp_path, ranks=1, steps=1)
+    (tmp_path / "job.toml").write_text("name = 'x'  # but no [table")
+    (tmp_path / "metrics.csv").write_text("step,epoch,loss\n10,0,0.5\n20,1,0.25\n")
+    for path in (tmp_path, tmp_path / "job.toml", tmp_path / "trace", trace_path(tmp_path, 0)):
+        assert open_run(path).folder == tmp_path
+    assert open_run(tmp_path).metrics()["loss"].tolist() == [0.5, 0.25]
+
+
+def test_the_job_is_text_where_it_cannot_be_loaded(tmp_path):
+    write(tmp_path, ranks=1, steps=1)
+    assert open_run(tmp_path).job == ""
+    (tmp_path / "job.toml").write_text('[model]\nname = "<lambda in train.py:12>"\n')
+    assert "<lambda" in str(open_run(tmp_path).job)
+    (tmp_path / "job.toml").write_text("this is = = no TOML")
+    assert open_run(tmp_path).job == "this is = = no TOML"
+
+
+def test_blocks_stream_what_frames_hold(tmp_path):
+    write(tmp_path, steps=50)
+    run = open_run(tmp_path)
+    blocks = list(run.blocks("spans", rows=300))
+    assert [(rank, attempt, len(rows)) for rank, attempt, rows in blocks[:4]] == [(0, 1, 300)] * 3 + [(0, 1, 100)]
+    assert np.concatenate([rows["start_ns"] for _, _, rows in blocks]).tolist() == run.spans()["start_ns"].tolist()
