@@ -86,6 +86,9 @@ def _load(options: argparse.Namespace) -> tuple[Job, str | None]:
     resume, path = options.resume, options.job
     if path is None and resume not in (None, "here", "latest"):
         path = os.path.join(resume, "job.toml")
+    elif path is not None and "=" in path and resume not in (None, "here", "latest") and not os.path.exists(path):
+        options.overrides.insert(0, path)  # `train --resume RUN key=value`
+        options.job = path = os.path.join(resume, "job.toml")
     if path is None:
         raise JobError("no job file given; name one, such as jobs/digits.toml")
     job = Job.load(path, options.overrides)

@@ -244,6 +244,8 @@ class Session:
         if how is not None:
             self.out.say(how)
         if self._resume is not None:
+            if comm.rank == 0:
+                runfolder.forget_metrics(self.folder, self.books.cursor)
             self.out.say(f"resumed at sample {self.books.cursor:,} (step {self.books.step})")
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -464,9 +466,9 @@ class Session:
         summary.samples += outcome.cursor - before
         summary.loss = outcome.loss
         epoch = outcome.cursor / self.prepared.epoch
-        recorder = phase.comm.recorder
+        recorder, rate = phase.comm.recorder, self.job.optimizer.lr or 0.0
         recorder.step_done(
-            epoch, loss, samples, self.job.optimizer.lr * self.prepared.course.factor(before), outcome.result,
+            epoch, loss, samples, rate * self.prepared.course.factor(before), outcome.result,
             *outcome.staleness, phase.index, outcome.cursor,
         )  # fmt: skip
         recorder.step = trainer.steps
@@ -661,7 +663,7 @@ def _free(phase: Phase) -> None:
 
 
 def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, so that tied tensors can be saved under all their names."""
-    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    """Copies, so that tied tensors can be saved under all their names; a module's extra state is no tensor."""
+    return {n: t.detach().clone().contiguous() for n, t in tensors.items() if isinstance(t, Tensor)}
 
 

@@ -16,7 +16,6 @@ from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.order import round_bounds
 from hpctrain.errors import HpctrainError
 from hpctrain.replica import Buckets
-
 from hpctrain.strategies.base import Outcome, Phase, Strategy
 
 if TYPE_CHECKING:

@@ -160,7 +160,7 @@ def plain(job: Job, workers: int) -> np.ndarray[Any, Any]:
     dtype = getattr(torch, job.train.precision)
     torch.manual_seed(job.seed)
     model = net().to(dtype)
-    options = {key: value for key, value in job.optimizer.options.items()}
+    options = dict(job.optimizer.options)
     optimizer = getattr(torch.optim, job.optimizer.name)(model.parameters(), lr=job.optimizer.lr, **options)
     inputs, targets = points().tensors
     order = Order(len(targets), job.seed)

@@ -27,12 +27,14 @@ SIZES = {"64 KiB": 2**16, "1 MiB": 2**20, "8 MiB": 2**23, "64 MiB": 2**26}
 ALGORITHMS = ("library", "ring", "halving_doubling", "tree", "hierarchical")
 SHARED = "shared windows"
 SECONDS = 6.0  # for one size, all algorithms together
+STRETCH = 0.02  # seconds of calls that are measured together: ranks do not begin at the same instant
+FEWEST = 5
 MLP, RESNET = "mlp, 10.0 M, batch 32", "resnet18 at 32x32, 11.2 M, batch 16"
 
 
 # -- all-reduce ------------------------------------------------------------------------------------------------
 def measure_all_reduce(comm: Communicator, progress: Progress) -> Table:
-    """By algorithm and size, float32; a repetition lasts until its last rank has the result."""
+    """By algorithm and size, float32."""
     table = Table("all_reduce", f"all-reduce of {comm.size} ranks, float32, ms", list(SIZES))
     table.rows = {name: {} for name in (SHARED, *ALGORITHMS)}
     if not _one_node(comm):
@@ -96,26 +98,30 @@ class SharedSum:
 
 
 def _interleaved(comm: Communicator, ways: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Seconds of every repetition of each way (of its slowest rank); as many as there is time for."""
-    once = [max(_times(comm, way, 2)[1:]) for way in ways.values()]
-    repetitions = int(np.clip(SECONDS / max(sum(once), 1e-9), 5, 300))
-    batch = max(1, repetitions // 10)  # ways take turns after so many
+    """Seconds per call of each way, measured in turn; as many measurements as there is time for."""
+    counts = {}
+    for name, way in ways.items():
+        _per_call(comm, way, 2)
+        counts[name] = int(np.clip(STRETCH / _per_call(comm, way, 3), 1, 300))
     taken: dict[str, list[float]] = {name: [] for name in ways}
-    while len(taken[next(iter(ways))]) < repetitions:
+    start, seconds = comm.now(), np.zeros(1)
+    while len(taken[next(iter(ways))]) < FEWEST or seconds[0] < SECONDS:
         for name, way in ways.items():
-            taken[name] += _times(comm, way, batch + 1)[1:]
+            taken[name].append(_per_call(comm, way, counts[name]))
+        seconds[0] = (comm.now() - start) / 1e9
+        comm.broadcast(seconds)
     return taken
 
 
-def _times(comm: Communicator, way: Callable[[], None], count: int) -> list[float]:
-    times = np.zeros(count)
-    for index in range(count):
-        comm.barrier()
-        start = comm.now()
+def _per_call(comm: Communicator, way: Callable[[], None], count: int) -> float:
+    """Of `count` calls, one after another; of the slowest rank."""
+    comm.barrier()
+    start = comm.now()
+    for _ in range(count):
         way()
-        times[index] = (comm.now() - start) / 1e9
-    comm.all_reduce(times, "max")
-    return [float(time) for time in times]
+    seconds = np.array([(comm.now() - start) / 1e9 / count])
+    comm.all_reduce(seconds, "max")
+    return max(float(seconds[0]), 1e-9)
 
 
 # -- synchronous step ------------------------------------------------------------------------------------------

@@ -89,6 +89,8 @@ def end_all_ranks(comm: Communicator, error: BaseException) -> None:
     sys.stderr.write(text)
     sys.stderr.flush()
     mpi.abort(status)
+    time.sleep(PATIENCE)  # MPICH's returns at times before its launcher has killed this process
+    os._exit(status)
 
 
 def report(error: HpctrainError, rank: int) -> int:

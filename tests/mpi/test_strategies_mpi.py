@@ -51,6 +51,8 @@ def _strategy(agree: str, size: int) -> helpers.Tables:
     strategy, servers = helpers.SYNCHRONOUS[agree]
     if size <= servers:
         pytest.skip(f"needs {servers + 1} ranks")
+    if size > 4 and agree not in ("shared", "servers"):  # more ranks than cores take their time
+        pytest.skip("on at most 4 ranks")
     return {**strategy, "servers": size} if strategy.get("servers") == -1 else strategy
 
 
@@ -62,6 +64,8 @@ def _strategy(agree: str, size: int) -> helpers.Tables:
 def test_equals_one_process_in_float64(join: Join, folder: Path, agree: str, recipe: str) -> None:
     comm = join()
     _strategy(agree, comm.size)
+    if recipe != "all" and comm.size != 4:
+        pytest.skip("this recipe on 4 ranks only")
     assert helpers.equivalence(comm, folder, agree, recipe, "float64") < 1e-10
 
 
@@ -82,8 +86,7 @@ def test_several_nodes(join: Join, folder: Path, agree: str, ranks_per_node: int
     assert helpers.equivalence(comm, folder, agree, "all", "float64") < 1e-10
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-@pytest.mark.parametrize("agree", FOUR)
+@pytest.mark.parametrize(("agree", "optimizer"), list(zip(FOUR, ["Adam", "SGD", "SGD", "Adam"], strict=True)))
 def test_a_resumed_run_has_the_same_bits(join: Join, folder: Path, agree: str, optimizer: str) -> None:
     comm = join()
     keys = {"name": optimizer, "lr": 0.01} | ({"momentum": 0.9} if optimizer == "SGD" else {})

@@ -115,11 +115,3 @@ def test_a_script_with_objects_and_a_loop_of_its_own(mpi: launcher.Mpi, tmp_path
     assert set(load_file(own / "model.safetensors")) == {"layer.weight", "layer.bias"}
     assert "<lambda in program.py:" in (own / "job.toml").read_text()
     assert ended.out.count("own: 3 ranks on 1 node") == 1
-
-
-def test_more_ranks_than_cores(mpi: launcher.Mpi, tmp_path: Path) -> None:
-    """8 ranks, two pretended nodes; and then the run is resumed, having nothing left to do."""
-    job = write_job(tmp_path, "communicator = {ranks_per_node = 4}")
-    ended = launch([*mpi.command(8), *TRAIN, str(job)], mpi, timeout=110)
-    assert ended.status == 0, ended
-    assert "8 ranks on 2 nodes" in ended.out

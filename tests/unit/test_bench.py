@@ -26,6 +26,8 @@ def _little(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(alone, "RANKS", 8)
     monkeypatch.setattr(together, "SECONDS", 0.0)
+    monkeypatch.setattr(together, "STRETCH", 0.0)
+    monkeypatch.setattr(together, "FEWEST", 2)
     monkeypatch.setattr(together, "SIZES", {"4 KiB": 4096, "16 KiB": 16384})
     load = together.Load(lambda: torch.nn.Linear(6, 10), (6,), 4, 2, 2)
     monkeypatch.setattr(together, "LOADS", {"linear": load})

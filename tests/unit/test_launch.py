@@ -22,6 +22,7 @@ from hpctrain.errors import CheckpointError, ClusterError, DataError, HpctrainEr
 from hpctrain.job import Job
 from hpctrain.launch import Result, agreed, session, train
 from hpctrain.runfolder import Narrator, find_resumable
+from hpctrain.trainer import fit
 from tests import helpers
 
 PS = {"name": "parameter_server", "servers": 1}
@@ -162,8 +163,8 @@ def test_step_belongs_to_a_batch(tmp_path: Path, strategy: helpers.Tables):
 
     def again(comm: Communicator) -> None:
         with session(helpers.make_job(tmp_path), comm, out=QUIET) as running:
-            launch.fit(running)
-            launch.fit(running)
+            fit(running)
+            fit(running)
 
     for body, words in ((twice, "without a batch"), (never, "not called"), (outside, "outside"), (again, "twice")):
         with pytest.raises(HpctrainError, match=words):
@@ -182,18 +183,17 @@ def test_broken_views_are_noticed(tmp_path: Path, harm: Any, words: str):
     def body(comm: Communicator) -> None:
         with session(helpers.make_job(tmp_path), comm, out=QUIET) as running:
             for batch in running.batches():
-                loss = running.loss(running.model(batch.inputs), batch.targets)
                 harm(running)
-                loss = running.loss(running.model(batch.inputs.to(running.model[0].weight)), batch.targets)
-                running.step(loss)
+                inputs = batch.inputs.to(running.model.get_parameter("0.weight").dtype)
+                running.step(running.loss(running.model(inputs), batch.targets))
 
     with pytest.raises(ModelError, match=words):
         World(2).run(body)
 
 
 # -- phases ------------------------------------------------------------------------------------------------------
-def phased(folder: Path, *strategies: helpers.Tables, steps: int = 24, rule: helpers.Tables | None = None, **tables: Any) -> Job:
-    each = rule or {"rule": "after", "steps": steps // len(strategies)}
+def phased(folder: Path, *strategies: helpers.Tables, steps: int = 24, **tables: Any) -> Job:
+    each = {"rule": "after", "steps": steps // len(strategies)}
     phases = [{"strategy": s, "until": each} for s in strategies]
     del phases[-1]["until"]
     keys = {"steps": steps, "batch_size": 3, "precision": "float64", **tables.pop("train", {})}
@@ -208,7 +208,8 @@ COLOCATED = {"name": "parameter_server", "servers": 4, "colocated": True}
 def test_the_optimizers_state_crosses_to_another_strategy(tmp_path: Path, middle: helpers.Tables):
     """Without a change in the number of workers, a schedule of phases equals one phase."""
     optimizer = {"name": "Adam", "lr": 0.01}
-    whole = run(4, helpers.make_job(tmp_path, optimizer=optimizer, train={"steps": 24, "batch_size": 3, "precision": "float64"}))
+    train_keys = {"steps": 24, "batch_size": 3, "precision": "float64"}
+    whole = run(4, helpers.make_job(tmp_path, optimizer=optimizer, train=train_keys))
     switched = run(4, phased(tmp_path, AR, middle, AR, optimizer=optimizer))
     assert helpers.difference(helpers.vector(switched[1].model), helpers.vector(whole[1].model)) < 1e-10
     assert [p.steps for p in switched[0].phases] == [8, 8, 8]
@@ -245,7 +246,7 @@ def test_workers_that_were_servers_take_the_buffers_of_rank_0(tmp_path: Path):
         with session(job, comm, out=QUIET) as running:
             for batch in running.batches():
                 if running.books.phase == 1 and comm.rank not in seen:
-                    seen[comm.rank] = running.model[1].running_mean.clone()
+                    seen[comm.rank] = running.model.get_buffer("1.running_mean").clone()
                 running.step(running.loss(running.model(batch.inputs), batch.targets))
 
     World(3).run(body)
@@ -346,9 +347,9 @@ def test_an_interruption_saves_and_the_resumed_run_has_the_same_bits(tmp_path: P
             for batch in running.batches():
                 running.step(running.loss(running.model(batch.inputs), batch.targets))
                 count += 1
-                running._signals = Signals(told)  # type: ignore[assignment]
-                if comm.rank == 1 and count == 4:  # a signal comes, to one rank alone
-                    running._signals.asked = 2
+                signals = Signals(told)
+                signals.asked = 2 * (comm.rank == 1 and count == 4)  # a signal comes, to one rank alone
+                running._signals = signals  # type: ignore[assignment]
         return running.result
 
     left = World(4).run(body)[0]
@@ -362,6 +363,18 @@ def test_an_interruption_saves_and_the_resumed_run_has_the_same_bits(tmp_path: P
     resumed = run(4, job, resume=left.folder)[0]
     assert (helpers.vector(resumed.model) == helpers.vector(whole.model)).all()
     assert find_resumable(job) is None
+
+
+def test_what_was_measured_after_the_checkpoint_is_forgotten(tmp_path: Path):
+    job = helpers.make_job(
+        tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures",
+        train={"epochs": 3, "checkpoint_every": {"epochs": 1}},
+    )  # fmt: skip
+    folder = run(2, job)[0].folder
+    whole = metrics_of(folder)
+    helpers.forget_after(folder, 0)
+    run(2, job, resume=folder)
+    assert metrics_of(folder) == whole
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------

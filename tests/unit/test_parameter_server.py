@@ -42,7 +42,9 @@ def test_sgd_equals_one_process_in_float32(tmp_path: Path, agree: str):
     assert max(found) < 1e-5
 
 
-@pytest.mark.parametrize(("agree", "size"), [("server", 2), ("servers", 3), ("servers", 7), ("all_serve", 1), ("all_serve", 9)])
+@pytest.mark.parametrize(
+    ("agree", "size"), [("server", 2), ("servers", 3), ("servers", 7), ("all_serve", 1), ("all_serve", 9)]
+)
 def test_any_number_of_ranks(tmp_path: Path, agree: str, size: int):
     found = World(size, nodes=[r // 2 for r in range(size)]).run(
         lambda comm: helpers.equivalence(comm, tmp_path, agree, "all", "float64")
@@ -62,12 +64,12 @@ def test_more_servers_than_the_model_has_cache_lines(tmp_path: Path):
         )
         return World(size).run(lambda comm: helpers.vector(helpers.quiet_train(comm, job).model))
 
-    served = run(4, name="parameter_server", servers=4, colocated=True)
+    served = run(6, name="parameter_server", servers=6, colocated=True)
     assert helpers.difference(served[2], run(1, name="all_reduce")[0]) < 1e-10
 
 
 def line() -> torch.nn.Module:
-    """24 parameters in three groups of cache lines or so."""
+    """21 weights and 3 biases: four cache lines in float64, three in float32."""
     return torch.nn.Linear(7, 3)
 
 
@@ -139,6 +141,14 @@ def test_late_gradients_are_dropped_and_counted(tmp_path: Path, every: dict[str,
     assert results[0].samples == 6 * helpers.SAMPLES
     vectors = [helpers.vector(result.model) for result in results]
     assert all((vector == vectors[0]).all() for vector in vectors)
+
+
+def test_a_coordinator_without_a_shard_counts_them_too(tmp_path: Path):
+    strategy = {"name": "parameter_server", "servers": 6, "colocated": True, "backup_workers": 1}
+    job = _backup_job(tmp_path).override(["model.name=tests.unit.test_parameter_server:line"])
+    job = job.override([f"strategy.{key}={str(value).lower()}" for key, value in strategy.items()])
+    results = World(6, compute=_slow).run(lambda comm: helpers.quiet_train(comm, job))
+    assert results[0].phases[0].dropped > 0
 
 
 def test_the_run_does_not_wait_for_the_slowest(tmp_path: Path):

@@ -219,6 +219,7 @@ def test_arenas_keep_values_when_placed_anew() -> None:
             assert replica.gradient.any()
         arena = replica.values
         replica.release()
+        comm.barrier()
         arena.fill_(9)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
         assert all(p.grad is None for p in model.parameters())

@@ -128,21 +128,27 @@ def test_wait_any_gives_the_first_that_is_done():
 
 
 def test_wait_any_of_what_is_on_its_way():
-    """Both have set out already; the shorter way ends first."""
+    """Both have set out already, and the second is there first; that the first comes later wakes nobody wrongly."""
 
     def receive(comm):
-        comm.barrier()
-        requests = [comm.start_recv(np.zeros(1), 2, TAG), comm.start_recv(np.zeros(1), 1, TAG)]
-        return comm.wait_any(requests)
+        comm.sleep(1e-9)
+        far, near, last = np.zeros(1), np.zeros(1), np.zeros(2000)
+        requests = [comm.start_recv(far, 2, TAG), comm.start_recv(near, 1, TAG)]
+        first = comm.wait_any(requests), comm.now()
+        status = comm.recv(last, 1, TAG)
+        return first, (status.elements, last[-1], comm.now())
 
-    def send(comm):
-        request = comm.start_send(np.zeros(1), 0, TAG) if comm.rank else None
-        comm.barrier()
-        if request is not None:
-            request.wait()
+    def send_near(comm):
+        comm.send(np.ones(1), 0, TAG)
+        comm.sleep(5)
+        comm.send(np.ones(2000), 0, TAG)
 
-    nodes = (0, 0, 1)
-    assert run(3, receive, send, nodes=nodes, network=LinkNetwork(latency=10**9))[0] in (0, 1)
+    def send_far(comm):
+        comm.send(np.ones(1), 0, TAG)
+
+    got = run(3, receive, send_near, send_far, nodes=(0, 0, 1), network=LinkNetwork(latency=10**9))
+    assert got[0][0] == (1, 501)
+    assert got[0][1] == (2000, 1, 5 * 10**9 + 501 + 500 + 2000)
 
 
 def test_a_cancelled_receive_takes_nothing():
@@ -257,14 +263,21 @@ def test_a_ranks_exception_surfaces_and_the_others_clear_up():
 
 
 def test_clearing_up_may_try_to_communicate():
+    cleared = []
+
     def wait(comm):
         try:
             comm.barrier()
         finally:
-            comm.barrier()
+            try:
+                comm.barrier()
+            finally:
+                cleared.append(comm.rank)
 
+    world = World(3)
     with pytest.raises(IndexError):
-        run(3, wait, lambda c: [][c.rank])
+        world.run(lambda comm: wait(comm) if comm.rank < 2 else [][comm.rank])
+    assert sorted(cleared) == [0, 1]
 
 
 def test_a_world_can_be_used_again_after_a_failure():
