@@ -9,26 +9,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpctrain import errors, runfolder
-from hpctrain.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_model
+from hpctrain import runfolder
+from hpctrain.agreement import agreed
 from hpctrain.cluster import Role
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import place_arenas
 from hpctrain.data.loader import Batch
-from hpctrain.errors import CheckpointError, ClusterError, HpctrainError
+from hpctrain.errors import ClusterError, HpctrainError
 from hpctrain.evaluate import evaluate
 from hpctrain.interrupt import StopSignals
 from hpctrain.job import Job
+from hpctrain.keeper import Keeper
 from hpctrain.optimizer import make_update
 from hpctrain.prepare import Prepared, prepare
-from hpctrain.replica import Replica, as_array, as_tensor
+from hpctrain.replica import Replica
 from hpctrain.runfolder import Narrator, PhaseSummary
 from hpctrain.schedule import Ask, Progress
-from hpctrain.state import State, recv_state, send_state
+from hpctrain.state import State
 from hpctrain.strategies.base import Outcome, Phase, Strategy
 from hpctrain.trace.writer import next_attempt
 from hpctrain.tracing import Tracing
@@ -41,8 +41,7 @@ class Result:
     interruption: on ranks that were workers).
 
     `metrics`: {"loss": ..., "metric": ...} of the test part (or validation, without one); empty where there is
-    neither, and after an interruption. `folder`: the run folder. `phases`: what
-    became of each.
+    neither, and after an interruption. `folder`: the run folder. `phases`: what became of each.
     """
 
     model: nn.Module
@@ -102,23 +101,6 @@ def _whole_job_fails_together(comm: Communicator) -> Iterator[None]:
 
             end_all_ranks(comm, error)
         raise
-
-
-def agreed(comm: Communicator, what: Callable[[], Any]) -> Any:
-    """Do `what` on this rank; an HpctrainError on any rank is raised on all, the lowest rank's. Collective."""
-    result, mine = None, None
-    try:
-        result = what()
-    except HpctrainError as error:
-        mine = error
-    found = comm.gather_json([type(mine).__name__, str(mine)] if mine is not None else None)
-    first = next((pair for pair in found if pair is not None), None)
-    if first is None:
-        return result
-    kind: type[HpctrainError] = getattr(errors, first[0], HpctrainError)
-    told = mine if mine is not None and str(mine) == first[1] else kind(first[1])
-    told.everywhere = True
-    raise told
 
 
 @dataclass
@@ -227,12 +209,12 @@ class Session:
         comm = self.comm
         self.progress = Progress(train.target, train.patience, train.min_delta, job.metric.goal == "max")
         torch.manual_seed(job.seed + 1 + comm.rank)
-        if self._resume is not None:
-            self.folder = self._resume
-            self._state = self._restore()
-        else:
+        if self._resume is None:
             self._made = agreed(comm, lambda: runfolder.create(job) if comm.rank == 0 else None)
-            self.folder = Path(comm.broadcast_json(str(self._made)))
+        self.folder = Path(comm.broadcast_json(str(self._resume or self._made)))
+        self.keeper = Keeper(self.prepared, comm, self.folder, self.out)
+        if self._resume is not None:
+            self._state = self._restore()
         self.tracing = Tracing(comm, self.folder)
         if comm.concurrent and threading.current_thread() is threading.main_thread():
             self._signals = self._stack.enter_context(StopSignals())
@@ -261,61 +243,10 @@ class Session:
 
     def _restore(self) -> State | None:
         """Take up the newest checkpoint of the run folder. Collective. Returns like Strategy.state."""
-        checkpoint = agreed(self.comm, self._load if self.comm.rank == 0 else lambda: None)
-        head = self.comm.broadcast_json(checkpoint.progress if checkpoint is not None else None)
-        agreed(self.comm, lambda: self._check_resumable(head))
+        head, state = self.keeper.restore()
         self._take_account(head["account"])
         self._ended = self._ending != "on"
-        if head["length"] is not None and self.prepared.order.length is None:
-            self.prepared.order.learn(head["length"])
-        if self.comm.rank == 0:
-            own = checkpoint.workers
-            self._adopt_parameters(checkpoint.parameters)
-            for index, rank in enumerate(head["workers"]):
-                piece = State(0, 0, named={"own": {k: as_array(v) for k, v in own[index].items()}})
-                if rank == 0:
-                    self._adopt_own(piece)
-                else:
-                    send_state(self.comm, piece, rank)
-        elif self.comm.rank in head["workers"]:
-            self._adopt_own(recv_state(self.comm, 0))
-        return checkpoint.state if checkpoint is not None else None
-
-    def _load(self) -> Checkpoint:
-        layout = self.replica.layout
-        path = runfolder.newest_checkpoint(self.folder)
-        return load_checkpoint(path, layout.fingerprint(), {slot.name: slot.shape for slot in layout.slots})
-
-    def _check_resumable(self, head: dict[str, Any]) -> None:
-        if head["size"] != self.comm.size:
-            raise CheckpointError(
-                f"{self.folder}: the run was on {head['size']} ranks and is resumed on {self.comm.size}; "
-                f"start {head['size']}"
-            )
-        if head["schedule"] != self._schedule_text():
-            raise CheckpointError(
-                f"{self.folder}: its checkpoint is of another schedule ({head['schedule']}) than this job's "
-                f"({self._schedule_text()}); resume with the job of the run folder"
-            )
-
-    def _schedule_text(self) -> str:
-        return ", then ".join(phase.strategy.name for phase in self.job.schedule)
-
-    def _adopt_parameters(self, parameters: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            own = dict(self.model.named_parameters())
-            for name, value in parameters.items():
-                own[name].copy_(value)
-
-    def _adopt_own(self, piece: State) -> None:
-        own = {name: as_tensor(array) for name, array in piece.named["own"].items()}
-        torch.set_rng_state(own.pop("random"))
-        if (on_gpu := own.pop("random_gpu", None)) is not None and self.prepared.device.type == "cuda":
-            torch.cuda.set_rng_state(on_gpu, self.prepared.device)
-        buffers = self.replica.buffers()
-        with torch.no_grad():
-            for name, value in own.items():
-                buffers[name.removeprefix("buffer/")].copy_(value)
+        return state
 
     # -- phases ----------------------------------------------------------------------------------------------
     def _enter(self, index: int, state: State | None) -> Phase:
@@ -335,7 +266,7 @@ class Session:
             if prepared.norms is not None and workers is not None:
                 prepared.norms.join(workers)
         if before is not None:
-            self._lend_buffers(set(roles.workers) - set(before.roles.workers))
+            self.replica.lend_buffers(self.comm, set(roles.workers) - set(before.roles.workers))
             _free(before)
         conductor = prepared.conductor(index, books.phase_start)
         rule_state = comm.broadcast_json(state.rule if state is not None else None)
@@ -370,14 +301,6 @@ class Session:
         allowed = self.job.communicator.shared and on_cpu
         return strategy.needs.parameters == "node" and elementwise and allowed
 
-    def _lend_buffers(self, ranks: set[int]) -> None:
-        """Those ranks take rank 0's buffers, theirs being of an earlier time or never used. Collective."""
-        for buffer in self.replica.buffers().values() if ranks else ():
-            copy = buffer.detach().cpu().reshape(-1).clone()
-            self.comm.broadcast(as_array(copy).view(np.uint8))
-            if self.comm.rank in ranks:
-                buffer.copy_(copy.view(buffer.shape))
-
     def _join(self, phase: Phase, state: State | None) -> Strategy:
         strategy = self.prepared.strategy(phase.index)
         strategy.join(phase, state)
@@ -402,6 +325,7 @@ class Session:
         if not summaries or summaries[-1].index != phase.index:
             summaries.append(PhaseSummary(phase.index, self.job.schedule[phase.index].strategy.name))
         self._since = self.comm.now()
+        phase.comm.recorder.step = self.books.step
         if self._signals is not None:
             self._signals.stepped()
         self._trainer = Trainer(
@@ -554,50 +478,12 @@ class Session:
     def _checkpoint(self, ending: str) -> None:
         """`ending`: what ends here before the run's samples are used up: nothing ("on"), "phase", or all ("stop").
 
-        Collective over the workers; the servers take part. A file that cannot be written is said, and training
-        goes on.
+        Collective over the workers; the servers take part.
         """
         assert self._phase is not None and self._phase.workers is not None
-        workers = self._phase.workers
-        with workers.span("checkpoint"), self._strategy.settled():
-            state = self._strategy.state()
-            own = {"random": torch.get_rng_state()}
-            if self.prepared.device.type == "cuda":
-                own["random_gpu"] = torch.cuda.get_rng_state(self.prepared.device)
-            own |= {f"buffer/{name}": b for name, b in self.replica.buffers().items()}
-            piece = State(0, 0, named={"own": {k: as_array(v.detach().cpu()).copy() for k, v in own.items()}})
-            if workers.rank != 0:
-                send_state(workers, piece, 0)
-                return
-            pieces = [piece] + [recv_state(workers, rank) for rank in range(1, workers.size)]
-            assert state is not None
-            self._save(state, pieces, ending)
-
-    def _save(self, state: State, pieces: list[State], ending: str) -> None:
-        layout, values = self.replica.layout, self.replica.values
-        checkpoint = Checkpoint(
-            layout.fingerprint(),
-            {s.name: values[s.offset : s.offset + s.size].view(s.shape) for s in layout.slots},
-            state,
-            [{k: as_tensor(v) for k, v in piece.named["own"].items()} for piece in pieces],
-            self._head(ending),
-        )
-        try:
-            path = save_checkpoint(self.folder, checkpoint, self.job.train.keep_checkpoints)
-        except CheckpointError as error:
-            self.out.say(f"warning: {error}; training goes on without this checkpoint")
-            return
-        self.comm.recorder.event("checkpoint", path.name)
-
-    def _head(self, ending: str) -> dict[str, Any]:
-        return {
-            "cursor": self.books.cursor,
-            "account": {**self._account(), "ending": ending},
-            "size": self.comm.size,
-            "schedule": self._schedule_text(),
-            "workers": list(self.prepared.roles[self.books.phase].workers),
-            "length": self.prepared.order.length,
-        }
+        with self._phase.workers.span("checkpoint"), self._strategy.settled():
+            account = {**self._account(), "ending": ending}
+            self.keeper.save(self._phase, self._strategy.state(), account, self.books.cursor)
 
     # -- the end ---------------------------------------------------------------------------------------------
     def _finish(self, phase: Phase) -> None:
@@ -610,8 +496,8 @@ class Session:
                 loss, metric = self._measure(phase.workers, name, dataset)
                 metrics = {"loss": loss, "metric": metric}
             metrics = self.comm.broadcast_json(metrics)
-            self._settle_model(phase)
-            agreed(self.comm, self._save_model if self.comm.rank == 0 else lambda: None)
+            self.keeper.settle_model(phase)
+            agreed(self.comm, self.keeper.save_model if self.comm.rank == 0 else lambda: None)
         self.replica.release()
         _free(phase)
         self.tracing.finish()
@@ -619,23 +505,6 @@ class Session:
             self.model, self.folder, metrics, self.books.summaries, self.books.cursor, interrupted
         )
         self._tell_end(name, metrics, interrupted)
-
-    def _settle_model(self, phase: Phase) -> None:
-        """All ranks get the final model: the workers' averaged buffers for good; servers all of it. Collective."""
-        if phase.workers is not None:
-            own = self.replica.buffers()
-            with self.replica.averaged_buffers(phase.workers):
-                means = {name: buffer.clone() for name, buffer in own.items()}
-            for name, buffer in own.items():
-                buffer.copy_(means[name])
-        servers = set(range(self.comm.size)) - set(phase.roles.workers)
-        if servers:
-            self._lend_buffers(servers)
-            self.comm.broadcast(as_array(self.replica.values))
-
-    def _save_model(self) -> None:
-        # One key: safetensors writes several in an order that changes, and equal runs shall give equal files.
-        save_model(self.folder, _untied(self.model.state_dict()), {"format": "pt"})
 
     def _tell_end(self, measured: str, metrics: dict[str, float], interrupted: bool) -> None:
         if interrupted:
@@ -660,10 +529,3 @@ def _free(phase: Phase) -> None:
     if phase.workers is not None:
         phase.workers.free()
     phase.comm.free()
-
-
-def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, so that tied tensors can be saved under all their names; a module's extra state is no tensor."""
-    return {n: t.detach().clone().contiguous() for n, t in tensors.items() if isinstance(t, Tensor)}
-
-

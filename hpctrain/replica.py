@@ -207,6 +207,14 @@ class Replica:
         kept = self.model.state_dict(keep_vars=True)
         return {name: b for name, b in self.model.named_buffers() if name in kept}
 
+    def lend_buffers(self, comm: Communicator, ranks: set[int]) -> None:
+        """`ranks` take rank 0's buffers, theirs being of an earlier time or never used. Collective over `comm`."""
+        for buffer in self.buffers().values() if ranks else ():
+            copy = buffer.detach().cpu().reshape(-1).clone()
+            comm.broadcast(as_array(copy).view(np.uint8))
+            if comm.rank in ranks:
+                buffer.copy_(copy.view(buffer.shape))
+
     @contextmanager
     def averaged_buffers(self, comm: Communicator) -> Iterator[None]:
         """Floating-point buffers are the mean over the ranks of `comm`, inside; put back after. Collective."""

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
-from hpctrain import launch
+from hpctrain import keeper
+from hpctrain.agreement import agreed
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.data.splits import Splits
 from hpctrain.errors import CheckpointError, ClusterError, DataError, HpctrainError, JobError, ModelError, TraceError
 from hpctrain.job import Job
-from hpctrain.launch import Result, agreed, session, train
+from hpctrain.launch import Result, session, train
 from hpctrain.runfolder import Narrator, find_resumable
 from hpctrain.trainer import fit
 from tests import helpers
@@ -511,7 +512,7 @@ def test_a_full_disk_at_a_checkpoint_is_told_and_training_goes_on(tmp_path: Path
     def full(*_: Any) -> None:
         raise CheckpointError("no room")
 
-    monkeypatch.setattr(launch, "save_checkpoint", full)
+    monkeypatch.setattr(keeper, "save_checkpoint", full)
     out = io.StringIO()
     job = helpers.make_job(tmp_path, train={"checkpoint_every": {"steps": 4}})
     results = World(2).run(lambda comm: train(job, comm, out=Narrator(out=out)))
@@ -523,7 +524,7 @@ def test_a_model_that_cannot_be_saved_is_told_on_every_rank(tmp_path: Path, monk
     def full(*_: Any) -> None:
         raise CheckpointError("no room")
 
-    monkeypatch.setattr(launch, "save_model", full)
+    monkeypatch.setattr(keeper, "save_model", full)
     told = []
 
     def body(comm: Communicator) -> None:

@@ -1,0 +1,158 @@
+"""What a run keeps: checkpoints, from which it goes on as if it had never stopped, and the final model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpctrain import runfolder
+from hpctrain.agreement import agreed
+from hpctrain.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_model
+from hpctrain.comm.base import Communicator
+from hpctrain.errors import CheckpointError
+from hpctrain.prepare import Prepared
+from hpctrain.replica import as_array, as_tensor
+from hpctrain.runfolder import Narrator
+from hpctrain.state import State, recv_state, send_state
+from hpctrain.strategies.base import Phase
+
+
+@dataclass
+class Keeper:
+    """Saves and restores the run of `prepared` over `comm` in `folder`."""
+
+    prepared: Prepared
+    comm: Communicator
+    folder: Path
+    out: Narrator
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+    def save(self, phase: Phase, state: State | None, account: dict[str, Any], cursor: int) -> None:
+        """Write a checkpoint: `state` as from Strategy.state, `account` plain values of the session's.
+
+        Collective over the phase's workers. A file that cannot be written is said, and training goes on.
+        """
+        workers = phase.workers
+        assert workers is not None
+        own = self._own()
+        if workers.rank != 0:
+            send_state(workers, own, 0)
+            return
+        pieces = [own] + [recv_state(workers, rank) for rank in range(1, workers.size)]
+        assert state is not None
+        head = {
+            "cursor": cursor,
+            "account": account,
+            "size": self.comm.size,
+            "schedule": self._schedule(),
+            "workers": list(phase.roles.workers),
+            "length": self.prepared.order.length,
+        }
+        layout, values = self.prepared.replica.layout, self.prepared.replica.values
+        checkpoint = Checkpoint(
+            layout.fingerprint(),
+            {s.name: values[s.offset : s.offset + s.size].view(s.shape) for s in layout.slots},
+            state,
+            [{name: as_tensor(array) for name, array in piece.named["own"].items()} for piece in pieces],
+            head,
+        )
+        try:
+            path = save_checkpoint(self.folder, checkpoint, self.prepared.job.train.keep_checkpoints)
+        except CheckpointError as error:
+            self.out.say(f"warning: {error}; training goes on without this checkpoint")
+            return
+        self.comm.recorder.event("checkpoint", path.name)
+
+    def restore(self) -> tuple[dict[str, Any], State | None]:
+        """Take up the newest checkpoint of the folder: (its head, state as from Strategy.state). Collective."""
+        comm = self.comm
+        checkpoint: Checkpoint | None = agreed(comm, self._load if comm.rank == 0 else lambda: None)
+        head = comm.broadcast_json(checkpoint.progress if checkpoint is not None else None)
+        agreed(comm, lambda: self._check_resumable(head))
+        if head["length"] is not None and self.prepared.order.length is None:
+            self.prepared.order.learn(head["length"])
+        if checkpoint is None:
+            if comm.rank in head["workers"]:
+                self._adopt_own(recv_state(comm, 0))
+            return head, None
+        self._adopt_parameters(checkpoint.parameters)
+        for rank, own in zip(head["workers"], checkpoint.workers, strict=True):
+            piece = State(0, 0, named={"own": {name: as_array(tensor) for name, tensor in own.items()}})
+            if rank == 0:
+                self._adopt_own(piece)
+            else:
+                send_state(comm, piece, rank)
+        return head, checkpoint.state
+
+    def _own(self) -> State:
+        """What is this worker's alone: buffers and random state."""
+        own = {"random": torch.get_rng_state()}
+        if self.prepared.device.type == "cuda":
+            own["random_gpu"] = torch.cuda.get_rng_state(self.prepared.device)
+        own |= {f"buffer/{name}": b for name, b in self.prepared.replica.buffers().items()}
+        return State(0, 0, named={"own": {k: as_array(v.detach().cpu()).copy() for k, v in own.items()}})
+
+    def _load(self) -> Checkpoint:
+        layout = self.prepared.replica.layout
+        path = runfolder.newest_checkpoint(self.folder)
+        return load_checkpoint(path, layout.fingerprint(), {slot.name: slot.shape for slot in layout.slots})
+
+    def _check_resumable(self, head: dict[str, Any]) -> None:
+        if head["size"] != self.comm.size:
+            raise CheckpointError(
+                f"{self.folder}: the run was on {head['size']} ranks and is resumed on {self.comm.size}; "
+                f"start {head['size']}"
+            )
+        if head["schedule"] != self._schedule():
+            raise CheckpointError(
+                f"{self.folder}: its checkpoint is of another schedule ({head['schedule']}) than this job's "
+                f"({self._schedule()}); resume with the job of the run folder"
+            )
+
+    def _schedule(self) -> str:
+        return ", then ".join(phase.strategy.name for phase in self.prepared.job.schedule)
+
+    def _adopt_parameters(self, parameters: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            own = dict(self.prepared.model.named_parameters())
+            for name, value in parameters.items():
+                own[name].copy_(value)
+
+    def _adopt_own(self, piece: State) -> None:
+        own = {name: as_tensor(array) for name, array in piece.named["own"].items()}
+        torch.set_rng_state(own.pop("random"))
+        if (on_gpu := own.pop("random_gpu", None)) is not None and self.prepared.device.type == "cuda":
+            torch.cuda.set_rng_state(on_gpu, self.prepared.device)
+        buffers = self.prepared.replica.buffers()
+        with torch.no_grad():
+            for name, value in own.items():
+                buffers[name.removeprefix("buffer/")].copy_(value)
+
+    # -- the final model -----------------------------------------------------------------------------------
+    def settle_model(self, phase: Phase) -> None:
+        """All ranks get the final model: the workers' averaged buffers for good; servers all of it. Collective."""
+        replica = self.prepared.replica
+        if phase.workers is not None:
+            own = replica.buffers()
+            with replica.averaged_buffers(phase.workers):
+                means = {name: buffer.clone() for name, buffer in own.items()}
+            for name, buffer in own.items():
+                buffer.copy_(means[name])
+        servers = set(range(self.comm.size)) - set(phase.roles.workers)
+        if servers:
+            replica.lend_buffers(self.comm, servers)
+            self.comm.broadcast(as_array(replica.values))
+
+    def save_model(self) -> None:
+        """model.safetensors, from this rank's model. Not collective; raises CheckpointError."""
+        # One key: safetensors writes several in an order that changes, and equal runs shall give equal files.
+        save_model(self.folder, _untied(self.prepared.model.state_dict()), {"format": "pt"})
+
+
+def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, so that tied tensors can be saved under all their names; a module's extra state is no tensor."""
+    return {n: t.detach().clone().contiguous() for n, t in tensors.items() if isinstance(t, Tensor)}
