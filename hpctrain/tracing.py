@@ -38,7 +38,7 @@ class Tracing:
             attributes = _attributes(job, comm, prepared, attempt)
             comm.recorder.drain()  # what came before is start-up, most of it torch's import
             self._writer = TraceWriter(path, comm.recorder, attributes, job.trace.flush_seconds)
-            self._sampler = Sampler(comm.recorder, job.trace.resources_seconds)
+            self._sampler = Sampler(comm.recorder, job.trace.resources_seconds, _gpu(prepared))
 
     def begin(self) -> None:
         """Begin sampling, and measure the clocks. Collective, once all ranks have opened their files."""
@@ -107,6 +107,15 @@ def _attributes(job: Job, comm: Communicator, prepared: Prepared, attempt: int) 
         "mpi": mpi.library(),
         **{name: text for name, text in versions.items() if text},
     }
+
+
+def _gpu(prepared: Prepared) -> str | None:
+    """The UUID of this rank's GPU, which CUDA_VISIBLE_DEVICES does not renumber; None on the CPU."""
+    if prepared.device.type == "cpu":
+        return None
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(prepared.device).uuid}"
 
 
 def _version(name: str) -> str:

@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 from mpi4py import MPI
@@ -38,7 +38,8 @@ from hpctrain.trace.recorder import NullRecorder, Recorder
 
 OPERATIONS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 SENT = Status(-1, -1, -1)
-NAP = 50e-6  # seconds; FIELD study: beats blocking waits where ranks outnumber cores
+NAP = 50e-6  # seconds between looks where ranks outnumber cores
+LOOKS = 16  # between naps: in each, MPICH moves only one piece (64 KiB or so) of a long message
 
 
 class Waiting:
@@ -52,16 +53,17 @@ class Waiting:
         self._eager = 20 if naps else 1000
 
     def until(self, ready: Callable[[], bool]) -> None:
-        for _ in range(self._eager):
-            if ready():
-                return
-        pause: Callable[[], None] = _nap if self.naps else os.sched_yield
-        while not ready():
-            pause()
-
-
-def _nap() -> None:
-    time.sleep(NAP)
+        looks = self._eager
+        while True:
+            for _ in range(looks):
+                if ready():
+                    return
+            if self.naps:
+                time.sleep(NAP)
+                looks = LOOKS
+            else:
+                os.sched_yield()
+                looks = 1
 
 
 def world(
@@ -70,7 +72,7 @@ def world(
     """The communicator over all ranks of the MPI job (a copy of COMM_WORLD). Collective.
 
     `ranks_per_node` pretends that a node's ranks sit on several smaller ones, for tests and studies. `wait`: spin,
-    nap, or auto, which naps if any node has as many ranks as cores, or more.
+    nap, or auto, which naps if any node has more ranks than cores.
     """
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise ClusterError(
@@ -81,7 +83,7 @@ def world(
     shared = handle.Split_type(MPI.COMM_TYPE_SHARED)
     host = shared.bcast(handle.rank)
     place = shared.rank // ranks_per_node if ranks_per_node else 0
-    crowded = shared.size >= len(os.sched_getaffinity(0))
+    crowded = shared.size > len(os.sched_getaffinity(0))
     shared.Free()
     hosts = tuple(handle.allgather((host, place)))
     naps = wait == "nap" or (wait == "auto" and any(handle.allgather(crowded)))
@@ -278,6 +280,11 @@ class MpiCommunicator(Communicator):
         self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0
     ) -> AbstractContextManager[Any]:
         return _Span(self.recorder, kind, bytes, peer, id)
+
+    def lane(self, number: int) -> Self:
+        other = super().lane(number)
+        other.waiting = Waiting(naps=True)  # a thread that looks all the time keeps the rank's own from the interpreter
+        return other
 
     def spawn(self, function: Callable[[], Any]) -> Thread:
         return _MpiThread(function)

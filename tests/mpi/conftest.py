@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -21,10 +23,15 @@ def _rank() -> int:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """The reports of the ranks behind the first go into a buffer."""
+    """The reports of the ranks behind the first go into a buffer, their temporary files into folders of their own."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if config.getoption("--with-mpi") and _rank() > 0 and reporter is not None:
-        reporter._tw._file = io.StringIO()
+    if config.getoption("--with-mpi") and _rank() > 0:
+        if reporter is not None:
+            reporter._tw._file = io.StringIO()
+        # Ranks that tidy up the same folder of old temporary ones remove it under each other's feet.
+        own = Path(tempfile.gettempdir()) / f"hpctrain-tests-rank-{_rank()}"
+        own.mkdir(exist_ok=True)
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(own)
 
 
 @pytest.hookimpl(trylast=True)

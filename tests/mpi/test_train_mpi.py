@@ -43,6 +43,19 @@ def test_the_same_resolved_job_gives_the_same_bits(mpi: launcher.Mpi, tmp_path: 
     }  # fmt: skip
 
 
+def test_backup_workers_do_not_wait_for_a_slow_rank(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    """Rank 2 takes many times as long as the others: its gradients come late, are dropped and counted."""
+    job = write_job(tmp_path)
+    keys = ["strategy.name=parameter_server", "strategy.backup_workers=1", "debug.slow.2=200", "train.steps=40"]
+    ended = launch([*mpi.command(4), *TRAIN, str(job), *keys], mpi, timeout=60)
+    assert ended.status == 0, ended
+    assert "late gradients were dropped" in ended.out
+    steps = open_run(_only(tmp_path / "runs")).steps()
+    slow, quick = steps[steps["rank"] == 2], steps[steps["rank"] == 1]
+    assert (slow["outcome"] == "dropped").sum() > 0
+    assert len(slow) < len(quick)
+
+
 OWN = """
 import sys
 import torch
