@@ -14,7 +14,8 @@ from hpctrain.trace.recorder import measure_span_cost
 
 RANKS = 512
 ELEMENTS = 1024  # per rank: short, so that messages and not sums are measured
-REPETITIONS = 3
+ROUNDS = 3  # all-reduces of a run
+REPETITIONS = 5
 NETWORKS: dict[str, tuple[Callable[[], Network], bool]] = {
     "a link per rank": (LinkNetwork, True),
     "one node": (LinkNetwork, False),
@@ -42,16 +43,17 @@ def measure_virtual(progress: Callable[[str], None]) -> Table:
 
 
 def ring_rates(ranks: int, network: Network, apart: bool) -> tuple[float, float]:
-    """(resumptions, messages) per second of a ring all-reduce; `apart`: every rank on a node of its own."""
+    """(resumptions, messages) per second of ring all-reduces; `apart`: every rank on a node of its own."""
 
     def body(comm: VirtualCommunicator) -> None:
-        comm.all_reduce(np.ones(ELEMENTS, np.float32), algorithm="ring")
+        for _ in range(ROUNDS):
+            comm.all_reduce(np.ones(ELEMENTS, np.float32), algorithm="ring")
 
     world = World(ranks, nodes=range(ranks) if apart else None, network=network)
     start = time.perf_counter()
     world.run(body)
     seconds = time.perf_counter() - start
-    return world.resumptions / seconds, 2 * (ranks - 1) * ranks / seconds
+    return world.resumptions / seconds, ROUNDS * 2 * (ranks - 1) * ranks / seconds
 
 
 def measure_trace(progress: Callable[[str], None]) -> Table:

@@ -49,8 +49,11 @@ class LinkNetwork:
             end = start + self.node_latency + int(nbytes * 1e9 / self.node_bandwidth)
             return end, end
         wire = int(nbytes * 1e9 / self.bandwidth)
-        leave = max(start, self._out.get(source, 0))
-        self._out[source] = leave + wire
-        arrive = max(leave + self.latency, self._in.get(dest, 0)) + wire
-        self._in[dest] = arrive
-        return leave + wire, arrive
+        leave, arrive = self._out.get(source, 0), self._in.get(dest, 0)
+        if leave < start:
+            leave = start
+        if arrive < leave + self.latency:
+            arrive = leave + self.latency
+        self._out[source] = sent = leave + wire
+        self._in[dest] = arrived = arrive + wire
+        return sent, arrived
