@@ -77,7 +77,7 @@ def end_all_ranks(comm: Communicator, error: BaseException) -> None:
     from hpctrain.comm import mpi
 
     if comm.rank > 0:
-        time.sleep(min(PATIENCE, 0.3 + 0.02 * comm.rank))
+        time.sleep(min(PATIENCE, 1.0 + 0.05 * comm.rank))
     status = 1
     if isinstance(error, HpctrainError):
         text, status = f"hpctrain: rank {comm.rank}: {error}\n", 2
