@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 DESCRIPTION = "Train PyTorch models on MPI and Slurm clusters with whichever way of synchronising is fastest there."
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for a user's mistake, 130 after an interruption."""
+    """Run a command; returns the exit status: 0, 2 for a user's mistake, 130 after an interruption.
+
+    1: `doctor` found what keeps a run from working.
+    """
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
@@ -61,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("-n", type=int, default=2, metavar="N", help="how many ranks to start (default 2)")
     bench.add_argument("--json", metavar="FILE", help="write the figures to FILE, too")
     bench.set_defaults(command=_bench)
+    doctor = commands.add_parser("doctor", help="examine ranks, MPI, nodes and network, and say what to do")
+    doctor.add_argument("-n", type=int, metavar="N", help="start N ranks on this machine and examine those")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object: facts, and problems found")
+    doctor.add_argument("--job", metavar="FILE", help="check also whether this job would run")
+    doctor.add_argument("overrides", metavar="key=value", nargs="*", help="keys of that job to change")
+    doctor.set_defaults(command=_doctor)
     job = commands.add_parser("job", help="about job files")
     about = job.add_subparsers(required=True, metavar="ACTION")
     explain = about.add_parser("explain", help="list every key of a job with its type, default and meaning")
@@ -148,11 +157,39 @@ def _bench(options: argparse.Namespace) -> int:
     return launcher.run(options.n, command)
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from hpctrain import doctor, launcher
+    from hpctrain.cluster import launched_rank, launched_size
+    from hpctrain.errors import ClusterError
+    from hpctrain.job import Job
+
+    if options.overrides and options.job is None:
+        raise HpctrainError(f"{options.overrides[0]}: keys are changed in a job; name its file with --job")
+    if options.n is not None:
+        launched, by = launched_size(os.environ)
+        if launched > 1:
+            from hpctrain.comm.connect import report
+
+            mistake = HpctrainError(f"-n {options.n}: {by} has started {launched} ranks already; leave -n out")
+            return report(mistake, launched_rank(os.environ))
+        if options.job is not None:
+            Job.load(options.job, options.overrides)  # a mistake in it is told before any rank is started
+        command = [sys.executable, "-m", "hpctrain", "doctor", *(["--json"] if options.json else [])]
+        command += [f"--job={options.job}", *options.overrides] if options.job is not None else []
+        try:
+            return launcher.run(options.n, command)
+        except ClusterError:
+            if options.n < 1:
+                raise  # else there is no launcher: what is wrong with it is told below
+    load = (lambda: Job.load(options.job, options.overrides)) if options.job is not None else None
+    return doctor.main(options.json, options.job, load)
+
+
 def _explain(options: argparse.Namespace) -> int:
     from hpctrain.explain import as_markdown, as_text, explain
 
     rows = [row for row in explain() if row.key.startswith(options.key)]
-    print(as_markdown(rows) if options.markdown else as_text(rows))
+    print((as_markdown(rows) if options.markdown else as_text(rows)).rstrip("\n"))
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -61,9 +61,15 @@ def _last_of_each_node_in_turn(nodes: Sequence[int]) -> list[int]:
     return order
 
 
-def local_cores(cores: int, local_size: int, threads: int | str) -> int:
-    """Torch threads for a rank: as asked for, or its share of the node's cores (at least 1)."""
-    return max(1, cores // local_size) if threads == "auto" else int(threads)
+def share_of_cores(mine: Collection[int], everybodys: Sequence[Collection[int]]) -> float:
+    """How many cores are a rank's own, of those (`mine`) that it may use; `everybodys`: what the ranks of its node may
+    use, itself included. A launcher may have bound each to cores of its own, or none of them to any."""
+    return len(mine) / max(1, sum(not set(mine).isdisjoint(cores) for cores in everybodys))
+
+
+def threads_for(cores: float, threads: int | str) -> int:
+    """Torch threads for a rank: as asked for, or as many as it has cores of its own (at least 1)."""
+    return max(1, int(cores)) if threads == "auto" else int(threads)
 
 
 def device_for(wanted: str, local_rank: int, gpus: int) -> str:

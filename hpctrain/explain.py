@@ -17,6 +17,7 @@ from hpctrain.jobtables import Amount, Phase, StrategySpec
 from hpctrain.sentences import allowed_text, kind_text, table_of, value_text
 
 OWN = '"package.module:attribute"'
+WRITTEN_OUT = {"strategy": "strategy", "rule": "phases.N.until"}  # where the options of each kind are listed
 AMOUNT = "one of {epochs = ...}, {steps = ...}, {samples = ...}, {fraction = ...}"
 
 
@@ -42,7 +43,7 @@ def _rows(model: type[BaseModel], above: str, prefix: str = "") -> Iterator[Row]
     for name, field in model.model_fields.items():
         key, table = above + (field.alias or name), table_of(field.annotation)
         if table is not None and issubclass(table, Choice):
-            yield from _choice(table, key)
+            yield from _choice(table, key, field, prefix)
         elif table is not None and not issubclass(table, Amount):
             yield from _rows(table, f"{key}.", prefix)
         else:
@@ -56,15 +57,15 @@ def _rows(model: type[BaseModel], above: str, prefix: str = "") -> Iterator[Row]
         yield Row(f"{above}*", "any value", "none", "", text)
 
 
-def _choice(choice: type[Choice], key: str) -> Iterator[Row]:
-    names = registry.TABLES[choice.KIND]
-    what = {"strategy": "how the replicas agree", "rule": "what ends the phase"}.get(choice.KIND, "")
-    if choice is StrategySpec and key != "strategy":
-        yield Row(key, "table", '{name = "all_reduce"}', "", f"{what} in this phase: the keys of strategy")
+def _choice(choice: type[Choice], key: str, field: FieldInfo, prefix: str) -> Iterator[Row]:
+    where = WRITTEN_OUT[choice.KIND]
+    if key != where:
+        default = f'{{{choice.KEY} = "{choice.DEFAULT}"}}'
+        yield Row(key, "table", default, "", f"{prefix}{field.description}: the keys of {where}")
         return
+    names = registry.TABLES[choice.KIND]
     default = value_text(choice.DEFAULT) if choice is StrategySpec else "none"
-    text = f"{what}; not together with phases" if choice is StrategySpec else f"{what}; none in the last: the run's end"
-    yield Row(f"{key}.{choice.KEY}", "text", default, _listed(names), text)
+    yield Row(f"{key}.{choice.KEY}", "text", default, _listed(names), field.description or "")
     for name in names:
         options = options_class(registry.resolve(choice.KIND, name))
         if options is not None:

@@ -15,18 +15,20 @@ from pydantic import Field, PlainValidator, ValidationError, ValidationInfo, fie
 
 from hpctrain import jobfile, registry
 from hpctrain.errors import ClusterError, JobError
-from hpctrain.jobspec import Choice, Named, Options, Table
+from hpctrain.jobspec import Named, Options, Table
 from hpctrain.jobtables import (
     Amount,
     Communicator,
     Data,
     Debug,
+    Enter,
     Loss,
     Metric,
     Model,
     Optimizer,
     Phase,
     StrategySpec,
+    SwitchOptions,
     Trace,
     Train,
 )
@@ -117,11 +119,14 @@ class Job(Table):
         tables = self.plain()
         specs = [(tables[name], getattr(self, name)) for name in tables if isinstance(tables[name], dict)]
         specs += [(tables["optimizer"].get(key), getattr(self.optimizer, key)) for key in ("schedule", "groups")]
-        for table, phase in zip(tables.get("phases", []), self.phases or [], strict=True):
-            specs += [(table["strategy"], phase.strategy), (table.get("until"), phase.until)]
         for table, spec in specs:
-            if isinstance(spec, (Named, Choice)) and spec.thing is not None:
+            if isinstance(spec, Named) and spec.thing is not None:
                 table[spec.KEY] = spec.thing
+        if self.strategy is not None:
+            tables["strategy"] = self.strategy.with_objects()
+        for table, phase in zip(tables.get("phases", []), self.phases or [], strict=True):
+            choices = {"strategy": phase.strategy, "until": phase.until}
+            table |= {key: choice.with_objects() for key, choice in choices.items() if choice is not None}
         return tables
 
     def dump(self) -> str:
@@ -133,10 +138,22 @@ class Job(Table):
 
     @property
     def schedule(self) -> list[Phase]:
-        """The phases of the run; of a job with `strategy`, one, which ends with the run."""
+        """The phases of the run; of a job with `strategy`, one, which ends with the run, or those of a switch.
+
+        All but the last have `until`, all but the first `enter`.
+        """
         if self.phases is not None:
             return list(self.phases)
-        return [Phase(strategy=self.strategy or StrategySpec.model_validate({}))]
+        strategy = self.strategy or StrategySpec.model_validate({})
+        return strategy.options.phases() if isinstance(strategy.options, SwitchOptions) else [Phase(strategy=strategy)]
+
+    def key(self, phase: int, table: Literal["strategy", "until", "enter"]) -> str:
+        """Where that table of a phase in `schedule` is written, for messages: "phases.1.until", "strategy.then"."""
+        if self.phases is not None:
+            return f"phases.{phase}.{table}"
+        if self.strategy is not None and isinstance(self.strategy.options, SwitchOptions):
+            return f"strategy.{self.strategy.options.key(phase, table)}"
+        return "strategy"
 
     @field_validator("name", "output")
     @classmethod
@@ -154,6 +171,9 @@ class Job(Table):
     def _fill(cls, value: Any) -> Any:
         if isinstance(value, dict) and value.get("strategy") is None and value.get("phases") is None:
             return {**value, "strategy": {}}
+        if isinstance(value, dict) and isinstance(value.get("phases"), list):
+            phases = value["phases"]
+            return {**value, "phases": [*phases[:1], *map(_entered, phases[1:])]}
         return value
 
     @model_validator(mode="after")
@@ -171,6 +191,8 @@ class Job(Table):
                     None,
                     "is missing: only the last phase may go on to the run's end",
                 )
+        if self.phases is not None and self.phases[0].enter is not None:
+            fail(("phases", 0, "enter"), None, "nothing comes before the first phase; leave it out")
         for rank in self.debug.slow:
             if self.ranks is not None and rank >= self.ranks:
                 fail(
@@ -179,6 +201,13 @@ class Job(Table):
                     f"ranks = {self.ranks}, so ranks are 0 to {self.ranks - 1}",
                 )
         return self
+
+
+def _entered(phase: Any) -> Any:
+    """A phase that has one before it, with the default of `enter` written out."""
+    if isinstance(phase, dict) and phase.get("enter") is None:
+        return {**phase, "enter": {}}
+    return phase.model_copy(update={"enter": Enter()}) if isinstance(phase, Phase) and phase.enter is None else phase
 
 
 def check_ranks(job: Job, size: int) -> None:

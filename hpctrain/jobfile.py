@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from hpctrain.sentences import Place, dotted, model_at, value_text
 
 LONGEST = 2**20  # bytes of a job file
 _DEFAULT = object()
+Setting = tuple[Place, Any]
+Look = Callable[[Place], type[BaseModel] | None]  # the table that belongs at a place
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -83,13 +87,49 @@ def override(
     """
     if isinstance(overrides, str):
         raise JobError('overrides are a list of "key=value", not one text')
-    settings = [_setting(text, model) for text in overrides]
-    settings.sort(key=lambda setting: not _is_name(setting[0], model))
-    places = [place for place, _ in settings]
     result: dict[str, Any] = _copied(tables)
-    for place, value in settings:
-        _set(result, place, value, model, places)
+    look = functools.partial(_table_at, model, tables=result)
+    settings = [_setting(text) for text in overrides]
+    places: list[Place] = []
+    while settings:
+        spelt = [_spelt_out(setting, look) for setting in settings]  # anew each time: the names set so far decide
+        now = _names_first([place for place, _ in spelt], look)
+        given = [*places, *(place for place, _ in spelt)]
+        for place, value in compress(spelt, now):
+            _set(result, place, value, look, given)
+            places.append(place)
+        settings = list(compress(settings, [not done for done in now]))
     return result, places
+
+
+def _names_first(places: list[Place], look: Look) -> list[bool]:
+    """Which are to be set now: the outermost names come first, for they decide what lies below; then the rest."""
+    named = [_is_name(place, look) for place in places]
+    depth = min((len(place) for place in compress(places, named)), default=None)
+    if depth is None:
+        return [True] * len(places)
+    return [name and len(place) == depth for place, name in zip(places, named, strict=True)]
+
+
+def _table_at(model: type[BaseModel], place: Place, tables: Any) -> type[BaseModel] | None:
+    """As `model_at`, and also within what has tables of its own under the name that `tables` give it (a switch)."""
+    if (found := model_at(model, place)) is not None:
+        return found
+    for depth in range(1, len(place)):
+        outer = model_at(model, place[:depth])
+        if outer is not None and issubclass(outer, Choice):
+            inner = _value_at(tables, place[:depth])
+            options = outer.composite(inner.get(outer.KEY, outer.DEFAULT) if isinstance(inner, dict) else inner)
+            return None if options is None else _table_at(options, place[depth:], inner)
+    return None
+
+
+def _value_at(tables: Any, place: Place) -> Any:
+    for part in place:
+        if isinstance(tables, list):
+            tables = {str(index): item for index, item in enumerate(tables)}
+        tables = tables.get(str(part)) if isinstance(tables, dict) else None
+    return tables
 
 
 def _copied(value: Any) -> Any:
@@ -98,7 +138,7 @@ def _copied(value: Any) -> Any:
     return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
-def _setting(text: str, model: type[BaseModel]) -> tuple[Place, Any]:
+def _setting(text: str) -> Setting:
     key, equals, value = text.partition("=")
     form = f'override "{shown(text)}"'
     if not equals:
@@ -109,10 +149,16 @@ def _setting(text: str, model: type[BaseModel]) -> tuple[Place, Any]:
         place = _place(parse(f"{key.strip()} = 0"))
     except ValueError:
         raise JobError(f"{form}: {shown(key)} is not a key; expected words joined by dots") from None
-    parsed, table = _value(value.strip()), model_at(model, place)
-    if isinstance(parsed, str) and table is not None and issubclass(table, (Named, Choice)):
-        place = (*place, table.KEY)  # strategy=all_reduce is short for strategy.name=all_reduce
-    return place, parsed
+    return place, _value(value.strip())
+
+
+def _spelt_out(setting: Setting, look: Look) -> Setting:
+    """strategy=all_reduce is short for strategy.name=all_reduce."""
+    place, value = setting
+    table = look(place)
+    if isinstance(value, str) and table is not None and issubclass(table, (Named, Choice)):
+        return (*place, table.KEY), value
+    return setting
 
 
 def _place(tables: dict[str, Any]) -> Place:
@@ -136,24 +182,24 @@ def _value(text: str) -> Any:
     return tables["value"] if list(tables) == ["value"] else text
 
 
-def _is_name(place: Place, model: type[BaseModel]) -> bool:
+def _is_name(place: Place, look: Look) -> bool:
     """True where `place` is the key that says what its table is about."""
-    table = model_at(model, place[:-1])
+    table = look(place[:-1])
     return table is not None and issubclass(table, (Named, Choice)) and place[-1] == table.KEY
 
 
-def _set(tables: dict[str, Any], place: Place, value: Any, model: type[BaseModel], given: list[Place]) -> None:
+def _set(tables: dict[str, Any], place: Place, value: Any, look: Look, given: list[Place]) -> None:
     here: Any = tables
     for depth, part in enumerate(place):
         at = place[:depth]
         if isinstance(here, list):
             part = _index(here, part, at)
         else:
-            _make_way(here, place, depth, model, given)
+            _make_way(here, place, depth, look, given)
         if depth == len(place) - 1:
-            _put(here, part, value, model_at(model, at))
+            _put(here, part, value, look(at))
         else:
-            here = _inner(here, part, place[: depth + 1], model)
+            here = _inner(here, part, place[: depth + 1], look)
 
 
 def _index(here: list[Any], part: int | str, at: Place) -> int:
@@ -164,10 +210,10 @@ def _index(here: list[Any], part: int | str, at: Place) -> int:
     raise JobError(f"override {dotted((*at, part))}: {dotted(at)} is a list that {has}")
 
 
-def _inner(here: Any, part: Any, place: Place, model: type[BaseModel]) -> Any:
+def _inner(here: Any, part: Any, place: Place, look: Look) -> Any:
     """The table or list at `place`, made if missing; a name alone is what is short for its table."""
     value = here[part] if isinstance(here, list) else here.setdefault(part, {})
-    table = model_at(model, place)
+    table = look(place)
     if isinstance(value, str) and table is not None and issubclass(table, (Named, Choice)):
         value = here[part] = {table.KEY: value}
     if not isinstance(value, (dict, list)):
@@ -175,15 +221,15 @@ def _inner(here: Any, part: Any, place: Place, model: type[BaseModel]) -> Any:
     return value
 
 
-def _make_way(here: dict[str, Any], place: Place, depth: int, model: type[BaseModel], given: list[Place]) -> None:
+def _make_way(here: dict[str, Any], place: Place, depth: int, look: Look, given: list[Place]) -> None:
     """Take out the keys that cannot stand beside the one that is about to be set, unless they are set too."""
     at, part = place[:depth], str(place[depth])
-    table = model_at(model, at)
+    table = look(at)
     groups = table.EXCLUSIVE if table is not None and issubclass(table, Table) else ()
     for other in {key for group in groups if part in group for key in group} - {part}:
         if other not in here or any(setting[: depth + 1] == (*at, other) for setting in given):
             continue
-        if depth < len(place) - 1 and part not in here and not _is_name(place, model):
+        if depth < len(place) - 1 and part not in here and not _is_name(place, look):
             raise JobError(
                 f"override {dotted(place)}: this job has {other} in place of {part}; "
                 f"set a key of {other}, or set {part}.name too"

@@ -50,6 +50,10 @@ class Options(Table):
     """What a strategy or rule can be told: the base of their `Options` classes."""
 
 
+class Composite(Options):
+    """Options that are tables themselves, with strategies and rules of their own: what they name may be an object."""
+
+
 class _Recorded(str):
     """The name that an object was given, as opposed to one somebody wrote: may begin with "<"."""
 
@@ -125,26 +129,33 @@ class Named(Table):
 
         Raises JobError if it does not take them; what it does when called is its own affair.
         """
-        function = self.resolve()
-        if not callable(function):
-            raise JobError(f'{self.KIND} "{self.name}" is a {type(function).__name__}, which cannot be called')
-        try:
-            signature = inspect.signature(function)
-        except (TypeError, ValueError):  # built-in, without a signature: it will say so itself
-            return functools.partial(function, **self.options)
-        parameters = signature.parameters.values()
-        taken = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        taken = taken[positional:]
-        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            for key in self.options:
-                if key not in taken:
-                    text = f"no keyword {key}{did_you_mean(key, taken)}; it takes {', '.join(taken) or 'none'}"
-                    raise JobError(f'{self.KIND} "{self.name}" has {text}')
-        try:
-            signature.bind(*[None] * positional, **self.options)
-        except TypeError as error:
-            raise JobError(f'{self.KIND} "{self.name}" cannot be called as the job says: {error}') from None
-        return functools.partial(function, **self.options)
+        return bound(f'{self.KIND} "{self.name}"', self.resolve(), self.options, positional)
+
+
+def bound(what: str, function: Any, options: dict[str, Any], positional: int) -> Callable[..., Any]:
+    """`function`, with the keyword arguments `options` filled in, to be called with `positional` arguments.
+
+    Raises JobError, a sentence about `what`, if it cannot be called or does not take them.
+    """
+    if not callable(function):
+        raise JobError(f"{what} is a {type(function).__name__}, which cannot be called")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built-in, without a signature: it will say so itself
+        return functools.partial(function, **options)
+    parameters = signature.parameters.values()
+    taken = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    taken = taken[positional:]
+    if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+        for key in options:
+            if key not in taken:
+                text = f"no keyword {key}{did_you_mean(key, taken)}; it takes {', '.join(taken) or 'none'}"
+                raise JobError(f"{what} has {text}")
+    try:
+        signature.bind(*[None] * positional, **options)
+    except TypeError as error:
+        raise JobError(f"{what} cannot be called as the job says: {error}") from None
+    return functools.partial(function, **options)
 
 
 def _split(value: Any, key: str) -> tuple[dict[str, Any], Any]:
@@ -184,7 +195,17 @@ class Choice(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """As `Table.plain`."""
+        if isinstance(self.options, Composite):
+            return {self.KEY: self.name, **self.options.plain()}
         return {self.KEY: self.name, **self.options.model_dump(mode="json", exclude_none=True)}
+
+    def with_objects(self) -> dict[str, Any]:
+        """As `plain`, but with the objects themselves where their names cannot be imported."""
+        table = {**self.plain(), self.KEY: self.name if self._object is None else self._object}
+        if isinstance(self.options, Composite):
+            inner = {name: getattr(self.options, name) for name in type(self.options).model_fields}
+            table |= {name: spec.with_objects() for name, spec in inner.items() if isinstance(spec, Choice)}
+        return table
 
     @property
     def thing(self) -> Any:
@@ -193,7 +214,20 @@ class Choice(BaseModel):
 
     def resolve(self) -> Any:
         """The class itself."""
-        return self._object if self._object is not None else registry.resolve(self.KIND, self.name)
+        return self._class_of(self._object if self._object is not None else registry.resolve(self.KIND, self.name))
+
+    @classmethod
+    def _class_of(cls, thing: Any) -> Any:
+        """What stands for a class where something else was named."""
+        return thing
+
+    @classmethod
+    def composite(cls, name: object) -> type[Composite] | None:
+        """The options of what is built in under `name`, if they are tables themselves."""
+        if not isinstance(name, str) or name not in registry.TABLES[cls.KIND]:
+            return None
+        model = options_class(registry.resolve(cls.KIND, name))
+        return model if model is not None and issubclass(model, Composite) else None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -205,7 +239,7 @@ class Choice(BaseModel):
         if not isinstance(name, str):
             fail((cls.KEY,), name, f"must be text, the name of a {cls.KIND}")
         try:
-            chosen = registry.resolve(cls.KIND, name) if thing is None else thing
+            chosen = cls._class_of(registry.resolve(cls.KIND, name) if thing is None else thing)
         except JobError as error:
             prefix = f'{cls.KIND} "{registry.shown(name)}"'
             fail((cls.KEY,), name, str(error).removeprefix(prefix).lstrip(": "))
@@ -224,15 +258,24 @@ def _options(cls: type[Choice], name: str, chosen: Any, table: dict[str, Any]) -
     known = [field.alias or key for key, field in model.model_fields.items()]
     unknown = [] if model.model_config.get("extra") == "allow" else [key for key in table if key not in known]
     errors = [wrong((key,), None, _unknown_option(cls, name, key, known)) for key in unknown]
-    clean = {key: value for key, value in table.items() if key not in unknown and not unwritable(value)}
-    errors += unwritable({key: value for key, value in table.items() if key not in unknown})
-    try:  # as JSON: strict about types, but a list may become a tuple, "0" a rank, and a text an enum
-        options = model.model_validate_json(json.dumps(clean, default=str), strict=True)
+    given = {key: value for key, value in table.items() if key not in unknown}
+    if not issubclass(model, Composite):  # whose own tables see to it
+        errors += unwritable(given)
+        given = {key: value for key, value in given.items() if not unwritable(value)}
+    try:
+        options = _validated(model, given)
     except ValidationError as error:
         errors += [wrong(fault.place, fault.value, fault.text) for fault in faults(error, model)]
         options = None
     raise_all(errors)
     return options
+
+
+def _validated(model: type[BaseModel], table: dict[str, Any]) -> BaseModel:
+    if issubclass(model, Composite):
+        return model.model_validate(table)
+    # as JSON: strict about types, but a list may become a tuple, "0" a rank, and a text an enum
+    return model.model_validate_json(json.dumps(table, default=str), strict=True)
 
 
 def options_class(chosen: Any) -> type[BaseModel] | None:
@@ -243,7 +286,16 @@ def options_class(chosen: Any) -> type[BaseModel] | None:
 
 def _unknown_option(cls: type[Choice], name: str, key: str, known: list[str]) -> str:
     has = ", ".join([cls.KEY, *known])
-    return f'unknown key{did_you_mean(key, known)}; {cls.KIND} "{name}" has {has}'
+    hint = did_you_mean(key, known) or _of_another(cls, key)
+    return f'unknown key{hint}; {cls.KIND} "{name}" has {has}'
+
+
+def _of_another(cls: type[Choice], key: str) -> str:
+    for name in registry.TABLES[cls.KIND]:
+        model = options_class(registry.resolve(cls.KIND, name))
+        if model is not None and key in model.model_fields:
+            return f' ({cls.KIND} "{name}" has it)'
+    return ""
 
 
 def names_of(kind: str, value: object) -> object:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from hpctrain import registry
-from hpctrain.jobspec import Choice, Named, Table, names_of
+from hpctrain.errors import JobError
+from hpctrain.jobspec import Choice, Composite, Named, Table, names_of
 from hpctrain.sentences import fail
 
 MANY = 10**12
@@ -64,8 +66,8 @@ class Data(Named):
     validation: Share = Field(default=0.0, description="share of the training samples held back for validation")
     queue: Literal["auto", "static", "shared"] = Field(
         default="auto",
-        description="static: each worker has its own share of the samples; shared: one queue for all; "
-        "auto: as the strategy prefers",
+        description="in asynchronous phases, static: each worker has its own share of the samples; shared: one queue "
+        "for all, from which a slow worker takes fewer; auto: shared. Synchronous phases deal out every round",
     )
     shuffle: bool = Field(default=True, description="another order of the samples in every epoch, drawn from the seed")
     prefetch: Annotated[int, Field(ge=0, le=1024)] = Field(default=2, description="batches fetched ahead of their use")
@@ -269,6 +271,44 @@ class RuleSpec(Choice):
     KEY = "rule"
     DEFAULT = "after"
 
+    @classmethod
+    def _class_of(cls, thing: Any) -> Any:
+        return registry.resolve(cls.KIND, registry.FUNCTION_AS_RULE)(thing) if inspect.isfunction(thing) else thing
+
+    @model_validator(mode="after")
+    def _check_keywords(self) -> Self:
+        rule = self.resolve()
+        if isinstance(rule, registry.resolve(self.KIND, registry.FUNCTION_AS_RULE)):
+            try:
+                rule.check(self.options)
+            except JobError as error:
+                fail((self.KEY,), self.name, str(error).partition('" ')[2])
+        return self
+
+
+class Enter(Table):
+    """What becomes of learning rate and momentum where the phase before goes over into this one."""
+
+    learning_rate: Literal["auto", "keep", "scale", "reset", "ramp"] = Field(
+        default="auto",
+        description="auto: its course goes on, times what the strategy makes of it (lr_per_update); keep: its course "
+        "goes on, as in the phase before; scale: that times enter.scale; reset: its course begins anew over what "
+        "remains of the run, warm-up included; ramp: auto, times a linear rise over enter.ramp",
+    )
+    momentum: Literal["keep", "scale", "reset", "ramp"] = Field(
+        default="keep",
+        description="keep: as it was; scale: times enter.scale; reset: the optimizer begins afresh (its other state "
+        "too); ramp: a linear rise to what it was over enter.ramp",
+    )
+    scale: Positive | None = Field(
+        default=None,
+        description="the factor of learning_rate = scale and momentum = scale; left out: 1 / the phase's workers",
+    )
+    ramp: Amount = Field(
+        default_factory=lambda: Amount(fraction=0.05),
+        description="how long learning_rate = ramp and momentum = ramp take to rise from 0",
+    )
+
 
 class Phase(Table):
     """A stretch of the run under one strategy."""
@@ -276,13 +316,78 @@ class Phase(Table):
     strategy: StrategySpec = Field(description="how the replicas agree in this phase")
     until: RuleSpec | None = Field(
         default=None,
-        description="the rule that ends the phase; left out (in the last phase only): the end of the run",
+        description="the rule that ends the phase, a class or a function of the losses (over intervals of 10 rounds); "
+        "left out (in the last phase only): the end of the run",
+    )
+    enter: Enter | None = Field(
+        default=None,
+        description="how learning rate and momentum come into this phase; not in the first",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, value: Any) -> Any:
         return {**value, "strategy": {}} if isinstance(value, dict) and "strategy" not in value else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _refuse_schedule("strategy", self.strategy)
+        return self
+
+
+def _refuse_schedule(key: str, spec: StrategySpec) -> None:
+    if isinstance(spec.options, Composite):
+        fail((key, spec.KEY), spec.name, "is a schedule of phases itself, so it cannot be one of them; name another")
+
+
+class FirstRule(RuleSpec):
+    """The rule that ends the first phase of a switch."""
+
+    DEFAULT = "loss_stable"
+
+
+class SecondStrategy(StrategySpec):
+    """The strategy of the second phase of a switch."""
+
+    DEFAULT = "parameter_server"
+
+
+class SwitchOptions(Composite):
+    """The keys of strategy.name = "switch"."""
+
+    first: StrategySpec = Field(
+        default_factory=lambda: StrategySpec.model_validate({}), description="the strategy of the first phase"
+    )
+    until: FirstRule = Field(
+        default_factory=lambda: FirstRule.model_validate({}), description="the rule that ends the first phase"
+    )
+    then: SecondStrategy = Field(
+        default_factory=lambda: SecondStrategy.model_validate({}), description="the strategy of the second phase"
+    )
+    enter: Enter = Field(default_factory=Enter, description="how learning rate and momentum come into the second phase")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _refuse_schedule("first", self.first)
+        _refuse_schedule("then", self.then)
+        return self
+
+    def phases(self) -> list[Phase]:
+        """The two phases that it is short for."""
+        return [Phase(strategy=self.first, until=self.until), Phase(strategy=self.then, enter=self.enter)]
+
+    def key(self, phase: int, table: str) -> str:
+        """Where `table` ("strategy", "until", "enter") of that phase is written."""
+        return ("first", "then")[phase] if table == "strategy" else table
+
+
+class Switch:
+    """Strategy-switch (Provatas et al., IEEE Access 13:9510, 2025): one strategy until a rule fires, then another.
+
+    A schedule of two phases under a name of its own: `Job.schedule` has them, and nothing is ever trained by this.
+    """
+
+    Options = SwitchOptions
 
 
 class Trace(Table):

@@ -114,7 +114,7 @@ class Keeper:
             )
 
     def _schedule(self) -> str:
-        return ", then ".join(phase.strategy.name for phase in self.prepared.job.schedule)
+        return ", then ".join(runfolder.name_of(phase.strategy) for phase in self.prepared.job.schedule)
 
     def _adopt_parameters(self, parameters: dict[str, Tensor]) -> None:
         with torch.no_grad():

@@ -187,6 +187,7 @@ class Session:
                 state = None
             if not self._next_phase(phase):
                 break
+            state = self._hand_over(state)
         self._finish(phase)
 
     # -- beginning -------------------------------------------------------------------------------------------
@@ -268,7 +269,8 @@ class Session:
         if before is not None:
             self.replica.lend_buffers(self.comm, set(roles.workers) - set(before.roles.workers))
             _free(before)
-        conductor = prepared.conductor(index, books.phase_start)
+        recorder, pace = comm.recorder, prepared.pace(index, books.phase_start)
+        conductor = prepared.conductor(index, books.phase_start, recorder.event)
         rule_state = comm.broadcast_json(state.rule if state is not None else None)
         if rule_state and conductor.rule is not None:
             conductor.rule.load(rule_state)
@@ -283,15 +285,23 @@ class Session:
             make_update=lambda values, low, high: make_update(
                 prepared.optimizer, prepared.replica.layout, values, low, high
             ),
-            rate=prepared.course.factor,
+            rate=pace.rate,
             conductor=conductor,
             batch=prepared.batch,
             clip_norm=self.job.train.clip_norm,
             nan=self.job.train.nan,
             cursor=books.cursor,
+            momentum=pace.momentum_factor,
+            per_update=pace.per_update,
+            adaptive=prepared.optimizer.adaptive,
+            queue="static" if self.job.data.queue == "static" else "shared",
+            epoch=prepared.order.length,
+            ahead=prepared.ahead,
         )
-        role = roles.of(comm.rank).value
-        comm.recorder.event("role", f"phase {index}: {role} of {self.job.schedule[index].strategy.name}")
+        name = runfolder.name_of(self.job.schedule[index].strategy)
+        recorder.event("role", f"phase {index}: {roles.of(comm.rank).value} of {name}")
+        if len(self.job.schedule) > 1:
+            self.out.say(f"phase {index}: {name}, {runfolder.describe_roles(roles)}")
         self._phase = phase
         return phase
 
@@ -323,8 +333,9 @@ class Session:
         self._strategy = strategy
         summaries = self.books.summaries
         if not summaries or summaries[-1].index != phase.index:
-            summaries.append(PhaseSummary(phase.index, self.job.schedule[phase.index].strategy.name))
+            summaries.append(PhaseSummary(phase.index, runfolder.name_of(self.job.schedule[phase.index].strategy)))
         self._since = self.comm.now()
+        self._version = strategy.version
         phase.comm.recorder.step = self.books.step
         if self._signals is not None:
             self._signals.stepped()
@@ -358,14 +369,22 @@ class Session:
     def _next_phase(self, phase: Phase) -> bool:
         """Whether another phase follows. Collective over all ranks; rank 0, always a worker, knows."""
         self._ended = False
-        self._take_account(self.comm.broadcast_json(self._account()))
-        self._interrupted = self.comm.broadcast_json(self._interrupted)
+        account = self._account() if self.comm.rank == 0 else None
+        told = self.comm.gather_json([self.books.step, self._interrupted, account])
+        self._take_account(told[0][2])
+        self._interrupted = told[0][1]
+        self.books.step = max(step for step, _, _ in told)  # where workers do not step together, some took more
         if self._ending != "phase" or self._interrupted or phase.index + 1 >= len(self.job.schedule):
             return False
         self.books.phase, self.books.phase_start = phase.index + 1, self.books.cursor
         self.out.say(f"switched at sample {self.books.cursor:,}: {self._why}")
         self.comm.recorder.event("switch", self._why)
         return True
+
+    def _hand_over(self, state: State | None) -> State | None:
+        """What the next phase's optimizer takes over."""
+        pace = self.prepared.pace(self.books.phase, self.books.phase_start)
+        return None if pace.resets else state
 
     def _account(self) -> dict[str, Any]:
         """Where the run stands, as plain values: what the ranks of the next phase and a checkpoint must know."""
@@ -386,13 +405,13 @@ class Session:
         before, books.cursor = books.cursor, outcome.cursor
         books.step = trainer.steps
         summary = books.summaries[-1]
-        summary.steps += 1
+        summary.steps += self._updates_until(outcome)
         summary.samples += outcome.cursor - before
         summary.loss = outcome.loss
         epoch = outcome.cursor / self.prepared.epoch
         recorder, rate = phase.comm.recorder, self.job.optimizer.lr or 0.0
         recorder.step_done(
-            epoch, loss, samples, rate * self.prepared.course.factor(before), outcome.result,
+            epoch, loss, samples, rate * phase.rate(before), outcome.result,
             *outcome.staleness, phase.index, outcome.cursor,
         )  # fmt: skip
         recorder.step = trainer.steps
@@ -405,6 +424,11 @@ class Session:
             self._tell_progress(summary, epoch, outcome.loss)
         return self._heed(outcome) if outcome.ask else False
 
+    def _updates_until(self, outcome: Outcome) -> int:
+        """How many there were since this worker's last step: where workers do not step together, those of all."""
+        before, self._version = self._version, outcome.version
+        return max(1, outcome.version - before)
+
     def _tell_progress(self, summary: PhaseSummary, epoch: float, loss: float) -> None:
         seconds = (self.comm.now() - self._since) / 1e9 + summary.seconds
         rate = summary.samples / seconds if seconds > 0 else 0.0
@@ -414,17 +438,19 @@ class Session:
         )
 
     def _heed(self, outcome: Outcome) -> bool:
-        ask, reason = outcome.ask, None
+        ask, why, reason = outcome.ask, outcome.why, None
         last = self.books.phase + 1 >= len(self.job.schedule)
         stops = bool(ask & Ask.STOP) or (last and bool(ask & Ask.END_PHASE))
-        with self._clock_stopped():
+        with self._clock_stopped(0 if ask & (Ask.STOP | Ask.END_PHASE) else outcome.held):
             if ask & Ask.EVALUATE and not ask & Ask.INTERRUPT:
-                reason = self._evaluate(stops)
+                reason, ruled = self._evaluate(stops)
+                if ruled is not None:
+                    ask, why, stops = ask | Ask.END_PHASE, ruled, stops or last
             ends = bool(ask & (Ask.STOP | Ask.END_PHASE | Ask.INTERRUPT)) or reason is not None
             if stops or reason is not None:
                 self._ending = "stop"
             elif ask & Ask.END_PHASE:
-                self._ending, self._why = "phase", outcome.why
+                self._ending, self._why = "phase", why
             elif ask & Ask.INTERRUPT:
                 self._ending = "on"
             self._interrupted = bool(ask & Ask.INTERRUPT)
@@ -437,28 +463,33 @@ class Session:
         return ends
 
     @contextmanager
-    def _clock_stopped(self) -> Iterator[None]:
-        """Evaluation and checkpoints do not count as training time."""
-        summary = self.books.summaries[-1]
-        summary.seconds += (self.comm.now() - self._since) / 1e9
+    def _clock_stopped(self, held: int) -> Iterator[None]:
+        """Evaluation and checkpoints do not count as training time, nor what workers wait for each other (`held`
+        nanoseconds, this one) to come to them."""
+        summary, began = self.books.summaries[-1], self.comm.now() - held
+        summary.seconds += (began - self._since) / 1e9
         try:
             yield
         finally:
             self._since = self.comm.now()
+            summary.pauses += (self._since - began) / 1e9
 
-    def _evaluate(self, stops: bool) -> str | None:
-        """On the validation samples (else the test samples). Returns why training should stop, or None. Collective.
+    def _evaluate(self, stops: bool) -> tuple[str | None, str | None]:
+        """On the validation samples (else the test samples). Why training should stop, and why the phase should, or
+        None. Collective over the workers.
 
         Not where the run stops anyway and ends with just that evaluation.
         """
         splits = self.prepared.splits
         name, dataset = ("validation", splits.validation) if splits.validation is not None else ("test", splits.test)
         if dataset is None or (stops and (splits.validation is None or splits.test is None)):
-            return None
+            return None, None
         assert self._phase is not None and self._phase.workers is not None
         with self._strategy.settled():
             _, metric = self._measure(self._phase.workers, name, dataset)
-        return self.progress.judge(metric)
+        conductor = self._phase.conductor
+        ruled = conductor.evaluated(self.books.cursor, metric)
+        return self.progress.judge(metric), conductor.why if ruled else None
 
     def _measure(self, comm: Communicator, name: str, dataset: Any) -> tuple[float, float]:
         prepared, books = self.prepared, self.books

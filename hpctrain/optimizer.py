@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,11 +27,12 @@ REFUSED = {
 @dataclass(frozen=True)
 class OptimizerChoice:
     """A torch.optim class with its keyword arguments. `elementwise`: each element's update depends on no other,
-    so that the arena may be cut anywhere."""
+    so that the arena may be cut anywhere. `adaptive`: updates do not grow with the gradient (Adam and its like)."""
 
     cls: type[torch.optim.Optimizer]
     options: dict[str, Any]
     elementwise: bool
+    adaptive: bool = False
 
     @classmethod
     def of(
@@ -53,7 +54,7 @@ class OptimizerChoice:
             elementwise = own and name in ELEMENTWISE
         choice = cls(optimizer, options, elementwise)
         choice._try(device)
-        return choice
+        return replace(choice, adaptive=choice._normalises(device))
 
     def check(self, layout: Layout, device: torch.device | str = "cpu") -> None:
         """Every parameter is one the optimizer takes, with the options of its group. Raises ModelError."""
@@ -70,17 +71,58 @@ class OptimizerChoice:
                         "optimizer, or freeze what it does not take"
                     ) from None
 
+    def check_movable(self) -> None:
+        """What the optimizer remembers of all parameters together (and not in torch's `state`) stays with one rank:
+        ModelError, for schedules of several phases."""
+        optimizer, _ = self._step("cpu")
+        fresh = self.build([torch.nn.Parameter(torch.zeros(2, 2))]).param_groups[0]
+        for key, value in optimizer.param_groups[0].items():
+            if key not in ("params", "lr") and value is not fresh.get(key) and value != fresh.get(key):
+                raise ModelError(
+                    f"optimizer {self.cls.__name__} counts {key} for all parameters together, and that cannot be dealt "
+                    "out anew where a phase ends; train in one phase, or take another optimizer"
+                )
+
     def _try(self, device: torch.device | str = "cpu") -> None:
         """One step on zeros, so that options that only fail there fail now."""
+        optimizer, parameter = self._step(device)
+        if "lr" not in optimizer.param_groups[0]:
+            raise ModelError(f"optimizer {self.cls.__name__} keeps no lr in its param_groups to be scheduled")
+        for key, value in optimizer.state[parameter].items():
+            self._check_state(key, value, parameter)
+
+    def _normalises(self, device: torch.device | str) -> bool:
+        """Whether a gradient ten times as long gives an update that is hardly longer."""
+        plain = replace(self, options={key: value for key, value in self.options.items() if key != "weight_decay"})
+        short, long = (plain._step(device, size)[1].detach().abs().sum() for size in (1.0, 10.0))
+        return bool(long < 3.0 * short)
+
+    def _step(
+        self, device: torch.device | str, size: float = 0.0
+    ) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
+        """One step on parameters of 0 with gradients of `size`."""
         parameter = torch.nn.Parameter(torch.zeros(4 if self.elementwise else (2, 2), device=device))
         optimizer = self.build([parameter])
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.full_like(parameter, size)
         try:
             optimizer.step()
         except Exception as error:
             raise ModelError(f"{self._words()}: {_line(error)}") from error
-        if "lr" not in optimizer.param_groups[0]:
-            raise ModelError(f"optimizer {self.cls.__name__} keeps no lr in its param_groups to be scheduled")
+        return optimizer, parameter
+
+    def _check_state(self, key: str, value: Any, parameter: torch.Tensor) -> None:
+        """It can be cut, sent and put together again by others."""
+        name = self.cls.__name__
+        if isinstance(value, torch.Tensor) and self.elementwise and value.dim() and value.shape != parameter.shape:
+            raise ModelError(
+                f"optimizer {name} keeps {key} of shape {tuple(value.shape)} for a parameter of shape "
+                f"{tuple(parameter.shape)}, so it is not elementwise; leave optimizer.elementwise out"
+            )
+        if not isinstance(value, (torch.Tensor, int, float, type(None))):
+            raise ModelError(
+                f"optimizer {name} keeps {key}, a {type(value).__name__}, for each parameter, which cannot be moved "
+                "between ranks or saved; its state must be tensors and numbers"
+            )
 
     def _words(self) -> str:
         given = ", ".join(f"{key} = {value!r}" for key, value in self.options.items())
@@ -92,6 +134,29 @@ class OptimizerChoice:
             return self.cls(parameters, **self.options)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ModelError(f"{self._words()}: {_line(error)}") from error
+
+
+def corrected_momentum(momentum: float, delayed: int) -> tuple[float, float]:
+    """(momentum, factor of the learning rate) for gradients of `delayed` workers that are applied one by one.
+
+    Delays act like momentum of 1 - 1/delayed of their own (Mitliagkas et al. 2016, theorem 3), which adds to the
+    optimizer's and makes it unstable. So a gradient's memory, of 1 / (1 - momentum) updates, is shortened to one
+    round's share of it; the factor lets the gradient move the parameters as far in the end as it would have.
+    """
+    shorter = max(0.0, 1.0 - (1.0 - momentum) * delayed)
+    return shorter, (1.0 - shorter) / (1.0 - momentum) if momentum < 1.0 else 1.0
+
+
+def _momentum_of(group: dict[str, Any]) -> float:
+    """The momentum of a torch optimizer's parameter group; 0 where it has none."""
+    return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
+
+
+def _set_momentum(group: dict[str, Any], value: float) -> None:
+    if "betas" in group:
+        group["betas"] = (value, *group["betas"][1:])
+    elif "momentum" in group:
+        group["momentum"] = value
 
 
 def _is_torchs(cls: type) -> bool:
@@ -130,14 +195,21 @@ class Update(ABC):
         self.layout, self.values, self.low, self.high = layout, values, low, high
         self._optimizer: torch.optim.Optimizer | None = None
         self._rates: list[float] = []
+        self._momenta: list[float] = []
         self._group_of: dict[int, dict[str, Any]] = {}
 
-    def apply(self, gradient: torch.Tensor, factor: float) -> None:
-        """One optimizer step; `gradient` has high - low elements, `factor` multiplies the learning rates."""
+    def apply(self, gradient: torch.Tensor, factor: float, momentum: float = 1.0, delayed: int = 1) -> None:
+        """One optimizer step; `gradient` has high - low elements, `factor` multiplies the learning rates, `momentum`
+        the momenta (of Adam and its like the first beta). `delayed`: how many workers' updates are in flight at once,
+        for which SGD's momentum is corrected, see `corrected_momentum`."""
         if self._optimizer is None:
             return
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * factor
+        for group, rate, inertia in zip(self._optimizer.param_groups, self._rates, self._momenta, strict=True):
+            kept, faster = inertia * momentum, 1.0
+            if "momentum" in group:
+                kept, faster = corrected_momentum(kept, delayed)
+            group["lr"] = rate * factor * faster
+            _set_momentum(group, kept)
         self._point_at(gradient)
         self._optimizer.step()
 
@@ -145,6 +217,7 @@ class Update(ABC):
         if groups:
             self._optimizer = choice.build(groups)
             self._rates = [group["lr"] for group in self._optimizer.param_groups]
+            self._momenta = [_momentum_of(group) for group in self._optimizer.param_groups]
             self._group_of = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
 
     def _revive(self, value: list[Any], parameter: torch.Tensor) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,19 +12,21 @@ from torch import nn
 
 from hpctrain import registry
 from hpctrain.batchnorm import BatchNorms
-from hpctrain.cluster import Roles, device_for, local_cores
+from hpctrain.cluster import Roles, device_for, threads_for
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.gpu import usable_gpus
-from hpctrain.data.loader import Batch, Loader
+from hpctrain.data.loader import Batch, Loader, fetches_ahead
 from hpctrain.data.order import Order
 from hpctrain.data.splits import Splits, load_data, make_order
 from hpctrain.errors import ClusterError, DataError, JobError, ModelError
 from hpctrain.job import Job
+from hpctrain.jobtables import Enter
 from hpctrain.optimizer import OptimizerChoice
 from hpctrain.replica import Replica
-from hpctrain.schedule import Conductor, Course, RunClock, interval, run_total
+from hpctrain.schedule import Conductor, Course, Pace, Rule, RunClock, interval, run_total
 from hpctrain.strategies.base import Strategy, roles_of
 
+MOST_AHEAD = 4
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -63,15 +64,35 @@ class Prepared:
         made: Strategy = spec.resolve()(spec.options)
         return made
 
-    def conductor(self, phase: int, start: int) -> Conductor:
-        """What decides in that phase, which began at the cursor `start`."""
+    def conductor(self, phase: int, start: int, tell: Callable[[str, str], None]) -> Conductor:
+        """What decides in that phase, which began at the cursor `start`; `tell` hears what its rule computes."""
         clock, train = self.clock(phase), self.job.train
+        evaluate_every, every = interval(clock, train.evaluate_every), train.checkpoint_every
+        checkpoint_every = interval(clock, every) if every else 0
+        higher = self.job.metric.goal == "max"
+        rule = self.rule(phase, start)
+        return Conductor(self.total, evaluate_every, checkpoint_every, rule, tell=tell, higher_is_better=higher)
+
+    def rule(self, phase: int, start: int) -> Rule | None:
+        """What ends that phase, which began at the cursor `start`; None: the end of the run."""
         until = self.job.schedule[phase].until
-        rule = until.resolve()(until.options, clock, start) if until is not None else None
-        every = train.checkpoint_every
-        return Conductor(
-            self.total, interval(clock, train.evaluate_every), interval(clock, every) if every else 0, rule
-        )
+        made: Rule | None = until.resolve()(until.options, self.clock(phase), start) if until is not None else None
+        return made
+
+    def pace(self, phase: int, start: int) -> Pace:
+        """Learning rate and momentum in that phase, which began at the cursor `start`."""
+        enter, workers = self.job.schedule[phase].enter or Enter(), len(self.roles[phase].workers)
+        scale = enter.scale if enter.scale is not None else 1.0 / workers
+        ramp = self.clock(phase).samples(enter.ramp)
+        return Pace(self.course, start, enter.learning_rate, enter.momentum, scale, ramp, self.total)
+
+    @property
+    def ahead(self) -> int:
+        """How many stretches of samples a worker likes to know of besides the one it is at: one for each thread that
+        fetches, but few, since all that were dealt are finished before an evaluation or the end of a phase."""
+        data = self.job.data
+        fetches = fetches_ahead(self.splits.train, data.threads, data.prefetch, data.augment)
+        return min(data.threads, data.prefetch, MOST_AHEAD) if fetches else 0
 
     def loader(self, phase: int, threads: int | None = None) -> Loader:
         """Fetches this rank's training batches."""
@@ -102,11 +123,6 @@ class Prepared:
 
 def prepare(job: Job, comm: Communicator) -> Prepared:
     """Build everything. Not collective, but done by all ranks alike; raises HpctrainErrors of every kind."""
-    if job.data.queue == "shared":
-        raise JobError(
-            'data.queue = "shared": the strategies of today are synchronous and deal out every round by rank; '
-            'use "auto" or "static"'
-        )
     device = _device(job, comm)
     roles = roles_of(job, comm.nodes)
     splits = load_data(job)
@@ -116,18 +132,7 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     replica = Replica(model, groups.bind(positional=1)(model) if groups is not None else None)
     optimizer = _optimizer(job, device)
     optimizer.check(replica.layout, device)
-    for spec in [phase.strategy for phase in job.schedule]:
-        needs = spec.resolve()(spec.options).needs
-        if norms is not None and not needs.lockstep:
-            raise ModelError(
-                f"train.sync_batchnorm = true: under strategy {spec.name} workers do not take their steps together, "
-                "so they have no batch in common; leave the key out"
-            )
-        if needs.optimizer == "elementwise" and not optimizer.elementwise:
-            raise ModelError(
-                f"optimizer.name = {job.optimizer.name!r}: strategy {spec.name} needs an elementwise optimizer, "
-                "such as SGD or Adam (if this one is, set optimizer.elementwise = true)"
-            )
+    _check_strategies(job, norms is not None, optimizer)
     order = make_order(splits.train, job.seed, job.data.shuffle)
     batch = job.train.batch_size * job.train.accumulate
     epoch = order.length
@@ -142,10 +147,57 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     warmup = clock.samples(schedule.warmup) if schedule.warmup is not None else 0
     course = Course(schedule.bind(positional=1), {}, warmup, total)
     loss, metric = job.loss.bind(positional=2), job.metric.bind(positional=2)
-    return Prepared(
+    prepared = Prepared(
         job, device, splits, order, model, replica, optimizer, loss, metric, roles, batch, total, course,
         norms,
     )  # fmt: skip
+    _check_schedule(prepared)
+    return prepared
+
+
+def _check_strategies(job: Job, sync_batchnorm: bool, optimizer: OptimizerChoice) -> None:
+    """Refuse strategies that do not suit the model's and the optimizer's keys."""
+    if len(job.schedule) > 1:
+        optimizer.check_movable()
+    for spec in [phase.strategy for phase in job.schedule]:
+        needs = spec.resolve()(spec.options).needs
+        if sync_batchnorm and not needs.lockstep:
+            raise ModelError(
+                f"train.sync_batchnorm = true: under strategy {spec.name} workers do not take their steps together, "
+                "so they have no batch in common; leave the key out"
+            )
+        if needs.optimizer == "elementwise" and not optimizer.elementwise:
+            raise ModelError(
+                f"optimizer.name = {job.optimizer.name!r}: strategy {spec.name} needs an elementwise optimizer, "
+                "such as SGD or Adam (if this one is, set optimizer.elementwise = true)"
+            )
+
+
+def _check_schedule(prepared: Prepared) -> None:
+    """Refuse rules that could never end their phase, and data that cannot be dealt out."""
+    job, schedule = prepared.job, prepared.job.schedule
+    lockstep = [prepared.strategy(index).needs.lockstep for index in range(len(schedule))]
+    if job.data.queue == "shared" and all(lockstep):
+        raise JobError(
+            'data.queue = "shared": all phases are synchronous, and deal out rounds by rank; use "auto" or "static"'
+        )
+    if prepared.order.length is None and not all(lockstep):
+        raise DataError(
+            f"data.name = {job.data.name!r} is a stream that does not tell its length, so it cannot be dealt out to "
+            "workers that do not step together; let it define __len__, or use synchronous strategies"
+        )
+    for index in range(len(schedule)):
+        rule = prepared.rule(index, 0)
+        if rule is not None and (why := rule.unfit(_evaluates(prepared, index))) is not None:
+            raise JobError(f"{job.key(index, 'until')}: {why}")
+
+
+def _evaluates(prepared: Prepared, phase: int) -> bool:
+    """Whether there are evaluations before the end of the run."""
+    every = interval(prepared.clock(phase), prepared.job.train.evaluate_every)
+    first = every if isinstance(every, int) else every.next(0)
+    splits = prepared.splits
+    return (splits.validation is not None or splits.test is not None) and first < prepared.total
 
 
 def _device(job: Job, comm: Communicator) -> torch.device:
@@ -156,8 +208,7 @@ def _device(job: Job, comm: Communicator) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if comm.concurrent:  # virtual ranks share one process, whose owner chooses
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(local_cores(cores, len(comm.local_ranks), job.threads))
+        torch.set_num_threads(threads_for(comm.cores, job.threads))
     return device
 
 

@@ -20,6 +20,7 @@ from hpctrain.errors import JobError
 STRATEGIES = {
     "all_reduce": "hpctrain.strategies.all_reduce:AllReduce",
     "parameter_server": "hpctrain.strategies.parameter_server:ParameterServer",
+    "switch": "hpctrain.jobtables:Switch",
 }
 MODELS = {
     "mlp": "hpctrain.models.mlp:mlp",
@@ -33,7 +34,13 @@ METRICS = {"accuracy": "hpctrain.evaluate:accuracy"}
 AUGMENTATIONS = {"shift": "hpctrain.data.augment:shift", "flip": "hpctrain.data.augment:flip"}
 SCHEDULES = {name: f"hpctrain.schedule:{name}" for name in ("constant", "linear", "cosine", "step")}
 GROUPS = {"decay": "hpctrain.optimizer:decay"}
-RULES = {"after": "hpctrain.schedule:After"}
+RULES = {
+    "after": "hpctrain.schedule:After",
+    "loss_stable": "hpctrain.rules:LossStable",
+    "loss_stable_published": "hpctrain.rules:LossStablePublished",
+    "target": "hpctrain.rules:Target",
+}
+FUNCTION_AS_RULE = "hpctrain.rules:FunctionAsRule"
 # torch.optim's classes with the learning rate a job gets that names none: torch's own, but 0.1 for SGD.
 LEARNING_RATES = {
     "SGD": 0.1,

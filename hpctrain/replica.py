@@ -267,6 +267,11 @@ def _trainable(group: Any, index: int, names: dict[int, str]) -> dict[str, Any]:
     return {**group, "params": [p for p in tensors if id(p) in names]}
 
 
+def norm_of(flat: torch.Tensor) -> float:
+    """Its Euclidean length, summed in float32 at least."""
+    return float(torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32)))
+
+
 def as_tensor(array: Buffer) -> torch.Tensor:
     """A torch tensor over the same memory: of a NumPy array, or (by DLPack) of a CuPy one."""
     bits = array.view(np.int16) if array.dtype == BFLOAT16 else array

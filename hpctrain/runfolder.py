@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TextIO
 
 from hpctrain.checkpoint import MODEL, list_checkpoints
+from hpctrain.cluster import Roles
 from hpctrain.errors import CheckpointError, JobError
 from hpctrain.job import Job
+from hpctrain.jobtables import StrategySpec
 
 COLUMNS = ("step", "samples", "epoch", "seconds", "split", "loss", "metric")
 
@@ -89,13 +91,15 @@ def forget_metrics(folder: Path, samples: int) -> None:
 
 @dataclass
 class PhaseSummary:
-    """What became of a phase; `seconds` without evaluation and checkpoints; `dropped`: gradients that came late."""
+    """What became of a phase; `seconds` without evaluation and checkpoints, which took `pauses` seconds; `steps`:
+    rounds, or where workers do not step together, updates; `dropped`: gradients that came late."""
 
     index: int
     strategy: str
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0
+    pauses: float = 0.0
     loss: float = float("nan")
     dropped: int = 0
 
@@ -108,17 +112,31 @@ class PhaseSummary:
             str(self.samples),
             f"{self.seconds:.2f}",
             f"{rate:.0f}",
+            f"{self.pauses:.2f}",
             f"{self.loss:.4f}",
         ]
 
 
 def table(summaries: list[PhaseSummary]) -> str:
     """The short table at the end of a run."""
-    rows = [["phase", "strategy", "steps", "samples", "seconds", "samples/s", "loss"]]
+    rows = [["phase", "strategy", "steps", "samples", "seconds", "samples/s", "paused s", "loss"]]
     rows += [summary.row() for summary in summaries]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     texts = [[row[1].ljust(widths[1]) if i == 1 else row[i].rjust(widths[i]) for i in range(len(row))] for row in rows]
     return "\n".join("  ".join(row) for row in texts)
+
+
+def name_of(spec: StrategySpec) -> str:
+    """A strategy with its mode, where it has one: "parameter_server (async)"."""
+    mode = getattr(spec.options, "mode", None)
+    return f"{spec.name} ({mode})" if mode else spec.name
+
+
+def describe_roles(roles: Roles) -> str:
+    """How many ranks work and serve: "3 workers, 1 server"."""
+    counts = [(len(roles.workers), "worker"), (len(roles.servers), "server")]
+    beside = " beside workers" if set(roles.servers) & set(roles.workers) else ""
+    return ", ".join(f"{n} {word}{'s' * (n > 1)}" for n, word in counts if n) + beside
 
 
 @dataclass

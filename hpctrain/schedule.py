@@ -6,8 +6,10 @@ Pure: no torch, no MPI. The same decisions come out wherever the same numbers ar
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntFlag
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, Field, model_validator
@@ -64,7 +66,11 @@ class RunClock:
     def rounds(self, cursor: int) -> int:
         """How many rounds have ended at `cursor`, counted from 0 in rounds of this size."""
         whole, into = divmod(cursor, self.epoch)
-        return whole * -(-self.epoch // self.round) + -(-into // self.round)
+        return whole * -(-self.epoch // self.round) + into // self.round
+
+    def round_end(self, rounds: int) -> int:
+        """The first cursor at which so many rounds have ended."""
+        return self._steps(rounds)
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,14 @@ class Every:
 
     clock: RunClock
     steps: int
+
+    def passed(self, cursor: int) -> int:
+        """How many such intervals have ended at `cursor`."""
+        return self.clock.rounds(cursor) // self.steps
+
+    def next(self, cursor: int) -> int:
+        """Where the interval ends in which `cursor` lies."""
+        return self.clock.round_end((self.passed(cursor) + 1) * self.steps)
 
 
 def interval(clock: RunClock, amount: Any) -> int | Every:
@@ -83,28 +97,50 @@ def interval(clock: RunClock, amount: Any) -> int | Every:
 def run_total(train: Any, epoch: int, round_size: int) -> int:
     """Samples of the whole run, from train.epochs or train.steps (rounds)."""
     clock = RunClock(epoch, round_size, 0)
-    return clock._steps(train.steps) if train.steps is not None else max(1, round(train.epochs * epoch))
+    return clock.round_end(train.steps) if train.steps is not None else max(1, round(train.epochs * epoch))
 
 
 # -- rules that end a phase -----------------------------------------------------------------------------------
 class Rule:
     """Ends a phase. Sees only what all ranks agree on, so that no rank decides alone.
 
-    A rule class has `Options` (pydantic), and is built once per phase with them, the clock and the cursor at
-    which the phase begins.
+    A rule class has `Options` (pydantic), and is built once per phase with them, the clock (whose rounds are the
+    phase's) and the cursor at which the phase begins. `news`: a statistic that was just computed, as text; whoever
+    reads it sets it to None.
     """
 
     Options: ClassVar[type[BaseModel]]
+    news: str | None = None
 
     def __init__(self, options: Any, clock: RunClock, start: int) -> None:
         self.options, self.clock, self.start = options, clock, start
 
     def observe(self, cursor: int, loss: float) -> str | None:
-        """After every agreed step: why the phase ends here, or None."""
+        """After every agreed step: why the phase ends here, or None.
+
+        `cursor`: samples consumed so far. `loss`: the mean of what was consumed since the last call: in synchronous
+        phases a round's, of all workers; in asynchronous ones (on the coordinator, after every update) a batch's,
+        of one worker. Not finite, or 0, where the step was skipped.
+        """
         raise NotImplementedError
 
+    def evaluated(self, cursor: int, metric: float, higher_is_better: bool) -> str | None:
+        """After every evaluation in the phase, on all workers alike: why the phase ends here, or None."""
+        return None
+
+    def due(self, cursor: int) -> int | None:
+        """Where beyond `cursor` the phase will end whatever is observed; None if that cannot be foreseen."""
+        return None
+
+    def unfit(self, evaluates: bool) -> str | None:
+        """Why this rule can never end its phase, and what to do, as the end of a sentence; None if it can.
+
+        `evaluates`: whether there are evaluations in the phase.
+        """
+        return None
+
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must keep, as plain values."""
+        """What a checkpoint must keep, as plain values: with it a new rule goes on as this one would have."""
         return {}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -132,16 +168,29 @@ class After(Rule):
     Options = AfterOptions
 
     def observe(self, cursor: int, loss: float) -> str | None:
-        done, limit = cursor - self.start, self.clock.until(self.start, self.options) - self.start
+        done, limit = cursor - self.start, self._end - self.start
         return f"after {done} >= {limit} samples" if done >= limit else None
+
+    def due(self, cursor: int) -> int | None:
+        return max(self._end, cursor + 1)
+
+    @cached_property
+    def _end(self) -> int:
+        return self.clock.until(self.start, self.options)
 
 
 # -- decisions ---------------------------------------------------------------------------------------------------
+def _untold(kind: str, text: str) -> None:
+    """Nobody is told."""
+
+
 @dataclass
 class Conductor:
     """Turns agreed numbers into what is asked of the trainer: wherever it runs, it answers the same.
 
-    `evaluate_every`, `checkpoint_every`: samples (0: never), or rounds.
+    `evaluate_every`, `checkpoint_every`: samples (0: never), or rounds. `tell(kind, text)` hears what the rule
+    computed (kind "rule"). `higher_is_better`: how values of the metric compare. `why`: the rule's reason, once
+    it has ended the phase.
     """
 
     total: int
@@ -149,6 +198,8 @@ class Conductor:
     checkpoint_every: int | Every
     rule: Rule | None
     why: str = ""
+    tell: Callable[[str, str], None] = field(default=_untold)
+    higher_is_better: bool = True
 
     def decide(self, before: int, after: int, loss: float, wish: Ask) -> Ask:
         """The cursor went from `before` to `after` in one step; `wish` is what any rank wants besides."""
@@ -159,16 +210,46 @@ class Conductor:
             ask |= Ask.CHECKPOINT
         if after >= self.total:
             ask |= Ask.STOP
-        elif self.rule is not None and (why := self.rule.observe(after, loss)) is not None:
-            self.why = why
-            ask |= Ask.END_PHASE
+        elif self.rule is not None:
+            ask |= self._ruled(self.rule, self.rule.observe(after, loss))
         return ask
+
+    def evaluated(self, cursor: int, metric: float) -> Ask:
+        """After an evaluation at `cursor`, on all workers alike: END_PHASE if the rule says so, else NOTHING."""
+        if self.rule is None:
+            return Ask.NOTHING
+        return self._ruled(self.rule, self.rule.evaluated(cursor, metric, self.higher_is_better))
+
+    def due(self, cursor: int) -> int:
+        """The first cursor beyond `cursor` at which `decide` is foreseeably going to ask for something.
+
+        What nobody can foresee (a rule that looks at losses, wishes) may come sooner.
+        """
+        marks = [max(self.total, cursor + 1)]
+        marks += [mark for every in (self.evaluate_every, self.checkpoint_every) if (mark := _next(cursor, every))]
+        end = self.rule.due(cursor) if self.rule is not None else None
+        return min(marks if end is None else [*marks, end])
+
+    def _ruled(self, rule: Rule, why: str | None) -> Ask:
+        news, rule.news = rule.news, None
+        if news is not None:
+            self.tell("rule", news)
+        if why is None:
+            return Ask.NOTHING
+        self.why = why
+        return Ask.END_PHASE
 
 
 def _crossed(before: int, after: int, every: int | Every) -> bool:
     if isinstance(every, Every):
-        return every.clock.rounds(after) // every.steps > every.clock.rounds(before) // every.steps
+        return every.passed(after) > every.passed(before)
     return every > 0 and after // every > before // every
+
+
+def _next(cursor: int, every: int | Every) -> int | None:
+    if isinstance(every, Every):
+        return every.next(cursor)
+    return (cursor // every + 1) * every if every > 0 else None
 
 
 @dataclass
@@ -249,3 +330,53 @@ class Course:
             return (cursor + 1) / (self.warmup + 1)
         progress = min(1.0, (cursor - self.warmup) / max(1, self.total - self.warmup))
         return float(self.function(progress, **self.options))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The factors of the base learning rate and of momentum in one phase, which begins at the cursor `start`.
+
+    `learning_rate`: "auto" and "keep": the course goes on; "scale": the same times `scale`; "reset": the course
+    begins anew, with its warm-up, squeezed into what remains of the run (warm restarts: Loshchilov and Hutter 2017,
+    section 3); "ramp": times a linear rise to 1 over `ramp` samples. `momentum` (what to do about it when training
+    becomes asynchronous: Li et al., Sync-Switch, ICDCS 2021): "keep"; "scale": times `scale`; "ramp": times a linear
+    rise to 1 over `ramp` samples; "reset": the optimizer's state is not handed over.
+    """
+
+    course: Course
+    start: int
+    learning_rate: str
+    momentum: str
+    scale: float
+    ramp: int
+    total: int
+
+    @property
+    def resets(self) -> bool:
+        """Whether the phase begins with a fresh optimizer."""
+        return self.momentum == "reset"
+
+    @property
+    def per_update(self) -> bool:
+        """Whether the strategy's own correction of the rate (lr_per_update) applies: not where a policy sets it."""
+        return self.learning_rate not in ("keep", "scale")
+
+    def rate(self, cursor: int) -> float:
+        """The learning rate's factor for the step that begins at `cursor`."""
+        if self.learning_rate == "reset":
+            return self._anew.factor(cursor - self.start)
+        return self.course.factor(cursor) * self._factor(self.learning_rate, cursor)
+
+    def momentum_factor(self, cursor: int) -> float:
+        """The momentum's factor for the step that begins at `cursor`."""
+        return self._factor(self.momentum, cursor)
+
+    def _factor(self, policy: str, cursor: int) -> float:
+        if policy == "scale":
+            return self.scale
+        return min(1.0, (cursor - self.start + 1) / (self.ramp + 1)) if policy == "ramp" else 1.0
+
+    @cached_property
+    def _anew(self) -> Course:
+        course, rest = self.course, max(1, self.total - self.start)
+        return Course(course.function, course.options, round(course.warmup * rest / max(1, self.total)), rest)

@@ -14,6 +14,7 @@ from torch import Tensor
 from hpctrain.batchnorm import BatchNorms
 from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.order import round_bounds
+from hpctrain.data.queue import Stretch
 from hpctrain.errors import HpctrainError
 from hpctrain.replica import Buckets
 from hpctrain.strategies.base import Outcome, Phase, Strategy
@@ -58,18 +59,14 @@ class Trainer:
 
     def batches(self) -> Iterator[Batch]:
         """This worker's micro-batches until the phase ends; `step` must be called once for each."""
-        phase, worker = self.phase, self.phase.worker_index
-        workers = len(phase.roles.workers)
         while not self._ended:
-            bounds = self.loader.bounds(phase.cursor, phase.batch * workers, workers)
-            phase.round_end = bounds[-1]
-            own = self._pieces(bounds[worker], bounds[worker + 1])
-            pieces = own + self._borrowed(bounds, len(own))
+            pieces, following, own = self._next_step()
             self.strategy.before()
-            phase.replica.gradient.zero_()
+            self.phase.replica.gradient.zero_()
             self._left, self._samples, self._loss = len(pieces), 0, 0.0
             for index, (start, stop) in enumerate(pieces):
-                yield self._take(start, stop, pieces[index + 1 :], counts=index < len(own))
+                ahead = pieces[index + 1 :] or following
+                yield self._take(start, stop, ahead, counts=index < own)
                 if self._batch is not None:
                     raise HpctrainError("step(loss) was not called for the last batch; call it once per batch")
             if not pieces:
@@ -81,10 +78,28 @@ class Trainer:
         """There is nothing (more) to do in this phase."""
         self._ended = True
 
-    def _pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+    def _next_step(self) -> tuple[list[Stretch], list[Stretch], int]:
+        """(micro-batches of the next step, those after it as far as one can tell, how many of the first count)."""
+        slices = self.strategy.slices()
+        if slices is None:
+            return self._next_round()
+        pieces = [self._pieces(start, stop) for start, stop in slices]
+        own = pieces[0] if pieces else []
+        return own, [piece for later in pieces[1:] for piece in later], len(own)
+
+    def _next_round(self) -> tuple[list[Stretch], list[Stretch], int]:
+        phase, worker, workers = self.phase, self.phase.worker_index, len(self.phase.roles.workers)
+        size = phase.batch * workers
+        bounds = self.loader.bounds(phase.cursor, size, workers)
+        phase.round_end = bounds[-1]
+        own = self._pieces(bounds[worker], bounds[worker + 1])
+        later = round_bounds(phase.round_end, self.loader.length, size, workers)
+        return own + self._borrowed(bounds, len(own)), self._pieces(later[worker], later[worker + 1]), len(own)
+
+    def _pieces(self, start: int, stop: int) -> list[Stretch]:
         return [(a, min(stop, a + self.batch_size)) for a in range(start, stop, self.batch_size)]
 
-    def _borrowed(self, bounds: list[int], own: int) -> list[tuple[int, int]]:
+    def _borrowed(self, bounds: list[int], own: int) -> list[Stretch]:
         """Batch norm over all workers needs equally many micro-batches of each: where this one has fewer than
         another, it runs over the round's last sample instead, which counts nothing (its batch is of size 0)."""
         if self.norms is None:
@@ -92,27 +107,19 @@ class Trainer:
         most = max(-(-(b - a) // self.batch_size) for a, b in pairwise(bounds))
         return [(bounds[-1] - 1, bounds[-1])] * (most - own)
 
-    def _take(self, start: int, stop: int, following: list[tuple[int, int]], counts: bool) -> Batch:
+    def _take(self, start: int, stop: int, ahead: list[Stretch], counts: bool) -> Batch:
         with self.phase.comm.span("data"):
             batch = self.move(self.loader.take(start, stop))
             if self.norms is not None:
                 self.norms.counted = counts
                 batch = batch if counts else Batch(batch.inputs, batch.targets, 0)
-            self._ask_ahead(following)
+            for piece in ahead:
+                self.loader.request(*piece)
         self._batch = batch
         self._started = self.phase.comm.now()
         self._forward = self.phase.comm.span("forward")
         self._forward.__enter__()
         return batch
-
-    def _ask_ahead(self, following: list[tuple[int, int]]) -> None:
-        """What comes next as far as one can tell: the rest of this round, then the next one."""
-        phase, workers = self.phase, len(self.phase.roles.workers)
-        if not following:
-            bounds = round_bounds(phase.round_end, self.loader.length, phase.batch * workers, workers)
-            following = self._pieces(bounds[phase.worker_index], bounds[phase.worker_index + 1])
-        for start, stop in following:
-            self.loader.request(start, stop)
 
     def step(self, loss: Tensor) -> None:
         """Backward of a micro-batch's mean loss; after the last one of the round, the strategy's step."""

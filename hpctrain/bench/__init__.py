@@ -5,20 +5,30 @@ Importing it imports neither torch nor MPI.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from hpctrain.cluster import SIZE_VARIABLES, launched_rank, local_cores
+from hpctrain.cluster import SIZE_VARIABLES, launched_rank, threads_for
 from hpctrain.errors import HpctrainError
 
 if TYPE_CHECKING:
-    from hpctrain.bench.report import Report
+    from hpctrain.bench.report import Report, Table
     from hpctrain.comm.base import Communicator
 
 ALONE = ("virtual", "trace")  # need no other ranks
+TOGETHER = {
+    "all_reduce": "together:measure_all_reduce",
+    "step": "together:measure_step",
+    "pushes": "asynchronous:measure_pushes",
+    "slow": "asynchronous:measure_slow",
+    "switch": "switching:measure_switch",
+}
+OF_ANY_RANKS = ("all_reduce", "step")  # what `all` measures of these
+CHOICES = ("all", *TOGETHER, *ALONE)
 STARTED = "HPCTRAIN_LAUNCH"  # what `hpctrain run`'s launcher leaves in the environment of its ranks
 
 
@@ -40,7 +50,7 @@ def check_path(path: str | None) -> None:
 
 
 def main(what: str = "all", path: str | None = None) -> int:
-    """Measure `what` (all, all_reduce, step, virtual or trace) on the ranks that a launcher started; print tables.
+    """Measure `what` (one of CHOICES) on the ranks that a launcher started; print tables.
 
     `path`: a file that is to get the figures as JSON. Progress goes to stderr. Returns the exit status.
     Collective over these ranks; `virtual` and `trace` alone start no MPI and need no launcher.
@@ -80,15 +90,11 @@ def _measure_together(what: str, comm: Communicator, path: str | None) -> None:
     import torch
 
     from hpctrain.bench.report import Report
-    from hpctrain.bench.together import measure_all_reduce, measure_step
 
-    torch.set_num_threads(local_cores(len(os.sched_getaffinity(0)), len(comm.local_ranks), "auto"))
+    torch.set_num_threads(threads_for(comm.cores, "auto"))
     progress = _progress if comm.rank == 0 else _silent
-    tables = []
-    if what in ("all", "all_reduce"):
-        tables.append(measure_all_reduce(comm, progress))
-    if what in ("all", "step"):
-        tables.append(measure_step(comm, progress))
+    names = OF_ANY_RANKS if what == "all" else (what,)
+    tables = [_function(TOGETHER[name])(comm, progress) for name in names]
     if comm.rank == 0:
         rest = _measure_alone(what) if what == "all" else Report()
         _tell(Report(tables + rest.tables), path)
@@ -96,6 +102,13 @@ def _measure_together(what: str, comm: Communicator, path: str | None) -> None:
     end = comm.start_all_reduce(np.zeros(1))
     while not end.test():
         comm.sleep(0.05)
+
+
+def _function(place: str) -> Callable[[Communicator, Callable[[str], None]], Table]:
+    module, name = place.split(":")
+    function: Callable[[Communicator, Callable[[str], None]], Table]
+    function = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return function
 
 
 def _measure_alone(what: str) -> Report:

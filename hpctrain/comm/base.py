@@ -115,7 +115,8 @@ class Communicator(ABC):
     Attributes: `rank`, `size`; `nodes[r]` the index of rank r's node (nodes are numbered by their first rank);
     `local_ranks` the ranks of this node in order, `local_rank` this rank's place among them;
     `members[r]` the rank that r has in the whole run (what traces and messages to people name);
-    `concurrent` whether ranks run in parallel for real (False: coroutines; do not make threads).
+    `concurrent` whether ranks run in parallel for real (False: coroutines; do not make threads); `cores` how many
+    of its node's cores are this rank's own (less than 1 where there are more ranks).
     """
 
     rank: int
@@ -125,6 +126,7 @@ class Communicator(ABC):
     local_rank: int
     members: tuple[int, ...]
     concurrent: bool
+    cores: float = 1.0
     recorder: Recorder
 
     # -- point to point (not collective) -----------------------------------------------------------------

@@ -70,7 +70,7 @@ class DeviceCommunicator(Communicator):
         self.rank, self.size = inner.rank, inner.size
         self.nodes, self.members = inner.nodes, inner.members
         self.local_ranks, self.local_rank = inner.local_ranks, inner.local_rank
-        self.concurrent = inner.concurrent
+        self.concurrent, self.cores = inner.concurrent, inner.cores
         self.recorder = inner.recorder
         self._everybody = tuple(range(inner.size))
         self._reducer: _Reducer | None = None

@@ -18,6 +18,7 @@ from typing import Any, Self, cast
 import numpy as np
 from mpi4py import MPI
 
+from hpctrain.cluster import share_of_cores
 from hpctrain.comm import algorithms
 from hpctrain.comm.base import (
     ANY_SOURCE,
@@ -83,12 +84,13 @@ def world(
     shared = handle.Split_type(MPI.COMM_TYPE_SHARED)
     host = shared.bcast(handle.rank)
     place = shared.rank // ranks_per_node if ranks_per_node else 0
-    crowded = shared.size > len(os.sched_getaffinity(0))
+    mine = sorted(os.sched_getaffinity(0))
+    cores = share_of_cores(mine, shared.allgather(mine))
     shared.Free()
     hosts = tuple(handle.allgather((host, place)))
-    naps = wait == "nap" or (wait == "auto" and any(handle.allgather(crowded)))
+    naps = wait == "nap" or (wait == "auto" and any(handle.allgather(cores < 1)))
     members = tuple(range(handle.size))
-    return MpiCommunicator(handle, members, hosts, 1, Waiting(naps), recorder or NullRecorder())
+    return MpiCommunicator(handle, members, hosts, 1, Waiting(naps), recorder or NullRecorder(), cores)
 
 
 def launched_together() -> int:
@@ -99,6 +101,17 @@ def launched_together() -> int:
 def library() -> str:
     """The MPI library's own name and version, one line."""
     return MPI.Get_library_version().splitlines()[0].strip("\x00 ")
+
+
+def standard() -> str:
+    """The version of the MPI standard that the library implements: "4.1"."""
+    return ".".join(map(str, MPI.Get_version()))
+
+
+def thread_level() -> str:
+    """What the library grants to threads: "MPI_THREAD_MULTIPLE", which `world` needs, or less."""
+    levels = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
+    return next(f"MPI_THREAD_{name}" for name in levels if getattr(MPI, f"THREAD_{name}") == MPI.Query_thread())
 
 
 def cuda_support() -> bool | None:
@@ -135,6 +148,7 @@ class MpiCommunicator(Communicator):
         number: int,
         waiting: Waiting,
         recorder: Recorder,
+        cores: float,
     ) -> None:
         self.handle = handle
         self.rank, self.size = handle.rank, handle.size
@@ -146,6 +160,7 @@ class MpiCommunicator(Communicator):
         self.concurrent = True
         self.recorder = recorder
         self.waiting = waiting
+        self.cores = cores
         self.number = number
         self.node = _split(handle, self.nodes[self.rank], self.rank)
         self._count = 0
@@ -232,7 +247,7 @@ class MpiCommunicator(Communicator):
         members = tuple(self.members[r] for r in ranks)
         number = zlib.crc32(f"{self.number}/{self._count}/{color}".encode()) & 0x3FFFF
         hosts = tuple(self.hosts[r] for r in ranks)
-        return MpiCommunicator(handle, members, hosts, number, self.waiting, self.recorder)
+        return MpiCommunicator(handle, members, hosts, number, self.waiting, self.recorder, self.cores)
 
     def _gather_up(self, id: int) -> None:
         """Where cores are scarce, wait for the last rank without burning a core, then exchange at full speed."""

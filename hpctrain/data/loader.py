@@ -32,6 +32,13 @@ class Batch:
     size: int
 
 
+def fetches_ahead(dataset: Any, threads: int, prefetch: int, augment: Sequence[Any]) -> bool:
+    """Whether a loader of these would fetch batches before they are taken: not what lies in memory as it is."""
+    base, _ = unwrap(dataset)
+    in_memory = not isinstance(base, IterableDataset) and gatherer(base) is not None and not augment
+    return threads > 0 and prefetch > 0 and not in_memory
+
+
 class Loader:
     """Gives the batches at positions [start, stop) of the run; one thread asks, `threads` others fetch ahead.
 
@@ -64,9 +71,8 @@ class Loader:
         self._gather = None if streaming else gatherer(self._base)
         if streaming:
             threads = min(threads, 1)  # a stream has one order
-        in_memory = self._gather is not None and not self._augment
         self._pool: ThreadPoolExecutor | None = None
-        if threads > 0 and prefetch > 0 and not in_memory:
+        if fetches_ahead(dataset, threads, prefetch, augment):
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hpctrain-data")
 
     def bounds(self, cursor: int, round_size: int, workers: int) -> list[int]:

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from hpctrain.jobspec import Options
 from hpctrain.schedule import Ask
-from hpctrain.strategies.base import Needs, Outcome, Phase, Strategy, find_nan
+from hpctrain.strategies.base import Needs, Outcome, Phase, Strategy, clip_factor, find_nan
 
 if TYPE_CHECKING:
     from hpctrain.comm.base import Arena, Buffer, Communicator, Request
@@ -160,7 +160,7 @@ class SharedExchange:
             mine = [r for r in range(self.comm.size) if self.comm.nodes[r] == self.comm.nodes[0]]
             self.sum.mul_(clip_factor(float(table[mine, 0].sum()), self.phase.clip_norm))
         with self.comm.span("update", self.sum.nbytes, flops=float(self.sum.numel())):
-            self.update.apply(self.sum, factor)
+            self.update.apply(self.sum, factor, self.phase.momentum(self.phase.cursor))
 
     def _sum(self) -> None:
         import torch
@@ -248,7 +248,7 @@ class MessageExchange:
         if self.phase.clip_norm is not None:
             gradient.mul_(clip_factor(float(gradient.double().square().sum()), self.phase.clip_norm))
         with self.comm.span("update", gradient.nbytes, flops=float(gradient.numel())):
-            self.update.apply(gradient, factor)
+            self.update.apply(gradient, factor, self.phase.momentum(self.phase.cursor))
 
     def _finish_started(self) -> None:
         for _, _, request in self._started:
@@ -310,8 +310,3 @@ class Messages:
 
     def free(self) -> None:
         return None
-
-
-def clip_factor(squares: float, limit: float) -> float:
-    """Of clipping by global norm (Pascanu et al. 2013), as torch.nn.utils.clip_grad_norm_ has it."""
-    return min(1.0, limit / (squares**0.5 + 1e-6))

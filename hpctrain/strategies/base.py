@@ -46,7 +46,8 @@ class Needs:
 
 class Outcome(NamedTuple):
     """What became of a step. `loss` and `samples` are of the whole round (all workers) where there is one;
-    `cursor` is the run's clock after it; `version` and `staleness` (min, max over shards) count updates."""
+    `cursor` is the run's clock after it; `version` and `staleness` (min, max over shards) count updates; `held`: for
+    how long, in nanoseconds, this worker was kept waiting until all had come to where something is asked."""
 
     result: Result
     cursor: int
@@ -56,6 +57,7 @@ class Outcome(NamedTuple):
     version: int = 0
     staleness: tuple[int, int] = (0, 0)
     why: str = ""
+    held: int = 0
 
 
 @dataclass
@@ -67,7 +69,10 @@ class Phase:
     round at most; gradients arrive as the sum over a worker's samples divided by `batch`, so a full batch
     weighs 1. `cursor`: the run's clock, in samples; `round_end`: where it will stand after the step in progress
     (both kept by trainer and strategy). `wish`: what this rank asks of all (set by the trainer, sent with the
-    next step).
+    next step). `rate`, `momentum`: factors of the learning rate and the momentum at a cursor; `per_update`: whether
+    the strategy may scale the rate of one worker's update; `adaptive`: whether updates do not grow with gradients
+    (Adam and its like). `queue`: how samples are dealt where workers do not step together; `epoch`: samples per
+    epoch; `ahead`: how many stretches of samples a worker likes to know of besides the one it is at.
     """
 
     index: int
@@ -87,7 +92,12 @@ class Phase:
     round_end: int = 0
     wish: Ask = Ask.NOTHING
     step: int = 0
-    events: Callable[[str, str], None] = field(default=lambda kind, text: None)
+    momentum: Callable[[int], float] = field(default=lambda cursor: 1.0)
+    per_update: bool = True
+    adaptive: bool = False
+    queue: Literal["static", "shared"] = "static"
+    epoch: int | None = None
+    ahead: int = 0
 
     @property
     def worker_index(self) -> int:
@@ -104,6 +114,7 @@ class Strategy:
     Options: ClassVar[type[BaseModel]]
     Server: ClassVar[type[Server] | None] = None
     needs: Needs = Needs()
+    version: int = 0  # updates so far in the phase
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -124,6 +135,11 @@ class Strategy:
 
     def before(self) -> None:
         """Parameters may be read after this: pull, staleness bound, per-layer wait."""
+
+    def slices(self) -> Sequence[tuple[int, int]] | None:
+        """Where workers do not step together: the positions of the next step's samples and, as far as they are known,
+        of those of the steps after it. None: this worker's share of the round at `phase.cursor`."""
+        return None
 
     def ready(self, low: int, high: int) -> None:
         """The gradient's stretch [low, high) is final (called from hooks during the last micro-batch's backward).
@@ -182,7 +198,7 @@ def roles_of(job: Job, nodes: Sequence[int]) -> list[Roles]:
             roles = assign_roles(nodes, *strategy.roles(options))
             strategy.check(options, roles)
         except ClusterError as error:
-            raise ClusterError(f"{f'phases.{index}.' if job.phases is not None else ''}{error}") from None
+            raise ClusterError(str(error).replace("strategy.", job.key(index, "strategy") + ".")) from None
         found.append(roles)
     return found
 
@@ -203,3 +219,8 @@ def nan_error(phase: Phase, rank: int, loss: float, step: int) -> NanError:
     )
     error.everywhere = True
     return error
+
+
+def clip_factor(squares: float, limit: float) -> float:
+    """Of clipping by global norm (Pascanu et al. 2013), as torch.nn.utils.clip_grad_norm_ has it."""
+    return min(1.0, limit / (squares**0.5 + 1e-6))

@@ -1,69 +1,122 @@
-"""Parameter server, synchronous: servers own shards of the parameters and the optimizer; workers push gradients
-and pull parameters (Li et al. 2014; backup workers: Chen et al. 2016).
-
-The first server is the coordinator: workers send it a header with each push, and it decides, for all shards, when
-a round closes and with whose gradients. Its decisions reach the other servers as one ordered stream, so every
-shard makes the same updates in the same order, and a worker always pulls one version of all shards.
+"""Parameter server: servers own shards of the parameters and the optimizer; workers push gradients and pull parameters
+(Li et al. 2014). Synchronous, asynchronous or bounded: see `coordinator`, which decides; here it is carried out.
 """
 
 from __future__ import annotations
 
 import json
-from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hpctrain.comm.base import Tag
 from hpctrain.errors import ClusterError
 from hpctrain.jobspec import Options
 from hpctrain.schedule import Ask
-from hpctrain.strategies.base import Outcome, Phase, Server, Strategy, nan_error
+from hpctrain.strategies.base import Needs, Outcome, Phase, Server, Strategy, clip_factor, nan_error
+from hpctrain.strategies.coordinator import (
+    REPLY,
+    Asynchronous,
+    Bounded,
+    Coordinator,
+    Decision,
+    Header,
+    Kind,
+    Rounds,
+    What,
+)
 
 if TYPE_CHECKING:
+    import torch
+
     from hpctrain.cluster import Roles
-    from hpctrain.comm.base import Buffer, Communicator, Request, Thread
+    from hpctrain.comm.base import Arena, Communicator, Request, Thread
+    from hpctrain.data.queue import Stretch
     from hpctrain.optimizer import Update
     from hpctrain.state import State
 
-REPLY = 512  # bytes of a reply: JSON, padded
-
-
-class Kind(IntEnum):
-    """What a worker's header says."""
-
-    STEP = 1
-    STATE = 2
-    LEAVE = 3
-
-
-class Decision(IntEnum):
-    """What the coordinator has all servers do."""
-
-    UPDATE = 1
-    SKIP = 2
-    RELEASE = 3
-    STATE = 4
-    END = 5
-    NAN = 6
+MODES: dict[str, type[Coordinator]] = {"sync": Rounds, "async": Asynchronous, "bounded": Bounded}
 
 
 class ParameterServerOptions(Options):
     """The keys of strategy.name = "parameter_server"."""
 
-    mode: Literal["sync"] = Field(
-        "sync", description="sync: one update per round, of all workers' gradients summed in rank order"
+    mode: Literal["async", "bounded", "sync"] = Field(
+        "async",
+        description="async: one update per gradient, as it comes; bounded: the same, but no worker runs more than "
+        "`bound` steps ahead of the slowest; sync: one update per round, of all workers' gradients summed in rank "
+        "order",
     )
     servers: int = Field(1, ge=1, description="how many ranks own a shard of the parameters")
     colocated: bool = Field(
         False, description="put the servers beside workers (a thread of their ranks) instead of on ranks of their own"
     )
+    bound: int = Field(
+        3, ge=0, le=10**6, description="steps that the fastest worker may be ahead of the slowest (mode bounded)"
+    )
+    lr_per_update: Literal["workers", "staleness", "none"] = Field(
+        "workers",
+        description="what the learning rate is divided by for one worker's gradient (modes async and bounded): the "
+        "number of workers, the gradient's staleness (at least 1), or nothing",
+    )
+    momentum_correction: bool = Field(
+        True,
+        description="shorten the memory of SGD's momentum, to which the delays of several workers add (Mitliagkas et "
+        "al. 2016), without a change in how far a gradient moves the parameters in the end (modes async and bounded)",
+    )
+    clip_pushes: float | None = Field(
+        None,
+        gt=1,
+        le=1e9,
+        description="a gradient longer than so many times the running mean of its worker's is scaled down to that "
+        "(modes async and bounded); left out: 2 where updates grow with gradients (SGD), never for Adam and its like",
+    )
+    delay_compensation: Literal["none", "constant", "adaptive"] = Field(
+        "none",
+        description="correct stale gradients for what changed meanwhile, to first order (DC-ASGD, Zheng et al. 2017)",
+    )
+    delay_lambda: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="strength of delay_compensation; left out: 0.04 for constant, 2.0 for adaptive, as published",
+    )
     backup_workers: int = Field(
         0,
         ge=0,
-        description="close a round without waiting for so many of the slowest workers, and drop their late gradients",
+        description="close a round without waiting for so many of the slowest workers, and drop their late gradients "
+        "(mode sync)",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        defaults = type(self).model_fields
+        for key, modes in MODE_KEYS.items():
+            if self.mode not in modes and getattr(self, key) != defaults[key].default:
+                needed = " or ".join(f'"{mode}"' for mode in modes)
+                raise ValueError(f'has {key} with mode = "{self.mode}", where it has no effect; set mode = {needed}')
+        if self.delay_lambda is not None and self.delay_compensation == "none":
+            raise ValueError('has delay_lambda with delay_compensation = "none", where it has no effect')
+        return self
+
+    def per_update(self, phase: Phase, staleness: int) -> float:
+        """The learning rate's factor for one worker's gradient of that staleness."""
+        if not phase.per_update or self.lr_per_update == "none":
+            return 1.0
+        if self.lr_per_update == "staleness":
+            return 1.0 / max(1, staleness)
+        return 1.0 / len(phase.roles.workers)
+
+
+MODE_KEYS = {
+    "bound": ("bounded",),
+    "backup_workers": ("sync",),
+    "lr_per_update": ("async", "bounded"),
+    "momentum_correction": ("async", "bounded"),
+    "clip_pushes": ("async", "bounded"),
+    "delay_compensation": ("async", "bounded"),
+}
 
 
 class Wiring:
@@ -105,7 +158,7 @@ class Wiring:
 
 
 class ParameterServerServer(Server):
-    """Owns one shard: sums the accepted gradients in rank order, updates, sends parameters back."""
+    """Owns one shard: takes gradients, updates, gives parameters, as the coordinator decides."""
 
     options: ParameterServerOptions
 
@@ -115,7 +168,7 @@ class ParameterServerServer(Server):
         _deal(phase, self.wiring, state, self)
 
     def attach(self, phase: Phase, wiring: Wiring, lane: int) -> None:
-        """Take the shard's parameters (by now rank 0's) and post the receives. Not collective."""
+        """Take the shard's parameters (by now rank 0's) and allocate what is received into. Not collective."""
         from hpctrain.replica import as_tensor
 
         self.phase, self.wiring, self._lane = phase, wiring, lane
@@ -123,227 +176,211 @@ class ParameterServerServer(Server):
         self.between = wiring.between_servers.lane(lane) if wiring.between_servers is not None else None
         index = wiring.servers.index(phase.comm.rank)
         self.low, self.high = wiring.bounds[index], wiring.bounds[index + 1]
-        length, dtype = self.high - self.low, phase.replica.layout.dtype
-        self._arena = phase.comm.arena(length, dtype, "rank")
+        self._arena = self._buffer()
         self.values = as_tensor(self._arena.mine)
         self.values.copy_(phase.replica.values[self.low : self.high])
         self.update: Update = phase.make_update(self.values, self.low, self.high)
-        self._gradients = [phase.comm.arena(length, dtype, "rank") for _ in wiring.workers]
-        self._pushes: list[Request | None] = [None] * len(wiring.workers)
-        self._sum = as_tensor(phase.comm.arena(length, dtype, "rank").mine)
-        if self.comm.rank == wiring.coordinator:
-            self.coordinator = Coordinator(self)
+        self._gradients = [self._buffer() for _ in wiring.workers]
+        self.pushes: list[Request | None] = [None] * len(wiring.workers)
+        self._sum = as_tensor(self._buffer().mine)
+        self._copies = {worker: self._buffer() for worker in self._copied()}
+        self._direct: list[Request] = []
+        self._sending: list[Request] = []
+        self._compensation = _Compensation.of(self.options, self.values)
+        corrects = self.options.mode != "sync" and self.options.momentum_correction
+        self._delayed = len(wiring.workers) if corrects else 1
+        self.coordinator = MODES[self.options.mode](self) if phase.comm.rank == wiring.coordinator else None
+
+    def _buffer(self) -> Arena:
+        return self.phase.comm.arena(self.high - self.low, self.phase.replica.layout.dtype, "rank")
+
+    def _copied(self) -> list[int]:
+        """Workers that get a copy of the parameters as they are now: those that the next update must not wait for,
+        being far away, and those whose gradients are compensated for what changed since."""
+        mode, nodes, comm = self.options.mode, self.comm.nodes, self.comm
+        if mode == "sync" or self.low == self.high:
+            return []
+        everybody = self.options.delay_compensation != "none"
+        workers = enumerate(self.wiring.workers)
+        return [worker for worker, rank in workers if everybody or nodes[rank] != nodes[comm.rank]]
 
     def load(self, state: State) -> None:
         """Take over this server's part of a checkpoint, or of the phase before."""
         self.update.load(state)
-        if self.comm.rank == self.wiring.coordinator:
-            self.coordinator.dropped = int(state.counters.get("dropped", 0))
+        if self.coordinator is not None:
+            self.coordinator.load(state.counters)
 
     def serve(self) -> None:
         """Until every worker has left. Raises NanError (as the workers do) if a loss is not finite."""
+        self._remember_all()
         for worker in range(len(self.wiring.workers)):
             self._expect(worker)
         try:
-            if self.comm.rank == self.wiring.coordinator:
+            if self.coordinator is not None:
                 self.coordinator.run()
             else:
                 self._follow()
         finally:
-            for request in self._pushes:
+            for request in self.pushes:
                 if request is not None:
                     request.cancel()
+        self.comm.wait_all(self._direct + self._sending)
         if self._lane == 0:
             self.wiring.free()
 
     def _follow(self) -> None:
-        decision = np.zeros(self.decision_size, np.float64)
+        row = np.zeros(Decision.length(len(self.wiring.workers)), np.float64)
         while True:
-            self.comm.recv(decision, self.wiring.coordinator, Tag.DECISION)
-            what = Decision(int(decision[0]))
-            if what is Decision.END:
+            self.comm.recv(row, self.wiring.coordinator, Tag.DECISION)
+            decision = Decision.decode(row)
+            if decision.what is What.END:
                 return
-            if what is Decision.NAN:
-                raise nan_error(self.phase, int(decision[1]), float(decision[3]), int(decision[2]))
+            if decision.what is What.NAN:
+                rank = self.wiring.workers[decision.take[0]]
+                raise nan_error(self.phase, rank, decision.weight, decision.step)
             self.execute(decision)
 
-    @property
-    def decision_size(self) -> int:
-        return 3 + len(self.wiring.workers)
-
-    def execute(self, decision: Buffer) -> None:
-        """Do what the coordinator decided: [Decision, weight, learning rate factor, 1 for each worker concerned].
-
-        Of NAN: [NAN, rank, step, loss].
-        """
-        what = Decision(int(decision[0]))
-        concerned = [i for i, flag in enumerate(decision[3:]) if flag]
-        if what is Decision.STATE:
+    def execute(self, decision: Decision) -> None:
+        """Do what the coordinator decided."""
+        if decision.what is What.STATE:
             self._send_state()
             return
         if self.low == self.high:
-            if what is Decision.UPDATE and self.phase.clip_norm is not None:
-                self._clip()
+            if decision.what is What.UPDATE and self._clips:
+                self._clip(self._sum)
             return
-        for worker in concerned:
-            push = self._pushes[worker]
+        for worker in decision.take:
+            push = self.pushes[worker]
             assert push is not None
             push.wait()
-        if what is Decision.UPDATE:
-            self._apply(concerned, weight=decision[1], factor=decision[2])
-        for worker in concerned:
+        if decision.what is What.UPDATE:
+            self._apply(decision)
+        for worker in decision.take:
             self._expect(worker)
-        pulls = [
-            self.comm.start_send(self._arena.mine, self.wiring.workers[worker], Tag.PULL) for worker in concerned
-        ]
-        self.comm.wait_all(pulls)
+        for worker in decision.give:
+            self._give(worker)
 
-    def _apply(self, workers: list[int], weight: float, factor: float) -> None:
+    def _apply(self, decision: Decision) -> None:
+        alone = len(decision.take) == 1
+        peer = self.comm.members[self.wiring.workers[decision.take[0]]] if alone else -1
+        self.comm.recorder.step = decision.step
+        gradient = self._gradient(decision)
+        if self._clips:
+            gradient.mul_(self._clip(gradient))
+        self.comm.wait_all(self._direct)  # nobody shall read half an update
+        self._direct = []
+        with self.comm.span("update", gradient.nbytes, peer, decision.version, flops=float(gradient.numel())):
+            self.update.apply(gradient, decision.rate, decision.momentum, self._delayed)
+
+    def _gradient(self, decision: Decision) -> torch.Tensor:
+        """The sum of the gradients taken, in rank order; one alone lies where it came."""
         from hpctrain.replica import as_tensor
 
-        with self.comm.span("reduce", self._sum.nbytes * len(workers), flops=float(self._sum.numel() * len(workers))):
-            self._sum.copy_(as_tensor(self._gradients[workers[0]].mine))
-            for worker in workers[1:]:
-                self._sum.add_(as_tensor(self._gradients[worker].mine))
-            if weight != 1.0:
-                self._sum.mul_(1.0 / weight)
-        if self.phase.clip_norm is not None:
-            self._sum.mul_(self._clip())
-        with self.comm.span("update", self._sum.nbytes, flops=float(self._sum.numel())):
-            self.update.apply(self._sum, factor)
+        parts = [as_tensor(self._gradients[worker].mine) for worker in decision.take]
+        if len(parts) == 1:
+            if decision.weight != 1.0:
+                parts[0].mul_(1.0 / decision.weight)
+            if self._compensation is not None:
+                old = as_tensor(self._copies[decision.take[0]].mine)
+                self._compensation.correct(parts[0], self.values, old)
+            return parts[0]
+        with self.comm.span("reduce", self._sum.nbytes * len(parts), flops=float(self._sum.numel() * len(parts))):
+            self._sum.copy_(parts[0])
+            for part in parts[1:]:
+                self._sum.add_(part)
+            if decision.weight != 1.0:
+                self._sum.mul_(1.0 / decision.weight)
+        return self._sum
 
-    def _clip(self) -> float:
-        from hpctrain.strategies.all_reduce import clip_factor
+    @property
+    def _clips(self) -> bool:
+        """Whether the sum is clipped here; a worker's own gradient is clipped by the worker."""
+        return self.phase.clip_norm is not None and self.options.mode == "sync"
 
+    def _clip(self, gradient: torch.Tensor) -> float:
+        """The factor for all shards. Collective over the servers."""
         assert self.between is not None and self.phase.clip_norm is not None
-        squares = np.array([float(self._sum.double().square().sum())])
+        squares = np.array([float(gradient.double().square().sum())])
         return clip_factor(float(self.between.gather_rows(squares).sum()), self.phase.clip_norm)
 
     def _expect(self, worker: int) -> None:
         if self.low < self.high:
             rank = self.wiring.workers[worker]
-            self._pushes[worker] = self.comm.start_recv(self._gradients[worker].mine, rank, Tag.PUSH)
+            self.pushes[worker] = self.comm.start_recv(self._gradients[worker].mine, rank, Tag.PUSH)
+
+    def _give(self, worker: int) -> None:
+        rank = self.wiring.workers[worker]
+        if worker not in self._copies:
+            self._direct.append(self.comm.start_send(self._arena.mine, rank, Tag.PULL))
+            return
+        self._remember(worker)  # its last pull has arrived: it has pushed since
+        self._sending = [request for request in self._sending if not request.test()]
+        self._sending.append(self.comm.start_send(self._copies[worker].mine, rank, Tag.PULL))
+
+    def _remember(self, worker: int) -> None:
+        from hpctrain.replica import as_tensor
+
+        as_tensor(self._copies[worker].mine).copy_(self.values)
+
+    def _remember_all(self) -> None:
+        """What the workers begin with."""
+        for worker in self._copies:
+            self._remember(worker)
 
     def _send_state(self) -> None:
         from hpctrain.state import send_state
 
-        state, leads = self.update.state(), self.comm.rank == self.wiring.coordinator
-        if leads:
-            state.counters = {"dropped": self.coordinator.dropped}
-        if leads and self.phase.conductor.rule is not None:
-            state.rule = self.phase.conductor.rule.state()
-        if leads or self.low < self.high:
+        state = self.update.state()
+        if self.coordinator is not None:
+            state.counters = self.coordinator.counters()
+            if self.phase.conductor.rule is not None:
+                state.rule = self.phase.conductor.rule.state()
+        if self.coordinator is not None or self.low < self.high:
             send_state(self.comm, state, 0)
 
 
-class Coordinator:
-    """The first server's other task: hears the headers, closes rounds, announces decisions, answers workers."""
+class _Compensation:
+    """DC-ASGD: g + lambda * g * g * (w_now - w_then), g * g standing for the diagonal of the Hessian
+    (Zheng et al. 2017, section 4; adaptive, section 6: lambda / sqrt(moving mean of g * g))."""
 
-    def __init__(self, server: ParameterServerServer) -> None:
-        self.server, self.comm = server, server.comm
-        self.phase, self.wiring = server.phase, server.wiring
-        self.version = 0
-        self.dropped = 0
-        self.cursor = self.phase.cursor
-        self.ask = Ask.NOTHING
-        self.present = set(range(len(self.wiring.workers)))
-        self.waiting: dict[int, Buffer] = {}
-        self.needed = len(self.present) - server.options.backup_workers
-        self.nan: tuple[int, float, int] | None = None
-        self.left: set[int] = set()
+    def __init__(self, strength: float, mean_square: torch.Tensor | None) -> None:
+        self._strength, self._mean_square = strength, mean_square
 
-    def run(self) -> None:
-        """Until every worker has left (or, after a NaN, been told). Raises NanError then."""
-        headers = [np.zeros(7, np.float64) for _ in self.wiring.workers]
-        requests: dict[int, Request] = {i: self._listen(header, i) for i, header in enumerate(headers)}
-        while requests:
-            senders = list(requests)
-            worker = senders[self.comm.wait_any([requests[sender] for sender in senders])]
-            header = headers[worker].copy()
-            requests[worker] = self._listen(headers[worker], worker)
-            self._hear(worker, header)
-            for gone in self.left & set(requests):
-                requests.pop(gone).cancel()
-        if self.nan is None:
-            self._decide(Decision.END)
-            return
-        rank, loss, step = self.nan
-        self._decide(Decision.NAN, weight=rank, factor=step, loss=loss)
-        raise nan_error(self.phase, rank, loss, step)
+    @classmethod
+    def of(cls, options: ParameterServerOptions, values: torch.Tensor) -> _Compensation | None:
+        if options.delay_compensation == "none":
+            return None
+        if options.delay_compensation == "constant":
+            return cls(options.delay_lambda or 0.04, None)
+        return cls(options.delay_lambda or 2.0, values.new_zeros(values.shape))
 
-    def _listen(self, header: Buffer, worker: int) -> Request:
-        return self.comm.start_recv(header, self.wiring.workers[worker], Tag.CONTROL)
+    def correct(self, gradient: torch.Tensor, now: torch.Tensor, then: torch.Tensor) -> None:
+        """In place; all flat, of one length."""
+        change = gradient.square()
+        if self._mean_square is not None:
+            self._mean_square.mul_(0.95).add_(change, alpha=0.05)
+            change.div_((self._mean_square + 1e-7).sqrt_())
+        gradient.add_(change.mul_(now - then), alpha=self._strength)
 
-    def _hear(self, worker: int, header: Buffer) -> None:
-        """Act on a header."""
-        kind = Kind(int(header[0]))
-        if kind is Kind.LEAVE:
-            self.left.add(worker)
-        elif kind is Kind.STATE:
-            self._decide(Decision.STATE)
-            self.server.execute(np.array([Decision.STATE, 0, 0], np.float64))
-        elif header[1] < self.version or self.nan is not None:
-            self._release(worker, int(header[2]))
-        else:
-            self.waiting[worker] = header
-            if len(self.waiting) >= self.needed:
-                self._close_round()
 
-    def _close_round(self) -> None:
-        phase, accepted = self.phase, sorted(self.waiting)
-        table = np.array([self.waiting.pop(worker) for worker in accepted])
-        total = int(table[:, 2].sum())
-        losses = np.where(table[:, 2] > 0, table[:, 3], 0.0)
-        mean = float((table[:, 2] * losses).sum() / max(1, total))
-        ranks = tuple(self.wiring.workers[worker] for worker in accepted)
-        bad = [(r, float(x)) for r, x in zip(ranks, losses, strict=True) if not np.isfinite(x)]
-        if bad and phase.nan == "stop":
-            self.nan = (*bad[0], int(table[0, 6]))
-        factor = phase.rate(self.cursor)
-        self.version += 1
-        before, self.cursor = self.cursor, int(table[:, 5].max())
-        wish = Ask(int(np.bitwise_or.reduce(table[:, 4].astype(np.int64))))
-        self.ask = phase.conductor.decide(before, self.cursor, mean, wish)
-        for worker in accepted:
-            self._reply(worker, "skipped" if bad else "applied", mean, total, late=0)
-        self._decide(Decision.SKIP if bad else Decision.UPDATE, accepted, total / phase.batch, factor)
+class _RunningClip:
+    """Scales down what is longer than `longest` times the mean length of about the last ten.
 
-    def _release(self, worker: int, samples: int) -> None:
-        """Too late for its round: its gradient is dropped, and it goes on with the parameters of now."""
-        self.dropped += 1
-        self._reply(worker, "dropped", 0.0, samples, late=1)
-        self._decide(Decision.RELEASE, [worker])
+    A long gradient that comes late, where the parameters have moved on, is what makes asynchronous SGD diverge.
+    """
 
-    def _reply(self, worker: int, result: str, loss: float, samples: int, late: int) -> None:
-        if self.nan is not None:  # it will raise, and send no more
-            self.left.add(worker)
-        text = json.dumps(
-            {
-                "result": result,
-                "cursor": self.cursor,
-                "loss": loss,
-                "samples": samples,
-                "ask": int(self.ask),
-                "version": self.version,
-                "late": late,
-                "nan": self.nan,
-                "why": self.phase.conductor.why[:160],
-            }
-        ).encode()
-        buffer = np.frombuffer(text.ljust(REPLY, b"\0"), np.uint8).copy()
-        self.comm.send(buffer, self.wiring.workers[worker], Tag.REPLY)
+    def __init__(self, longest: float) -> None:
+        self._longest = longest
+        self._mean, self._seen = 0.0, 0
 
-    def _decide(
-        self, what: Decision, workers: list[int] | None = None, weight: float = 0, factor: float = 0, loss: float = 0
-    ) -> None:
-        """Tell the other servers, then do the same here."""
-        decision = np.zeros(self.server.decision_size, np.float64)
-        decision[:4] = what, weight, factor, loss
-        decision[3:][workers or []] = 1
-        sends = [self.comm.start_send(decision, server, Tag.DECISION) for server in self.wiring.servers[1:]]
-        if workers:
-            self.server.execute(decision)
-        self.comm.wait_all(sends)
+    def factor(self, length: float) -> float:
+        """For the next gradient, of this length; one that is not finite counts for nothing."""
+        if not np.isfinite(length):
+            return 1.0
+        self._seen += 1
+        kept = length if self._seen == 1 else min(length, self._longest * self._mean)
+        self._mean += max(0.1, 1.0 / self._seen) * (kept - self._mean)
+        return kept / length if length > 0.0 else 1.0
 
 
 class ParameterServer(Strategy):
@@ -352,6 +389,10 @@ class ParameterServer(Strategy):
     Options = ParameterServerOptions
     Server = ParameterServerServer
     options: ParameterServerOptions
+
+    def __init__(self, options: ParameterServerOptions) -> None:
+        super().__init__(options)
+        self.needs = Needs(lockstep=options.mode == "sync")
 
     @staticmethod
     def roles(options: ParameterServerOptions) -> tuple[int, bool]:
@@ -369,34 +410,65 @@ class ParameterServer(Strategy):
         self.phase = phase
         self.wiring = Wiring(phase, self.options)
         self.comm = self.wiring.service
-        self.version = 0
         beside = phase.comm.rank in phase.roles.servers
         self._server = ParameterServerServer(self.options) if beside else None
         if self._server is not None:
             self._server.attach(phase, self.wiring, lane=1)
         _deal(phase, self.wiring, state, self._server)
         self._thread: Thread | None = phase.comm.spawn(self._server.serve) if self._server else None
+        self._slices: list[Stretch] = []
+        longest = self.options.clip_pushes or (None if phase.adaptive else 2.0)
+        self._running = _RunningClip(longest) if longest is not None else None
+        answer = np.zeros(REPLY, np.uint8)
+        self.comm.recv(answer, self.wiring.coordinator, Tag.REPLY)
+        self._take(answer)
+
+    def slices(self) -> list[Stretch] | None:
+        return None if self.needs.lockstep else self._slices
 
     def step(self, samples: int, loss: float) -> Outcome:
         phase, wiring = self.phase, self.wiring
         values, gradient = phase.replica.value_arena, phase.replica.gradient_arenas[0]
         assert values is not None
-        header = np.array([Kind.STEP, self.version, samples, loss, phase.wish, phase.round_end, phase.step], np.float64)
-        reply = np.zeros(REPLY, np.uint8)
-        requests = [self.comm.start_recv(reply, wiring.coordinator, Tag.REPLY)]
+        self._slices = self._slices[1:]
+        if samples and not self.needs.lockstep:
+            self._clip(samples)
+        header = Header(Kind.STEP, self.version, samples, loss, phase.wish, phase.round_end, phase.step)
+        answer = np.zeros(REPLY, np.uint8)
+        requests = [self.comm.start_recv(answer, wiring.coordinator, Tag.REPLY)]
         for server, low, high in wiring.shards():
             requests.append(self.comm.start_recv(values.mine[low:high], server, Tag.PULL))
-        requests.append(self.comm.start_send(header, wiring.coordinator, Tag.CONTROL))
+        requests.append(self.comm.start_send(np.array(header, np.float64), wiring.coordinator, Tag.CONTROL))
         for server, low, high in wiring.shards():
             requests.append(self.comm.start_send(gradient.mine[low:high], server, Tag.PUSH))
         self.comm.wait_all(requests)
-        return self._outcome(json.loads(reply.tobytes().rstrip(b"\0")))
+        return self._outcome(self._take(answer))
 
-    def _outcome(self, reply: dict[str, Any]) -> Outcome:
+    def _clip(self, samples: int) -> None:
+        """This worker's own gradient, as the mean over its samples: nobody else's is at hand."""
+        limit, running = self.phase.clip_norm, self._running
+        if limit is None and running is None:
+            return
+        from hpctrain.replica import norm_of
+
+        gradient = self.phase.replica.gradient
+        squares = (norm_of(gradient) * self.phase.batch / samples) ** 2
+        factor = clip_factor(squares, limit) if limit is not None else 1.0
+        if running is not None:
+            factor *= running.factor(factor * squares**0.5)
+        if factor < 1.0:
+            gradient.mul_(factor)
+
+    def _take(self, answer: Any) -> dict[str, Any]:
+        """What the coordinator says."""
+        reply: dict[str, Any] = json.loads(answer.tobytes().rstrip(b"\0"))
         if reply["nan"] is not None:
             raise nan_error(self.phase, *reply["nan"])
-        self.version = reply["version"]
-        self.phase.cursor = reply["cursor"]
+        self.version, self.phase.cursor = reply["version"], reply["cursor"]
+        self._slices += [(start, stop) for start, stop in reply.get("slices", [])]
+        return reply
+
+    def _outcome(self, reply: dict[str, Any]) -> Outcome:
         return Outcome(
             reply["result"],
             reply["cursor"],
@@ -404,8 +476,9 @@ class ParameterServer(Strategy):
             reply["samples"],
             Ask(reply["ask"]),
             self.version,
-            (reply["late"], reply["late"]),
+            (reply["staleness"], reply["staleness"]),
             reply["why"],
+            reply.get("held", 0),
         )
 
     def state(self) -> State | None:
@@ -429,9 +502,7 @@ class ParameterServer(Strategy):
         return state
 
     def _tell(self, kind: Kind) -> None:
-        header = np.zeros(7, np.float64)
-        header[0] = kind
-        self.comm.send(header, self.wiring.coordinator, Tag.CONTROL)
+        self.comm.send(np.array(Header(kind), np.float64), self.wiring.coordinator, Tag.CONTROL)
 
 
 def _deal(

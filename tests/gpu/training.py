@@ -47,9 +47,15 @@ def equivalence(comm: Communicator, folder: Path) -> None:
             assert distance < limit, (agree, recipe, precision, distance)
 
 
+STAGED = (
+    {"name": "all_reduce", "exchange": "message"},
+    {"name": "parameter_server", "mode": "sync", "colocated": True},
+)
+
+
 def bfloat16(comm: Communicator, folder: Path) -> None:
     """The ranks agree bit for bit, and are about where float32 is."""
-    for strategy in ({"name": "all_reduce", "exchange": "message"}, {"name": "parameter_server", "colocated": True}):
+    for strategy in STAGED:
         ends = []
         for precision in ("bfloat16", "float32"):
             job = helpers.make_job(folder, strategy=strategy, train={"precision": precision})
@@ -62,7 +68,7 @@ def bfloat16(comm: Communicator, folder: Path) -> None:
 
 def resumes(comm: Communicator, folder: Path) -> None:
     torch.use_deterministic_algorithms(True)
-    for strategy in ({"name": "all_reduce", "exchange": "message"}, {"name": "parameter_server", "colocated": True}):
+    for strategy in STAGED:
         for optimizer in ({"name": "SGD", "lr": 0.05, "momentum": 0.9}, {"name": "Adam", "lr": 0.01}):
             helpers.resumed_bits(comm, folder, strategy, optimizer)
 

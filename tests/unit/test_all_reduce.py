@@ -10,7 +10,7 @@ import torch
 
 from hpctrain.comm.virtual import World
 from hpctrain.errors import JobError, NanError
-from hpctrain.strategies.all_reduce import clip_factor
+from hpctrain.strategies.base import clip_factor
 from tests import helpers
 
 MESSAGES = ["message", "ring", "halving", "tree", "hierarchical", "overlap"]

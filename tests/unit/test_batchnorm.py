@@ -82,8 +82,8 @@ STRATEGIES: list[tuple[int, Any]] = [
     (3, {"name": "all_reduce", "exchange": "message"}),
     (4, {"name": "all_reduce", "exchange": "message", "overlap": True, "bucket_mb": 0.001}),
     (4, "all_reduce"),
-    (6, {"name": "parameter_server", "servers": 2}),
-    (3, {"name": "parameter_server", "servers": 1, "colocated": True}),
+    (6, {"name": "parameter_server", "mode": "sync", "servers": 2}),
+    (3, {"name": "parameter_server", "mode": "sync", "servers": 1, "colocated": True}),
 ]
 
 

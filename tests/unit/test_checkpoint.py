@@ -266,7 +266,7 @@ def run(job: Job, ranks: int, resume: Path | None = None) -> list[Any]:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("strategy", ["all_reduce", {"name": "parameter_server"}])
+@pytest.mark.parametrize("strategy", ["all_reduce", {"name": "parameter_server", "mode": "sync"}])
 def test_workers_take_up_their_own_buffers(tmp_path: Path, precision: str, strategy: Any) -> None:
     job = Job(
         model=Odd,

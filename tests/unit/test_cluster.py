@@ -15,7 +15,8 @@ from hpctrain.cluster import (
     device_for,
     launched_rank,
     launched_size,
-    local_cores,
+    share_of_cores,
+    threads_for,
 )
 from hpctrain.errors import ClusterError
 
@@ -85,9 +86,17 @@ def test_too_many_servers(size: int, servers: int, colocated: bool, message: str
         assign_roles([0] * size, servers, colocated)
 
 
-def test_cores() -> None:
-    assert [local_cores(8, ranks, "auto") for ranks in (1, 3, 8, 100)] == [8, 2, 1, 1]
-    assert local_cores(8, 3, 5) == 5
+def test_cores_of_ranks_that_are_not_bound_are_divided() -> None:
+    node = set(range(8))
+    shares = [share_of_cores(node, [node] * ranks) for ranks in (1, 3, 8, 100)]
+    assert [threads_for(share, "auto") for share in shares] == [8, 2, 1, 1]
+    assert [share < 1 for share in shares] == [False, False, False, True]
+    assert threads_for(shares[1], 5) == 5
+
+
+def test_a_rank_that_is_bound_has_its_cores_for_itself() -> None:
+    bound = [{0, 1, 2, 3}, {4, 5, 6, 7}, {8}, {8}]
+    assert [share_of_cores(mine, bound) for mine in bound] == [4, 4, 0.5, 0.5]
 
 
 def test_devices() -> None:

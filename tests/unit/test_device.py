@@ -478,7 +478,9 @@ def test_direct_training_equals_one_process(tmp_path: Path, agree: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("strategy", [{"name": "all_reduce", "exchange": "message"}, {"name": "parameter_server"}])
+@pytest.mark.parametrize(
+    "strategy", [{"name": "all_reduce", "exchange": "message"}, {"name": "parameter_server", "mode": "sync"}]
+)
 def test_staged_training_gives_the_bits_of_training_on_the_host(
     tmp_path: Path, strategy: dict[str, Any], precision: str
 ) -> None:
@@ -489,7 +491,7 @@ def test_staged_training_gives_the_bits_of_training_on_the_host(
 
 
 def test_a_run_on_the_device_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    strategy = {"name": "parameter_server"}
+    strategy = {"name": "parameter_server", "mode": "sync"}
     optimizer = {"name": "Adam", "lr": 0.01}
     run(3, StagedCommunicator, lambda comm, _: helpers.resumed_bits(comm, tmp_path, strategy, optimizer))
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hpctrain import jobspec, registry
 from hpctrain.errors import ClusterError, JobError
 from hpctrain.explain import as_markdown, as_text, explain
-from hpctrain.job import Amount, Job, check_ranks
+from hpctrain.job import Amount, Job, Phase, check_ranks
 from hpctrain.jobspec import Table
 from hpctrain.sentences import table_of
 
@@ -40,6 +40,13 @@ class Loose:
     class Options(BaseModel):
         model_config = ConfigDict(extra="allow")
         count: int = 3
+
+
+class Later:
+    """A strategy with an option that has the name of a table of a switch."""
+
+    class Options(jobspec.Options):
+        until: str = Field(default="end", description="text")
 
 
 class Until:
@@ -355,6 +362,55 @@ MISTAKES = [
         "phases = [{unitl = 3}]",
         "phases.0.unitl: unknown key (did you mean until?); phases.0 has strategy, until",
     ),
+    ('strategy = {name = "switch", frist = "tiny"}', "strategy.frist: unknown key (did you mean first?); strategy"),
+    ('strategy = {name = "switch", first = 3}', "strategy.first = 3: must be a table such as {name"),
+    ('strategy = {name = "switch", first = "tinny"}', 'strategy.first.name = "tinny": unknown strategy (did you mean'),
+    (
+        'strategy = {name = "switch", first = {name = "tiny", servers = 0}}',
+        "strategy.first.servers = 0: must be an integer, at least 1 and at most 64",
+    ),
+    (
+        'strategy = {name = "switch", until = {thresold = 1}}',
+        'strategy.until.thresold: unknown key (did you mean threshold?); rule "loss_stable" has rule, window,',
+    ),
+    (
+        'strategy = {name = "switch", until = {fraction = 0.2}}',
+        'strategy.until.fraction: unknown key (rule "after" has it); rule "loss_stable" has rule, window,',
+    ),
+    ('strategy = {name = "switch", until = {window = 0}}', "strategy.until.window = 0: must be an integer, at least 1"),
+    (
+        'strategy = {name = "switch", until = {threshold = -1}}',
+        "strategy.until.threshold = -1: must be a number, at least 0",
+    ),
+    ('strategy = {name = "switch", until = {armed = nan}}', "strategy.until.armed = nan: must be a number"),
+    ('strategy = {name = "switch", until = {armed = inf}}', "strategy.until.armed = inf: must be a number"),
+    ('strategy = {name = "switch", until = "target"}', "strategy.until.metric: is missing; it has no default"),
+    (
+        'strategy = {name = "switch", until = "after"}',
+        "strategy.until = an empty table: must have exactly one of epochs",
+    ),
+    ('strategy = {name = "switch", enter = {momentum = "kept"}}', 'strategy.enter.momentum = "kept": must be one of'),
+    ('strategy = {name = "switch", enter = {lr = 1}}', "strategy.enter.lr: unknown key"),
+    ('strategy = {name = "switch", enter = {scale = 0}}', "strategy.enter.scale = 0: must be a number, above 0"),
+    ('strategy = {name = "switch", enter = {ramp = {steps = 0}}}', "strategy.enter.ramp.steps = 0: must be an integer"),
+    (
+        'strategy = {name = "switch", enter = {ramp = {}}}',
+        "strategy.enter.ramp = an empty table: must have exactly one",
+    ),
+    (
+        'strategy = {name = "switch", then = "switch"}',
+        'strategy.then.name = "switch": is a schedule of phases itself, so it cannot be one of them; name another',
+    ),
+    ('strategy = {name = "switch", first = "hpctrain.jobtables:Switch"}', "is a schedule of phases itself"),
+    (
+        'phases = [{strategy = "switch"}]',
+        'phases.0.strategy.name = "switch": is a schedule of phases itself, so it cannot be one of them; name another',
+    ),
+    ("phases = [{enter = {}}]", "phases.0.enter: nothing comes before the first phase; leave it out"),
+    (
+        "phases = [{until = {rule = 'until', steps = 1}}, {enter = {momentum = 'none'}}]",
+        'phases.1.enter.momentum = "none": must be one of "keep", "scale", "reset", "ramp"',
+    ),
     ("debug.slow = [2]", "debug.slow = a list of 1: must be a table"),
     ("debug.slow.x = 2", "debug.slow.x: must be a rank, each once: a whole number from 0"),
     ("debug.slow = {1 = 2, 01 = 3}", "debug.slow.01: must be a rank, each once"),
@@ -524,6 +580,115 @@ def test_one_text_is_not_a_list_of_overrides() -> None:
     assert "are a list" in line
 
 
+# Switch: a schedule of two phases under a name of its own
+
+
+def test_switch_is_short_for_two_phases() -> None:
+    job = Job(strategy={"name": "switch", "then": {"servers": 2}, "enter": {"momentum": "scale", "scale": 0.5}})
+    assert job.phases is None and [job.key(0, "strategy"), job.key(1, "strategy")] == [
+        "strategy.first",
+        "strategy.then",
+    ]
+    assert [job.key(0, "until"), job.key(1, "enter")] == ["strategy.until", "strategy.enter"]
+    first, second = job.schedule
+    assert (first.strategy.name, second.strategy.name) == ("all_reduce", "parameter_server")
+    assert first.until is not None and first.until.name == "loss_stable" and second.until is None
+    assert first.enter is None and second.enter is not None
+    assert (second.strategy.options.servers, second.enter.momentum, second.enter.scale) == (2, "scale", 0.5)
+    table = job.plain()["strategy"]
+    assert list(table) == ["name", "first", "until", "then", "enter"]
+    phases = [
+        {"strategy": table["first"], "until": table["until"]},
+        {"strategy": table["then"], "enter": table["enter"]},
+    ]
+    long = Job(phases=phases)
+    assert [phase.plain() for phase in long.schedule] == [phase.plain() for phase in job.schedule]
+    assert [long.key(0, "until"), long.key(1, "strategy")] == ["phases.0.until", "phases.1.strategy"]
+
+
+def test_switch_is_dumped_with_every_default_and_comes_back(tmp_path: Path) -> None:
+    own = {"first": {"name": "tiny", "shares": [0.5]}, "until": {"rule": "until", "steps": 3}}
+    for strategy in ({"name": "switch"}, {"name": "switch", **own}):
+        job = Job(strategy=strategy)
+        again = load(tmp_path, job.dump())
+        assert again == job and again.dump() == job.dump()
+    text = Job(strategy="switch").dump()
+    assert '[strategy.until]\nrule = "loss_stable"\nwindow = 6\nthreshold = 0.01\nrounds = 10\narmed = 0.5' in text
+    assert '[strategy.enter]\nlearning_rate = "auto"\nmomentum = "keep"' in text
+    assert "[strategy.enter.ramp]\nfraction = 0.05" in text and '[strategy.then]\nname = "parameter_server"' in text
+
+
+def test_later_phases_have_enter_written_out(tmp_path: Path) -> None:
+    first, second = {"until": {"rule": "until", "steps": 1}}, {"strategy": "tiny"}
+    job = Job(phases=[Phase.model_validate(first), Phase.model_validate(second)])
+    assert job == Job(phases=[first, second])
+    assert job.phases is not None and job.phases[0].enter is None and job.phases[1].enter is not None
+    assert job.dump().count("[phases.enter]") == 1 and load(tmp_path, job.dump()) == job
+    assert changed(job, "phases.1.enter.ramp.steps=5").schedule[1].enter.ramp == Amount(steps=5)  # type: ignore[union-attr]
+    assert changed(job, "phases.1.enter=default") == job
+
+
+@pytest.mark.parametrize(
+    ("overrides", "place", "value"),
+    [
+        (["strategy.until.threshold=0.02"], "strategy.until.threshold", 0.02),
+        (["strategy.then.servers=2"], "strategy.then.servers", 2),
+        (["strategy.first.exchange=message"], "strategy.first.exchange", "message"),
+        (["strategy.first=tiny", "strategy.first.servers=9"], "strategy.first.servers", 9),
+        (["strategy.first.servers=9", "strategy.first=tiny"], "strategy.first.servers", 9),
+        (["strategy.until.fraction=0.2", "strategy.until=after"], "strategy.until.fraction", 0.2),
+        (["strategy.until=after", "strategy.until.steps=5"], "strategy.until.rule", "after"),
+        (["strategy.until={rule = 'until', steps = 7}"], "strategy.until.steps", 7),
+        (["strategy.until={window = 7}"], "strategy.until.rule", "loss_stable"),
+        (["strategy.enter.learning_rate=ramp"], "strategy.enter.learning_rate", "ramp"),
+        (["strategy.enter.ramp.steps=5"], "strategy.enter.ramp", {"steps": 5}),
+        (["strategy.then.mode=sync", "strategy.then=tiny"], "strategy.then.mode", "sync"),
+    ],
+)
+@pytest.mark.parametrize("start", ["named", "resolved", "by override"])
+def test_overrides_reach_into_a_switch(
+    tmp_path: Path, start: str, overrides: list[str], place: str, value: object
+) -> None:
+    texts = {"named": 'strategy = "switch"', "resolved": Job(strategy="switch").dump(), "by override": ""}
+    job = load(tmp_path, texts[start], *overrides, *(["strategy=switch"] if start == "by override" else []))
+    found: Any = job.plain()
+    for key in place.split("."):
+        found = found[key]
+    assert found == value
+    assert load(tmp_path, job.dump()) == job
+
+
+def test_a_new_rule_in_a_switch_takes_the_old_ones_keys_away_and_default_puts_them_back() -> None:
+    job = Job(strategy={"name": "switch", "until": {"threshold": 0.5, "window": 9}})
+    after = changed(job, "strategy.until=after", "strategy.until.steps=5")
+    assert after.plain()["strategy"]["until"] == {"rule": "after", "steps": 5}
+    assert changed(after, "strategy.until=default") == changed(Job(strategy="switch"))
+    assert changed(job, "strategy.until.window=default").plain()["strategy"]["until"]["window"] == 6
+    assert changed(job, "strategy=all_reduce") == Job()
+
+
+def test_an_option_of_a_strategy_that_has_the_name_of_a_table_of_a_switch_is_just_an_option() -> None:
+    job = changed(Job(strategy=Later), "strategy.until=after")
+    assert job.schedule[0].strategy.options.until == "after"
+    job = changed(Job(strategy="switch"), "strategy.until=after", f"strategy={HERE}:Later")
+    assert job.schedule[0].strategy.options.until == "after"
+    [line] = mistakes(changed, job, "strategy.until=after", "strategy=switch")
+    assert line.startswith("strategy.until = an empty table: must have exactly one of epochs, steps")
+
+
+def test_objects_in_a_switch_are_kept(tmp_path: Path) -> None:
+    class Local(Tiny):
+        pass
+
+    tables = {"first": {"name": Local, "servers": 2}, "until": {"rule": Until, "steps": 4}, "then": Local}
+    job = Job(strategy={"name": "switch", **tables}).override(["strategy.first.servers=3", "seed=1"])
+    first, second = job.schedule
+    assert first.strategy.resolve() is Local and second.strategy.resolve() is Local and first.until is not None
+    assert first.until.resolve() is Until and first.strategy.options.servers == 3
+    lines = mistakes(load, tmp_path, job.dump())
+    assert [line.split(": ")[1].split(" = ")[0] for line in lines] == ["strategy.first.name", "strategy.then.name"]
+
+
 # Objects in place of names
 
 
@@ -662,6 +827,16 @@ def test_explain_has_every_key_once_and_each_is_described() -> None:
         "(tiny) a tuple, which TOML has not",
     )
     assert by_key["phases.N.until.steps"].default == "required"
+    assert by_key["strategy.until"] == (
+        "strategy.until",
+        "table",
+        '{rule = "loss_stable"}',
+        "",
+        "(switch) the rule that ends the first phase: the keys of phases.N.until",
+    )
+    assert by_key["strategy.then"].default == '{name = "parameter_server"}'
+    assert by_key["phases.N.enter.momentum"].allowed == '"keep", "scale", "reset", "ramp"'
+    assert {"phases.N.until.armed", "phases.N.until.metric", "strategy.enter.ramp"} <= set(by_key)
 
 
 def test_the_defaults_that_explain_gives_are_the_defaults() -> None:

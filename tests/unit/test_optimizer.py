@@ -375,7 +375,7 @@ def run(tmp_path: Any, ranks: int, batch: int, groups: Any, strategy: Any = "all
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adafactor"])
-@pytest.mark.parametrize("strategy", ["all_reduce", {"name": "parameter_server", "servers": 2}])
+@pytest.mark.parametrize("strategy", ["all_reduce", {"name": "parameter_server", "mode": "sync", "servers": 2}])
 def test_groups_in_a_run(tmp_path: Any, strategy: Any, name: str) -> None:
     groups = {"name": two_rates, "last": 0.02}
     alone, uniform = (run(tmp_path, 1, 8, g, name=name) for g in (groups, None))

@@ -64,7 +64,7 @@ def test_more_servers_than_the_model_has_cache_lines(tmp_path: Path):
         )
         return World(size).run(lambda comm: helpers.vector(helpers.quiet_train(comm, job).model))
 
-    served = run(6, name="parameter_server", servers=6, colocated=True)
+    served = run(6, name="parameter_server", mode="sync", servers=6, colocated=True)
     assert helpers.difference(served[2], run(1, name="all_reduce")[0]) < 1e-10
 
 
@@ -83,7 +83,7 @@ def test_an_optimizer_that_is_not_elementwise_gets_whole_parameters(tmp_path: Pa
         )
         return World(size).run(lambda comm: helpers.vector(helpers.quiet_train(comm, job).model))[0]
 
-    served = run(5, 6, name="parameter_server", servers=2)
+    served = run(5, 6, name="parameter_server", mode="sync", servers=2)
     assert helpers.difference(served, run(1, 18, name="all_reduce")) < 1e-9
 
 
@@ -123,7 +123,7 @@ def _slow(rank: int, kind: str, nbytes: int, flops: float) -> int:
 def _backup_job(folder: Path, **train) -> Job:
     return helpers.make_job(
         folder,
-        strategy={"name": "parameter_server", "servers": 1, "backup_workers": 1},
+        strategy={"name": "parameter_server", "mode": "sync", "servers": 1, "backup_workers": 1},
         train={"epochs": 6, "batch_size": 6, **train},
     )
 
@@ -144,7 +144,7 @@ def test_late_gradients_are_dropped_and_counted(tmp_path: Path, every: dict[str,
 
 
 def test_a_coordinator_without_a_shard_counts_them_too(tmp_path: Path):
-    strategy = {"name": "parameter_server", "servers": 6, "colocated": True, "backup_workers": 1}
+    strategy = {"name": "parameter_server", "mode": "sync", "servers": 6, "colocated": True, "backup_workers": 1}
     job = _backup_job(tmp_path).override(["model.name=tests.unit.test_parameter_server:line"])
     job = job.override([f"strategy.{key}={str(value).lower()}" for key, value in strategy.items()])
     results = World(6, compute=_slow).run(lambda comm: helpers.quiet_train(comm, job))

@@ -20,7 +20,9 @@ from hpctrain.schedule import (
     Conductor,
     Course,
     Every,
+    Pace,
     Progress,
+    Rule,
     RunClock,
     constant,
     cosine,
@@ -81,6 +83,12 @@ def test_steps_across_uneven_epochs(epoch: int, size: int, start: int, count: in
     if start == 0:
         assert [clock.rounds(end) for end in ends] == list(range(1, count + 1))
         assert run_total(Job(train={"steps": count}).train, epoch, size) == ends[-1]
+
+
+def test_a_round_has_ended_when_its_last_sample_has_been_consumed() -> None:
+    """Asynchronous updates end within rounds."""
+    assert [CLOCK.rounds(cursor) for cursor in (0, 31, 32, 33, 96, 99, 100, 131, 132)] == [0, 0, 1, 1, 3, 3, 4, 4, 5]
+    assert [CLOCK.round_end(rounds) for rounds in (1, 3, 4, 5)] == [32, 96, 100, 132]
 
 
 def test_totals() -> None:
@@ -185,6 +193,55 @@ def test_wishes_are_granted() -> None:
     assert conductor.decide(0, 32, 0.0, Ask.INTERRUPT) == Ask.INTERRUPT | Ask.EVALUATE
 
 
+@given(
+    SIZES,
+    SIZES,
+    st.integers(0, 200),
+    st.integers(1, 300),
+    st.one_of(st.integers(0, 90), st.integers(1, 9).map(lambda steps: (steps,))),
+    st.one_of(st.integers(0, 90), st.integers(1, 9).map(lambda steps: (steps,))),
+    st.sampled_from([None, {"steps": 3}, {"samples": 40}, {"epochs": 0.7}, {"fraction": 0.2}]),
+    st.integers(0, 60),
+)
+def test_due_is_where_something_is_asked_next(
+    epoch: int, size: int, cursor: int, total: int, evaluate: Any, checkpoint: Any, after: Any, start: int
+) -> None:
+    clock = RunClock(epoch, size, total)
+    rule = After(AfterOptions.model_validate(after), clock, min(start, cursor)) if after else None
+    marks = [Every(clock, *unit) if isinstance(unit, tuple) else unit for unit in (evaluate, checkpoint)]
+    conductor = Conductor(total, marks[0], marks[1], rule)
+    nearest = cursor + 1
+    while not conductor.decide(cursor, nearest, 0.5, Ask.NOTHING):
+        nearest += 1
+    assert conductor.due(cursor) == nearest
+
+
+class Talkative(Rule):
+    """Has news of every step, and ends the phase at a loss or a metric under 0."""
+
+    def observe(self, cursor: int, loss: float) -> str | None:
+        self.news = f"saw {loss:g}"
+        return "seen enough" if loss < 0 else None
+
+    def evaluated(self, cursor: int, metric: float, higher_is_better: bool) -> str | None:
+        return f"metric {metric:g}, {higher_is_better}" if metric < 0 else None
+
+
+def test_news_of_a_rule_are_told_once() -> None:
+    told: list[tuple[str, str]] = []
+    conductor = Conductor(1000, 0, 0, Talkative(None, CLOCK, 0), tell=lambda kind, text: told.append((kind, text)))
+    assert conductor.decide(0, 32, 1.0, Ask.NOTHING) == Ask.NOTHING
+    assert conductor.evaluated(32, 1.0) == Ask.NOTHING
+    assert conductor.decide(32, 64, -1.0, Ask.NOTHING) == Ask.END_PHASE and conductor.why == "seen enough"
+    assert told == [("rule", "saw 1"), ("rule", "saw -1")]
+
+
+def test_a_rule_may_end_the_phase_after_an_evaluation() -> None:
+    conductor = Conductor(1000, 0, 0, Talkative(None, CLOCK, 0), higher_is_better=False)
+    assert conductor.evaluated(32, -1.0) == Ask.END_PHASE and conductor.why == "metric -1, False"
+    assert Conductor(1000, 0, 0, None).evaluated(32, -1.0) == Ask.NOTHING
+
+
 # -- stopping -------------------------------------------------------------------------------------------------
 def test_target() -> None:
     progress = Progress(0.9, None, 0.0)
@@ -256,3 +313,54 @@ def test_warmup_then_course() -> None:
 def test_courses_that_are_refused(function: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(JobError, match=message):
         Course(function, options, 0, 100)
+
+
+# -- how a phase begins ---------------------------------------------------------------------------------------
+COURSE = Course(linear, {}, warmup=10, total=110)
+
+
+def pace(learning_rate: str, momentum: str = "keep", ramp: int = 0) -> Pace:
+    """Of a phase that begins at 60 of 110 samples."""
+    return Pace(COURSE, 60, learning_rate, momentum, scale=0.25, ramp=ramp, total=110)
+
+
+def test_the_course_goes_on_or_is_scaled() -> None:
+    assert [pace("auto").rate(cursor) for cursor in (60, 85, 110)] == pytest.approx([0.5, 0.25, 0])
+    assert [pace("keep").rate(cursor) for cursor in (60, 85, 110)] == pytest.approx([0.5, 0.25, 0])
+    assert [pace("scale").rate(cursor) for cursor in (60, 85, 110)] == pytest.approx([0.125, 0.0625, 0])
+
+
+def test_the_course_begins_anew_over_what_remains() -> None:
+    """Its warm-up too: 10 of 110 samples become 5 of 50."""
+    found = [pace("reset").rate(cursor) for cursor in (60, 62, 65, 110)]
+    assert found == pytest.approx([1 / 6, 3 / 6, 1, 0])
+    whole = Pace(COURSE, 0, "reset", "keep", 1.0, 0, 110)
+    assert [whole.rate(cursor) for cursor in range(111)] == [COURSE.factor(cursor) for cursor in range(111)]
+    assert Pace(COURSE, 110, "reset", "keep", 1.0, 0, 110).rate(110) >= 0
+
+
+def test_a_ramp_rises_to_the_course_and_never_stands_at_zero() -> None:
+    rates = [pace("ramp", ramp=4).rate(cursor) / COURSE.factor(cursor) for cursor in range(60, 66)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+    assert pace("ramp").rate(60) == 0.5
+
+
+def test_momentum() -> None:
+    cursors = (60, 62, 64, 99)
+    for policy, factors in {
+        "keep": [1.0, 1.0, 1.0, 1.0],
+        "reset": [1.0, 1.0, 1.0, 1.0],
+        "scale": [0.25, 0.25, 0.25, 0.25],
+        "ramp": [0.2, 0.6, 1.0, 1.0],
+    }.items():
+        found = pace("auto", policy, ramp=4)
+        assert [found.momentum_factor(cursor) for cursor in cursors] == pytest.approx(factors)
+        assert found.resets == (policy == "reset")
+        assert found.rate(60) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("policy", "applies"), [("auto", True), ("keep", False), ("scale", False), ("reset", True), ("ramp", True)]
+)
+def test_who_corrects_the_rate_of_asynchronous_updates(policy: str, applies: bool) -> None:
+    assert pace(policy).per_update == applies

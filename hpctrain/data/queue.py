@@ -1,0 +1,65 @@
+"""Who gets which samples next where workers do not step together: the queues of asynchronous phases. Pure.
+
+The strategy's coordinator holds one and deals out stretches of positions; a stretch is at most `batch` samples and
+never crosses the end of an epoch. Dealing stops at a limit and goes on once all that was dealt has been consumed:
+there the samples consumed are a prefix of the run.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from hpctrain.data.order import round_bounds
+
+Stretch = tuple[int, int]
+
+
+class Queue(Protocol):
+    """Deals out the positions of a run of epochs of `length` samples."""
+
+    furthest: int  # all positions before it are dealt out, or are to be before dealing may stop
+
+    def take(self, worker: int, limit: int) -> Stretch | None:
+        """The next stretch for this worker; None if it would begin at or behind `limit`."""
+
+    def stop_at(self, cursor: int) -> int:
+        """The first position at or behind `cursor` where dealing may stop."""
+
+
+class SharedQueue:
+    """One queue for all: whoever asks takes the next stretch, so that a slow worker takes fewer."""
+
+    def __init__(self, start: int, length: int, batch: int, workers: int) -> None:
+        self.furthest = start
+        self._length, self._batch = length, batch
+
+    def take(self, worker: int, limit: int) -> Stretch | None:
+        start = self.furthest
+        if start >= limit:
+            return None
+        _, self.furthest = round_bounds(start, self._length, self._batch, 1)
+        return start, self.furthest
+
+    def stop_at(self, cursor: int) -> int:
+        return cursor
+
+
+class StaticQueue:
+    """To each worker its own share, as in synchronous rounds; it can stop at the ends of epochs only."""
+
+    def __init__(self, start: int, length: int, batch: int, workers: int) -> None:
+        self.furthest = start
+        self._length, self._batch, self._workers = length, batch, workers
+        self._rounds = [start] * workers
+
+    def take(self, worker: int, limit: int) -> Stretch | None:
+        while (start := self._rounds[worker]) < limit:
+            bounds = round_bounds(start, self._length, self._batch * self._workers, self._workers)
+            self._rounds[worker] = bounds[-1]
+            self.furthest = max(self.furthest, self.stop_at(bounds[-1]))
+            if bounds[worker] < bounds[worker + 1]:
+                return bounds[worker], bounds[worker + 1]
+        return None
+
+    def stop_at(self, cursor: int) -> int:
+        return -(-cursor // self._length) * self._length

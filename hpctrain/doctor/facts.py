@@ -1,0 +1,188 @@
+"""What `hpctrain doctor` knows, as plain values: told of by the ranks, judged by `problems`, shown by `report`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MpiFacts:
+    """The MPI library, and the launchers that are found.
+
+    `kind`: mpich, openmpi, intel, other, or "" where no library can be loaded. `cuda_aware`: None where the library
+    does not say; `cuda_how`: how it is known. `mpiexec`: the one on the path, `mpiexec_kind` whose it is and `belongs`
+    whether it is this library's. `runs_with`: the one that `hpctrain run` takes, or `runs_not`: why there is none.
+    `troubles`: sentences on what does not work, with what to do.
+    """
+
+    library: str = ""
+    kind: str = ""
+    standard: str = ""
+    thread_level: str = ""
+    cuda_aware: bool | None = None
+    cuda_how: str = ""
+    launched: int = 1
+    launcher: str = ""
+    mpiexec: str | None = None
+    mpiexec_kind: str = ""
+    belongs: bool = False
+    runs_with: str | None = None
+    runs_not: str | None = None
+    srun_needs: str = ""
+    troubles: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """One rank. `cores`: logical CPUs that it may use; `threads`: torch threads that it would compute with."""
+
+    rank: int
+    node: int
+    host: str
+    cores: list[int]
+    threads: int
+    device: str = "cpu"
+    gpus: int = 0
+    gpu_trouble: str | None = None
+    torch_trouble: str | None = None
+    torch_cuda: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """One node, as its first rank sees it. Memory in bytes; None or empty: not known or not there.
+
+    `cpus`: logical CPUs; `quota`: cores that a container may use in the mean; `load`: running processes in the mean
+    of the last minute; `memory_limit`: of a container; `not_shared`: why its ranks cannot share memory, as a
+    sentence; `nvidia`: GPUs that the driver shows; `memlock`: what a process may pin.
+    """
+
+    index: int
+    host: str
+    ranks: list[int]
+    cpus: int
+    quota: float | None = None
+    load: float = 0.0
+    memory_total: int = 0
+    memory_free: int = 0
+    memory_limit: int | None = None
+    shm_total: int = 0
+    shm_free: int = 0
+    not_shared: str | None = None
+    nvidia: int = 0
+    infiniband: list[str] = field(default_factory=list)
+    memlock: int | None = None
+
+    @property
+    def shared_parameters(self) -> int:
+        """Parameters (float32) of the largest model whose arenas fit: they and their gradients, for every rank.
+
+        That is what a run asks for before it shares memory, and it leaves a tenth free.
+        """
+        return int(0.9 * self.shm_free / (8 * max(1, len(self.ranks))))
+
+
+@dataclass(frozen=True)
+class FolderFacts:
+    """The output folder, as a node's first rank sees it.
+
+    `seen`: whether the file that rank 0 made is there; `trace`: why no trace can be written, `locking` why HDF5
+    cannot lock files; None: it can.
+    """
+
+    node: int
+    path: str
+    type: str
+    source: str
+    network: bool
+    free: int
+    seen: bool = True
+    trace: str | None = None
+    locking: str | None = None
+
+
+@dataclass(frozen=True)
+class Link:
+    """A ping-pong of two ranks: half a round trip of 8 bytes, in us; `nbytes` each way, in GB/s (10^9 bytes)."""
+
+    ranks: tuple[int, int]
+    nodes: tuple[int, int]
+    latency_us: float
+    bandwidth_gb_s: float
+    nbytes: int
+
+    @property
+    def within(self) -> bool:
+        """Whether both ranks are on one node."""
+        return self.nodes[0] == self.nodes[1]
+
+
+@dataclass(frozen=True)
+class JobFacts:
+    """A job on these ranks. `phases`: strategy, workers and servers of each; `nbytes`: of one parameter arena.
+
+    `arenas`: how many of its size a worker has at most; `troubles`: why it cannot run here.
+    """
+
+    path: str
+    output: str
+    threads: int | str = "auto"
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    parameters: int = 0
+    nbytes: int = 0
+    arenas: int = 0
+    samples: int | None = None
+    troubles: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All of it. `pairs`: how many pairs of ranks (within, between nodes) there are; `links`: of those measured."""
+
+    mpi: MpiFacts
+    ranks: list[RankFacts]
+    nodes: list[NodeFacts]
+    folders: list[FolderFacts]
+    links: list[Link] = field(default_factory=list)
+    pairs: tuple[int, int] = (0, 0)
+    slurm: dict[str, str] = field(default_factory=dict)
+    plugins: list[str] = field(default_factory=list)
+    job: JobFacts | None = None
+    seconds: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """How many ranks."""
+        return len(self.ranks)
+
+    def on(self, node: NodeFacts) -> list[RankFacts]:
+        """The ranks of that node."""
+        return [self.ranks[rank] for rank in node.ranks]
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        plain = asdict(self)
+        for node, values in zip(self.nodes, plain["nodes"], strict=True):
+            values["shared_parameters"] = node.shared_parameters
+        return plain
+
+
+def ranges(numbers: list[int]) -> str:
+    """0-3, 7 for [0, 1, 2, 3, 7]."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def named(ranks: list[int]) -> str:
+    """rank 3, or ranks 0-3, 7."""
+    return f"rank{'s' * (len(ranks) > 1)} {ranges(ranks)}"

@@ -1,0 +1,169 @@
+"""Collecting the facts of all ranks. What takes a communicator is collective over it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hpctrain.cluster import device_for
+from hpctrain.comm.base import Communicator
+from hpctrain.doctor import machine
+from hpctrain.doctor.facts import Facts, FolderFacts, JobFacts, MpiFacts, NodeFacts, RankFacts
+from hpctrain.doctor.links import measure
+from hpctrain.errors import ClusterError, HpctrainError
+
+if TYPE_CHECKING:
+    from hpctrain.job import Job
+
+Stage = Callable[[str], None]
+SMALL = 1 << 20  # bytes of shared memory that are tried out
+
+
+def join(known: MpiFacts) -> tuple[Communicator | None, MpiFacts]:
+    """Start MPI: the communicator over all ranks, and what the library says. Collective.
+
+    No communicator where MPI cannot be had, or launcher and library do not belong together: `troubles` says why.
+    """
+    try:
+        from hpctrain.comm import mpi
+        from hpctrain.comm.connect import connect
+    except Exception as error:  # mpi4py raises all kinds where there is no library that it can load
+        why = f"mpi4py cannot start MPI ({type(error).__name__}: {str(error).splitlines()[0]}); install an MPI library"
+        return None, replace(known, troubles=known.troubles or [why])
+    told = replace(known, library=mpi.library(), standard=mpi.standard(), thread_level=mpi.thread_level())
+    try:
+        return connect(), told
+    except ClusterError as error:
+        return None, replace(told, troubles=[*told.troubles, str(error)])
+
+
+def collect(comm: Communicator, mpi: MpiFacts, job: Job | None, path: str, stage: Stage) -> Facts:
+    """Everything, on all ranks the same. Collective. `mpi`: what is known of the library; of rank 0 it counts.
+
+    `job`: to be checked against these ranks, from the file `path`; `stage` hears what is done.
+    """
+    stage("importing torch")
+    environment, threads = os.environ, job.threads if job is not None else "auto"
+    mine = machine.look_at_rank(comm.rank, comm.nodes[comm.rank], comm.cores, mpi.library, environment, threads)
+    ranks = [RankFacts(**values) for values in comm.gather_json(asdict(mine))]
+    stage("looking at devices")
+    ranks = _devices(ranks, comm, job)
+    aware, how = _cuda_aware(comm, ranks, job)
+    mpi = MpiFacts(**comm.broadcast_json(asdict(replace(mpi, cuda_aware=aware, cuda_how=how))))
+    stage("trying out shared memory")
+    nodes = _nodes(comm)
+    stage("writing to the output folder")
+    folders = look_at_output(comm, Path(job.output if job is not None else "runs"))
+    links, pairs = measure(comm, stage) if comm.size > 1 else ([], (0, 0))
+    slurm = comm.broadcast_json(machine.slurm_variables(environment))
+    plugins = comm.broadcast_json(machine.srun_plugins(environment) if slurm and comm.rank == 0 else [])
+    stage("preparing the job")
+    about = look_at_job(comm, job, path) if job is not None else None
+    return Facts(mpi, ranks, nodes, folders, links, pairs, slurm, plugins, about)
+
+
+def _devices(ranks: list[RankFacts], comm: Communicator, job: Job | None) -> list[RankFacts]:
+    """With the device that each rank would compute on."""
+    wanted = job.device if job is not None else "auto"
+    found = []
+    for rank in ranks:
+        place = [other.rank for other in ranks if other.node == rank.node].index(rank.rank)
+        with contextlib.suppress(ClusterError):  # device = "cuda" and no GPU: the job's own trouble
+            rank = replace(rank, device=device_for(wanted, place, rank.gpus))
+        found.append(rank)
+    return found
+
+
+def _cuda_aware(comm: Communicator, ranks: list[RankFacts], job: Job | None) -> tuple[bool | None, str]:
+    """Asked of the library; tried out (in a child process) only where all ranks have a GPU and it does not say."""
+    if not comm.concurrent:
+        return None, "MPI is not in use"
+    if all(rank.device != "cpu" for rank in ranks):
+        from hpctrain.comm.cuda_aware import cuda_aware
+
+        wanted = job.communicator.cuda_aware if job is not None else "auto"
+        return cuda_aware(comm, wanted, int(ranks[comm.rank].device.split(":")[1]))
+    from hpctrain.comm import mpi
+
+    answers = comm.gather_json(mpi.cuda_support())
+    known = None if None in answers else all(answers)
+    says = "does not say" if known is None else f"says that it is {'' if known else 'not '}CUDA-aware"
+    return known, f"the MPI library {says}"
+
+
+def _nodes(comm: Communicator) -> list[NodeFacts]:
+    """Of each node as its first rank sees it."""
+    not_shared = try_shared_memory(comm)
+    first = comm.local_rank == 0
+    mine = machine.look_at_node(comm.nodes[comm.rank], list(comm.local_ranks), not_shared) if first else None
+    told = [values for values in comm.gather_json(asdict(mine) if mine is not None else None) if values is not None]
+    return [NodeFacts(**values) for values in told]
+
+
+def try_shared_memory(comm: Communicator) -> str | None:
+    """Why this node's ranks cannot share memory, as a sentence; None if they can. Collective."""
+    why = comm.can_share(SMALL)
+    can = comm.gather_json(why)
+    if any(other is not None for other in can):
+        return why
+    arena = comm.arena(SMALL // 8, np.dtype(np.int64), "node")
+    arena.mine[:] = comm.rank
+    comm.notify(arena)
+    comm.wait(arena)
+    right = all((part == rank).all() for part, rank in zip(arena.parts, comm.local_ranks, strict=True))
+    comm.barrier()
+    arena.free()
+    return None if right else "what one rank writes others do not read; set communicator.shared = false in the job"
+
+
+def look_at_output(comm: Communicator, path: Path) -> list[FolderFacts]:
+    """The output folder of each node. Collective. Leaves nothing there."""
+    probe, made = None, None
+    if comm.rank == 0:
+        with contextlib.suppress(OSError):
+            made = machine.existing_folder(path) / machine.probe_name()
+            made.touch()
+            probe = made.name
+    try:
+        probe = comm.broadcast_json(probe)
+        first = comm.local_rank == 0
+        mine = machine.look_at_folder(comm.nodes[comm.rank], path, probe) if first else None
+        told = comm.gather_json(asdict(mine) if mine is not None else None)
+    finally:
+        if made is not None:
+            made.unlink(missing_ok=True)
+    return [FolderFacts(**values) for values in told if values is not None]
+
+
+def look_at_job(comm: Communicator, job: Job, path: str) -> JobFacts:
+    """Whether it would begin on these ranks: its roles, then its data, model and optimizer, as a run builds them."""
+    facts = JobFacts(path, job.output, job.threads)
+    try:
+        from hpctrain.strategies.base import roles_of
+
+        roles = roles_of(job, comm.nodes)
+        names = [phase.strategy.name for phase in job.schedule]
+        facts = replace(facts, phases=[
+            {"strategy": name, "workers": list(role.workers), "servers": list(role.servers)}
+            for name, role in zip(names, roles, strict=True)
+        ])  # fmt: skip
+        from hpctrain.prepare import prepare
+
+        prepared = prepare(job, comm)
+        layout = prepared.replica.layout
+        gradients = max(prepared.strategy(index).needs.gradients for index in range(len(names)))
+        facts = replace(
+            facts, parameters=layout.parameters, nbytes=layout.length * layout.dtype.itemsize,
+            arenas=1 + gradients + 2, samples=prepared.order.length,
+        )  # fmt: skip
+    except HpctrainError as error:
+        facts = replace(facts, troubles=[str(error)])
+    told = comm.gather_json(facts.troubles)
+    every = dict.fromkeys(trouble for troubles in told for trouble in troubles)
+    return replace(facts, troubles=list(every))

@@ -1,0 +1,332 @@
+"""What a process sees of its node, its launcher and the file system. Nothing here speaks to other ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import zlib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from hpctrain import __version__, launcher
+from hpctrain.cluster import RANK_VARIABLES, launched_size, threads_for
+from hpctrain.doctor.facts import FolderFacts, MpiFacts, NodeFacts, RankFacts
+from hpctrain.errors import ClusterError, HpctrainError
+
+NETWORK_TYPES = frozenset({
+    "nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "smbfs", "glusterfs", "afs", "panfs", "pvfs2",
+    "orangefs", "9p", "wekafs", "quobyte", "acfs", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.beegfs",
+    "fuse.juicefs", "fuse.dfuse", "fuse.s3fs", "fuse.gcsfuse",
+})  # fmt: skip
+PACKAGES = ("torch", "mpi4py", "numpy", "h5py", "cupy-cuda12x", "cupy-cuda13x")
+VARIABLES = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY",
+    "KMP_AFFINITY", "CUDA_VISIBLE_DEVICES", "HDF5_USE_FILE_LOCKING", "OMPI_MCA_mpi_yield_when_idle", "UCX_TLS",
+    "UCX_NET_DEVICES", "I_MPI_OFFLOAD", "RDMAV_FORK_SAFE", "IBV_FORK_SAFE", "UCX_IB_FORK_INIT",
+)  # fmt: skip
+SLURM_VARIABLES = (
+    "SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_JOB_NUM_NODES", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE",
+    "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_GPUS_ON_NODE",
+    "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_MPI_TYPE", "SLURM_CPU_BIND", "SLURM_RESTART_COUNT",
+)  # fmt: skip
+TRIAL = """
+from mpi4py import MPI
+try:
+    from hpctrain.doctor.machine import remove_segments
+except ImportError:  # found by a path that this child does not know
+    pass
+else:
+    remove_segments()
+"""
+UNLIMITED = 2**60  # bytes: more than this is how version 1 of control groups says that there is no limit
+
+
+# -- MPI and its launchers, before MPI starts ------------------------------------------------------------------
+def look_at_launchers(environment: Mapping[str, str]) -> MpiFacts:
+    """The library that mpi4py loads, and the launchers that are found; all of it asked in child processes."""
+    launched, by = launched_size(environment)
+    path = shutil.which("mpiexec", path=environment.get("PATH"))
+    kind, major = launcher._launcher_kind(path) if path else ("", "")
+    try:
+        library = launcher.find_library()
+    except ClusterError as error:
+        return MpiFacts(launched=launched, launcher=by, mpiexec=path, mpiexec_kind=kind, troubles=[str(error)])
+    runs_with, runs_not = None, None
+    try:
+        runs_with = launcher.find_mpiexec().path
+    except ClusterError as error:
+        runs_not = str(error)
+    wrong = launcher_mismatch(library, environment)
+    belongs = kind == library.kind and (kind != "openmpi" or f"v{major}." in library.version)
+    return MpiFacts(
+        library=library.version.strip("\0 "), kind=library.kind, launched=launched, launcher=by, mpiexec=path,
+        mpiexec_kind=kind, belongs=belongs, runs_with=runs_with, runs_not=runs_not, srun_needs=library.srun,
+        troubles=[wrong] if wrong is not None else [],
+    )  # fmt: skip
+
+
+def launcher_mismatch(library: launcher.Library, environment: Mapping[str, str]) -> str | None:
+    """Why the library would end this process in MPI_Init, as a sentence: it does not know its launcher's language."""
+    if "OMPI_COMM_WORLD_SIZE" not in environment or library.kind == "openmpi":
+        return None
+    return (
+        f"Open MPI's mpirun has started this, but mpi4py loads another MPI library ({library.version}), which does not "
+        "start under it; use the mpiexec that belongs to that library (`hpctrain run` finds it)"
+    )
+
+
+def why_mpi_does_not_start(environment: Mapping[str, str], seconds: float = 30.0) -> str | None:
+    """Why a process that no launcher started cannot start MPI, as a sentence; tried out in a child, which may die."""
+    if any(name in environment for name in RANK_VARIABLES):
+        return None  # only one process may speak to the launcher in a rank's name
+    argv = [sys.executable, "-c", TRIAL]
+    try:
+        done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"MPI_Init of a single process does not return within {seconds:.0f} s; look at the network's settings"
+    if done.returncode == 0:
+        return None
+    how = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+    return f"MPI cannot be started in a single process ({how}); install another MPI or load the cluster's module"
+
+
+def remove_segments() -> None:
+    """Remove what a process that is alone in its MPI job has in /dev/shm: Open MPI 5 leaves it there (16 MiB).
+
+    What is mapped stays usable until the process ends.
+    """
+    for path in set(re.findall(r"(/dev/shm/\S+)", _read(Path("/proc/self/maps")))):
+        if launcher.SHARED_MEMORY.match(Path(path).name):
+            Path(path).unlink(missing_ok=True)
+
+
+# -- a rank ----------------------------------------------------------------------------------------------------
+def look_at_rank(
+    rank: int, node: int, own: float, library: str, environment: Mapping[str, str], threads: int | str
+) -> RankFacts:
+    """This process. `own`: how many cores are its own; `threads`: what the job says. Imports torch."""
+    cores = sorted(os.sched_getaffinity(0))
+    gpus, why, cuda, trouble = _look_at_torch()
+    return RankFacts(
+        rank=rank, node=node, host=socket.gethostname(), cores=cores,
+        threads=threads_for(own, threads), gpus=gpus, gpu_trouble=why, torch_cuda=cuda,
+        torch_trouble=trouble, versions=versions(library),
+        environment={name: environment[name] for name in VARIABLES if name in environment},
+    )  # fmt: skip
+
+
+def _look_at_torch() -> tuple[int, str | None, str | None, str | None]:
+    try:
+        import torch
+
+        from hpctrain.comm.gpu import usable_gpus
+
+        return (*usable_gpus(), torch.version.cuda, None)
+    except Exception as error:  # whatever a broken installation raises
+        return 0, None, None, f"torch cannot be imported ({type(error).__name__}: {error})"
+
+
+def versions(library: str) -> dict[str, str]:
+    """What must be alike on all ranks. Of hpctrain also a sum over its files: two checkouts may have one version."""
+    found = {"hpctrain": f"{__version__} ({_checksum()})", "Python": platform.python_version(), "MPI": library}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _checksum() -> str:
+    home, value = Path(__file__).resolve().parents[1], 0
+    for path in sorted(home.rglob("*.py")):
+        value = zlib.crc32(path.read_bytes(), value)
+    return f"{value:08x}"
+
+
+# -- a node ----------------------------------------------------------------------------------------------------
+def look_at_node(index: int, ranks: list[int], not_shared: str | None) -> NodeFacts:
+    """The node of this process. `not_shared`: what the communicator says about sharing memory."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total, free = _shared_memory()
+    pinned = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return NodeFacts(
+        index=index, host=socket.gethostname(), ranks=ranks, cpus=os.cpu_count() or 1, quota=cpu_quota(),
+        load=os.getloadavg()[0], memory_total=memory.total, memory_free=memory.available, memory_limit=memory_limit(),
+        shm_total=total, shm_free=free, not_shared=not_shared, nvidia=_count("/dev", "nvidia[0-9]*"),
+        infiniband=sorted(path.name for path in _glob("/sys/class/infiniband", "*")),
+        memlock=None if pinned == resource.RLIM_INFINITY else pinned,
+    )  # fmt: skip
+
+
+def _shared_memory() -> tuple[int, int]:
+    try:
+        status = os.statvfs("/dev/shm")
+    except OSError:
+        return 0, 0
+    return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Cores that this process' control groups (version 2 or 1) grant in the mean; None: no limit."""
+    found = [
+        int(quota) / int(period)
+        for quota, period in (text.split()[:2] for text in _group_values(root, "", "cpu.max"))
+        if quota != "max"
+    ]
+    for quota, period in zip(
+        _group_values(root, "cpu", "cpu.cfs_quota_us"), _group_values(root, "cpu", "cpu.cfs_period_us"), strict=False
+    ):
+        if int(quota) > 0:
+            found.append(int(quota) / int(period))
+    return min(found, default=None)
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """Bytes that this process' control groups (version 2 or 1) grant; None: no limit."""
+    texts = _group_values(root, "", "memory.max") + _group_values(root, "memory", "memory.limit_in_bytes")
+    limits = [int(text) for text in texts if text != "max"]
+    return min((limit for limit in limits if limit < UNLIMITED), default=None)
+
+
+def _group_values(root: Path, controller: str, name: str) -> list[str]:
+    """That file's texts, of this process' group and all groups above it. "": the groups of version 2."""
+    found = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        group = top / path.lstrip("/")
+        texts = [_read(folder / name).strip() for folder in (group, *group.parents) if folder.is_relative_to(top)]
+        found += [text for text in texts if text]
+    return found
+
+
+# -- the output folder -----------------------------------------------------------------------------------------
+def existing_folder(path: Path) -> Path:
+    """The folder itself, or the nearest above it that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def look_at_folder(node: int, path: Path, probe: str | None) -> FolderFacts:
+    """Where runs will be kept. `probe`: the name of a file that rank 0 has made there (None: it could not)."""
+    folder = existing_folder(path)
+    kind, source = filesystem(folder)
+    trace, locking = _try_trace(folder), None
+    if trace is None:
+        locking = _try_locking(folder)
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        free = 0
+    seen = probe is None or (folder / probe).exists()
+    return FolderFacts(node, str(folder), kind, source, kind in NETWORK_TYPES, free, seen, trace, locking)
+
+
+def filesystem(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> tuple[str, str]:
+    """(type, what is mounted) of the file system that the folder lies on; ("", "") if that is not known."""
+    best, found = -1, ("", "")
+    for line in _read(mounts).splitlines():
+        head, _, tail = line.partition(" - ")
+        point = Path(head.split()[4].encode().decode("unicode_escape"))  # a blank is \040 there
+        depth = len(point.parts)
+        if depth >= best and folder.resolve().is_relative_to(point):
+            kind, source = tail.split()[:2]
+            best, found = depth, (kind, source)
+    return found
+
+
+def probe_name() -> str:
+    """Of a file that no other process makes."""
+    return f".hpctrain-doctor-{socket.gethostname()}-{os.getpid()}"
+
+
+def _try_trace(folder: Path) -> str | None:
+    """Why a rank's trace cannot be written there, as a sentence."""
+    try:
+        import time
+
+        from hpctrain.trace.recorder import Recorder
+        from hpctrain.trace.writer import TraceWriter
+    except Exception as error:
+        return f"HDF5 cannot be loaded ({type(error).__name__}: {error}); install h5py"
+    path = folder / f"{probe_name()}.h5"
+    try:
+        TraceWriter(path, Recorder(time.monotonic_ns), {}).close()
+    except HpctrainError as error:
+        return str(error)
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _try_locking(folder: Path) -> str | None:
+    """Why HDF5 cannot lock files there. hpctrain itself does without; other programs that read traces do not."""
+    import h5py
+
+    path = folder / f"{probe_name()}.lock.h5"
+    try:
+        h5py.File(path, "w", locking=True).close()
+    except OSError as error:
+        return str(error)
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return None
+
+
+# -- Slurm -----------------------------------------------------------------------------------------------------
+def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Those that say what was granted and how it was started; empty outside a Slurm job."""
+    if "SLURM_JOB_ID" not in environment:
+        return {}
+    return {name: environment[name] for name in SLURM_VARIABLES if name in environment}
+
+
+def srun_plugins(environment: Mapping[str, str]) -> list[str]:
+    """What `srun --mpi=` takes here; empty if it is not known."""
+    srun = shutil.which("srun", path=environment.get("PATH"))
+    if srun is None:
+        return []
+    try:
+        done = subprocess.run([srun, "--mpi=list"], check=False, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return plugins_in(done.stdout + done.stderr)
+
+
+def plugins_in(text: str) -> list[str]:
+    """The names in what `srun --mpi=list` prints, one to a line below a heading; older ones begin with "srun:"."""
+    lines = [line.removeprefix("srun:").strip() for line in text.splitlines()]
+    names = [line for line in lines if re.fullmatch(r"\w+", line)]
+    versions = [line.split(":")[1].split(",") for line in lines if "versions available:" in line]
+    return sorted({*names, *(name.strip() for line in versions for name in line)})
+
+
+def _glob(folder: str, pattern: str) -> list[Path]:
+    try:
+        return list(Path(folder).glob(pattern))
+    except OSError:
+        return []
+
+
+def _count(folder: str, pattern: str) -> int:
+    return len(_glob(folder, pattern))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

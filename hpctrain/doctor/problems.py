@@ -1,0 +1,487 @@
+"""What is wrong with what `hpctrain doctor` found, and what to do about it: pure functions of the facts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from hpctrain.doctor.facts import GIB, Facts, Link, NodeFacts, RankFacts, named, ranges
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+FEW_PARAMETERS = 25_000_000  # about a ResNet-50: if not even that fits into shared memory, it is worth telling
+LITTLE_DISK = GIB  # of a few checkpoints and traces
+SLOW_LINK = 0.06  # GB/s: half of what 1 Gbit/s carries
+SLOW_NODE_US = 1000.0  # within a node; 1 to 50 is common
+FABRIC_US, FABRIC = 15.0, 3.0  # us, GB/s: InfiniBand is below the one and above the other, TCP is not
+BIND_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+FORK_VARIABLES = ("RDMAV_FORK_SAFE", "IBV_FORK_SAFE", "UCX_IB_FORK_INIT")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`severity`: error (a run will not work), warning (it will be slow or fragile), note. `do`: what helps."""
+
+    severity: Severity
+    where: str
+    what: str
+    do: str
+
+
+def problems(facts: Facts) -> list[Problem]:
+    """All of them, the worst first."""
+    found = [problem for judge in JUDGES for problem in judge(facts)]
+    return sorted(found, key=lambda problem: SEVERITIES.index(problem.severity))
+
+
+def _mpi(facts: Facts) -> Iterator[Problem]:
+    mpi = facts.mpi
+    for trouble in mpi.troubles:
+        what, _, do = trouble.rpartition("; ")
+        yield Problem("error", "MPI", what or trouble, do if what else "see above")
+    if not mpi.library:
+        return
+    if mpi.mpiexec is not None and not mpi.belongs:
+        use = f"use {mpi.runs_with} or `hpctrain run`" if mpi.runs_with else "put the right one first on the path"
+        yield Problem(
+            "warning", "mpiexec",
+            f"{mpi.mpiexec}, the first on the path, is of {mpi.mpiexec_kind}, but mpi4py loads {mpi.library}: started "
+            "by it, every rank would believe that it is alone", use,
+        )  # fmt: skip
+    if mpi.runs_not is not None:
+        started = facts.size > 1 or bool(facts.slurm)
+        what, _, do = mpi.runs_not.rpartition("; ")
+        yield Problem(
+            "note" if started else "error", "mpiexec", f"`hpctrain run` cannot start ranks: {what or mpi.runs_not}",
+            do or "put the MPI library's own mpiexec on the path",
+        )  # fmt: skip
+
+
+def _cores(facts: Facts) -> Iterator[Problem]:
+    for node in facts.nodes:
+        ranks = facts.on(node)
+        crowded = list(_crowded(node, ranks))
+        yield from crowded or _threads(node, ranks)
+        if node.quota is not None and sum(rank.threads for rank in ranks) > node.quota + 0.5:
+            yield Problem(
+                "warning", _at(node),
+                f"its container or job may use {node.quota:g} cores in the mean, but {named(node.ranks)} would compute "
+                f"with {sum(rank.threads for rank in ranks)} threads in all",
+                "start fewer ranks, set threads = 1 in the job, or raise the limit (--cpus)",
+            )  # fmt: skip
+    counts = {len(node.ranks) for node in facts.nodes}
+    if len(counts) > 1:
+        yield Problem(
+            "note", "ranks", f"nodes have different numbers of ranks ({min(counts)} to {max(counts)})",
+            "give every node as many (srun --ntasks-per-node, mpiexec -ppn): exchange between nodes is by place",
+        )  # fmt: skip
+
+
+def _split_hosts(facts: Facts) -> Iterator[Problem]:
+    """Hosts whose ranks MPI does not know to be together."""
+    parts = defaultdict(list)
+    for node in facts.nodes:
+        parts[node.host].append(node)
+    for host, nodes in parts.items():
+        if len(nodes) == 1:
+            continue
+        ranks = [rank for node in nodes for rank in facts.on(node)]
+        cores, threads = len(set().union(*(rank.cores for rank in ranks))), sum(rank.threads for rank in ranks)
+        yield Problem(
+            "warning", host, f"MPI counts it as {len(nodes)} nodes: {named([rank.rank for rank in ranks])} do not all "
+            f"share memory, and would compute with {threads} torch threads in all on {_count(cores, 'core')}",
+            "look whether launcher and library suit each other (srun --mpi=list, another version of PMIx), or start "
+            "ranks by the library's own mpiexec; if these are several hosts, give them names of their own",
+        )  # fmt: skip
+
+
+def _crowded(node: NodeFacts, ranks: list[RankFacts]) -> Iterator[Problem]:
+    """Groups of ranks that may use fewer cores than they are many."""
+    union = set().union(*(rank.cores for rank in ranks))
+    if len(ranks) > len(union):
+        yield Problem(
+            "warning", _at(node), f"{len(ranks)} ranks share {len(union)} core{'s' * (len(union) > 1)} "
+            f"({ranges(list(union))} of {node.cpus})",
+            f"start at most {len(union)} ranks there, or give the job more cores: ranks that compute take turns",
+        )  # fmt: skip
+        return
+    told: set[int] = set()
+    for cores in sorted({tuple(rank.cores) for rank in ranks}, key=len):
+        inside = [rank.rank for rank in ranks if set(rank.cores) <= set(cores)]
+        if len(inside) > len(cores) and not told & set(inside):
+            told |= set(inside)
+            yield Problem(
+                "warning", _at(node), f"{named(inside)} are bound to the same core{'s' * (len(cores) > 1)} "
+                f"{ranges(list(cores))}, while the node has {node.cpus}",
+                "let the launcher bind ranks apart (srun --cpu-bind=cores --cpus-per-task=..., mpiexec -bind-to core) "
+                "or not at all (srun --cpu-bind=none, mpirun --bind-to none)",
+            )  # fmt: skip
+
+
+def _threads(node: NodeFacts, ranks: list[RankFacts]) -> Iterator[Problem]:
+    union = set().union(*(rank.cores for rank in ranks))
+    total = sum(rank.threads for rank in ranks)
+    if total > len(union):
+        yield Problem(
+            "warning", _at(node), f"its {len(ranks)} rank{'s' * (len(ranks) > 1)} would compute with {total} torch "
+            f"threads on {len(union)} cores",
+            f'set threads = {len(union) // len(ranks)} in the job, or "auto"',
+        )  # fmt: skip
+    idle = [rank for rank in ranks if _exclusive(rank, ranks) and rank.threads < len(rank.cores)]
+    if idle and len(ranks) > 1:
+        first = idle[0]
+        yield Problem(
+            "warning", _at(node), f"{named([rank.rank for rank in idle])} have {len(first.cores)} cores each to "
+            f"themselves and would compute with {first.threads} torch thread{'s' * (first.threads > 1)}",
+            f"set threads = {len(first.cores)} in the job",
+        )  # fmt: skip
+
+
+def _exclusive(rank: RankFacts, ranks: list[RankFacts]) -> bool:
+    return all(other is rank or not set(other.cores) & set(rank.cores) for other in ranks)
+
+
+def _thread_variables(facts: Facts) -> Iterator[Problem]:
+    for node in facts.nodes:
+        ranks = facts.on(node)
+        share = max(1, len(set().union(*(rank.cores for rank in ranks))) // len(ranks))
+        for name in THREAD_VARIABLES:
+            value = ranks[0].environment.get(name, "")
+            if value and (not value.isdigit() or int(value) < 1):
+                yield Problem("warning", name, f'is "{value}"; a whole number is expected', f"set {name}={share}")
+            elif value and int(value) > share:
+                yield Problem(
+                    "warning", name, f"is {value}, but each rank's share of {_at(node)} is {share} "
+                    f"core{'s' * (share > 1)}: what computes beside torch (NumPy in a data set) makes so many threads",
+                    f"set {name}={share} (torch's own threads hpctrain sets itself)",
+                )  # fmt: skip
+        bound = [name for name in BIND_VARIABLES if ranks[0].environment.get(name, "").lower() not in ("false", "")]
+        if bound and len(ranks) > 1 and len({tuple(rank.cores) for rank in ranks}) == 1:
+            yield Problem(
+                "warning", bound[0], f"binds threads to cores, while the ranks of {_at(node)} are not bound: the "
+                "threads of all ranks may sit on the same cores",
+                f"unset {', '.join(bound)}, or let the launcher bind ranks",
+            )  # fmt: skip
+
+
+def _busy(facts: Facts) -> Iterator[Problem]:
+    for node in facts.nodes:
+        cores = len(set().union(*(rank.cores for rank in facts.on(node))))
+        if node.load > cores / 2 + 1:
+            yield Problem(
+                "note", _at(node), f"other processes compute there (load {node.load:.1f} on {cores} "
+                f"core{'s' * (cores > 1)}): the figures measured are those of a busy node",
+                "repeat on an idle node, or ask for it alone (sbatch --exclusive)",
+            )  # fmt: skip
+
+
+def _memory(facts: Facts) -> Iterator[Problem]:
+    for node in facts.nodes:
+        if node.not_shared is not None and len(node.ranks) > 1:
+            what, _, do = node.not_shared.rpartition("; ")
+            yield Problem(
+                "warning", _at(node), f"its ranks cannot share memory, and exchange by messages: "
+                f"{what or node.not_shared}", do if what else "look at /dev/shm",
+            )  # fmt: skip
+        elif len(node.ranks) > 1 and node.shared_parameters < FEW_PARAMETERS:
+            yield Problem(
+                "warning", _at(node), f"/dev/shm has {_mib(node.shm_free)} free: its {len(node.ranks)} ranks can share "
+                f"models of up to {millions(node.shared_parameters)} parameters; larger ones are exchanged by messages",
+                "give the node or container more (docker run --shm-size, mount -o remount,size=), or delete what is "
+                "left in /dev/shm",
+            )  # fmt: skip
+        limit = node.memory_limit
+        if limit is not None and limit < 0.5 * node.memory_total:
+            yield Problem(
+                "note", _at(node), f"the container or job may use {limit / GIB:.1f} of its "
+                f"{node.memory_total / GIB:.0f} GiB; what is in /dev/shm counts",
+                "ask for more (sbatch --mem) if ranks are killed",
+            )  # fmt: skip
+        if min(node.memory_free, limit or node.memory_free) < GIB * len(node.ranks):
+            yield Problem(
+                "warning", _at(node), f"{_mib(node.memory_free)} of memory are free for {len(node.ranks)} ranks; each "
+                "takes about 500 once it has imported torch", "start fewer ranks there, or ask for more memory",
+            )  # fmt: skip
+
+
+def _devices(facts: Facts) -> Iterator[Problem]:
+    for rank in facts.ranks:
+        if rank.torch_trouble is not None:
+            yield Problem("error", f"rank {rank.rank}", rank.torch_trouble, "install torch anew for this Python")
+            return
+    for node in facts.nodes:
+        first = facts.ranks[node.ranks[0]]
+        if first.gpu_trouble is not None:
+            what, _, do = first.gpu_trouble.rpartition("; ")
+            yield Problem(
+                "warning", _at(node), f"its GPUs cannot be used: {what or first.gpu_trouble}",
+                do if what else "look at the driver (nvidia-smi)",
+            )  # fmt: skip
+        elif node.nvidia and not any(rank.gpus for rank in facts.on(node)):
+            hidden = first.environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+            why = "CUDA_VISIBLE_DEVICES hides them" if hidden else (
+                "this torch is built without CUDA" if first.torch_cuda is None else "torch does not see them"
+            )  # fmt: skip
+            do = "unset it, or ask for GPUs (srun --gpus-per-node)" if hidden else "install torch for the driver's CUDA"
+            yield Problem("warning", _at(node), f"it has {_gpus(node.nvidia)}, but {why}", do)
+        yield from _shared_devices(node, facts.on(node))
+    with_gpu = [rank.rank for rank in facts.ranks if rank.device != "cpu"]
+    if 0 < len(with_gpu) < facts.size:
+        without = [rank.rank for rank in facts.ranks if rank.device == "cpu"]
+        yield Problem(
+            "error", named(without), f"have no GPU that torch and CuPy can use, {named(with_gpu)} have one",
+            'use nodes that are alike, or device = "cpu" in the job',
+        )  # fmt: skip
+    if with_gpu and facts.size > 1 and not facts.mpi.cuda_aware:
+        yield Problem(
+            "note", "MPI", f"it does not take buffers in GPU memory ({facts.mpi.cuda_how}): what ranks exchange passes "
+            "through pinned host memory", "use the site's CUDA-aware MPI, if there is one",
+        )  # fmt: skip
+
+
+def _shared_devices(node: NodeFacts, ranks: list[RankFacts]) -> Iterator[Problem]:
+    users = defaultdict(list)
+    for rank in ranks:
+        if rank.device != "cpu":
+            users[rank.device, rank.environment.get("CUDA_VISIBLE_DEVICES")].append(rank.rank)
+    shared = {device: on for (device, _), on in users.items() if len(on) > 1}
+    if shared:
+        device, on = next(iter(shared.items()))
+        yield Problem(
+            "warning", _at(node), f"{named(on)} compute on the same GPU ({device})",
+            f"start {_count(ranks[0].gpus, 'rank')} there, one per GPU",
+        )  # fmt: skip
+    if users and (idle := max(rank.gpus for rank in ranks) - len(users)) > 0:
+        yield Problem("note", _at(node), f"{_gpus(idle)} would be idle", "start a rank per GPU")
+
+
+def _versions(facts: Facts) -> Iterator[Problem]:
+    names = dict.fromkeys(name for rank in facts.ranks for name in rank.versions)
+    for name in names:
+        found = defaultdict(list)
+        for rank in facts.ranks:
+            found[rank.versions.get(name, "not installed")].append(rank.rank)
+        if len(found) > 1:
+            told = "; ".join(f"{version} on {named(ranks)}" for version, ranks in found.items())
+            severity: Severity = "error" if name in ("hpctrain", "MPI") else "warning"
+            yield Problem(
+                severity, name, f"ranks have different ones: {told}",
+                "use one environment that all nodes see, or install the same on each",
+            )  # fmt: skip
+
+
+def _folders(facts: Facts) -> Iterator[Problem]:
+    for folder in facts.folders:
+        node = _at(facts.nodes[folder.node])
+        if folder.trace is not None:
+            what, _, do = folder.trace.rpartition("; ")
+            yield Problem("error", folder.path, f"on {node}: {what or folder.trace}", do if what else "see above")
+            continue
+        if not folder.seen:
+            yield Problem(
+                "error", folder.path, f"{node} does not see what rank 0 writes there: each node has its own "
+                f"({folder.type or 'unknown file system'})", "set output to a folder that all nodes share",
+            )  # fmt: skip
+        if folder.locking is not None and facts.ranks[0].environment.get("HDF5_USE_FILE_LOCKING") != "FALSE":
+            yield Problem(
+                "note", folder.path, f"HDF5 cannot lock files there ({folder.type}): hpctrain writes and reads its "
+                "traces without, other programs (h5dump, h5py) may not open them",
+                "export HDF5_USE_FILE_LOCKING=FALSE for those",
+            )  # fmt: skip
+        if folder.free < LITTLE_DISK:
+            yield Problem(
+                "warning", folder.path, f"{folder.free / 2**20:,.0f} MiB are free there for traces and checkpoints",
+                "make room, or set output to another folder",
+            )  # fmt: skip
+    first = facts.folders[0] if facts.folders else None
+    if first is not None and first.network and facts.size > 1 and first.trace is None:
+        yield Problem(
+            "note", first.path, f"a network file system ({first.type} from {first.source}): {facts.size} ranks write "
+            "traces to it every trace.flush_seconds", "raise trace.flush_seconds where it is slow; rows that a reader "
+            "on another node sees may be late",
+        )  # fmt: skip
+
+
+def _links(facts: Facts) -> Iterator[Problem]:
+    within = [link for link in facts.links if link.within]
+    between = [link for link in facts.links if not link.within]
+    crowded = [node for node in facts.nodes if len(node.ranks) > _node_cores(facts, node)]
+    idle = facts.ranks[0].environment.get("OMPI_MCA_mpi_yield_when_idle")
+    if crowded and facts.mpi.kind == "openmpi" and idle not in ("1", "true"):
+        yield Problem(
+            "warning", "MPI", "Open MPI's ranks keep their cores while they wait, and there are more ranks than "
+            "cores: an all-reduce takes milliseconds",
+            "export OMPI_MCA_mpi_yield_when_idle=1, or start them by `hpctrain run`",
+        )  # fmt: skip
+    if within and not crowded and median(_latencies(within)) > SLOW_NODE_US:
+        yield Problem(
+            "warning", "messages", f"within a node one takes {median(_latencies(within)):,.0f} us; 1 to 50 is common",
+            "look for other processes on these cores, and at what the MPI library uses within a node (UCX_TLS, "
+            "OMPI_MCA_btl)",
+        )  # fmt: skip
+    if not between:
+        return
+    if any(node.infiniband for node in facts.nodes) and not _like_a_fabric(between):
+        names = sorted({name for node in facts.nodes for name in node.infiniband})
+        yield Problem(
+            "warning", "messages", f"nodes have a fast network ({', '.join(names)}), but messages between them take "
+            f"{median(_latencies(between)):.0f} us and {speed(median(_bandwidths(between)))}, like TCP",
+            "use an MPI that is built for it (the site's module), and look at UCX_TLS, UCX_NET_DEVICES and FI_PROVIDER",
+        )  # fmt: skip
+    elif median(_bandwidths(between)) < SLOW_LINK:
+        yield Problem(
+            "warning", "messages", f"between nodes {speed(median(_bandwidths(between)))} pass: exchange may take "
+            "longer than computing",
+            "look whether MPI uses the fastest network there is; exchange less often (train.accumulate)",
+        )  # fmt: skip
+
+
+def _slow_pairs(facts: Facts) -> Iterator[Problem]:
+    """Pairs that lag behind their like: a bad cable, a busy node."""
+    for place, within in (("within a node", True), ("between nodes", False)):
+        links = [link for link in facts.links if link.within == within]
+        if len(links) < 3 or (within and any(len(n.ranks) > _node_cores(facts, n) for n in facts.nodes)):
+            continue
+        usual = median(_bandwidths(links))
+        for link in links:
+            if link.bandwidth_gb_s < usual / 3:
+                hosts = " and ".join(dict.fromkeys(facts.nodes[i].host for i in link.nodes))
+                yield Problem(
+                    "warning", f"{named(list(link.ranks))} ({hosts})", f"{speed(link.bandwidth_gb_s)}, where others "
+                    f"{place} have {speed(usual)}", "repeat; if it stays, leave that node out (sbatch --exclude) and "
+                    "tell the site",
+                )  # fmt: skip
+
+
+def _fork(facts: Facts) -> Iterator[Problem]:
+    for node in facts.nodes:
+        first = facts.ranks[node.ranks[0]]
+        if not node.infiniband or facts.size == 1:
+            continue
+        if not any(name in first.environment for name in FORK_VARIABLES):
+            yield Problem(
+                "note", _at(node), "a process that forks while InfiniBand is in use may crash, or send wrong data",
+                "let data sets use threads (data.threads), or processes that are spawned; or export RDMAV_FORK_SAFE=1",
+            )  # fmt: skip
+        if node.memlock is not None and node.memlock < GIB:
+            yield Problem(
+                "warning", _at(node), f"a process may pin {node.memlock / 2**20:,.0f} MiB (ulimit -l), and InfiniBand "
+                "needs more", "have it set to unlimited, also for Slurm's daemon",
+            )  # fmt: skip
+        return
+
+
+def _slurm(facts: Facts) -> Iterator[Problem]:
+    granted = facts.slurm
+    if not granted:
+        return
+    tasks, nodes, per_task = (
+        int(text) if (text := granted.get(name, "")).isdigit() else None
+        for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES", "SLURM_CPUS_PER_TASK")
+    )
+    plugin = facts.mpi.srun_needs
+    if facts.plugins and plugin and not any(name.startswith(plugin) for name in facts.plugins):
+        yield Problem(
+            "warning", "Slurm", f"srun has no --mpi={plugin}, which {facts.mpi.kind} needs (it has "
+            f"{', '.join(facts.plugins)})", "start ranks by the mpiexec of that library inside the batch script",
+        )  # fmt: skip
+    if facts.mpi.troubles:
+        return
+    if tasks is not None and facts.size == 1 and tasks > 1:
+        yield Problem(
+            "note", "Slurm", f"the job has {tasks} tasks, and this is one process",
+            f"look at all of them: srun --mpi={plugin or '...'} hpctrain doctor",
+        )  # fmt: skip
+    elif tasks is not None and tasks != facts.size:
+        yield Problem(
+            "warning", "Slurm", f"SLURM_NTASKS is {tasks}, but {_count(facts.size, 'rank')} were started",
+            f"start {tasks}, or ask sbatch for --ntasks={facts.size}",
+        )  # fmt: skip
+    if nodes is not None and facts.size > 1 and nodes > len(facts.nodes):
+        yield Problem(
+            "warning", "Slurm", f"the job has {_count(nodes, 'node')}, but ranks are on {len(facts.nodes)}",
+            "spread them (srun --nodes, --ntasks-per-node), or ask for fewer nodes",
+        )  # fmt: skip
+    few = [rank.rank for rank in facts.ranks if per_task is not None and len(rank.cores) < per_task]
+    if few:
+        yield Problem(
+            "warning", "Slurm", f"SLURM_CPUS_PER_TASK is {per_task}, but {named(few)} may use "
+            f"{_count(len(facts.ranks[few[0]].cores), 'core')}: since Slurm 22.05 srun does not take it from sbatch",
+            f"pass srun --cpus-per-task={per_task}, or export SRUN_CPUS_PER_TASK={per_task}",
+        )  # fmt: skip
+
+
+def _job(facts: Facts) -> Iterator[Problem]:
+    job = facts.job
+    if job is None:
+        return
+    for trouble in job.troubles:
+        what, _, do = trouble.rpartition("; ")
+        yield Problem("error", job.path, what or trouble, do if what else "change the job, or the ranks")
+    for node in facts.nodes:
+        wanted, count = 2 * job.nbytes * len(node.ranks), len(node.ranks)
+        if count > 1 and job.nbytes and wanted > 0.9 * node.shm_free:
+            yield Problem(
+                "warning", job.path, f"{_at(node)}: sharing the arenas of {count} ranks takes {_mib(wanted)}, "
+                f"/dev/shm has {_mib(node.shm_free)} free: ranks will exchange by messages",
+                "give the node or container more shared memory (docker run --shm-size), or start fewer ranks there",
+            )  # fmt: skip
+        free = min(node.memory_free, node.memory_limit or node.memory_free)
+        if job.nbytes * job.arenas * count > 0.8 * free:
+            yield Problem(
+                "warning", job.path, f"{_at(node)}: parameters, gradients and optimizer state of {count} ranks take "
+                f"about {_mib(job.nbytes * job.arenas * count)}, and {_mib(free)} are free",
+                "start fewer ranks there, or ask for more memory",
+            )  # fmt: skip
+
+
+JUDGES = (
+    _mpi, _versions, _devices, _job, _slurm, _split_hosts, _cores, _thread_variables, _memory, _folders, _links,
+    _slow_pairs, _fork, _busy,
+)  # fmt: skip
+
+
+def millions(count: int) -> str:
+    """1.9 million, 1.2 billion."""
+    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+
+
+def speed(gigabytes: float) -> str:
+    """A bandwidth of so many GB/s."""
+    return f"{gigabytes:.1f} GB/s" if gigabytes >= 1 else f"{gigabytes * 1e3:.3g} MB/s"
+
+
+def _at(node: NodeFacts) -> str:
+    return f"node {node.index} ({node.host})"
+
+
+def _gpus(count: int) -> str:
+    return _count(count, "GPU")
+
+
+def _count(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:,.0f} MiB"
+
+
+def _node_cores(facts: Facts, node: NodeFacts) -> int:
+    return len(set().union(*(rank.cores for rank in facts.on(node))))
+
+
+def _like_a_fabric(links: list[Link]) -> bool:
+    return median(_latencies(links)) < FABRIC_US or median(_bandwidths(links)) > FABRIC
+
+
+def _latencies(links: list[Link]) -> list[float]:
+    return [link.latency_us for link in links]
+
+
+def _bandwidths(links: list[Link]) -> list[float]:
+    return [link.bandwidth_gb_s for link in links]

@@ -1,0 +1,84 @@
+"""A guard against hanging: a process that tells what takes long, and ends this one if nothing moves any more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+
+SLOW = 2.0  # seconds after which a stage is told
+LIMIT = 120.0  # seconds that a stage may take
+DONE = "done"
+LAST_WORDS = 1.0  # seconds between telling and killing, for the other ranks to tell theirs
+
+
+class Watch:
+    """Watches over this process until `close`, or its end. Make it before there are threads.
+
+    A child and not a thread, because MPI_Init holds the interpreter, and may end the process. `who` names this
+    process; `tells`: whether slow stages, and its death, are told on stderr. Where a stage takes longer than `limit`
+    seconds every process tells it and is killed.
+    """
+
+    def __init__(self, who: str, tells: bool, slow: float = SLOW, limit: float = LIMIT) -> None:
+        reading, self._writing = os.pipe()
+        parent = os.getpid()
+        self._child = os.fork()
+        if self._child == 0:
+            try:
+                os.close(self._writing)
+                _guard(reading, parent, who, tells, slow, limit)
+            finally:
+                os._exit(0)
+        os.close(reading)
+
+    def stage(self, text: str) -> None:
+        """What is done from now on: "starting MPI"."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._writing, text.encode() + b"\n")
+
+    def close(self) -> None:
+        """All is done."""
+        self.stage(DONE)
+        os.close(self._writing)
+        os.waitpid(self._child, 0)
+
+
+def _guard(reading: int, parent: int, who: str, tells: bool, slow: float, limit: float) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, whose end ends this
+    os.closerange(3, reading)
+    os.closerange(reading + 1, 4096)  # a rank's connection to its launcher is not for us to keep open
+    stage, began, told = "starting", time.monotonic(), not tells
+    while True:
+        due = began + (limit if told else min(slow, limit))
+        if select.select([reading], [], [], max(0.0, due - time.monotonic()))[0]:
+            data = os.read(reading, 4096)
+            if not data:
+                break
+            stage, began, told = data.decode().split("\n")[-2], time.monotonic(), not tells
+        elif time.monotonic() >= began + limit:
+            _tell(
+                f"hpctrain doctor: {who} got no further than {stage} in {limit:.0f} s, and is ended; look at what it "
+                "waits for: a rank that has died or was never started, a network that drops messages, or a file "
+                "system that does not answer"
+            )
+            time.sleep(LAST_WORDS)
+            os.kill(parent, signal.SIGKILL)
+            return
+        else:
+            _tell(f"hpctrain doctor: {stage} ...")
+            told = True
+    if tells and stage != DONE:
+        _tell(
+            f"hpctrain doctor: {who} died while {stage}; see above what was said last. In MPI's start it is most often "
+            "a launcher that does not belong to the library: `hpctrain run` finds the right mpiexec, under Slurm look "
+            "at srun --mpi"
+        )
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), text.encode() + b"\n")

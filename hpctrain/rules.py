@@ -1,0 +1,313 @@
+"""Rules that end a phase by what was observed in it: losses, evaluations, or a function of the user's.
+
+Pure, like `hpctrain.schedule`, which has the rule "after".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from traceback import extract_tb
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, Field
+
+from hpctrain.errors import JobError
+from hpctrain.jobspec import Options, bound
+from hpctrain.registry import describe, shown
+from hpctrain.schedule import Rule, RunClock
+
+ROUNDS = 10  # that a function's losses are averaged over
+
+
+class Intervals:
+    """Mean losses, by samples, over intervals of `rounds` rounds of the clock, beginning at the cursor `start`.
+
+    Losses that are not finite are left out; so is a loss of exactly 0, which is what a skipped step reports.
+    """
+
+    def __init__(self, clock: RunClock, start: int, rounds: int) -> None:
+        self.clock, self.rounds = clock, rounds
+        self.first_round = clock.rounds(start)
+        self.previous, self.ended = start, 0
+        self.total, self.samples = 0.0, 0
+
+    def add(self, cursor: int, loss: float) -> float | None:
+        """Up to `cursor` the mean loss was `loss`. The interval's mean if one ended with it and had any losses."""
+        samples, self.previous = cursor - self.previous, cursor
+        if math.isfinite(loss) and loss != 0.0:
+            self.total += float(loss) * samples
+            self.samples += samples
+        ended = (self.clock.rounds(cursor) - self.first_round) // self.rounds
+        if ended == self.ended:
+            return None
+        mean = self.total / self.samples if self.samples else None
+        self.ended, self.total, self.samples = ended, 0.0, 0
+        return mean
+
+    def left(self) -> int:
+        """How many rounds the run has from the start of the phase on."""
+        return self.clock.rounds(self.clock.total) - self.first_round
+
+    def state(self) -> dict[str, Any]:
+        """What `load` takes: plain values."""
+        return {name: getattr(self, name) for name in ("previous", "ended", "total", "samples")}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on as the one that gave `state` would have."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class LossRule(Rule):
+    """Ends a phase by the mean losses of its intervals: keeps the first, and the newest of a window.
+
+    A rule of this kind writes `statistic`; its options have window, threshold and rounds.
+    """
+
+    extra: ClassVar[int] = 0  # losses in a window beyond options.window
+
+    def __init__(self, options: Any, clock: RunClock, start: int) -> None:
+        super().__init__(options, clock, start)
+        self.intervals = Intervals(clock, start, options.rounds)
+        self.length = options.window + self.extra
+        self.losses: list[float] = []
+        self.first: float | None = None
+
+    def observe(self, cursor: int, loss: float) -> str | None:
+        mean = self.intervals.add(cursor, loss)
+        if mean is None:
+            return None
+        if self.first is None:
+            self.first = mean
+        self.losses = [*self.losses, mean][-self.length :]
+        return self._judge(mean, self.first)
+
+    def _judge(self, loss: float, first: float) -> str | None:
+        if len(self.losses) < self.length:
+            return None
+        value = self.statistic(first)
+        fires = value <= self.options.threshold
+        text = f"{self.name} {_number(value)} {'<=' if fires else '>'} {self.options.threshold:g}"
+        against = self.unready(loss, first)
+        self.news = text + (f", {against}" if against else "")
+        return text if fires and not against else None
+
+    name: ClassVar[str]
+
+    def statistic(self, first: float) -> float:
+        """Of `self.losses`, a full window, oldest first; `first` is the loss of the phase's first interval."""
+        raise NotImplementedError
+
+    def unready(self, loss: float, first: float) -> str | None:
+        """Why the rule does not fire yet, whatever its statistic, or None."""
+        return None
+
+    def unfit(self, evaluates: bool) -> str | None:
+        needed, left = self.length * self.options.rounds, self.intervals.left()
+        if left > needed:
+            return None
+        return (
+            f"one window of losses takes {needed} rounds, and the run has {left} from there on; lower window "
+            f"(now {self.options.window}) or rounds (now {self.options.rounds}), or train longer"
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {"intervals": self.intervals.state(), "losses": self.losses, "first": self.first}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.intervals.load(state["intervals"])
+        self.losses, self.first = list(state["losses"]), state["first"]
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.001 else f"{value:.2g}"
+
+
+def _changes(losses: list[float]) -> list[float]:
+    return [abs(after - before) for before, after in zip(losses, losses[1:], strict=False)]
+
+
+class LossStableOptions(Options):
+    """The keys of rule = "loss_stable"."""
+
+    window: int = Field(6, ge=1, le=10**6, description="over how many changes of the loss the mean is taken")
+    threshold: float = Field(
+        0.01, ge=0, le=1e12, description="ends the phase at this mean change, as a share of its first loss, or less"
+    )
+    rounds: int = Field(10, ge=1, le=10**12, description="rounds that a loss is averaged over, all workers' samples")
+    armed: float = Field(
+        0.5, gt=0, le=1e12, description="does not end the phase before a loss was under this share of its first"
+    )
+
+
+class LossStable(LossRule):
+    """Ends a phase once its loss has come down and no longer changes much.
+
+    The statistic is the mean of |L[i] - L[i-1]| over a window, divided by the loss of the phase's first interval:
+    relative to the first loss and not to the last, it falls as the loss does. Losses are means over intervals,
+    for those of single steps are too noisy, and the rule is armed once one was under a share of the first, for a
+    plateau at the start is stable too. Meant for losses that are positive.
+    """
+
+    Options = LossStableOptions
+    name = "loss_stable"
+    extra = 1  # a window of so many changes
+
+    def __init__(self, options: LossStableOptions, clock: RunClock, start: int) -> None:
+        super().__init__(options, clock, start)
+        self.armed = False
+
+    def _judge(self, loss: float, first: float) -> str | None:
+        self.armed = self.armed or loss < self.options.armed * first
+        return super()._judge(loss, first)
+
+    def statistic(self, first: float) -> float:
+        changes = _changes(self.losses)
+        return sum(changes) / len(changes) / abs(first)
+
+    def unready(self, loss: float, first: float) -> str | None:
+        if first < 0:
+            return f"never armed: the first loss, {first:.3g}, is negative"
+        return None if self.armed else f"not armed: loss {loss:.3g} of first {first:.3g}"
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "armed": self.armed}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.armed = state["armed"]
+
+
+class LossStablePublishedOptions(Options):
+    """The keys of rule = "loss_stable_published"."""
+
+    window: int = Field(6, ge=2, le=10**6, description="how many losses; their changes are one fewer")
+    threshold: float = Field(0.01, ge=0, le=1e12, description="ends the phase at this mean relative change or less")
+    rounds: int = Field(1, ge=1, le=10**12, description="rounds that a loss is averaged over; as published: 1")
+
+
+class LossStablePublished(LossRule):
+    """Ends a phase as published: mean of |L[i] - L[i-1]| / L[i-1] over a window of losses, at most a threshold.
+
+    The rule of Strategy-Switch (Provatas et al., IEEE Access 13:9510, 2025), as its open implementation has it.
+    Tried, it fires on the first plateau, before anything is learnt (losses of steps), or never (losses of epochs);
+    in that implementation's own benchmark it never fired. It is here to be compared with; use loss_stable.
+    """
+
+    Options = LossStablePublishedOptions
+    name = "loss_stable_published"
+
+    def statistic(self, first: float) -> float:
+        before = [abs(loss) for loss in self.losses]
+        shares = [c / b if b else math.inf for c, b in zip(_changes(self.losses), before, strict=False)]
+        return sum(shares) / len(shares)
+
+
+class TargetOptions(Options):
+    """The keys of rule = "target"."""
+
+    metric: float = Field(description="value of the metric at which the phase ends; metric.goal says which way")
+
+
+class Target(Rule):
+    """Ends a phase when an evaluation in it reaches a value of the metric."""
+
+    Options = TargetOptions
+
+    def observe(self, cursor: int, loss: float) -> str | None:
+        return None
+
+    def evaluated(self, cursor: int, metric: float, higher_is_better: bool) -> str | None:
+        target = self.options.metric
+        reached = metric >= target if higher_is_better else metric <= target
+        sign = ">=" if higher_is_better else "<="
+        if not reached:
+            sign = "<" if higher_is_better else ">"
+        text = f"target: metric {metric:.4f} {sign if not math.isnan(metric) else 'against'} {target:g}"
+        self.news = text
+        return text if reached else None
+
+    def unfit(self, evaluates: bool) -> str | None:
+        if evaluates:
+            return None
+        return (
+            "it looks at evaluations, and there are none in this phase; hold samples back with data.validation, and "
+            "set train.evaluate_every to less than the run"
+        )
+
+
+# -- functions ----------------------------------------------------------------------------------------------------
+class FunctionOptions(Options):
+    """The keyword arguments of a function that is a rule."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+@dataclass(frozen=True)
+class FunctionAsRule:
+    """Makes the rule that asks a plain function: stands where a rule class does.
+
+    The function is called as `f(losses, **options)` after every interval of 10 rounds, with the mean losses of the
+    phase's intervals so far (a list of float, oldest first; never empty), on whoever decides: it must depend on
+    nothing else. If it returns something true the phase ends; a text is the reason.
+    """
+
+    function: Callable[..., Any]
+    Options: ClassVar[type[FunctionOptions]] = FunctionOptions
+
+    def __call__(self, options: FunctionOptions, clock: RunClock, start: int) -> FunctionRule:
+        """The rule for a phase that begins at `start`."""
+        return FunctionRule(self.function, options, clock, start)
+
+    def check(self, options: FunctionOptions) -> None:
+        """Raises JobError if the function does not take these keyword arguments."""
+        bound(f'rule "{describe("rule", self.function)}"', self.function, options.model_extra or {}, 1)
+
+
+class FunctionRule(Rule):
+    """Ends a phase when a function of its losses says so; see `FunctionAsRule`."""
+
+    def __init__(self, function: Callable[..., Any], options: FunctionOptions, clock: RunClock, start: int) -> None:
+        super().__init__(options, clock, start)
+        self.function, self.name = function, describe("rule", function)
+        self.intervals = Intervals(clock, start, ROUNDS)
+        self.losses: list[float] = []
+
+    def observe(self, cursor: int, loss: float) -> str | None:
+        mean = self.intervals.add(cursor, loss)
+        if mean is None:
+            return None
+        self.losses.append(mean)
+        try:
+            answer = self.function(list(self.losses), **(self.options.model_extra or {}))
+            ends = bool(answer)
+        except Exception as error:  # a function of the user's may raise anything
+            raise JobError(self._failure(error)) from error
+        if not ends:
+            return None
+        return answer if isinstance(answer, str) else f"{self.name} after {len(self.losses)} intervals: {answer}"
+
+    def _failure(self, error: Exception) -> str:
+        frame = extract_tb(error.__traceback__)[-1]
+        text = shown(" ".join(str(error).split()) or "no message")
+        return (
+            f'rule "{self.name}" raised {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno} '
+            f"after {len(self.losses)} intervals of {ROUNDS} rounds: {text}; it is called with a list of losses, and "
+            "must return true or a text to end the phase"
+        )
+
+    def unfit(self, evaluates: bool) -> str | None:
+        left = self.intervals.left()
+        if left > ROUNDS:
+            return None
+        return f"it is asked every {ROUNDS} rounds, and the run has {left} from there on; train longer"
+
+    def state(self) -> dict[str, Any]:
+        return {"intervals": self.intervals.state(), "losses": self.losses}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.intervals.load(state["intervals"])
+        self.losses = list(state["losses"])

@@ -1,0 +1,353 @@
+"""What decides in a parameter server: the coordinator, which lives on the first server.
+
+Workers send it a header with each push. It decides, for all shards, which gradients are applied in what order and
+who gets parameters when. Its decisions reach the other servers as one ordered stream, so every shard makes the same
+updates in the same order: the versions that a worker pulls, and the snapshots that are evaluated or saved, are the
+same on all shards.
+
+`Rounds` closes rounds (synchronous, with backup workers: Chen et al. 2016). `Asynchronous` applies each gradient as it
+comes (Dean et al. 2012), and deals out the samples. `Bounded` lets no worker run more than so many steps ahead of the
+slowest (stale-synchronous: Ho et al. 2013, section 3).
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections import deque
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from hpctrain.comm.base import Tag
+from hpctrain.data.queue import SharedQueue, StaticQueue, Stretch
+from hpctrain.schedule import Ask
+from hpctrain.strategies.base import nan_error
+
+if TYPE_CHECKING:
+    from hpctrain.comm.base import Buffer, Request
+    from hpctrain.data.queue import Queue
+    from hpctrain.strategies.parameter_server import ParameterServerServer
+
+REPLY = 2048  # bytes of a reply at most: JSON
+ENDS = Ask.STOP | Ask.END_PHASE | Ask.INTERRUPT
+NEVER = 2**62
+
+
+class Kind(IntEnum):
+    """What a worker's header says."""
+
+    STEP = 1
+    STATE = 2
+    LEAVE = 3
+
+
+class Header(NamedTuple):
+    """What a worker says with each push, as float64 on the wire. `version`: of the parameters that it computed on."""
+
+    kind: float
+    version: float = 0
+    samples: float = 0
+    loss: float = 0
+    wish: float = 0
+    round_end: float = 0
+    step: float = 0
+
+
+class What(IntEnum):
+    """What the coordinator has all servers do with the gradients of `take`."""
+
+    UPDATE = 1
+    DROP = 2
+    STATE = 3
+    END = 4
+    NAN = 5
+
+
+class Decision(NamedTuple):
+    """One of the ordered stream. Gradients of the workers `take` are consumed, then `give` get the parameters.
+
+    UPDATE: their sum divided by `weight` is applied with `rate` times the learning rate and `momentum` times the
+    momentum, as version `version`. NAN: `take` is the worker, `weight` its loss.
+    """
+
+    what: What
+    take: tuple[int, ...] = ()
+    give: tuple[int, ...] = ()
+    version: int = 0
+    step: int = 0
+    weight: float = 1.0
+    rate: float = 1.0
+    momentum: float = 1.0
+
+    @staticmethod
+    def length(workers: int) -> int:
+        """Elements of an encoded decision."""
+        return 6 + 2 * workers
+
+    def encode(self, workers: int) -> Buffer:
+        """As float64, with a flag for each worker in `take`, and one for each in `give`."""
+        row = np.zeros(self.length(workers), np.float64)
+        row[:6] = self.what, self.version, self.step, self.weight, self.rate, self.momentum
+        row[6:][list(self.take)] = 1
+        row[6 + workers :][list(self.give)] = 1
+        return row
+
+    @classmethod
+    def decode(cls, row: Buffer) -> Decision:
+        """The inverse of `encode`."""
+        take, give = (tuple(int(i) for i in np.flatnonzero(part)) for part in row[6:].reshape(2, -1))
+        what, version, step = (int(number) for number in row[:3])
+        weight, rate, momentum = (float(number) for number in row[3:6])
+        return cls(What(what), take, give, version, step, weight, rate, momentum)
+
+
+class Coordinator(ABC):
+    """The first server's other task: hears the headers, decides, answers the workers."""
+
+    def __init__(self, server: ParameterServerServer) -> None:
+        self.server, self.comm, self.options = server, server.comm, server.options
+        self.phase, self.wiring = server.phase, server.wiring
+        self.workers = len(self.wiring.workers)
+        self.version = self.dropped = 0
+        self.cursor = self.phase.cursor
+        self.ask, self.why = Ask.NOTHING, ""
+        self.nan: tuple[int, float, int] | None = None
+        self._left: set[int] = set()
+
+    def load(self, counters: dict[str, float]) -> None:
+        """Go on from a checkpoint of this phase."""
+        self.version, self.dropped = int(counters.get("version", 0)), int(counters.get("dropped", 0))
+
+    def counters(self) -> dict[str, float]:
+        """What a checkpoint must keep."""
+        return {"version": self.version, "dropped": self.dropped}
+
+    def run(self) -> None:
+        """Until every worker has left (or, after a NaN, been told). Raises NanError then."""
+        for worker in range(self.workers):
+            self.begin(worker)
+        rows = [np.zeros(len(Header._fields), np.float64) for _ in range(self.workers)]
+        heard: dict[int, Header] = {}  # whose gradient is still on its way
+        requests: dict[int, Request] = {worker: self._listen(row, worker) for worker, row in enumerate(rows)}
+        while requests:
+            senders = list(requests)
+            worker = senders[self.comm.wait_any([requests[sender] for sender in senders])]
+            header = heard.pop(worker, None)
+            if header is None:
+                header = Header(*rows[worker].tolist())
+                push = self.server.pushes[worker]
+                if header.kind == Kind.STEP and push is not None and not push.test():
+                    heard[worker], requests[worker] = header, push
+                    continue
+            requests[worker] = self._listen(rows[worker], worker)
+            self._hear(worker, header)
+            for gone in self._left & set(requests):
+                requests.pop(gone).cancel()
+        if self.nan is None:
+            self.decide(Decision(What.END))
+            return
+        rank, loss, step = self.nan
+        self.decide(Decision(What.NAN, take=(self.wiring.workers.index(rank),), step=step, weight=loss))
+        raise nan_error(self.phase, rank, loss, step)
+
+    def _listen(self, row: Buffer, worker: int) -> Request:
+        return self.comm.start_recv(row, self.wiring.workers[worker], Tag.CONTROL)
+
+    def _hear(self, worker: int, header: Header) -> None:
+        kind = Kind(int(header.kind))
+        if kind is Kind.LEAVE:
+            self._left.add(worker)
+        elif kind is Kind.STATE:
+            self.decide(Decision(What.STATE))
+        elif self.nan is not None:
+            self.reply(worker)
+            self.decide(Decision(What.DROP, take=(worker,), give=(worker,)))
+        else:
+            self.hear_step(worker, header)
+
+    def begin(self, worker: int) -> None:
+        """The first words to a worker, before its first step; it has parameters already."""
+        self.reply(worker)
+
+    @abstractmethod
+    def hear_step(self, worker: int, header: Header) -> None:
+        """A worker's header and gradient have come."""
+
+    def reply(self, worker: int, **told: Any) -> None:
+        """Answer a worker's push; after a NaN, which it will raise, there is no other to come."""
+        if self.nan is not None:
+            self._left.add(worker)
+        state = {"cursor": self.cursor, "ask": int(self.ask), "version": self.version, "nan": self.nan}
+        text = json.dumps({**state, "why": self.why[:160], **told}, ensure_ascii=False).encode()
+        buffer = np.frombuffer(text, np.uint8).copy()
+        self.comm.send(buffer, self.wiring.workers[worker], Tag.REPLY)
+
+    def decide(self, decision: Decision) -> None:
+        """Tell the other servers, then do the same here."""
+        row = decision.encode(self.workers)
+        sends = [self.comm.start_send(row, server, Tag.DECISION) for server in self.wiring.servers[1:]]
+        if decision.what not in (What.END, What.NAN):
+            self.server.execute(decision)
+        self.comm.wait_all(sends)
+
+    def observe(self, samples_end: int, loss: float, wish: Ask) -> Ask:
+        """Move the clock on, and hear what is asked of the trainers."""
+        before, self.cursor = self.cursor, samples_end
+        ask = self.phase.conductor.decide(before, self.cursor, loss, wish)
+        if ask & Ask.END_PHASE and not self.why:
+            self.why = self.phase.conductor.why
+        return ask
+
+
+class Rounds(Coordinator):
+    """Synchronous: one update per round, with the gradients of all workers but the slowest `backup_workers`."""
+
+    def __init__(self, server: ParameterServerServer) -> None:
+        super().__init__(server)
+        self.waiting: dict[int, Header] = {}
+        self.needed = self.workers - self.options.backup_workers
+
+    def hear_step(self, worker: int, header: Header) -> None:
+        if header.version < self.version:
+            self._release(worker, int(header.samples))
+            return
+        self.waiting[worker] = header
+        if len(self.waiting) >= self.needed:
+            self._close_round()
+
+    def _release(self, worker: int, samples: int) -> None:
+        """Too late for its round: its gradient is dropped, and it goes on with the parameters of now."""
+        self.dropped += 1
+        self.reply(worker, result="dropped", loss=0.0, samples=samples, staleness=1)
+        self.decide(Decision(What.DROP, take=(worker,), give=(worker,)))
+
+    def _close_round(self) -> None:
+        phase, accepted = self.phase, tuple(sorted(self.waiting))
+        headers = [self.waiting.pop(worker) for worker in accepted]
+        step, total = int(headers[0].step), int(sum(header.samples for header in headers))
+        losses = [header.loss if header.samples > 0 else 0.0 for header in headers]
+        weights = [header.samples for header in headers]
+        mean = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / max(1, total)
+        bad = [(w, loss) for w, loss in zip(accepted, losses, strict=True) if not np.isfinite(loss)]
+        if bad and phase.nan == "stop":
+            self.nan = (self.wiring.workers[bad[0][0]], bad[0][1], step)
+        rate, momentum = phase.rate(self.cursor), phase.momentum(self.cursor)
+        self.version += 1
+        wish = Ask(int(np.bitwise_or.reduce([int(header.wish) for header in headers])))
+        self.ask = self.observe(max(int(header.round_end) for header in headers), mean, wish)
+        for worker in accepted:
+            self.reply(worker, result="skipped" if bad else "applied", loss=mean, samples=total, staleness=0)
+        what = What.DROP if bad else What.UPDATE
+        self.decide(
+            Decision(what, accepted, accepted, self.version, step, total / phase.batch, rate, momentum)
+        )
+
+
+class Asynchronous(Coordinator):
+    """Every gradient is applied as it comes. Deals out the samples; where something is asked of the trainers, lets
+    the workers finish what they were dealt first, so that what has been consumed is a prefix of the run, and answers
+    all of them with the same parameters."""
+
+    def __init__(self, server: ParameterServerServer) -> None:
+        super().__init__(server)
+        phase = self.phase
+        assert phase.epoch is not None
+        cls = SharedQueue if phase.queue == "shared" else StaticQueue
+        self.queue: Queue = cls(phase.cursor, phase.epoch, phase.batch, self.workers)
+        self.limit = self._next_limit()
+        self.dealt = [0] * self.workers  # stretches that a worker has been dealt and not pushed yet
+        self.done = [0] * self.workers  # steps
+        self.idle: dict[int, tuple[dict[str, Any], int]] = {}  # replies held back, and since when
+        self.losses: deque[float] = deque(maxlen=self.workers)
+
+    def begin(self, worker: int) -> None:
+        self.reply(worker, slices=self._deal(worker))
+
+    def hear_step(self, worker: int, header: Header) -> None:
+        samples = int(header.samples)
+        staleness = self.version - int(header.version)
+        finite = bool(np.isfinite(header.loss))
+        if not finite and self.phase.nan == "stop":
+            self._stop_for_nan(worker, header)
+            return
+        decision = Decision(What.DROP, take=(worker,), version=self.version, step=int(header.step))
+        if samples:
+            self.dealt[worker] -= 1
+            self.done[worker] += 1
+        if samples and finite:
+            decision = decision._replace(
+                what=What.UPDATE,
+                version=self.version + 1,
+                weight=samples / self.phase.batch,
+                rate=self.phase.rate(self.cursor) * self.options.per_update(self.phase, staleness),
+                momentum=self.phase.momentum(self.cursor),
+            )
+            self.version += 1
+            self.losses.append(header.loss)
+        wish = Ask(int(header.wish))
+        asked = self.observe(self.cursor + samples, header.loss, wish) if samples else wish
+        if asked & ~self.ask:
+            self.ask |= asked
+            self.limit = min(self.limit, self.queue.stop_at(self.queue.furthest))
+        mean = sum(self.losses) / max(1, len(self.losses))
+        result = "applied" if decision.what is What.UPDATE else "skipped"
+        told = {"result": result, "loss": mean, "samples": samples, "staleness": staleness}
+        self.idle[worker] = told, self.comm.now()
+        self._go_on(decision)
+
+    def _go_on(self, decision: Decision) -> None:
+        """Answer whom there is something to do for, and have the servers carry out the decision."""
+        drained = len(self.idle) == self.workers and not any(self.dealt)
+        asked = self.ask if drained else Ask.NOTHING
+        if drained and not self.ask & ENDS:
+            self.limit = self._next_limit()
+        released, dealt = [], {}
+        for worker in sorted(self.idle, key=lambda worker: (self.done[worker], worker)):  # see `Bounded.may_go`
+            if drained or self.may_go(worker):
+                dealt[worker] = self._deal(worker) if not self.ask & ENDS else []
+                if drained or self.dealt[worker]:
+                    released.append(worker)
+        for worker in released:
+            told, since = self.idle.pop(worker)
+            held = self.comm.now() - since
+            self.reply(worker, **told, ask=int(asked), slices=dealt[worker], held=held)
+        if drained:
+            self.ask = Ask.NOTHING
+        self.decide(decision._replace(give=tuple(released)))
+
+    def _next_limit(self) -> int:
+        return self.queue.stop_at(self.phase.conductor.due(self.cursor))
+
+    def _deal(self, worker: int) -> list[Stretch]:
+        """Stretches for a worker, as many as it likes to know of ahead; fewer, or none, near the limit."""
+        found: list[Stretch] = []
+        while self.dealt[worker] <= self.phase.ahead:
+            stretch = self.queue.take(worker, self.limit)
+            if stretch is None:
+                break
+            found.append(stretch)
+            self.dealt[worker] += 1
+        return found
+
+    def may_go(self, worker: int) -> bool:
+        """Whether a worker may begin another step now."""
+        return True
+
+    def _stop_for_nan(self, worker: int, header: Header) -> None:
+        self.nan = (self.wiring.workers[worker], header.loss, int(header.step))
+        told = (worker, *self.idle)
+        for each in told:
+            self.reply(each)
+        self.decide(Decision(What.DROP, take=(worker,), give=told))
+
+
+class Bounded(Asynchronous):
+    """Asynchronous, but a worker waits while it has done more than `bound` steps more than the slowest."""
+
+    def may_go(self, worker: int) -> bool:
+        """Workers that have done less were asked about, and dealt samples, before: who has none now is out of the
+        race until all are drained."""
+        others = (self.done[other] for other in range(self.workers) if other != worker and self.dealt[other])
+        return self.done[worker] - min(others, default=self.done[worker]) <= self.options.bound

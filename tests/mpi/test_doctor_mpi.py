@@ -1,0 +1,142 @@
+"""`hpctrain doctor` on real ranks, alone, and where launcher and MPI library do not suit each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpctrain import launcher
+from tests.conftest import ROOT, Ended, launch
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(180)]
+
+DOCTOR = [sys.executable, "-m", "hpctrain", "doctor"]
+
+
+def doctor(mpi: launcher.Mpi, count: int, *arguments: str, environment: dict[str, str] | None = None) -> Ended:
+    """Under the bare mpiexec."""
+    return launch([*mpi.command(count), *DOCTOR, *arguments], mpi, 90.0, environment)
+
+
+def alone(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Without a launcher."""
+    clean = {key: value for key, value in os.environ.items() if not launcher.FOREIGN.match(key)}
+    variables = {**clean, "PYTHONPATH": str(ROOT), **(environment or {})}
+    return subprocess.run([*DOCTOR, *arguments], cwd=folder, env=variables, capture_output=True, text=True, timeout=90)
+
+
+def severities(told: dict[str, Any]) -> set[str]:
+    return {problem["severity"] for problem in told["problems"]}
+
+
+def test_four_ranks_are_told_of_as_one_json_object(mpi: launcher.Mpi) -> None:
+    ended = doctor(mpi, 4, "--json")
+    told = json.loads(ended.out)
+    facts = told["facts"]
+    assert ended.status == 0, told["problems"]
+    assert "error" not in severities(told)
+    assert facts["mpi"]["kind"] == mpi.library.kind
+    assert facts["mpi"]["thread_level"] == "MPI_THREAD_MULTIPLE"
+    assert facts["mpi"]["runs_with"] == mpi.path
+    assert [rank["rank"] for rank in facts["ranks"]] == [0, 1, 2, 3]
+    assert len({json.dumps(rank["versions"]) for rank in facts["ranks"]}) == 1
+    assert [node["ranks"] for node in facts["nodes"]] == [[0, 1, 2, 3]]
+    assert len(facts["links"]) == 6
+    assert all(link["latency_us"] > 0 and link["bandwidth_gb_s"] > 0 for link in facts["links"])
+    if len(facts["ranks"][0]["cores"]) < 4:
+        assert any("4 ranks share" in problem["what"] for problem in told["problems"])
+
+
+def test_the_text_is_printed_once_by_rank_0_with_job_and_mpiexec(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(mpi.path).parent), os.environ["PATH"]])
+    arguments = ["--job", str(ROOT / "jobs/digits.toml"), f"output={tmp_path}"]
+    ended = doctor(mpi, 2, *arguments, environment={"PATH": path})
+    assert ended.status == 0, ended.out + ended.err
+    assert ended.out.count("hpctrain doctor: 2 ranks on 1 node") == 1
+    assert "belongs to it; `hpctrain run` takes the same" in ended.out
+    assert "phase 0: all_reduce, workers 0-1" in ended.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_starts_ranks_itself(tmp_path: Path) -> None:
+    done = alone(tmp_path, "-n", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["facts"]["ranks"]) == 2
+
+
+def test_alone_it_looks_at_one_rank_and_leaves_no_shared_memory(tmp_path: Path) -> None:
+    started = time.time()
+    done = alone(tmp_path, "--json")
+    left = [path for path in launcher.leftovers(started, 0) if path.parent == Path("/dev/shm")]
+    told = json.loads(done.stdout)
+    assert (done.returncode, len(told["facts"]["ranks"]), told["facts"]["links"]) == (0, 1, [])
+    assert told["facts"]["mpi"]["standard"]
+    assert left == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["-n", "2"]])
+def test_without_an_mpi_library_that_is_the_error_which_is_reported(tmp_path: Path, arguments: list[str]) -> None:
+    done = alone(tmp_path, "--json", *arguments, environment={"MPI4PY_LIBMPI": "/nowhere/libmpi.so"})
+    told = json.loads(done.stdout)
+    assert done.returncode == 1
+    (error,) = [problem for problem in told["problems"] if problem["severity"] == "error"]
+    assert error["where"] == "MPI"
+    assert "cannot load" in error["what"]
+    assert "install one" in error["do"]
+    assert told["facts"]["nodes"][0]["shm_total"] > 0
+
+
+def test_ranks_that_each_believe_to_be_alone_are_told_of_once(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    """As under the other MPI's launcher, which sets its variables and speaks a language that the library does not."""
+    prefix = "PMI" if mpi.library.kind == "openmpi" else "OMPI_COMM_WORLD"
+    names = f"{prefix}_SIZE", f"{prefix}_RANK"
+    ended = [alone(tmp_path, environment=dict(zip(names, ("2", rank), strict=True))) for rank in ("0", "1")]
+    assert [done.returncode for done in ended] == [1, 0]
+    assert "1 error" in ended[0].stdout
+    assert "use the mpiexec that belongs to that library" in " ".join(ended[0].stdout.split())
+    assert ended[1].stdout == ""
+
+
+def test_a_job_that_cannot_be_read_is_one_sentence_and_status_2(mpi: launcher.Mpi) -> None:
+    ended = doctor(mpi, 2, "--job", "nowhere.toml")
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.count("hpctrain: ") == 1
+    assert "nowhere.toml" in ended.err
+
+
+def test_a_job_that_these_ranks_cannot_run_is_an_error_and_status_1(mpi: launcher.Mpi) -> None:
+    ended = doctor(mpi, 2, "--json", "--job", str(ROOT / "jobs/digits.toml"), "ranks=3")
+    told = json.loads(ended.out)
+    assert ended.status == 1
+    assert any("ranks = 3" in problem["what"] for problem in told["problems"])
+
+
+def test_ranks_with_different_environments_are_found_out(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    """Rank 1 says that its hpctrain is of another version."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import os, sys\n"
+        "from hpctrain.cluster import launched_rank\n"
+        "from hpctrain.doctor import machine\n"
+        "if launched_rank(os.environ) == 1:\n"
+        "    machine.__version__ = '0.0.9'\n"
+        "from hpctrain.cli import main\n"
+        "sys.exit(main(['doctor', '--json']))\n"
+    )
+    ended = launch([*mpi.command(2), sys.executable, str(script)], mpi, 90.0)
+    told = json.loads(ended.out)
+    assert ended.status == 1
+    assert any(problem["where"] == "hpctrain" and "on rank 1" in problem["what"] for problem in told["problems"])
+
+
+def test_started_ranks_do_not_start_ranks(mpi: launcher.Mpi) -> None:
+    ended = doctor(mpi, 2, "-n", "2")
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.count("has started 2 ranks already; leave -n out") == 1
