@@ -4,6 +4,7 @@
 # make test-gpu      what needs a GPU
 # make lint          ruff, mypy, import-linter, shellcheck
 # make bench         hpctrain bench
+# make study-async   what asynchrony costs in accuracy, into docs/asynchrony.md: an hour on two cores; needs MNIST
 #
 # PYTHON=python3.12           another Python (3.11 or newer)
 # TORCH_INDEX=URL             a second package index, such as PyTorch's own one of CPU wheels
@@ -20,7 +21,7 @@ MPIEXEC = $(1)/bin/python -c 'import sys; from hpctrain.launcher import run; sys
 # A rank that waits inside MPI cannot be interrupted by a signal: the thread method ends it.
 UNDER_MPI = -m pytest -q --color=no --with-mpi --timeout 120 --timeout-method=thread tests/mpi
 
-.PHONY: demo test test-unit test-mpich test-openmpi test-slurm test-gpu lint bench clean
+.PHONY: demo test test-unit test-mpich test-openmpi test-slurm test-gpu lint bench study-async clean
 .DELETE_ON_ERROR:
 
 demo: $(MPICH)/.installed
@@ -52,6 +53,9 @@ lint: $(MPICH)/.tests
 
 bench: $(MPICH)/.installed
 	$(MPICH)/bin/hpctrain bench
+
+study-async: $(MPICH)/.installed
+	$(MPICH)/bin/python analysis/study_async.py
 
 clean:
 	rm -rf $(MPICH) $(OPENMPI) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,6 +148,11 @@ def corrected_momentum(momentum: float, delayed: int) -> tuple[float, float]:
     return shorter, (1.0 - shorter) / (1.0 - momentum) if momentum < 1.0 else 1.0
 
 
+def _velocity_factor(group: dict[str, Any], momentum: float, delayed: int) -> float:
+    """How many times as long SGD's velocity, a sum of 1 / (1 - momentum) gradients, is without the correction."""
+    return corrected_momentum(momentum, delayed)[1] if "momentum" in group else 1.0
+
+
 def _momentum_of(group: dict[str, Any]) -> float:
     """The momentum of a torch optimizer's parameter group; 0 where it has none."""
     return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
@@ -196,6 +202,7 @@ class Update(ABC):
         self._optimizer: torch.optim.Optimizer | None = None
         self._rates: list[float] = []
         self._momenta: list[float] = []
+        self._adaptive = False
         self._group_of: dict[int, dict[str, Any]] = {}
 
     def apply(self, gradient: torch.Tensor, factor: float, momentum: float = 1.0, delayed: int = 1) -> None:
@@ -205,18 +212,40 @@ class Update(ABC):
         if self._optimizer is None:
             return
         for group, rate, inertia in zip(self._optimizer.param_groups, self._rates, self._momenta, strict=True):
-            kept, faster = inertia * momentum, 1.0
-            if "momentum" in group:
-                kept, faster = corrected_momentum(kept, delayed)
+            kept, faster = self._correct(group, inertia * momentum, delayed)
             group["lr"] = rate * factor * faster
             _set_momentum(group, kept)
         self._point_at(gradient)
         self._optimizer.step()
 
+    def _correct(self, group: dict[str, Any], momentum: float, delayed: int) -> tuple[float, float]:
+        """As `corrected_momentum`, for SGD's velocity; adaptive optimizers average gradients, or normalise the sum."""
+        sums = "momentum" in group and not self._adaptive
+        return corrected_momentum(momentum, delayed) if sums else (momentum, 1.0)
+
+    @contextmanager
+    def plain_velocity(self, delayed: int) -> Iterator[None]:
+        """Inside, SGD's velocity, a sum of 1 / (1 - momentum) gradients, is as long as without the correction
+        for `delayed` workers: so it is handed on to others, who correct for other numbers."""
+        self._stretch_velocity(delayed, 1.0)
+        yield
+        self._stretch_velocity(delayed, -1.0)
+
+    def _stretch_velocity(self, delayed: int, power: float) -> None:
+        groups = self._optimizer.param_groups if self._optimizer is not None else []
+        for group, momentum in zip(groups, self._momenta, strict=True):
+            _, factor = self._correct(group, momentum, delayed)
+            for parameter in group["params"] if factor != 1.0 else []:
+                assert self._optimizer is not None
+                velocity = self._optimizer.state[parameter].get("momentum_buffer")
+                if velocity is not None:
+                    velocity.mul_(factor**power)
+
     def _adopt(self, choice: OptimizerChoice, groups: list[dict[str, Any]]) -> None:
         if groups:
             self._optimizer = choice.build(groups)
             self._rates = [group["lr"] for group in self._optimizer.param_groups]
+            self._adaptive = choice.adaptive
             self._momenta = [_momentum_of(group) for group in self._optimizer.param_groups]
             self._group_of = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
 
@@ -233,13 +262,47 @@ class Update(ABC):
     @abstractmethod
     def _point_at(self, gradient: torch.Tensor) -> None: ...
 
-    @abstractmethod
-    def state(self) -> State:
-        """A copy of the optimizer's state of this stretch."""
+    def state(self, delayed: int = 1) -> State:
+        """A copy of the optimizer's state of this stretch, with SGD's velocity as long as it would be without the
+        correction for `delayed` workers (see `apply`): others go on with it, who correct for other numbers."""
+        state = self.view().copy()
+        for velocity, factor in self._velocities(state, delayed):
+            velocity *= velocity.dtype.type(factor)
+        return state
+
+    def load(self, state: State, delayed: int = 1) -> None:
+        """Take over a copy of a state of exactly this stretch, the inverse of `state`."""
+        self.load_in_place(state.copy(), delayed)
+
+    def load_in_place(self, state: State, delayed: int = 1) -> None:
+        """`load` without copies: the state's arrays are the optimizer's from now on."""
+        self._take(state)
+        for group, inertia in zip(self._optimizer.param_groups if self._optimizer else [], self._momenta, strict=True):
+            factor = _velocity_factor(group, inertia, delayed)
+            for parameter in group["params"]:
+                if factor != 1.0 and (velocity := self._state_of(parameter).get("momentum_buffer")) is not None:
+                    velocity.div_(factor)
+
+    def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, Any]:
+        assert self._optimizer is not None
+        return self._optimizer.state[parameter]
+
+    def _factor_of(self, parameter: torch.nn.Parameter, delayed: int) -> float:
+        assert self._optimizer is not None
+        group = self._group_of[id(parameter)]
+        place = [id(each) for each in self._optimizer.param_groups].index(id(group))
+        return _velocity_factor(group, self._momenta[place], delayed)
 
     @abstractmethod
-    def load(self, state: State) -> None:
-        """Take over a state of exactly this stretch."""
+    def view(self) -> State:
+        """The optimizer's state of this stretch as it is, not to be changed, and good until the next `apply`."""
+
+    @abstractmethod
+    def _velocities(self, state: State, delayed: int) -> Iterator[tuple[Any, float]]:
+        """Arrays of `state` that hold SGD's velocity, with how much longer each would be without the correction."""
+
+    @abstractmethod
+    def _take(self, state: State) -> None: ...
 
 
 class SlicedUpdate(Update):
@@ -261,28 +324,34 @@ class SlicedUpdate(Update):
         for _, _, flat, first, last in self._pieces:
             flat.grad = gradient[first - self.low : last - self.low]
 
-    def state(self) -> State:
+    def _velocities(self, state: State, delayed: int) -> Iterator[tuple[Any, float]]:
+        for _, _, flat, first, last in self._pieces if "momentum_buffer" in state.flat else []:
+            if (factor := self._factor_of(flat, delayed)) != 1.0:
+                yield state.flat["momentum_buffer"][first - self.low : last - self.low], factor
+
+    def view(self) -> State:
         state = State(self.low, self.high)
         for index, _, flat, first, last in self._pieces:
             assert self._optimizer is not None
             for key, value in self._optimizer.state[flat].items():
                 if isinstance(value, torch.Tensor) and value.dim():
-                    if key not in state.flat:
-                        state.flat[key] = as_array(value.new_zeros(self.high - self.low).cpu())
-                    state.flat[key][first - self.low : last - self.low] = as_array(value.cpu())
+                    array = as_array(value.cpu())
+                    if last - first == self.high - self.low:
+                        state.flat[key] = array
+                    else:
+                        state.room(key, array.dtype)[first - self.low : last - self.low] = array
                 else:
                     state.groups.setdefault(str(index), {})[key] = _number(value)
         return state
 
-    def load(self, state: State) -> None:
+    def _take(self, state: State) -> None:
         for index, _, flat, first, last in self._pieces:
             assert self._optimizer is not None
             here = self._optimizer.state[flat]
             for key, value in state.groups.get(str(index), {}).items():
                 here[key] = self._revive(value, flat)
             for key, array in state.flat.items():
-                part = as_tensor(array[first - state.low : last - state.low].copy())
-                here[key] = part.to(flat.device)
+                here[key] = as_tensor(array[first - state.low : last - state.low]).to(flat.device)
 
 
 class WholeUpdate(Update):
@@ -304,26 +373,31 @@ class WholeUpdate(Update):
         for _, slot, parameter in self._slots:
             parameter.grad = _view(gradient, slot, self.low)
 
-    def state(self) -> State:
+    def _velocities(self, state: State, delayed: int) -> Iterator[tuple[Any, float]]:
+        for _, slot, parameter in self._slots:
+            velocity = state.named.get(slot.name, {}).get("momentum_buffer")
+            if velocity is not None and (factor := self._factor_of(parameter, delayed)) != 1.0:
+                yield velocity, factor
+
+    def view(self) -> State:
         state = State(self.low, self.high)
         for _, slot, parameter in self._slots:
             assert self._optimizer is not None
             for key, value in self._optimizer.state[parameter].items():
                 if isinstance(value, torch.Tensor) and value.dim():
-                    copy = as_array(value.detach().cpu().contiguous()).copy()
-                    state.named.setdefault(slot.name, {})[key] = copy
+                    state.named.setdefault(slot.name, {})[key] = as_array(value.detach().cpu().contiguous())
                 else:
                     state.groups.setdefault(slot.name, {})[key] = _number(value)
         return state
 
-    def load(self, state: State) -> None:
+    def _take(self, state: State) -> None:
         for _, slot, parameter in self._slots:
             assert self._optimizer is not None
             here = self._optimizer.state[parameter]
             for key, value in state.groups.get(slot.name, {}).items():
                 here[key] = self._revive(value, parameter)
             for key, array in state.named.get(slot.name, {}).items():
-                here[key] = as_tensor(array.copy()).to(parameter.device)
+                here[key] = as_tensor(array).to(parameter.device)
 
 
 def make_update(choice: OptimizerChoice, layout: Layout, values: torch.Tensor, low: int, high: int) -> Update:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpctrain.comm.base import BFLOAT16, Arena, Buffer, Communicator, Share
+from hpctrain.comm.base import BFLOAT16, Arena, Buffer, Communicator
 from hpctrain.errors import ModelError
 
 ALIGNMENT = 64  # bytes; every parameter begins on a cache line, as vector units and BLAS like it
@@ -102,6 +102,7 @@ class Replica:
         self.gradient: torch.Tensor = torch.empty(0)
         self.value_arena: Arena | None = None
         self.gradient_arenas: list[Arena] = []
+        self._shared: _SharedArenas | None = None
         self._watched: list[tuple[Slot, nn.Parameter, int, int]] = []
         self._owners = self._find_owners()
 
@@ -142,15 +143,18 @@ class Replica:
         `shared`: gradients in node-shared arenas and the parameters once per node (those of the node's first
         rank are kept); else both private. `gradients`: how many gradient buffers (`use_gradient` chooses).
         """
-        old = [self.value_arena, *self.gradient_arenas]
-        length, dtype = self.layout.length, self.layout.dtype
-        share: Share = "node" if shared else "rank"
-        owner = not shared or comm.local_rank == 0
-        value_arena = comm.arena(length if owner else 0, dtype, share)
+        old = self._owned()
+        if shared and not self.keeps_shared(comm, gradients):
+            self._shared = _SharedArenas(comm, self.layout, gradients)  # the old ones are freed below
+        if shared:
+            assert self._shared is not None
+            value_arena, self.gradient_arenas = self._shared.values, self._shared.cleared()
+        else:
+            value_arena = comm.arena(self.layout.length, self.layout.dtype, "rank")
+            self.gradient_arenas = self._private_gradients(comm, gradients)
         values = as_tensor(value_arena.parts[0])
-        if owner:
+        if value_arena is not self.value_arena and (not shared or comm.local_rank == 0):
             self._copy_values(values)
-        self.gradient_arenas = [comm.arena(length, dtype, share) for _ in range(gradients)]
         comm.notify(value_arena)
         comm.wait(value_arena)
         self.value_arena, self.values = value_arena, values
@@ -158,9 +162,31 @@ class Replica:
             parameter.data = values[slot.offset : slot.offset + slot.size].view(slot.shape)
         self.use_gradient(0)
         comm.barrier()
+        kept = self._owned()
         for arena in old:
-            if arena is not None:
+            if arena not in kept:
                 arena.free()
+
+    def keeps_shared(self, comm: Communicator, gradients: int = 1) -> bool:
+        """Whether such a shared placement finds its arenas there, from an earlier one.
+
+        Shared arenas are kept until `release`: to touch fresh shared memory takes several times as long as to copy
+        what goes there, and that would be between two phases.
+        """
+        return self._shared is not None and self._shared.fits(comm, gradients)
+
+    def _private_gradients(self, comm: Communicator, count: int) -> list[Arena]:
+        """This rank's own parts of the shared arenas serve as well, while there are any."""
+        length, dtype = self.layout.length, self.layout.dtype
+        there = self._shared.cleared()[:count] if self._shared is not None else []
+        own: list[Arena] = [_OwnPart(arena) for arena in there]
+        return own + [comm.arena(length, dtype, "rank") for _ in range(count - len(own))]
+
+    def _owned(self) -> dict[Arena, None]:
+        """All arenas there are, in the order of their making."""
+        shared = [self._shared.values, *self._shared.gradients] if self._shared is not None else []
+        here = [self.value_arena] if self.value_arena is not None else []
+        return dict.fromkeys([*shared, *here, *self.gradient_arenas])
 
     def release(self) -> None:
         """Move the parameters to memory of the model's own and free the arenas. Collective, like `place`."""
@@ -169,10 +195,10 @@ class Replica:
             parameter.grad = None
         self.values = self.gradient = torch.empty(0)
         self._watched = []
-        for arena in [self.value_arena, *self.gradient_arenas]:
-            if arena is not None:
-                arena.free()
+        old, self._shared = self._owned(), None
         self.value_arena, self.gradient_arenas = None, []
+        for arena in old:
+            arena.free()
 
     def use_gradient(self, index: int) -> None:
         """Let backward write into the `index`-th gradient arena."""
@@ -229,6 +255,37 @@ class Replica:
         finally:
             for buffer, kept in zip(buffers, before, strict=True):
                 buffer.copy_(kept)
+
+
+class _SharedArenas:
+    """The parameters once per node, and `gradients` gradient buffers of each rank. Construction is collective."""
+
+    def __init__(self, comm: Communicator, layout: Layout, gradients: int) -> None:
+        self._ranks = comm.members, comm.nodes
+        self.values = comm.arena(layout.length if comm.local_rank == 0 else 0, layout.dtype, "node")
+        self.gradients = [comm.arena(layout.length, layout.dtype, "node") for _ in range(gradients)]
+
+    def fits(self, comm: Communicator, gradients: int) -> bool:
+        """Whether they are of these ranks, and so many."""
+        return self._ranks == (comm.members, comm.nodes) and len(self.gradients) == gradients
+
+    def cleared(self) -> list[Arena]:
+        """The gradient buffers, this rank's parts zero."""
+        for arena in self.gradients:
+            arena.mine[...] = 0
+        return self.gradients
+
+
+class _OwnPart(Arena):
+    """This rank's part of an arena that another owns."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.mine = arena.mine
+        self.parts = [self.mine]
+
+    def free(self) -> None:
+        self.parts = []
+        self.mine = None
 
 
 def _groups(named: dict[str, nn.Parameter], groups: ParameterGroups | None) -> list[dict[str, Any]]:

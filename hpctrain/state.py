@@ -10,9 +10,11 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from hpctrain.comm.base import BFLOAT16, Buffer, Communicator, Tag
+from hpctrain.comm.base import BFLOAT16, Buffer, Communicator, Request, Tag
 
 Counters = dict[str, dict[str, Any]]
+Row = tuple[str, tuple[int, ...], np.dtype[Any]]  # path, shape and dtype of an array
+FLAT = "flat/"
 
 
 @dataclass
@@ -42,11 +44,23 @@ class State:
 
     def arrays(self) -> list[tuple[str, Buffer]]:
         """All arrays with a path each, in a fixed order."""
-        rows = [(f"flat/{quote(key, safe='')}", self.flat[key]) for key in sorted(self.flat)]
+        rows = [(f"{FLAT}{quote(key, safe='')}", self.flat[key]) for key in sorted(self.flat)]
         for name in sorted(self.named):
             own = self.named[name]
             rows += [(f"named/{quote(key, safe='')}/{name}", own[key]) for key in sorted(own)]
         return rows
+
+    def copy(self) -> State:
+        """With arrays of its own."""
+        flat = {key: array.copy() for key, array in self.flat.items()}
+        named = {name: {key: array.copy() for key, array in own.items()} for name, own in self.named.items()}
+        return State(self.low, self.high, flat, named, self.groups, self.counters, self.rule)
+
+    def room(self, key: str, dtype: np.dtype[Any]) -> Buffer:
+        """That moment; zeros, if there is none yet."""
+        if key not in self.flat:
+            self.flat[key] = np.zeros(self.high - self.low, dtype)
+        return self.flat[key]
 
     def place(self, path: str, array: Buffer) -> None:
         """The inverse of `arrays`, one at a time."""
@@ -58,7 +72,12 @@ class State:
 
 
 def send_state(comm: Communicator, state: State, dest: int) -> None:
-    """To one rank, which calls `recv_state`. Typed buffers and JSON; nothing is pickled."""
+    """To one rank, which calls `recv_state` or `collect_state`. Typed buffers and JSON; nothing is pickled."""
+    comm.wait_all(start_send_state(comm, state, dest))
+
+
+def start_send_state(comm: Communicator, state: State, dest: int) -> list[Request]:
+    """`send_state`, started; the state must not change before these are done."""
     rows = state.arrays()
     head = {
         "bounds": [state.low, state.high],
@@ -68,38 +87,67 @@ def send_state(comm: Communicator, state: State, dest: int) -> None:
         "rule": state.rule,
     }
     text = np.frombuffer(json.dumps(head).encode(), np.uint8).copy()
-    comm.send(np.array([text.size], np.int64), dest, Tag.STATE)
-    comm.send(text, dest, Tag.STATE)
-    for _, array in rows:
-        if array.size:
-            comm.send(np.ascontiguousarray(array).reshape(-1), dest, Tag.STATE)
+    flat = [np.ascontiguousarray(array).reshape(-1) for _, array in rows if array.size]
+    return [comm.start_send(part, dest, Tag.STATE) for part in (np.array([text.size], np.int64), text, *flat)]
 
 
 def recv_state(comm: Communicator, source: int) -> State:
     """From one rank, which calls `send_state`."""
+    state, rows = _recv_head(comm, source)
+    for path, shape, dtype in rows:
+        state.place(path, np.empty(shape, dtype))
+    comm.wait_all(_start_recv_arrays(comm, state, rows, source))
+    return state
+
+
+def collect_state(comm: Communicator, own: State, sources: Sequence[int], length: int) -> State:
+    """The whole arena's state, of this rank's `own` piece and those that `sources` send.
+
+    Moments are received at once from all of them, where they are to lie.
+    """
+    heads = [_recv_head(comm, source) for source in sources]
+    whole, requests = merge([own, *(piece for piece, _ in heads)], length), []
+    for source, (piece, rows) in zip(sources, heads, strict=True):
+        for path, shape, dtype in rows:
+            here = slice(piece.low, piece.high)
+            room = whole.room(unquote(path.removeprefix(FLAT)), dtype)[here] if path.startswith(FLAT) else None
+            piece.place(path, room if room is not None else np.empty(shape, dtype))
+        requests += _start_recv_arrays(comm, piece, rows, source)
+        whole.named.update(piece.named)
+    comm.wait_all(requests)
+    return whole
+
+
+def _recv_head(comm: Communicator, source: int) -> tuple[State, list[Row]]:
+    """A state that lacks its arrays, and what these are going to be."""
     size = np.zeros(1, np.int64)
     comm.recv(size, source, Tag.STATE)
     text = np.empty(int(size[0]), np.uint8)
     comm.recv(text, source, Tag.STATE)
     head = json.loads(text.tobytes())
+    rows = [
+        (path, tuple(shape), BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype))
+        for path, shape, dtype in head["arrays"]
+    ]
     low, high = head["bounds"]
-    state = State(low, high, {}, {}, head["groups"], head["counters"], head["rule"])
-    for path, shape, dtype in head["arrays"]:
-        array = np.empty(shape, BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype))
-        if array.size:
-            comm.recv(array.reshape(-1), source, Tag.STATE)
-        state.place(path, array)
-    return state
+    return State(low, high, {}, {}, head["groups"], head["counters"], head["rule"]), rows
+
+
+def _start_recv_arrays(comm: Communicator, state: State, rows: Sequence[Row], source: int) -> list[Request]:
+    arrays = dict(state.arrays())
+    flat = [arrays[path].reshape(-1) for path, _, _ in rows]
+    return [comm.start_recv(array, source, Tag.STATE) for array in flat if array.size]
 
 
 def merge(pieces: Sequence[State], length: int) -> State:
-    """The whole arena's state from the pieces of a cut."""
+    """The whole arena's state from the pieces of a cut; its arrays are a piece's where that has all of them."""
     whole = State(0, length)
     for piece in pieces:
         for key, part in piece.flat.items():
-            if key not in whole.flat:
-                whole.flat[key] = np.zeros(length, part.dtype)
-            whole.flat[key][piece.low : piece.high] = part
+            if part.size == length:
+                whole.flat[key] = part
+            else:
+                whole.room(key, part.dtype)[piece.low : piece.high] = part
         whole.named.update(piece.named)
         for index, numbers in piece.groups.items():
             whole.groups.setdefault(index, {}).update(numbers)

@@ -5,7 +5,10 @@ Models and data that a job can name are here too ("tests.helpers:noisy_net").
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -14,12 +17,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from hpctrain.comm.base import Communicator
+from hpctrain.comm.virtual import Compute, World
 from hpctrain.data.order import Order
 from hpctrain.data.splits import Splits
 from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
+from hpctrain.jobtables import Enter
 from hpctrain.launch import Result, session, train
 from hpctrain.runfolder import Narrator
+from hpctrain.trace.recorder import Recorder
+from hpctrain.trace.schema import KIND_CODES
 
 SAMPLES = 103  # prime: the last round of an epoch is uneven for every number of workers
 Tables = dict[str, Any]
@@ -223,12 +230,14 @@ def forget_after(folder: Path, index: int) -> None:
         path.unlink()
 
 
-def every_sample_once(comm: Communicator, folder: Path | str, epochs: int = 3, **tables: Any) -> None:
-    """In every epoch, all ranks together see each sample exactly once."""
-    samples = 29
+def every_sample_once(
+    comm: Communicator, folder: Path | str, epochs: int = 3, samples: int = 29, **tables: Any
+) -> None:
+    """In every epoch, all ranks together see each sample exactly once. `data_keys`: of [data]."""
+    data = {"name": Counted(samples), **tables.pop("data_keys", {})}
     train_keys = {"epochs": epochs, "batch_size": 3, **tables.pop("train", {})}
     job = make_job(
-        folder, model=nn.Linear(1, 1), loss="mse", data=Counted(samples), train=train_keys,
+        folder, model=nn.Linear(1, 1), loss="mse", data=data, train=train_keys,
         metric="tests.helpers:no_metric", **tables,
     )  # fmt: skip
     seen: list[list[int]] = []
@@ -272,3 +281,304 @@ def nan_skipped(comm: Communicator, folder: Path | str, strategy: Tables) -> Non
     assert np.isfinite(found).all()
     table = comm.gather_rows(found)
     assert (table == table[0]).all()
+
+
+# -- asynchronous runs ------------------------------------------------------------------------------------------
+def served(mode: str = "async", **keys: Any) -> Tables:
+    """[strategy] of a parameter server whose updates are one worker's share of a synchronous one, and no other
+    correction is made unless `keys` say so."""
+    plain = {"lr_per_update": "workers", "momentum_correction": False, "clip_pushes": 1e9} if mode != "sync" else {}
+    return {"name": "parameter_server", "mode": mode, **plain, **keys}
+
+
+class Flat(nn.Module):
+    """65,600 parameters, all of them always equal: what `total` asks of each is the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList(torch.zeros(size) for size in (1, 65_000, 7, 592))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.stack([part.sum() for part in self.parts]).sum()
+
+
+def total(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Its gradient is 1 in everything that was added up."""
+    return outputs.sum()
+
+
+def whole_pulls(comm: Communicator, folder: Path | str, strategy: Tables, pulls: int) -> int:
+    """Train `Flat`, looking at all parameters after every pull, of which there are `pulls` in all: each must hold one
+    value throughout, which only one update wrote. How many this rank looked at."""
+    job = make_job(
+        folder, model=Flat, loss="tests.helpers:total", metric="tests.helpers:no_metric",
+        data={"name": "tests.helpers:points", "samples": 64}, optimizer={"name": "SGD", "lr": 0.001},
+        strategy=strategy, train={"epochs": pulls / 64, "batch_size": 1, "evaluate_every": {"fraction": 1}},
+    )  # fmt: skip
+    versions = []
+    with session(job, comm, out=Narrator(enabled=False)) as running:
+        for batch in running.batches():
+            values = [part.detach() for part in running.model.parameters()]
+            first = values[1][0]
+            assert all(bool((part == first).all()) for part in values), "a torn pull"
+            versions.append(float(first))
+            running.step(running.loss(running.model(batch.inputs), batch.targets))
+    assert versions == sorted(versions, reverse=True), "an older version came after a newer one"
+    return len(versions)
+
+
+def beginnings(comm: Communicator, job: Job) -> dict[str, list[float]]:
+    """Run the job: by phase, the parameters with which this rank began it as a worker. All ranks end with the same."""
+    found: dict[str, list[float]] = {}
+    with session(job, comm, out=Narrator(enabled=False)) as running:
+        for batch in running.batches():
+            phase = str(running.books.phase)
+            if phase not in found:
+                found[phase] = vector(running.model).tolist()
+            running.step(running.loss(running.model(batch.inputs), batch.targets))
+    last = vector(running.result.model)
+    assert (comm.gather_rows(last) == last).all(), "the ranks end with different parameters"
+    return found
+
+
+def leads(recording: Recording, epoch: int = SAMPLES) -> list[int]:
+    """At the beginning of every step of every worker, from the trace: by how many steps it is then ahead of whoever
+    has ended fewest and has more to come, counted from the end of the epoch before, where all were together."""
+    begun: dict[tuple[int, int], list[int]] = {}
+    ended: dict[tuple[int, int], list[int]] = {}
+    for rank, spans in enumerate(recording.spans):
+        for kind, times, of, last in (("forward", begun, "start_ns", min), ("backward", ended, "end_ns", max)):
+            rows = spans[spans["kind"] == KIND_CODES[kind]]
+            for step in np.unique(rows["step"]):
+                before = recording.steps[rank]["cursor"][recording.steps[rank]["step"] < step]
+                key = int(before[-1]) // epoch if len(before) else 0, rank
+                times.setdefault(key, []).append(int(last(rows[of][rows["step"] == step])))
+    found = []
+    for (lap, rank), starts in begun.items():
+        rest = [np.array(ends) for (other_lap, other), ends in ended.items() if other_lap == lap and other != rank]
+        for done, now in enumerate(starts):
+            found.append(done - min([int((ends <= now).sum()) for ends in rest if (ends > now).any()], default=done))
+    return found
+
+
+# -- an asynchronous run, and one process that does the same updates in the same order ------------------------------
+MILLISECOND = 1_000_000
+
+
+def jitter(seed: int = 1, sigma: float = 0.5, slow: dict[int, float] | None = None) -> Compute:
+    """Virtual computing times: a forward pass takes about 10 ms, lognormally, times what `slow` says of its rank."""
+    random = Random(seed)
+
+    def cost(rank: int, kind: str, nbytes: int, flops: float) -> int:
+        if kind != "forward":
+            return 0
+        return int(10 * MILLISECOND * random.lognormvariate(0.0, sigma) * (slow or {}).get(rank, 1.0))
+
+    return cost
+
+
+def traced(size: int, body: Callable[[Communicator], Any], **arguments: Any) -> tuple[list[Any], list[Tables]]:
+    """Run `body` on virtual ranks: (their results, what each recorded, stamped with virtual time)."""
+    world = World(size, **arguments)
+    world.recorders = [Recorder(lambda: world.time) for _ in range(size)]
+    results = world.run(body)
+    return results, [recorder.drain() for recorder in world.recorders]
+
+
+@dataclass
+class Recording:
+    """A run that was watched. `batches[rank, step]`: the micro-batches (inputs, targets) that the rank computed on in
+    that step; `steps[rank]`, `spans[rank]`: its rows of the trace."""
+
+    job: Job
+    results: list[Result]
+    batches: dict[tuple[int, int], list[tuple[Tensor, Tensor]]]
+    steps: list[np.ndarray[Any, Any]]
+    spans: list[np.ndarray[Any, Any]]
+
+    def workers(self, phase: int) -> list[int]:
+        """The ranks that took steps in it."""
+        return [rank for rank, rows in enumerate(self.steps) if (rows["phase"] == phase).any()]
+
+    def row(self, rank: int, step: int) -> Any:
+        """Of the rank's step."""
+        [row] = self.steps[rank][self.steps[rank]["step"] == step]
+        return row
+
+    def staleness(self) -> list[list[int]]:
+        """Of every worker's steps."""
+        return [rows["staleness_max"].tolist() for rows in self.steps]
+
+    def samples(self, rank: int, step: int) -> tuple[Tensor, Tensor]:
+        """All that the rank computed on in that step."""
+        inputs, targets = zip(*self.batches[rank, step], strict=True)
+        return torch.cat(inputs), torch.cat(targets)
+
+    def updates(self, phase: int) -> list[tuple[int, int]]:
+        """(rank, step) of every update of an asynchronous phase, in order; the same on all servers."""
+        found = []
+        for spans in self.spans:
+            rows = spans[(spans["kind"] == KIND_CODES["update"]) & (spans["piece"] == 0) & (spans["peer"] >= 0)]
+            own = [row for row in rows if self.row(row["peer"], row["step"])["phase"] == phase]
+            versions = [int(row["id"]) for row in own]
+            assert versions == list(range(1, len(own) + 1)), "versions count the updates of a phase"
+            if own:
+                found.append([(int(row["peer"]), int(row["step"])) for row in own])
+        assert found, "no server traced an update"
+        assert all(order == found[0] for order in found), "the servers made other updates, or in another order"
+        return found[0]
+
+
+def record(size: int, job: Job, **arguments: Any) -> Recording:
+    """Run the job over virtual ranks, watching; further arguments are World's."""
+    batches: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+
+    def body(comm: Communicator) -> Result:
+        with session(job, comm, out=Narrator(enabled=False)) as running:
+            for batch in running.batches():
+                batches.setdefault((comm.rank, running.books.step), []).append((batch.inputs, batch.targets))
+                running.step(running.loss(running.model(batch.inputs), batch.targets))
+        return running.result
+
+    results, traces = traced(size, body, **arguments)
+    return Recording(job, results, batches, [t["steps"] for t in traces], [t["spans"] for t in traces])
+
+
+class Replay:
+    """What was recorded, done once more by one process, in torch alone: `vector` must come out the same."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording, job = recording, recording.job
+        self.job, self.cursor, self.start, self.updates = job, 0, 0, 0
+        self.total = recording.results[0].samples
+        torch.manual_seed(job.seed)
+        self.model = job.model.bind()().to(getattr(torch, job.train.precision))
+        self.parameters = list(self.model.parameters())
+        self.optimizer = self._fresh()
+        for index, phase in enumerate(job.schedule):
+            self.enter, self.start = phase.enter or Enter(), self.cursor
+            if self.enter.momentum == "reset":
+                self.optimizer = self._fresh()
+            mode = getattr(phase.strategy.options, "mode", "sync")
+            (self._rounds if mode == "sync" else self._updates)(index)
+
+    @property
+    def vector(self) -> np.ndarray[Any, Any]:
+        """The parameters at the end."""
+        return vector(self.model)
+
+    def _fresh(self) -> torch.optim.Optimizer:
+        optimizer, options = self.job.optimizer, dict(self.job.optimizer.options)
+        made: torch.optim.Optimizer = getattr(torch.optim, optimizer.name)(self.parameters, lr=optimizer.lr, **options)
+        return made
+
+    def _rounds(self, phase: int) -> None:
+        recording, workers = self.recording, self.recording.workers(phase)
+        steps = recording.steps[workers[0]]
+        for step in steps["step"][steps["phase"] == phase].tolist():
+            parts = [recording.samples(rank, step) for rank in workers if (rank, step) in recording.batches]
+            inputs, targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            self._apply(self._gradient(inputs, targets), self._rate(), self._momentum())
+            self.cursor += len(targets)
+
+    def _updates(self, phase: int) -> None:
+        recording, options = self.recording, self.job.schedule[phase].strategy.options
+        workers = len(recording.workers(phase))
+        history = [[p.detach().clone() for p in self.parameters]]
+        squares = [torch.zeros_like(p) for p in self.parameters]
+        delayed = workers if options.momentum_correction else 1
+        lengths: dict[int, list[float]] = {}
+        self._stretch_velocity(delayed, -1)
+        for rank, step in recording.updates(phase):
+            inputs, targets = recording.samples(rank, step)
+            staleness = int(recording.row(rank, step)["staleness_max"])
+            old, now = history[-1 - staleness], history[-1]
+            self._put(old)
+            gradient = self._gradient(inputs, targets)
+            _clip_to_running_mean(gradient, lengths.setdefault(rank, []), options.clip_pushes)
+            self._put(now)
+            gradient = [_compensated(options, *each) for each in zip(gradient, now, old, squares, strict=True)]
+            divisor = {"workers": workers, "staleness": max(1, staleness), "none": 1}[options.lr_per_update]
+            if self.enter.learning_rate in ("keep", "scale"):
+                divisor = 1
+            self._apply(gradient, self._rate() / divisor, self._momentum(), delayed)
+            history.append([p.detach().clone() for p in self.parameters])
+            self.cursor += len(targets)
+            self.updates += 1
+        self._stretch_velocity(delayed, 1)
+
+    def _stretch_velocity(self, delayed: int, power: int) -> None:
+        """Into a phase that corrects the momentum of SGD for `delayed` workers (power -1), and out of it (1): a sum of
+        1 / (1 - momentum) gradients is as long before and after."""
+        momentum = self.job.optimizer.options.get("momentum", 0.0)
+        for state in self.optimizer.state.values():
+            if state.get("momentum_buffer") is not None:
+                state["momentum_buffer"] *= ((1 - max(0.0, 1 - delayed * (1 - momentum))) / (1 - momentum)) ** power
+
+    def _put(self, values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, values, strict=True):
+                parameter.copy_(value)
+
+    def _gradient(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Of the mean loss, clipped; at the model's present parameters."""
+        self.model.zero_grad()
+        nn.functional.cross_entropy(self.model(inputs), targets).backward()
+        if self.job.train.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.job.train.clip_norm)
+        return [p.grad.clone() for p in self.parameters if p.grad is not None]
+
+    def _apply(self, gradient: list[Tensor], rate: float, momentum: float, delayed: int = 1) -> None:
+        """`delayed`: of how many workers the momentum is corrected for (1: not corrected)."""
+        group, options = self.optimizer.param_groups[0], self.job.optimizer.options
+        if "betas" in group:
+            first, second = options.get("betas", (0.9, 0.999))
+            group["betas"] = (first * momentum, second)
+        elif "momentum" in group:
+            whole = options.get("momentum", 0.0) * momentum
+            group["momentum"] = max(0.0, 1 - delayed * (1 - whole))
+            rate *= (1 - group["momentum"]) / (1 - whole)
+        group["lr"] = (self.job.optimizer.lr or 0.0) * rate
+        for parameter, part in zip(self.parameters, gradient, strict=True):
+            parameter.grad = part
+        self.optimizer.step()
+
+    def _rate(self) -> float:
+        """The factor of a course that is constant, or "linear" from 1 to 0, with what `enter` makes of it."""
+        linear = self.job.optimizer.schedule.name == "linear"
+        course = 1 - self.cursor / self.total if linear else 1.0
+        if self.enter.learning_rate == "reset":
+            return 1 - (self.cursor - self.start) / (self.total - self.start) if linear else 1.0
+        return course * self._policy(self.enter.learning_rate)
+
+    def _momentum(self) -> float:
+        return self._policy(self.enter.momentum)
+
+    def _policy(self, policy: str) -> float:
+        if policy == "scale":
+            return self.enter.scale or 0.0
+        if policy == "ramp":
+            assert self.enter.ramp.samples is not None
+            return min(1.0, (self.cursor - self.start + 1) / (self.enter.ramp.samples + 1))
+        return 1.0
+
+
+def _clip_to_running_mean(gradient: list[Tensor], means: list[float], longest: float) -> None:
+    """In place; `means` of one worker's gradients so far, of which the last counts, is kept."""
+    length = float(torch.linalg.vector_norm(torch.cat([part.flatten() for part in gradient])))
+    kept = min(length, longest * means[-1]) if means else length
+    share = max(0.1, 1 / (len(means) + 1))
+    means.append((1 - share) * means[-1] + share * kept if means else kept)
+    for part in gradient:
+        part.mul_(kept / length)
+
+
+def _compensated(options: Any, gradient: Tensor, now: Tensor, old: Tensor, squares: Tensor) -> Tensor:
+    """DC-ASGD; `squares`, of the adaptive kind, is kept."""
+    if options.delay_compensation == "none":
+        return gradient
+    strength = options.delay_lambda
+    if options.delay_compensation == "adaptive":
+        squares.copy_(0.95 * squares + 0.05 * gradient**2)
+        strength = strength / torch.sqrt(squares + 1e-7)
+    return gradient + strength * gradient * gradient * (now - old)

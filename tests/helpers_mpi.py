@@ -4,24 +4,75 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
 from hpctrain import launcher
+from hpctrain.comm.base import Communicator
+from hpctrain.job import Job
+from hpctrain.trace.recorder import Recorder
+from hpctrain.trace.schema import SPANS, STEPS
 from tests import helpers
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [sys.executable, "-m", "hpctrain", "train"]
 RUN = [sys.executable, "-m", "hpctrain", "run"]
 RANKS = (b"OMPI_COMM_WORLD_RANK=", b"PMI_RANK=")
+
+
+Join = Callable[..., Communicator]
+
+
+@pytest.fixture(scope="session")
+def join() -> Join:
+    """join(traced=False): the communicator over all ranks. Collective, as every use of it."""
+    from hpctrain.comm import mpi
+
+    torch.set_num_threads(1)
+    made: dict[bool, Communicator] = {}
+
+    def world(traced: bool = False) -> Communicator:
+        if traced not in made:
+            made[traced] = mpi.world(Recorder() if traced else None)
+        return made[traced]
+
+    return world
+
+
+@pytest.fixture
+def folder(join: Join) -> Iterator[Path]:
+    """One folder for all ranks."""
+    comm = join()
+    path = Path(comm.broadcast_json(tempfile.mkdtemp(prefix="hpctrain-test-") if comm.rank == 0 else None))
+    yield path
+    comm.barrier()
+    if comm.rank == 0:
+        shutil.rmtree(path)
+
+
+def record(comm: Communicator, job: Job) -> helpers.Recording:
+    """Run the job on the ranks of a traced communicator, all on one machine, whose clock is one: every rank's rows of
+    the trace, on every rank."""
+    comm.recorder.drain()
+    result = helpers.quiet_train(comm, job)
+    found = comm.recorder.drain()
+    rows = comm.gather_json([found["steps"].tolist(), found["spans"].tolist()])
+    steps, spans = ([list(map(tuple, own[table])) for own in rows] for table in (0, 1))
+    return helpers.Recording(
+        job, [result], {}, [np.array(own, STEPS) for own in steps], [np.array(own, SPANS) for own in spans]
+    )
 
 
 class Raising(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):

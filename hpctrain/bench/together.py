@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from hpctrain import registry
 from hpctrain.bench.report import Sample, Table
-from hpctrain.cluster import assign_roles
+from hpctrain.bench.workload import LOADS, Alone, Load, Workload
 from hpctrain.comm.base import Arena, Communicator
-from hpctrain.models.mlp import mlp
-from hpctrain.models.resnet18 import resnet18
-from hpctrain.optimizer import OptimizerChoice, make_update, slice_bounds
-from hpctrain.replica import Layout, Replica, as_tensor
-from hpctrain.schedule import Conductor
+from hpctrain.optimizer import slice_bounds
+from hpctrain.replica import Layout, as_tensor
 from hpctrain.strategies.base import Phase, Strategy
 
 Progress = Callable[[str], None]
@@ -29,7 +24,6 @@ SHARED = "shared windows"
 SECONDS = 6.0  # for one size, all algorithms together
 STRETCH = 0.02  # seconds of calls that are measured together: ranks do not begin at the same instant
 FEWEST = 5
-MLP, RESNET = "mlp, 10.0 M, batch 32", "resnet18 at 32x32, 11.2 M, batch 16"
 
 
 # -- all-reduce ------------------------------------------------------------------------------------------------
@@ -101,19 +95,19 @@ def _interleaved(comm: Communicator, ways: dict[str, Callable[[], None]]) -> dic
     """Seconds per call of each way, measured in turn; as many measurements as there is time for."""
     counts = {}
     for name, way in ways.items():
-        _per_call(comm, way, 2)
-        counts[name] = int(np.clip(STRETCH / _per_call(comm, way, 3), 1, 300))
+        seconds_per_call(comm, way, 2)
+        counts[name] = int(np.clip(STRETCH / seconds_per_call(comm, way, 3), 1, 300))
     taken: dict[str, list[float]] = {name: [] for name in ways}
     start, seconds = comm.now(), np.zeros(1)
     while len(taken[next(iter(ways))]) < FEWEST or seconds[0] < SECONDS:
         for name, way in ways.items():
-            taken[name].append(_per_call(comm, way, counts[name]))
+            taken[name].append(seconds_per_call(comm, way, counts[name]))
         seconds[0] = (comm.now() - start) / 1e9
         comm.broadcast(seconds)
     return taken
 
 
-def _per_call(comm: Communicator, way: Callable[[], None], count: int) -> float:
+def seconds_per_call(comm: Communicator, way: Callable[[], None], count: int) -> float:
     """Of `count` calls, one after another; of the slowest rank."""
     comm.barrier()
     start = comm.now()
@@ -125,21 +119,6 @@ def _per_call(comm: Communicator, way: Callable[[], None], count: int) -> float:
 
 
 # -- synchronous step ------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Load:
-    """A model to train, on random numbers."""
-
-    build: Callable[[], nn.Module]
-    inputs: tuple[int, ...]
-    batch: int
-    steps: int  # per block
-    blocks: int
-
-
-LOADS = {
-    MLP: Load(lambda: mlp(784, 10, [2048, 2048, 2048]), (784,), 32, 8, 6),
-    RESNET: Load(lambda: resnet18(), (3, 32, 32), 16, 3, 3),
-}
 NOTHING = "no exchange"
 WAYS: dict[str, tuple[str, dict[str, Any]] | None] = {
     NOTHING: None,
@@ -171,12 +150,9 @@ class StepBench:
     """One model on every rank; `block` trains it for some steps with one strategy."""
 
     def __init__(self, comm: Communicator, load: Load) -> None:
-        torch.manual_seed(0)
         self.comm, self.load = comm, load
-        self.replica = Replica(load.build())
-        self.choice = OptimizerChoice.of(torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9}, True)
-        self.inputs = torch.randn(load.batch, *load.inputs)
-        self.targets = torch.randint(0, 10, (load.batch,))
+        self.workload = Workload(comm, load, momentum=0.9)
+        self.replica = self.workload.replica
 
     def block(self, way: tuple[str, dict[str, Any]] | None) -> list[float]:
         """Seconds per step, the mean of the ranks."""
@@ -185,57 +161,20 @@ class StepBench:
         if given.get("colocated"):
             given["servers"] = self.comm.size
         strategy: Strategy = cls(cls.Options(**given)) if way is not None else cls(None)
-        phase = self._phase(strategy)
+        phase = self.workload.begin(strategy)
         strategy.join(phase)
         times = np.array([self._step(phase, strategy) for _ in range(self.load.steps + 1)][1:])
         strategy.leave()
-        self.replica.release()
+        self.workload.end(phase)
         self.comm.all_reduce(times)
         return [float(time) for time in times / self.comm.size]
-
-    def _phase(self, strategy: Strategy) -> Phase:
-        comm, replica = self.comm, self.replica
-        roles = assign_roles(comm.nodes, *type(strategy).roles(strategy.options))
-        # Otherwise the strategy would exchange by messages where it was asked to share.
-        shared = strategy.needs.parameters == "node" and comm.can_share(2 * replica.layout.length * 4) is None
-        replica.place(comm, shared, strategy.needs.gradients)
-        return Phase(
-            index=0,
-            comm=comm,
-            roles=roles,
-            workers=comm,
-            replica=replica,
-            shared=shared,
-            elementwise=True,
-            make_update=lambda values, low, high: make_update(self.choice, replica.layout, values, low, high),
-            rate=lambda cursor: 1.0,
-            conductor=Conductor(2**62, 0, 0, None),
-            batch=self.load.batch,
-            clip_norm=None,
-            nan="stop",
-            cursor=0,
-        )
 
     def _step(self, phase: Phase, strategy: Strategy) -> float:
         batch, start = self.load.batch, self.comm.now()
         phase.round_end = phase.cursor + batch * self.comm.size
         strategy.before()
-        phase.replica.gradient.zero_()
-        loss = nn.functional.cross_entropy(phase.replica.model(self.inputs), self.targets)
-        loss.backward()
-        strategy.step(batch, float(loss.detach()))
+        strategy.step(batch, self.workload.compute())
         return (self.comm.now() - start) / 1e9
-
-
-class Alone(Strategy):
-    """No exchange: every process trains for itself."""
-
-    def join(self, phase: Phase, state: Any = None) -> None:
-        self.replica = phase.replica
-        self.update = phase.make_update(phase.replica.values, 0, phase.replica.layout.length)
-
-    def step(self, samples: int, loss: float) -> Any:
-        self.update.apply(self.replica.gradient, 1.0)
 
 
 def _one_node(comm: Communicator) -> bool:

@@ -45,21 +45,23 @@ class SharedQueue:
 
 
 class StaticQueue:
-    """To each worker its own share, as in synchronous rounds; it can stop at the ends of epochs only."""
+    """To each worker its own share of every round, as in synchronous phases; it can stop where a round ends."""
 
     def __init__(self, start: int, length: int, batch: int, workers: int) -> None:
         self.furthest = start
-        self._length, self._batch, self._workers = length, batch, workers
+        self._start, self._length, self._batch, self._workers = start, length, batch, workers
         self._rounds = [start] * workers
 
     def take(self, worker: int, limit: int) -> Stretch | None:
         while (start := self._rounds[worker]) < limit:
             bounds = round_bounds(start, self._length, self._batch * self._workers, self._workers)
             self._rounds[worker] = bounds[-1]
-            self.furthest = max(self.furthest, self.stop_at(bounds[-1]))
             if bounds[worker] < bounds[worker + 1]:
+                self.furthest = max(self.furthest, bounds[-1])
                 return bounds[worker], bounds[worker + 1]
         return None
 
     def stop_at(self, cursor: int) -> int:
-        return -(-cursor // self._length) * self._length
+        epoch = cursor // self._length * self._length
+        first, size = max(epoch, self._start), self._batch * self._workers
+        return min(first - (first - cursor) // size * size, epoch + self._length)

@@ -141,6 +141,7 @@ class Coordinator(ABC):
                 if header.kind == Kind.STEP and push is not None and not push.test():
                     heard[worker], requests[worker] = header, push
                     continue
+            del requests[worker]  # behind the others, or those of high rank are never heard where this one is busy
             requests[worker] = self._listen(rows[worker], worker)
             self._hear(worker, header)
             for gone in self._left & set(requests):
@@ -258,7 +259,7 @@ class Asynchronous(Coordinator):
         self.queue: Queue = cls(phase.cursor, phase.epoch, phase.batch, self.workers)
         self.limit = self._next_limit()
         self.dealt = [0] * self.workers  # stretches that a worker has been dealt and not pushed yet
-        self.done = [0] * self.workers  # steps
+        self.done = [0] * self.workers  # steps since all were last together
         self.idle: dict[int, tuple[dict[str, Any], int]] = {}  # replies held back, and since when
         self.losses: deque[float] = deque(maxlen=self.workers)
 
@@ -299,23 +300,27 @@ class Asynchronous(Coordinator):
 
     def _go_on(self, decision: Decision) -> None:
         """Answer whom there is something to do for, and have the servers carry out the decision."""
-        drained = len(self.idle) == self.workers and not any(self.dealt)
-        asked = self.ask if drained else Ask.NOTHING
-        if drained and not self.ask & ENDS:
-            self.limit = self._next_limit()
-        released, dealt = [], {}
-        for worker in sorted(self.idle, key=lambda worker: (self.done[worker], worker)):  # see `Bounded.may_go`
-            if drained or self.may_go(worker):
-                dealt[worker] = self._deal(worker) if not self.ask & ENDS else []
-                if drained or self.dealt[worker]:
-                    released.append(worker)
+        asked, slices = Ask.NOTHING, self._deal_out()
+        released = [worker for worker in slices if self.dealt[worker]]
+        if len(self.idle) == self.workers and not any(self.dealt):
+            asked, self.ask = self.ask, Ask.NOTHING
+            released, self.done = sorted(self.idle), [0] * self.workers
+            if not asked & ENDS:
+                self.limit = self._next_limit()
+                slices = self._deal_out()
         for worker in released:
             told, since = self.idle.pop(worker)
             held = self.comm.now() - since
-            self.reply(worker, **told, ask=int(asked), slices=dealt[worker], held=held)
-        if drained:
-            self.ask = Ask.NOTHING
+            self.reply(worker, **told, ask=int(asked), slices=slices.get(worker, []), held=held)
         self.decide(decision._replace(give=tuple(released)))
+
+    def _deal_out(self) -> dict[int, list[Stretch]]:
+        """What those get who wait and may go on, if there is anything before the limit; see `Bounded.may_go`."""
+        found = {}
+        for worker in sorted(self.idle, key=lambda worker: (self.done[worker], worker)):
+            if self.may_go(worker):
+                found[worker] = self._deal(worker)
+        return found
 
     def _next_limit(self) -> int:
         return self.queue.stop_at(self.phase.conductor.due(self.cursor))
@@ -344,7 +349,8 @@ class Asynchronous(Coordinator):
 
 
 class Bounded(Asynchronous):
-    """Asynchronous, but a worker waits while it has done more than `bound` steps more than the slowest."""
+    """Asynchronous, but a worker waits while it has done more than `bound` steps more than the slowest, counted from
+    where all were last together (they need not have equally many stretches from there to the next such point)."""
 
     def may_go(self, worker: int) -> bool:
         """Workers that have done less were asked about, and dealt samples, before: who has none now is out of the

@@ -53,7 +53,11 @@ class ParameterServerOptions(Options):
         False, description="put the servers beside workers (a thread of their ranks) instead of on ranks of their own"
     )
     bound: int = Field(
-        3, ge=0, le=10**6, description="steps that the fastest worker may be ahead of the slowest (mode bounded)"
+        3,
+        ge=0,
+        le=10**6,
+        description="steps that the fastest worker may be ahead of the slowest, counted from where all were last "
+        "together, as at an evaluation (mode bounded)",
     )
     lr_per_update: Literal["workers", "staleness", "none"] = Field(
         "workers",
@@ -206,7 +210,8 @@ class ParameterServerServer(Server):
 
     def load(self, state: State) -> None:
         """Take over this server's part of a checkpoint, or of the phase before."""
-        self.update.load(state)
+        with self.update.plain_velocity(self._delayed):
+            self.update.load(state)
         if self.coordinator is not None:
             self.coordinator.load(state.counters)
 
@@ -330,7 +335,8 @@ class ParameterServerServer(Server):
     def _send_state(self) -> None:
         from hpctrain.state import send_state
 
-        state = self.update.state()
+        with self.update.plain_velocity(self._delayed):
+            state = self.update.state()
         if self.coordinator is not None:
             state.counters = self.coordinator.counters()
             if self.phase.conductor.rule is not None:
@@ -417,8 +423,7 @@ class ParameterServer(Strategy):
         _deal(phase, self.wiring, state, self._server)
         self._thread: Thread | None = phase.comm.spawn(self._server.serve) if self._server else None
         self._slices: list[Stretch] = []
-        longest = self.options.clip_pushes or (None if phase.adaptive else 2.0)
-        self._running = _RunningClip(longest) if longest is not None else None
+        self._running = self._running_clip()
         answer = np.zeros(REPLY, np.uint8)
         self.comm.recv(answer, self.wiring.coordinator, Tag.REPLY)
         self._take(answer)
@@ -443,6 +448,12 @@ class ParameterServer(Strategy):
             requests.append(self.comm.start_send(gradient.mine[low:high], server, Tag.PUSH))
         self.comm.wait_all(requests)
         return self._outcome(self._take(answer))
+
+    def _running_clip(self) -> _RunningClip | None:
+        """Where gradients come late, as they do not from a worker that is alone."""
+        longest = self.options.clip_pushes or (None if self.phase.adaptive else 2.0)
+        alone = len(self.phase.roles.workers) == 1
+        return _RunningClip(longest) if longest is not None and not alone else None
 
     def _clip(self, samples: int) -> None:
         """This worker's own gradient, as the mean over its samples: nobody else's is at hand."""

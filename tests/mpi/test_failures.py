@@ -157,7 +157,7 @@ def test_a_process_that_wrongly_believes_it_is_alone(tmp_path: Path, variable: s
 # -- one rank fails ----------------------------------------------------------------------------------------------
 def test_an_exception_in_user_code_on_one_rank(mpi: launcher.Mpi, tmp_path: Path) -> None:
     """Sample 17 is rank 2's with shuffle = false; the others, and the threads of their servers, wait for it."""
-    job = write_job(tmp_path, 'strategy = {name = "parameter_server", servers = 2, colocated = true}')
+    job = write_job(tmp_path, 'strategy = {name = "parameter_server", mode = "sync", servers = 2, colocated = true}')
     said = tmp_path / "said"
     data = ["data.name=tests.helpers_mpi:Raising", f"data.said={said}", "data.shuffle=false"]
     ended = launch([*mpi.command(3), *TRAIN, str(job), *data], mpi, timeout=60)
@@ -202,7 +202,7 @@ def test_a_users_mistake_in_mid_training(mpi: launcher.Mpi, tmp_path: Path, who:
 
 
 def test_a_loss_that_is_not_finite(mpi: launcher.Mpi, tmp_path: Path) -> None:
-    job = write_job(tmp_path, 'strategy = {name = "parameter_server"}')
+    job = write_job(tmp_path, 'strategy = {name = "parameter_server", mode = "sync"}')
     data = ["data.name=tests.helpers:points", "data.nan=30", "data.shuffle=false"]
     ended = launch([*mpi.command(3), *TRAIN, str(job), *data], mpi, timeout=60)
     assert ended.status == 2, ended

@@ -27,7 +27,7 @@ def test_the_same_resolved_job_gives_the_same_bits(mpi: launcher.Mpi, tmp_path: 
     overrides = ["strategy.name=parameter_server", "strategy.mode=sync", "train.clip_norm=0.5"]
     first = launch([*mpi.command(3), *TRAIN, str(job), *overrides], mpi, timeout=60)
     assert first.status == 0, first
-    assert "parameter_server      8" in first.out
+    assert "parameter_server (sync)      8" in first.out
     assert "test accuracy 0." in first.out
     assert first.err == ""
     folder = _only(tmp_path / "runs")
@@ -46,7 +46,8 @@ def test_the_same_resolved_job_gives_the_same_bits(mpi: launcher.Mpi, tmp_path: 
 def test_backup_workers_do_not_wait_for_a_slow_rank(mpi: launcher.Mpi, tmp_path: Path) -> None:
     """Rank 2 takes many times as long as the others: its gradients come late, are dropped and counted."""
     job = write_job(tmp_path)
-    keys = ["strategy.name=parameter_server", "strategy.backup_workers=1", "debug.slow.2=200", "train.steps=40"]
+    sync = ["strategy.name=parameter_server", "strategy.mode=sync", "strategy.backup_workers=1"]
+    keys = [*sync, "debug.slow.2=200", "train.steps=40"]
     ended = launch([*mpi.command(4), *TRAIN, str(job), *keys], mpi, timeout=60)
     assert ended.status == 0, ended
     assert "late gradients were dropped" in ended.out

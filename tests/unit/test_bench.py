@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 import torch
 
 from hpctrain import bench
-from hpctrain.bench import alone, together
+from hpctrain.bench import alone, asynchronous, switching, together, workload
 from hpctrain.bench.report import Report, Sample, Table, number
 from hpctrain.cli import main
-from hpctrain.comm.network import FreeNetwork
+from hpctrain.comm.network import FreeNetwork, LinkNetwork
 from hpctrain.comm.virtual import World
-from hpctrain.errors import HpctrainError
+from hpctrain.errors import ClusterError, HpctrainError
+from hpctrain.trace.schema import CLOCK, KIND_CODES, SPANS, STEPS
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +31,19 @@ def _little(monkeypatch):
     monkeypatch.setattr(together, "STRETCH", 0.0)
     monkeypatch.setattr(together, "FEWEST", 2)
     monkeypatch.setattr(together, "SIZES", {"4 KiB": 4096, "16 KiB": 16384})
-    load = together.Load(lambda: torch.nn.Linear(6, 10), (6,), 4, 2, 2)
-    monkeypatch.setattr(together, "LOADS", {"linear": load})
+    monkeypatch.setattr(together, "LOADS", {"linear": LINEAR})
+    monkeypatch.setattr(asynchronous, "PUSHED", LINEAR)
+    monkeypatch.setattr(asynchronous, "BLOCKS", 2)
+    monkeypatch.setattr(asynchronous, "PUSHES", 8)
+    monkeypatch.setattr(asynchronous, "REPETITIONS", 1)
+    monkeypatch.setattr(asynchronous, "SAMPLES", 2048)
+    model = switching.Model({"name": "mlp", "inputs": 6, "hidden": [5]}, {"name": "Adam"}, (6,))
+    monkeypatch.setattr(switching, "MODELS", {"small": model})
+    monkeypatch.setattr(switching, "RUNS", 2)
+
+
+LINEAR = workload.Load(lambda: torch.nn.Linear(6, 10), (6,), 4, 2, 2)
+MS = 1_000_000
 
 
 def silent(text: str) -> None:
@@ -109,7 +122,7 @@ def test_the_step_that_is_measured_trains(way):
     """All ranks hold the same parameters after a block, and not those before."""
 
     def body(comm):
-        steps = together.StepBench(comm, together.LOADS["linear"])
+        steps = together.StepBench(comm, LINEAR)
         before = next(steps.replica.model.parameters()).detach().clone()
         steps.block(way)
         return before, next(steps.replica.model.parameters()).detach()
@@ -117,6 +130,127 @@ def test_the_step_that_is_measured_trains(way):
     got = World(2).run(body)
     assert not torch.equal(got[0][0], got[0][1])
     assert torch.equal(got[0][1], got[1][1])
+
+
+# -- asynchronous parameter server -------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [2, 3])
+def test_round_trips_by_kind_of_server(size):
+    table = World(size, network=LinkNetwork()).run(lambda comm: asynchronous.measure_pushes(comm, silent))[0]
+    alone = "" if size == 2 else "s"
+    assert set(table.rows) == {f"dedicated server, {size - 1} worker{alone}", f"colocated server, {size} workers"}
+    for cells in table.rows.values():
+        assert set(cells) == {"no computation", "with gradients"}
+        assert all(len(sample.values) == 2 and min(sample.values) > 0 for sample in cells.values())
+
+
+def test_round_trips_of_all_workers_are_added():
+    """Each of three workers takes 10 ms for a round trip, of which no two are in each other's way."""
+
+    class Slow(workload.Workload):
+        def compute(self):
+            self.comm.sleep(0.01)
+            return super().compute()
+
+    def body(comm):
+        trips = Slow(comm, LINEAR, momentum=0.0)
+        return asynchronous.push_rate(trips, colocated=False, computes=True)
+
+    assert World(4, network=FreeNetwork()).run(body) == pytest.approx([300] * 4)
+
+
+def test_what_is_pushed_is_applied():
+    def body(comm):
+        trips = workload.Workload(comm, LINEAR, momentum=0.0)
+        before = next(trips.replica.model.parameters()).detach().clone()
+        asynchronous.push_rate(trips, colocated=False, computes=False)
+        return before, next(trips.replica.model.parameters()).detach()
+
+    before, after = World(2).run(body)[0]
+    assert not torch.equal(before, after)
+
+
+def test_first_and_last_round_trips_do_not_count():
+    seconds = [0.0, 5.0, 6.0, 7.0, 8.0, 100.0]
+    assert asynchronous._rate_of([int(s * 1e9) for s in seconds]) == pytest.approx(1.0)
+    assert asynchronous._rate_of([0, 5]) == 0
+
+
+def test_a_slow_worker_holds_up_all_reduce_only():
+    """In virtual time, where it is known what it must be."""
+    table = World(5, network=FreeNetwork()).run(lambda comm: asynchronous.measure_slow(comm, silent))[0]
+    rows = {name: {column: sample.median for column, sample in cells.items()} for name, cells in table.rows.items()}
+    assert rows["all_reduce"] == {"seconds": pytest.approx(2048 / (4 * 32) * 0.03)}
+    assert rows["parameter_server, async"]["of all_reduce"] == pytest.approx(0.4, abs=0.05)
+    assert 0.8 < rows["parameter_server, bounded"]["of all_reduce"] <= 1.0
+    assert [rows[name]["limit"] for name in list(rows)[1:]] == [0.45, 1.0]
+    assert sum(note.endswith(": kept") for note in table.notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("measure", "size", "advice"),
+    [("measure_pushes", 1, "-n 3"), ("measure_slow", 1, "-n 5"), ("measure_slow", 4, "-n 5")],
+)
+def test_numbers_of_ranks_that_do_not_suit(measure: str, size: int, advice: str):
+    with pytest.raises(ClusterError, match=rf"^hpctrain bench \w+: .*{advice}[^.]*$"):
+        World(size).run(lambda comm: getattr(asynchronous, measure)(comm, silent))
+
+
+# -- switch ------------------------------------------------------------------------------------------------------
+def test_switches_of_a_run_to_and_fro():
+    """Virtual time passes only while messages travel: every switch and broadcast takes some."""
+    tables = World(4, network=LinkNetwork()).run(lambda comm: switching.measure_switch(comm, silent))
+    row = tables[0].rows["small"]
+    assert set(row) == {"to async", "to all_reduce", "broadcast", "limit"}
+    each = switching.RUNS * switching.SWITCHES // 2
+    assert [len(row[name].values) for name in ("to async", "to all_reduce")] == [each, each]
+    assert min(min(sample.values) for sample in row.values()) > 0
+    assert row["limit"].median == pytest.approx(50 + 2 * row["broadcast"].median)
+    assert any(note.startswith("small: ") and note.endswith(": kept") for note in tables[0].notes)
+
+
+def test_a_switch_that_takes_too_long_is_told():
+    table = Table("switch", "", [])
+    times = {"to async": (60.0, 60.0), "to all_reduce": (70.0, 90.0), "broadcast": (10.0, 14.0)}
+    switching._fill_row(table, "large", {name: Sample(values, "ms") for name, values in times.items()})
+    assert table.notes == ["large: 80.0 of 74.0 ms: not kept"]
+
+
+def test_the_slowest_rank_between_two_phases():
+    """From phase 0 to 1, in ms: rank 0 takes 35, rank 1 40. Rank 2 served in phase 0, and its clock is 5 behind: it
+    takes 50 from the others' last step, at 10, to its first forward."""
+    steps = {0: [(0, 5), (0, 10), (1, 90)], 1: [(0, 10), (1, 91)], 2: [(1, 92)]}
+    forwards = {0: [(0, 1), (1, 45), (1, 70)], 1: [(0, 1), (1, 50)], 2: [(1, 55)]}
+
+    def body(comm):
+        traced = {
+            "steps": np.zeros(len(steps[comm.rank]), STEPS),
+            "spans": np.zeros(len(forwards[comm.rank]), SPANS),
+            "clock": np.zeros(1, CLOCK),
+        }
+        traced["clock"]["offset_ns"] = 5 * MS if comm.rank == 2 else 0
+        for row, (phase, end) in zip(traced["steps"], steps[comm.rank], strict=True):
+            row["phase"], row["step"], row["t_ns"] = phase, phase, end * MS
+        for row, (step, start) in zip(traced["spans"], forwards[comm.rank], strict=True):
+            row["step"], row["start_ns"], row["kind"] = step, start * MS, KIND_CODES["forward"]
+        return switching.pauses_between(comm, 2, traced)
+
+    assert World(3).run(body) == [[pytest.approx(0.05)]] * 3
+
+
+def test_who_served_counts_from_the_workers_last_step():
+    assert switching._pause(np.array([20, 30, -1]), np.array([40, 45, 100])) == 70
+    assert switching._pause(np.array([20, 30, 10]), np.array([40, 45, -1])) == 20
+
+
+def test_a_switch_needs_a_server_and_a_worker():
+    with pytest.raises(ClusterError, match=r"^hpctrain bench switch: .*-n 4, say$"):
+        World(1).run(lambda comm: switching.measure_switch(comm, silent))
+
+
+def test_a_run_for_a_bench_leaves_nothing(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    World(3).run(lambda comm: switching.measure_switch(comm, silent))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_which_measurements_need_ranks():

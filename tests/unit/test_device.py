@@ -479,7 +479,12 @@ def test_direct_training_equals_one_process(tmp_path: Path, agree: str) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "strategy", [{"name": "all_reduce", "exchange": "message"}, {"name": "parameter_server", "mode": "sync"}]
+    "strategy",
+    [
+        {"name": "all_reduce", "exchange": "message"},
+        {"name": "parameter_server", "mode": "sync"},
+        {"name": "parameter_server", "mode": "async", "delay_compensation": "adaptive"},
+    ],
 )
 def test_staged_training_gives_the_bits_of_training_on_the_host(
     tmp_path: Path, strategy: dict[str, Any], precision: str

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,15 @@ from hpctrain import Job
 from hpctrain.comm.virtual import World
 from hpctrain.errors import HpctrainError, ModelError
 from hpctrain.launch import train
-from hpctrain.optimizer import ELEMENTWISE, OptimizerChoice, decay, make_update, slice_bounds
+from hpctrain.optimizer import (
+    ELEMENTWISE,
+    OptimizerChoice,
+    Update,
+    corrected_momentum,
+    decay,
+    make_update,
+    slice_bounds,
+)
 from hpctrain.replica import Layout, Replica
 from hpctrain.runfolder import Narrator
 from hpctrain.state import State, merge
@@ -210,6 +219,20 @@ def test_state_is_a_copy(name: str) -> None:
     assert all((array == before).all() for (_, array), before in zip(state.arrays(), kept, strict=True))
 
 
+@pytest.mark.parametrize("name", ["Adam", "Adafactor"])
+def test_state_changes_hands_without_copies(name: str) -> None:
+    choice, layout = choice_of(name, {"lr": 0.1}), Replica(Net()).layout
+    before, after = (
+        make_update(choice, layout, torch.zeros(layout.length, dtype=torch.float64), 0, layout.length) for _ in "12"
+    )
+    before.apply(gradients(layout, 1)[0], 1.0)
+    state = before.view()
+    after.load_in_place(state)
+    assert_equal(after.view(), state)
+    for (_, lent), (_, has) in zip(state.arrays(), after.view().arrays(), strict=True):
+        assert np.shares_memory(lent, has)
+
+
 @pytest.mark.parametrize("more", [{"foreach": True}, {"foreach": False}, {"fused": True}])
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
 def test_implementations_agree(name: str, more: dict[str, Any]) -> None:
@@ -400,3 +423,119 @@ def test_groups_that_a_run_refuses(tmp_path: Any, groups: Any, message: str | No
         return
     with pytest.raises(HpctrainError, match=message):
         run(tmp_path, 2, 4, groups)
+
+
+# -- what asynchronous updates need ------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad", "RMSprop", "AdamW"])
+def test_optimizers_whose_updates_do_not_grow_with_the_gradient_are_recognised(name: str) -> None:
+    assert choice_of(name, {"lr": 0.1}).adaptive == (name != "SGD")
+
+
+@pytest.mark.parametrize(
+    ("momentum", "delayed", "kept"), [(0.9, 1, 0.9), (0.9, 4, 0.6), (0.9, 8, 0.2), (0.9, 16, 0.0), (0.0, 4, 0.0)]
+)
+def test_corrected_momentum_moves_as_far(momentum: float, delayed: int, kept: float) -> None:
+    found, factor = corrected_momentum(momentum, delayed)
+    assert found == pytest.approx(kept)
+    assert factor / (1 - found) == pytest.approx(1 / (1 - momentum))
+
+
+def update_of(name: str, options: dict[str, Any]) -> tuple[Update, Tensor]:
+    """Over all of a small model, and the values that it changes."""
+    replica = Replica(Net())
+    values = torch.zeros(replica.layout.length, dtype=torch.float64)
+    return make_update(choice_of(name, options), replica.layout, values, 0, replica.layout.length), values
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_momentum_is_scaled_for_one_update(name: str) -> None:
+    """Half the momentum in one update, all of it in the next; against torch, told so."""
+    key: dict[str, Any] = {"momentum": 0.8} if name == "SGD" else {"betas": (0.8, 0.99)}
+    half: dict[str, Any] = {"momentum": 0.4} if name == "SGD" else {"betas": (0.4, 0.99)}
+    update, values = update_of(name, {"lr": 0.1, **key})
+    plain = torch.zeros_like(values, requires_grad=True)
+    optimizer = getattr(torch.optim, name)([plain], lr=0.1, **key)
+    for step, momentum in enumerate((1.0, 1.0, 0.5, 1.0)):
+        plain.grad = torch.full_like(values, step + 1.0)
+        optimizer.param_groups[0].update(half if momentum == 0.5 else key)
+        optimizer.step()
+        update.apply(torch.full_like(values, step + 1.0), 1.0, momentum)
+    mask = values != 0
+    torch.testing.assert_close(values[mask], plain.detach()[mask], rtol=1e-12, atol=0)
+    assert mask.any()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Muon", "Adam"])
+def test_velocity_is_handed_on_as_long_as_without_the_correction(name: str) -> None:
+    """After many equal gradients SGD's velocity is gradient / (1 - momentum), whatever the correction."""
+    if not hasattr(torch.optim, name):
+        pytest.skip(f"this torch has no {name}")
+    lengths = []
+    for delayed in (1, 4):
+        options = {"lr": 1e-3, **({} if name == "Adam" else {"momentum": 0.9})}
+        update, values = update_of(name, options) if name != "Muon" else matrices(options)
+        for _ in range(400):
+            update.apply(torch.ones_like(values), 1.0, delayed=delayed)
+        with update.plain_velocity(delayed):
+            state = update.state()
+        key = "exp_avg" if name == "Adam" else "momentum_buffer"
+        arrays = [state.flat[key]] if key in state.flat else [own[key] for own in state.named.values()]
+        lengths.append([float(abs(array).max()) for array in arrays])
+    assert lengths[0] == pytest.approx(lengths[1], rel=1e-6)
+
+
+def matrices(options: dict[str, Any]) -> tuple[Update, Tensor]:
+    """As `update_of`, of matrices alone."""
+    replica = Replica(Net(vectors=False))
+    values = torch.zeros(replica.layout.length, dtype=torch.float64)
+    choice = OptimizerChoice.of(torch.optim.Muon, options)
+    return make_update(choice, replica.layout, values, 0, replica.layout.length), values
+
+
+class Listing(torch.optim.SGD):
+    """Keeps a list per parameter."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["seen"] = [1]
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps for all parameters together."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.param_groups[0]["count"] = self.param_groups[0].get("count", 0) + 1
+        return super().step(closure)
+
+
+def test_state_that_cannot_be_dealt_out_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"Listing keeps seen, a list, for each parameter.* tensors and numbers"):
+        OptimizerChoice.of(Listing, {"lr": 0.1})
+    with pytest.raises(ModelError, match=r"row of shape \(2,\) for .*leave optimizer.elementwise out"):
+        OptimizerChoice.of(Rowed, {"lr": 0.1}, elementwise=True)
+
+
+class Rowed(torch.optim.SGD):
+    """Keeps a pair per parameter."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["row"] = torch.zeros(2)
+
+
+def test_counts_of_all_parameters_together_do_not_cross_a_switch(tmp_path: Any) -> None:
+    def job(**how: Any) -> Job:
+        return Job(
+            model=small_model, data=few_samples(), metric="tests.helpers:no_metric", output=str(tmp_path),
+            optimizer={"name": Counting, "lr": 0.1}, train={"steps": 4, "batch_size": 4}, **how,
+        )  # fmt: skip
+
+    quiet = Narrator(enabled=False)
+    assert World(2).run(lambda comm: train(job(strategy="all_reduce"), comm, out=quiet).samples)
+    phases = [{"strategy": "all_reduce", "until": {"rule": "after", "steps": 2}}, {"strategy": "all_reduce"}]
+    with pytest.raises(ModelError, match="Counting counts count for all parameters together"):
+        World(2).run(lambda comm: train(job(phases=phases), comm, out=quiet))

@@ -250,6 +250,35 @@ def test_parameters_exist_once_per_node_when_shared() -> None:
     assert World(4, nodes=[0, 0, 1, 1]).run(body) == [9, 9, 2, 2]
 
 
+def test_shared_arenas_are_kept_for_the_next_time() -> None:
+    """Placed privately in between, values go over and back; only other ranks, or more gradients, need other arenas."""
+    def body(comm: Communicator) -> None:
+        replica = Replica(nn.Linear(3, 2))
+        half = comm.split(comm.rank // 2, comm.rank)
+        assert half is not None
+        assert not replica.keeps_shared(comm)
+        replica.place(comm, shared=True)
+        shared = replica.value_arena
+        assert replica.keeps_shared(comm)
+        assert not replica.keeps_shared(comm, 2)
+        assert not replica.keeps_shared(half)
+        replica.place(comm, shared=False)
+        assert replica.keeps_shared(comm)
+        assert len(replica.gradient_arenas[0].parts) == 1
+        replica.values.fill_(comm.rank + 1.0)
+        replica.gradient.fill_(7.0)
+        replica.place(comm, shared=True)
+        assert replica.value_arena is shared
+        assert all((p == 1.0).all() for p in replica.model.parameters())
+        assert not replica.gradient.any()
+        replica.place(half, shared=True)
+        assert replica.value_arena is not shared
+        replica.release()
+        assert not replica.keeps_shared(half)
+
+    World(4).run(body)
+
+
 def test_two_gradient_buffers() -> None:
     def body(comm: Communicator) -> None:
         model = nn.Linear(2, 1, bias=False)

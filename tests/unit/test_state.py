@@ -10,7 +10,7 @@ import pytest
 
 from hpctrain.comm.base import BFLOAT16, Communicator
 from hpctrain.comm.virtual import World
-from hpctrain.state import State, merge, recv_state, send_state
+from hpctrain.state import State, collect_state, merge, recv_state, send_state, start_send_state
 
 
 def full() -> State:
@@ -95,3 +95,27 @@ def test_merging_pieces_of_which_some_lack_a_moment() -> None:
     whole = merge([with_moment, State(2, 5)], 5)
     assert whole.flat["m"].tolist() == [1, 1, 0, 0, 0]
     assert whole.flat["m"].dtype == np.float32
+
+
+@pytest.mark.parametrize("bounds", [[0, 3, 3, 8], [0, 0, 8, 8], [0, 2, 5, 8]])
+def test_pieces_of_other_ranks_are_collected(bounds: list[int]) -> None:
+    places = {"layer/1.weight": 0, "own": 4, "flat": 7}
+
+    def body(comm: Communicator) -> State | None:
+        mine = pieces(bounds, full(), places)[comm.rank]
+        if comm.rank:
+            comm.wait_all(start_send_state(comm, mine, 0))
+            return None
+        return collect_state(comm, mine, [2, 1], 8)
+
+    found = World(3).run(body)[0]
+    assert found is not None
+    assert_equal(found, full())
+
+
+def test_a_copy_has_arrays_of_its_own() -> None:
+    state = full()
+    copy = state.copy()
+    for _, array in copy.arrays():
+        array[...] = 0
+    assert_equal(state, full())

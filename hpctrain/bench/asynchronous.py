@@ -1,0 +1,182 @@
+"""What an asynchronous parameter server does on real ranks: round trips, and what a slow worker costs.
+
+All functions that measure are collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpctrain.bench.report import Sample, Table
+from hpctrain.bench.runs import quiet_session, random_samples
+from hpctrain.bench.workload import LARGE, Load, Workload
+from hpctrain.comm.base import Communicator
+from hpctrain.errors import ClusterError
+from hpctrain.job import Job
+from hpctrain.models.mlp import mlp
+from hpctrain.strategies.base import Phase
+from hpctrain.strategies.parameter_server import ParameterServer, ParameterServerOptions, ParameterServerServer
+
+Progress = Callable[[str], None]
+
+# -- round trips -------------------------------------------------------------------------------------------------
+PUSHED: Load = LARGE
+SERVERS = {"dedicated server": False, "colocated server": True}  # whether it sits beside a worker
+COMPUTES = {"no computation": False, "with gradients": True}
+BLOCKS = 5
+PUSHES = 24  # of a worker in a block, in the mean
+UNCOUNTED = 2  # first pushes of a worker, which touch fresh memory
+
+
+def measure_pushes(comm: Communicator, progress: Progress) -> Table:
+    """Round trips (push of a gradient, update, pull of the parameters) per second of all workers together."""
+    if comm.size < 2:
+        raise ClusterError("hpctrain bench pushes: 1 rank was started; a server and a worker are needed: -n 3, say")
+    threads, workload = torch.get_num_threads(), Workload(comm, PUSHED, momentum=0.0)
+    megabytes = workload.replica.layout.length * 4 / 1e6
+    table = Table(
+        "pushes",
+        f"asynchronous parameter server, {comm.size} ranks of {threads} torch threads, 1 server, model of "
+        f"{megabytes:.3g} MB, SGD; round trips per second of all workers",
+        list(COMPUTES),
+    )
+    taken: dict[str, dict[str, list[float]]] = {name: {column: [] for column in COMPUTES} for name in SERVERS}
+    for block in range(BLOCKS):
+        progress(f"pushes, block {block + 1} of {BLOCKS}")
+        for name, beside in SERVERS.items():
+            for column, computes in COMPUTES.items():
+                taken[name][column].append(push_rate(workload, beside, computes))
+    for name, columns in taken.items():
+        table.rows[_row(name, comm.size)] = {c: Sample(tuple(v), "1/s") for c, v in columns.items()}
+    return table
+
+
+def _row(name: str, size: int) -> str:
+    workers = size if SERVERS[name] else size - 1
+    return f"{name}, {workers} worker{'s' * (workers > 1)}"
+
+
+def push_rate(workload: Workload, colocated: bool, computes: bool) -> float:
+    """Round trips per second, summed over the workers, each by its own clock."""
+    comm = workload.comm
+    options = ParameterServerOptions.model_validate({"mode": "async", "servers": 1, "colocated": colocated})
+    strategy, workers = ParameterServer(options), comm.size if colocated else comm.size - 1
+    phase = workload.begin(strategy, total=PUSHES * workers * workload.load.batch)
+    rate = np.zeros(1)
+    if phase.workers is not None:
+        strategy.join(phase)
+        rate[0] = _rate_of(_push_all(phase, workload, strategy, computes))
+        strategy.leave()
+    else:
+        server = ParameterServerServer(options)
+        server.join(phase)
+        server.serve()
+    workload.end(phase)
+    comm.all_reduce(rate)
+    return float(rate[0])
+
+
+def _push_all(phase: Phase, workload: Workload, strategy: ParameterServer, computes: bool) -> list[int]:
+    """When each round trip of this worker was over, in nanoseconds."""
+    ends: list[int] = []
+    loss = workload.compute()  # what is pushed without computing are gradients, too
+    while True:
+        samples = workload.load.batch if strategy.slices() else 0
+        if computes and samples:
+            loss = workload.compute()
+        outcome = strategy.step(samples, loss)
+        ends.append(phase.comm.now())
+        if outcome.ask:
+            return ends
+
+
+def _rate_of(ends: list[int]) -> float:
+    """Round trips per second; the last one waited until all workers were done."""
+    counted = ends[UNCOUNTED - 1 : -1]
+    if len(counted) < 2:
+        return 0.0
+    return (len(counted) - 1) * 1e9 / max(1, counted[-1] - counted[0])
+
+
+# -- a slow worker -----------------------------------------------------------------------------------------------
+WORKERS, SLOWED, FACTOR = 4, 1, 3.0
+COMPUTE_SECONDS = 0.01
+SAMPLES, BATCH = 8192, 32
+REPETITIONS = 5
+ALL_REDUCE = "all_reduce"
+MODES: dict[str, tuple[dict[str, Any], float | None]] = {
+    ALL_REDUCE: ({"name": "all_reduce"}, None),
+    "parameter_server, async": ({"name": "parameter_server", "mode": "async"}, 0.45),
+    "parameter_server, bounded": ({"name": "parameter_server", "mode": "bounded"}, 1.0),
+}
+
+
+def measure_slow(comm: Communicator, progress: Progress) -> Table:
+    """Seconds per epoch with one slow worker, by strategy; as a share of all-reduce's."""
+    if comm.size != WORKERS + 1:
+        raise ClusterError(
+            f"hpctrain bench slow: {WORKERS} workers and 1 server were expected, but there "
+            f"{'is 1 rank' if comm.size == 1 else f'are {comm.size} ranks'}; start it with -n {WORKERS + 1}"
+        )
+    table = Table(
+        "slow",
+        f"an epoch of {SAMPLES:,} samples, {WORKERS} workers of batch {BATCH}, one of them {FACTOR:g} times slower",
+        ["seconds", "of all_reduce", "limit"],
+    )
+    workers = comm.split(0 if comm.rank < WORKERS else None, comm.rank)
+    taken: dict[str, list[float]] = {name: [] for name in MODES}
+    for repetition in range(REPETITIONS):
+        progress(f"slow worker, {repetition + 1} of {REPETITIONS}")
+        for name, (strategy, _) in MODES.items():
+            taken[name].append(_epoch_seconds(comm, workers if name == ALL_REDUCE else comm, strategy))
+    if workers is not None:
+        workers.free()
+    for name, (_, limit) in MODES.items():
+        _fill_row(table, name, taken, limit)
+    milliseconds = COMPUTE_SECONDS * 1e3
+    table.notes.append(
+        f"Computation is a sleep of {milliseconds:g} ms a step, so that all workers compute at once also where there "
+        "are fewer cores than workers; the slow one sleeps as debug.slow has it."
+    )
+    return table
+
+
+def _fill_row(table: Table, name: str, taken: dict[str, list[float]], limit: float | None) -> None:
+    row = table.rows[name] = {"seconds": Sample(tuple(taken[name]), "s")}
+    if limit is None:
+        return
+    shares = tuple(own / base for own, base in zip(taken[name], taken[ALL_REDUCE], strict=True))
+    row |= {"of all_reduce": Sample(shares, ""), "limit": Sample((limit,), "")}
+    kept = "kept" if row["of all_reduce"].median <= limit else "not kept"
+    table.notes.append(f"{name}: {row['of all_reduce'].median:.3f} of all_reduce's time, limit {limit:g}: {kept}")
+
+
+def _epoch_seconds(comm: Communicator, among: Communicator | None, strategy: dict[str, Any]) -> float:
+    """Of training an epoch on the ranks of `among`, in which rank 0 is; the others wait. Collective over `comm`."""
+    seconds = np.zeros(1)
+    if among is not None:
+        seconds[0] = _train_epoch(among, strategy)
+    comm.broadcast(seconds)
+    return float(seconds[0])
+
+
+def _train_epoch(comm: Communicator, strategy: dict[str, Any]) -> float:
+    job = Job(
+        model=lambda: mlp(64, 10, [32]),
+        data=random_samples((64,), SAMPLES),
+        optimizer={"name": "SGD", "lr": 0.01},
+        train={"epochs": 1, "batch_size": BATCH},
+        strategy=strategy,
+        debug={"slow": {SLOWED: FACTOR}},
+        trace={"enabled": False},
+    )
+    with quiet_session(job, comm) as session:
+        for batch in session.batches():
+            comm.sleep(COMPUTE_SECONDS)
+            session.step(nn.functional.cross_entropy(session.model(batch.inputs), batch.targets))
+    return session.result.phases[0].seconds

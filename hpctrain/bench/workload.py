@@ -1,0 +1,103 @@
+"""A model on random numbers, trained phase after phase without a session: what benches of strategies share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpctrain.cluster import Role, assign_roles
+from hpctrain.comm.base import Communicator
+from hpctrain.models.mlp import mlp
+from hpctrain.models.resnet18 import resnet18
+from hpctrain.optimizer import OptimizerChoice, make_update
+from hpctrain.replica import Replica
+from hpctrain.schedule import Conductor
+from hpctrain.strategies.base import Phase, Strategy
+
+MLP, RESNET = "mlp, 10.0 M, batch 32", "resnet18 at 32x32, 11.2 M, batch 16"
+HIDDEN = [2048, 2048, 2048]
+ENDLESS = 2**62
+
+
+@dataclass(frozen=True)
+class Load:
+    """A model to train on `batch` random inputs of shape `inputs`, of ten classes: `blocks` times `steps` steps."""
+
+    build: Callable[[], nn.Module]
+    inputs: tuple[int, ...]
+    batch: int
+    steps: int
+    blocks: int
+
+
+LARGE = Load(lambda: mlp(784, 10, HIDDEN), (784,), 32, 8, 6)
+LOADS = {MLP: LARGE, RESNET: Load(lambda: resnet18(), (3, 32, 32), 16, 3, 3)}
+
+
+class Workload:
+    """One model on every rank of `comm`, trained by SGD."""
+
+    def __init__(self, comm: Communicator, load: Load, momentum: float) -> None:
+        torch.manual_seed(0)
+        self.comm, self.load = comm, load
+        self.replica = Replica(load.build())
+        self.choice = OptimizerChoice.of(torch.optim.SGD, {"lr": 1e-4, "momentum": momentum}, True)
+        self.inputs = torch.randn(load.batch, *load.inputs)
+        self.targets = torch.randint(0, 10, (load.batch,))
+
+    def begin(self, strategy: Strategy, total: int = ENDLESS) -> Phase:
+        """A phase of `total` samples with this strategy, which is to join it; the arenas are placed. Collective."""
+        replica = self.replica
+        comm = self.comm.split(0, self.comm.rank)
+        assert comm is not None
+        roles = assign_roles(comm.nodes, *type(strategy).roles(strategy.options))
+        # Otherwise the strategy would exchange by messages where it was asked to share.
+        shared = strategy.needs.parameters == "node" and comm.can_share(2 * replica.layout.length * 4) is None
+        replica.place(comm, shared, strategy.needs.gradients)
+        return Phase(
+            index=0,
+            comm=comm,
+            roles=roles,
+            workers=comm.split(0 if roles.of(comm.rank) is Role.WORKER else None, comm.rank),
+            replica=replica,
+            shared=shared,
+            elementwise=True,
+            make_update=lambda values, low, high: make_update(self.choice, replica.layout, values, low, high),
+            rate=lambda cursor: 1.0,
+            conductor=Conductor(total, 0, 0, None),
+            batch=self.load.batch,
+            clip_norm=None,
+            nan="stop",
+            cursor=0,
+            queue="shared",
+            epoch=total,
+        )
+
+    def end(self, phase: Phase) -> None:
+        """After all have left it. Collective."""
+        self.replica.release()
+        if phase.workers is not None:
+            phase.workers.free()
+        phase.comm.free()
+
+    def compute(self) -> float:
+        """Forward and backward; returns the loss."""
+        self.replica.gradient.zero_()
+        loss = nn.functional.cross_entropy(self.replica.model(self.inputs), self.targets)
+        loss.backward()
+        return float(loss.detach())
+
+
+class Alone(Strategy):
+    """No exchange: every process trains for itself."""
+
+    def join(self, phase: Phase, state: Any = None) -> None:
+        self.replica = phase.replica
+        self.update = phase.make_update(phase.replica.values, 0, phase.replica.layout.length)
+
+    def step(self, samples: int, loss: float) -> Any:
+        self.update.apply(self.replica.gradient, 1.0)

@@ -1,0 +1,345 @@
+"""Asynchronous and bounded parameter servers over virtual ranks: what is computed, in what time, on which samples."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.network import LinkNetwork
+from hpctrain.comm.virtual import World
+from hpctrain.errors import NanError
+from hpctrain.launch import Result
+from hpctrain.trace.schema import OUTCOME_CODES
+from tests import helpers
+from tests.helpers import MILLISECOND, jitter, served
+
+SGD = {"name": "SGD", "lr": 0.05, "momentum": 0.9}
+ADAM = {"name": "Adam", "lr": 0.01}
+# How ranks serve: options, and how many ranks serve alone.
+SERVERS: dict[str, tuple[helpers.Tables, int]] = {
+    "one": ({"servers": 1}, 1),
+    "two": ({"servers": 2}, 2),
+    "beside": ({"servers": 2, "colocated": True}, 0),
+}
+QUEUES = ["shared", "static"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+# -- what is computed --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("recipe", list(helpers.RECIPES))
+@pytest.mark.parametrize(
+    ("size", "strategy"),
+    [
+        (2, served()),
+        (3, served(servers=2)),
+        (1, served(colocated=True)),
+        (2, served("bounded", bound=0)),
+    ],
+)
+def test_one_worker_equals_one_process(tmp_path: Path, size: int, strategy: helpers.Tables, recipe: str):
+    optimizer, keys = helpers.RECIPES[recipe]
+    job = helpers.make_job(
+        tmp_path, optimizer=optimizer, strategy=strategy,
+        train={"steps": 50, "batch_size": 6, **keys, "precision": "float64"},
+    )  # fmt: skip
+    wanted = helpers.plain(job, 1)
+    for result in World(size).run(lambda comm: helpers.quiet_train(comm, job)):
+        assert helpers.difference(helpers.vector(result.model), wanted) < 1e-10
+
+
+def replayed(folder: Path, size: int, optimizer: helpers.Tables, strategy: helpers.Tables, **tables: Any) -> None:
+    """Several workers' updates are those that one process makes of the same gradients, as stale, in the same order."""
+    train_keys = {"epochs": 3, "batch_size": 6, "precision": "float64", **tables.pop("train", {})}
+    job = helpers.make_job(folder, optimizer=optimizer, strategy=strategy, train=train_keys, **tables)
+    recording = helpers.record(size, job, compute=jitter(3))
+    replay = helpers.Replay(recording)
+    assert replay.cursor == 3 * helpers.SAMPLES
+    assert max(max(own, default=0) for own in recording.staleness()) > 2
+    for result in recording.results:
+        assert helpers.difference(helpers.vector(result.model), replay.vector) < 1e-10
+
+
+@pytest.mark.parametrize("divisor", ["workers", "staleness", "none"])
+@pytest.mark.parametrize("servers", list(SERVERS))
+@pytest.mark.parametrize("optimizer", [{**SGD, "nesterov": True}, ADAM], ids=["SGD", "Adam"])
+def test_updates_are_those_of_one_process(tmp_path: Path, optimizer: helpers.Tables, servers: str, divisor: str):
+    keys, alone = SERVERS[servers]
+    replayed(tmp_path, 4 + alone, optimizer, served(lr_per_update=divisor, **keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "train_keys"),
+    [
+        ({"momentum_correction": True}, {}),
+        ({"delay_compensation": "constant", "delay_lambda": 0.5}, {}),
+        ({"delay_compensation": "adaptive", "delay_lambda": 0.5}, {"accumulate": 2, "batch_size": 3}),
+        ({}, {"clip_norm": 0.05}),
+        ({"clip_pushes": 1.1}, {}),
+        ({"mode": "bounded", "bound": 2}, {"accumulate": 2, "batch_size": 3}),
+    ],
+)
+@pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["SGD", "Adam"])
+def test_so_they_are_with_corrections(
+    tmp_path: Path, optimizer: helpers.Tables, keys: helpers.Tables, train_keys: helpers.Tables
+):
+    replayed(tmp_path, 6, optimizer, served(servers=2, **keys), train=train_keys)
+
+
+def test_so_they_are_with_a_course_of_the_learning_rate(tmp_path: Path):
+    replayed(tmp_path, 5, {**SGD, "schedule": "linear"}, served(), data={"queue": "static"})
+
+
+def test_an_optimizer_that_is_not_elementwise_gets_whole_parameters(tmp_path: Path):
+    replayed(tmp_path, 6, {"name": "Adafactor", "lr": 0.01}, served(servers=3))
+
+
+@pytest.mark.parametrize("mode", ["async", "bounded"])
+def test_more_servers_than_the_model_has_cache_lines(tmp_path: Path, mode: str):
+    """Some shards are empty, the coordinator's among them."""
+    strategy = served(mode, servers=6, colocated=True)
+    replayed(
+        tmp_path, 6, ADAM, strategy, model="tests.unit.test_parameter_server:line",
+        train={"clip_norm": 0.1, "batch_size": 3},
+    )  # fmt: skip
+
+
+# -- determinism -------------------------------------------------------------------------------------------------
+def test_the_same_seed_gives_the_same_staleness_and_the_same_bits(tmp_path: Path):
+    job = helpers.make_job(tmp_path, strategy=served(servers=2), train={"epochs": 3})
+    first, same, other = (helpers.record(6, job, compute=jitter(seed)) for seed in (1, 1, 2))
+    assert first.staleness() == same.staleness()
+    assert first.updates(0) == same.updates(0)
+    assert (helpers.vector(first.results[0].model) == helpers.vector(same.results[0].model)).all()
+    assert first.staleness() != other.staleness()
+    assert (helpers.vector(first.results[0].model) != helpers.vector(other.results[0].model)).any()
+
+
+# -- time --------------------------------------------------------------------------------------------------------
+def _one_three_times_slower(rank: int, kind: str, nbytes: int, flops: float) -> int:
+    if kind != "forward":
+        return 0
+    return 30 * MILLISECOND if rank == 1 else 10 * MILLISECOND
+
+
+def virtual_time(folder: Path, size: int, strategy: helpers.Tables, **tables: Any) -> int:
+    """Of an epoch on a network that costs nothing, in nanoseconds."""
+    world = World(size, compute=_one_three_times_slower)
+    job = helpers.make_job(
+        folder, data={"name": "tests.helpers:points", "samples": 1280}, strategy=strategy,
+        train={"epochs": 1, "batch_size": 8}, **tables,
+    )  # fmt: skip
+    world.run(lambda comm: helpers.quiet_train(comm, job))
+    return world.time
+
+
+def test_a_slow_worker_does_not_hold_up_the_others(tmp_path: Path):
+    """Three workers and a third of one do in 1.2 s what lockstep takes 4 * 40 / 4 * 30 ms for: 0.4 of it at best."""
+    lockstep = virtual_time(tmp_path, 4, {"name": "all_reduce"})
+    assert lockstep == 40 * 30 * MILLISECOND
+    assert virtual_time(tmp_path, 5, served()) <= 0.45 * lockstep
+
+
+@pytest.mark.parametrize("bound", [0, 1, 3, 10])
+def test_bounded_never_takes_longer_than_lockstep(tmp_path: Path, bound: int):
+    lockstep = virtual_time(tmp_path, 4, {"name": "all_reduce"})
+    assert virtual_time(tmp_path, 5, served("bounded", bound=bound)) <= lockstep
+
+
+def test_no_worker_starves_where_the_server_is_the_slowest(tmp_path: Path):
+    """Updates take longer than all else: each worker still has its turn, and staleness stays near the workers."""
+
+    def compute(rank: int, kind: str, nbytes: int, flops: float) -> int:
+        return {"update": 10, "forward": 1}.get(kind, 0) * MILLISECOND
+
+    job = helpers.make_job(tmp_path, strategy=served(), train={"epochs": 4, "batch_size": 2})
+    recording = helpers.record(6, job, compute=compute)
+    steps = [len(rows) for rows in recording.steps[:5]]
+    assert max(steps) <= 1.2 * min(steps)
+    assert max(max(own, default=0) for own in recording.staleness()) <= 8
+
+
+# -- the bound ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("queue", QUEUES)
+@pytest.mark.parametrize("bound", [0, 1, 3])
+def test_bounded_never_exceeds_its_bound(tmp_path: Path, bound: int, queue: str, seed: int):
+    job = helpers.make_job(
+        tmp_path, strategy=served("bounded", bound=bound, servers=2), data={"queue": queue},
+        train={"epochs": 3, "batch_size": 3},
+    )  # fmt: skip
+    recording = helpers.record(6, job, compute=jitter(seed, 1.0, {1: 4.0}))
+    leads = helpers.leads(recording)
+    assert max(leads) == bound  # and what it allows is used
+
+
+def test_without_a_bound_the_fastest_runs_ahead(tmp_path: Path):
+    job = helpers.make_job(tmp_path, strategy=served(servers=2), train={"epochs": 3, "batch_size": 3})
+    recording = helpers.record(6, job, compute=jitter(1, 1.0, {1: 4.0}))
+    assert max(helpers.leads(recording)) > 5
+
+
+# -- samples -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("queue", QUEUES)
+@pytest.mark.parametrize("servers", list(SERVERS))
+def test_every_sample_once_per_epoch(tmp_path: Path, servers: str, queue: str):
+    strategy = served(**SERVERS[servers][0])
+    World(4, compute=jitter()).run(
+        lambda comm: helpers.every_sample_once(comm, tmp_path, strategy=strategy, data_keys={"queue": queue})
+    )
+
+
+@pytest.mark.parametrize("queue", QUEUES)
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_every_sample_once_where_workers_are_told_of_several_stretches(tmp_path: Path, queue: str, ahead: int):
+    data_keys = {"queue": queue, "threads": max(1, ahead), "prefetch": ahead}
+    keys: Any = {"strategy": served("bounded", bound=2), "train": {"accumulate": 2, "batch_size": 2}}
+    World(5, compute=jitter()).run(
+        lambda comm: helpers.every_sample_once(comm, tmp_path, data_keys=data_keys, **keys)
+    )
+
+
+@pytest.mark.parametrize("queue", QUEUES)
+def test_fewer_stretches_than_workers(tmp_path: Path, queue: str):
+    World(7, compute=jitter()).run(
+        lambda comm: helpers.every_sample_once(
+            comm, tmp_path, samples=5, strategy=served(), data_keys={"queue": queue}, train={"batch_size": 2}
+        )
+    )
+
+
+def test_a_single_sample(tmp_path: Path):
+    World(4).run(lambda comm: helpers.every_sample_once(comm, tmp_path, samples=1, strategy=served()))
+
+
+# -- pulls -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("size", "strategy"),
+    [
+        (6, served(servers=2)),
+        (4, served(servers=4, colocated=True)),
+        (6, served(servers=2, delay_compensation="constant")),
+        (6, served("bounded", bound=1, servers=2)),
+    ],
+)
+def test_no_pull_is_torn(tmp_path: Path, size: int, strategy: helpers.Tables):
+    """Pulls travel while updates go on: three nodes, whose links take as long as a step."""
+    counts = World(size, nodes=[rank % 3 for rank in range(size)], network=LinkNetwork(), compute=jitter()).run(
+        lambda comm: helpers.whole_pulls(comm, tmp_path, strategy, pulls=300)
+    )
+    assert sum(counts) >= 300
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------
+class Watched(nn.Sequential):
+    """`helpers.net`, which remembers what its parameters were whenever it was evaluated."""
+
+    def __init__(self) -> None:
+        super().__init__(*helpers.net().children())
+        self.seen: list[str] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.training:
+            self.seen.append(hashlib.sha256(helpers.vector(self).tobytes()).hexdigest())
+        return super().forward(inputs)
+
+
+def _evaluated_at(folder: Path) -> list[int]:
+    with open(folder / "metrics.csv") as file:
+        return [int(row["samples"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("queue", QUEUES)
+@pytest.mark.parametrize("mode", ["async", "bounded"])
+@pytest.mark.parametrize("servers", list(SERVERS))
+def test_an_evaluation_is_of_one_snapshot_at_an_exact_sample(tmp_path: Path, servers: str, mode: str, queue: str):
+    keys, alone = SERVERS[servers]
+    job = helpers.make_job(
+        tmp_path, model=Watched, data={"name": (helpers.points(), helpers.points(20)), "queue": queue},
+        strategy=served(mode, **keys), train={"epochs": 4},
+    )  # fmt: skip
+    results = World(3 + alone, compute=jitter()).run(lambda comm: helpers.quiet_train(comm, job))
+    watched: list[Any] = [result.model for result in results]
+    seen = [model.seen for model in watched if model.seen]
+    assert len(seen) == 3
+    assert all(own == seen[0] for own in seen)
+    assert len(set(seen[0])) == 4
+    assert _evaluated_at(results[0].folder) == [helpers.SAMPLES * epoch for epoch in (1, 2, 3, 4)]
+
+
+def test_what_an_evaluation_costs_is_told_apart(tmp_path: Path):
+    def run(milliseconds: int) -> tuple[World, Result]:
+        def compute(rank: int, kind: str, nbytes: int, flops: float) -> int:
+            cost = {"forward": 30 if rank == 1 else 10, "evaluate": milliseconds}
+            return cost.get(kind, 0) * MILLISECOND
+
+        world = World(4, compute=compute)
+        job = helpers.make_job(
+            tmp_path, data=(helpers.points(), helpers.points(20)), strategy=served(), train={"epochs": 4}
+        )
+        return world, world.run(lambda comm: helpers.quiet_train(comm, job))[0]
+
+    (_, quick), (world, slow) = run(0), run(500)
+    assert slow.phases[0].seconds == pytest.approx(quick.phases[0].seconds, abs=1e-6)
+    assert slow.phases[0].pauses == pytest.approx(quick.phases[0].pauses + 3 * 0.5, abs=1e-6)  # the last is behind it
+    assert world.time / 1e9 == pytest.approx(slow.phases[0].seconds + slow.phases[0].pauses + 0.5, abs=0.05)
+
+
+# -- what is not finite ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mode", ["async", "bounded"])
+@pytest.mark.parametrize("servers", list(SERVERS))
+def test_a_loss_that_is_not_finite_is_told_on_every_rank(tmp_path: Path, servers: str, mode: str):
+    told = World(5, compute=jitter()).run(
+        lambda comm: helpers.nan_told(comm, tmp_path, served(mode, **SERVERS[servers][0]))
+    )
+    assert len(set(told)) == 1
+    assert "loss is nan on rank " in told[0]
+
+
+@pytest.mark.parametrize("slow", [0, 1, 2])
+@pytest.mark.parametrize("servers", list(SERVERS))
+def test_so_it_is_while_the_others_wait(tmp_path: Path, servers: str, slow: int):
+    """The last stretch of an epoch is bad, and all others are held back until it is done."""
+    data = {"name": "tests.helpers:points", "samples": 36, "nan": 6 * slow, "shuffle": False, "queue": "static"}
+    job = helpers.make_job(tmp_path, data=data, strategy=served(**SERVERS[servers][0]), train={"epochs": 2})
+    told: list[str] = []
+
+    def body(comm: Communicator) -> None:
+        with pytest.raises(NanError) as caught:
+            helpers.quiet_train(comm, job)
+        assert caught.value.everywhere
+        told.append(str(caught.value))
+
+    World(5, compute=jitter(1, 0.1, {slow: 30.0})).run(body)
+    assert len(told) == 5
+    assert len(set(told)) == 1
+    assert f"loss is nan on rank {slow}" in told[0]
+
+
+@pytest.mark.parametrize("servers", list(SERVERS))
+def test_such_an_update_can_be_skipped(tmp_path: Path, servers: str):
+    """It alone is left out: versions count the others."""
+    data = {"name": "tests.helpers:points", "nan": 12, "shuffle": False}
+    keys, alone = SERVERS[servers]
+    job = helpers.make_job(
+        tmp_path, data=data, strategy=served(**keys), train={"epochs": 3, "nan": "skip", "precision": "float64"}
+    )
+    recording = helpers.record(4 + alone, job, compute=jitter())
+    outcomes = np.concatenate([rows["outcome"] for rows in recording.steps]).tolist()
+    assert outcomes.count(OUTCOME_CODES["skipped"]) == 3  # one in each epoch
+    assert outcomes.count(OUTCOME_CODES["applied"]) == len(recording.updates(0))
+    replay = helpers.Replay(recording)
+    vectors = [helpers.vector(result.model) for result in recording.results]
+    assert all((vector == vectors[0]).all() for vector in vectors)
+    assert helpers.difference(vectors[0], replay.vector) < 1e-10
