@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from hpctrain.bench import CHOICES
+
     parser = argparse.ArgumentParser(prog="hpctrain", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"hpctrain {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -60,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     trace.set_defaults(command=_trace)
     bench = commands.add_parser("bench", help="measure this machine: all-reduce, synchronous step, virtual ranks")
-    bench.add_argument("what", nargs="?", default="all", choices=["all", "all_reduce", "step", "virtual", "trace"])
+    bench.add_argument("what", nargs="?", default="all", choices=CHOICES)
     bench.add_argument("-n", type=int, default=2, metavar="N", help="how many ranks to start (default 2)")
     bench.add_argument("--json", metavar="FILE", help="write the figures to FILE, too")
     bench.set_defaults(command=_bench)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hpctrain import runfolder
 from hpctrain.agreement import agreed
-from hpctrain.cluster import Role
+from hpctrain.cluster import Role, Roles
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import place_arenas
 from hpctrain.data.loader import Batch
@@ -131,6 +131,7 @@ class Session:
         self._phase: Phase | None = None
         self._state: State | None = None
         self._ending = "stop"
+        self._split: dict[Roles, tuple[Communicator, Communicator | None]] = {}
         self._ended = False
         self._why = ""
         self._interrupted = False
@@ -252,23 +253,16 @@ class Session:
     # -- phases ----------------------------------------------------------------------------------------------
     def _enter(self, index: int, state: State | None) -> Phase:
         prepared, books = self.prepared, self.books
-        comm = self.comm.split(0, self.comm.rank)
-        assert comm is not None
         roles, before = prepared.roles[index], self._phase
-        workers = comm.split(0 if comm.rank in roles.workers else None, comm.rank)
+        comm, workers = self._communicators(roles)
         strategy = prepared.strategy(index)
-        shared = self._shares(strategy)
-        why = comm.can_share(prepared.replica.layout.length * prepared.replica.layout.dtype.itemsize * 2)
-        if shared and why is not None:
-            self.out.say(f"not sharing memory between the ranks of a node: {why}")
-        shared = comm.gather_json(shared and why is None).count(False) == 0
+        shared = self._may_share(comm, strategy)
         with comm.span("switch"):
             prepared.replica.place(comm, shared, strategy.needs.gradients)
             if prepared.norms is not None and workers is not None:
                 prepared.norms.join(workers)
         if before is not None:
             self.replica.lend_buffers(self.comm, set(roles.workers) - set(before.roles.workers))
-            _free(before)
         recorder, pace = comm.recorder, prepared.pace(index, books.phase_start)
         conductor = prepared.conductor(index, books.phase_start, recorder.event)
         rule_state = comm.broadcast_json(state.rule if state is not None else None)
@@ -304,6 +298,25 @@ class Session:
             self.out.say(f"phase {index}: {name}, {runfolder.describe_roles(roles)}")
         self._phase = phase
         return phase
+
+    def _communicators(self, roles: Roles) -> tuple[Communicator, Communicator | None]:
+        """Of all ranks and of the workers; kept for later phases of the same roles: to split takes milliseconds."""
+        if roles not in self._split:
+            comm = self.comm.split(0, self.comm.rank)
+            assert comm is not None
+            self._split[roles] = comm, comm.split(0 if comm.rank in roles.workers else None, comm.rank)
+        return self._split[roles]
+
+    def _may_share(self, comm: Communicator, strategy: Strategy) -> bool:
+        if not self._shares(strategy):  # the same on all ranks
+            return False
+        layout = self.replica.layout
+        if self.replica.keeps_shared(comm, strategy.needs.gradients):
+            return True
+        why = comm.can_share(layout.length * layout.dtype.itemsize * 2)
+        if why is not None:
+            self.out.say(f"not sharing memory between the ranks of a node: {why}")
+        return comm.gather_json(why is None).count(False) == 0
 
     def _shares(self, strategy: Strategy) -> bool:
         """Whether this phase wants node-shared arenas."""
@@ -530,7 +543,10 @@ class Session:
             self.keeper.settle_model(phase)
             agreed(self.comm, self.keeper.save_model if self.comm.rank == 0 else lambda: None)
         self.replica.release()
-        _free(phase)
+        for comm, workers in self._split.values():
+            if workers is not None:
+                workers.free()
+            comm.free()
         self.tracing.finish()
         self._result = Result(
             self.model, self.folder, metrics, self.books.summaries, self.books.cursor, interrupted
@@ -553,10 +569,3 @@ class Session:
         if metrics:
             self.out.say(f"{measured} {self.job.metric.name} {metrics['metric']:.4f}")
         self.out.say(f"run folder {self.folder}")
-
-
-def _free(phase: Phase) -> None:
-    """Give a finished phase's communicators back, after its arenas. Collective."""
-    if phase.workers is not None:
-        phase.workers.free()
-    phase.comm.free()

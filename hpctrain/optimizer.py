@@ -148,11 +148,6 @@ def corrected_momentum(momentum: float, delayed: int) -> tuple[float, float]:
     return shorter, (1.0 - shorter) / (1.0 - momentum) if momentum < 1.0 else 1.0
 
 
-def _velocity_factor(group: dict[str, Any], momentum: float, delayed: int) -> float:
-    """How many times as long SGD's velocity, a sum of 1 / (1 - momentum) gradients, is without the correction."""
-    return corrected_momentum(momentum, delayed)[1] if "momentum" in group else 1.0
-
-
 def _momentum_of(group: dict[str, Any]) -> float:
     """The momentum of a torch optimizer's parameter group; 0 where it has none."""
     return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
@@ -262,47 +257,21 @@ class Update(ABC):
     @abstractmethod
     def _point_at(self, gradient: torch.Tensor) -> None: ...
 
-    def state(self, delayed: int = 1) -> State:
-        """A copy of the optimizer's state of this stretch, with SGD's velocity as long as it would be without the
-        correction for `delayed` workers (see `apply`): others go on with it, who correct for other numbers."""
-        state = self.view().copy()
-        for velocity, factor in self._velocities(state, delayed):
-            velocity *= velocity.dtype.type(factor)
-        return state
+    def state(self) -> State:
+        """A copy of the optimizer's state of this stretch."""
+        return self.view().copy()
 
-    def load(self, state: State, delayed: int = 1) -> None:
-        """Take over a copy of a state of exactly this stretch, the inverse of `state`."""
-        self.load_in_place(state.copy(), delayed)
-
-    def load_in_place(self, state: State, delayed: int = 1) -> None:
-        """`load` without copies: the state's arrays are the optimizer's from now on."""
-        self._take(state)
-        for group, inertia in zip(self._optimizer.param_groups if self._optimizer else [], self._momenta, strict=True):
-            factor = _velocity_factor(group, inertia, delayed)
-            for parameter in group["params"]:
-                if factor != 1.0 and (velocity := self._state_of(parameter).get("momentum_buffer")) is not None:
-                    velocity.div_(factor)
-
-    def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, Any]:
-        assert self._optimizer is not None
-        return self._optimizer.state[parameter]
-
-    def _factor_of(self, parameter: torch.nn.Parameter, delayed: int) -> float:
-        assert self._optimizer is not None
-        group = self._group_of[id(parameter)]
-        place = [id(each) for each in self._optimizer.param_groups].index(id(group))
-        return _velocity_factor(group, self._momenta[place], delayed)
+    def load(self, state: State) -> None:
+        """Take over a copy of a state of exactly this stretch."""
+        self.load_in_place(state.copy())
 
     @abstractmethod
     def view(self) -> State:
         """The optimizer's state of this stretch as it is, not to be changed, and good until the next `apply`."""
 
     @abstractmethod
-    def _velocities(self, state: State, delayed: int) -> Iterator[tuple[Any, float]]:
-        """Arrays of `state` that hold SGD's velocity, with how much longer each would be without the correction."""
-
-    @abstractmethod
-    def _take(self, state: State) -> None: ...
+    def load_in_place(self, state: State) -> None:
+        """`load` without copies: the state's arrays (on the CPU) are the optimizer's from now on."""
 
 
 class SlicedUpdate(Update):
@@ -324,11 +293,6 @@ class SlicedUpdate(Update):
         for _, _, flat, first, last in self._pieces:
             flat.grad = gradient[first - self.low : last - self.low]
 
-    def _velocities(self, state: State, delayed: int) -> Iterator[tuple[Any, float]]:
-        for _, _, flat, first, last in self._pieces if "momentum_buffer" in state.flat else []:
-            if (factor := self._factor_of(flat, delayed)) != 1.0:
-                yield state.flat["momentum_buffer"][first - self.low : last - self.low], factor
-
     def view(self) -> State:
         state = State(self.low, self.high)
         for index, _, flat, first, last in self._pieces:
@@ -344,7 +308,7 @@ class SlicedUpdate(Update):
                     state.groups.setdefault(str(index), {})[key] = _number(value)
         return state
 
-    def _take(self, state: State) -> None:
+    def load_in_place(self, state: State) -> None:
         for index, _, flat, first, last in self._pieces:
             assert self._optimizer is not None
             here = self._optimizer.state[flat]
@@ -373,12 +337,6 @@ class WholeUpdate(Update):
         for _, slot, parameter in self._slots:
             parameter.grad = _view(gradient, slot, self.low)
 
-    def _velocities(self, state: State, delayed: int) -> Iterator[tuple[Any, float]]:
-        for _, slot, parameter in self._slots:
-            velocity = state.named.get(slot.name, {}).get("momentum_buffer")
-            if velocity is not None and (factor := self._factor_of(parameter, delayed)) != 1.0:
-                yield velocity, factor
-
     def view(self) -> State:
         state = State(self.low, self.high)
         for _, slot, parameter in self._slots:
@@ -390,7 +348,7 @@ class WholeUpdate(Update):
                     state.groups.setdefault(slot.name, {})[key] = _number(value)
         return state
 
-    def _take(self, state: State) -> None:
+    def load_in_place(self, state: State) -> None:
         for _, slot, parameter in self._slots:
             assert self._optimizer is not None
             here = self._optimizer.state[parameter]

@@ -179,33 +179,29 @@ class SharedExchange:
         self.comm.wait(arena)
 
     def state(self) -> State | None:
-        from hpctrain.state import merge, recv_state, send_state
+        from hpctrain.state import collect_state, send_state
 
         comm, here = self.comm, self.comm.nodes[self.comm.rank] == self.comm.nodes[0]
         if comm.rank != 0:
             if here and self.low < self.high:
-                send_state(comm, self.update.state(), 0)
+                send_state(comm, self.update.view(), 0)
             return None
-        pieces = [self.update.state()]
         owners = [r for r in comm.local_ranks[1 : len(self.bounds) - 1] if self._part(r)[0] < self._part(r)[1]]
-        pieces += [recv_state(comm, rank) for rank in owners]
-        return merge(pieces, self.replica.layout.length)
+        return collect_state(comm, self.update.view(), owners, self.replica.layout.length)
 
     def adopt(self, state: State | None) -> None:
-        from hpctrain.state import recv_state, send_state
+        from hpctrain.state import recv_state, start_send_state
 
         comm = self.comm
         if not comm.broadcast_json(state is not None):
             return
-        if comm.rank == 0:
-            assert state is not None
-            for rank in range(1, comm.size):
-                low, high = self._part(rank)
-                if low < high:
-                    send_state(comm, state.cut(low, high, []), rank)
-            self.update.load(state.cut(self.low, self.high, []))
+        if state is not None:
+            parts = [(rank, self._part(rank)) for rank in range(1, comm.size)]
+            sends = [start_send_state(comm, state.cut(*part, []), rank) for rank, part in parts if part[0] < part[1]]
+            self.update.load_in_place(state.cut(self.low, self.high, []))
+            comm.wait_all([request for started in sends for request in started])
         elif self.low < self.high:
-            self.update.load(recv_state(comm, 0))
+            self.update.load_in_place(recv_state(comm, 0))
 
     def _part(self, rank: int) -> tuple[int, int]:
         place = sum(self.comm.nodes[r] == self.comm.nodes[rank] for r in range(rank))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from hpctrain.cluster import Roles
-    from hpctrain.comm.base import Arena, Communicator, Request, Thread
+    from hpctrain.comm.base import Arena, Buffer, Communicator, Request, Thread
     from hpctrain.data.queue import Stretch
     from hpctrain.optimizer import Update
     from hpctrain.state import State
@@ -180,9 +180,8 @@ class ParameterServerServer(Server):
         self.between = wiring.between_servers.lane(lane) if wiring.between_servers is not None else None
         index = wiring.servers.index(phase.comm.rank)
         self.low, self.high = wiring.bounds[index], wiring.bounds[index + 1]
-        self._arena = self._buffer()
-        self.values = as_tensor(self._arena.mine)
-        self.values.copy_(phase.replica.values[self.low : self.high])
+        self._shard = self._home()
+        self.values = as_tensor(self._shard)
         self.update: Update = phase.make_update(self.values, self.low, self.high)
         self._gradients = [self._buffer() for _ in wiring.workers]
         self.pushes: list[Request | None] = [None] * len(wiring.workers)
@@ -194,6 +193,16 @@ class ParameterServerServer(Server):
         corrects = self.options.mode != "sync" and self.options.momentum_correction
         self._delayed = len(wiring.workers) if corrects else 1
         self.coordinator = MODES[self.options.mode](self) if phase.comm.rank == wiring.coordinator else None
+
+    def _home(self) -> Buffer:
+        """Where the shard lies: in the replica's own arena on a rank that trains no replica, else beside it."""
+        assert self.phase.replica.value_arena is not None
+        part = self.phase.replica.value_arena.mine[self.low : self.high]
+        if self.phase.comm.rank not in self.wiring.workers:
+            return part
+        arena = self._buffer()
+        arena.mine[...] = part
+        return arena.mine
 
     def _buffer(self) -> Arena:
         return self.phase.comm.arena(self.high - self.low, self.phase.replica.layout.dtype, "rank")
@@ -211,7 +220,7 @@ class ParameterServerServer(Server):
     def load(self, state: State) -> None:
         """Take over this server's part of a checkpoint, or of the phase before."""
         with self.update.plain_velocity(self._delayed):
-            self.update.load(state)
+            self.update.load_in_place(state)
         if self.coordinator is not None:
             self.coordinator.load(state.counters)
 
@@ -316,7 +325,7 @@ class ParameterServerServer(Server):
     def _give(self, worker: int) -> None:
         rank = self.wiring.workers[worker]
         if worker not in self._copies:
-            self._direct.append(self.comm.start_send(self._arena.mine, rank, Tag.PULL))
+            self._direct.append(self.comm.start_send(self._shard, rank, Tag.PULL))
             return
         self._remember(worker)  # its last pull has arrived: it has pushed since
         self._sending = [request for request in self._sending if not request.test()]
@@ -335,13 +344,14 @@ class ParameterServerServer(Server):
     def _send_state(self) -> None:
         from hpctrain.state import send_state
 
+        if self.coordinator is None and self.low == self.high:
+            return
         with self.update.plain_velocity(self._delayed):
-            state = self.update.state()
-        if self.coordinator is not None:
-            state.counters = self.coordinator.counters()
-            if self.phase.conductor.rule is not None:
-                state.rule = self.phase.conductor.rule.state()
-        if self.coordinator is not None or self.low < self.high:
+            state = self.update.view()
+            if self.coordinator is not None:
+                state.counters = self.coordinator.counters()
+                if self.phase.conductor.rule is not None:
+                    state.rule = self.phase.conductor.rule.state()
             send_state(self.comm, state, 0)
 
 
@@ -496,11 +506,11 @@ class ParameterServer(Strategy):
         assert self.phase.workers is not None
         whole = None
         if self.comm.rank == 0:
-            from hpctrain.state import merge, recv_state
+            from hpctrain.state import State, collect_state
 
             self._tell(Kind.STATE)
-            pieces = [recv_state(self.comm, server) for server, _, _ in self.wiring.keepers()]
-            whole = merge(pieces, self.phase.replica.layout.length)
+            servers = [server for server, _, _ in self.wiring.keepers()]
+            whole = collect_state(self.comm, State(0, 0), servers, self.phase.replica.layout.length)
         self.phase.workers.barrier()
         return whole
 
