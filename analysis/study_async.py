@@ -175,6 +175,7 @@ def known() -> Table:
 # -- telling ------------------------------------------------------------------------------------------------------
 def tell(found: Table) -> str:
     """docs/asynchrony.md."""
+    found = found.sort_values(["workers", "seed"], kind="stable")
     mnist, job = found[found["task"] == "mnist"], found[found["task"] == "main job"]
     few = found[found["seed"] < 2]
     rates = pd.concat([few[few["task"] == "mnist"], few[few["task"] == "digits"]])

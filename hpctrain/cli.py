@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     trace = commands.add_parser("trace", help="where the time of a run went: totals per rank and span kind")
     trace.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     trace.set_defaults(command=_trace)
-    bench = commands.add_parser("bench", help="measure this machine: all-reduce, synchronous step, virtual ranks")
+    bench = commands.add_parser("bench", help="measure this machine: all-reduce, steps, switches, virtual ranks ...")
     bench.add_argument("what", nargs="?", default="all", choices=CHOICES)
     bench.add_argument("-n", type=int, default=2, metavar="N", help="how many ranks to start (default 2)")
     bench.add_argument("--json", metavar="FILE", help="write the figures to FILE, too")

@@ -103,7 +103,7 @@ except hpctrain.HpctrainError as error:
 # a loop of one's own, with a server
 job = hpctrain.Job(
     name="loop", output=sys.argv[1], model=Net, data=Points(), train={"epochs": 1, "batch_size": 5}, threads=1,
-    strategy={"name": "parameter_server"}, trace={"enabled": False},
+    strategy={"name": "parameter_server", "mode": "sync"}, trace={"enabled": False},
 )
 count = 0
 with hpctrain.session(job) as s:
