@@ -129,17 +129,6 @@ def test_bounded_never_exceeds_its_bound(join: Join, folder: Path, queue: str, b
 
 
 @mpi_only
-def test_without_a_bound_the_fastest_runs_ahead(join: Join, folder: Path) -> None:
-    comm = join(traced=True)
-    job = helpers.make_job(
-        folder, strategy=_dedicated(comm), debug={"slow": {1: 20}}, train={"epochs": 2, "batch_size": 3}
-    )
-    recording = helpers_mpi.record(comm, job)
-    assert max(helpers.leads(recording)) > 3
-    assert len(recording.steps[1]) < len(recording.steps[0])
-
-
-@mpi_only
 @pytest.mark.parametrize("server", SERVED)
 def test_no_pull_is_torn(join: Join, folder: Path, server) -> None:
     comm = join()
