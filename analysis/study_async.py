@@ -183,7 +183,8 @@ def tell(found: Table) -> str:
     return f"""# What asynchrony costs in accuracy
 
 Made by `make study-async` (analysis/study_async.py says how; its runs are in asynchrony.csv). Test accuracy: mean over
-seeds, difference from all-reduce's mean in points, and in brackets the least and the number of seeds.
+seeds, difference from all-reduce's mean in points, and in brackets the least and the number of seeds; an empty cell has
+not run yet.
 
 ## MNIST, lenet5, 3 epochs, batch 32 per worker, one server
 

@@ -382,7 +382,7 @@ class _Compensation:
 class _RunningClip:
     """Scales down what is longer than `longest` times the mean length of about the last ten.
 
-    A long gradient that comes late, where the parameters have moved on, is what makes asynchronous SGD diverge.
+    A long gradient that comes late, where the parameters have moved on, is not to be trusted.
     """
 
     def __init__(self, longest: float) -> None:
