@@ -106,7 +106,7 @@ def find_mpiexec(python: str = sys.executable) -> Mpi:
     library = find_library(python)
     others = []
     for path in _candidates(library, python):
-        kind, major = _launcher_kind(path)
+        kind, major = launcher_kind(path)
         if kind == library.kind and (kind != "openmpi" or f"v{major}." in library.version):
             return Mpi(path, library)
         others.append(f"{path} is of {kind} {major}".rstrip())
@@ -352,7 +352,7 @@ def _candidates(library: Library, python: str) -> list[str]:
     return [str(path) for path in paths if path.is_file() and os.access(path, os.X_OK)]
 
 
-def _launcher_kind(path: str) -> tuple[Kind, str]:
+def launcher_kind(path: str) -> tuple[Kind, str]:
     """Whose launcher this is, and its major version ("" if it does not say)."""
     try:
         done = subprocess.run([path, "--version"], check=False, capture_output=True, timeout=20, env=_clean(os.environ))

@@ -6,6 +6,7 @@ Pure, like `hpctrain.schedule`, which has the rule "after".
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ class Intervals:
             setattr(self, name, value)
 
 
-class LossRule(Rule):
+class LossRule(Rule, ABC):
     """Ends a phase by the mean losses of its intervals: keeps the first, and the newest of a window.
 
     A rule of this kind writes `statistic`; its options have window, threshold and rounds.
@@ -97,9 +98,9 @@ class LossRule(Rule):
 
     name: ClassVar[str]
 
+    @abstractmethod
     def statistic(self, first: float) -> float:
         """Of `self.losses`, a full window, oldest first; `first` is the loss of the phase's first interval."""
-        raise NotImplementedError
 
     def unready(self, loss: float, first: float) -> str | None:
         """Why the rule does not fire yet, whatever its statistic, or None."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,6 @@ from torch.utils.data import TensorDataset
 from hpctrain import launcher
 from hpctrain.comm.base import Communicator
 from hpctrain.job import Job
-from hpctrain.trace.recorder import Recorder
 from hpctrain.trace.schema import SPANS, STEPS
 from tests import helpers
 
@@ -32,34 +29,7 @@ RUN = [sys.executable, "-m", "hpctrain", "run"]
 RANKS = (b"OMPI_COMM_WORLD_RANK=", b"PMI_RANK=")
 
 
-Join = Callable[..., Communicator]
-
-
-@pytest.fixture(scope="session")
-def join() -> Join:
-    """join(traced=False): the communicator over all ranks. Collective, as every use of it."""
-    from hpctrain.comm import mpi
-
-    torch.set_num_threads(1)
-    made: dict[bool, Communicator] = {}
-
-    def world(traced: bool = False) -> Communicator:
-        if traced not in made:
-            made[traced] = mpi.world(Recorder() if traced else None)
-        return made[traced]
-
-    return world
-
-
-@pytest.fixture
-def folder(join: Join) -> Iterator[Path]:
-    """One folder for all ranks."""
-    comm = join()
-    path = Path(comm.broadcast_json(tempfile.mkdtemp(prefix="hpctrain-test-") if comm.rank == 0 else None))
-    yield path
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
+Join = Callable[..., Communicator]  # the fixture `join`
 
 
 def record(comm: Communicator, job: Job) -> helpers.Recording:

@@ -54,7 +54,7 @@ def look_at_launchers(environment: Mapping[str, str]) -> MpiFacts:
     """The library that mpi4py loads, and the launchers that are found; all of it asked in child processes."""
     launched, by = launched_size(environment)
     path = shutil.which("mpiexec", path=environment.get("PATH"))
-    kind, major = launcher._launcher_kind(path) if path else ("", "")
+    kind, major = launcher.launcher_kind(path) if path else ("", "")
     try:
         library = launcher.find_library()
     except ClusterError as error:

@@ -145,6 +145,8 @@ class SharedExchange:
         """Summing out of memory needs no head start."""
 
     def apply(self, weight: float, factor: float) -> None:
+        from hpctrain.replica import sum_of_squares
+
         nbytes = self.sum.nbytes * len(self.slices)
         with self.comm.span("reduce", nbytes, flops=float(self.sum.numel() * len(self.slices))):
             self._sum()
@@ -155,7 +157,7 @@ class SharedExchange:
         if weight != 1.0:
             self.sum.mul_(1.0 / weight)
         if self.phase.clip_norm is not None:
-            squares = np.array([float(self.sum.double().square().sum())])
+            squares = np.array([sum_of_squares(self.sum)])
             table = self.board.exchange(squares)
             mine = [r for r in range(self.comm.size) if self.comm.nodes[r] == self.comm.nodes[0]]
             self.sum.mul_(clip_factor(float(table[mine, 0].sum()), self.phase.clip_norm))
@@ -234,6 +236,8 @@ class MessageExchange:
         self._started.append((low, high, self.comm.start_all_reduce(part)))
 
     def apply(self, weight: float, factor: float) -> None:
+        from hpctrain.replica import sum_of_squares
+
         gradient = self.replica.gradient
         arena: Arena = self.replica.gradient_arenas[0]
         self._finish_started()
@@ -242,7 +246,7 @@ class MessageExchange:
         if weight != 1.0:
             gradient.mul_(1.0 / weight)
         if self.phase.clip_norm is not None:
-            gradient.mul_(clip_factor(float(gradient.double().square().sum()), self.phase.clip_norm))
+            gradient.mul_(clip_factor(sum_of_squares(gradient), self.phase.clip_norm))
         with self.comm.span("update", gradient.nbytes, flops=float(gradient.numel())):
             self.update.apply(gradient, factor, self.phase.momentum(self.phase.cursor))
 

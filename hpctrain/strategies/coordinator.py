@@ -268,25 +268,14 @@ class Asynchronous(Coordinator):
 
     def hear_step(self, worker: int, header: Header) -> None:
         samples = int(header.samples)
-        staleness = self.version - int(header.version)
-        finite = bool(np.isfinite(header.loss))
-        if not finite and self.phase.nan == "stop":
+        if not np.isfinite(header.loss) and self.phase.nan == "stop":
             self._stop_for_nan(worker, header)
             return
-        decision = Decision(What.DROP, take=(worker,), version=self.version, step=int(header.step))
+        staleness = self.version - int(header.version)
         if samples:
             self.dealt[worker] -= 1
             self.done[worker] += 1
-        if samples and finite:
-            decision = decision._replace(
-                what=What.UPDATE,
-                version=self.version + 1,
-                weight=samples / self.phase.batch,
-                rate=self.phase.rate(self.cursor) * self.options.per_update(self.phase, staleness),
-                momentum=self.phase.momentum(self.cursor),
-            )
-            self.version += 1
-            self.losses.append(header.loss)
+        decision = self._decision(worker, header, staleness)
         wish = Ask(int(header.wish))
         asked = self.observe(self.cursor + samples, header.loss, wish) if samples else wish
         if asked & ~self.ask:
@@ -297,6 +286,22 @@ class Asynchronous(Coordinator):
         told = {"result": result, "loss": mean, "samples": samples, "staleness": staleness}
         self.idle[worker] = told, self.comm.now()
         self._go_on(decision)
+
+    def _decision(self, worker: int, header: Header, staleness: int) -> Decision:
+        """What becomes of the gradient: an update, unless it is of no samples or not finite."""
+        if not header.samples or not np.isfinite(header.loss):
+            return Decision(What.DROP, take=(worker,), version=self.version, step=int(header.step))
+        self.version += 1
+        self.losses.append(header.loss)
+        return Decision(
+            What.UPDATE,
+            take=(worker,),
+            version=self.version,
+            step=int(header.step),
+            weight=header.samples / self.phase.batch,
+            rate=self.phase.rate(self.cursor) * self.options.per_update(self.phase, staleness),
+            momentum=self.phase.momentum(self.cursor),
+        )
 
     def _go_on(self, decision: Decision) -> None:
         """Answer whom there is something to do for, and have the servers carry out the decision."""

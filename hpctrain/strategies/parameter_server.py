@@ -26,6 +26,7 @@ from hpctrain.strategies.coordinator import (
     Rounds,
     What,
 )
+from hpctrain.strategies.corrections import DelayCompensation, RunningClip
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +105,11 @@ class ParameterServerOptions(Options):
             raise ValueError('has delay_lambda with delay_compensation = "none", where it has no effect')
         return self
 
+    @property
+    def lockstep(self) -> bool:
+        """Whether all workers take every step together."""
+        return self.mode == "sync"
+
     def per_update(self, phase: Phase, staleness: int) -> float:
         """The learning rate's factor for one worker's gradient of that staleness."""
         if not phase.per_update or self.lr_per_update == "none":
@@ -148,6 +154,12 @@ class Wiring:
         cuts = zip(self.servers, self.bounds, self.bounds[1:], strict=False)
         return [(server, low, high) for server, low, high in cuts if low < high]
 
+    def shard(self, phase: Phase) -> Buffer:
+        """The part of this rank's parameters that it serves; for servers."""
+        index = self.servers.index(phase.comm.rank)
+        assert phase.replica.value_arena is not None
+        return phase.replica.value_arena.mine[self.bounds[index] : self.bounds[index + 1]]
+
     def keepers(self) -> list[tuple[int, int, int]]:
         """Who has a part of the strategy's state: the owners of shards, and the coordinator."""
         shards = self.shards()
@@ -168,11 +180,11 @@ class ParameterServerServer(Server):
 
     def join(self, phase: Phase, state: State | None = None) -> None:
         self.wiring = Wiring(phase, self.options)
-        self.attach(phase, self.wiring, lane=0)
+        self.attach(phase, self.wiring, self.wiring.shard(phase), lane=0)  # no replica is trained here
         _deal(phase, self.wiring, state, self)
 
-    def attach(self, phase: Phase, wiring: Wiring, lane: int) -> None:
-        """Take the shard's parameters (by now rank 0's) and allocate what is received into. Not collective."""
+    def attach(self, phase: Phase, wiring: Wiring, shard: Buffer, lane: int) -> None:
+        """Own `shard`, by now rank 0's parameters, and allocate what is received into. Not collective."""
         from hpctrain.replica import as_tensor
 
         self.phase, self.wiring, self._lane = phase, wiring, lane
@@ -180,8 +192,7 @@ class ParameterServerServer(Server):
         self.between = wiring.between_servers.lane(lane) if wiring.between_servers is not None else None
         index = wiring.servers.index(phase.comm.rank)
         self.low, self.high = wiring.bounds[index], wiring.bounds[index + 1]
-        self._shard = self._home()
-        self.values = as_tensor(self._shard)
+        self._shard, self.values = shard, as_tensor(shard)
         self.update: Update = phase.make_update(self.values, self.low, self.high)
         self._gradients = [self._buffer() for _ in wiring.workers]
         self.pushes: list[Request | None] = [None] * len(wiring.workers)
@@ -189,20 +200,10 @@ class ParameterServerServer(Server):
         self._copies = {worker: self._buffer() for worker in self._copied()}
         self._direct: list[Request] = []
         self._sending: list[Request] = []
-        self._compensation = _Compensation.of(self.options, self.values)
-        corrects = self.options.mode != "sync" and self.options.momentum_correction
+        self._compensation = DelayCompensation.of(self.options, self.values)
+        corrects = not self.options.lockstep and self.options.momentum_correction
         self._delayed = len(wiring.workers) if corrects else 1
         self.coordinator = MODES[self.options.mode](self) if phase.comm.rank == wiring.coordinator else None
-
-    def _home(self) -> Buffer:
-        """Where the shard lies: in the replica's own arena on a rank that trains no replica, else beside it."""
-        assert self.phase.replica.value_arena is not None
-        part = self.phase.replica.value_arena.mine[self.low : self.high]
-        if self.phase.comm.rank not in self.wiring.workers:
-            return part
-        arena = self._buffer()
-        arena.mine[...] = part
-        return arena.mine
 
     def _buffer(self) -> Arena:
         return self.phase.comm.arena(self.high - self.low, self.phase.replica.layout.dtype, "rank")
@@ -210,12 +211,11 @@ class ParameterServerServer(Server):
     def _copied(self) -> list[int]:
         """Workers that get a copy of the parameters as they are now: those that the next update must not wait for,
         being far away, and those whose gradients are compensated for what changed since."""
-        mode, nodes, comm = self.options.mode, self.comm.nodes, self.comm
-        if mode == "sync" or self.low == self.high:
+        if self.options.lockstep or self.low == self.high:
             return []
+        here, nodes = self.comm.nodes[self.comm.rank], self.comm.nodes
         everybody = self.options.delay_compensation != "none"
-        workers = enumerate(self.wiring.workers)
-        return [worker for worker, rank in workers if everybody or nodes[rank] != nodes[comm.rank]]
+        return [worker for worker, rank in enumerate(self.wiring.workers) if everybody or nodes[rank] != here]
 
     def load(self, state: State) -> None:
         """Take over this server's part of a checkpoint, or of the phase before."""
@@ -309,12 +309,14 @@ class ParameterServerServer(Server):
     @property
     def _clips(self) -> bool:
         """Whether the sum is clipped here; a worker's own gradient is clipped by the worker."""
-        return self.phase.clip_norm is not None and self.options.mode == "sync"
+        return self.phase.clip_norm is not None and self.options.lockstep
 
     def _clip(self, gradient: torch.Tensor) -> float:
         """The factor for all shards. Collective over the servers."""
+        from hpctrain.replica import sum_of_squares
+
         assert self.between is not None and self.phase.clip_norm is not None
-        squares = np.array([float(gradient.double().square().sum())])
+        squares = np.array([sum_of_squares(gradient)])
         return clip_factor(float(self.between.gather_rows(squares).sum()), self.phase.clip_norm)
 
     def _expect(self, worker: int) -> None:
@@ -355,50 +357,6 @@ class ParameterServerServer(Server):
             send_state(self.comm, state, 0)
 
 
-class _Compensation:
-    """DC-ASGD: g + lambda * g * g * (w_now - w_then), g * g standing for the diagonal of the Hessian
-    (Zheng et al. 2017, section 4; adaptive, section 6: lambda / sqrt(moving mean of g * g))."""
-
-    def __init__(self, strength: float, mean_square: torch.Tensor | None) -> None:
-        self._strength, self._mean_square = strength, mean_square
-
-    @classmethod
-    def of(cls, options: ParameterServerOptions, values: torch.Tensor) -> _Compensation | None:
-        if options.delay_compensation == "none":
-            return None
-        if options.delay_compensation == "constant":
-            return cls(options.delay_lambda or 0.04, None)
-        return cls(options.delay_lambda or 2.0, values.new_zeros(values.shape))
-
-    def correct(self, gradient: torch.Tensor, now: torch.Tensor, then: torch.Tensor) -> None:
-        """In place; all flat, of one length."""
-        change = gradient.square()
-        if self._mean_square is not None:
-            self._mean_square.mul_(0.95).add_(change, alpha=0.05)
-            change.div_((self._mean_square + 1e-7).sqrt_())
-        gradient.add_(change.mul_(now - then), alpha=self._strength)
-
-
-class _RunningClip:
-    """Scales down what is longer than `longest` times the mean length of about the last ten.
-
-    A long gradient that comes late, where the parameters have moved on, is not to be trusted.
-    """
-
-    def __init__(self, longest: float) -> None:
-        self._longest = longest
-        self._mean, self._seen = 0.0, 0
-
-    def factor(self, length: float) -> float:
-        """For the next gradient, of this length; one that is not finite counts for nothing."""
-        if not np.isfinite(length):
-            return 1.0
-        self._seen += 1
-        kept = length if self._seen == 1 else min(length, self._longest * self._mean)
-        self._mean += max(0.1, 1.0 / self._seen) * (kept - self._mean)
-        return kept / length if length > 0.0 else 1.0
-
-
 class ParameterServer(Strategy):
     """The worker half: push, pull."""
 
@@ -408,7 +366,7 @@ class ParameterServer(Strategy):
 
     def __init__(self, options: ParameterServerOptions) -> None:
         super().__init__(options)
-        self.needs = Needs(lockstep=options.mode == "sync")
+        self.needs = Needs(lockstep=options.lockstep)
 
     @staticmethod
     def roles(options: ParameterServerOptions) -> tuple[int, bool]:
@@ -429,7 +387,10 @@ class ParameterServer(Strategy):
         beside = phase.comm.rank in phase.roles.servers
         self._server = ParameterServerServer(self.options) if beside else None
         if self._server is not None:
-            self._server.attach(phase, self.wiring, lane=1)
+            part = self.wiring.shard(phase)
+            shard = phase.comm.arena(part.size, part.dtype, "rank").mine
+            shard[...] = part
+            self._server.attach(phase, self.wiring, shard, lane=1)
         _deal(phase, self.wiring, state, self._server)
         self._thread: Thread | None = phase.comm.spawn(self._server.serve) if self._server else None
         self._slices: list[Stretch] = []
@@ -439,14 +400,14 @@ class ParameterServer(Strategy):
         self._take(answer)
 
     def slices(self) -> list[Stretch] | None:
-        return None if self.needs.lockstep else self._slices
+        return None if self.options.lockstep else self._slices
 
     def step(self, samples: int, loss: float) -> Outcome:
         phase, wiring = self.phase, self.wiring
         values, gradient = phase.replica.value_arena, phase.replica.gradient_arenas[0]
         assert values is not None
         self._slices = self._slices[1:]
-        if samples and not self.needs.lockstep:
+        if samples and not self.options.lockstep:
             self._clip(samples)
         header = Header(Kind.STEP, self.version, samples, loss, phase.wish, phase.round_end, phase.step)
         answer = np.zeros(REPLY, np.uint8)
@@ -459,21 +420,21 @@ class ParameterServer(Strategy):
         self.comm.wait_all(requests)
         return self._outcome(self._take(answer))
 
-    def _running_clip(self) -> _RunningClip | None:
+    def _running_clip(self) -> RunningClip | None:
         """Where gradients come late, as they do not from a worker that is alone."""
         longest = self.options.clip_pushes or (None if self.phase.adaptive else 2.0)
         alone = len(self.phase.roles.workers) == 1
-        return _RunningClip(longest) if longest is not None and not alone else None
+        return RunningClip(longest) if longest is not None and not alone else None
 
     def _clip(self, samples: int) -> None:
         """This worker's own gradient, as the mean over its samples: nobody else's is at hand."""
         limit, running = self.phase.clip_norm, self._running
         if limit is None and running is None:
             return
-        from hpctrain.replica import norm_of
+        from hpctrain.replica import sum_of_squares
 
         gradient = self.phase.replica.gradient
-        squares = (norm_of(gradient) * self.phase.batch / samples) ** 2
+        squares = sum_of_squares(gradient) * (self.phase.batch / samples) ** 2
         factor = clip_factor(squares, limit) if limit is not None else 1.0
         if running is not None:
             factor *= running.factor(factor * squares**0.5)

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from hpctrain.comm.base import Communicator
+from hpctrain.trace.recorder import Recorder
+from tests.helpers_mpi import Join
 
 RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 
@@ -57,3 +63,33 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if reporter.stats.get("failed") or reporter.stats.get("error"):
         sys.stderr.write(f"---- rank {_rank()} ----\n{reporter._tw._file.getvalue()}\n")
         sys.stderr.flush()
+
+
+@pytest.fixture(scope="session")
+def join() -> Join:
+    """join(ranks_per_node=None, traced=False): the communicator over all ranks. Collective, as every use of it."""
+    import torch
+
+    from hpctrain.comm import mpi
+
+    torch.set_num_threads(1)
+    made: dict[tuple[int | None, bool], Communicator] = {}
+
+    def world(ranks_per_node: int | None = None, traced: bool = False) -> Communicator:
+        key = ranks_per_node, traced
+        if key not in made:
+            made[key] = mpi.world(Recorder() if traced else None, ranks_per_node)
+        return made[key]
+
+    return world
+
+
+@pytest.fixture
+def folder(join: Join) -> Iterator[Path]:
+    """One folder for all ranks."""
+    comm = join()
+    path = Path(comm.broadcast_json(tempfile.mkdtemp(prefix="hpctrain-test-") if comm.rank == 0 else None))
+    yield path
+    comm.barrier()
+    if comm.rank == 0:
+        shutil.rmtree(path)

@@ -15,7 +15,6 @@ from tests.helpers import served
 from tests.helpers_mpi import RUN, Join
 
 mpi_only = pytest.mark.mpi
-join, folder = helpers_mpi.join, helpers_mpi.folder
 ROOT = Path(__file__).resolve().parents[2]
 AR = {"name": "all_reduce"}
 QUEUES = ["shared", "static"]

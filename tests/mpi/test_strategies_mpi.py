@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from hpctrain.comm.base import Communicator
 from tests import helpers
+from tests.helpers_mpi import Join
 
 pytestmark = pytest.mark.mpi
-Join = Callable[..., Communicator]
 FOUR = ["shared", "message", "servers", "all_serve"]
-
-
-@pytest.fixture(scope="session")
-def join() -> Join:
-    """join(ranks_per_node=None): the communicator over all ranks. Collective, as every use of it."""
-    import torch
-
-    from hpctrain.comm import mpi
-
-    torch.set_num_threads(1)
-    made: dict[int | None, Communicator] = {}
-
-    def world(ranks_per_node: int | None = None) -> Communicator:
-        if ranks_per_node not in made:
-            made[ranks_per_node] = mpi.world(None, ranks_per_node)
-        return made[ranks_per_node]
-
-    return world
-
-
-@pytest.fixture
-def folder(join: Join) -> Iterator[Path]:
-    """One folder for all ranks."""
-    comm = join()
-    path = Path(comm.broadcast_json(tempfile.mkdtemp(prefix="hpctrain-test-") if comm.rank == 0 else None))
-    yield path
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
 
 
 def _strategy(agree: str, size: int) -> helpers.Tables:

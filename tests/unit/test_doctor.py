@@ -220,7 +220,6 @@ def test_little_shared_memory_is_told_with_the_model_that_it_suffices_for() -> N
 
 def test_a_model_that_shared_memory_suffices_for_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The formula is that of `why_not_shared`, which asks for parameters and gradients of each rank."""
-    pytest.importorskip("mpi4py")
     code = (
         "import os; from mpi4py import MPI; from hpctrain.comm import node\n"
         "from hpctrain.doctor.facts import NodeFacts\n"

@@ -1,0 +1,56 @@
+"""What a parameter server's asynchronous modes do about gradients that come late."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from hpctrain.strategies.parameter_server import ParameterServerOptions
+
+
+class DelayCompensation:
+    """DC-ASGD: g + lambda * g * g * (w_now - w_then), g * g standing for the diagonal of the Hessian
+    (Zheng et al. 2017, section 4; adaptive, section 6: lambda / sqrt(moving mean of g * g))."""
+
+    def __init__(self, strength: float, mean_square: torch.Tensor | None) -> None:
+        self._strength, self._mean_square = strength, mean_square
+
+    @classmethod
+    def of(cls, options: ParameterServerOptions, values: torch.Tensor) -> DelayCompensation | None:
+        """As the options have it, for a shard of these parameters; None: none is wanted."""
+        if options.delay_compensation == "none":
+            return None
+        if options.delay_compensation == "constant":
+            return cls(options.delay_lambda or 0.04, None)
+        return cls(options.delay_lambda or 2.0, values.new_zeros(values.shape))
+
+    def correct(self, gradient: torch.Tensor, now: torch.Tensor, then: torch.Tensor) -> None:
+        """In place; all flat, of one length."""
+        change = gradient.square()
+        if self._mean_square is not None:
+            self._mean_square.mul_(0.95).add_(change, alpha=0.05)
+            change.div_((self._mean_square + 1e-7).sqrt_())
+        gradient.add_(change.mul_(now - then), alpha=self._strength)
+
+
+class RunningClip:
+    """Scales down what is longer than `longest` times the mean length of about the last ten.
+
+    A long gradient that comes late, where the parameters have moved on, is not to be trusted.
+    """
+
+    def __init__(self, longest: float) -> None:
+        self._longest = longest
+        self._mean, self._seen = 0.0, 0
+
+    def factor(self, length: float) -> float:
+        """For the next gradient, of this length; one that is not finite counts for nothing."""
+        if not math.isfinite(length):
+            return 1.0
+        self._seen += 1
+        kept = length if self._seen == 1 else min(length, self._longest * self._mean)
+        self._mean += max(0.1, 1.0 / self._seen) * (kept - self._mean)
+        return kept / length if length > 0.0 else 1.0
