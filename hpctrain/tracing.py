@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import socket
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpctrain.comm.base import Communicator, Tag
+from hpctrain.comm.pingpong import follow, lead
 from hpctrain.trace.resources import Sampler
 from hpctrain.trace.writer import TraceWriter, link_ranks, trace_path
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("torch", "numpy", "mpi4py", "h5py", "cupy")
 PINGS = 8
+LINK_SECONDS = 0.002, 0.01  # for small and for large messages
 
 
 class Tracing:
@@ -41,10 +44,11 @@ class Tracing:
             self._sampler = Sampler(comm.recorder, job.trace.resources_seconds, _gpu(prepared))
 
     def begin(self) -> None:
-        """Begin sampling, and measure the clocks. Collective, once all ranks have opened their files."""
+        """Begin sampling, and measure clocks and links. Collective, once all ranks have opened their files."""
         if self._sampler is not None:
             self._sampler.start()
             measure_clock(self._comm)
+            measure_links(self._comm)
 
     def tick(self) -> None:
         """Flush if it is due; cheap if not."""
@@ -88,6 +92,22 @@ def measure_clock(comm: Communicator) -> None:
         after = comm.now()
         best = min(best, (after - before, int(answer[0]) - (before + after) // 2))
     comm.recorder.clock(best[1], best[0] // 2)
+
+
+def measure_links(comm: Communicator) -> None:
+    """Record latency and bandwidth between neighbouring ranks, every second pair at a time. Collective.
+
+    What a run achieves is compared with it: events of kind "network", JSON with peer, same_node, latency_s (seconds one
+    way), bytes_per_s.
+    """
+    for turn in (0, 1):
+        if comm.rank % 2 == turn and comm.rank + 1 < comm.size:
+            peer = comm.rank + 1
+            latency, bandwidth, _ = lead(comm, peer, LINK_SECONDS)
+            told = {"peer": peer, "same_node": comm.nodes[comm.rank] == comm.nodes[peer]}
+            comm.recorder.event("network", json.dumps({**told, "latency_s": latency, "bytes_per_s": bandwidth}))
+        elif comm.rank % 2 != turn and comm.rank > 0:
+            follow(comm, comm.rank - 1)
 
 
 def _attributes(job: Job, comm: Communicator, prepared: Prepared, attempt: int) -> dict[str, Any]:

@@ -144,9 +144,13 @@ class Trainer:
             self._finish()
 
     def _dawdle(self) -> None:
+        """Pretend to compute more slowly; the trace is to show it as computation. (`span` would cost virtual time.)"""
         if self.slow > 1.0:
-            took = (self.phase.comm.now() - self._started) / 1e9
-            self.phase.comm.sleep((self.slow - 1.0) * took)
+            comm = self.phase.comm
+            took = (comm.now() - self._started) / 1e9
+            comm.recorder.open("backward", comm.now())
+            comm.sleep((self.slow - 1.0) * took)
+            comm.recorder.close(comm.now())
 
     def _finish(self) -> None:
         replica, samples = self.phase.replica, self._samples

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from hpctrain.comm.base import Communicator
+from hpctrain.comm.base import Communicator, Tag
 from hpctrain.comm.virtual import Compute, World
 from hpctrain.data.order import Order
 from hpctrain.data.splits import Splits
@@ -26,7 +26,7 @@ from hpctrain.jobtables import Enter
 from hpctrain.launch import Result, session, train
 from hpctrain.runfolder import Narrator
 from hpctrain.trace.recorder import Recorder
-from hpctrain.trace.schema import KIND_CODES
+from hpctrain.trace.schema import KIND_CODES, KINDS
 
 SAMPLES = 103  # prime: the last round of an epoch is uneven for every number of workers
 Tables = dict[str, Any]
@@ -281,6 +281,44 @@ def nan_skipped(comm: Communicator, folder: Path | str, strategy: Tables) -> Non
     assert np.isfinite(found).all()
     table = comm.gather_rows(found)
     assert (table == table[0]).all()
+
+
+def messages_are_traced(comm: Communicator) -> None:
+    """Messages in all ways to send and receive them leave a span at both ends, with one number and their bytes."""
+    before, after = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+    comm.recorder.drain()
+    incoming = [comm.start_recv(np.zeros(300), before, tag) for tag in (Tag.PUSH, Tag.CONTROL)]
+    sends = [comm.start_send(np.ones(n), after, tag) for n, tag in ((200, Tag.PUSH), (3, Tag.CONTROL))]
+    first = comm.wait_any(incoming)
+    comm.sleep(0.01)
+    comm.wait_all([incoming[1 - first], *sends])
+    comm.sendrecv(np.ones(50_000), after, np.zeros(50_000), before, Tag.PULL)
+    every = comm.gather_json(_spans(comm))
+    for rank in range(comm.size):
+        peer = (rank + 1) % comm.size
+        sent = sorted((id, nbytes) for kind, id, to, nbytes in every[rank] if kind == "send" and to == peer and nbytes)
+        taken = sorted((id, nbytes) for kind, id, of, nbytes in every[peer] if kind == "recv" and of == rank)
+        assert sent == taken
+        assert sorted(nbytes for _, nbytes in taken) == [24, 1600, 400_000]
+
+
+def barriers_are_traced(comm: Communicator) -> None:
+    """Waits for arenas leave a span on every rank, also on the last to come, each with a number of its own."""
+    arenas = [comm.arena(4, np.dtype(np.float32), "node") for _ in range(2)]
+    comm.recorder.drain()
+    for arena in arenas * 2:
+        comm.notify(arena)
+        comm.wait(arena)
+    every = comm.gather_json([id for kind, id, peer, _ in _spans(comm) if kind == "wait"])
+    for arena in arenas:
+        arena.free()
+    assert len(set(every[0])) == len(every[0]) == 4
+    assert all(found == every[0] for found in every)
+
+
+def _spans(comm: Communicator) -> list[tuple[str, int, int, int]]:
+    rows = comm.recorder.drain()["spans"]
+    return [(KINDS[row["kind"] - 1], int(row["id"]), int(row["peer"]), int(row["bytes"])) for row in rows]
 
 
 # -- asynchronous runs ------------------------------------------------------------------------------------------

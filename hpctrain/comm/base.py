@@ -43,6 +43,12 @@ class Tag(IntEnum):
     CLOCK = 8
 
 
+def barrier_id(communicator: int, arena: int) -> int:
+    """What the spans of waits for an arena are numbered from: add the epoch. Bit 43 tells them from messages
+    (whose tag is there) and collectives (which are counted from 0)."""
+    return communicator << 44 | 1 << 43 | (arena & 0x7FF) << 32
+
+
 class NotSupportedError(HpctrainError):
     """This communicator has no such verb (failure handling, say)."""
 

@@ -32,6 +32,7 @@ from hpctrain.comm.base import (
     Share,
     Status,
     Thread,
+    barrier_id,
 )
 from hpctrain.comm.node import PrivateArena, SharedArena, why_not_shared
 from hpctrain.errors import ClusterError
@@ -169,17 +170,24 @@ class MpiCommunicator(Communicator):
 
     # -- point to point ------------------------------------------------------------------------------------
     def start_send(self, buffer: Buffer, dest: int, tag: int) -> Request:
-        return _Message(self, "send", self.handle.Isend(_wire(buffer), dest, tag), buffer, dest, tag)
+        id = self.number_of("send", dest, tag)
+        with self.span("send", buffer.nbytes, self.members[dest], id):
+            request = self.handle.Isend(_wire(buffer), dest, tag)
+        return _Send(self, request, self.members[dest], id)
 
     def start_recv(self, buffer: Buffer, source: int, tag: int) -> Request:
         peer = MPI.ANY_SOURCE if source == ANY_SOURCE else source
-        return _Message(self, "recv", self.handle.Irecv(_wire(buffer), peer, tag), buffer, source, tag)
+        request = self.handle.Irecv(_wire(buffer), peer, tag)
+        return _Recv(self, request, buffer, tag, self.number_of("recv", source, tag))
 
     def wait_any(self, requests: Sequence[Request]) -> int:
         done = _first_done(requests)
         if done is None:
             with self.span("wait"):
-                self.waiting.until(lambda: _first_done(requests) is not None)
+                self.waiting.until(lambda: any(_is_over(request) for request in requests))
+                first = next(request for request in requests if _is_over(request))
+                if isinstance(first, _Recv):
+                    self.recorder.learn(0, first.peer, first.id)
             done = _first_done(requests)
         assert done is not None
         return done
@@ -219,7 +227,8 @@ class MpiCommunicator(Communicator):
     def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
         id = self._collective()
         wide = buffer.astype(np.float32) if buffer.dtype == BFLOAT16 else buffer
-        request = self.handle.Iallreduce(MPI.IN_PLACE, wide, OPERATIONS[operation])
+        with self.span("reduce", buffer.nbytes, id=id):
+            request = self.handle.Iallreduce(MPI.IN_PLACE, wide, OPERATIONS[operation])
         return _StartedReduce(self, request, buffer, wide, id)
 
     def reduce_scatter(self, buffer: Buffer, bounds: Sequence[int], operation: Operation = "sum") -> None:
@@ -267,7 +276,10 @@ class MpiCommunicator(Communicator):
 
     # -- memory --------------------------------------------------------------------------------------------
     def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
-        return PrivateArena(length, dtype) if share == "rank" else SharedArena(self.node, length, dtype)
+        if share == "rank":
+            return PrivateArena(length, dtype)
+        self._count += 1
+        return SharedArena(self.node, length, dtype, barrier_id(self.number, self._count))
 
     def can_share(self, nbytes: int) -> str | None:
         return why_not_shared(self.node, nbytes)
@@ -277,9 +289,10 @@ class MpiCommunicator(Communicator):
             arena.publish()
 
     def wait(self, arena: Arena) -> None:
-        if isinstance(arena, SharedArena) and not arena.arrived():
-            with self.span("wait", id=self.number << 44 | arena.epoch):
-                self.waiting.until(arena.arrived)
+        if isinstance(arena, SharedArena):
+            with self.span("wait", id=arena.id | arena.epoch):  # also of who came last: for whom the others waited
+                if not arena.arrived():
+                    self.waiting.until(arena.arrived)
 
     def counter(self) -> Counter:
         return _MpiCounter(self.handle)
@@ -340,37 +353,96 @@ def _first_done(requests: Sequence[Request]) -> int | None:
     return None
 
 
-class _Message(Request):
-    __slots__ = ("_comm", "_verb", "_request", "_buffer", "_peer", "_tag", "_status", "_id")
+def _is_over(request: Request) -> bool:
+    assert isinstance(request, _Operation)
+    return request.over()
 
-    def __init__(
-        self, comm: MpiCommunicator, verb: str, request: MPI.Request, buffer: Buffer, peer: int, tag: int
-    ) -> None:
-        self._comm, self._verb, self._request = comm, verb, request
-        self._buffer, self._peer, self._tag = buffer, peer, tag
+
+class _Operation(Request):
+    """A started MPI operation. `_end` is called once, by whoever first sees that it is over."""
+
+    __slots__ = ("_comm", "_request", "_status", "id")
+
+    def __init__(self, comm: MpiCommunicator, request: MPI.Request, id: int) -> None:
+        self._comm, self._request, self.id = comm, request, id
         self._status: Status | None = None
-        self._id = comm.number_of(verb, peer, tag)
+
+    def over(self) -> bool:
+        """Like `test`, but leaves no trace."""
+        return self._status is not None or bool(self._request.Test())
 
     def test(self) -> bool:
-        if self._status is None:
-            status = MPI.Status()
-            if self._request.Test(status):
-                self._finish(status)
+        if self._status is None and self.over():
+            self._status = self._end()
         return self._status is not None
+
+    def _end(self) -> Status:
+        return SENT
+
+    def _settle(self) -> None:
+        self._comm._settle(self._request)
+
+
+class _Send(_Operation):
+    """Its bytes were traced when it began; how long its sender waits for its end is a second span, of none."""
+
+    __slots__ = ("_peer",)
+
+    def __init__(self, comm: MpiCommunicator, request: MPI.Request, peer: int, id: int) -> None:
+        super().__init__(comm, request, id)
+        self._peer = peer
 
     def wait(self) -> Status:
         if not self.test():
-            comm = self._comm
-            peer = comm.members[self._peer] if self._peer >= 0 else -1
-            with comm.span(self._verb, self._buffer.nbytes, peer, self._id):
-                if comm.waiting.naps:
-                    comm.waiting.until(self.test)
+            with self._comm.span("send", 0, self._peer, self.id):
+                self._settle()
+            self._status = SENT
+        return SENT
+
+
+class _Recv(_Operation):
+    """Traced where it ends: as a span of no length if nobody waited for it."""
+
+    __slots__ = ("_buffer", "_found", "_tag", "peer")
+
+    def __init__(self, comm: MpiCommunicator, request: MPI.Request, buffer: Buffer, tag: int, id: int) -> None:
+        super().__init__(comm, request, id)
+        self._buffer, self._tag = buffer, tag
+        self._found: MPI.Status | None = None
+        self.peer = -1
+
+    def over(self) -> bool:
+        if self._found is None:
+            found = MPI.Status()
+            if not self._request.Test(found):
+                return False
+            self._found = found
+            self.peer = self._comm.members[found.Get_source()]
+        return True
+
+    def wait(self) -> Status:
+        if not self.test():
+            with self._comm.span("recv", id=self.id):
+                if self._comm.waiting.naps:
+                    self._comm.waiting.until(self.over)
                 else:
-                    status = MPI.Status()
-                    self._request.Wait(status)
-                    self._finish(status)
+                    self._found = MPI.Status()
+                    self._request.Wait(self._found)
+                self._status = self._received()
         assert self._status is not None
         return self._status
+
+    def _end(self) -> Status:
+        with self._comm.span("recv", id=self.id):
+            return self._received()
+
+    def _received(self) -> Status:
+        found = self._found
+        assert found is not None
+        nbytes, source = found.Get_count(MPI.BYTE), found.Get_source()
+        self.peer = self._comm.members[source]
+        self._comm.recorder.learn(nbytes, self.peer, self.id)
+        return Status(source, self._tag, nbytes // self._buffer.itemsize)
 
     def cancel(self) -> None:
         if self._status is None:
@@ -378,37 +450,27 @@ class _Message(Request):
             self._request.Wait()
             self._status = SENT
 
-    def _finish(self, status: MPI.Status) -> None:
-        if self._verb == "recv":
-            nbytes = status.Get_count(MPI.BYTE)
-            self._status = Status(status.Get_source(), self._tag, nbytes // self._buffer.itemsize)
-        else:
-            self._status = SENT
 
+class _StartedReduce(_Operation):
+    """Traced like a send: its bytes where it begins, how long it is waited for in a second span."""
 
-class _StartedReduce(Request):
     def __init__(
         self, comm: MpiCommunicator, request: MPI.Request, buffer: Buffer, wide: Buffer, id: int
     ) -> None:
-        self._comm, self._request, self._buffer, self._wide, self._id = comm, request, buffer, wide, id
-        self._done = False
-
-    def test(self) -> bool:
-        if not self._done and self._request.Test():
-            self._finish()
-        return self._done
+        super().__init__(comm, request, id)
+        self._buffer, self._wide = buffer, wide
 
     def wait(self) -> Status:
-        if not self._done:
-            with self._comm.span("reduce", self._buffer.nbytes, id=self._id):
-                self._comm._settle(self._request)
-            self._finish()
+        if not self.test():
+            with self._comm.span("reduce", id=self.id):
+                self._settle()
+            self._status = self._end()
         return SENT
 
-    def _finish(self) -> None:
-        self._done = True
+    def _end(self) -> Status:
         if self._wide is not self._buffer:
             self._buffer[...] = self._wide
+        return SENT
 
 
 class _MpiCounter(Counter):

@@ -27,13 +27,14 @@ class PrivateArena(Arena):
 
 
 class SharedArena(Arena):
-    """One window over the ranks of a node. Collective over `node`, like `free`.
+    """One window over the ranks of a node. Collective over `node`, like `free`. `id`: with an epoch, that of a wait.
 
     Writes become visible by `publish` (store of the epoch after a memory barrier) and `arrived`. The window is
     locked once and for all: MPICH takes Win.Sync only inside an epoch.
     """
 
-    def __init__(self, node: MPI.Intracomm, length: int, dtype: np.dtype[Any]) -> None:
+    def __init__(self, node: MPI.Intracomm, length: int, dtype: np.dtype[Any], id: int) -> None:
+        self.id = id
         nbytes = BOARD + -(-length * dtype.itemsize // BOARD) * BOARD
         self._window = MPI.Win.Allocate_shared(nbytes, 1, comm=node)
         self._window.Lock_all(MPI.MODE_NOCHECK)

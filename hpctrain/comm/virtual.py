@@ -31,6 +31,7 @@ from hpctrain.comm.base import (
     Share,
     Status,
     Thread,
+    barrier_id,
 )
 from hpctrain.comm.coroutines import DeadlockError, Scheduler, Task
 from hpctrain.comm.network import FreeNetwork, Network
@@ -147,14 +148,18 @@ class _Operation(Request):
         world = comm.world
         if comm.traced:
             peer = comm.members[self.peer] if self.peer >= 0 else -1
-            comm.recorder.open(self.verb, world.time, self.buffer.nbytes, peer, self.id)
+            comm.recorder.open(self.verb, world.time, 0, peer, self.id)
         self.task = world.current
         if self.ends < LATER and self.task is not None:
             world.wake_at(self.ends, self.task)
         while self.ends > world.time:
             world.block(self)
         if comm.traced:
+            self.learn()
             comm.recorder.close(world.time)
+
+    def learn(self) -> None:
+        """Before the span of having waited for it is closed."""
 
     def __str__(self) -> str:
         peer = "any rank" if self.peer == ANY_SOURCE else f"rank {self.comm.members[self.peer]}"
@@ -172,8 +177,35 @@ class _Send(_Operation):
 
 
 class _Recv(_Operation):
-    __slots__ = ()
+    __slots__ = ("told",)
     verb = "recv"
+
+    def __init__(self, comm: VirtualCommunicator, buffer: Buffer, peer: int, tag: int) -> None:
+        super().__init__(comm, buffer, peer, tag)
+        self.told = not comm.traced
+
+    def test(self) -> bool:
+        if self.ends > self.comm.world.time:
+            return False
+        if not self.told:
+            self.tell()
+        return True
+
+    def over(self) -> bool:
+        """Like `test`, but leaves no trace."""
+        return self.ends <= self.comm.world.time
+
+    def tell(self) -> None:
+        """Leave a span of no length: it was there before anybody waited for it."""
+        comm = self.comm
+        comm.recorder.open("recv", comm.world.time, 0, -1, self.id)
+        self.learn()
+        comm.recorder.close(comm.world.time)
+
+    def learn(self) -> None:
+        self.told = True
+        comm = self.comm
+        comm.recorder.learn(self.elements * self.buffer.itemsize, comm.members[self.peer], self.id)
 
     def wait(self) -> Status:
         if not self.test():
@@ -234,6 +266,8 @@ class VirtualCommunicator(Communicator):
         world, send = self.world, _Send(self, buffer, dest, tag)
         if self.traced:
             send.id = self._number(dest, tag, 0)
+            self.recorder.open("send", world.time, buffer.nbytes, self.members[dest], send.id)
+            self.recorder.close(world.time)
         box = self.boxes[dest, self.rank, tag]
         if not (box and box[0].verb == "recv") and self.unnamed:
             box = self.unnamed[dest, tag] or box
@@ -275,6 +309,8 @@ class VirtualCommunicator(Communicator):
         world = self.world
         if incoming.ends > world.time:
             incoming.block()
+        elif self.traced:
+            incoming.tell()
         if outgoing.ends > world.time:
             outgoing.block()
         return Status(incoming.peer, tag, incoming.elements)
@@ -295,6 +331,9 @@ class VirtualCommunicator(Communicator):
                 request.pause(world.current)  # type: ignore[attr-defined]
             with self._own_span("wait"):
                 world.block(requests)
+                first = next((request for request in requests if isinstance(request, _Recv) and request.over()), None)
+                if first is not None and self.traced:
+                    self.recorder.learn(0, self.members[first.peer], first.id)
             for request in requests:
                 request.pause(None)  # type: ignore[attr-defined]
 
@@ -356,11 +395,12 @@ class VirtualCommunicator(Communicator):
     def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
         mine = np.zeros(length, dtype)
         if share == "rank":
-            return _VirtualArena([mine], 0, [0], [])
+            return _VirtualArena([mine], 0, [0], [], -1)
         parts = self._meet("arena", self.local_ranks, mine)
+        id = barrier_id(self.group.number, self._count)
         name, takers = ("epochs", self.local_ranks[0]), len(parts)
         board: tuple[list[int], list[Task]] = self._shared(name, takers, lambda: ([0] * len(parts), []))
-        return _VirtualArena(parts, self.local_rank, *board)
+        return _VirtualArena(parts, self.local_rank, *board, id)
 
     def can_share(self, nbytes: int) -> str | None:
         return None
@@ -375,9 +415,9 @@ class VirtualCommunicator(Communicator):
     def wait(self, arena: Arena) -> None:
         assert isinstance(arena, _VirtualArena)
         epoch, world = arena.epochs[arena.index], self.world
-        if min(arena.epochs) >= epoch:
+        if len(arena.epochs) == 1:
             return
-        with self._own_span("wait", id=self.group.number << 44 | epoch):
+        with self._own_span("wait", id=arena.id | epoch):  # also of who came last: for whom the others waited
             while min(arena.epochs) < epoch:
                 late = [self.members[self.local_ranks[i]] for i, e in enumerate(arena.epochs) if e < epoch]
                 assert world.current is not None
@@ -500,12 +540,13 @@ def _join(world: World, work: Task) -> None:
 
 
 class _VirtualArena(Arena):
-    def __init__(self, parts: list[Buffer], index: int, epochs: list[int], waiting: list[Task]) -> None:
+    def __init__(self, parts: list[Buffer], index: int, epochs: list[int], waiting: list[Task], id: int) -> None:
         self.parts = parts
         self.index = index
         self.mine = parts[index]
         self.epochs = epochs
         self.waiting = waiting
+        self.id = id
 
     def free(self) -> None:
         self.parts = []

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import combinations, pairwise
 
 import numpy as np
 
-from hpctrain.comm.base import Communicator, Tag
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.pingpong import follow, lead
 from hpctrain.doctor.facts import Link
 
 MOST_WITHIN, MOST_BETWEEN = 6, 8  # pairs that are measured
-LARGE, SMALLER = 4 << 20, 64 << 10  # bytes; slow links get less than LARGE
-TRIP = 0.5  # seconds that a large message's round trip may take
 SECONDS = 0.05, 0.2  # for the small and the large messages of a pair
 POLL = 0.01  # seconds between looks of those who only wait
 Pair = tuple[int, int]
@@ -61,7 +59,7 @@ def measure(comm: Communicator, stage: Callable[[str], None]) -> tuple[list[Link
             if own.rank == low:
                 found.append(_lead(own, high))
             elif own.rank == high:
-                _follow(own, low)
+                follow(own, low)
         _idle(own)
     told = own.gather_json([[*link.ranks, link.latency_us, link.bandwidth_gb_s, link.nbytes] for link in found])
     own.free()
@@ -70,51 +68,9 @@ def measure(comm: Communicator, stage: Callable[[str], None]) -> tuple[list[Link
 
 
 def _lead(comm: Communicator, peer: int) -> Link:
-    latency = _trip(comm, peer, 8, SECONDS[0])
-    nbytes = SMALLER
-    trip = _trip(comm, peer, nbytes, 0.0)
-    if trip < TRIP:
-        nbytes = min(LARGE, SMALLER * 2 ** int(math.log2(TRIP / trip)))
-        trip = _trip(comm, peer, nbytes, SECONDS[1])
-    _order(comm, peer, 0, 0)
+    latency, bandwidth, nbytes = lead(comm, peer, SECONDS)
     nodes = comm.nodes[comm.rank], comm.nodes[peer]
-    return Link((comm.rank, peer), nodes, latency / 2 * 1e6, 2 * nbytes / trip / 1e9, nbytes)
-
-
-def _trip(comm: Communicator, peer: int, nbytes: int, seconds: float) -> float:
-    """Seconds of a round trip: the median of as many as there is time for, at least one."""
-    _exchange(comm, peer, nbytes, 1)  # the peer may come late, and the first message opens connections
-    (first,) = _exchange(comm, peer, nbytes, 1)
-    count = int(np.clip(seconds / first, 0, 1000))
-    return float(np.median(_exchange(comm, peer, nbytes, count))) if count else first
-
-
-def _exchange(comm: Communicator, peer: int, nbytes: int, count: int) -> list[float]:
-    _order(comm, peer, nbytes, count)
-    buffer, taken = np.ones(nbytes, np.uint8), []  # zeros would not be in memory yet
-    for _ in range(count):
-        start = comm.now()
-        comm.send(buffer, peer, Tag.CONTROL)
-        comm.recv(buffer, peer, Tag.CONTROL)
-        taken.append(max(comm.now() - start, 1) / 1e9)
-    return taken
-
-
-def _order(comm: Communicator, peer: int, nbytes: int, count: int) -> None:
-    comm.send(np.array([nbytes, count], np.int64), peer, Tag.CONTROL)
-
-
-def _follow(comm: Communicator, peer: int) -> None:
-    order = np.zeros(2, np.int64)
-    while True:
-        comm.recv(order, peer, Tag.CONTROL)
-        nbytes, count = map(int, order)
-        if not count:
-            return
-        buffer = np.ones(nbytes, np.uint8)
-        for _ in range(count):
-            comm.recv(buffer, peer, Tag.CONTROL)
-            comm.send(buffer, peer, Tag.CONTROL)
+    return Link((comm.rank, peer), nodes, latency * 1e6, bandwidth / 1e9, nbytes)
 
 
 def _idle(comm: Communicator) -> None:

@@ -91,6 +91,10 @@ class Recorder:
         if stack:
             stack[-1][1] = now_ns
 
+    def learn(self, bytes: int, peer: int, id: int) -> None:
+        """What is known of the innermost open span only at its end."""
+        self._stack[-1][2:5] = bytes, peer, id
+
     def _cut(self, span: list[Any], now_ns: int) -> None:
         kind, start, nbytes, peer, id, step, piece = span
         if piece:
@@ -186,6 +190,9 @@ class NullRecorder(Recorder):
         return None
 
     def close(self, now_ns: int) -> None:
+        return None
+
+    def learn(self, bytes: int, peer: int, id: int) -> None:
         return None
 
     def step_done(self, *arguments: Any, **named: Any) -> None:

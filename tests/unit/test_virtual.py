@@ -19,7 +19,7 @@ from hpctrain.comm.network import FreeNetwork, LinkNetwork
 from hpctrain.comm.virtual import DeadlockError, World
 from hpctrain.errors import HpctrainError
 from hpctrain.trace.recorder import Recorder
-from hpctrain.trace.schema import KIND_CODES
+from tests.helpers import barriers_are_traced, messages_are_traced
 
 TAG = 2
 
@@ -676,16 +676,26 @@ def test_waiting_is_traced_and_both_ends_know_a_message_by_one_number():
             comm.recv(np.zeros(5), 0, TAG)
             comm.sleep(1)
             comm.recv(np.zeros(1000), 0, TAG)
-        comm.barrier()
 
     run(2, body, recorders=recorders)
     sent, got = (recorder.drain()["spans"] for recorder in recorders)
-    send = sent[sent["kind"] == KIND_CODES["send"]][0]
-    recv = got[got["kind"] == KIND_CODES["recv"]][0]
-    assert (send["bytes"], recv["bytes"]) == (8000, 40)
-    assert (send["start_ns"], send["end_ns"], send["peer"]) == (10**9, 2 * 10**9, 1)
-    assert (recv["start_ns"], recv["end_ns"], recv["peer"]) == (0, 10**9, 0)
-    assert recv["id"] + 1 == send["id"]  # the first and the second message of that pair and tag
+    first, second = (int(number) for number in np.unique(sent["id"]))
+    late = 10**9
+    spans = [tuple(int(row[name]) for name in ("id", "start_ns", "end_ns", "bytes", "peer")) for row in sent]
+    assert spans == [
+        (first, late, late, 40, 1),
+        (second, late, late, 8000, 1),
+        (second, late, 2 * late, 0, 1),  # waited for its receiver; its bytes were counted
+    ]
+    spans = [tuple(int(row[name]) for name in ("id", "start_ns", "end_ns", "bytes", "peer")) for row in got]
+    assert spans == [(first, 0, late, 40, 0), (second, 2 * late, 2 * late, 8000, 0)]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_message_and_barrier_is_traced_at_all_its_ends(size: int):
+    recorders = [Recorder() for _ in range(size)]
+    run(size, messages_are_traced, recorders=recorders)
+    run(size, barriers_are_traced, recorders=recorders)
 
 
 def test_collectives_have_one_number_on_all_ranks():
