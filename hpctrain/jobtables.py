@@ -400,6 +400,7 @@ class Trace(Table):
     resources_seconds: Annotated[float, Field(ge=0.01, le=86400)] = Field(
         default=1.0, description="seconds between samples of processor, memory, network and GPU use"
     )
+    report: bool = Field(default=False, description="write report.html into the run folder at the end")
 
 
 class Communicator(Table):

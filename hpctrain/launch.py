@@ -291,6 +291,7 @@ class Session:
             queue="static" if self.job.data.queue == "static" else "shared",
             epoch=prepared.order.length,
             ahead=prepared.ahead,
+            tick=self.tracing.tick,
         )
         name = runfolder.name_of(self.job.schedule[index].strategy)
         recorder.event("role", f"phase {index}: {roles.of(comm.rank).value} of {name}")
@@ -552,6 +553,8 @@ class Session:
             self.model, self.folder, metrics, self.books.summaries, self.books.cursor, interrupted
         )
         self._tell_end(name, metrics, interrupted)
+        if self.job.trace.report and self.job.trace.enabled and self.comm.concurrent and not interrupted:
+            self._report()
 
     def _tell_end(self, measured: str, metrics: dict[str, float], interrupted: bool) -> None:
         if interrupted:
@@ -569,3 +572,15 @@ class Session:
         if metrics:
             self.out.say(f"{measured} {self.job.metric.name} {metrics['metric']:.4f}")
         self.out.say(f"run folder {self.folder}")
+
+    def _report(self) -> None:
+        """Collective: the others wait, so that their launcher does not end before it is written."""
+        if self.comm.rank == 0:
+            from hpctrain.report import write_report
+
+            try:
+                path, headline = write_report(self.folder)
+                self.out.say(f"{headline}\nreport {path}")
+            except HpctrainError as error:  # the run itself is safe
+                self.out.say(f"no report: {error}")
+        self.comm.barrier()

@@ -137,17 +137,6 @@ class OptimizerChoice:
             raise ModelError(f"{self._words()}: {_line(error)}") from error
 
 
-def corrected_momentum(momentum: float, delayed: int) -> tuple[float, float]:
-    """(momentum, factor of the learning rate) for gradients of `delayed` workers that are applied one by one.
-
-    Delays act like momentum of 1 - 1/delayed of their own (Mitliagkas et al. 2016, theorem 3), which adds to the
-    optimizer's and makes it unstable. So a gradient's memory, of 1 / (1 - momentum) updates, is shortened to one
-    round's share of it; the factor lets the gradient move the parameters as far in the end as it would have.
-    """
-    shorter = max(0.0, 1.0 - (1.0 - momentum) * delayed)
-    return shorter, (1.0 - shorter) / (1.0 - momentum) if momentum < 1.0 else 1.0
-
-
 def _momentum_of(group: dict[str, Any]) -> float:
     """The momentum of a torch optimizer's parameter group; 0 where it has none."""
     return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
@@ -199,42 +188,71 @@ class Update(ABC):
         self._momenta: list[float] = []
         self._adaptive = False
         self._group_of: dict[int, dict[str, Any]] = {}
+        self._velocities: dict[int, dict[torch.nn.Parameter, torch.Tensor]] = {}
 
-    def apply(self, gradient: torch.Tensor, factor: float, momentum: float = 1.0, delayed: int = 1) -> None:
+    def apply(
+        self, gradient: torch.Tensor, factor: float, momentum: float = 1.0, worker: int | None = None
+    ) -> None:
         """One optimizer step; `gradient` has high - low elements, `factor` multiplies the learning rates, `momentum`
-        the momenta (of Adam and its like the first beta). `delayed`: how many workers' updates are in flight at once,
-        for which SGD's momentum is corrected, see `corrected_momentum`."""
+        the momenta (of Adam and its like the first beta). `worker`: whose gradient it is, where SGD is to keep a
+        velocity for each, see `_step_for`."""
         if self._optimizer is None:
             return
         for group, rate, inertia in zip(self._optimizer.param_groups, self._rates, self._momenta, strict=True):
-            kept, faster = self._correct(group, inertia * momentum, delayed)
-            group["lr"] = rate * factor * faster
-            _set_momentum(group, kept)
+            group["lr"] = rate * factor
+            _set_momentum(group, inertia * momentum)
         self._point_at(gradient)
-        self._optimizer.step()
+        if worker is None:
+            self._optimizer.step()
+        else:
+            self._step_for(worker, self._optimizer)
 
-    def _correct(self, group: dict[str, Any], momentum: float, delayed: int) -> tuple[float, float]:
-        """As `corrected_momentum`, for SGD's velocity; adaptive optimizers average gradients, or normalise the sum."""
-        sums = "momentum" in group and not self._adaptive
-        return corrected_momentum(momentum, delayed) if sums else (momentum, 1.0)
+    def _step_for(self, worker: int, optimizer: torch.optim.Optimizer) -> None:
+        """With this worker's own velocity, and Nesterov's momentum.
+
+        DANA-Slim (Hakimi, Barkai, Gabel, Schuster 2019, section 4.2): one velocity of all workers' late gradients has,
+        with the momentum that delays bring by themselves (Mitliagkas et al. 2016), too much inertia. One per worker
+        remembers as many of its own steps as in a synchronous run, and Nesterov's step looks as far ahead as the others
+        will have moved the parameters meanwhile. It begins as the velocity that was loaded.
+        """
+        own, loaded = self._velocities.setdefault(worker, {}), {}
+        for group, parameter, state in self._with_velocity():
+            group["nesterov"] = True
+            loaded[parameter] = state.pop("momentum_buffer", None)
+            if parameter in own:
+                state["momentum_buffer"] = own[parameter]
+            elif loaded[parameter] is not None:
+                state["momentum_buffer"] = loaded[parameter].clone()
+        optimizer.step()
+        for _, parameter, state in self._with_velocity():
+            own[parameter] = state.pop("momentum_buffer")
+            if loaded[parameter] is not None:
+                state["momentum_buffer"] = loaded[parameter]
+
+    def _with_velocity(self) -> Iterator[tuple[dict[str, Any], torch.nn.Parameter, dict[str, Any]]]:
+        """(group, parameter, its state) of SGD's; adaptive optimizers average gradients, or normalise their sum."""
+        assert self._optimizer is not None
+        for group in self._optimizer.param_groups:
+            if not self._adaptive and "nesterov" in group and group.get("momentum"):
+                for parameter in group["params"]:
+                    yield group, parameter, self._optimizer.state[parameter]
 
     @contextmanager
-    def plain_velocity(self, delayed: int) -> Iterator[None]:
-        """Inside, SGD's velocity, a sum of 1 / (1 - momentum) gradients, is as long as without the correction
-        for `delayed` workers: so it is handed on to others, who correct for other numbers."""
-        self._stretch_velocity(delayed, 1.0)
+    def common_velocity(self, workers: int) -> Iterator[None]:
+        """Inside, SGD's velocity is the mean of those of so many `workers`: so it is handed on to others."""
+        loaded = {}
+        for _, parameter, state in self._with_velocity() if self._velocities else ():
+            own = [velocities[parameter] for velocities in self._velocities.values()]
+            loaded[parameter] = (state, first := state.get("momentum_buffer"))
+            mean = torch.stack(own).sum(dim=0)
+            if first is not None:
+                mean.add_(first, alpha=workers - len(own))
+            state["momentum_buffer"] = mean.div_(workers)
         yield
-        self._stretch_velocity(delayed, -1.0)
-
-    def _stretch_velocity(self, delayed: int, power: float) -> None:
-        groups = self._optimizer.param_groups if self._optimizer is not None else []
-        for group, momentum in zip(groups, self._momenta, strict=True):
-            _, factor = self._correct(group, momentum, delayed)
-            for parameter in group["params"] if factor != 1.0 else []:
-                assert self._optimizer is not None
-                velocity = self._optimizer.state[parameter].get("momentum_buffer")
-                if velocity is not None:
-                    velocity.mul_(factor**power)
+        for state, first in loaded.values():
+            del state["momentum_buffer"]
+            if first is not None:
+                state["momentum_buffer"] = first
 
     def _adopt(self, choice: OptimizerChoice, groups: list[dict[str, Any]]) -> None:
         if groups:

@@ -524,9 +524,9 @@ class Replay:
         workers = len(recording.workers(phase))
         history = [[p.detach().clone() for p in self.parameters]]
         squares = [torch.zeros_like(p) for p in self.parameters]
-        delayed = workers if options.momentum_correction else 1
         lengths: dict[int, list[float]] = {}
-        self._stretch_velocity(delayed, -1)
+        velocities = {rank: [self._velocity(p) for p in self.parameters] for rank in recording.workers(phase)}
+        corrects = options.momentum_correction and workers > 1 and self.job.optimizer.options.get("momentum")
         for rank, step in recording.updates(phase):
             inputs, targets = recording.samples(rank, step)
             staleness = int(recording.row(rank, step)["staleness_max"])
@@ -539,19 +539,29 @@ class Replay:
             divisor = {"workers": workers, "staleness": max(1, staleness), "none": 1}[options.lr_per_update]
             if self.enter.learning_rate in ("keep", "scale"):
                 divisor = 1
-            self._apply(gradient, self._rate() / divisor, self._momentum(), delayed)
+            if corrects:
+                self._apply_nesterov(gradient, self._rate() / divisor, self._momentum(), velocities[rank])
+            else:
+                self._apply(gradient, self._rate() / divisor, self._momentum())
             history.append([p.detach().clone() for p in self.parameters])
             self.cursor += len(targets)
             self.updates += 1
-        self._stretch_velocity(delayed, 1)
+        for parts in zip(self.parameters, *velocities.values(), strict=True) if corrects else ():
+            self.optimizer.state[parts[0]]["momentum_buffer"] = torch.stack(parts[1:]).mean(dim=0)
 
-    def _stretch_velocity(self, delayed: int, power: int) -> None:
-        """Into a phase that corrects the momentum of SGD for `delayed` workers (power -1), and out of it (1): a sum of
-        1 / (1 - momentum) gradients is as long before and after."""
-        momentum = self.job.optimizer.options.get("momentum", 0.0)
-        for state in self.optimizer.state.values():
-            if state.get("momentum_buffer") is not None:
-                state["momentum_buffer"] *= ((1 - max(0.0, 1 - delayed * (1 - momentum))) / (1 - momentum)) ** power
+    def _velocity(self, parameter: Tensor) -> Tensor:
+        known = self.optimizer.state[parameter].get("momentum_buffer")
+        return torch.zeros_like(parameter) if known is None else known.clone()
+
+    def _apply_nesterov(self, gradient: list[Tensor], rate: float, momentum: float, velocity: list[Tensor]) -> None:
+        """SGD by hand, with one worker's velocity: v = m v + g, w -= rate (g + m v)."""
+        options = self.job.optimizer.options
+        inertia = options["momentum"] * momentum
+        with torch.no_grad():
+            for parameter, part, inert in zip(self.parameters, gradient, velocity, strict=True):
+                part = part + options.get("weight_decay", 0.0) * parameter
+                inert.mul_(inertia).add_(part)
+                parameter.sub_((self.job.optimizer.lr or 0.0) * rate * (part + inertia * inert))
 
     def _put(self, values: list[Tensor]) -> None:
         with torch.no_grad():
@@ -566,16 +576,13 @@ class Replay:
             nn.utils.clip_grad_norm_(self.parameters, self.job.train.clip_norm)
         return [p.grad.clone() for p in self.parameters if p.grad is not None]
 
-    def _apply(self, gradient: list[Tensor], rate: float, momentum: float, delayed: int = 1) -> None:
-        """`delayed`: of how many workers the momentum is corrected for (1: not corrected)."""
+    def _apply(self, gradient: list[Tensor], rate: float, momentum: float) -> None:
         group, options = self.optimizer.param_groups[0], self.job.optimizer.options
         if "betas" in group:
             first, second = options.get("betas", (0.9, 0.999))
             group["betas"] = (first * momentum, second)
         elif "momentum" in group:
-            whole = options.get("momentum", 0.0) * momentum
-            group["momentum"] = max(0.0, 1 - delayed * (1 - whole))
-            rate *= (1 - group["momentum"]) / (1 - whole)
+            group["momentum"] = options.get("momentum", 0.0) * momentum
         group["lr"] = (self.job.optimizer.lr or 0.0) * rate
         for parameter, part in zip(self.parameters, gradient, strict=True):
             parameter.grad = part

@@ -72,7 +72,8 @@ class Phase:
     next step). `rate`, `momentum`: factors of the learning rate and the momentum at a cursor; `per_update`: whether
     the strategy may scale the rate of one worker's update; `adaptive`: whether updates do not grow with gradients
     (Adam and its like). `queue`: how samples are dealt where workers do not step together; `epoch`: samples per
-    epoch; `ahead`: how many stretches of samples a worker likes to know of besides the one it is at.
+    epoch; `ahead`: how many stretches of samples a worker likes to know of besides the one it is at. `tick`: what a
+    dedicated server calls now and then, as trainers do after every step: its trace is written.
     """
 
     index: int
@@ -98,6 +99,7 @@ class Phase:
     queue: Literal["static", "shared"] = "static"
     epoch: int | None = None
     ahead: int = 0
+    tick: Callable[[], None] = field(default=lambda: None)
 
     @property
     def worker_index(self) -> int:

@@ -67,8 +67,8 @@ class ParameterServerOptions(Options):
     )
     momentum_correction: bool = Field(
         True,
-        description="shorten the memory of SGD's momentum, to which the delays of several workers add (Mitliagkas et "
-        "al. 2016), without a change in how far a gradient moves the parameters in the end (modes async and bounded)",
+        description="keep SGD's velocity per worker, with Nesterov's momentum (DANA-Slim: Hakimi et al. 2019): one "
+        "velocity of all workers' late gradients becomes unstable (modes async and bounded)",
     )
     clip_pushes: float | None = Field(
         None,
@@ -201,8 +201,7 @@ class ParameterServerServer(Server):
         self._direct: list[Request] = []
         self._sending: list[Request] = []
         self._compensation = DelayCompensation.of(self.options, self.values)
-        corrects = not self.options.lockstep and self.options.momentum_correction
-        self._delayed = len(wiring.workers) if corrects else 1
+        self._corrects = not self.options.lockstep and self.options.momentum_correction and len(wiring.workers) > 1
         self.coordinator = MODES[self.options.mode](self) if phase.comm.rank == wiring.coordinator else None
 
     def _buffer(self) -> Arena:
@@ -219,8 +218,7 @@ class ParameterServerServer(Server):
 
     def load(self, state: State) -> None:
         """Take over this server's part of a checkpoint, or of the phase before."""
-        with self.update.plain_velocity(self._delayed):
-            self.update.load_in_place(state)
+        self.update.load_in_place(state)
         if self.coordinator is not None:
             self.coordinator.load(state.counters)
 
@@ -256,6 +254,8 @@ class ParameterServerServer(Server):
 
     def execute(self, decision: Decision) -> None:
         """Do what the coordinator decided."""
+        if self._lane == 0:
+            self.phase.tick()
         if decision.what is What.STATE:
             self._send_state()
             return
@@ -284,7 +284,7 @@ class ParameterServerServer(Server):
         self.comm.wait_all(self._direct)  # nobody shall read half an update
         self._direct = []
         with self.comm.span("update", gradient.nbytes, peer, decision.version, flops=float(gradient.numel())):
-            self.update.apply(gradient, decision.rate, decision.momentum, self._delayed)
+            self.update.apply(gradient, decision.rate, decision.momentum, decision.take[0] if self._corrects else None)
 
     def _gradient(self, decision: Decision) -> torch.Tensor:
         """The sum of the gradients taken, in rank order; one alone lies where it came."""
@@ -348,7 +348,7 @@ class ParameterServerServer(Server):
 
         if self.coordinator is None and self.low == self.high:
             return
-        with self.update.plain_velocity(self._delayed):
+        with self.update.common_velocity(len(self.wiring.workers)):
             state = self.update.view()
             if self.coordinator is not None:
                 state.counters = self.coordinator.counters()

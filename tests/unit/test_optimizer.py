@@ -22,7 +22,6 @@ from hpctrain.optimizer import (
     ELEMENTWISE,
     OptimizerChoice,
     Update,
-    corrected_momentum,
     decay,
     make_update,
     slice_bounds,
@@ -431,15 +430,6 @@ def test_optimizers_whose_updates_do_not_grow_with_the_gradient_are_recognised(n
     assert choice_of(name, {"lr": 0.1}).adaptive == (name != "SGD")
 
 
-@pytest.mark.parametrize(
-    ("momentum", "delayed", "kept"), [(0.9, 1, 0.9), (0.9, 4, 0.6), (0.9, 8, 0.2), (0.9, 16, 0.0), (0.0, 4, 0.0)]
-)
-def test_corrected_momentum_moves_as_far(momentum: float, delayed: int, kept: float) -> None:
-    found, factor = corrected_momentum(momentum, delayed)
-    assert found == pytest.approx(kept)
-    assert factor / (1 - found) == pytest.approx(1 / (1 - momentum))
-
-
 def update_of(name: str, options: dict[str, Any]) -> tuple[Update, Tensor]:
     """Over all of a small model, and the values that it changes."""
     replica = Replica(Net())
@@ -465,23 +455,47 @@ def test_momentum_is_scaled_for_one_update(name: str) -> None:
     assert mask.any()
 
 
-@pytest.mark.parametrize("name", ["SGD", "Muon", "Adam"])
-def test_velocity_is_handed_on_as_long_as_without_the_correction(name: str) -> None:
-    """After many equal gradients SGD's velocity is gradient / (1 - momentum), whatever the correction."""
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_each_worker_has_a_velocity_of_its_own(nesterov: bool) -> None:
+    """Against one torch optimizer per worker, which all move the same parameters."""
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.05, "nesterov": nesterov}
+    update, values = update_of("SGD", options)
+    plain = torch.zeros_like(values, requires_grad=True)
+    optimizers = [torch.optim.SGD([plain], **{**options, "nesterov": True}) for _ in range(3)]
+    for step, worker in enumerate((0, 1, 0, 2, 1, 0, 0)):
+        plain.grad = torch.full_like(values, step + 1.0)
+        optimizers[worker].step()
+        update.apply(torch.full_like(values, step + 1.0), 1.0, worker=worker)
+    mask = values != 0
+    torch.testing.assert_close(values[mask], plain.detach()[mask], rtol=1e-12, atol=0)
+    assert mask.any()
+
+
+def test_the_velocity_handed_on_is_the_mean_of_the_workers() -> None:
+    """Of three workers one has not pushed: its velocity is still the one that was handed over."""
+    update, values = update_of("SGD", {"lr": 1e-3, "momentum": 0.5})
+    update.apply(torch.full_like(values, 8.0), 1.0)
+    for worker, gradient in ((0, 1.0), (2, 2.0), (0, 3.0)):  # v = v / 2 + g: 8 -> 5 -> 5.5, 8, 8 -> 6
+        update.apply(torch.full_like(values, gradient), 1.0, worker=worker)
+    with update.common_velocity(3):
+        assert velocity(update) == pytest.approx((5.5 + 8.0 + 6.0) / 3)
+    assert velocity(update) == 8.0
+
+
+def velocity(update: Update) -> float:
+    return float(abs(update.state().flat["momentum_buffer"]).max())
+
+
+@pytest.mark.parametrize("name", ["Adam", "RMSprop", "Muon"])
+def test_adaptive_optimizers_have_one_state_for_all_workers(name: str) -> None:
     if not hasattr(torch.optim, name):
         pytest.skip(f"this torch has no {name}")
-    lengths = []
-    for delayed in (1, 4):
-        options = {"lr": 1e-3, **({} if name == "Adam" else {"momentum": 0.9})}
-        update, values = update_of(name, options) if name != "Muon" else matrices(options)
-        for _ in range(400):
-            update.apply(torch.ones_like(values), 1.0, delayed=delayed)
-        with update.plain_velocity(delayed):
-            state = update.state()
-        key = "exp_avg" if name == "Adam" else "momentum_buffer"
-        arrays = [state.flat[key]] if key in state.flat else [own[key] for own in state.named.values()]
-        lengths.append([float(abs(array).max()) for array in arrays])
-    assert lengths[0] == pytest.approx(lengths[1], rel=1e-6)
+    options = {"lr": 0.1, **({} if name == "Adam" else {"momentum": 0.5})}
+    (each, values), (one, others) = ((matrices(options) if name == "Muon" else update_of(name, options)) for _ in "ab")
+    for worker in (0, 1, 0):
+        each.apply(torch.ones_like(values), 1.0, worker=worker)
+        one.apply(torch.ones_like(others), 1.0)
+    assert torch.equal(values, others)
 
 
 def matrices(options: dict[str, Any]) -> tuple[Update, Tensor]:
