@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from hpctrain.job import Job
 
 DESCRIPTION = "Train PyTorch models on MPI and Slurm clusters with whichever way of synchronising is fastest there."
+EXPORT = "trace export"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's mistake, 130 after an interruption.
 
     1: `doctor` found what keeps a run from working.
     """
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:2] == EXPORT.split():  # a command of two words beside `trace RUN`
+        words[:2] = [EXPORT]
+    options = _parser().parse_args(words)
     try:
         return int(options.command(options))
     except HpctrainError as error:
@@ -58,9 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="loss and metric of a run's model on its test samples")
     evaluate.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     evaluate.set_defaults(command=_evaluate)
-    trace = commands.add_parser("trace", help="where the time of a run went: totals per rank and span kind")
-    trace.add_argument("run", metavar="RUN", type=Path, help="a run folder")
-    trace.set_defaults(command=_trace)
+    _add_reading(commands)
     bench = commands.add_parser("bench", help="measure this machine: all-reduce, steps, switches, virtual ranks ...")
     bench.add_argument("what", nargs="?", default="all", choices=CHOICES)
     bench.add_argument("-n", type=int, default=2, metavar="N", help="how many ranks to start (default 2)")
@@ -82,6 +85,37 @@ def _parser() -> argparse.ArgumentParser:
     _job_arguments(show)
     show.set_defaults(command=_show)
     return parser
+
+
+def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The commands that read traces."""
+    report = commands.add_parser("report", help="write report.html: timeline, waiting, efficiency, convergence ...")
+    report.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    report.add_argument("-o", "--output", metavar="FILE", type=Path, help="default: report.html in the run folder")
+    report.set_defaults(command=_report)
+    compare = commands.add_parser("compare", help="runs side by side: time to a loss, speed, cost, scaling")
+    compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
+    compare.add_argument("--baseline", metavar="RUN", type=Path, help="show speed-up and scaling efficiency against it")
+    compare.add_argument("--target-loss", type=float, metavar="X", help="loss to time (default: what all runs reached)")
+    compare.add_argument("--target-metric", type=float, metavar="X", help="metric to time (default: likewise)")
+    compare.add_argument("--csv", metavar="FILE", type=Path, help="write the table to FILE, with units in its columns")
+    compare.add_argument("-o", "--output", metavar="FOLDER", type=Path, help="write pictures into FOLDER")
+    compare.set_defaults(command=_compare)
+    watch = commands.add_parser("watch", help="how a run goes, while it goes: loss, speed, waiting, time left")
+    watch.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    watch.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default 2)")
+    watch.add_argument("--once", action="store_true", help="print one picture and exit")
+    watch.set_defaults(command=_watch)
+    trace = commands.add_parser("trace", help="where the time of a run went: totals per rank and span kind")
+    trace.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    trace.set_defaults(command=_trace)
+    export = commands.add_parser(EXPORT, help="write a run's traces for Perfetto, or as tables")
+    export.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    export.add_argument("--format", default="perfetto", metavar="perfetto|csv|parquet", help="default: perfetto")
+    export.add_argument("-o", "--output", type=Path, metavar="PATH", help="default: in the run folder")
+    export.add_argument("--ranks", metavar="0,3,8-15", help="only these")
+    export.add_argument("--steps", metavar="FIRST:LAST", help="only the time in which these steps ran; both included")
+    export.set_defaults(command=_export)
 
 
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +179,37 @@ def _trace(options: argparse.Namespace) -> int:
 
     print(format_totals(open_run(options.run)))
     return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from hpctrain.export import export_run, parse_ranks, parse_steps
+
+    ranks = parse_ranks(options.ranks) if options.ranks is not None else None
+    steps = parse_steps(options.steps) if options.steps is not None else None
+    print(f"wrote {export_run(options.run, options.format, options.output, ranks, steps)}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from hpctrain.report import write_report
+
+    path, headline = write_report(options.run, options.output)
+    print(f"{headline}\nwrote {path}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from hpctrain import compare
+
+    return compare.main(
+        options.runs, options.baseline, options.target_loss, options.target_metric, options.csv, options.output
+    )
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from hpctrain.watch import watch
+
+    return watch(options.run, options.every, options.once)
 
 
 def _bench(options: argparse.Namespace) -> int:

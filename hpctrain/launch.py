@@ -30,6 +30,7 @@ from hpctrain.runfolder import Narrator, PhaseSummary
 from hpctrain.schedule import Ask, Progress
 from hpctrain.state import State
 from hpctrain.strategies.base import Outcome, Phase, Strategy
+from hpctrain.trace.roles import Entry
 from hpctrain.trace.writer import next_attempt
 from hpctrain.tracing import Tracing
 from hpctrain.trainer import Trainer, fit
@@ -294,7 +295,7 @@ class Session:
             tick=self.tracing.tick,
         )
         name = runfolder.name_of(self.job.schedule[index].strategy)
-        recorder.event("role", f"phase {index}: {roles.of(comm.rank).value} of {name}")
+        recorder.event("role", str(Entry(index, roles.of(comm.rank).value, name)))
         if len(self.job.schedule) > 1:
             self.out.say(f"phase {index}: {name}, {runfolder.describe_roles(roles)}")
         self._phase = phase

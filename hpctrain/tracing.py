@@ -74,15 +74,19 @@ class Tracing:
 
 
 def measure_clock(comm: Communicator) -> None:
-    """Record this rank's offset to rank 0's clock, by the quickest of a few round trips (Cristian 1989). Collective."""
+    """Record this rank's offset to rank 0's clock, by the quickest of a few round trips (Cristian 1989). Collective.
+
+    The ranks of one node have one clock: `now` is the operating system's.
+    """
     stamp, answer = np.zeros(1, np.int64), np.zeros(1, np.int64)
     if comm.rank == 0:
-        comm.recorder.clock(0, 0)
-        for rank in range(1, comm.size):
+        for rank in [rank for rank in range(comm.size) if comm.nodes[rank] != comm.nodes[0]]:
             for _ in range(PINGS):
                 comm.recv(stamp, rank, Tag.CLOCK)
                 answer[0] = comm.now()
                 comm.send(answer, rank, Tag.CLOCK)
+    if comm.nodes[comm.rank] == comm.nodes[0]:
+        comm.recorder.clock(0, 0)
         return
     best = (2**62, 0)
     for _ in range(PINGS):
@@ -121,6 +125,7 @@ def _attributes(job: Job, comm: Communicator, prepared: Prepared, attempt: int) 
         "node": comm.nodes[comm.rank],
         "role": prepared.roles[0].of(comm.rank).value,
         "device": str(prepared.device),
+        "parameters": prepared.replica.layout.parameters,
         "job": job.dump(),
         "attempt": attempt,
         "python": platform.python_version(),

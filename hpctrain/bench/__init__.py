@@ -19,15 +19,20 @@ if TYPE_CHECKING:
     from hpctrain.bench.report import Report, Table
     from hpctrain.comm.base import Communicator
 
-ALONE = ("virtual", "trace")  # need no other ranks
+ALONE = {  # need no other ranks
+    "virtual": "alone:measure_virtual",
+    "trace": "alone:measure_trace",
+    "read": "reading:measure_read",
+}
 TOGETHER = {
     "all_reduce": "together:measure_all_reduce",
     "step": "together:measure_step",
     "pushes": "asynchronous:measure_pushes",
     "slow": "asynchronous:measure_slow",
     "switch": "switching:measure_switch",
+    "tracing": "tracing:measure_tracing",
 }
-OF_ANY_RANKS = ("all_reduce", "step")  # what `all` measures of these
+OF_ANY_RANKS, OF_ONE = ("all_reduce", "step"), ("virtual", "trace")  # what `all` measures of these
 CHOICES = ("all", *TOGETHER, *ALONE)
 STARTED = "HPCTRAIN_LAUNCH"  # what `hpctrain run`'s launcher leaves in the environment of its ranks
 
@@ -53,7 +58,7 @@ def main(what: str = "all", path: str | None = None) -> int:
     """Measure `what` (one of CHOICES) on the ranks that a launcher started; print tables.
 
     `path`: a file that is to get the figures as JSON. Progress goes to stderr. Returns the exit status.
-    Collective over these ranks; `virtual` and `trace` alone start no MPI and need no launcher.
+    Collective over these ranks; those of ALONE start no MPI and need no launcher.
     """
     if what in ALONE:
         check_path(path)
@@ -104,26 +109,20 @@ def _measure_together(what: str, comm: Communicator, path: str | None) -> None:
         comm.sleep(0.05)
 
 
-def _function(place: str) -> Callable[[Communicator, Callable[[str], None]], Table]:
+def _function(place: str) -> Callable[..., Table]:
     module, name = place.split(":")
-    function: Callable[[Communicator, Callable[[str], None]], Table]
-    function = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    function: Callable[..., Table] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     return function
 
 
 def _measure_alone(what: str) -> Report:
     import torch
 
-    from hpctrain.bench.alone import measure_trace, measure_virtual
     from hpctrain.bench.report import Report
 
     torch.set_num_threads(1)
-    report = Report()
-    if what in ("all", "virtual"):
-        report.tables.append(measure_virtual(_progress))
-    if what in ("all", "trace"):
-        report.tables.append(measure_trace(_progress))
-    return report
+    names = OF_ONE if what == "all" else (what,)
+    return Report([_function(ALONE[name])(_progress) for name in names])
 
 
 def _tell(report: Report, path: str | None) -> None:

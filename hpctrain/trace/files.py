@@ -12,15 +12,25 @@ from typing import Any
 import numpy as np
 
 from hpctrain.errors import TraceError
-from hpctrain.trace.schema import SCHEMA_VERSION, TABLES
+from hpctrain.trace.schema import OLDER_VERSIONS, SCHEMA_VERSION, TABLES
 
 Rows = np.ndarray[Any, Any]
 UNREADABLE = (OSError, RuntimeError, KeyError, ValueError)  # what h5py raises on damaged files
 
 
+class UnreadableTrace(TraceError):
+    """A file that is left out. `reason`: what is wrong with it, to follow its name."""
+
+    def __init__(self, path: Path, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank}: trace/{path.name} {reason}")
+        self.reason = reason
+
+
 @dataclass
 class TraceFile:
-    """One rank's file of one attempt. `shift`: from this attempt's clock of rank 0 to the first's."""
+    """One rank's file of one attempt. `rows`: how many each table really has; `claimed`: how many it should have,
+    -1 where even that cannot be read. `shift`: from this attempt's clock of rank 0 to the first's.
+    """
 
     path: Path
     rank: int
@@ -29,12 +39,15 @@ class TraceFile:
     closed: bool
     clock: Rows
     rows: dict[str, int] = field(default_factory=dict)
+    claimed: dict[str, int] = field(default_factory=dict)
     shift: int = 0
 
     def correct(self, t_ns: Rows) -> Rows:
         """Times (int64) of this rank's clock on the run's: linear between the measured offsets."""
         if not len(self.clock):
             return t_ns + self.shift
+        if not np.ptp(self.clock["offset_ns"]):
+            return t_ns + (int(self.clock["offset_ns"][0]) + self.shift)
         # Relative to the first measurement, because float64 does not hold nanoseconds of a calendar.
         base_t, base = int(self.clock["t_ns"][0]), int(self.clock["offset_ns"][0])
         drift = np.interp(t_ns - base_t, self.clock["t_ns"] - base_t, self.clock["offset_ns"] - base)
@@ -57,19 +70,30 @@ def open_h5(path: Path) -> Any:
 
 
 def open_file(path: Path, rank: int, attempt: int) -> TraceFile:
-    """Raises TraceError for another schema, one of `UNREADABLE` for a damaged file."""
+    """Raises UnreadableTrace for another schema and for a damaged file."""
+    try:
+        return _open_file(path, rank, attempt)
+    except UNREADABLE as error:
+        raise UnreadableTrace(path, rank, f"cannot be read: it is damaged or cut ({why(error)})") from None
+
+
+def _open_file(path: Path, rank: int, attempt: int) -> TraceFile:
     with open_h5(path) as h5:
         attributes = {name: _plain(value) for name, value in h5.attrs.items()}
         version = attributes.get("schema_version")
-        if version != SCHEMA_VERSION:
-            found = "no schema version (it is no trace)" if version is None else f"schema version {version}"
-            raise TraceError(f"rank {rank}: trace/{path.name} has {found}; this hpctrain reads {SCHEMA_VERSION}")
+        if version is None:
+            raise UnreadableTrace(path, rank, "has no schema version: it is no trace")
+        if version != SCHEMA_VERSION and version not in OLDER_VERSIONS:
+            advice = f"this hpctrain reads version {SCHEMA_VERSION}; read it with the hpctrain that wrote it"
+            raise UnreadableTrace(path, rank, f"has schema version {version}: {advice}")
         for name, dtype in TABLES.items():
             if h5[name].dtype != dtype:
-                raise TraceError(f"rank {rank}: /{name} of trace/{path.name} does not have the columns of its schema")
-        clock = read_rows(h5["clock"], 0, rows_there(h5["clock"], path)[0])
+                raise UnreadableTrace(path, rank, f"does not have the columns of its schema in /{name}")
+        counts = {name: _count(h5[name], path) for name in TABLES}
+        claimed, rows = ({name: count[i] for name, count in counts.items()} for i in (0, 1))
+        clock = read_rows(h5["clock"], 0, rows["clock"])
     clock = clock[np.argsort(clock["t_ns"], kind="stable")]
-    return TraceFile(path, rank, attempt, attributes, _closed(path), clock)
+    return TraceFile(path, rank, attempt, attributes, _closed(path), clock, rows, claimed)
 
 
 def why(error: Exception) -> str:
@@ -88,6 +112,13 @@ def _closed(path: Path) -> bool:
     """Whether its writer closed the file: byte 11 of an HDF5 superblock (version 3) has a writer's flags."""
     with open(path, "rb") as file:
         return not file.read(12)[11] & 0x05
+
+
+def _count(table: Any, path: Path) -> tuple[int, int]:
+    try:
+        return rows_there(table, path)
+    except UNREADABLE:
+        return -1, 0
 
 
 def rows_there(table: Any, path: Path) -> tuple[int, int]:
@@ -119,10 +150,16 @@ def read_rows(table: Any, start: int, stop: int) -> Rows:
             except UNREADABLE:
                 continue
         rows = np.concatenate(pieces)
-    if not len(rows):
+    if _all_coded(rows):
         return rows
     there = rows.view((np.uint8, (rows.dtype.itemsize,))).any(axis=1)
     return rows if there.all() else rows[there]
+
+
+def _all_coded(rows: Rows) -> bool:
+    """Whether no row can be of zeros, because all have a code: a sixth of the cost of looking at every byte."""
+    coded = [name for name in ("kind", "outcome") if name in (rows.dtype.names or ()) and rows.dtype[name] == np.uint8]
+    return not len(rows) or any(bool(rows[name].all()) for name in coded)
 
 
 def align(files: Sequence[TraceFile]) -> None:

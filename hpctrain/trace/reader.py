@@ -7,7 +7,7 @@ disturbed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +16,15 @@ import numpy as np
 
 from hpctrain.errors import HpctrainError, TraceError
 from hpctrain.trace.files import (
-    UNREADABLE,
     Rows,
     TraceFile,
+    UnreadableTrace,
     align,
     open_file,
     open_h5,
     read_rows,
-    rows_there,
-    why,
 )
-from hpctrain.trace.schema import KIND_CODES, KINDS, OUTCOMES, TABLES
+from hpctrain.trace.schema import KIND_CODES, KINDS, OLDER_VERSIONS, OUTCOMES, TABLES
 from hpctrain.trace.writer import trace_files
 
 if TYPE_CHECKING:
@@ -35,7 +33,8 @@ if TYPE_CHECKING:
     from hpctrain.job import Job
 
 Ranks = int | Iterable[int] | None
-BLOCK_ROWS = 1 << 18
+Keep = Callable[[Rows], Rows]
+BLOCK_ROWS = 1 << 16  # of spans, 3 MB: what the cores' caches hold
 TIMES = ("start_ns", "end_ns", "t_ns")
 
 
@@ -55,7 +54,7 @@ class Run:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.folder = _folder_of(Path(path))
+        self.folder = run_folder(Path(path))
         self.notes: list[str] = []
         self._files = self._open_files()
         self.ranks = sorted({file.rank for file in self._files})
@@ -66,22 +65,25 @@ class Run:
 
     # -- opening -----------------------------------------------------------------------------------------
     def _open_files(self) -> list[TraceFile]:
-        files, faults = [], []
+        files = []
+        faults: dict[tuple[int, str], dict[int, UnreadableTrace]] = {}
         for (attempt, rank), path in trace_files(self.folder).items():
             try:
                 files.append(open_file(path, rank, attempt))
-            except TraceError as error:
-                faults.append(str(error))
-            except UNREADABLE as error:
-                faults.append(f"rank {rank}: trace/{path.name} cannot be read: it is damaged or cut ({why(error)})")
+            except UnreadableTrace as error:
+                faults.setdefault((attempt, error.reason), {})[rank] = error
+        told = [_tell_fault(attempt, reason, errors) for (attempt, reason), errors in faults.items()]
         if not files:
-            if faults:
-                raise TraceError(f"{self.folder}: none of its traces can be read: {'; '.join(faults[:3])}")
+            if told:
+                raise TraceError(f"{self.folder}: none of its traces can be read: {'; '.join(told[:3])}")
             raise TraceError(f"{self.folder}: this run has no traces (was it started with trace.enabled = false?)")
-        self.notes += faults
+        self.notes += told
         return files
 
     def _note_gaps(self) -> None:
+        for version in sorted({int(file.attributes["schema_version"]) for file in self._files} & set(OLDER_VERSIONS)):
+            ranks = sorted({file.rank for file in self._files if file.attributes["schema_version"] == version})
+            self._note(f"{_name(ranks)}: written in schema version {version}: {OLDER_VERSIONS[version]}")
         present = trace_files(self.folder)
         for attempt in self.attempts:
             files = [file for file in self._files if file.attempt == attempt]
@@ -97,20 +99,11 @@ class Run:
                     "complete up to the last flush"
                 )
         for file in self._files:
-            self._count_rows(file)
-
-    def _count_rows(self, file: TraceFile) -> None:
-        """Find out how many rows of each table are really there, and note what is not."""
-        with open_h5(file.path) as h5:
-            for name in TABLES:
-                try:
-                    whole, there = rows_there(h5[name], file.path)
-                except UNREADABLE:
-                    whole = there = 0
+            for name, claimed in file.claimed.items():
+                if claimed < 0:
                     self._note(f"rank {file.rank}: /{name} of trace/{file.path.name} cannot be read")
-                if there < whole:
-                    self._note_lost(file, name, whole - there, whole)
-                file.rows[name] = there
+                elif file.rows[name] < claimed:
+                    self._note_lost(file, name, claimed - file.rows[name], claimed)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -153,7 +146,7 @@ class Run:
         starts = []
         for table, column in (("spans", "start_ns"), ("steps", "t_ns"), ("events", "t_ns")):
             for file in self._files:
-                block = next(self._blocks(file, table, 4096), None)
+                block = next(self._blocks(file, table, 4096, [column]), None)
                 if block is not None:
                     starts.append(int(block[column].min()))
             if starts:
@@ -161,14 +154,26 @@ class Run:
         return min(starts, default=0)
 
     # -- rows --------------------------------------------------------------------------------------------
-    def blocks(self, table: str, rank: Ranks = None, rows: int = BLOCK_ROWS) -> Iterator[tuple[int, int, Rows]]:
+    def blocks(
+        self,
+        table: str,
+        rank: Ranks = None,
+        rows: int = BLOCK_ROWS,
+        columns: Iterable[str] | None = None,
+    ) -> Iterator[tuple[int, int, Rows]]:
         """(rank, attempt, rows) of one of `schema.TABLES`, at most `rows` at a time, in the order written.
 
-        Times are corrected. For what is too large for a frame.
+        Times are corrected. For what is too large for a frame. `columns`: only these; cheaper, if times are left
+        out.
         """
+        names = None if columns is None else list(columns)
         for file in self._select(rank):
-            for block in self._blocks(file, table, rows):
+            for block in self._blocks(file, table, rows, names):
                 yield file.rank, file.attempt, block
+
+    def rows(self, table: str) -> dict[tuple[int, int], int]:
+        """How many rows of one of `schema.TABLES` there are, by (rank, attempt)."""
+        return {(file.rank, file.attempt): file.rows[table] for file in self._files}
 
     def _select(self, rank: Ranks) -> list[TraceFile]:
         if rank is None:
@@ -179,7 +184,15 @@ class Run:
             raise TraceError(f"{self.folder}: no readable trace of {_name(absent)}; there are {_name(self.ranks)}")
         return [file for file in self._files if file.rank in wanted]
 
-    def _blocks(self, file: TraceFile, table: str, rows: int) -> Iterator[Rows]:
+    def _blocks(
+        self,
+        file: TraceFile,
+        table: str,
+        rows: int,
+        columns: list[str] | None = None,
+        keep: Keep | None = None,
+    ) -> Iterator[Rows]:
+        """`keep` sees whole rows with the rank's own times, before `columns` are cut out and times corrected."""
         whole = file.rows[table]
         lost = 0
         with open_h5(file.path) as h5:
@@ -187,7 +200,10 @@ class Run:
                 stop = min(start + rows, whole)
                 block = read_rows(h5[table], start, stop)
                 lost += stop - start - len(block)
+                block = keep(block) if keep else block
                 if len(block):
+                    # Whole rows are read all the same: HDF5 is half as fast in picking fields out of them.
+                    block = block if columns is None else block[columns]
                     for name in set(TIMES) & set(block.dtype.names or ()):
                         block[name] = file.correct(block[name])
                     yield block
@@ -200,10 +216,12 @@ class Run:
         rank: Ranks = None,
         kind: str | Iterable[str] | None = None,
         steps: range | tuple[int, int] | None = None,
+        columns: Iterable[str] | None = None,
     ) -> pd.DataFrame:
         """Columns rank, attempt, step, kind, lane, piece, start_ns, end_ns, bytes, peer, id, start_s, end_s.
 
-        `kind`: one or several of `schema.KINDS`; `steps`: (first, one past the last), or a range.
+        `kind`: one or several of `schema.KINDS`; `steps`: (first, one past the last), or a range. `columns`: only
+        these of `schema.SPANS`, besides rank and attempt, for a smaller frame; `..._s` come with their `..._ns`.
         """
         codes = None
         if kind is not None:
@@ -217,8 +235,9 @@ class Run:
                 block = block[(block["step"] >= first) & (block["step"] < last)]
             return block
 
-        frame = self._frame("spans", rank, keep)
-        frame["kind"] = _categories(frame["kind"].to_numpy(), KINDS)
+        frame = self._frame("spans", rank, keep, columns)
+        if "kind" in frame:
+            frame["kind"] = _categories(frame["kind"].to_numpy(), KINDS)
         return frame
 
     def steps(self, rank: Ranks = None, rolled_back: bool = False) -> pd.DataFrame:
@@ -269,30 +288,36 @@ class Run:
             self._note(f"metrics.csv cannot be read ({str(error).splitlines()[0]})")
             return pd.DataFrame()
 
-    def _frame(self, table: str, rank: Ranks, keep: Any = None) -> pd.DataFrame:
+    def _frame(
+        self, table: str, rank: Ranks, keep: Keep | None = None, columns: Iterable[str] | None = None
+    ) -> pd.DataFrame:
         import pandas as pd
 
-        parts, ranks, attempts, counts = [np.zeros(0, TABLES[table])], [], [], []
-        for of_rank, attempt, block in self.blocks(table, rank):
-            block = keep(block) if keep else block
-            parts.append(block)
-            ranks.append(of_rank)
-            attempts.append(attempt)
-            counts.append(len(block))
-        columns: dict[str, Any] = {
+        names = list(TABLES[table].names or ()) if columns is None else list(columns)
+        parts: dict[str, list[Rows]] = {name: [np.zeros(0, TABLES[table][name])] for name in names}
+        ranks, attempts, counts = [], [], []
+        for file in self._select(rank):
+            for block in self._blocks(file, table, BLOCK_ROWS, names, keep):
+                for name in names:
+                    parts[name].append(block[name].copy())  # so that the rest of the block can go
+                ranks.append(file.rank)
+                attempts.append(file.attempt)
+                counts.append(len(block))
+        frame: dict[str, Any] = {
             "rank": np.repeat(np.array(ranks, np.int32), counts),
             "attempt": np.repeat(np.array(attempts, np.int16), counts),
         }
-        for name in TABLES[table].names or ():
-            columns[name] = np.concatenate([part[name] for part in parts])
+        for name in names:
+            frame[name] = np.concatenate(parts.pop(name))
         for name in TIMES:
-            if name in columns:
-                columns[name.replace("_ns", "_s")] = (columns[name] - self.start_ns) / 1e9
-        return pd.DataFrame(columns)
+            if name in frame:
+                frame[name.replace("_ns", "_s")] = (frame[name] - self.start_ns) / 1e9
+        return pd.DataFrame(frame, copy=False)
 
 
 # -- files ---------------------------------------------------------------------------------------------------
-def _folder_of(path: Path) -> Path:
+def run_folder(path: Path) -> Path:
+    """The run folder that `path` is, or is a file of. Raises TraceError."""
     if not path.exists():
         raise TraceError(f"{path}: there is no such run folder")
     folder = path if path.is_dir() else path.parent
@@ -301,6 +326,14 @@ def _folder_of(path: Path) -> Path:
     if not (folder / "trace").is_dir() and not (folder / "job.toml").exists():
         raise TraceError(f"{path}: this is no run folder (it has neither trace/ nor job.toml); give a folder runs/...")
     return folder
+
+
+def _tell_fault(attempt: int, reason: str, errors: Mapping[int, UnreadableTrace]) -> str:
+    """What is wrong alike with the files of some ranks."""
+    if len(errors) == 1:
+        return str(*errors.values())
+    which = f" of attempt {attempt}" if attempt > 1 else ""
+    return f"{_name(sorted(errors))}: each of their files{which} in trace/ {reason}"
 
 
 def _categories(codes: Rows, names: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""The layout of a trace file, version 1: span kinds, row types, codes. No h5py here.
+"""The layout of a trace file, version 2: span kinds, row types, codes. No h5py here.
 
 A file is `trace/rank_RRRRR.h5` (attempt 1) or `trace/rank_RRRRR.A.h5` (the run resumed for the A-th time). It
 has one one-dimensional dataset per entry of `TABLES`. Codes start at 1, so that a row of zeros is a row that
@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Read, too, with what they lack: of version 1 only messages and barriers that were waited for left spans.
+OLDER_VERSIONS = {1: "messages and barriers that nobody waited for are not in it"}
 
 
 class Kind(IntEnum):

@@ -28,21 +28,22 @@ def sum_times(run: Run) -> pd.DataFrame:
 
     sums: dict[tuple[int, int], np.ndarray[Any, Any]] = {}
     extents: dict[tuple[int, int, int], tuple[int, int]] = {}
-    for rank, attempt, block in run.blocks("spans"):
-        for lane in np.unique(block["lane"]).tolist():
-            spans = block[block["lane"] == lane] if block["lane"].any() else block
+    for rank, attempt, block in run.blocks("spans", columns=("kind", "lane", "start_ns", "end_ns")):
+        lanes = np.unique(block["lane"]).tolist() if block["lane"].any() else [0]
+        for lane in lanes:
+            spans = block if len(lanes) == 1 else block[block["lane"] == lane]
             took = np.bincount(spans["kind"], (spans["end_ns"] - spans["start_ns"]) / 1e9, minlength=256)
             sums[rank, lane] = sums.get((rank, lane), 0.0) + took
             start, end = extents.get((rank, lane, attempt), (1 << 62, -(1 << 62)))
             bounds = min(start, int(spans["start_ns"].min())), max(end, int(spans["end_ns"].max()))
             extents[rank, lane, attempt] = bounds
-    steps = run.steps().groupby("rank")["samples"].agg(["size", "sum"])
     for rank in run.ranks:
         sums.setdefault((rank, 0), np.zeros(256))
     rows = []
     for (rank, lane), took in sorted(sums.items()):
         time = sum((b - a) / 1e9 for (r, n, _), (a, b) in extents.items() if (r, n) == (rank, lane))
-        count, samples = (int(x) for x in steps.loc[rank].to_numpy()) if lane == 0 and rank in steps.index else (0, 0)
+        own = run.steps(rank)["samples"].to_numpy() if lane == 0 else np.zeros(0)
+        count, samples = len(own), int(own.sum())
         row: dict[str, Any] = {"rank": rank, "lane": lane, "role": str(run.attributes(rank).get("role", ""))}
         row |= {"time": time} | {kind: float(took[code]) for code, kind in enumerate(KINDS, 1)}
         row |= {"unaccounted": time - float(took.sum()), "steps": count, "samples": samples}

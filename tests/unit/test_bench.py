@@ -6,20 +6,25 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from hpctrain import bench
-from hpctrain.bench import alone, asynchronous, switching, together, workload
+from hpctrain.bench import alone, asynchronous, reading, switching, together, tracing, workload
 from hpctrain.bench.report import Report, Sample, Table, number
 from hpctrain.cli import main
 from hpctrain.comm.network import FreeNetwork, LinkNetwork
 from hpctrain.comm.virtual import World
 from hpctrain.errors import ClusterError, HpctrainError
+from hpctrain.job import Job
+from hpctrain.trace import open_run, sum_times
 from hpctrain.trace.schema import CLOCK, KIND_CODES, SPANS, STEPS
+from tests.traces import HandMade
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +45,9 @@ def _little(monkeypatch):
     model = switching.Model({"name": "mlp", "inputs": 6, "hidden": [5]}, {"name": "Adam"}, (6,))
     monkeypatch.setattr(switching, "MODELS", {"small": model})
     monkeypatch.setattr(switching, "RUNS", 2)
+    monkeypatch.setattr(reading, "RANKS", 3)
+    monkeypatch.setattr(reading, "SPANS_EACH", 1600)
+    monkeypatch.setattr(reading, "REPETITIONS", 2)
 
 
 LINEAR = workload.Load(lambda: torch.nn.Linear(6, 10), (6,), 4, 2, 2)
@@ -253,11 +261,112 @@ def test_a_run_for_a_bench_leaves_nothing(tmp_path: Path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+# -- read --------------------------------------------------------------------------------------------------------
+def test_reading_a_run_that_was_made_for_it(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    table = reading.measure_read(silent)
+    row = table.rows["3 ranks"]
+    assert row["spans, millions"].median == pytest.approx(3 * 1600 / 1e6)
+    assert row["files, MiB"].median > 3 * 1600 * SPANS.itemsize / 2**20
+    assert [len(row[name].values) for name in ("seconds", "peak, MiB")] == [2, 2]
+    assert min(row["seconds"].values) > 0
+    assert 20 < row["peak, MiB"].median < 1000
+    assert (row["limit, s"].median, row["limit, MiB"].median) == (30, 2048)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_run_to_read_is_as_large_as_it_says(tmp_path: Path):
+    reading.write_run(tmp_path, 4, 4000)
+    run = open_run(tmp_path)
+    assert (run.ranks, run.notes) == ([0, 1, 2, 3], [])
+    assert all(4000 <= count <= 4010 for count in run.rows("spans").values())
+    assert len(set(run.clock(0)["offset_ns"])) == 2
+    assert (sum_times(run)[list(reading.STEP)] > 0).all(axis=None)
+
+
+def test_a_run_to_read_that_has_no_room_is_smaller():
+    assert reading.spans_that_fit(2**40) == 1600
+    assert reading.spans_that_fit(3 * 1600 * 60) == 800
+    assert reading.spans_that_fit(0) == 0
+    table = reading._table(800, 1.0, [(31.0, 100.0)])
+    assert "these are 800" in table.notes[0]
+    assert table.notes[1] == "31.0 s and 100 MiB: not kept"
+
+
+def test_no_room_at_all_for_a_run_to_read_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(reading, "spans_that_fit", lambda free: 0)
+    with pytest.raises(HpctrainError, match="no room for traces to read; set TMPDIR"):
+        reading.measure_read(silent)
+
+
+def test_a_process_that_could_not_read_says_why(tmp_path: Path):
+    with pytest.raises(RuntimeError, match="no such run folder"):
+        reading.summarise(tmp_path / "none")
+
+
+# -- the cost of tracing -----------------------------------------------------------------------------------------
+def test_the_cost_of_tracing_is_a_ratio_of_pairs():
+    table = Table("tracing", "", [])
+    times = [(5.0, 5.1), (6.0, 6.0), (4.0, 4.04), (5.0, 6.0), (5.0, 5.0)]
+    pairs = [(tracing.Training(a), tracing.Training(b, 8.0, 400.0)) for a, b in times]
+    tracing._fill_row(table, "x", pairs)
+    row = table.rows["x"]
+    assert (row["without, ms"].median, row["with, ms"].median) == (5.0, 5.1)
+    assert row["cost, %"].median == pytest.approx(1.0)
+    assert (row["spans/step"].median, row["bytes/step"].median) == (8.0, 400.0)
+    assert table.notes == ["Median ratio of 5 pairs 1.0100 (middle half 1.0000-1.0200), limit 1.01: kept"]
+
+
+def test_traced_and_untraced_trainings_take_turns_to_be_first(monkeypatch):
+    order = []
+
+    def train(comm, job, traced):
+        order.append(traced)
+        return tracing.Training(2.0 if traced else 1.0)
+
+    monkeypatch.setattr(tracing, "_train", train)
+    table = tracing.measure_tracing(World(2).run(lambda comm: comm)[0], silent)
+    assert len(order) == 1 + 2 * tracing.PAIRS  # the first one is not counted
+    assert order[1:5] == [False, True, True, False]
+    assert tracing.PAIRS >= 7
+    assert table.rows["convnet, 24"]["cost, %"].values == (100.0,) * tracing.PAIRS
+
+
+def test_an_interrupted_training_is_not_measured(monkeypatch):
+    result = SimpleNamespace(interrupted=True, phases=[])
+    monkeypatch.setattr(tracing, "quiet_session", lambda job, comm: nullcontext(SimpleNamespace(result=result)))
+    monkeypatch.setattr(tracing, "fit", lambda session: None)
+    with pytest.raises(HpctrainError, match="interrupted before all was measured"):
+        World(1).run(lambda comm: tracing._train(comm, Job.load(tracing.JOB), traced=False))
+
+
+def test_what_a_step_adds_to_a_trace_is_counted(tmp_path: Path):
+    with HandMade(tmp_path, size=2) as run:
+        for rank in (0, 1):
+            for step in range(4):
+                for start in range(2 + rank):
+                    run[rank].span("forward", 10 * step + start, 10 * step + start + 0.5, step=step)
+                run[rank].done(10 * step + 5, step=step)
+    training = tracing._account(7.0, open_run(tmp_path), 1)
+    assert (training.step_ms, training.spans) == (7.0, 3.0)
+    assert training.bytes == pytest.approx(3 * SPANS.itemsize + STEPS.itemsize + CLOCK.itemsize / 4)
+
+
+def test_the_job_of_the_bench_is_among_the_jobs():
+    linked = Path(bench.__file__).parents[2] / "jobs" / "tracing.toml"
+    assert linked.resolve() == tracing.JOB.resolve()
+    job = Job.load(linked)
+    assert job.trace.enabled
+    assert (job.train.epochs or 0) * (1437 // (2 * job.train.batch_size)) > 1000
+
+
 def test_which_measurements_need_ranks():
     assert bench.wants_ranks("all", {})
     assert bench.wants_ranks("step", {"PATH": "/bin"})
     assert not bench.wants_ranks("virtual", {})
     assert not bench.wants_ranks("trace", {})
+    assert not bench.wants_ranks("read", {})
+    assert bench.wants_ranks("tracing", {})
     for launcher in ({"PMI_SIZE": "1"}, {"OMPI_COMM_WORLD_SIZE": "4"}, {bench.STARTED: "x"}):
         assert not bench.wants_ranks("all", launcher)
 
@@ -326,3 +435,43 @@ def test_bench_starts_ranks_itself(tmp_path: Path):
     assert "all-reduce of 2 ranks" in done.stdout
     assert done.stderr.splitlines()[0] == "bench: all-reduce of 4 KiB"
     assert set(json.loads(path.read_text())["all_reduce"]["rows"]) >= {"library", together.SHARED}
+
+
+@pytest.mark.launch
+def test_the_cost_of_tracing_is_measured_on_real_ranks(tmp_path: Path):
+    """Two short pairs; the whole of it is `hpctrain bench tracing`."""
+    import subprocess
+
+    from hpctrain import launcher
+
+    short = tmp_path / "short.toml"
+    short.write_text(tracing.JOB.read_text().replace("epochs = 42", "epochs = 1"))
+    program = tmp_path / "bench.py"
+    program.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from hpctrain.bench import tracing\n"
+        "tracing.JOB, tracing.PAIRS = Path(sys.argv[1]), 2\n"
+        "from hpctrain.cli import main\n"
+        "sys.exit(main(['bench', 'tracing', '--json', sys.argv[2]]))\n"
+    )
+    code = "import sys; from hpctrain import launcher; sys.exit(launcher.run(2, sys.argv[1:]))"
+    path = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, "-c", code, sys.executable, str(program), str(short), str(path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": str(Path(launcher.__file__).resolve().parent.parent), "TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("bench")] == [
+        "bench: tracing, pair 1 of 2",
+        "bench: tracing, pair 2 of 2",
+    ]
+    (row,) = json.loads(path.read_text())["tracing"]["rows"].values()
+    assert {name: cell["n"] for name, cell in row.items()} == dict.fromkeys(row, 2)
+    assert row["spans/step"]["median"] > 5
+    assert row["bytes/step"]["median"] > 5 * SPANS.itemsize
+    assert "limit 1.01" in done.stdout
+    assert not list(tmp_path.glob("hpctrain-bench-*"))

@@ -2,16 +2,20 @@
 
 import os
 import random
+import tracemalloc
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
+from hpctrain.cli import main
 from hpctrain.errors import TraceError
-from hpctrain.trace import Recorder, TraceWriter, format_totals, open_run, trace_path
+from hpctrain.trace import SCHEMA_VERSION, Recorder, TraceWriter, format_totals, open_run, sum_times, trace_path
 from hpctrain.trace.files import TraceFile
 from hpctrain.trace.schema import CLOCK
+
+ADVICE = f"this hpctrain reads version {SCHEMA_VERSION}; read it with the hpctrain that wrote it"
 
 
 class Writing:
@@ -184,12 +188,56 @@ def test_foreign_files_are_refused_by_name(tmp_path):
     with h5py.File(trace_path(tmp_path, 3), "r+") as file:
         file.attrs["schema_version"] = 99
     notes = open_run(tmp_path).notes
-    assert any(note.startswith("rank 1: trace/rank_00001.h5 cannot be read") for note in notes)
-    assert any(note.startswith("rank 2: trace/rank_00002.h5 cannot be read") for note in notes)
-    assert "rank 3: trace/rank_00003.h5 has schema version 99; this hpctrain reads 1" in notes
+    damaged = "ranks 1-2: each of their files in trace/ cannot be read: it is damaged or cut"
+    assert any(note.startswith(damaged) for note in notes)
+    assert f"rank 3: trace/rank_00003.h5 has schema version 99: {ADVICE}" in notes
     os.remove(trace_path(tmp_path, 0))
-    with pytest.raises(TraceError, match="none of its traces can be read: rank 1: trace/rank_00001.h5"):
+    with pytest.raises(TraceError, match=f"none of its traces can be read: {damaged}"):
         open_run(tmp_path)
+
+
+def set_version(folder, rank, version, attempt=1):
+    with h5py.File(trace_path(folder, rank, attempt), "r+") as file:
+        file.attrs["schema_version"] = version
+
+
+def test_ranks_of_another_schema_version_are_left_out_and_said(tmp_path):
+    write(tmp_path, ranks=5, steps=1)
+    for rank in (1, 2, 4):
+        set_version(tmp_path, rank, 0)
+    run = open_run(tmp_path)
+    assert (run.ranks, run.size) == ([0, 3], 5)
+    assert run.notes == [f"ranks 1-2, 4: each of their files in trace/ has schema version 0: {ADVICE}"]
+    assert set(run.spans()["rank"]) == {0, 3}
+
+
+def test_older_schema_versions_are_read_with_what_they_lack(tmp_path):
+    write(tmp_path, ranks=3, steps=1)
+    for rank in (0, 2):
+        set_version(tmp_path, rank, 1)
+    run = open_run(tmp_path)
+    assert run.ranks == [0, 1, 2] and set(run.spans()["rank"]) == {0, 1, 2}
+    lacks = "messages and barriers that nobody waited for are not in it"
+    assert run.notes == [f"ranks 0, 2: written in schema version 1: {lacks}"]
+
+
+def test_an_attempt_of_another_schema_version_is_left_out_and_said(tmp_path):
+    for attempt in (1, 2):
+        for rank in (0, 1):
+            Writing(tmp_path, rank, 2, attempt).close()
+            set_version(tmp_path, rank, SCHEMA_VERSION if attempt == 1 else 99, attempt)
+    run = open_run(tmp_path)
+    assert run.attempts == [1]
+    assert run.notes == [f"ranks 0-1: each of their files of attempt 2 in trace/ has schema version 99: {ADVICE}"]
+
+
+def test_a_run_of_another_schema_version_is_one_line(tmp_path, capsys):
+    write(tmp_path, ranks=4, steps=1)
+    for rank in range(4):
+        set_version(tmp_path, rank, 99)
+    assert main(["trace", str(tmp_path)]) == 2
+    what = f"ranks 0-3: each of their files in trace/ has schema version 99: {ADVICE}"
+    assert capsys.readouterr().err == f"hpctrain: {tmp_path}: none of its traces can be read: {what}\n"
 
 
 def test_hdf5_that_is_no_trace_is_refused(tmp_path):
@@ -197,7 +245,7 @@ def test_hdf5_that_is_no_trace_is_refused(tmp_path):
     with h5py.File(trace_path(tmp_path, 1), "w", libver="latest") as file:
         file["something"] = [1, 2, 3]
     assert open_run(tmp_path).notes == [
-        "rank 1: trace/rank_00001.h5 has no schema version (it is no trace); this hpctrain reads 1"
+        "rank 1: trace/rank_00001.h5 has no schema version: it is no trace"
     ]
 
 
@@ -242,3 +290,46 @@ def test_blocks_stream_what_frames_hold(tmp_path):
     blocks = list(run.blocks("spans", rows=300))
     assert [(rank, attempt, len(rows)) for rank, attempt, rows in blocks[:4]] == [(0, 1, 300)] * 3 + [(0, 1, 100)]
     assert np.concatenate([rows["start_ns"] for _, _, rows in blocks]).tolist() == run.spans()["start_ns"].tolist()
+
+
+def test_blocks_of_some_columns_have_corrected_times(tmp_path):
+    writing = Writing(tmp_path, 0)
+    writing.recorder.clock(5_000, 1)
+    writing.span("send", 1_000, 2_000, 64)
+    writing.span("wait", 2_000, 2_500)
+    writing.close()
+    ((_, _, rows),) = open_run(tmp_path).blocks("spans", columns=["end_ns", "bytes"])
+    assert rows.dtype.names == ("end_ns", "bytes")
+    assert rows.tolist() == [(7_000, 64), (7_500, 0)]
+    frame = open_run(tmp_path).spans(kind="wait", columns=["end_ns", "kind"])
+    assert frame.columns.tolist() == ["rank", "attempt", "end_ns", "kind", "end_s"]
+    assert frame.iloc[0].tolist() == [0, 1, 7_500, "wait", 1.5e-6]
+
+
+def test_no_more_is_held_in_memory_than_is_asked_for(tmp_path):
+    writing = Writing(tmp_path, 0)
+    for step in range(200):
+        for number in range(2000):
+            writing.span("update" if number == 0 else "send", 10 * number, 10 * number + 5, step=step)
+    writing.close()
+    run = open_run(tmp_path)
+    whole = 47 * 400_000
+
+    def peak(read):
+        read()  # modules
+        tracemalloc.start()
+        try:
+            held = read()
+            return len(held), tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    for expected, read in (
+        (200, lambda: run.spans(kind="update")),
+        (4000, lambda: run.spans(steps=(100, 102))),
+        (1, lambda: sum_times(run)),
+    ):
+        rows, most = peak(read)
+        assert rows == expected
+        assert most < whole / 2
+    assert peak(lambda: run.spans(columns=["bytes"]))[1] < whole

@@ -134,7 +134,7 @@ def test_attributes_come_back(tmp_path):
     found = open_run(tmp_path).attributes(0)
     assert found["host"] == "häst"
     assert found["job"] == "name = 'x'\n" * 9000
-    assert (found["empty"], found["torch"], found["size"], found["schema_version"]) == ("", "2.13.0", 1, 1)
+    assert (found["empty"], found["torch"], found["size"], found["schema_version"]) == ("", "2.13.0", 1, 2)
     assert abs(found["unix_ns"] - time.time_ns()) < 60e9
 
 

@@ -1,0 +1,1 @@
+../hpctrain/figures/communication.py

@@ -1,0 +1,1 @@
+../hpctrain/figures/critical_path.py

@@ -1,0 +1,118 @@
+"""What was sent to whom, how fast, and how much of it was hidden behind computation."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hpctrain.trace.schema import Kind
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hpctrain.analysis.course import Course
+    from hpctrain.trace.reader import Run
+
+TOGETHER = -1
+
+
+def traffic(course: Course, phases: pd.DataFrame) -> pd.DataFrame:
+    """A row per sender and receiver: columns source, destination, messages, bytes, seconds, bytes_per_s.
+
+    `seconds`: from start to arrival, of the messages that their receivers waited for from before the start (what others
+    took is not known: nobody looked when they came); `bytes_per_s`: of those. Destination -1: collectives of the MPI
+    library and sums out of shared memory, with the bytes of the rank's own buffers, from the last rank's arrival on.
+    Messages and bytes are divided by `course.share`.
+    """
+    import pandas as pd
+
+    spans, key = course.spans, ["attempt", "id"]
+    numbered = spans[spans["id"] >= 0]
+    sends = numbered[(numbered["kind"] == Kind.SEND) & (numbered["peer"] >= 0)].sort_values("start_ns")
+    sends = sends.drop_duplicates([*key, "rank", "peer"])
+    takes = numbered[(numbered["kind"] == Kind.RECV) & (numbered["peer"] >= 0)].sort_values("start_ns")
+    takes = takes.drop_duplicates([*key, "rank", "peer"], keep="last")
+    takes = takes[[*key, "rank", "peer", "start_ns", "end_ns"]].rename(
+        columns={"rank": "peer", "peer": "rank", "start_ns": "looked", "end_ns": "came"}
+    )
+    pairs = sends.merge(takes, on=[*key, "rank", "peer"], how="left")
+    flight = (pairs["came"] - pairs["start_ns"]) / 1e9
+    waited = (pairs["looked"] <= pairs["start_ns"]) & (flight > 0)
+    pairs["seconds"], pairs["timed"] = flight.where(waited, 0.0), pairs["bytes"].where(waited, 0)
+    messages = pairs.rename(columns={"rank": "source", "peer": "destination"})
+    together = _together(spans.assign(works=_works(spans, phases)))
+    both = pd.concat([messages, together], ignore_index=True)
+    table = both.groupby(["source", "destination"], as_index=False).agg(
+        messages=("bytes", "size"), bytes=("bytes", "sum"), seconds=("seconds", "sum"), timed=("timed", "sum")
+    )
+    table["bytes_per_s"] = (table.pop("timed") / table["seconds"]).where(table["seconds"] > 0)
+    for name in ("messages", "bytes", "seconds"):
+        table[name] = table[name] / course.share
+    return table.astype({"messages": np.int64, "bytes": np.int64})
+
+
+def _works(spans: pd.DataFrame, phases: pd.DataFrame) -> pd.Series[bool]:
+    """Whether a span is of a worker's own course."""
+    import pandas as pd
+
+    roles = phases[["attempt", "phase", "rank", "role"]].drop_duplicates(["attempt", "phase", "rank"])
+    role = spans[["attempt", "phase", "rank"]].merge(roles, how="left")["role"]
+    return pd.Series((role.to_numpy() == "worker") & (spans["lane"].to_numpy() == 0), index=spans.index)
+
+
+def _together(spans: pd.DataFrame) -> pd.DataFrame:
+    """Rows source, destination, bytes, seconds, timed of what has no single receiver.
+
+    Not what a server sums: it was sent to it; nor what the receivers of a broadcast get: its root sends it.
+    """
+    alone = spans[(spans["peer"] < 0) & spans["kind"].isin([Kind.SEND, Kind.RECV, Kind.REDUCE])]
+    alone = alone[(alone["kind"] != Kind.REDUCE) | (alone["id"] >= 0) | alone["works"]]
+    sent = alone.loc[alone["kind"] == Kind.SEND, ["attempt", "id"]].drop_duplicates().assign(sent=True)
+    alone = alone.merge(sent, on=["attempt", "id"], how="left")
+    alone = alone[(alone["kind"] != Kind.RECV) | alone["sent"].isna()]
+    last = alone[alone["id"] >= 0].groupby(["attempt", "id"], as_index=False).agg(came=("start_ns", "max"))
+    rows = alone.merge(last, on=["attempt", "id"], how="left")
+    begun = np.maximum(rows["start_ns"], rows["came"].fillna(0))
+    seconds = ((rows["end_ns"] - begun) / 1e9).clip(lower=0.0)
+    rows = rows.assign(seconds=seconds, timed=rows["bytes"], source=rows["rank"], destination=TOGETHER)
+    return rows[rows["bytes"] > 0][["source", "destination", "bytes", "seconds", "timed"]]
+
+
+def links(run: Run) -> pd.DataFrame:
+    """Columns rank, peer, same_node, latency_s, bytes_per_s: measured when the run began."""
+    import pandas as pd
+
+    rows = []
+    events = run.events()
+    events = events[events["kind"] == "network"]
+    for rank, text in zip(events["rank"].tolist(), events["text"].tolist(), strict=True):
+        try:
+            told = json.loads(text)
+            row = (rank, int(told["peer"]), bool(told["same_node"]), float(told["latency_s"]))
+            rows.append((*row, float(told["bytes_per_s"])))
+        except (ValueError, KeyError, TypeError):
+            continue
+    frame = pd.DataFrame(rows, columns=["rank", "peer", "same_node", "latency_s", "bytes_per_s"])
+    return frame.drop_duplicates(["rank", "peer"], ignore_index=True)
+
+
+def overlap(course: Course) -> pd.DataFrame:
+    """Of started sends and all-reduces: columns phase, rank, in_flight_s, blocked_s, hidden.
+
+    in_flight_s: from an operation's start to where its rank had waited for its end (or found it over: those that left
+    no second span count nothing); blocked_s: how long the rank waited in it; `hidden`: 1 - blocked / in flight.
+    """
+    spans = course.spans
+    started = spans[spans["kind"].isin([Kind.SEND, Kind.REDUCE]) & (spans["id"] >= 0)]
+    key = ["attempt", "phase", "rank", "id", "peer"]
+    found = started.assign(took=started["end_ns"] - started["start_ns"]).groupby(key, as_index=False).agg(
+        begun=("start_ns", "min"), over=("end_ns", "max"), took=("took", "sum"), pieces=("took", "size")
+    )
+    found = found[found["pieces"] > 1]
+    found["in_flight_s"] = (found["over"] - found["begun"]) / 1e9 / course.share
+    found["blocked_s"] = found["took"] / 1e9 / course.share
+    table = found.groupby(["phase", "rank"], as_index=False)[["in_flight_s", "blocked_s"]].sum()
+    table["hidden"] = 1.0 - table["blocked_s"] / table["in_flight_s"]
+    return table

@@ -1,0 +1,237 @@
+"""How training went, from the traces: losses and evaluations on four clocks, staleness, what rules computed.
+
+The clocks of a run: `step`, its updates, counted from 1 (synchronous phases: rounds; asynchronous ones: updates of
+single workers); `samples`, its cursor; `t_s`, seconds since its first span; `seconds`, those that it trained for:
+without start-up, evaluations, checkpoints, switches, and without what a resumed run lost; `bytes`, exchanged by all
+ranks in these: messages, what they gave to collectives, and what they summed out of memory that a node's ranks share.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpctrain.trace.schema import KIND_CODES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hpctrain.trace import Run
+    from hpctrain.trace.files import Rows
+
+Numbers = NDArray[np.float64]
+Interval = tuple[int, int]
+CLOCKS = ("step", "samples", "t_s", "seconds", "bytes")
+PAUSES = (KIND_CODES["evaluate"], KIND_CODES["checkpoint"])
+COMPUTED = re.compile(
+    r"(?P<name>\S+?):? +(?:metric +)?(?P<statistic>[-+.\w]+) +(?P<sign><=|>=|<|>|against) +(?P<threshold>[-+.\w]+)"
+    r"(?P<unready>, .*)?"
+)
+
+
+def losses(run: Run, phases: pd.DataFrame) -> pd.DataFrame:
+    """The run's updates in order, a row each: step, samples, t_s, seconds, bytes, loss, phase.
+
+    Rows of one cursor are one update: a round of all workers, whose losses are averaged by their samples. Where the
+    traces do not know the cursor, every row is an update, in the order of time. The loss is NaN where no worker had a
+    finite one. `phases` is that of `Analysis`.
+    """
+    updates = _updates(run)
+    t_ns = updates["t_ns"].to_numpy(np.int64)
+    exchanged, pauses = _scan_spans(run, phases, t_ns)
+    updates["bytes"] = np.cumsum(exchanged)[: len(updates)]
+    updates["t_s"] = (t_ns - run.start_ns) / 1e9
+    updates["seconds"] = _training_seconds(updates, phases, pauses)
+    updates["step"] = np.arange(1, len(updates) + 1)
+    return updates[[*CLOCKS, "loss", "phase"]]
+
+
+def evaluations(run: Run, losses: pd.DataFrame) -> pd.DataFrame:
+    """metrics.csv's rows on the clocks of `losses`: those, then epoch, split, loss, metric.
+
+    An evaluation has the clocks of the last update before it, of which t_s is then too early by the evaluation itself.
+    Empty, with these columns, if there was no evaluation.
+    """
+    import pandas as pd
+
+    names = [*CLOCKS, "epoch", "split", "loss", "metric"]
+    told = run.metrics()
+    if not {"samples", "epoch", "split", "loss", "metric"} <= set(told.columns) or not len(losses):
+        return pd.DataFrame({name: pd.Series(dtype="object" if name == "split" else "float64") for name in names})
+    last = np.searchsorted(losses["samples"].to_numpy(), told["samples"].to_numpy(), side="right") - 1
+    for name in ("step", "t_s", "seconds", "bytes"):
+        values = losses[name].to_numpy(np.float64)
+        told[name] = np.where(last >= 0, values[np.maximum(last, 0)], np.nan)
+    return told[names]
+
+
+def staleness(run: Run) -> pd.DataFrame:
+    """Of every gradient in asynchronous phases: phase, rank, step, t_s, staleness_min, staleness_max (versions, over
+    shards). A phase in which none was ever stale is taken for a synchronous one, and left out."""
+    steps = run.steps()[["phase", "rank", "step", "t_s", "staleness_min", "staleness_max"]]
+    stale = steps.loc[steps["staleness_max"] > 0, "phase"].unique()
+    known = steps["phase"].isin(stale) & (steps["staleness_max"] >= 0)
+    return steps[known].sort_values("t_s", kind="stable", ignore_index=True)
+
+
+def rules(run: Run) -> pd.DataFrame:
+    """What rules computed, and the ends of phases: t_s, samples, rule, statistic, threshold, fired, text; in order.
+
+    What several ranks told alike is one row, of the moment that the first told it; `samples`: where the run stood
+    after that step (-1: not known). An end of a phase whose rule computes no statistic is a row too, its statistic and
+    threshold NaN.
+    """
+    told = _told(run)
+    found = told["text"].astype(str).str.extract(f"^{COMPUTED.pattern}$")
+    for name in ("statistic", "threshold"):
+        told[name] = _numbers(found[name]).where(told["kind"] == "rule")
+    told["rule"] = found["name"].where(told["statistic"].notna(), "")
+    holds = found["sign"].isin(["<=", ">="]) & found["unready"].isna()
+    told["fired"] = holds | (told["kind"] == "switch")
+    reported = set(told.loc[(told["kind"] == "rule") & told["fired"], "text"])
+    told = told[(told["kind"] == "rule") | ~told["text"].isin(reported)]
+    told = told.assign(samples=_samples_after(run, told["t_s"].to_numpy(np.float64)))
+    return told[["t_s", "samples", "rule", "statistic", "threshold", "fired", "text"]].reset_index(drop=True)
+
+
+# -- updates ---------------------------------------------------------------------------------------------------
+def _updates(run: Run) -> pd.DataFrame:
+    """A row per update: phase, attempt, samples, loss, t_ns (never before the update before)."""
+    import pandas as pd
+
+    parts = [_weighed(run.steps(rank)) for rank in run.ranks]
+    rows = pd.concat(parts, ignore_index=True).sort_values("t_ns", kind="stable", ignore_index=True)
+    if (rows["cursor"] < 0).any():
+        rows["cursor"] = rows["samples"].cumsum()
+    together = rows.groupby(["cursor", "phase"], sort=True, as_index=False)
+    updates = together.agg(
+        attempt=("attempt", "max"), weight=("weight", "sum"), weighted=("weighted", "sum"), t_ns=("t_ns", "max")
+    )
+    updates["loss"] = updates["weighted"] / updates["weight"].where(updates["weight"] > 0)
+    updates["t_ns"] = updates["t_ns"].cummax()
+    return updates.rename(columns={"cursor": "samples"})[["phase", "attempt", "samples", "loss", "t_ns"]]
+
+
+def _weighed(steps: pd.DataFrame) -> pd.DataFrame:
+    """Of one rank, what averaging needs: losses that are finite, weighed by their samples."""
+    known = np.isfinite(steps["loss"]) & (steps["samples"] > 0)
+    few = steps[["phase", "attempt", "cursor", "samples", "t_ns"]].copy()
+    few["weight"] = steps["samples"].where(known, 0)
+    few["weighted"] = (steps["loss"] * steps["samples"]).where(known, 0.0)
+    return few
+
+
+# -- spans -----------------------------------------------------------------------------------------------------
+def _scan_spans(
+    run: Run, phases: pd.DataFrame, t_ns: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], dict[int, list[Interval]]]:
+    """(bytes exchanged until each update since the one before, evaluations and checkpoints of each attempt)."""
+    exchanged = np.zeros(len(t_ns) + 1, np.int64)
+    pieces: dict[tuple[int, int], list[Rows]] = {}
+    serving, begun = _serving(phases), phases.groupby("attempt")["start_ns"].min().to_dict()
+    for rank, attempt, block in run.blocks("spans"):
+        moved = block[_exchanges(block, serving.get((attempt, rank), []))]
+        moved = moved[moved["start_ns"] >= begun.get(attempt, 0)]  # links are measured with messages, before
+        place = np.searchsorted(t_ns, moved["end_ns"])
+        exchanged += np.bincount(place, moved["bytes"], len(exchanged)).astype(np.int64)
+        paused = (block["lane"] == 0) & np.isin(block["kind"], PAUSES)
+        pieces.setdefault((attempt, rank), []).append(block[paused])
+    pauses: dict[int, list[Interval]] = {}
+    for (attempt, _), parts in pieces.items():
+        pauses.setdefault(attempt, []).extend(_whole(np.concatenate(parts)))
+    return exchanged, {attempt: _merged(sorted(found)) for attempt, found in pauses.items()}
+
+
+def _exchanges(spans: Rows, serving: list[Interval]) -> NDArray[np.bool_]:
+    """Which spans carry bytes from rank to rank. A server's own sums do not: what it adds up was sent to it."""
+    reduces = spans["kind"] == KIND_CODES["reduce"]
+    local = reduces & (spans["id"] < 0) & (spans["lane"] > 0)
+    for start, end in serving:
+        local |= reduces & (spans["id"] < 0) & (spans["start_ns"] >= start) & (spans["start_ns"] < end)
+    return (spans["bytes"] > 0) & ((spans["kind"] == KIND_CODES["send"]) | reduces) & ~local
+
+
+def _serving(phases: pd.DataFrame) -> dict[tuple[int, int], list[Interval]]:
+    """When each (attempt, rank) was a server."""
+    found: dict[tuple[int, int], list[Interval]] = {}
+    servers = phases.loc[phases["role"] == "server", ["attempt", "rank", "start_ns", "end_ns"]]
+    for attempt, rank, start, end in servers.to_numpy(np.int64).tolist():
+        found.setdefault((attempt, rank), []).append((start, end))
+    return found
+
+
+def _whole(pieces: Rows) -> list[Interval]:
+    """Spans that others cut: each from the start of its first piece to the end of its last."""
+    pieces = pieces[np.argsort(pieces["start_ns"], kind="stable")]
+    first = np.flatnonzero(pieces["piece"] == 0)
+    last = np.append(first[1:], len(pieces))[: len(first)] - 1
+    return list(zip(pieces["start_ns"][first].tolist(), pieces["end_ns"][last].tolist(), strict=True))
+
+
+def _merged(intervals: list[Interval]) -> list[Interval]:
+    merged: list[Interval] = []
+    for start, end in intervals:
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _training_seconds(updates: pd.DataFrame, phases: pd.DataFrame, pauses: dict[int, list[Interval]]) -> Numbers:
+    """At each update. What an attempt did that the next one did again does not count."""
+    seconds, before = np.zeros(len(updates)), 0.0
+    attempts, t_ns = updates["attempt"].to_numpy(), updates["t_ns"].to_numpy(np.int64)
+    edges = phases.groupby(["attempt", "phase"], as_index=False).agg(start=("start_ns", "min"), end=("end_ns", "max"))
+    for attempt in np.unique(attempts).tolist():
+        mine = attempts == attempt
+        trained = np.zeros(int(mine.sum()), np.int64)
+        bounds = edges.loc[edges["attempt"] == attempt, ["start", "end"]].to_numpy(np.int64).tolist()
+        whole = (int(t_ns[mine][0]), int(t_ns[mine][-1]))  # where no phase is known
+        for start, end in _merged(sorted(map(tuple, bounds)) or [whole]):
+            trained += _until(t_ns[mine], start, end)
+            for pause, over in pauses.get(attempt, []):
+                if pause < end and over > start:
+                    trained -= _until(t_ns[mine], max(pause, start), min(over, end))
+        seconds[mine] = before + trained / 1e9
+        before = float(seconds[mine][-1])
+    return seconds
+
+
+def _until(t: NDArray[np.int64], start: int, end: int) -> NDArray[np.int64]:
+    """How much of (start, end) has passed at each `t`."""
+    return np.clip(t, start, end) - start
+
+
+# -- rules -----------------------------------------------------------------------------------------------------
+def _told(run: Run) -> pd.DataFrame:
+    """Events of rules and ends of phases, once each, without those that a resumed run went back behind: t_s, kind,
+    text."""
+    events = run.events()
+    events = events[events["kind"].isin(["rule", "switch"])]
+    if len(run.attempts) > 1:
+        last = run.steps().groupby("attempt")["t_s"].max()
+        last[run.attempts[-1]] = np.inf
+        events = events[events["t_s"] <= events["attempt"].map(last)]
+    alike = ["attempt", "kind", "text"]
+    events = events.assign(number=events.groupby(["rank", *alike]).cumcount())
+    once = events.groupby([*alike, "number"], as_index=False).agg(t_s=("t_s", "min"))
+    return once.sort_values(["t_s", "kind"], kind="stable", ignore_index=True)[["t_s", "kind", "text"]]
+
+
+def _numbers(texts: pd.Series[str]) -> pd.Series[float]:
+    import pandas as pd
+
+    return pd.to_numeric(texts, errors="coerce").astype("float64")
+
+
+def _samples_after(run: Run, t_s: Numbers) -> NDArray[np.int64]:
+    """The cursor after the first step that ended at or after each of `t_s`; -1: not known."""
+    steps = run.steps()[["t_s", "cursor"]].sort_values("t_s", kind="stable")
+    if steps.empty:
+        return np.full(len(t_s), -1)
+    after = np.searchsorted(steps["t_s"].to_numpy(), t_s)
+    return steps["cursor"].to_numpy(np.int64)[np.minimum(after, len(steps) - 1)]

@@ -1,0 +1,130 @@
+"""Where the time of a run went, in one sentence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hpctrain.analysis import Analysis
+
+WORTH = 0.05  # of the workers' time: what is less is not worth a sentence
+SLOWER = 1.15  # times the others' median: a rank that computes so much slower is named
+ALIKE = 1.1
+NAMES = {"forward": "forward pass", "backward": "backward pass"}
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """The worker that computes slowest. `times`: how many times as long as the others' median, per sample; `what`: the
+    part that is slower, or "computation"."""
+
+    rank: int
+    times: float
+    what: str
+
+
+def headline(analysis: Analysis) -> str:
+    """The largest share of worker time that is not computation, whom it is owed to, and why."""
+    times = analysis.times
+    workers = times[(times["role"] == "worker") & (times["lane"] == 0)]
+    total = float(workers["total_s"].sum())
+    if total <= 0:
+        return "No step was traced."
+    slow, waited = straggler(analysis), _waited(analysis)
+    share = waited / total
+    if slow is not None:
+        return _of_straggler(analysis, slow, share, total)
+    most = share.drop(-1, errors="ignore")
+    if len(most) and most.max() >= WORTH:
+        return _of_waiting(analysis, int(most.index[int(most.argmax())]), float(most.max()), float(share.sum()))
+    return _of_nobody(workers, total, float(share.sum()))
+
+
+def straggler(analysis: Analysis) -> Straggler | None:
+    """The worker that computes slowest, if it is clearly slower than the others."""
+    cost = _per_sample(analysis)
+    if len(cost) < 2:
+        return None
+    rank = int(cost.index[int(cost.sum(axis=1).argmax())])
+    rest, own = cost.drop(index=rank), cost.loc[[rank]].sum()
+    times = float(own.sum() / rest.sum(axis=1).median())
+    if not times >= SLOWER:
+        return None
+    ratios = {str(kind): float(own[kind] / rest[kind].median()) if rest[kind].median() > 0 else 1.0 for kind in NAMES}
+    slower = [kind for kind, ratio in ratios.items() if ratio >= SLOWER]
+    if len(slower) == 1 and all(ratio < ALIKE for kind, ratio in ratios.items() if kind not in slower):
+        return Straggler(rank, ratios[slower[0]], NAMES[slower[0]])
+    return Straggler(rank, times, "computation")
+
+
+def _per_sample(analysis: Analysis) -> pd.DataFrame:
+    """Seconds of forward and backward per sample, by worker."""
+    times = analysis.times
+    own = times[(times["role"] == "worker") & (times["lane"] == 0)].groupby("rank")[["forward", "backward"]].sum()
+    samples = analysis.run.steps(rolled_back=True).groupby("rank")["samples"].sum().reindex(own.index)
+    known = own[(samples > 0) & (own.sum(axis=1) > 0)]
+    return known.div(samples[known.index], axis=0)
+
+
+def _waited(analysis: Analysis) -> pd.Series[float]:
+    """Seconds that workers waited, by the rank at the end of the chain."""
+    times, waits = analysis.times, analysis.waits
+    working = times.loc[times["role"] == "worker", ["phase", "rank"]].drop_duplicates()
+    of_workers = waits[waits["lane"] == 0].merge(working, on=["phase", "rank"])
+    return of_workers.groupby("root")["seconds"].sum()
+
+
+def _of_straggler(analysis: Analysis, slow: Straggler, share: pd.Series[float], total: float) -> str:
+    because = f"whose {slow.what} takes {slow.times:.1f}x as long as the others'"
+    waited = float(share.get(slow.rank, 0.0))
+    late = _lateness(analysis, slow.rank)
+    if waited >= WORTH:
+        return f"{waited:.0%} of worker time is waiting for rank {slow.rank}, {because}{late and ', and ' + late}."
+    spent = _rest(analysis, total)
+    return f"Rank {slow.rank} computes slowest: its {slow.what} takes {slow.times:.1f}x as long as the others'" + (
+        f", and {late}; {spent}." if late else f"; {spent}."
+    )
+
+
+def _lateness(analysis: Analysis, rank: int) -> str:
+    """"its gradients are 5.2 versions late (the others' 2.0)", where there is such a thing."""
+    staleness = analysis.staleness
+    staleness = staleness[staleness["staleness_max"] >= 0]
+    own = staleness.loc[staleness["rank"] == rank, "staleness_max"]
+    rest = staleness.loc[staleness["rank"] != rank, "staleness_max"]
+    if not len(own) or not len(rest) or staleness["staleness_max"].max() <= 0:
+        return ""
+    return f"in asynchronous phases its gradients come {own.mean():.1f} versions late (the others' {rest.mean():.1f})"
+
+
+def _of_waiting(analysis: Analysis, rank: int, own: float, every: float) -> str:
+    waits = analysis.waits
+    doing = waits[(waits["root"] == rank)].groupby("doing", observed=True)["seconds"].sum()
+    role = analysis.times.loc[analysis.times["rank"] == rank, "role"]
+    which = f"rank {rank}" + (", the server" if len(role) and (role == "server").all() else "")
+    most = f"mostly in {doing.idxmax()}" if len(doing) and doing.idxmax() != "nothing traced" else "in nothing traced"
+    more = f" (of {every:.0%} in all)" if every > own + 0.01 else ""
+    return f"{own:.0%} of worker time{more} is waiting for {which}, which is {most} then."
+
+
+def _of_nobody(workers: pd.DataFrame, total: float, waiting: float) -> str:
+    computing = workers["useful_s"].sum() / total
+    transfer = max(0.0, workers["communication_s"].sum() / total - waiting)
+    if transfer >= WORTH and transfer >= waiting:
+        told = f"{computing:.0%} of worker time is computation, {transfer:.0%} moving data"
+        return f"{told}; no rank holds the others up."
+    if waiting >= WORTH:
+        return f"{computing:.0%} of worker time is computation and {waiting:.0%} waiting, for all ranks in turn."
+    return f"{computing:.0%} of worker time is computation; no rank holds the others up."
+
+
+def _rest(analysis: Analysis, total: float) -> str:
+    times = analysis.times
+    workers = times[(times["role"] == "worker") & (times["lane"] == 0)]
+    computing = float(np.clip(workers["useful_s"].sum() / total, 0.0, 1.0))
+    return f"{computing:.0%} of worker time is computation"

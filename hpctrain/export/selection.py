@@ -1,0 +1,86 @@
+"""Which part of a run is exported: ranks, and a stretch of time that is given in steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hpctrain.errors import HpctrainError
+from hpctrain.trace import Run
+
+Rows = np.ndarray[Any, Any]
+Window = tuple[int, int]
+BEGINNING, END = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class Selection:
+    """`ranks`: in ascending order. `steps`: those asked for, None all. `windows`: by attempt, after when and until
+    when (nanoseconds of the run's clock) the selected steps ran; what happened in other attempts is left out.
+    """
+
+    ranks: list[int]
+    steps: range | None
+    windows: dict[int, Window] | None
+
+    def window(self, attempt: int) -> Window | None:
+        """None if nothing of the attempt is selected."""
+        return (BEGINNING, END) if self.windows is None else self.windows.get(attempt)
+
+    def cut(self, attempt: int, rows: Rows) -> Rows:
+        """The rows (of any table, with corrected times) inside the window; a span that reaches into it is inside."""
+        window = self.window(attempt)
+        if window is None:
+            return rows[:0]
+        if self.windows is None:
+            return rows
+        after, until = window
+        if "start_ns" in (rows.dtype.names or ()):
+            return rows[(rows["end_ns"] > after) & (rows["start_ns"] < until)]
+        return rows[(rows["t_ns"] > after) & (rows["t_ns"] <= until)]
+
+
+def select(run: Run, ranks: Iterable[int] | None, steps: range | None) -> Selection:
+    """Raises HpctrainError if no readable trace has such a rank or step."""
+    wanted = sorted(set(run.ranks if ranks is None else ranks))
+    absent = [rank for rank in wanted if rank not in run.ranks]
+    if absent or not wanted:
+        raise HpctrainError(
+            f"{run.folder}: there is no readable trace of rank {', '.join(map(str, absent)) or '(none given)'}; "
+            f"choose from {describe_ranks(run.ranks)}"
+        )
+    return Selection(wanted, steps, None if steps is None else _windows(run, steps))
+
+
+def describe_ranks(ranks: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    breaks = [i for i in range(1, len(ranks)) if ranks[i] != ranks[i - 1] + 1]
+    parts = [ranks[a:b] for a, b in zip([0, *breaks], [*breaks, len(ranks)], strict=True)]
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def _windows(run: Run, steps: range) -> dict[int, Window]:
+    """From the ends of steps, which workers alone record: a server's spans carry the numbers of its updates."""
+    before: dict[tuple[int, int], int] = {}
+    windows: dict[int, Window] = {}
+    last: dict[tuple[int, int], int] = {}
+    seen = [END, -1]
+    for rank, attempt, rows in run.blocks("steps", columns=("step", "t_ns")):
+        step, key = rows["step"], (rank, attempt)
+        seen = [min(seen[0], int(step.min())), max(seen[1], int(step.max()))]
+        earlier = rows["t_ns"][step < steps.start]
+        before[key] = max(before.get(key, BEGINNING), int(earlier.max(initial=BEGINNING)))
+        inside = rows["t_ns"][(step >= steps.start) & (step < steps.stop)]
+        if len(inside):
+            last[key] = max(last.get(key, BEGINNING), int(inside.max()))
+    for (rank, attempt), until in last.items():
+        after = before[rank, attempt]
+        known = windows.get(attempt, (after, until))
+        windows[attempt] = min(known[0], after), max(known[1], until)
+    if not windows:
+        there = f"there are steps {seen[0]} to {seen[1]}" if seen[1] >= 0 else "no step was traced"
+        raise HpctrainError(f"{run.folder}: no rank has any of the steps {steps.start} to {steps.stop - 1}; {there}")
+    return windows

@@ -1,0 +1,27 @@
+"""Figures of a run, one file each: `draw(analysis)` there gives a matplotlib Figure.
+
+`analysis/NAME.py` at the top of the repository are links to them, to run and to copy; the report shows the same.
+"""
+
+from __future__ import annotations
+
+from hpctrain.errors import HpctrainError
+
+# In the order in which a report shows them.
+FIGURES = (
+    "timeline",
+    "efficiency",
+    "waiting",
+    "critical_path",
+    "communication",
+    "overlap",
+    "throughput",
+    "loss",
+    "staleness",
+    "switching",
+    "resources",
+)
+
+
+class NothingToShow(HpctrainError):
+    """This run has nothing that the figure could show; the message says why."""

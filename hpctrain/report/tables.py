@@ -1,0 +1,199 @@
+"""The page's tables: lists of strings, from the frames of the analysis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hpctrain.trace.schema import KINDS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hpctrain.trace import Run
+
+MOST_CELLS = 16  # ranks up to which the matrix of waiting is a table, and times are told by rank
+LIBRARIES = ("torch", "mpi4py", "numpy")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings and rows of text. `shades`: of each cell, how dark (0 to 1), where that says something; `texts`:
+    columns (from 0) of words, not numbers.
+    """
+
+    heads: list[str]
+    rows: list[list[str]]
+    shades: list[list[float]] | None = None
+    note: str = ""
+    texts: tuple[int, ...] = ()
+
+
+# -- facts -------------------------------------------------------------------------------------------------------
+def facts(run: Run, phases: pd.DataFrame | None) -> list[tuple[str, str]]:
+    """(name, value) of what the run was."""
+    about = {rank: run.attributes(rank) for rank in run.ranks}
+    found = [("ranks", f"{run.size}" + (f" ({len(run.ranks)} of them traced)" if len(run.ranks) < run.size else ""))]
+    hosts = sorted({str(facts.get("host", "")) for facts in about.values()} - {""})
+    nodes = len({facts.get("node", 0) for facts in about.values()})
+    found.append(("nodes", f"{nodes}" + (f" ({listed(hosts)})" if hosts else "")))
+    found += [("strategy", text) for text in _strategies(phases)]
+    found.append(("devices", listed(sorted({str(facts.get("device", "cpu")) for facts in about.values()}))))
+    parameters = about[run.ranks[0]].get("parameters")
+    if parameters is not None:
+        found.append(("parameters", f"{int(parameters):,}"))
+    found += _work(run)
+    if len(run.attempts) > 1:
+        times = len(run.attempts) - 1
+        found.append(("attempts", f"{len(run.attempts)} (resumed {times} time{'s' * (times > 1)})"))
+    first = about[run.ranks[0]]
+    versions = [f"{name} {first[name]}" for name in LIBRARIES if first.get(name)]
+    found.append(("software", listed([f"Python {first['python']}" if first.get("python") else "", *versions])))
+    found.append(("MPI", str(first.get("mpi", "")).strip()))
+    return [(name, value) for name, value in found if value]
+
+
+def _strategies(phases: pd.DataFrame | None) -> list[str]:
+    if phases is None or not len(phases):
+        return []
+    found = []
+    last = phases[phases["attempt"] == phases.groupby("phase")["attempt"].transform("max")]
+    for phase, part in last.groupby("phase"):
+        roles = part.groupby("role")["rank"].nunique().sort_index(ascending=False)  # workers before servers
+        who = " and ".join(f"{count} {role}{'s' * (count > 1)}" for role, count in roles.items())
+        found.append(f"phase {phase}: {part['strategy'].iloc[0]}, {who}")
+    return found
+
+
+def _work(run: Run) -> list[tuple[str, str]]:
+    """Steps, samples and seconds, as far as /steps tells."""
+    steps = run.steps()
+    if not len(steps):
+        return [("steps", "none was finished")]
+    last, cursor = int(steps["step"].max()) + 1, int(steps["cursor"].max())
+    found = [("steps", f"{last:,} of each worker at most, {len(steps):,} in all")]
+    if cursor >= 0:
+        found.append(("samples", f"{cursor:,}"))
+    return [*found, ("time", f"{steps['t_s'].max():.1f} s from the first span to the end of the last step")]
+
+
+def listed(names: list[str]) -> str:
+    """At most six names, and how many more."""
+    names = [name for name in names if name]
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+# -- efficiency and times ----------------------------------------------------------------------------------------
+TERMS = ("parallel_efficiency", "load_balance", "communication_efficiency")
+
+
+def efficiency(frame: pd.DataFrame) -> Table | None:
+    """A row per phase, in percent."""
+    if not len(frame):
+        return None
+    rows = [
+        [f"{row['phase']}", str(row["strategy"]), f"{int(row['workers'])}", f"{row['seconds']:.2f}"]
+        + [percent(row[term]) for term in TERMS]
+        for row in frame.to_dict("records")
+    ]
+    heads = ["phase", "strategy", "workers", "seconds", *(term.replace("_", " ") for term in TERMS)]
+    return Table(heads, rows, texts=(1,))
+
+
+def times(frame: pd.DataFrame) -> Table | None:
+    """A row per phase and rank: its seconds by span kind. Where there are many ranks: per phase and role, means."""
+    if not len(frame):
+        return None
+    kinds = [kind for kind in KINDS if kind in frame and (frame[kind] > 0).any()]
+    numbers = [*kinds, "total_s"]
+    many = frame["rank"].nunique() > MOST_CELLS
+    frame = frame.assign(role=np.where(frame["lane"] > 0, "server thread", frame["role"]))
+    if many:
+        counts = frame.groupby(["phase", "role"])["rank"].nunique()
+        frame = frame.groupby(["phase", "role"], as_index=False)[numbers].mean()
+        who = [f"mean of {counts[phase, role]}" for phase, role in zip(frame["phase"], frame["role"], strict=True)]
+    else:
+        who = [str(rank) for rank in frame["rank"]]
+    rows = [
+        [str(row["phase"]), rank, str(row["role"])] + [f"{row[name]:.2f}" for name in numbers]
+        for rank, row in zip(who, frame.to_dict("records"), strict=True)
+    ]
+    shades = [
+        [0.0] * 3 + [row[kind] / row["total_s"] if row["total_s"] > 0 else 0.0 for kind in kinds] + [0.0]
+        for row in frame.to_dict("records")
+    ]
+    return Table(["phase", "rank", "role", *kinds, "total"], rows, shades, texts=(2,))
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share == share else "–"
+
+
+# -- waiting -----------------------------------------------------------------------------------------------------
+def waiting(matrix: pd.DataFrame) -> Table | None:
+    """Seconds that each rank waited for each; of many ranks the largest entries only."""
+    if not matrix.size or not float(np.nansum(matrix.to_numpy())) > 0:
+        return None
+    if len(matrix) > MOST_CELLS:
+        return _largest(matrix)
+    values = np.nan_to_num(matrix.to_numpy(dtype=float))
+    rows = [
+        [_rank(rank), *(f"{value:.2f}" if value > 0 else "·" for value in line), f"{line.sum():.2f}"]
+        for rank, line in zip(matrix.index, values, strict=True)
+    ]
+    shades = [[0.0, *(line / values.max()), 0.0] for line in values]
+    heads = ["waiting ↓ for →", *(_rank(rank).removeprefix("rank ") for rank in matrix.columns), "in all"]
+    return Table(heads, rows, shades)
+
+
+def _largest(matrix: pd.DataFrame) -> Table:
+    values = np.nan_to_num(matrix.to_numpy(dtype=float))
+    largest = [np.unravel_index(i, values.shape) for i in np.argsort(-values, axis=None)[:MOST_CELLS]]
+    rows = [
+        [_rank(matrix.index[i]), _rank(matrix.columns[j]), f"{values[i, j]:.2f}"]
+        for i, j in largest
+        if values[i, j] > 0
+    ]
+    return Table(["waiting", "for", "seconds"], rows, note=f"The {len(rows)} largest of {matrix.size:,}.")
+
+
+def _rank(rank: Any) -> str:
+    return f"rank {rank}" if int(rank) >= 0 else "not known"
+
+
+# -- what came of it -----------------------------------------------------------------------------------------------
+def metrics(run: Run) -> Table | None:
+    """metrics.csv: the last evaluations of each split."""
+    frame = run.metrics()
+    if not len(frame):
+        return None
+    heads = [str(name) for name in frame.columns]
+    last = frame.groupby("split", sort=False).tail(1) if "split" in frame else frame.tail(1)
+    best = _best(run, frame)
+    rows = [[_number(value) for value in row] for row in last.itertuples(index=False)]
+    note = f"The last of {len(frame)} evaluations. {best}".strip()
+    texts = tuple(i for i, head in enumerate(heads) if head == "split")
+    return Table(heads, rows, note=note, texts=texts)
+
+
+def _best(run: Run, frame: pd.DataFrame) -> str:
+    if "split" not in frame or "loss" not in frame or not frame["loss"].notna().any():
+        return ""
+    row = frame.sort_values("loss").iloc[0]
+    return f"Lowest loss: {row['loss']:.4g} ({row['split']}, step {row['step']})."
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return "–" if value != value else f"{value:.5g}"
+    return str(value)
+
+
+def job_text(run: Run) -> str:
+    """The resolved job, as in job.toml; empty if it is not known."""
+    try:
+        return (run.folder / "job.toml").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return str(run.attributes(run.ranks[0]).get("job", ""))

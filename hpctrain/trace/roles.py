@@ -1,0 +1,26 @@
+"""The event by which every rank tells which phase it enters, and as what."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+KIND = "role"
+_TEXT = re.compile(r"phase (\d+): (\w+) of (.+)")
+
+
+class Entry(NamedTuple):
+    """A rank enters a phase."""
+
+    phase: int
+    role: str
+    strategy: str
+
+    def __str__(self) -> str:
+        return f"phase {self.phase}: {self.role} of {self.strategy}"
+
+
+def parse_entry(kind: str, text: str) -> Entry | None:
+    """What an event tells, if it is of kind "role" and tells that."""
+    match = _TEXT.fullmatch(text) if kind == KIND else None
+    return Entry(int(match[1]), match[2], match[3]) if match else None

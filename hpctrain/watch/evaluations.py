@@ -1,0 +1,23 @@
+"""Reads metrics.csv while it is being written."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from hpctrain.watch.snapshot import Evaluation
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """Its rows; without a line that is not there in full yet, and none if there is no such file."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    rows = []
+    for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
+        try:
+            rows.append(Evaluation(row["split"], float(row["epoch"]), float(row["loss"]), float(row["metric"])))
+        except (KeyError, TypeError, ValueError):
+            continue
+    return rows

@@ -1,0 +1,104 @@
+"""Follows one rank's trace file while it grows: only what is new is read, and only the end of what is long.
+
+Read-only, through SWMR and without locks, and opened anew for every look: a run still going is not disturbed, and on a
+network file system every look sees what has come since the last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpctrain.trace.files import Rows, TraceFile, open_file, open_h5, rows_there
+from hpctrain.trace.schema import TABLES
+
+MOST_ROWS = 1 << 15  # of one table in one look
+STRETCHES, STRETCH_ROWS = 64, 16
+
+
+@dataclass
+class News:
+    """Rows that came since the last look, times on rank 0's clock. `sampled`: some of the steps passed over; `cut`:
+    whether spans were passed over."""
+
+    events: Rows
+    spans: Rows
+    steps: Rows
+    sampled: Rows
+    cut: bool
+
+    def __bool__(self) -> bool:
+        return any(map(len, (self.events, self.spans, self.steps)))
+
+
+class Tail:
+    """The end of a trace file. Attributes: `file`, what it says of itself; `changed`, when it last gained rows, in
+    seconds since 1970 (before that: when it was last written to); `closed`: its writer has closed it, and all of it
+    has been read.
+
+    Raises TraceError for another schema, TraceError or one of `files.UNREADABLE` for a file that cannot be read.
+    """
+
+    def __init__(self, path: Path, rank: int, attempt: int) -> None:
+        self.file: TraceFile = open_file(path, rank, attempt)
+        self.changed = path.stat().st_mtime
+        self.closed = False
+        self._seen = {"events": 0, "spans": 0, "steps": 0}
+        self._stamp: tuple[int, int] | None = None
+        self._settled = False
+
+    def look(self, now: float, sample: bool = True) -> News | None:
+        """What is new, or None. `now`: seconds since 1970. Raises like the class.
+
+        Of a table with more than `MOST_ROWS` new rows the older ones are passed over, and the steps among them sampled
+        if asked for. Until the clocks have been measured there is nothing.
+        """
+        stat = self.file.path.stat()
+        stamp, before = (stat.st_size, stat.st_mtime_ns), self._stamp
+        if self.closed or (stamp == before and self._settled):
+            return None
+        if stamp == before or not len(self.file.clock):  # a file that grows need not be asked whether it is closed
+            self.file = open_file(self.file.path, self.file.rank, self.file.attempt)
+        closed = self.file.closed  # as it was before the rows are read: then they are all
+        if not len(self.file.clock) and not closed:
+            return None
+        news = self._read(sample)
+        if news and before is not None:
+            self.changed = now
+        # Twice read as it is, it has nothing more; once is not enough: times of files are as coarse as milliseconds.
+        self._stamp, self._settled, self.closed = stamp, stamp == before, closed
+        return news or None
+
+    def _read(self, sample: bool) -> News:
+        path, seen = self.file.path, self._seen
+        with open_h5(path) as h5:
+            there = {name: rows_there(h5[name], path)[1] for name in seen}
+            starts = {name: max(seen[name], rows - MOST_ROWS) for name, rows in there.items()}
+            blocks = {name: _new_rows(h5[name], starts[name], rows) for name, rows in there.items()}
+            passed = (seen["steps"], starts["steps"]) if sample else (0, 0)
+            blocks["sampled"] = _sample(h5["steps"], *passed)
+        cut = starts["spans"] > seen["spans"]
+        self._seen = {name: starts[name] + len(blocks[name]) for name in seen}
+        for rows in blocks.values():
+            for column in {"start_ns", "end_ns", "t_ns"} & set(rows.dtype.names or ()):
+                rows[column] = self.file.correct(rows[column])
+        return News(**blocks, cut=cut)
+
+
+def _new_rows(table: Any, start: int, stop: int) -> Rows:
+    """Rows start to stop, up to the first that has not reached the file yet: zeros throughout."""
+    if start >= stop:
+        return np.zeros(0, table.dtype)
+    rows: Rows = table[start:stop]
+    there = rows.view((np.uint8, (rows.dtype.itemsize,))).any(axis=1)
+    return rows if there.all() else rows[: int(there.argmin())]
+
+
+def _sample(table: Any, start: int, stop: int) -> Rows:
+    """A few rows here and there of start to stop."""
+    begins = np.linspace(start, stop, STRETCHES, endpoint=False, dtype=np.int64) if stop > start else np.zeros(0, int)
+    parts = [_new_rows(table, begin, min(begin + STRETCH_ROWS, stop)) for begin in begins.tolist()]
+    return np.concatenate([np.zeros(0, TABLES["steps"]), *parts])

@@ -1,0 +1,107 @@
+"""`hpctrain watch` beside a real run: it follows to the end, tells a killed run, and never gets in the way."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hpctrain.trace import open_run
+
+pytestmark = pytest.mark.launch
+
+WATCH = """
+import sys
+from pathlib import Path
+from hpctrain.watch import watch
+sys.exit(watch(Path(sys.argv[1]), every=0.3))
+"""
+JOB = """
+name = "watched"
+model = "convnet"
+data = "digits"
+trace.flush_seconds = 0.2
+[train]
+steps = {steps}
+batch_size = 8
+[strategy]
+name = "parameter_server"
+mode = "async"
+[debug.slow]
+1 = 3.0
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[int], tuple[subprocess.Popen[str], Path]]]:
+    """start(steps): a run on 3 ranks in the background, and its folder once it is there."""
+    runs = []
+
+    def begin(steps: int) -> tuple[subprocess.Popen[str], Path]:
+        (tmp_path / "job.toml").write_text(JOB.format(steps=steps))
+        job = [str(tmp_path / "job.toml"), f"output={tmp_path}/runs"]
+        command = [sys.executable, "-m", "hpctrain", "run", "-n", "3", *job]
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        runs.append(run)
+        deadline = time.monotonic() + 60
+        while not (found := list(tmp_path.glob("runs/*/job.toml"))):
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        return run, found[0].parent
+
+    yield begin
+    for run in runs:
+        if run.poll() is None:
+            run.send_signal(signal.SIGINT)
+        run.communicate(timeout=60)
+
+
+def test_a_run_is_followed_from_its_beginning_to_its_end(start):
+    run, folder = start(400)
+    watching = subprocess.run([sys.executable, "-c", WATCH, str(folder)], capture_output=True, text=True, timeout=100)
+    told, _ = run.communicate(timeout=20)
+    assert (run.returncode, watching.returncode) == (0, 0), watching.stderr
+    lines = watching.stdout.splitlines()
+    assert any("running" in line and "parameter_server (async)" in line and "samples/s" in line for line in lines)
+    assert any("left" in line for line in lines)
+    assert any(line.startswith("the run finished at") for line in lines)
+    assert any(line.split()[:2] == ["1", "worker"] and "straggler" in line for line in lines)
+    assert any(line.split()[:2] == ["2", "server"] for line in lines)
+    assert "test accuracy" in told
+    assert open_run(folder).notes == []
+
+
+def test_a_killed_run_is_told_and_ctrl_c_leaves_with_status_0(start):
+    run, folder = start(100_000)
+    watching = subprocess.Popen([sys.executable, "-u", "-c", WATCH, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert watching.stdout is not None
+    try:
+        assert any("left" in line for line in watching.stdout)
+        ranks = [child for child in psutil.Process(run.pid).children(recursive=True) if "train" in child.cmdline()]
+        ranks[-1].kill()  # the launcher then ends the others
+        assert any("nothing written since" in line for line in watching.stdout)
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(20) == 0
+    finally:
+        watching.kill()
+        watching.communicate()
+
+
+def test_ctrl_c_while_the_run_goes_on_leaves_it_alone(start):
+    run, folder = start(100_000)
+    watching = subprocess.Popen([sys.executable, "-u", "-c", WATCH, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert watching.stdout is not None
+    try:
+        assert any("left" in line for line in watching.stdout)
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(20) == 130
+        assert run.poll() is None
+    finally:
+        watching.kill()
+        watching.communicate()
