@@ -40,7 +40,7 @@ def headline(analysis: Analysis) -> str:
     if slow is not None:
         return _of_straggler(analysis, slow, share, total)
     most = share.drop(-1, errors="ignore")
-    if len(most) and most.max() >= WORTH:
+    if len(most) and most.max() >= WORTH and most.max() > share.sum() / 2:
         return _of_waiting(analysis, int(most.index[int(most.argmax())]), float(most.max()), float(share.sum()))
     return _of_nobody(workers, total, float(share.sum()))
 
@@ -119,7 +119,7 @@ def _of_nobody(workers: pd.DataFrame, total: float, waiting: float) -> str:
         told = f"{computing:.0%} of worker time is computation, {transfer:.0%} moving data"
         return f"{told}; no rank holds the others up."
     if waiting >= WORTH:
-        return f"{computing:.0%} of worker time is computation and {waiting:.0%} waiting, for all ranks in turn."
+        return f"{computing:.0%} of worker time is computation and {waiting:.0%} waiting, now for one rank, now for another."
     return f"{computing:.0%} of worker time is computation; no rank holds the others up."
 
 

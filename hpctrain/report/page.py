@@ -47,7 +47,7 @@ class Part:
 def render_page(analysis: Analysis, said: Said) -> tuple[str, str]:
     """(the page's HTML, the headline)."""
     run, part, folder = analysis.run, Part(), str(analysis.run.folder)
-    said("computing where the time went")
+    said("report: computing where the time went")
     phases = part("phases", lambda: analysis.phases)
     headline = part("headline", lambda: analysis.headline) or "Where the time went could not be computed."
     values: dict[str, Any] = {
@@ -80,7 +80,7 @@ def timeline(analysis: Analysis, phases: Any, budget: int, said: Said) -> dict[s
     hidden, spans, seconds = store.hidden
     if not spans:
         return None
-    said("writing the page")
+    said("report: writing the page")
     data = timeline_data(analysis.run, phases, store)
     codes = {int(code) for spans, _ in store.rows for code in np.unique(spans.columns["kind"])}
     content = {"plot": json.loads(timeline_plot(store)), "data": data, "rowPixels": row_pixels(len(store.rows))}

@@ -46,7 +46,7 @@ def draw_pictures(
     for name in FIGURES:
         if name == INTERACTIVE:
             continue
-        said(f"drawing {name}")
+        said(f"report: drawing {name}")
         try:
             module = import_module(f"hpctrain.figures.{name}")
             url, width = embed(module.draw(analysis))

@@ -145,7 +145,7 @@ def collect_spans(run: Run, budget: int, said: Callable[[str], None] = lambda te
     """The spans of all ranks and lanes within `budget` bytes; `said` is told what is being read."""
     store, origin = SpanStore(budget), run.start_ns
     for place, rank in enumerate(run.ranks, 1):
-        said(f"reading the spans of rank {rank} of {run.size}")
+        said(f"report: reading the spans of rank {rank} of {run.size}")
         lanes = {0: Spans(rank, 0)}
         for _, _, block in run.blocks("spans", rank):
             for lane in np.unique(block["lane"]).tolist():

@@ -211,8 +211,8 @@ def test_a_loss_that_is_not_finite(mpi: launcher.Mpi, tmp_path: Path) -> None:
 
 
 # -- killed, interrupted -----------------------------------------------------------------------------------------
-def _endless(tmp_path: Path) -> str:
-    text = 'trace = {flush_seconds = 0.2}\nstrategy = {name = "all_reduce"}'
+def _endless(tmp_path: Path, strategy: str = "all_reduce") -> str:
+    text = f'trace = {{flush_seconds = 0.2}}\nstrategy = {{name = "{strategy}"}}'
     return str(write_job(tmp_path, text, steps=10**9))
 
 
@@ -236,6 +236,20 @@ def test_a_rank_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
         assert len(steps) > 10, rank
         assert np.isfinite(steps["loss"]).all()
     assert "was ended by signal 9" in started.err + started.out
+
+
+def test_a_server_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
+    """It has written its trace while it served."""
+    started = start(3, _endless(tmp_path, "parameter_server"))
+    started.until(" step ")
+    time.sleep(1.0)
+    os.kill(started.ranks()[2], signal.SIGKILL)
+    assert started.end(5) not in (0, 2, 130)
+    started.gone(5)
+    run = open_run(_folder(tmp_path))
+    assert run.attributes(2)["role"] == "server"
+    assert len(run.spans(2, "update")) > 10
+    assert any("not closed" in note for note in run.notes)
 
 
 @pytest.mark.parametrize("plain", [False, True])

@@ -16,7 +16,7 @@ import hpctrain
 from hpctrain.comm.connect import connect
 from hpctrain.runfolder import Narrator
 
-job = hpctrain.Job.load(sys.argv[1], [f"output={sys.argv[2]}", "train.evaluate_every.fraction=1"])
+job = hpctrain.Job.load(sys.argv[1], [f"output={sys.argv[2]}", "train.evaluate_every.fraction=1", "trace.report=false"])
 comm = connect(job)
 found = []
 for seed in range(5):

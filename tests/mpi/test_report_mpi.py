@@ -1,0 +1,59 @@
+"""The report of real runs: a planted straggler is its headline, and the main job writes it at its end."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpctrain import launcher
+from hpctrain.analysis import analyse
+from hpctrain.analysis.headline import straggler
+from tests.conftest import launch
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS = str(ROOT / "jobs" / "digits.toml")
+SLOW = 1
+STRATEGIES = {
+    "all_reduce": ["strategy=all_reduce"],
+    "sync": ["strategy=parameter_server", "strategy.mode=sync"],
+    "switch": ["strategy=switch", "strategy.until={rule = 'after', fraction = 0.5}"],
+}
+pytestmark = pytest.mark.launch
+
+
+def run_digits(mpi: launcher.Mpi, folder: Path, ranks: int, *keys: str) -> tuple[Path, str]:
+    argv = [*mpi.command(ranks), sys.executable, "-m", "hpctrain", "train", DIGITS, f"output={folder / 'runs'}", *keys]
+    ended = launch(argv, mpi, timeout=100)
+    assert ended.status == 0, ended.err
+    [run] = (folder / "runs").iterdir()
+    return run, ended.out
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_straggler_is_the_headline(mpi: launcher.Mpi, tmp_path: Path, name: str) -> None:
+    """Twice as slow, of three workers: these share two cores or so, hence the margin. (All strategies:
+    tests/unit/test_headline.py.)"""
+    keys = [*STRATEGIES[name], "train.epochs=6", f"debug.slow={{{SLOW} = 2.0}}", "trace.report=false"]
+    run, _ = run_digits(mpi, tmp_path, 3 if name == "all_reduce" else 4, *keys)
+    analysis = analyse(run)
+    found = straggler(analysis)
+    assert found is not None and found.rank == SLOW, analysis.headline
+    assert 1.2 < found.times < 4
+    if name != "switch":
+        assert re.match(rf"\d+% of worker time is waiting for rank {SLOW}, whose", analysis.headline)
+    else:
+        assert f"ank {SLOW}" in analysis.headline
+        late, others = re.search(r"([\d.]+) versions late \(the others' ([\d.]+)\)", analysis.headline).groups()  # type: ignore
+        assert float(late) > float(others)
+
+
+def test_the_main_job_ends_with_its_report(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    run, told = run_digits(mpi, tmp_path, 4, "train.epochs=8")
+    headline, last = told.splitlines()[-2:]
+    assert last == f"report {run / 'report.html'}"
+    page = (run / "report.html").read_text()
+    assert headline in page
+    assert len(page) < 5e6
