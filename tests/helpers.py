@@ -536,7 +536,9 @@ class Replay:
             _clip_to_running_mean(gradient, lengths.setdefault(rank, []), options.clip_pushes)
             self._put(now)
             gradient = [_compensated(options, *each) for each in zip(gradient, now, old, squares, strict=True)]
-            divisor = {"workers": workers, "staleness": max(1, staleness), "none": 1}[options.lr_per_update]
+            auto = workers**0.75 if "betas" in self.optimizer.param_groups[0] else workers
+            ways = {"auto": auto, "workers": workers, "staleness": max(1, staleness), "none": 1}
+            divisor = ways[options.lr_per_update]
             if self.enter.learning_rate in ("keep", "scale"):
                 divisor = 1
             if corrects:

@@ -60,10 +60,11 @@ class ParameterServerOptions(Options):
         description="steps that the fastest worker may be ahead of the slowest, counted from where all were last "
         "together, as at an evaluation (mode bounded)",
     )
-    lr_per_update: Literal["workers", "staleness", "none"] = Field(
-        "workers",
+    lr_per_update: Literal["auto", "workers", "staleness", "none"] = Field(
+        "auto",
         description="what the learning rate is divided by for one worker's gradient (modes async and bounded): the "
-        "number of workers, the gradient's staleness (at least 1), or nothing",
+        "number of workers, the gradient's staleness (at least 1), or nothing; auto: the number of workers, for Adam and "
+        "its like to the power of 0.75",
     )
     momentum_correction: bool = Field(
         True,
@@ -116,9 +117,13 @@ class ParameterServerOptions(Options):
             return 1.0
         if self.lr_per_update == "staleness":
             return 1.0 / max(1, staleness)
-        return 1.0 / len(phase.roles.workers)
+        adapts = self.lr_per_update == "auto" and phase.adaptive
+        return len(phase.roles.workers) ** -(ADAPTIVE_POWER if adapts else 1.0)
 
 
+# One worker's gradient is noisier than a round's, so Adam takes shorter steps along it by itself: a smaller batch wants
+# the rate's root (Malladi et al. 2022), late gradients less. Between the two; docs/asynchrony.md has what came of it.
+ADAPTIVE_POWER = 0.75
 MODE_KEYS = {
     "bound": ("bounded",),
     "backup_workers": ("sync",),

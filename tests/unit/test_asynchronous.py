@@ -71,7 +71,7 @@ def replayed(folder: Path, size: int, optimizer: helpers.Tables, strategy: helpe
         assert helpers.difference(helpers.vector(result.model), replay.vector) < 1e-10
 
 
-@pytest.mark.parametrize("divisor", ["workers", "staleness", "none"])
+@pytest.mark.parametrize("divisor", ["auto", "workers", "staleness", "none"])
 @pytest.mark.parametrize("servers", list(SERVERS))
 @pytest.mark.parametrize("optimizer", [{**SGD, "nesterov": True}, ADAM], ids=["SGD", "Adam"])
 def test_updates_are_those_of_one_process(tmp_path: Path, optimizer: helpers.Tables, servers: str, divisor: str):
