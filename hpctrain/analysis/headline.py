@@ -115,12 +115,12 @@ def _of_waiting(analysis: Analysis, rank: int, own: float, every: float) -> str:
 def _of_nobody(workers: pd.DataFrame, total: float, waiting: float) -> str:
     computing = workers["useful_s"].sum() / total
     transfer = max(0.0, workers["communication_s"].sum() / total - waiting)
+    told = f"{computing:.0%} of worker time is computation"
     if transfer >= WORTH and transfer >= waiting:
-        told = f"{computing:.0%} of worker time is computation, {transfer:.0%} moving data"
-        return f"{told}; no rank holds the others up."
+        return f"{told}, {transfer:.0%} moving data; no rank holds the others up."
     if waiting >= WORTH:
-        return f"{computing:.0%} of worker time is computation and {waiting:.0%} waiting, now for one rank, now for another."
-    return f"{computing:.0%} of worker time is computation; no rank holds the others up."
+        return f"{told} and {waiting:.0%} waiting, now for one rank, now for another."
+    return f"{told}; no rank holds the others up."
 
 
 def _rest(analysis: Analysis, total: float) -> str:

@@ -63,8 +63,8 @@ class ParameterServerOptions(Options):
     lr_per_update: Literal["auto", "workers", "staleness", "none"] = Field(
         "auto",
         description="what the learning rate is divided by for one worker's gradient (modes async and bounded): the "
-        "number of workers, the gradient's staleness (at least 1), or nothing; auto: the number of workers, for Adam and "
-        "its like to the power of 0.75",
+        "number of workers, the gradient's staleness (at least 1), or nothing; auto: the number of workers, for Adam "
+        "and its like to the power of 0.75",
     )
     momentum_correction: bool = Field(
         True,
