@@ -15,6 +15,18 @@ if TYPE_CHECKING:
 WORTH = 0.05  # of the workers' time: what is less is not worth a sentence
 SLOWER = 1.15  # times the others' median: a rank that computes so much slower is named
 ALIKE = 1.1
+UNTOLD = "doing what no span covers"
+DOING = {
+    "data": "loading data",
+    "forward": "in its forward pass",
+    "backward": "in its backward pass",
+    "encode": "encoding gradients",
+    "decode": "decoding gradients",
+    "update": "updating parameters",
+    "reduce": "summing gradients",
+    "trace": "writing its trace",
+    "nothing traced": UNTOLD,
+}
 NAMES = {"forward": "forward pass", "backward": "backward pass"}
 
 
@@ -107,9 +119,9 @@ def _of_waiting(analysis: Analysis, rank: int, own: float, every: float) -> str:
     doing = waits[(waits["root"] == rank)].groupby("doing", observed=True)["seconds"].sum()
     role = analysis.times.loc[analysis.times["rank"] == rank, "role"]
     which = f"rank {rank}" + (", the server" if len(role) and (role == "server").all() else "")
-    most = f"mostly in {doing.idxmax()}" if len(doing) and doing.idxmax() != "nothing traced" else "in nothing traced"
+    most = DOING.get(str(doing.idxmax()), "waiting itself") if len(doing) else UNTOLD
     more = f" (of {every:.0%} in all)" if every > own + 0.01 else ""
-    return f"{own:.0%} of worker time{more} is waiting for {which}, which is {most} then."
+    return f"{own:.0%} of worker time{more} is waiting for {which}, which is mostly {most} then."
 
 
 def _of_nobody(workers: pd.DataFrame, total: float, waiting: float) -> str:

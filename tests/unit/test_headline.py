@@ -85,7 +85,7 @@ def test_a_server_that_is_busy_is_named_with_what_it_does(tmp_path: Path) -> Non
         run[2].span("send", 10.0, 10.1, 0, bytes=8, peer=0, id=0)
         run[2].span("send", 10.1, 10.2, 0, bytes=8, peer=1, id=1)
     told = headline(Analysis(open_run(tmp_path)))
-    assert told == "70% of worker time is waiting for rank 2, the server, which is mostly in update then."
+    assert told == "70% of worker time is waiting for rank 2, the server, which is mostly updating parameters then."
 
 
 def test_moving_data_is_told_where_it_takes_the_time(tmp_path: Path) -> None:
