@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HpctrainError as error:
         print(f"hpctrain: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

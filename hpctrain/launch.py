@@ -234,6 +234,8 @@ class Session:
             self.out.say(f"resumed at sample {self.books.cursor:,} (step {self.books.step})")
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, Exception):
+            self.comm.recorder.event("failure", f"{type(error).__name__}: {error}")
         self._stack.close()
 
     def _headline(self) -> str:

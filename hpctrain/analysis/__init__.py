@@ -73,7 +73,7 @@ class Analysis:
         """Columns phase, rank, steps, share, compute_s, exchange_s: see `waiting.critical_path`."""
         from hpctrain.analysis.waiting import critical_path
 
-        return critical_path(self.course, self.phases)
+        return critical_path(self.course, self.phases, set(self.staleness["phase"]))
 
     @cached_property
     def traffic(self) -> pd.DataFrame:

@@ -28,7 +28,7 @@ def traffic(course: Course, phases: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    spans, key = course.spans, ["attempt", "id"]
+    spans, key = course.training, ["attempt", "id"]
     numbered = spans[spans["id"] >= 0]
     sends = numbered[(numbered["kind"] == Kind.SEND) & (numbered["peer"] >= 0)].sort_values("start_ns")
     sends = sends.drop_duplicates([*key, "rank", "peer"])
@@ -65,13 +65,10 @@ def _works(spans: pd.DataFrame, phases: pd.DataFrame) -> pd.Series[bool]:
 def _together(spans: pd.DataFrame) -> pd.DataFrame:
     """Rows source, destination, bytes, seconds, timed of what has no single receiver.
 
-    Not what a server sums: it was sent to it; nor what the receivers of a broadcast get: its root sends it.
+    Not what a server sums: it was sent to it.
     """
     alone = spans[(spans["peer"] < 0) & spans["kind"].isin([Kind.SEND, Kind.RECV, Kind.REDUCE])]
     alone = alone[(alone["kind"] != Kind.REDUCE) | (alone["id"] >= 0) | alone["works"]]
-    sent = alone.loc[alone["kind"] == Kind.SEND, ["attempt", "id"]].drop_duplicates().assign(sent=True)
-    alone = alone.merge(sent, on=["attempt", "id"], how="left")
-    alone = alone[(alone["kind"] != Kind.RECV) | alone["sent"].isna()]
     last = alone[alone["id"] >= 0].groupby(["attempt", "id"], as_index=False).agg(came=("start_ns", "max"))
     rows = alone.merge(last, on=["attempt", "id"], how="left")
     begun = np.maximum(rows["start_ns"], rows["came"].fillna(0))
@@ -104,13 +101,14 @@ def overlap(course: Course) -> pd.DataFrame:
     in_flight_s: from an operation's start to where its rank had waited for its end (or found it over: those that left
     no second span count nothing); blocked_s: how long the rank waited in it; `hidden`: 1 - blocked / in flight.
     """
-    spans = course.spans
+    spans = course.training
     started = spans[spans["kind"].isin([Kind.SEND, Kind.REDUCE]) & (spans["id"] >= 0)]
     key = ["attempt", "phase", "rank", "id", "peer"]
-    found = started.assign(took=started["end_ns"] - started["start_ns"]).groupby(key, as_index=False).agg(
-        begun=("start_ns", "min"), over=("end_ns", "max"), took=("took", "sum"), pieces=("took", "size")
+    started = started.assign(took=started["end_ns"] - started["start_ns"], opened=started["piece"] == 0)
+    found = started.groupby(key, as_index=False).agg(
+        begun=("start_ns", "min"), over=("end_ns", "max"), took=("took", "sum"), opened=("opened", "sum")
     )
-    found = found[found["pieces"] > 1]
+    found = found[found["opened"] > 1]  # a blocking one that others cut has several pieces, and was opened once
     found["in_flight_s"] = (found["over"] - found["begun"]) / 1e9 / course.share
     found["blocked_s"] = found["took"] / 1e9 / course.share
     table = found.groupby(["phase", "rank"], as_index=False)[["in_flight_s", "blocked_s"]].sum()

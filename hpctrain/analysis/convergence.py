@@ -26,6 +26,7 @@ Numbers = NDArray[np.float64]
 Interval = tuple[int, int]
 CLOCKS = ("step", "samples", "t_s", "seconds", "bytes")
 PAUSES = (KIND_CODES["evaluate"], KIND_CODES["checkpoint"])
+END = (1 << 63) - 1
 COMPUTED = re.compile(
     r"(?P<name>\S+?):? +(?:metric +)?(?P<statistic>[-+.\w]+) +(?P<sign><=|>=|<|>|against) +(?P<threshold>[-+.\w]+)"
     r"(?P<unready>, .*)?"
@@ -41,7 +42,10 @@ def losses(run: Run, phases: pd.DataFrame) -> pd.DataFrame:
     """
     updates = _updates(run)
     t_ns = updates["t_ns"].to_numpy(np.int64)
-    exchanged, pauses = _scan_spans(run, phases, t_ns)
+    attempts = updates["attempt"].to_numpy()
+    kept = {attempt: int(t_ns[attempts == attempt].max()) for attempt in np.unique(attempts).tolist()}
+    kept[run.attempts[-1]] = END  # of earlier attempts, what the next one did again does not count
+    exchanged, pauses = _scan_spans(run, phases, t_ns, kept)
     updates["bytes"] = np.cumsum(exchanged)[: len(updates)]
     updates["t_s"] = (t_ns - run.start_ns) / 1e9
     updates["seconds"] = _training_seconds(updates, phases, pauses)
@@ -126,23 +130,43 @@ def _weighed(steps: pd.DataFrame) -> pd.DataFrame:
 
 # -- spans -----------------------------------------------------------------------------------------------------
 def _scan_spans(
-    run: Run, phases: pd.DataFrame, t_ns: NDArray[np.int64]
+    run: Run, phases: pd.DataFrame, t_ns: NDArray[np.int64], kept: dict[int, int]
 ) -> tuple[NDArray[np.int64], dict[int, list[Interval]]]:
-    """(bytes exchanged until each update since the one before, evaluations and checkpoints of each attempt)."""
+    """(bytes exchanged until each update since the one before, evaluations and checkpoints of each attempt). `kept`:
+    the last moment of each attempt that counts."""
+    pauses = {key: _whole(np.concatenate(parts)) for key, parts in _pausing(run).items()}
     exchanged = np.zeros(len(t_ns) + 1, np.int64)
-    pieces: dict[tuple[int, int], list[Rows]] = {}
     serving, begun = _serving(phases), phases.groupby("attempt")["start_ns"].min().to_dict()
     for rank, attempt, block in run.blocks("spans"):
         moved = block[_exchanges(block, serving.get((attempt, rank), []))]
         moved = moved[moved["start_ns"] >= begun.get(attempt, 0)]  # links are measured with messages, before
+        moved = moved[moved["end_ns"] <= kept.get(attempt, END)]
+        moved = moved[~_within(moved["start_ns"], pauses.get((attempt, rank), []))]
         place = np.searchsorted(t_ns, moved["end_ns"])
         exchanged += np.bincount(place, moved["bytes"], len(exchanged)).astype(np.int64)
+    by_attempt: dict[int, list[Interval]] = {}
+    for (attempt, _), found in pauses.items():
+        by_attempt.setdefault(attempt, []).extend(found)
+    return exchanged, {attempt: _merged(sorted(found)) for attempt, found in by_attempt.items()}
+
+
+def _pausing(run: Run) -> dict[tuple[int, int], list[Rows]]:
+    """The spans of evaluations and checkpoints, by (attempt, rank)."""
+    pieces: dict[tuple[int, int], list[Rows]] = {}
+    for rank, attempt, block in run.blocks("spans"):
         paused = (block["lane"] == 0) & np.isin(block["kind"], PAUSES)
         pieces.setdefault((attempt, rank), []).append(block[paused])
-    pauses: dict[int, list[Interval]] = {}
-    for (attempt, _), parts in pieces.items():
-        pauses.setdefault(attempt, []).extend(_whole(np.concatenate(parts)))
-    return exchanged, {attempt: _merged(sorted(found)) for attempt, found in pauses.items()}
+    return pieces
+
+
+def _within(moments: NDArray[np.int64], intervals: list[Interval]) -> NDArray[np.bool_]:
+    """Which moments lie in one of the intervals, which are in order."""
+    if not intervals:
+        return np.zeros(len(moments), bool)
+    starts, ends = np.array(intervals).T
+    place = np.searchsorted(starts, moments, side="right") - 1
+    inside: NDArray[np.bool_] = (place >= 0) & (moments < ends[np.maximum(place, 0)])
+    return inside
 
 
 def _exchanges(spans: Rows, serving: list[Interval]) -> NDArray[np.bool_]:
@@ -151,7 +175,8 @@ def _exchanges(spans: Rows, serving: list[Interval]) -> NDArray[np.bool_]:
     local = reduces & (spans["id"] < 0) & (spans["lane"] > 0)
     for start, end in serving:
         local |= reduces & (spans["id"] < 0) & (spans["start_ns"] >= start) & (spans["start_ns"] < end)
-    return (spans["bytes"] > 0) & ((spans["kind"] == KIND_CODES["send"]) | reduces) & ~local
+    gathers = (spans["kind"] == KIND_CODES["recv"]) & (spans["peer"] < 0)
+    return (spans["bytes"] > 0) & ((spans["kind"] == KIND_CODES["send"]) | reduces | gathers) & ~local
 
 
 def _serving(phases: pd.DataFrame) -> dict[tuple[int, int], list[Interval]]:

@@ -33,7 +33,7 @@ def sum_by_phase(course: Course, phases: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    spans, keys = course.spans, ["phase", "rank", "lane"]
+    spans, keys = course.training, ["phase", "rank", "lane"]
     took = (spans["end_ns"] - spans["start_ns"]) / 1e9 / course.share
     inside = is_communication(spans)
     by_kind = took.groupby([spans[key] for key in (*keys, "kind")]).sum().unstack("kind")

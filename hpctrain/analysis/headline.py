@@ -25,6 +25,9 @@ DOING = {
     "update": "updating parameters",
     "reduce": "summing gradients",
     "trace": "writing its trace",
+    "checkpoint": "writing a checkpoint",
+    "evaluate": "evaluating",
+    "switch": "switching",
     "nothing traced": UNTOLD,
 }
 NAMES = {"forward": "forward pass", "backward": "backward pass"}

@@ -33,7 +33,7 @@ def attribute(course: Course) -> pd.DataFrame:
     import pandas as pd
 
     spans = course.spans.reset_index(drop=True)
-    waits = _waits(spans)
+    waits = _waits(course.training)
     pieces = _resolve(spans, waits)
     pieces["seconds"] = (pieces["end_ns"] - pieces["start_ns"]) / 1e9 / course.share
     named = np.array(["", *KINDS, UNTRACED], object)
@@ -67,8 +67,8 @@ def _waits(spans: pd.DataFrame) -> pd.DataFrame:
 def _for_last(inside: pd.DataFrame) -> pd.DataFrame:
     """Collectives: until the last rank has come; a broadcast's receivers until its sender has."""
     key = ["attempt", "id"]
-    arrivals = inside.groupby([*key, "rank"], as_index=False).agg(
-        came=("start_ns", "min"), sends=("kind", lambda kinds: (kinds == Kind.SEND).any())
+    arrivals = inside.assign(sends=inside["kind"] == Kind.SEND).groupby([*key, "rank"], as_index=False).agg(
+        came=("start_ns", "min"), sends=("sends", "any")
     )
     order = arrivals.sort_values(["sends", "came"]) if _some(arrivals["sends"]) else arrivals.sort_values("came")
     last = order.groupby(key, as_index=False).agg(peer=("rank", "last"), came=("came", "last"), ranks=("rank", "size"))
@@ -202,8 +202,9 @@ def _wait_in_span(spans: pd.DataFrame, waits: pd.DataFrame) -> Rows:
 
 
 # -- synchronous steps ---------------------------------------------------------------------------------------------
-def critical_path(course: Course, phases: pd.DataFrame) -> pd.DataFrame:
-    """Of the steps that workers take together: columns phase, rank, steps, share, compute_s, exchange_s.
+def critical_path(course: Course, phases: pd.DataFrame, asynchronous: set[int]) -> pd.DataFrame:
+    """Of the steps that workers take together, in phases that are not `asynchronous`: columns phase, rank, steps,
+    share, compute_s, exchange_s.
 
     The critical path of a synchronous step runs through the worker that finishes its backward pass last: `steps` and
     `share` are those in which it was `rank`; of these, compute_s is the mean time from the step's first batch to that
@@ -211,9 +212,9 @@ def critical_path(course: Course, phases: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    together = phases[(phases["role"] == "worker") & ~phases["strategy"].str.contains("async|bounded|unknown")]
+    together = phases[(phases["role"] == "worker") & ~phases["phase"].isin(asynchronous)]
     workers = together[["attempt", "phase", "rank"]].drop_duplicates(ignore_index=True)
-    spans = course.spans[(course.spans["lane"] == 0) & (course.spans["step"] >= 0)]
+    spans = course.training[(course.training["lane"] == 0) & (course.training["step"] >= 0)]
     spans = spans.merge(workers, on=["attempt", "phase", "rank"])
     key = ["attempt", "phase", "step"]
     backward = spans[spans["kind"] == Kind.BACKWARD]

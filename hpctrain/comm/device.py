@@ -167,7 +167,7 @@ class DeviceCommunicator(Communicator):
             self.reduce_scatter(wide, bounds, operation)
             self.gpu.narrow(wide, buffer)
         else:
-            with self.span("reduce", buffer.nbytes), self.gpu.stream():
+            with self.span("reduce"), self.gpu.stream():  # its messages have the bytes
                 algorithms.ring_reduce_scatter(self, buffer, bounds, operation, self._everybody)
 
     def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
@@ -373,7 +373,7 @@ class DirectCommunicator(DeviceCommunicator):
         elif algorithm == "library":
             self.inner.all_reduce(buffer, operation)
         else:
-            with self.span("reduce", buffer.nbytes), self.gpu.stream():
+            with self.span("reduce"), self.gpu.stream():  # its messages have the bytes
                 algorithms.all_reduce_by(algorithm)(self, buffer, operation, self._everybody)
 
     def _all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:

@@ -204,13 +204,14 @@ class MpiCommunicator(Communicator):
             self._settle(self.handle.Ibarrier())
 
     def broadcast(self, buffer: Buffer, root: int = 0) -> None:
-        with self.span("send" if self.rank == root else "recv", buffer.nbytes, id=self._collective()):
+        sends = self.rank == root
+        with self.span("send" if sends else "recv", buffer.nbytes if sends else 0, id=self._collective()):
             self._settle(self.handle.Ibcast(_wire(buffer), root))
 
     def all_reduce(self, buffer: Buffer, operation: Operation = "sum", algorithm: str = "library") -> None:
         id = self._collective()
         self._gather_up(id)
-        with self.span("reduce", buffer.nbytes, id=id):
+        with self.span("reduce", buffer.nbytes if algorithm == "library" else 0, id=id):  # else its messages have them
             if buffer.dtype == BFLOAT16:
                 wide = buffer.astype(np.float32)
                 self._all_reduce(wide, operation, algorithm)
@@ -234,7 +235,7 @@ class MpiCommunicator(Communicator):
     def reduce_scatter(self, buffer: Buffer, bounds: Sequence[int], operation: Operation = "sum") -> None:
         id = self._collective()
         self._gather_up(id)
-        with self.span("reduce", buffer.nbytes, id=id):
+        with self.span("reduce", id=id):
             algorithms.ring_reduce_scatter(self, buffer, bounds, operation, self._everybody)
 
     def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:

@@ -344,11 +344,11 @@ class VirtualCommunicator(Communicator):
 
     def broadcast(self, buffer: Buffer, root: int = 0) -> None:
         everybody = self.group.everybody
-        with self._collective("send" if self.rank == root else "recv", buffer.nbytes):
+        with self._collective("send" if self.rank == root else "recv"):
             algorithms.tree_broadcast(self, buffer, everybody[root:] + everybody[:root])
 
     def all_reduce(self, buffer: Buffer, operation: Operation = "sum", algorithm: str = "library") -> None:
-        with self._collective("reduce", buffer.nbytes):
+        with self._collective("reduce"):
             self._all_reduce(buffer, operation, algorithm)
 
     def _all_reduce(self, buffer: Buffer, operation: Operation, algorithm: str) -> None:
@@ -374,11 +374,11 @@ class VirtualCommunicator(Communicator):
         return _Started(self, task, buffer.nbytes, id)
 
     def reduce_scatter(self, buffer: Buffer, bounds: Sequence[int], operation: Operation = "sum") -> None:
-        with self._collective("reduce", buffer.nbytes):
+        with self._collective("reduce"):
             algorithms.ring_reduce_scatter(self, buffer, bounds, operation, self.group.everybody)
 
     def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
-        with self._collective("recv", buffer.nbytes):
+        with self._collective("recv"):
             algorithms.ring_all_gather(self, buffer, bounds, self.group.everybody)
 
     def split(self, color: int | None, key: int = 0) -> VirtualCommunicator | None:
@@ -461,13 +461,14 @@ class VirtualCommunicator(Communicator):
             del self.group.meetings[key]
 
     @contextmanager
-    def _collective(self, kind: str, nbytes: int = 0) -> Iterator[None]:
+    def _collective(self, kind: str) -> Iterator[None]:
+        """Made of messages, which carry the bytes."""
         self._count += 1
         task = self.world.current
         assert task is not None
         task.inside += 1
         try:
-            with self._own_span(kind, nbytes, self.group.number << 44 | self._count):
+            with self._own_span(kind, 0, self.group.number << 44 | self._count):
                 yield
         finally:
             task.inside -= 1

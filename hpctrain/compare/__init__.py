@@ -118,6 +118,6 @@ def _write_csv(frame: pd.DataFrame, path: Path) -> None:
         frame.to_csv(path, index=False)
     except OSError as error:
         raise HpctrainError(
-            f"{path}: the CSV file cannot be written ({error.strerror}); choose another with --csv"
+            f"{path}: the CSV file cannot be written ({error.strerror or error}); choose another with --csv"
         ) from None
     print(f"wrote {path}")

@@ -46,7 +46,7 @@ def write_plots(folder: Path, frame: pd.DataFrame, runs: Runs, targets: Targets,
                 written.append(folder / f"{name}.png")
     except OSError as error:
         raise HpctrainError(
-            f"{folder}: the pictures cannot be written here ({error.strerror}); choose another folder with -o"
+            f"{folder}: the pictures cannot be written here ({error.strerror or error}); choose another folder with -o"
         ) from None
     return written
 

@@ -171,7 +171,7 @@ def summarise(analysis: Analysis, name: str) -> RunSummary:
         ranks=run.size,
         workers=_count(phases, phases["role"] == "worker"),
         servers=_count(times, (times["role"] == "server") | (times["lane"] > 0)),
-        nodes=len({run.attributes(rank)["node"] for rank in run.ranks}),
+        nodes=len({run.attributes(rank).get("node", 0) for rank in run.ranks}),
         attempts=len(run.attempts),
         samples=int(losses["samples"].max()) if len(losses) else 0,
         steps=len(losses),
@@ -180,8 +180,8 @@ def summarise(analysis: Analysis, name: str) -> RunSummary:
         parallel_efficiency=_weighted(efficiency, "parallel_efficiency"),
         load_balance=_weighted(efficiency, "load_balance"),
         communication_efficiency=_weighted(efficiency, "communication_efficiency"),
-        useful_s=float(times["useful_s"].sum()),
-        transferred=float(analysis.traffic["bytes"].sum()),
+        useful_s=float(times["useful_s"].sum()) * _kept(run),
+        transferred=float(analysis.convergence["bytes"].max()) if len(losses) else 0.0,
         staleness_mean=float(stale.mean()) if len(stale) else NAN,
         staleness_p95=float(stale.quantile(0.95)) if len(stale) else NAN,
         finished=(run.folder / MODEL).exists(),
@@ -190,6 +190,12 @@ def summarise(analysis: Analysis, name: str) -> RunSummary:
         job=job_keys(run),
         notes=tuple(run.notes),
     )
+
+
+def _kept(run: Run) -> float:
+    """The share of all samples that was not lost by resuming from a checkpoint."""
+    every = run.steps(rolled_back=True)["samples"].sum()
+    return float(run.steps()["samples"].sum() / every) if every else 1.0
 
 
 def job_keys(run: Run) -> dict[str, Any]:

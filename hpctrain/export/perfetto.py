@@ -20,10 +20,11 @@ from hpctrain.export.layout import Layout
 from hpctrain.export.marks import draw_events, draw_notes, draw_phases, draw_resources
 from hpctrain.export.messages import Messages
 from hpctrain.export.output import output_text
-from hpctrain.export.selection import Rows, Selection, describe_ranks
+from hpctrain.export.selection import Rows, Selection
 from hpctrain.export.traceformat import Numbers, microseconds
 from hpctrain.progress import Progress
 from hpctrain.trace import Kind, Run
+from hpctrain.trace.reader import name_ranks
 from hpctrain.trace.schema import KINDS
 
 COMPUTATION = ("data", "forward", "backward", "encode", "decode", "update")
@@ -132,7 +133,7 @@ def _facts(run: Run, selection: Selection, messages: Messages) -> dict[str, Any]
     facts: dict[str, Any] = {
         "run": run.folder.resolve().name,
         "hpctrain": __version__,
-        "ranks": f"{describe_ranks(selection.ranks)} of {run.size}",
+        "selected": f"{name_ranks(selection.ranks)} of {run.size}",
         "steps": "all" if steps is None else f"{steps.start} to {steps.stop - 1}",
         "attempts": len(run.attempts),
         "clock": "microseconds since the run's first span, on the clock of rank 0",

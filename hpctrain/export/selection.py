@@ -10,6 +10,7 @@ import numpy as np
 
 from hpctrain.errors import HpctrainError
 from hpctrain.trace import Run
+from hpctrain.trace.reader import name_ranks
 
 Rows = np.ndarray[Any, Any]
 Window = tuple[int, int]
@@ -50,16 +51,9 @@ def select(run: Run, ranks: Iterable[int] | None, steps: range | None) -> Select
     if absent or not wanted:
         raise HpctrainError(
             f"{run.folder}: there is no readable trace of rank {', '.join(map(str, absent)) or '(none given)'}; "
-            f"choose from {describe_ranks(run.ranks)}"
+            f"choose from {name_ranks(run.ranks)}"
         )
     return Selection(wanted, steps, None if steps is None else _windows(run, steps))
-
-
-def describe_ranks(ranks: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2, 5"."""
-    breaks = [i for i in range(1, len(ranks)) if ranks[i] != ranks[i - 1] + 1]
-    parts = [ranks[a:b] for a, b in zip([0, *breaks], [*breaks, len(ranks)], strict=True)]
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def _windows(run: Run, steps: range) -> dict[int, Window]:

@@ -47,4 +47,4 @@ def _save(draw: Callable[[Analysis], Figure], run: str, output: str) -> None:
     try:
         figure.savefig(output, dpi=150)
     except OSError as error:
-        raise HpctrainError(f"{output} cannot be written ({error.strerror}); choose another place") from None
+        raise HpctrainError(f"{output} cannot be written ({error.strerror or error}); choose another place") from None

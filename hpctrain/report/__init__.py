@@ -36,7 +36,7 @@ def write_report(run_folder: Path | str, path: Path | str | None = None) -> tupl
         os.replace(unfinished, target)
     except OSError as error:
         raise HpctrainError(
-            f"{target}: the report cannot be written here ({error.strerror}); choose another place with -o FILE"
+            f"{target}: the report cannot be written here ({error.strerror or error}); choose another with -o FILE"
         ) from None
     finally:
         with contextlib.suppress(OSError):

@@ -83,7 +83,7 @@ class Run:
     def _note_gaps(self) -> None:
         for version in sorted({int(file.attributes["schema_version"]) for file in self._files} & set(OLDER_VERSIONS)):
             ranks = sorted({file.rank for file in self._files if file.attributes["schema_version"] == version})
-            self._note(f"{_name(ranks)}: written in schema version {version}: {OLDER_VERSIONS[version]}")
+            self._note(f"{name_ranks(ranks)}: written in schema version {version}: {OLDER_VERSIONS[version]}")
         present = trace_files(self.folder)
         for attempt in self.attempts:
             files = [file for file in self._files if file.attempt == attempt]
@@ -91,11 +91,11 @@ class Run:
             which = f" in attempt {attempt}" if len(self.attempts) > 1 else ""
             missing = [rank for rank in range(size) if (attempt, rank) not in present]
             if missing:
-                self._note(f"{_name(missing)} of {size}: no trace file{which}")
+                self._note(f"{name_ranks(missing)} of {size}: no trace file{which}")
             unclosed = [file.rank for file in files if not file.closed]
             if unclosed:
                 self._note(
-                    f"{_name(unclosed)} of {size}: trace not closed{which}: still running, or killed; "
+                    f"{name_ranks(unclosed)} of {size}: trace not closed{which}: still running, or killed; "
                     "complete up to the last flush"
                 )
         for file in self._files:
@@ -181,7 +181,8 @@ class Run:
         wanted = {rank} if isinstance(rank, int) else set(rank)
         absent = sorted(wanted - set(self.ranks))
         if absent:
-            raise TraceError(f"{self.folder}: no readable trace of {_name(absent)}; there are {_name(self.ranks)}")
+            known = name_ranks(self.ranks)
+            raise TraceError(f"{self.folder}: no readable trace of {name_ranks(absent)}; there are {known}")
         return [file for file in self._files if file.rank in wanted]
 
     def _blocks(
@@ -283,10 +284,16 @@ class Run:
         if not path.exists():
             return pd.DataFrame()
         try:
-            return pd.read_csv(path)
+            frame = pd.read_csv(path)
         except (OSError, ValueError) as error:  # pandas' own parser errors are ValueErrors
             self._note(f"metrics.csv cannot be read ({str(error).splitlines()[0]})")
             return pd.DataFrame()
+        for name in frame.columns.drop("split", errors="ignore"):
+            frame[name] = pd.to_numeric(frame[name], errors="coerce")
+        whole = frame.dropna(ignore_index=True)
+        if len(whole) < len(frame):
+            self._note(f"metrics.csv: {len(frame) - len(whole)} of {len(frame)} rows cannot be read")
+        return whole
 
     def _frame(
         self, table: str, rank: Ranks, keep: Keep | None = None, columns: Iterable[str] | None = None
@@ -333,7 +340,7 @@ def _tell_fault(attempt: int, reason: str, errors: Mapping[int, UnreadableTrace]
     if len(errors) == 1:
         return str(*errors.values())
     which = f" of attempt {attempt}" if attempt > 1 else ""
-    return f"{_name(sorted(errors))}: each of their files{which} in trace/ {reason}"
+    return f"{name_ranks(sorted(errors))}: each of their files{which} in trace/ {reason}"
 
 
 def _categories(codes: Rows, names: Sequence[str]) -> Any:
@@ -343,7 +350,7 @@ def _categories(codes: Rows, names: Sequence[str]) -> Any:
     return pd.Categorical.from_codes(known, categories=pd.Index(list(names)))
 
 
-def _name(ranks: Sequence[int]) -> str:
+def name_ranks(ranks: Sequence[int]) -> str:
     """[0, 1, 2, 5] -> "ranks 0-2, 5"."""
     runs: list[list[int]] = []
     for rank in ranks:

@@ -212,7 +212,7 @@ def test_what_a_server_sums_and_what_a_broadcast_brings_is_counted_once(tmp_path
         run[1].phase(0.0, 0, "server", "parameter_server (sync)")
         run[0].span("forward", 1.0, 2.0, 0)
         run[0].span("send", 2.0, 2.5, 0, bytes=400, peer=1, id=MESSAGE)
-        run[0].span("recv", 4.0, 5.0, 0, bytes=30, id=9)
+        run[0].span("recv", 4.0, 5.0, 0, id=9)
         run[0].done(6.0, 0)
         run[1].span("recv", 2.5, 2.5, 0, bytes=400, peer=0, id=MESSAGE)
         run[1].span("reduce", 3.0, 4.0, 0, bytes=400)
@@ -273,3 +273,59 @@ def test_a_resumed_run_counts_both_attempts(tmp_path: Path) -> None:
             run[0].done(5.0, attempt)
     times = Analysis(open_run(tmp_path)).times
     assert times[["total_s", "useful_s"]].to_numpy().tolist() == [pytest.approx([0.008, 0.004])]
+
+
+def paused_run(folder: Path, steps: int) -> Analysis:
+    """Two workers; every eighth step is followed by an evaluation of 2 ms; each step waits a quarter of its 1 ms."""
+    with HandMade(folder, 2) as run:
+        for rank in range(2):
+            run[rank].phase(0.0, 0, "worker", "all_reduce")
+            at = 1.0
+            for step in range(steps):
+                run[rank].span("forward", at, at + 0.5 + rank / 4, step)
+                run[rank].span("wait", at + 0.5 + rank / 4, at + 0.75, step, id=BARRIER + step)
+                run[rank].span("update", at + 0.75, at + 1.0, step)
+                at += 1.0
+                if step % 8 == 7:
+                    run[rank].span("evaluate", at, at + 2.0, step)
+                    at += 2.0
+            run[rank].done(at, steps - 1)
+    return Analysis(open_run(folder))
+
+
+def test_pauses_are_whole_also_where_spans_are_sampled(tmp_path: Path) -> None:
+    analysis = paused_run(tmp_path, 800)
+    whole = analysis.efficiency
+    sampled = Analysis(analysis.run)
+    sampled.__dict__["course"] = read_course(analysis.run, analysis.phases, most=1500)
+    assert sampled.course.share < 0.4
+    assert sampled.times["paused_s"].tolist() == pytest.approx([0.2, 0.2])
+    assert sampled.times["total_s"].tolist() == pytest.approx(analysis.times["total_s"].tolist())
+    assert sampled.efficiency["parallel_efficiency"][0] == pytest.approx(whole["parallel_efficiency"][0], rel=0.1)
+
+
+def test_a_rank_that_writes_a_checkpoint_is_waited_for_by_that_name(tmp_path: Path) -> None:
+    with HandMade(tmp_path, 2) as run:
+        for rank in range(2):
+            run[rank].phase(0.0, 0, "worker", "all_reduce")
+            run[rank].span("forward", 1.0, 2.0, 0)
+        run[0].span("checkpoint", 2.0, 8.0, 0)
+        run[0].span("wait", 8.0, 8.0, 0, id=BARRIER)
+        run[1].span("wait", 2.0, 8.0, 0, id=BARRIER)
+        for rank in range(2):
+            run[rank].done(9.0, 0)
+    analysis = Analysis(open_run(tmp_path))
+    assert analysis.waits[["rank", "root", "doing"]].to_numpy().tolist() == [[1, 0, "checkpoint"]]
+    assert analysis.headline.endswith("is waiting for rank 0, which is mostly writing a checkpoint then.")
+
+
+def test_a_blocking_collective_that_its_messages_cut_hides_nothing(tmp_path: Path) -> None:
+    with HandMade(tmp_path, 1) as run:
+        run[0].phase(0.0, 0, "worker", "all_reduce")
+        run[0].span("forward", 1.0, 2.0, 0)
+        recorder = run[0].recorder
+        recorder.open("reduce", run[0]._at(2.0), 400, -1, 5)
+        run[0].span("send", 4.0, 9.0, 0, bytes=400, peer=0, id=MESSAGE)
+        recorder.close(run[0]._at(10.0))
+        run[0].done(11.0, 0)
+    assert Analysis(open_run(tmp_path)).overlap.empty

@@ -319,7 +319,7 @@ def test_a_damaged_rank_is_said_and_the_others_exported(tmp_path):
 
 def test_the_facts_of_the_run_are_in_the_timeline(exchange):
     facts = timeline(exchange).facts
-    assert facts["ranks"] == "0-1 of 2"
+    assert facts["selected"] == "ranks 0-1 of 2"
     assert 'model = "mlp"' in facts["job"]
 
 
@@ -332,7 +332,7 @@ def test_of_selected_ranks_only_messages_among_them_are_shown(exchange):
     shown = timeline(exchange, ranks=[0])
     assert {shown.thread(e) for e in shown.of("X") if e["cat"] != "phase"} == {"rank 0 (worker)"}
     assert shown.flows == []
-    assert shown.facts["ranks"] == "0 of 2"
+    assert shown.facts["selected"] == "rank 0 of 2"
 
 
 def test_steps_select_the_time_in_which_they_ran(exchange):
@@ -389,7 +389,7 @@ def test_steps_that_nobody_took_are_refused(exchange):
 
 
 def test_a_rank_that_is_not_there_is_refused(exchange):
-    with pytest.raises(HpctrainError, match="no readable trace of rank 2; choose from 0-1"):
+    with pytest.raises(HpctrainError, match="no readable trace of rank 2; choose from ranks 0-1"):
         export_run(exchange, "perfetto", ranks=[0, 2])
 
 

@@ -97,3 +97,15 @@ def test_moving_data_is_told_where_it_takes_the_time(tmp_path: Path) -> None:
             run[rank].done(11.0, 0)
     told = headline(Analysis(open_run(tmp_path)))
     assert told == "40% of worker time is computation, 60% moving data; no rank holds the others up."
+
+
+def test_the_bytes_of_a_ring_are_counted_once(tmp_path: Path) -> None:
+    """2 (W - 1) / W of the buffer per rank (Rabenseifner's bound), besides small change."""
+    strategy = {"name": "all_reduce", "exchange": "message", "algorithm": "ring"}
+    job = make_job(tmp_path / "runs", strategy=strategy, train={"steps": 8, "batch_size": 2})
+    analysis = Analysis(train_traced(tmp_path / "run", job, 4, compute=jitter(sigma=0.0)))
+    parameters = 7 * 13 + 13 + 13 * 5 + 5 + 5 * 3 + 3
+    step = 2 * 3 * 4 * parameters
+    assert 7 * step <= analysis.traffic["bytes"].sum() <= 8 * 1.5 * step
+    clock = analysis.convergence["bytes"].tolist()  # at no cost messages coincide with the phase's very ends
+    assert step <= (clock[6] - clock[1]) / 5 <= 1.2 * step
