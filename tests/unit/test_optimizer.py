@@ -486,6 +486,20 @@ def velocity(update: Update) -> float:
     return float(abs(update.state().flat["momentum_buffer"]).max())
 
 
+@pytest.mark.parametrize(("own", "sharpness", "stable"), [(False, 2.0, True), (False, 4.0, False), (True, 12.0, True)])
+def test_a_velocity_per_worker_is_stable_on_sharper_losses(own: bool, sharpness: float, stable: bool) -> None:
+    """16 workers in turn, each with the gradient of a parabola where it last looked; rate 0.05 / 16, momentum 0.9."""
+    update, values = update_of("SGD", {"lr": 0.05 / 16, "momentum": 0.9})
+    values.fill_(1.0)
+    seen = [values.clone() for _ in range(16)]
+    for step in range(16 * 200):
+        worker = step % 16
+        update.apply(sharpness * seen[worker], 1.0, worker=worker if own else None)
+        seen[worker] = values.clone()
+    last = float(values.abs().max())
+    assert last < 1e-3 if stable else not last < 10
+
+
 @pytest.mark.parametrize("name", ["Adam", "RMSprop", "Muon"])
 def test_adaptive_optimizers_have_one_state_for_all_workers(name: str) -> None:
     if not hasattr(torch.optim, name):
