@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hpctrain.watch.snapshot import Snapshot
     from hpctrain.watch.watcher import Watcher
 
+GIVE_UP_SECONDS = 900.0  # of silence, where nobody looks
 SIZE_SECONDS = 0.2  # how often to see whether the terminal has another size
 
 
@@ -72,10 +73,10 @@ def _redraw(console: Console, watcher: Watcher, shot: Snapshot, every: float) ->
 
 
 def _tell(console: Console, watcher: Watcher, shot: Snapshot, every: float) -> None:
-    """A line per look, until the run is over."""
+    """A line per look, until the run is over, or has been silent for so long that it must have been killed."""
     from hpctrain.watch.picture import line
 
-    while not shot.status.over:
+    while not shot.status.over and shot.silence < GIVE_UP_SECONDS:
         print(line(shot), flush=True)
         time.sleep(every)
         shot = watcher.look()

@@ -18,6 +18,7 @@ from hpctrain.watch.snapshot import Evaluation, RankView, Snapshot, Status
 
 HEIGHTS, ASCII_HEIGHTS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 BAR, ASCII_BAR, BAR_WIDTH = ("█", "░"), ("#", "."), 30
+MOST_NOTES = 4
 MARGIN = 2  # lines below the ranks that are kept free: the cursor's, and one for what they leave out
 UNKNOWN = "-"
 
@@ -32,7 +33,9 @@ class Picture:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         shot, width, ascii_only = self.snapshot, options.max_width, options.ascii_only
         head = [*_head(shot, width, ascii_only)]
-        foot = [Text(f"note: {note}", style="yellow") for note in shot.notes]
+        foot = [Text(f"note: {note}", style="yellow") for note in shot.notes[:MOST_NOTES]]
+        if len(shot.notes) > MOST_NOTES:
+            foot.append(Text(f"and {len(shot.notes) - MOST_NOTES} notes more", style="yellow"))
         room = max(1, options.max_height - len(head) - len(foot) - MARGIN - 1) if self.fit else None
         for line in head:
             line.truncate(width, overflow="crop" if ascii_only else "ellipsis")

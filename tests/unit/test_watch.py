@@ -627,3 +627,20 @@ def test_ctrl_c_says_whether_there_was_more_to_come(going, capsys, monkeypatch, 
     monkeypatch.setattr("hpctrain.watch.time.sleep", interrupt)
     assert watch(run.folder) == status
     assert "a worker" in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_long_ago_is_not_waited_for(going, capsys, monkeypatch):
+    run = going(2)
+    begin(run)
+    run.steps(0, 5)
+    run.now -= 1000.0
+    run.show()
+    monkeypatch.setattr("hpctrain.watch.time.sleep", lambda seconds: pytest.fail("it waits"))
+    assert watch(run.folder) == 0
+    assert "was killed" in capsys.readouterr().out
+
+
+def test_many_notes_leave_room_for_the_ranks():
+    text = drawn(full(4, notes=tuple(f"rank {rank}: damaged" for rank in range(30))))
+    assert "rank 3: damaged" in text and "rank 4: damaged" not in text
+    assert "and 26 notes more" in text
