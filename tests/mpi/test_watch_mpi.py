@@ -17,9 +17,10 @@ from hpctrain.trace import open_run
 pytestmark = pytest.mark.launch
 
 WATCH = """
-import sys
+import signal, sys
 from pathlib import Path
 from hpctrain.watch import watch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background of a shell ignore
 sys.exit(watch(Path(sys.argv[1]), every=0.3))
 """
 JOB = """
