@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DIGITS = str(ROOT / "jobs" / "digits.toml")
 SLOW = 1
 STRATEGIES = {
-    "all_reduce": ["strategy=all_reduce"],
     "sync": ["strategy=parameter_server", "strategy.mode=sync"],
     "switch": ["strategy=switch", "strategy.until={rule = 'after', fraction = 0.5}"],
 }
@@ -37,7 +36,7 @@ def test_a_straggler_is_the_headline(mpi: launcher.Mpi, tmp_path: Path, name: st
     """Twice as slow, of three workers: these share two cores or so, hence the margin. (All strategies:
     tests/unit/test_headline.py.)"""
     keys = [*STRATEGIES[name], "train.epochs=6", f"debug.slow={{{SLOW} = 2.0}}", "trace.report=false"]
-    run, _ = run_digits(mpi, tmp_path, 3 if name == "all_reduce" else 4, *keys)
+    run, _ = run_digits(mpi, tmp_path, 4, *keys)
     analysis = analyse(run)
     found = straggler(analysis)
     assert found is not None and found.rank == SLOW, analysis.headline
