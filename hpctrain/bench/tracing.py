@@ -18,7 +18,7 @@ from hpctrain.trace.schema import TABLES
 from hpctrain.trainer import fit
 
 JOB = Path(__file__).with_name("tracing.toml")  # jobs/tracing.toml links to it
-PAIRS = 11
+PAIRS = 21
 LIMIT = 1.01  # of traced to untraced time
 WITHOUT, WITH, COST = "without, ms", "with, ms", "cost, %"
 SPANS, BYTES = "spans/step", "bytes/step"

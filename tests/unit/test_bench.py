@@ -445,7 +445,7 @@ def test_the_cost_of_tracing_is_measured_on_real_ranks(tmp_path: Path):
     from hpctrain import launcher
 
     short = tmp_path / "short.toml"
-    short.write_text(tracing.JOB.read_text().replace("epochs = 42", "epochs = 1"))
+    short.write_text(tracing.JOB.read_text().replace("epochs = 25", "epochs = 1"))
     program = tmp_path / "bench.py"
     program.write_text(
         "import sys\n"
