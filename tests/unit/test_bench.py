@@ -357,7 +357,8 @@ def test_the_job_of_the_bench_is_among_the_jobs():
     assert linked.resolve() == tracing.JOB.resolve()
     job = Job.load(linked)
     assert job.trace.enabled
-    assert (job.train.epochs or 0) * (1437 // (2 * job.train.batch_size)) > 1000
+    steps = (job.train.epochs or 0) * (1437 // (2 * job.train.batch_size))
+    assert steps * 0.005 > job.trace.flush_seconds  # the trace is written meanwhile
 
 
 def test_which_measurements_need_ranks():
