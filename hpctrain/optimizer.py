@@ -244,7 +244,9 @@ class Update(ABC):
         for _, parameter, state in self._with_velocity() if self._velocities else ():
             own = [velocities[parameter] for velocities in self._velocities.values()]
             loaded[parameter] = (state, first := state.get("momentum_buffer"))
-            mean = torch.stack(own).sum(dim=0)
+            mean = own[0].clone()
+            for velocity in own[1:]:
+                mean.add_(velocity)
             if first is not None:
                 mean.add_(first, alpha=workers - len(own))
             state["momentum_buffer"] = mean.div_(workers)

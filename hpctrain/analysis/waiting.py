@@ -70,17 +70,13 @@ def _for_last(inside: pd.DataFrame) -> pd.DataFrame:
     arrivals = inside.assign(sends=inside["kind"] == Kind.SEND).groupby([*key, "rank"], as_index=False).agg(
         came=("start_ns", "min"), sends=("sends", "any")
     )
-    order = arrivals.sort_values(["sends", "came"]) if _some(arrivals["sends"]) else arrivals.sort_values("came")
+    order = arrivals.sort_values(["sends", "came"])
     last = order.groupby(key, as_index=False).agg(peer=("rank", "last"), came=("came", "last"), ranks=("rank", "size"))
     rows = inside.drop(columns="peer").merge(last, on=key)
     rows = rows[rows["ranks"] > 1]
     own = rows["rank"] == rows["peer"]
     rows["end_ns"] = np.where(own, rows["start_ns"], np.minimum(rows["end_ns"], rows["came"]))
     return rows.assign(peer_lane=0)
-
-
-def _some(values: pd.Series[Any]) -> bool:
-    return bool(len(values)) and bool(values.any())
 
 
 def _for_sender(inside: pd.DataFrame) -> pd.DataFrame:
@@ -160,9 +156,9 @@ def _resolve(spans: pd.DataFrame, waits: pd.DataFrame) -> pd.DataFrame:
     w_start, w_end = waits["start_ns"].to_numpy(np.int64), waits["end_ns"].to_numpy(np.int64)
     attempt, waiter = waits["attempt"].to_numpy(np.int64), waits["rank"].to_numpy(np.int64)
     known = np.flatnonzero(peer >= 0)
-    open_ = (known, w_start[known], w_end[known], peer[known], lane[known])  # wait, from, to, for whom
+    open_ = [known, w_start[known], w_end[known], peer[known], lane[known]]  # wait, from, to, for whom
     unknown = np.flatnonzero(peer < 0)
-    done = [(unknown, w_start[unknown], w_end[unknown], peer[unknown], np.zeros(len(unknown), np.int64))]
+    done = [[unknown, w_start[unknown], w_end[unknown], peer[unknown], np.zeros(len(unknown), np.int64)]]
     for hop in range(HOPS):
         wait, begin, end, root, root_lane = open_
         following = []
@@ -181,10 +177,10 @@ def _resolve(spans: pd.DataFrame, waits: pd.DataFrame) -> pd.DataFrame:
             following.append([values[onward] for values in (of, start, inner_end, peer[cause], lane[cause])])
             left = stop > inner_end
             rest = (of, inner_end, stop, np.full(len(of), key[1]), kind)
-            done.append(tuple(values[left] for values in rest))  # type: ignore[arg-type]
+            done.append([values[left] for values in rest])
         if not following:
             break
-        open_ = tuple(np.concatenate(columns) for columns in zip(*following, strict=True))  # type: ignore[assignment]
+        open_ = [np.concatenate(columns) for columns in zip(*following, strict=True)]
     wait, start, stop, root, doing = (np.concatenate(columns) for columns in zip(*done, strict=True))
     frame = waits.iloc[wait].reset_index(drop=True)
     return frame.assign(start_ns=start, end_ns=stop, root=root, doing=pd.Series(doing, dtype=np.int64))

@@ -99,7 +99,7 @@ def _by_phase(counts: Sequence[int]) -> str:
 def as_text(frame: pd.DataFrame, definitions: Sequence[str], notes: Sequence[str]) -> str:
     """Tables of what ran, what was learned, how fast and, with a baseline, how it scales; then what the columns mean,
     then the notes."""
-    rows: list[Row] = frame.to_dict("records")  # type: ignore[assignment]
+    rows: list[Row] = [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
     parts, meanings = [_about(rows), _learned(rows), _speed(rows)], [*definitions, CLOCKS, EFFICIENCY]
     if "baseline" in frame:
         parts.append(_scaled(rows))

@@ -426,7 +426,6 @@ def test_evaluations_are_exported_with_the_other_tables(exchange):
 
 
 def test_parquet_tables_read_back_as_the_frames_of_the_run(exchange):
-    pytest.importorskip("pyarrow")
     import pandas as pd
 
     folder = export_run(exchange, "parquet")
