@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpctrain.trace.roles import parse_entry
+from hpctrain.trace.roles import entries
 from hpctrain.trace.schema import KIND_CODES
 
 if TYPE_CHECKING:
@@ -46,11 +46,8 @@ def find_phases(run: Run) -> pd.DataFrame:
 def _entered(run: Run) -> dict[Key, tuple[str, str, int]]:
     """(strategy, role, when) of each rank's entry into each phase."""
     found: dict[Key, tuple[str, str, int]] = {}
-    events = run.events()
-    columns = (events[name].tolist() for name in ("attempt", "rank", "kind", "text", "t_ns"))
-    for attempt, rank, kind, text, t_ns in zip(*columns, strict=True):
-        if entry := parse_entry(kind, text):
-            found[attempt, entry.phase, rank] = entry.strategy, entry.role, t_ns
+    for rank, attempt, t_ns, entry in entries(run.events()):
+        found[attempt, entry.phase, rank] = entry.strategy, entry.role, t_ns
     known = {(attempt, rank) for attempt, _, rank in found}
     for rank, attempt, block in run.blocks("steps"):
         if (attempt, rank) not in known:

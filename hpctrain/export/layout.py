@@ -12,7 +12,7 @@ import numpy as np
 from hpctrain.export.selection import Rows, Selection
 from hpctrain.export.traceformat import Numbers, name_process, name_thread
 from hpctrain.trace import Run
-from hpctrain.trace.roles import parse_entry
+from hpctrain.trace.roles import entries
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,9 +93,7 @@ class Layout:
 
 
 def _entries(events: pd.DataFrame) -> dict[tuple[int, int], list[Entry]]:
-    entries: dict[tuple[int, int], list[Entry]] = {}
-    columns = (events[name].tolist() for name in ("rank", "attempt", "t_ns", "kind", "text"))
-    for rank, attempt, t_ns, kind, text in zip(*columns, strict=True):
-        if entry := parse_entry(kind, text):
-            entries.setdefault((rank, attempt), []).append(Entry(t_ns, *entry))
-    return entries
+    found: dict[tuple[int, int], list[Entry]] = {}
+    for rank, attempt, t_ns, entry in entries(events):
+        found.setdefault((rank, attempt), []).append(Entry(t_ns, *entry))
+    return found

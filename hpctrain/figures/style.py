@@ -47,10 +47,9 @@ KIND_COLOURS = {
 def new_figure(analysis: Analysis, about: str, width: float = 9.0, height: float = 5.0) -> Figure:
     """An empty figure (inches) with the run's name, what it is about, and the notes of what is missing."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    if (engine := figure.get_layout_engine()) is not None:
-        engine.set(wspace=0.05)  # type: ignore[call-arg]
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=0.05))
     run = analysis.run
     lines = [f"{about} ({run.folder.resolve().name})"]
     for note in run.notes[:4]:

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
@@ -78,31 +80,32 @@ def test_a_run_is_followed_from_its_beginning_to_its_end(start):
     assert open_run(folder).notes == []
 
 
-def test_a_killed_run_is_told_and_ctrl_c_leaves_with_status_0(start):
-    run, folder = start(100_000)
+@contextmanager
+def watched(folder: Path) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+    """Somebody watches the run, and has seen how long it will take: (the process, what it prints)."""
     watching = subprocess.Popen([sys.executable, "-u", "-c", WATCH, str(folder)], stdout=subprocess.PIPE, text=True)
     assert watching.stdout is not None
     try:
         assert any("left" in line for line in watching.stdout)
-        ranks = [child for child in psutil.Process(run.pid).children(recursive=True) if "train" in child.cmdline()]
-        ranks[-1].kill()  # the launcher then ends the others
-        assert any("nothing written since" in line for line in watching.stdout)
-        watching.send_signal(signal.SIGINT)
-        assert watching.wait(20) == 0
+        yield watching, watching.stdout
     finally:
         watching.kill()
         watching.communicate()
+
+
+def test_a_killed_run_is_told_and_ctrl_c_leaves_with_status_0(start):
+    run, folder = start(100_000)
+    with watched(folder) as (watching, lines):
+        ranks = [child for child in psutil.Process(run.pid).children(recursive=True) if "train" in child.cmdline()]
+        ranks[-1].kill()  # the launcher then ends the others
+        assert any("nothing written since" in line for line in lines)
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(20) == 0
 
 
 def test_ctrl_c_while_the_run_goes_on_leaves_it_alone(start):
     run, folder = start(100_000)
-    watching = subprocess.Popen([sys.executable, "-u", "-c", WATCH, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert watching.stdout is not None
-    try:
-        assert any("left" in line for line in watching.stdout)
+    with watched(folder) as (watching, _):
         watching.send_signal(signal.SIGINT)
         assert watching.wait(20) == 130
         assert run.poll() is None
-    finally:
-        watching.kill()
-        watching.communicate()
