@@ -120,3 +120,16 @@ def check_singleton(size: int, library: str, environment: Mapping[str, str]) -> 
         f"{launcher} started {launched} processes, but each is alone for the MPI library that mpi4py loads "
         f"({library}): launcher and library do not belong together; {cure}"
     )
+
+
+def netmod_for(library: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """What MPICH has to be told before it starts, so that it always comes up under `srun --mpi=pmi2`.
+
+    `library`: MPICH's long description of itself. Slurm's plug-in reads a PMI request in one piece of at most 1024
+    bytes. What ranks tell each other there of UCX is longer now and then, as it depends on chance, and then all of
+    them wait for ever; of OFI it is 86 bytes. Nothing where the user has chosen, or there is no choice.
+    """
+    device = next((line for line in library.splitlines() if line.startswith("MPICH Device")), "")
+    by_srun = {"SLURM_STEP_ID", "PMI_FD"} <= environment.keys() and "MPI_LOCALNRANKS" not in environment
+    choice = "ucx" in device and "ofi" in device and "MPIR_CVAR_CH4_NETMOD" not in environment
+    return {"MPIR_CVAR_CH4_NETMOD": "ofi"} if by_srun and choice else {}

@@ -14,7 +14,7 @@ from hpctrain.trace.recorder import measure_span_cost
 
 RANKS = 512
 ELEMENTS = 1024  # per rank: short, so that messages and not sums are measured
-ROUNDS = 3  # all-reduces of a run
+ROUNDS = 1  # all-reduces of a run: half a million messages
 REPETITIONS = 5
 NETWORKS: dict[str, tuple[Callable[[], Network], bool]] = {
     "a link per rank": (LinkNetwork, True),

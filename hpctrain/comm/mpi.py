@@ -1,6 +1,6 @@
-"""Real ranks: the communicator over mpi4py. The only place, with `node`, that imports it.
+"""Real ranks: the communicator over mpi4py.
 
-Importing this module initialises MPI (thread level MULTIPLE). Lower-case mpi4py calls, which pickle, are used
+Importing this module initialises MPI. Lower-case mpi4py calls, which pickle, are used
 between the ranks of one run only while a communicator is set up, and only on integers and strings.
 """
 
@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager
 from typing import Any, Self, cast
 
 import numpy as np
-from mpi4py import MPI
 
 from hpctrain.cluster import share_of_cores
 from hpctrain.comm import algorithms
@@ -35,6 +34,7 @@ from hpctrain.comm.base import (
     barrier_id,
 )
 from hpctrain.comm.node import PrivateArena, SharedArena, why_not_shared
+from hpctrain.comm.start import MPI
 from hpctrain.errors import ClusterError
 from hpctrain.trace.recorder import NullRecorder, Recorder
 

@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
 
 from hpctrain.comm.base import Arena, Buffer
+from hpctrain.comm.start import MPI
 
 BOARD = 64  # bytes before each rank's part: its epoch, alone on a cache line
 SHARED_MEMORY = "/dev/shm"

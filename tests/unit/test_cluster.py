@@ -15,6 +15,7 @@ from hpctrain.cluster import (
     device_for,
     launched_rank,
     launched_size,
+    netmod_for,
     share_of_cores,
     threads_for,
 )
@@ -144,3 +145,28 @@ def test_processes_that_believe_to_be_alone(environment: dict[str, str], library
         check_singleton(1, library, environment)
     assert "started 4 processes, but each is alone" in str(caught.value)
     assert library in str(caught.value)
+
+
+SRUN = {"SLURM_STEP_ID": "0", "PMI_FD": "11"}
+BOTH = "MPICH Version:      5.0.2\nMPICH Device:       ch4:ucx ofi\nMPICH CC:  cc\0"
+
+
+def test_mpich_takes_ofi_under_sruns_pmi2_where_it_has_the_choice() -> None:
+    assert netmod_for(BOTH, SRUN) == {"MPIR_CVAR_CH4_NETMOD": "ofi"}
+
+
+@pytest.mark.parametrize(
+    ("library", "environment"),
+    [
+        (BOTH, {}),
+        (BOTH, {"PMI_FD": "11"}),
+        (BOTH, {"SLURM_STEP_ID": "0"}),  # --mpi=none, pmix
+        (BOTH, {**SRUN, "MPI_LOCALNRANKS": "2"}),  # its own mpiexec, inside a job
+        (BOTH, {**SRUN, "MPIR_CVAR_CH4_NETMOD": "ucx"}),
+        (BOTH.replace("ucx ofi", "ucx"), SRUN),
+        (BOTH.replace("ucx ofi", "ofi"), SRUN),
+        (OPEN_MPI, SRUN),
+    ],
+)
+def test_elsewhere_the_library_chooses(library: str, environment: dict[str, str]) -> None:
+    assert netmod_for(library, environment) == {}

@@ -1,0 +1,18 @@
+"""MPI, started: importing this module initialises it (thread level MULTIPLE), if nobody has. It ends with Python."""
+
+from __future__ import annotations
+
+import os
+
+import mpi4py
+
+mpi4py.rc(initialize=False, finalize=True)  # else the import below would, before the library can be asked what it is
+from mpi4py import MPI  # noqa: E402
+
+from hpctrain.cluster import netmod_for  # noqa: E402
+
+__all__ = ["MPI"]
+
+if not MPI.Is_initialized():
+    os.environ |= netmod_for(MPI.Get_library_version(), os.environ)
+    MPI.Init_thread(MPI.THREAD_MULTIPLE)
