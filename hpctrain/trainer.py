@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -49,11 +48,12 @@ class Trainer:
     _left: int = 0
     _samples: int = 0
     _loss: float = 0.0
-    _forward: AbstractContextManager[Any] | None = None
     _started: int = 0
     _buckets: Buckets | None = field(default=None)
 
     def __post_init__(self) -> None:
+        comm = self.phase.comm
+        self._data, self._forward, self._backward = (comm.span(kind) for kind in ("data", "forward", "backward"))
         if self.strategy.bucket_bytes:
             self._buckets = Buckets(self.phase.replica, self.strategy.bucket_bytes, self.strategy.ready)
 
@@ -108,7 +108,7 @@ class Trainer:
         return [(bounds[-1] - 1, bounds[-1])] * (most - own)
 
     def _take(self, start: int, stop: int, ahead: list[Stretch], counts: bool) -> Batch:
-        with self.phase.comm.span("data"):
+        with self._data:
             batch = self.move(self.loader.take(start, stop))
             if self.norms is not None:
                 self.norms.counted = counts
@@ -117,20 +117,19 @@ class Trainer:
                 self.loader.request(*piece)
         self._batch = batch
         self._started = self.phase.comm.now()
-        self._forward = self.phase.comm.span("forward")
         self._forward.__enter__()
         return batch
 
     def step(self, loss: Tensor) -> None:
         """Backward of a micro-batch's mean loss; after the last one of the round, the strategy's step."""
         batch, self._batch = self._batch, None
-        if batch is None or self._forward is None:
+        if batch is None:
             raise HpctrainError("step(loss) was called without a batch; call it once for each of batches()")
         self._forward.__exit__(None, None, None)
         self._left -= 1
         if self._buckets is not None and self._left == 0:
             self._buckets.arm()
-        with self.phase.comm.span("backward"):
+        with self._backward:
             scale = batch.size / self.phase.batch
             scaled = loss if scale == 1.0 else loss * scale
             if self.norms is not None:
@@ -169,8 +168,13 @@ class Trainer:
 def fit(session: Session) -> None:
     """The standard loop."""
     for batch in session.batches():
-        with session.autocast():
-            loss = session.loss(session.model(batch.inputs), batch.targets)
-        session.step(loss)
+        fit_batch(session, batch)
+
+
+def fit_batch(session: Session, batch: Batch) -> None:
+    """What the standard loop does with a batch."""
+    with session.autocast():
+        loss = session.loss(session.model(batch.inputs), batch.targets)
+    session.step(loss)
 
 

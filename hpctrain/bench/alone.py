@@ -11,6 +11,7 @@ from hpctrain.bench.report import Sample, Table
 from hpctrain.comm.network import FreeNetwork, LinkNetwork, Network
 from hpctrain.comm.virtual import VirtualCommunicator, World
 from hpctrain.trace.recorder import measure_span_cost
+from hpctrain.trace.resources import measure_sample_cost
 
 RANKS = 512
 ELEMENTS = 1024  # per rank: short, so that messages and not sums are measured
@@ -57,9 +58,12 @@ def ring_rates(ranks: int, network: Network, apart: bool) -> tuple[float, float]
 
 
 def measure_trace(progress: Callable[[str], None]) -> Table:
-    """What recording a span costs."""
+    """What recording a span costs, and a sample of the resources."""
     progress("trace")
-    costs = tuple(measure_span_cost(20_000) * 1e6 for _ in range(9))
-    table = Table("trace", "trace: cost of a span, with its two clock readings and its share of draining, us", ["us"])
-    table.rows["span"] = {"us": Sample(costs, "us")}
+    spans = tuple(measure_span_cost(20_000) * 1e6 for _ in range(9))
+    samples = tuple(measure_sample_cost() * 1e6 for _ in range(9))
+    table = Table(
+        "trace", "trace: cost of a span, with its two clock readings and its share of draining; of a sample; us", ["us"]
+    )
+    table.rows = {"span": {"us": Sample(spans, "us")}, "sample": {"us": Sample(samples, "us")}}
     return table

@@ -1,11 +1,19 @@
-"""What tracing costs a training: the job of jobs/tracing.toml with traces and without, by turns."""
+"""What tracing costs a training: two of the job jobs/tracing.toml, one with traces, go on by turns of a few steps.
+
+By turns of whole runs, the machine's own ups and downs are larger than what is to be seen.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
 
 from hpctrain.bench.report import Sample, Table
 from hpctrain.bench.runs import quiet_session
@@ -14,88 +22,127 @@ from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
 from hpctrain.trace.reader import Run, open_run
 from hpctrain.trace.recorder import Recorder
+from hpctrain.trace.resources import measure_sample_cost
 from hpctrain.trace.schema import TABLES
-from hpctrain.trainer import fit
+from hpctrain.trainer import fit_batch
 
 JOB = Path(__file__).with_name("tracing.toml")  # jobs/tracing.toml links to it
-PAIRS = 21
+TURN = 2  # steps: of longer turns fewer pairs come together, which differ by as much
+EARLY = 100  # pairs of turns that do not count: what only the first steps take
+TOLD = 500  # pairs between lines of progress
 LIMIT = 1.01  # of traced to untraced time
-WITHOUT, WITH, COST = "without, ms", "with, ms", "cost, %"
+WITHOUT, WITH, RECORDING = "without, ms", "with, ms", "recording, %"
 SPANS, BYTES = "spans/step", "bytes/step"
 
 
 @dataclass(frozen=True)
-class Training:
-    """One training on this rank. `step_ms`: mean of its steps, without evaluations and checkpoints; `spans`, `bytes`:
-    what a step added to this rank's trace.
-    """
+class Written:
+    """What a step added to this rank's trace, and how long its writing took."""
 
-    step_ms: float
-    spans: float = 0.0
-    bytes: float = 0.0
+    spans: float
+    bytes: float
+    seconds: float
+
+
+class Course(Protocol):
+    """A training that goes on when told to."""
+
+    @property
+    def interrupted(self) -> bool: ...
+
+    def take_turn(self) -> float | None:
+        """Seconds per step of TURN steps; None when the training is over."""
+
+
+class Training:
+    """A training in a run folder of its own. Collective, like all that it does."""
+
+    def __init__(self, stack: ExitStack, comm: Communicator, job: Job, traced: bool) -> None:
+        if traced:
+            comm = copy(comm)
+            comm.recorder = Recorder()
+        job = job.override([f"trace.enabled={str(traced).lower()}"])
+        self.session = stack.enter_context(quiet_session(job, comm))
+        self._batches = self.session.batches()
+
+    @property
+    def interrupted(self) -> bool:
+        return self.session.result.interrupted
+
+    def take_turn(self) -> float | None:
+        start = time.perf_counter()
+        for _ in range(TURN):
+            batch = next(self._batches, None)
+            if batch is None:
+                return None
+            fit_batch(self.session, batch)
+        return (time.perf_counter() - start) / TURN
 
 
 def measure_tracing(comm: Communicator, progress: Callable[[str], None]) -> Table:
-    """Milliseconds per step with traces and without, and the cost of tracing as a share, by pairs. Collective."""
+    """Milliseconds per step with traces and without, and the cost of tracing as a share. Collective."""
     job = Job.load(JOB)
-    _train(comm, job, traced=True)  # what only a process's first training takes, belongs to no pair
-    pairs = []
-    for pair in range(PAIRS):
-        progress(f"tracing, pair {pair + 1} of {PAIRS}")
-        pairs.append(_train_pair(comm, job, traced_first=pair % 2 == 1))
+    # It trains half the time only, and is to write its trace as often as if it trained all the time.
+    flush = f"trace.flush_seconds={2 * job.trace.flush_seconds}"
+    with ExitStack() as stack:
+        plain = Training(stack, comm, job, traced=False)
+        traced = Training(stack, comm, job.override([flush]), traced=True)
+        pairs = _take_turns(plain, traced, progress)
+        written = _account(open_run(traced.session.folder), comm.rank)
     model, batch = job.model.name, job.train.batch_size
     table = Table(
         "tracing",
         f"tracing: {model} on {job.data.name}, batch {batch}, {comm.size} rank{'s' * (comm.size > 1)}; ms per step "
-        "without and with traces, cost of pairs, rows and bytes that a step adds to a rank's file",
-        [WITHOUT, WITH, COST, SPANS, BYTES],
+        "without and with traces, what recording adds, rows and bytes that a step adds to a rank's file",
+        [WITHOUT, WITH, RECORDING, SPANS, BYTES],
     )
-    _fill_row(table, f"{model}, {batch}", pairs)
+    _fill_row(table, f"{model}, {batch}", pairs, written, measure_sample_cost() / job.trace.resources_seconds)
     return table
 
 
-def _train_pair(comm: Communicator, job: Job, traced_first: bool) -> tuple[Training, Training]:
-    """(without traces, with traces)."""
-    done = {traced: _train(comm, job, traced) for traced in (traced_first, not traced_first)}
-    return done[False], done[True]
-
-
-def _train(comm: Communicator, job: Job, traced: bool) -> Training:
-    job = job.override([f"trace.enabled={str(traced).lower()}"])
-    if traced:
-        comm = copy(comm)
-        comm.recorder = Recorder(comm.now)
-    training = None
-    with quiet_session(job, comm) as session:
-        fit(session)
-        if not session.result.interrupted:
-            phase, run = session.result.phases[0], open_run(session.folder) if traced else None
-            training = _account(1e3 * phase.seconds / phase.steps, run, comm.rank)
-    if training is None:
+def _take_turns(plain: Course, traced: Course, progress: Callable[[str], None]) -> list[tuple[float, float]]:
+    """(without, with) in seconds per step, of pairs of turns. Who is first changes, so that no drift adds up."""
+    pairs: list[tuple[float, float]] = []
+    while True:
+        order = (plain, traced) if len(pairs) % 2 == 0 else (traced, plain)
+        took = {training: training.take_turn() for training in order}
+        without, with_ = took[plain], took[traced]
+        if without is None or with_ is None:
+            break
+        pairs.append((without, with_))
+        if len(pairs) % TOLD == 1:
+            progress(f"tracing, from pair {len(pairs):,} of turns of {TURN} steps each")
+    if any(training.interrupted for training in (plain, traced)):
         raise HpctrainError("hpctrain bench tracing: interrupted before all was measured; start it again")
-    return training
+    return pairs[EARLY:]
 
 
-def _account(step_ms: float, run: Run | None, rank: int) -> Training:
-    if run is None:
-        return Training(step_ms)
+def _account(run: Run, rank: int) -> Written:
     rows = {name: run.rows(name)[rank, 1] for name in TABLES}
     size = sum(count * TABLES[name].itemsize for name, count in rows.items())
-    return Training(step_ms, rows["spans"] / rows["steps"], size / rows["steps"])
+    writing = run.spans(rank, "trace")
+    seconds = float((writing["end_ns"] - writing["start_ns"]).sum()) / 1e9
+    return Written(rows["spans"] / rows["steps"], size / rows["steps"], seconds / rows["steps"])
 
 
-def _fill_row(table: Table, name: str, pairs: list[tuple[Training, Training]]) -> None:
-    ratios = Sample(tuple(traced.step_ms / plain.step_ms for plain, traced in pairs), "")
+def _fill_row(table: Table, name: str, pairs: list[tuple[float, float]], written: Written, sampling: float) -> None:
+    """`sampling`: share of a thread's time that goes into samples of the resources."""
+    ratios = Sample(tuple(traced / plain for plain, traced in pairs), "")
     table.rows[name] = {
-        WITHOUT: Sample(tuple(plain.step_ms for plain, _ in pairs), "ms"),
-        WITH: Sample(tuple(traced.step_ms for _, traced in pairs), "ms"),
-        COST: Sample(tuple(100 * (ratio - 1) for ratio in ratios.values), "%"),
-        SPANS: Sample(tuple(traced.spans for _, traced in pairs), "1"),
-        BYTES: Sample(tuple(traced.bytes for _, traced in pairs), "B"),
+        WITHOUT: Sample(tuple(1e3 * plain for plain, _ in pairs), "ms"),
+        WITH: Sample(tuple(1e3 * traced for _, traced in pairs), "ms"),
+        RECORDING: Sample(tuple(100 * (ratio - 1) for ratio in ratios.values), "%"),
+        SPANS: Sample((written.spans,), "1"),
+        BYTES: Sample((written.bytes,), "B"),
     }
     low, high = ratios.quartiles
-    kept = "kept" if ratios.median <= LIMIT else "not kept"
-    table.notes.append(
-        f"Median ratio of {len(pairs)} pairs {ratios.median:.4f} (middle half {low:.4f}-{high:.4f}), "
-        f"limit {LIMIT:g}: {kept}"
-    )
+    # Of a median of normally distributed values.
+    error = 1.2533 * (high - low) / 1.349 / np.sqrt(len(pairs))
+    writing = 1e3 * written.seconds / table.rows[name][WITHOUT].median
+    total = ratios.median + writing + sampling
+    kept = "kept" if total <= LIMIT else "not kept"
+    table.notes += [
+        f"Recording: median ratio of {len(pairs)} pairs of turns {ratios.median:.4f}, standard error {error:.4f}. "
+        f"Writing, now and then: {writing:.4f}. Sampling of resources: {sampling:.4f}.",
+        f"Together {total:.4f}, limit {LIMIT:g}: {kept}",
+    ]

@@ -254,6 +254,7 @@ class Communicator(ABC):
     ) -> AbstractContextManager[Any]:
         """Trace the block as a span; in virtual time it also advances the clock by what the block would cost.
 
+        What is returned may be entered again and again, though not within itself.
         `peer` is a rank of the whole run. The verbs above trace themselves: a span around one of them is cut
         where it waits.
         """

@@ -308,7 +308,7 @@ class MpiCommunicator(Communicator):
     def span(
         self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0
     ) -> AbstractContextManager[Any]:
-        return _Span(self.recorder, kind, bytes, peer, id)
+        return self.recorder.span(kind, bytes, peer, id)
 
     def lane(self, number: int) -> Self:
         other = super().lane(number)
@@ -321,21 +321,6 @@ class MpiCommunicator(Communicator):
     def free(self) -> None:
         self.node.Free()
         self.handle.Free()
-
-
-class _Span:
-    __slots__ = ("_recorder", "_arguments")
-
-    def __init__(self, recorder: Recorder, kind: str, nbytes: int, peer: int, id: int) -> None:
-        self._recorder = recorder
-        self._arguments = kind, nbytes, peer, id
-
-    def __enter__(self) -> None:
-        kind, nbytes, peer, id = self._arguments
-        self._recorder.open(kind, time.monotonic_ns(), nbytes, peer, id)
-
-    def __exit__(self, *error: Any) -> None:
-        self._recorder.close(time.monotonic_ns())
 
 
 def _split(handle: MPI.Intracomm, color: int, key: int) -> MPI.Intracomm:

@@ -122,6 +122,10 @@ class SharedExchange:
         self.sum = torch.zeros_like(self.slices[0])
         self.board: NodeBoard | Messages = NodeBoard(comm) if len(sizes) == 1 else Messages(comm)
         self.update: Update = phase.make_update(self.replica.values[self.low : self.high], self.low, self.high)
+        nbytes, elements = self.sum.nbytes, self.sum.numel()
+        parts = len(self.slices)
+        self._reducing = comm.span("reduce", nbytes * parts, flops=float(elements * parts))
+        self._updating = comm.span("update", nbytes, flops=float(elements))
         self._synchronise_parameters(len(sizes) > 1)
 
     def _synchronise_parameters(self, several: bool) -> None:
@@ -136,10 +140,8 @@ class SharedExchange:
         self.comm.wait(arena)
 
     def headers(self, row: Buffer) -> Buffer:
-        self.comm.notify(self.arena)
-        table = self.board.exchange(row)
-        self.comm.wait(self.arena)
-        return table
+        """Nobody's row is there before its gradient is: this is the barrier that summing the gradients needs."""
+        return self.board.exchange(row)
 
     def start(self, low: int, high: int) -> None:
         """Summing out of memory needs no head start."""
@@ -147,8 +149,7 @@ class SharedExchange:
     def apply(self, weight: float, factor: float) -> None:
         from hpctrain.replica import sum_of_squares
 
-        nbytes = self.sum.nbytes * len(self.slices)
-        with self.comm.span("reduce", nbytes, flops=float(self.sum.numel() * len(self.slices))):
+        with self._reducing:
             self._sum()
         if self.across is not None:
             from hpctrain.replica import as_array
@@ -161,7 +162,7 @@ class SharedExchange:
             table = self.board.exchange(squares)
             mine = [r for r in range(self.comm.size) if self.comm.nodes[r] == self.comm.nodes[0]]
             self.sum.mul_(clip_factor(float(table[mine, 0].sum()), self.phase.clip_norm))
-        with self.comm.span("update", self.sum.nbytes, flops=float(self.sum.numel())):
+        with self._updating:
             self.update.apply(self.sum, factor, self.phase.momentum(self.phase.cursor))
 
     def _sum(self) -> None:

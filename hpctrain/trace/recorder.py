@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from hpctrain.trace.schema import (
 )
 
 Clock = Callable[[], int]
+NOTHING = nullcontext()
 _pack = SPAN_STRUCT.pack
 
 
@@ -41,6 +43,62 @@ class _Store:
         self.lanes: dict[int, Recorder] = {}
 
 
+class Span:
+    """What goes on in a lane, within a `with`, which may be entered again later: making one costs as much as that.
+
+    One that begins inside of it cuts it: spans of one lane never overlap. `now`: by the recorder's clock if None.
+    """
+
+    __slots__ = ("_piece", "_recorder", "_start", "_step", "bytes", "id", "kind", "peer")
+
+    def __init__(self, recorder: Recorder, kind: int | str, bytes: int, peer: int, id: int) -> None:
+        self._recorder = recorder
+        self.kind = KIND_CODES[kind]
+        self.bytes = bytes
+        self.peer = peer
+        self.id = id
+
+    # After a model's forward pass none of this is in the processor's caches: so few calls, and none to helpers.
+    def __enter__(self, now: int | None = None) -> None:
+        recorder = self._recorder
+        stack = recorder.stack
+        if now is None:
+            now = recorder.now()
+        if stack:
+            stack[-1].cut(now)
+        self._start = now
+        self._step = recorder.step
+        self._piece = 0
+        stack.append(self)
+
+    def __exit__(self, kind: object = None, error: object = None, trace: object = None, now: int | None = None) -> None:
+        recorder = self._recorder
+        if now is None:
+            now = recorder.now()
+        stack = recorder.stack
+        stack.pop()
+        if self._piece:
+            self.cut(now)
+        else:
+            recorder.emit(_pack(
+                self._step, self.kind, recorder.number, 0, self._start, now, self.bytes, self.peer, self.id
+            ))  # fmt: skip
+        if stack:
+            stack[-1]._start = now
+
+    def cut(self, now: int) -> None:
+        """Write the piece that ends here."""
+        piece, recorder = self._piece, self._recorder
+        if piece and now == self._start:  # says nothing that the first piece did not
+            return
+        nbytes = 0 if piece else self.bytes
+        recorder.emit(_pack(
+            self._step, self.kind, recorder.number, piece, self._start, now, nbytes, self.peer, self.id
+        ))  # fmt: skip
+        if piece < 255:
+            self._piece = piece + 1
+
+
 class Recorder:
     """Records one rank's course (lane 0) and hands out lanes for its other threads.
 
@@ -49,7 +107,7 @@ class Recorder:
     communicator's, so that they fit the spans.
     """
 
-    __slots__ = ("_emit", "_number", "_stack", "_store", "now", "step")
+    __slots__ = ("_store", "emit", "now", "number", "stack", "step")
 
     def __init__(self, now: Clock = time.monotonic_ns) -> None:
         self._begin(now, 0, _Store())
@@ -57,10 +115,10 @@ class Recorder:
     def _begin(self, now: Clock, number: int, store: _Store) -> None:
         self.step = -1
         self.now = now
-        self._number = number
+        self.number = number
         self._store = store
-        self._stack: list[list[Any]] = []  # open spans: [kind, start, bytes, peer, id, step, piece]
-        self._emit = store.spans.extend
+        self.stack: list[Span] = []  # open ones
+        self.emit = store.spans.extend
         store.lanes[number] = self
 
     def lane(self, number: int) -> Recorder:
@@ -75,35 +133,26 @@ class Recorder:
         return other
 
     # -- spans -------------------------------------------------------------------------------------------
+    def span(
+        self, kind: int | str, bytes: int = 0, peer: int = -1, id: int = -1
+    ) -> AbstractContextManager[None]:
+        """A span for `with`, by the clock `now`."""
+        return Span(self, kind, bytes, peer, id)
+
     def open(self, kind: int | str, now_ns: int, bytes: int = 0, peer: int = -1, id: int = -1) -> None:
-        """Begin a span inside the open one, which is cut here: spans of one lane never overlap."""
-        stack = self._stack
-        if stack:
-            self._cut(stack[-1], now_ns)
-        stack.append([KIND_CODES[kind], now_ns, bytes, peer, id, self.step, 0])
+        """Begin a span inside the open one, which is cut here."""
+        Span(self, kind, bytes, peer, id).__enter__(now_ns)
 
     def close(self, now_ns: int) -> None:
         """End the innermost open span; the one around it goes on from here."""
-        stack = self._stack
-        if not stack:
-            raise RuntimeError(f"lane {self._number}: a span is closed that was never opened")
-        self._cut(stack.pop(), now_ns)
-        if stack:
-            stack[-1][1] = now_ns
+        if not self.stack:
+            raise RuntimeError(f"lane {self.number}: a span is closed that was never opened")
+        self.stack[-1].__exit__(None, None, None, now_ns)
 
     def learn(self, bytes: int, peer: int, id: int) -> None:
         """What is known of the innermost open span only at its end."""
-        self._stack[-1][2:5] = bytes, peer, id
-
-    def _cut(self, span: list[Any], now_ns: int) -> None:
-        kind, start, nbytes, peer, id, step, piece = span
-        if piece:
-            if now_ns == start:  # says nothing that the first piece did not
-                return
-            nbytes = 0
-        self._emit(_pack(step, kind, self._number, piece, start, now_ns, nbytes, peer, id))
-        if piece < 255:
-            span[6] = piece + 1
+        span = self.stack[-1]
+        span.bytes, span.peer, span.id = bytes, peer, id
 
     # -- everything else ---------------------------------------------------------------------------------
     def step_done(
@@ -186,6 +235,9 @@ class NullRecorder(Recorder):
     def lane(self, number: int) -> Recorder:
         return self
 
+    def span(self, kind: int | str, bytes: int = 0, peer: int = -1, id: int = -1) -> AbstractContextManager[None]:
+        return NOTHING
+
     def open(self, kind: int | str, now_ns: int, bytes: int = 0, peer: int = -1, id: int = -1) -> None:
         return None
 
@@ -214,7 +266,7 @@ def measure_span_cost(n: int = 100_000) -> float:
     recorder.drain()
     start = now()
     for _ in range(n):
-        recorder.open("send", now(), 4096, 1, 7)
-        recorder.close(now())
+        with recorder.span("send", 4096, 1, 7):
+            pass
     recorder.drain()
     return (now() - start) / n / 1e9

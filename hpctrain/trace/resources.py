@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hpctrain.trace.recorder import Recorder
@@ -41,20 +43,24 @@ class Sampler:
             thread.join(timeout=5.0)
 
     def _run(self) -> None:
-        import psutil
-
-        process = psutil.Process()
-        process.cpu_percent()  # the first answer is always 0: it has nothing to compare with
-        ask_gpu = _open_gpu(self.gpu)
+        sample = self._prepare()
         self._ended.wait(min(0.05, self.seconds))
         try:
             while True:
-                self._sample(psutil, process, ask_gpu)
+                sample()
                 if self._ended.is_set():
                     return
                 self._ended.wait(self.seconds)
         except Exception as error:  # a measurement that fails must not end a training, nor pass unseen
             self.recorder.event("resources", f"sampling stopped: {type(error).__name__}: {error}")
+
+    def _prepare(self) -> Callable[[], None]:
+        """What takes a sample."""
+        import psutil
+
+        process = psutil.Process()
+        process.cpu_percent()  # the first answer is always 0: it has nothing to compare with
+        return partial(self._sample, psutil, process, _open_gpu(self.gpu))
 
     def _sample(self, psutil: Any, process: Any, ask_gpu: Gpu) -> None:
         with process.oneshot():
@@ -65,6 +71,15 @@ class Sampler:
                 net_in += card.bytes_recv
                 net_out += card.bytes_sent
         self.recorder.resource(cpu, resident, net_in, net_out, *ask_gpu())
+
+
+def measure_sample_cost(n: int = 100) -> float:
+    """Seconds that a sample without a GPU takes, mean of `n`."""
+    sample = Sampler(Recorder())._prepare()
+    start = time.perf_counter()
+    for _ in range(n):
+        sample()
+    return (time.perf_counter() - start) / n
 
 
 def _no_gpu() -> tuple[float, int]:
