@@ -26,6 +26,7 @@ from hpctrain.keeper import Keeper
 from hpctrain.optimizer import make_update
 from hpctrain.prepare import Prepared, prepare
 from hpctrain.replica import Replica
+from hpctrain.reserve import reserve
 from hpctrain.runfolder import Narrator, PhaseSummary
 from hpctrain.schedule import Ask, Progress
 from hpctrain.state import State
@@ -177,19 +178,15 @@ class Session:
         if self._begun:
             raise HpctrainError("batches() was called twice; a session is one run: open another one")
         self._begun = True
-        state, self._state = self._state, None
         while True:
-            phase = self._enter(self.books.phase, state)
+            phase = self._enter(self.books.phase)
             if phase.roles.of(self.comm.rank) is Role.WORKER:  # the role branch: there is no other
-                strategy = self._join(phase, state)
-                yield from self._trainer_of(phase, strategy).batches()
-                state = self._leave(phase, strategy)
+                yield from self._work(phase)
             else:
-                self._serve(phase, state)
-                state = None
+                self._serve(phase)
             if not self._next_phase(phase):
                 break
-            state = self._hand_over(state)
+            self._hand_over()
         self._finish(phase)
 
     # -- beginning -------------------------------------------------------------------------------------------
@@ -225,6 +222,8 @@ class Session:
         attempt = comm.broadcast_json(next_attempt(self.folder) if comm.rank == 0 else 0)
         agreed(comm, lambda: self.tracing.open(job, self.prepared, attempt))
         self.tracing.begin()
+        if self.prepared.device.type == "cpu":
+            reserve(self.prepared.later_bytes(self.books.phase, comm.rank))
         self.out.say(self._headline())
         if how is not None:
             self.out.say(how)
@@ -254,8 +253,8 @@ class Session:
         return state
 
     # -- phases ----------------------------------------------------------------------------------------------
-    def _enter(self, index: int, state: State | None) -> Phase:
-        prepared, books = self.prepared, self.books
+    def _enter(self, index: int) -> Phase:
+        prepared, books, state = self.prepared, self.books, self._state
         roles, before = prepared.roles[index], self._phase
         comm, workers = self._communicators(roles)
         strategy = prepared.strategy(index)
@@ -294,6 +293,7 @@ class Session:
             queue="static" if self.job.data.queue == "static" else "shared",
             epoch=prepared.order.length,
             ahead=prepared.ahead,
+            equal=before is not None and len(before.roles.workers) == comm.size,
             tick=self.tracing.tick,
         )
         name = runfolder.name_of(self.job.schedule[index].strategy)
@@ -328,19 +328,25 @@ class Session:
         allowed = self.job.communicator.shared and on_cpu
         return strategy.needs.parameters == "node" and elementwise and allowed
 
-    def _join(self, phase: Phase, state: State | None) -> Strategy:
+    def _work(self, phase: Phase) -> Iterator[Batch]:
         strategy = self.prepared.strategy(phase.index)
-        strategy.join(phase, state)
-        return strategy
+        strategy.join(phase, self._take_state())
+        yield from self._trainer_of(phase, strategy).batches()
+        self._leave(phase, strategy)
 
-    def _serve(self, phase: Phase, state: State | None) -> None:
+    def _serve(self, phase: Phase) -> None:
         spec = self.job.schedule[phase.index].strategy
         kind = spec.resolve().Server
         if kind is None:
             raise ClusterError(f"strategy {spec.name} has servers but no Server class")
         server = kind(spec.options)
-        server.join(phase, state)
+        server.join(phase, self._take_state())
         server.serve()
+
+    def _take_state(self) -> State | None:
+        """What the phase takes over: it is not kept beyond that, being as large as the model or larger."""
+        state, self._state = self._state, None
+        return state
 
     def _trainer_of(self, phase: Phase, strategy: Strategy) -> Trainer:
         threads = None if self.comm.concurrent else 0
@@ -372,16 +378,16 @@ class Session:
             self._trainer.end()
         return self._trainer
 
-    def _leave(self, phase: Phase, strategy: Strategy) -> State | None:
+    def _leave(self, phase: Phase, strategy: Strategy) -> None:
         self._loader.close()
-        state = strategy.leave()
+        self._state = state = strategy.leave()
         if self.prepared.norms is not None:
             self.prepared.norms.leave()
         self._trainer = None
+        del self._strategy  # and its memory, which the next phase may need
         if state is not None:  # what only this phase's strategy and rule understand ends with it
             self.books.summaries[-1].dropped = int(state.counters.get("dropped", 0))
             state.counters, state.rule = {}, {}
-        return state
 
     def _next_phase(self, phase: Phase) -> bool:
         """Whether another phase follows. Collective over all ranks; rank 0, always a worker, knows."""
@@ -398,10 +404,10 @@ class Session:
         self.comm.recorder.event("switch", self._why)
         return True
 
-    def _hand_over(self, state: State | None) -> State | None:
-        """What the next phase's optimizer takes over."""
-        pace = self.prepared.pace(self.books.phase, self.books.phase_start)
-        return None if pace.resets else state
+    def _hand_over(self) -> None:
+        """The next phase's optimizer takes over what it is to."""
+        if self.prepared.pace(self.books.phase, self.books.phase_start).resets:
+            self._state = None
 
     def _account(self) -> dict[str, Any]:
         """Where the run stands, as plain values: what the ranks of the next phase and a checkpoint must know."""

@@ -64,6 +64,12 @@ class Prepared:
         made: Strategy = spec.resolve()(spec.options)
         return made
 
+    def later_bytes(self, phase: int, rank: int) -> int:
+        """How much memory this rank allocates, roughly, for the most demanding of the phases after that one."""
+        later = zip(self.job.schedule[phase + 1 :], self.roles[phase + 1 :], strict=True)
+        sizes = [spec.strategy.resolve().fills(spec.strategy.options, roles, rank) for spec, roles in later]
+        return int(max(sizes, default=0.0) * self.replica.layout.length * self.replica.layout.dtype.itemsize)
+
     def conductor(self, phase: int, start: int, tell: Callable[[str, str], None]) -> Conductor:
         """What decides in that phase, which began at the cursor `start`; `tell` hears what its rule computes."""
         clock, train = self.clock(phase), self.job.train

@@ -227,7 +227,8 @@ class MessageExchange:
         self.board = Messages(comm)
         self._started: list[tuple[int, int, Request]] = []
         assert self.replica.value_arena is not None
-        comm.broadcast(self.replica.value_arena.mine)
+        if not phase.equal:
+            comm.broadcast(self.replica.value_arena.mine)
 
     def headers(self, row: Buffer) -> Buffer:
         return self.board.exchange(row)

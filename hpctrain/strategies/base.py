@@ -71,7 +71,8 @@ class Phase:
     (both kept by trainer and strategy). `wish`: what this rank asks of all (set by the trainer, sent with the
     next step). `rate`, `momentum`: factors of the learning rate and the momentum at a cursor; `per_update`: whether
     the strategy may scale the rate of one worker's update; `adaptive`: whether updates do not grow with gradients
-    (Adam and its like). `queue`: how samples are dealt where workers do not step together; `epoch`: samples per
+    (Adam and its like). `equal`: whether all ranks of `comm` hold the same parameters already, as where all were
+    workers of the phase before. `queue`: how samples are dealt where workers do not step together; `epoch`: samples per
     epoch; `ahead`: how many stretches of samples a worker likes to know of besides the one it is at. `tick`: what a
     dedicated server calls now and then, as trainers do after every step: its trace is written.
     """
@@ -99,6 +100,7 @@ class Phase:
     queue: Literal["static", "shared"] = "static"
     epoch: int | None = None
     ahead: int = 0
+    equal: bool = False
     tick: Callable[[], None] = field(default=lambda: None)
 
     @property
@@ -129,6 +131,11 @@ class Strategy:
     @staticmethod
     def check(options: Any, roles: Roles) -> None:
         """Refuse options that these roles cannot satisfy (HpctrainError), before anything is allocated."""
+
+    @staticmethod
+    def fills(options: Any, roles: Roles, rank: int) -> float:
+        """How many times the model's size this rank allocates, roughly, when a phase of it follows another."""
+        return 0.0
 
     def join(self, phase: Phase, state: State | None = None) -> None:
         """Collective over the phase's ranks, servers included. Afterwards all replicas hold rank 0's parameters

@@ -148,7 +148,8 @@ class Wiring:
         self.between_servers = comm.split(0 if comm.rank in self.servers else None, comm.rank)
         self.bounds = slice_bounds(phase.replica.layout, len(self.servers), phase.elementwise)
         assert phase.replica.value_arena is not None
-        comm.broadcast(phase.replica.value_arena.mine)
+        if not phase.equal:
+            comm.broadcast(phase.replica.value_arena.mine)
 
     @property
     def coordinator(self) -> int:
@@ -241,6 +242,7 @@ class ParameterServerServer(Server):
             for request in self.pushes:
                 if request is not None:
                     request.cancel()
+            self.coordinator = None  # which knows this server: else its memory would wait for the garbage collector
         self.comm.wait_all(self._direct + self._sending)
         if self._lane == 0:
             self.wiring.free()
@@ -384,6 +386,13 @@ class ParameterServer(Strategy):
                 f"strategy.backup_workers = {options.backup_workers}: of {workers} workers at least one must be waited "
                 "for; lower strategy.backup_workers or start more ranks"
             )
+
+    @staticmethod
+    def fills(options: ParameterServerOptions, roles: Roles, rank: int) -> float:
+        """Everybody parameters of its own, and what the phase before has; rank 0 the optimizer's state, as it comes and
+        goes; a server its workers' gradients and velocities, their sum, the state, and what an update takes."""
+        shards = (2 * len(roles.workers) + 5) / len(roles.servers) if rank in roles.servers else 0.0
+        return 2.0 + 3.0 * (rank == 0) + shards
 
     def join(self, phase: Phase, state: State | None = None) -> None:
         self.phase = phase

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
-from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual import World
+from hpctrain.comm.base import Buffer, Communicator
+from hpctrain.comm.virtual import VirtualCommunicator, World
 from hpctrain.errors import CheckpointError, ClusterError, DataError, HpctrainError, JobError, ModelError
 from hpctrain.job import Job
-from hpctrain.launch import Result, session, train
+from hpctrain.launch import Result, Session, session, train
 from hpctrain.runfolder import Narrator, find_resumable
+from hpctrain.state import State
+from hpctrain.strategies.all_reduce import AllReduce
+from hpctrain.strategies.base import Phase, Strategy
+from hpctrain.strategies.parameter_server import ParameterServer, ParameterServerServer
+from hpctrain.trainer import Trainer
 from tests import helpers
 from tests.helpers import jitter, served
 
@@ -118,6 +126,78 @@ def test_all_workers_begin_every_phase_with_equal_parameters(tmp_path: Path, sch
         vectors = [own[phase] for own in begun if phase in own]
         assert len(vectors) > 1
         assert all(vector == vectors[0] for vector in vectors)
+
+
+def test_the_model_is_broadcast_where_some_rank_was_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After the first phase, in which all ranks are workers, they hold the same parameters: no need then."""
+    phase, broadcast = [-1], VirtualCommunicator.broadcast
+    enter, rounds = Session._enter, []
+
+    def counted(comm: VirtualCommunicator, buffer: Buffer, root: int = 0) -> None:
+        if buffer.dtype == np.float32 and comm.rank == 0:
+            rounds.append(phase[0])
+        broadcast(comm, buffer, root)
+
+    def entered(self: Session, index: int) -> Phase:
+        phase[0] = index
+        return enter(self, index)
+
+    monkeypatch.setattr(VirtualCommunicator, "broadcast", counted)
+    monkeypatch.setattr(Session, "_enter", entered)
+    message = {**AR, "exchange": "message"}
+    schedule = phases((message, 24), (served(), 24), (message, 24), (served(), 24), (message, 0))
+    job = helpers.make_job(tmp_path, phases=schedule, train={"steps": 30})
+    World(4).run(lambda comm: train(job, comm, out=QUIET))
+    assert rounds == [0, 2, 4]
+
+
+def test_a_phase_leaves_no_memory_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """When the next one allocates its own, what the last one had is free, without the garbage collector."""
+    joined: dict[int, list[weakref.ref[Any]]] = {rank: [] for rank in range(4)}
+    states: dict[int, list[weakref.ref[State]]] = {rank: [] for rank in range(4)}
+    checked = []
+
+    def watch(kind: type[Any]) -> None:
+        join = kind.join
+
+        def joining(self: Any, phase: Phase, state: State | None = None) -> None:
+            joined[phase.comm.rank].append(weakref.ref(self))
+            if state is not None:
+                states[phase.comm.rank].append(weakref.ref(state))
+            join(self, phase, state)
+
+        monkeypatch.setattr(kind, "join", joining)
+
+    def attached(self: ParameterServerServer, phase: Phase, *rest: Any, **named: Any) -> None:
+        joined[phase.comm.rank].append(weakref.ref(self))
+        attach(self, phase, *rest, **named)
+
+    attach = ParameterServerServer.attach
+    monkeypatch.setattr(ParameterServerServer, "attach", attached)
+    for kind in (AllReduce, ParameterServer):
+        watch(kind)
+    enter, train_on = Session._enter, Session._trainer_of
+
+    def entered(self: Session, index: int) -> Phase:
+        checked.append([ref() for ref in joined[self.comm.rank]])
+        return enter(self, index)
+
+    def training(self: Session, phase: Phase, strategy: Strategy) -> Trainer:
+        checked.append([ref() for ref in states[self.comm.rank]])
+        return train_on(self, phase, strategy)
+
+    monkeypatch.setattr(Session, "_enter", entered)
+    monkeypatch.setattr(Session, "_trainer_of", training)
+    schedule = phases((AR, 24), (served(), 24), (AR, 24), (served(servers=2, colocated=True), 24), (AR, 0))
+    job = helpers.make_job(tmp_path, phases=schedule, train={"steps": 30}, optimizer=ADAM)
+    gc.disable()
+    try:
+        World(4).run(lambda comm: train(job, comm, out=QUIET))
+    finally:
+        gc.enable()
+    assert [len(seen) for seen in joined.values()] == [5, 5, 6, 6]  # two serve besides, in the fourth phase
+    assert len(states[0]) == len(schedule) - 1
+    assert [alive for row in checked for alive in row if alive is not None] == []
 
 
 # -- rules -------------------------------------------------------------------------------------------------------
