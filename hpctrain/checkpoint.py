@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hpctrain.errors import CheckpointError
+from hpctrain.filenames import MODEL
 from hpctrain.replica import as_array, as_tensor
 from hpctrain.state import State
 
 FORMAT = "hpctrain-checkpoint-1"
-MODEL = "model.safetensors"
 
 
 @dataclass

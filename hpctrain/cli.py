@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hpctrain import __version__
 from hpctrain.errors import HpctrainError
+from hpctrain.filenames import JOB
 
 if TYPE_CHECKING:
     from hpctrain.job import Job
@@ -132,10 +133,10 @@ def _load(options: argparse.Namespace) -> tuple[Job, str | None]:
 
     resume, path = options.resume, options.job
     if path is None and resume not in (None, "here", "latest"):
-        path = os.path.join(resume, "job.toml")
+        path = os.path.join(resume, JOB)
     elif path is not None and "=" in path and resume not in (None, "here", "latest") and not os.path.exists(path):
         options.overrides.insert(0, path)  # `train --resume RUN key=value`
-        options.job = path = os.path.join(resume, "job.toml")
+        options.job = path = os.path.join(resume, JOB)
     if path is None:
         raise JobError("no job file given; name one, such as jobs/digits.toml")
     job = Job.load(path, options.overrides)

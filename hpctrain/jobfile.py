@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from hpctrain.errors import JobError
+from hpctrain.filenames import JOB
 from hpctrain.jobspec import Choice, Named, Table
 from hpctrain.registry import shown
 from hpctrain.sentences import Place, dotted, model_at, value_text
@@ -28,7 +29,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     name = shown(str(path))
     try:
         if os.path.isdir(path):
-            inner = Path(path) / "job.toml"
+            inner = Path(path) / JOB
             hint = f"; did you mean {shown(str(inner))}?" if inner.exists() else ", not a job file"
             raise JobError(f"{name} is a folder{hint}")
         with open(path, "rb") as file:

@@ -388,6 +388,7 @@ class Session:
         if state is not None:  # what only this phase's strategy and rule understand ends with it
             self.books.summaries[-1].dropped = int(state.counters.get("dropped", 0))
             state.counters, state.rule = {}, {}
+            state.take_own()
 
     def _next_phase(self, phase: Phase) -> bool:
         """Whether another phase follows. Collective over all ranks; rank 0, always a worker, knows."""

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from hpctrain.checkpoint import MODEL, list_checkpoints
+from hpctrain.checkpoint import list_checkpoints
 from hpctrain.cluster import Roles
 from hpctrain.errors import CheckpointError, JobError
+from hpctrain.filenames import JOB, METRICS, MODEL
 from hpctrain.job import Job
 from hpctrain.jobtables import StrategySpec
 
@@ -27,7 +28,7 @@ def create(job: Job) -> Path:
         folder = Path(job.output) / f"{job.name}-{stamp}{f'-{attempt}' if attempt else ''}"
         try:
             folder.mkdir(parents=True)
-            (folder / "job.toml").write_text(job.dump())
+            (folder / JOB).write_text(job.dump())
             return folder
         except FileExistsError:
             if not Path(job.output).is_dir():
@@ -65,7 +66,7 @@ def append_metrics(
     folder: Path, step: int, samples: int, epoch: float, seconds: float, split: str, loss: float, metric: float
 ) -> None:
     """One row of metrics.csv."""
-    path = folder / "metrics.csv"
+    path = folder / METRICS
     new = not path.exists()
     with open(path, "a", newline="") as file:
         writer = csv.writer(file)
@@ -76,7 +77,7 @@ def append_metrics(
 
 def forget_metrics(folder: Path, samples: int) -> None:
     """Take out the rows of metrics.csv from after `samples`, where a resumed run begins anew."""
-    path = folder / "metrics.csv"
+    path = folder / METRICS
     if not path.exists():
         return
     with open(path, newline="") as file:

@@ -15,6 +15,7 @@ from hpctrain.comm.base import BFLOAT16, Buffer, Communicator, Request, Tag
 Counters = dict[str, dict[str, Any]]
 Row = tuple[str, tuple[int, ...], np.dtype[Any]]  # path, shape and dtype of an array
 FLAT = "flat/"
+OWN = "strategy: "  # before the key of a moment that is not the optimizer's
 
 
 @dataclass
@@ -32,8 +33,17 @@ class State:
     flat: dict[str, Buffer] = field(default_factory=dict)
     named: dict[str, dict[str, Buffer]] = field(default_factory=dict)
     groups: Counters = field(default_factory=dict)
-    counters: dict[str, float] = field(default_factory=dict)
+    counters: dict[str, Any] = field(default_factory=dict)
     rule: dict[str, Any] = field(default_factory=dict)
+
+    def add_own(self, moments: dict[str, Buffer]) -> None:
+        """Moments of the strategy itself, which the optimizer must not see."""
+        self.flat |= {OWN + key: moment for key, moment in moments.items()}
+
+    def take_own(self) -> dict[str, Buffer]:
+        """Those moments; they are not in the state any longer."""
+        keys = [key for key in self.flat if key.startswith(OWN)]
+        return {key.removeprefix(OWN): self.flat.pop(key) for key in keys}
 
     def cut(self, low: int, high: int, names: Sequence[str]) -> State:
         """The part for a stretch inside this one that holds the parameters `names`; views, not copies."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hpctrain.cluster import launched_rank
 from hpctrain.comm.connect import report
 from hpctrain.errors import CheckpointError, HpctrainError
+from hpctrain.filenames import JOB, MODEL
 from hpctrain.strategies.base import roles_of
 
 if TYPE_CHECKING:
@@ -63,14 +64,14 @@ def _exit(status: int) -> int:
 
 def evaluate_run(folder: Path) -> tuple[float, float, str]:
     """(loss, metric, the metric's name) of a run's saved model on its test samples, on this process alone."""
-    from hpctrain.checkpoint import MODEL, load_model
+    from hpctrain.checkpoint import load_model
     from hpctrain.comm.virtual import World
     from hpctrain.errors import DataError
     from hpctrain.evaluate import evaluate
     from hpctrain.job import Job
     from hpctrain.prepare import prepare
 
-    job = Job.load(folder / "job.toml", ["strategy.name=all_reduce", "ranks=default"])
+    job = Job.load(folder / JOB, ["strategy.name=all_reduce", "ranks=default"])
     tensors = load_model(folder / MODEL)
 
     def body(comm):  # type: ignore[no-untyped-def]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpctrain.trace.schema import KINDS, Kind
+from hpctrain.trace.schema import KINDS, Kind, is_communication
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,14 +14,6 @@ if TYPE_CHECKING:
     from hpctrain.analysis.course import Course
 
 USEFUL = (Kind.DATA, Kind.FORWARD, Kind.BACKWARD, Kind.ENCODE, Kind.DECODE, Kind.UPDATE)
-COMMUNICATION = (Kind.SEND, Kind.RECV, Kind.NOTIFY, Kind.WAIT, Kind.REDUCE)
-
-
-def is_communication(spans: pd.DataFrame) -> pd.Series[bool]:
-    """Of spans: whether the rank was in the communicator. Sums out of shared memory (`reduce` without a number) are
-    computation."""
-    local = (spans["kind"] == Kind.REDUCE) & (spans["id"] < 0)
-    return spans["kind"].isin(COMMUNICATION) & ~local
 
 
 def sum_by_phase(course: Course, phases: pd.DataFrame) -> pd.DataFrame:
@@ -35,7 +27,7 @@ def sum_by_phase(course: Course, phases: pd.DataFrame) -> pd.DataFrame:
 
     spans, keys = course.training, ["phase", "rank", "lane"]
     took = (spans["end_ns"] - spans["start_ns"]) / 1e9 / course.share
-    inside = is_communication(spans)
+    inside = is_communication(spans["kind"], spans["id"])
     by_kind = took.groupby([spans[key] for key in (*keys, "kind")]).sum().unstack("kind")
     by_kind = by_kind.reindex(columns=range(1, len(KINDS) + 1), fill_value=0.0)
     by_kind.columns = pd.Index(KINDS)

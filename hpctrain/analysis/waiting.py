@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpctrain.analysis.efficiency import is_communication
-from hpctrain.trace.schema import KINDS, Kind
+from hpctrain.trace.schema import KINDS, Kind, is_communication
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +53,7 @@ def _waits(spans: pd.DataFrame) -> pd.DataFrame:
     """Rows attempt, phase, step, rank, lane, start_ns, end_ns (of the wait alone), peer, peer_lane."""
     import pandas as pd
 
-    inside = spans[is_communication(spans)]
+    inside = spans[is_communication(spans["kind"], spans["id"])]
     together = (inside["peer"] < 0) & (inside["id"] >= 0)
     message = (inside["peer"] >= 0) & (inside["id"] >= 0)
     rest = inside[~together & ~message].assign(peer=UNKNOWN, peer_lane=0)
@@ -190,7 +189,7 @@ def _wait_in_span(spans: pd.DataFrame, waits: pd.DataFrame) -> Rows:
     """For each span the wait that begins with it, or -1."""
     keys = ["attempt", "rank", "lane", "start_ns"]
     numbered = waits[keys].assign(wait=np.arange(len(waits))).drop_duplicates(keys)
-    inside = is_communication(spans) & (spans["end_ns"] > spans["start_ns"])
+    inside = is_communication(spans["kind"], spans["id"]) & (spans["end_ns"] > spans["start_ns"])
     found = spans.loc[inside, keys].merge(numbered, on=keys, how="left")["wait"].fillna(-1).to_numpy(np.int64)
     blocked = np.full(len(spans), -1, np.int64)
     blocked[np.flatnonzero(inside.to_numpy())] = found

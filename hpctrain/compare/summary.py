@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpctrain import jobfile
+from hpctrain.filenames import JOB, MODEL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from hpctrain.trace import Run
 
 NAN = float("nan")
-MODEL = "model.safetensors"  # what a run writes at its end, as in hpctrain/checkpoint.py, which loads torch
 EPOCH_END = ("validation", "test")  # the split that is evaluated while training: the first of these that there is
 
 
@@ -200,7 +200,7 @@ def _kept(run: Run) -> float:
 
 def job_keys(run: Run) -> dict[str, Any]:
     """The resolved job as it is written, key by key: {"train.epochs": 3.0, ...}. Nothing of the user's is imported."""
-    path = run.folder / "job.toml"
+    path = run.folder / JOB
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError):

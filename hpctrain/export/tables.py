@@ -16,6 +16,7 @@ import numpy as np
 from hpctrain.errors import HpctrainError
 from hpctrain.export.output import make_folder, output_file, output_text
 from hpctrain.export.selection import Rows, Selection
+from hpctrain.filenames import METRICS
 from hpctrain.progress import Progress
 from hpctrain.trace import Run
 from hpctrain.trace.schema import KINDS, OUTCOMES, TABLES
@@ -36,7 +37,7 @@ def export_csv(run: Run, selection: Selection, folder: Path, progress: Progress)
                 frame.to_csv(file, index=False, header=number == 0, lineterminator="\n")
     metrics = _metrics(run, selection)
     if len(metrics):
-        with output_text(folder / "metrics.csv") as file:
+        with output_text(folder / METRICS) as file:
             metrics.to_csv(file, index=False, lineterminator="\n")
 
 

@@ -10,9 +10,8 @@ import os
 from pathlib import Path
 
 from hpctrain.errors import HpctrainError
+from hpctrain.filenames import REPORT
 from hpctrain.progress import Progress
-
-NAME = "report.html"
 
 
 def write_report(run_folder: Path | str, path: Path | str | None = None) -> tuple[Path, str]:
@@ -26,7 +25,7 @@ def write_report(run_folder: Path | str, path: Path | str | None = None) -> tupl
     from hpctrain.report.page import render_page
 
     analysis = analyse(run_folder)
-    target = Path(path) if path is not None else analysis.run.folder / NAME
+    target = Path(path) if path is not None else analysis.run.folder / REPORT
     unfinished = target.with_name(target.name + ".part")
     try:
         unfinished.touch()  # whether it can be written is better known before the work

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hpctrain.filenames import JOB
 from hpctrain.trace.schema import KINDS
 
 if TYPE_CHECKING:
@@ -194,6 +195,6 @@ def _number(value: Any) -> str:
 def job_text(run: Run) -> str:
     """The resolved job, as in job.toml; empty if it is not known."""
     try:
-        return (run.folder / "job.toml").read_text(encoding="utf-8", errors="replace")
+        return (run.folder / JOB).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return str(run.attributes(run.ranks[0]).get("job", ""))

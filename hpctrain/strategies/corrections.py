@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
+    from hpctrain.comm.base import Buffer
     from hpctrain.strategies.parameter_server import ParameterServerOptions
+
+MEAN_SQUARE = "mean square of the gradient"
 
 
 class DelayCompensation:
@@ -17,6 +21,19 @@ class DelayCompensation:
 
     def __init__(self, strength: float, mean_square: torch.Tensor | None) -> None:
         self._strength, self._mean_square = strength, mean_square
+
+    def view(self) -> dict[str, Buffer]:
+        """What a checkpoint must keep, as it is: moments of the shard's elements."""
+        from hpctrain.replica import as_array
+
+        return {} if self._mean_square is None else {MEAN_SQUARE: as_array(self._mean_square)}
+
+    def load(self, moments: dict[str, Buffer]) -> None:
+        """Go on from what `view` gave."""
+        from hpctrain.replica import as_tensor
+
+        if self._mean_square is not None and MEAN_SQUARE in moments:
+            self._mean_square.copy_(as_tensor(moments[MEAN_SQUARE]))
 
     @classmethod
     def of(cls, options: ParameterServerOptions, values: torch.Tensor) -> DelayCompensation | None:
@@ -45,6 +62,14 @@ class RunningClip:
     def __init__(self, longest: float) -> None:
         self._longest = longest
         self._mean, self._seen = 0.0, 0
+
+    def counters(self) -> list[float]:
+        """What a checkpoint must keep."""
+        return [self._mean, self._seen]
+
+    def load(self, counters: Sequence[float]) -> None:
+        """Go on from what `counters` gave."""
+        self._mean, self._seen = counters[0], int(counters[1])
 
     def factor(self, length: float) -> float:
         """For the next gradient, of this length; one that is not finite counts for nothing."""

@@ -134,6 +134,9 @@ MODE_KEYS = {
 }
 
 
+CLIP = "clip of worker {}"  # among a state's counters
+
+
 class Wiring:
     """Who owns which shard, and the communicators between workers and servers. Construction is collective."""
 
@@ -224,6 +227,9 @@ class ParameterServerServer(Server):
 
     def load(self, state: State) -> None:
         """Take over this server's part of a checkpoint, or of the phase before."""
+        own = state.take_own()
+        if self._compensation is not None:
+            self._compensation.load(own)
         self.update.load_in_place(state)
         if self.coordinator is not None:
             self.coordinator.load(state.counters)
@@ -357,6 +363,8 @@ class ParameterServerServer(Server):
             return
         with self.update.common_velocity(len(self.wiring.workers)):
             state = self.update.view()
+            if self._compensation is not None:
+                state.add_own(self._compensation.view())
             if self.coordinator is not None:
                 state.counters = self.coordinator.counters()
                 if self.phase.conductor.rule is not None:
@@ -405,10 +413,12 @@ class ParameterServer(Strategy):
             shard = phase.comm.arena(part.size, part.dtype, "rank").mine
             shard[...] = part
             self._server.attach(phase, self.wiring, shard, lane=1)
-        _deal(phase, self.wiring, state, self._server)
+        counters = _deal(phase, self.wiring, state, self._server)
         self._thread: Thread | None = phase.comm.spawn(self._server.serve) if self._server else None
         self._slices: list[Stretch] = []
         self._running = self._running_clip()
+        if self._running is not None and (clip := counters.get(CLIP.format(phase.worker_index))) is not None:
+            self._running.load(clip)
         answer = np.zeros(REPLY, np.uint8)
         self.comm.recv(answer, self.wiring.coordinator, Tag.REPLY)
         self._take(answer)
@@ -486,7 +496,9 @@ class ParameterServer(Strategy):
             self._tell(Kind.STATE)
             servers = [server for server, _, _ in self.wiring.keepers()]
             whole = collect_state(self.comm, State(0, 0), servers, self.phase.replica.layout.length)
-        self.phase.workers.barrier()
+        clips = self.phase.workers.gather_json(self._running.counters() if self._running is not None else None)
+        if whole is not None:
+            whole.counters |= {CLIP.format(worker): clip for worker, clip in enumerate(clips) if clip is not None}
         return whole
 
     def leave(self) -> State | None:
@@ -503,13 +515,15 @@ class ParameterServer(Strategy):
 
 def _deal(
     phase: Phase, wiring: Wiring, state: State | None, server: ParameterServerServer | None
-) -> None:
-    """Give every server its part of the optimizer state, from rank 0. Collective over the phase's ranks."""
+) -> dict[str, Any]:
+    """Give every server its part of the optimizer state, from rank 0; all get its counters. Collective over the phase's
+    ranks."""
     from hpctrain.state import recv_state, send_state
 
     comm = phase.comm
-    if not comm.broadcast_json(state is not None):
-        return
+    counters: dict[str, Any] | None = comm.broadcast_json(state.counters if state is not None else None)
+    if counters is None:
+        return {}
     if comm.rank == 0:
         assert state is not None
         for rank, low, high in wiring.keepers():
@@ -520,4 +534,5 @@ def _deal(
                 server.load(part)
     elif server is not None and comm.rank in [rank for rank, _, _ in wiring.keepers()]:
         server.load(recv_state(comm, 0))
+    return counters
 

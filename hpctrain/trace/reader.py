@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpctrain.errors import HpctrainError, TraceError
+from hpctrain.filenames import JOB, METRICS
 from hpctrain.trace.files import (
     Rows,
     TraceFile,
@@ -117,7 +118,7 @@ class Run:
     @cached_property
     def job(self) -> Job | str:
         """The resolved job; its text if it cannot be loaded (a program's objects, say); "" without one."""
-        path = self.folder / "job.toml"
+        path = self.folder / JOB
         try:
             from hpctrain.job import Job
 
@@ -280,7 +281,7 @@ class Run:
         """metrics.csv, one row per evaluation; empty if there was none."""
         import pandas as pd
 
-        path = self.folder / "metrics.csv"
+        path = self.folder / METRICS
         if not path.exists():
             return pd.DataFrame()
         try:
@@ -330,7 +331,7 @@ def run_folder(path: Path) -> Path:
     folder = path if path.is_dir() else path.parent
     if folder.name == "trace" and not (folder / "trace").exists():
         folder = folder.parent
-    if not (folder / "trace").is_dir() and not (folder / "job.toml").exists():
+    if not (folder / "trace").is_dir() and not (folder / JOB).exists():
         raise TraceError(f"{path}: this is no run folder (it has neither trace/ nor job.toml); give a folder runs/...")
     return folder
 

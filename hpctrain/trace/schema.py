@@ -65,6 +65,14 @@ class _Codes(dict[Any, int]):
 
 KIND_CODES = _Codes("span kind", Kind)
 OUTCOME_CODES = _Codes("outcome", Outcome)
+COMMUNICATION = (Kind.SEND, Kind.RECV, Kind.NOTIFY, Kind.WAIT, Kind.REDUCE)
+
+
+def is_communication(kind: Any, id: Any) -> Any:
+    """Of arrays (or columns) of spans: whether the rank was in the communicator. A sum out of shared memory, which is
+    a `reduce` without a number, is computation."""
+    return np.isin(kind, COMMUNICATION) & ~((kind == Kind.REDUCE) & (id < 0))
+
 
 # A span. Spans of one lane never overlap: one that another opens inside of is cut there, and `piece` counts
 # its pieces (0 the first, which carries the bytes; later ones carry none; 255 stands for 255 and more).

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpctrain.errors import HpctrainError, TraceError
+from hpctrain.filenames import JOB
 from hpctrain.job import Job
 from hpctrain.schedule import run_total
 from hpctrain.strategies.base import roles_of
@@ -50,7 +51,7 @@ class Plan:
 def read_plan(folder: Path) -> Plan:
     """The plan in a run folder. Raises TraceError where its job says that there will be no traces."""
     try:
-        job = Job.load(folder / "job.toml")
+        job = Job.load(folder / JOB)
     except (HpctrainError, ImportError):
         return Plan()
     if not job.trace.enabled:

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hpctrain.trace.files import Rows
-from hpctrain.trace.schema import SPANS, Kind
+from hpctrain.trace.schema import SPANS, Kind, is_communication
 
 SECONDS = 10  # how far back "recent" reaches
 STEPS = 5  # ... or so many steps, where they take longer
 _SECOND = 1_000_000_000
 _COMPUTING = np.isin(np.arange(256), (Kind.FORWARD, Kind.BACKWARD))
-_WAITING = np.isin(np.arange(256), (Kind.WAIT, Kind.RECV, Kind.SEND))
 
 
 @dataclass
@@ -130,8 +129,7 @@ def _by_second(rows: Rows, times: Rows) -> list[tuple[int, Rows]]:
 def _of_spans(spans: Rows) -> Sums:
     took = (spans["end_ns"] - spans["start_ns"]) / _SECOND
     kind = spans["kind"]
-    # A reduction with an id is an exchange between ranks; one without is a sum of memory that is here already.
-    waiting = _WAITING[kind] | ((kind == Kind.REDUCE) & (spans["id"] >= 0))
+    waiting = is_communication(kind, spans["id"])
     return Sums(
         int(spans["start_ns"].min()), int(spans["end_ns"].max()),
         float(took[_COMPUTING[kind]].sum()), float(took[waiting].sum()),

@@ -11,6 +11,7 @@ from statistics import median
 import numpy as np
 
 from hpctrain.errors import TraceError
+from hpctrain.filenames import JOB, METRICS, MODEL
 from hpctrain.trace.files import UNREADABLE, Rows, why
 from hpctrain.trace.roles import parse_entry
 from hpctrain.trace.writer import trace_files
@@ -21,7 +22,6 @@ from hpctrain.watch.recent import Recent, Sums
 from hpctrain.watch.snapshot import Evaluation, RankView, Snapshot, Status, Told
 from hpctrain.watch.tail import News, Tail
 
-MODEL = "model.safetensors"  # what a finished run leaves; named here because hpctrain.checkpoint loads torch
 STRAGGLER = 1.5  # times the other workers' median: forward and backward pass of a sample
 STRAGGLER_STEPS = 3  # ... over so many steps at least
 SILENT_SECONDS = 10.0  # without a new row a rank is silent after so long ...
@@ -175,7 +175,7 @@ class Watcher:
         since = max(changed) if changed else _begun(self.folder)
         silence = max(0.0, self._now() - since)
         total = self._total()
-        evaluations = read_evaluations(self.folder / "metrics.csv")
+        evaluations = read_evaluations(self.folder / METRICS)
         views = self._views(silence)
         rates = [view.rate for view in views if view.rate is not None]
         return Snapshot(
@@ -299,7 +299,7 @@ class Watcher:
 
 
 def _begun(folder: Path) -> float:
-    path = folder / "job.toml"
+    path = folder / JOB
     return (path if path.exists() else folder).stat().st_mtime
 
 

@@ -8,6 +8,7 @@ import json
 import weakref
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from hpctrain.runfolder import Narrator, find_resumable
 from hpctrain.state import State
 from hpctrain.strategies.all_reduce import AllReduce
 from hpctrain.strategies.base import Phase, Strategy
+from hpctrain.strategies.corrections import MEAN_SQUARE, DelayCompensation
 from hpctrain.strategies.parameter_server import ParameterServer, ParameterServerServer
 from hpctrain.trainer import Trainer
 from tests import helpers
@@ -330,6 +332,13 @@ def heads(folder: Path) -> list[tuple[int, int, Any]]:
     return found
 
 
+def moments(folder: Path) -> list[torch.Tensor]:
+    """The newest checkpoint's mean squares of gradients, of delay compensation."""
+    path = sorted((folder / "checkpoints").iterdir())[-1]
+    with safe_open(path, "pt") as file:
+        return [file.get_tensor(name) for name in file.keys() if quote(MEAN_SQUARE) in name]  # noqa: SIM118
+
+
 RESET = {"learning_rate": "reset", "momentum": "reset"}
 RESUMED = {
     "async": phases((served(servers=3), 0)),
@@ -353,6 +362,40 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, what: str, queue: str, 
     assert [summary.samples for summary in again.phases] == [summary.samples for summary in whole.phases]
     assert [summary.steps for summary in again.phases] == [summary.steps for summary in whole.phases]
     assert (helpers.vector(again.model) == helpers.vector(whole.model)).all()
+
+
+def test_what_corrections_have_learnt_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A worker's running mean of its gradients' lengths, and the servers' of the gradients' squares (adaptive DC-ASGD);
+    the phase after starts without."""
+    kept = served(servers=2, clip_pushes=1.5, delay_compensation="adaptive")
+    job = resumable(tmp_path, phases((kept, 200), (AR, 0)))
+    whole = World(5).run(lambda comm: helpers.quiet_train(comm, job))[0]
+    assert [phase for _, phase, _ in heads(whole.folder)][2:6] == [0, 0, 0, 1]
+    assert moments(whole.folder) == []
+    helpers.forget_after(whole.folder, 2)
+    (squares,) = moments(whole.folder)
+    counters = heads(whole.folder)[-1][2]
+    begun, loaded = {}, []
+    train_on, load = Session._trainer_of, DelayCompensation.load
+
+    def training(self: Session, phase: Phase, strategy: Strategy) -> Trainer:
+        if isinstance(strategy, ParameterServer):
+            assert strategy._running is not None
+            begun[self.comm.rank] = strategy._running.counters()
+        return train_on(self, phase, strategy)
+
+    def loading(self: DelayCompensation, moments: dict[str, Buffer]) -> None:
+        load(self, moments)
+        loaded.append(self.view()[MEAN_SQUARE].copy())
+
+    monkeypatch.setattr(Session, "_trainer_of", training)
+    monkeypatch.setattr(DelayCompensation, "load", loading)
+    World(5).run(lambda comm: helpers.quiet_train(comm, job, resume=whole.folder))
+    assert begun == {rank: counters[f"clip of worker {rank}"] for rank in range(3)}
+    assert len({mean for mean, _ in begun.values()}) == 3
+    assert all(seen > 2 for _, seen in begun.values())
+    assert (np.concatenate(loaded) == squares.numpy()).all()
+    assert (squares > 0).any()
 
 
 @pytest.mark.parametrize("queue", QUEUES)

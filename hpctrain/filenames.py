@@ -1,0 +1,6 @@
+"""What the files in a run folder are called."""
+
+JOB = "job.toml"  # resolved
+METRICS = "metrics.csv"
+MODEL = "model.safetensors"  # of a run that has come to its end
+REPORT = "report.html"
