@@ -32,7 +32,7 @@ demo: $(MPICH)/.installed
 test: test-unit test-mpich test-openmpi
 
 test-unit: $(MPICH)/.tests
-	$(MPICH)/bin/python -m pytest -q tests/unit
+	$(MPICH)/bin/python -m pytest -q -n 2 tests/unit
 
 test-mpich: $(MPICH)/.tests
 	$(call under_mpi,$(MPICH))

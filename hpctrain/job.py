@@ -100,7 +100,7 @@ class Job(Table):
 
         See `jobfile.override`. Raises JobError.
         """
-        return cls._checked(jobfile.read(path), overrides, registry.shown(str(path)))
+        return cls._checked(jobfile.read(path), overrides, registry.shown_path(path))
 
     def override(self, overrides: Iterable[str]) -> Job:
         """Another job with some keys changed: "a.b=value", see `jobfile.override`. Raises JobError."""

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from hpctrain.errors import JobError
 from hpctrain.filenames import JOB
 from hpctrain.jobspec import Choice, Named, Table
-from hpctrain.registry import shown
+from hpctrain.registry import shown, shown_path
 from hpctrain.sentences import Place, dotted, model_at, value_text
 
 LONGEST = 2**20  # bytes of a job file
@@ -26,11 +26,11 @@ Look = Callable[[Place], type[BaseModel] | None]  # the table that belongs at a 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The tables of a TOML file. Raises JobError: missing, a folder, unreadable, not UTF-8, or not TOML."""
-    name = shown(str(path))
+    name = shown_path(path)
     try:
         if os.path.isdir(path):
             inner = Path(path) / JOB
-            hint = f"; did you mean {shown(str(inner))}?" if inner.exists() else ", not a job file"
+            hint = f"; did you mean {shown_path(inner)}?" if inner.exists() else ", not a job file"
             raise JobError(f"{name} is a folder{hint}")
         with open(path, "rb") as file:
             content = file.read(LONGEST + 1)

@@ -84,10 +84,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {lowered[near[0]]}?)" if near else ""
 
 
-def shown(name: str) -> str:
-    """`name` for a message: at most 80 characters, on one line, control characters escaped."""
-    text = name if len(name) <= 80 else name[:77] + "..."
+def shown(name: str, most: int = 80) -> str:
+    """`name` for a message: at most so many characters, on one line, control characters escaped."""
+    text = name if len(name) <= most else name[: most - 3] + "..."
     return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def shown_path(path: object) -> str:
+    """A file for a message, whole: it is to be found by that."""
+    return shown(str(path), 4096)
 
 
 def check(kind: str, name: str) -> None:

@@ -232,6 +232,17 @@ def test_mistakes_name_the_file_unless_they_come_from_an_override(tmp_path: Path
     assert second == "train.batch_size = 0: must be an integer, at least 1 and at most 1000000000"
 
 
+def test_a_long_path_is_told_whole(tmp_path: Path) -> None:
+    folder = tmp_path / ("a folder with a long name" * 4) / "and one more"
+    folder.mkdir(parents=True)
+    with pytest.raises(JobError) as caught:
+        load(folder, "seed = -1")
+    assert str(caught.value).startswith(f"{folder}/job.toml: seed = -1: ")
+    with pytest.raises(JobError, match="did you mean") as caught:
+        Job.load(folder)
+    assert f"{folder}/job.toml" in str(caught.value)
+
+
 # What is wrong with a job
 
 MISTAKES = [

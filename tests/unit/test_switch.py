@@ -321,15 +321,21 @@ def resumable(folder: Path, schedule: list[helpers.Tables], **tables: Any) -> Jo
     )  # fmt: skip
 
 
-def heads(folder: Path) -> list[tuple[int, int, Any]]:
-    """(cursor, phase, versions) of every checkpoint."""
+def heads(folder: Path) -> list[tuple[int, int, Any, Any]]:
+    """(cursor, phase, version, gradients dropped) of every checkpoint."""
     found = []
-    for path in sorted((folder / "checkpoints").iterdir()):
-        with safe_open(path, "pt") as file:
-            head = json.loads(file.metadata()["hpctrain"])
-        progress = head["progress"]
-        found.append((progress["cursor"], progress["account"]["books"]["phase"], head["state"]["counters"]))
+    for head in map(head_of, sorted((folder / "checkpoints").iterdir())):
+        progress, counters = head["progress"], head["state"]["counters"]
+        phase = progress["account"]["books"]["phase"]
+        found.append((progress["cursor"], phase, counters.get("version"), counters.get("dropped")))
     return found
+
+
+def head_of(path: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint."""
+    with safe_open(path, "pt") as file:
+        head: dict[str, Any] = json.loads(file.metadata()["hpctrain"])
+    return head
 
 
 def moments(folder: Path) -> list[torch.Tensor]:
@@ -370,11 +376,11 @@ def test_what_corrections_have_learnt_is_resumed(tmp_path: Path, monkeypatch: py
     kept = served(servers=2, clip_pushes=1.5, delay_compensation="adaptive")
     job = resumable(tmp_path, phases((kept, 200), (AR, 0)))
     whole = World(5).run(lambda comm: helpers.quiet_train(comm, job))[0]
-    assert [phase for _, phase, _ in heads(whole.folder)][2:6] == [0, 0, 0, 1]
+    assert [phase for _, phase, *_ in heads(whole.folder)][2:6] == [0, 0, 0, 1]
     assert moments(whole.folder) == []
     helpers.forget_after(whole.folder, 2)
     (squares,) = moments(whole.folder)
-    counters = heads(whole.folder)[-1][2]
+    counters = head_of(sorted((whole.folder / "checkpoints").iterdir())[-1])["state"]["counters"]
     begun, loaded = {}, []
     train_on, load = Session._trainer_of, DelayCompensation.load
 
