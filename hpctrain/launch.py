@@ -293,7 +293,7 @@ class Session:
             queue="static" if self.job.data.queue == "static" else "shared",
             epoch=prepared.order.length,
             ahead=prepared.ahead,
-            equal=before is not None and len(before.roles.workers) == comm.size,
+            equal=before is not None and len(before.roles.workers) == comm.size and len(set(comm.nodes)) == 1,
             tick=self.tracing.tick,
         )
         name = runfolder.name_of(self.job.schedule[index].strategy)

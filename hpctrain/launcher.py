@@ -148,7 +148,7 @@ def run(
 # The C library's memory allocator keeps what is freed, in huge pages where the system allows them: the first touch of
 # fresh memory takes longer than all that is copied when phases of a large model change (`hpctrain bench switch`).
 MEMORY = ":".join(
-    f"glibc.malloc.{key}" for key in ("hugetlb=1", "mmap_max=0", "trim_threshold=8000000000", "top_pad=67108864")
+    f"glibc.malloc.{key}" for key in ("hugetlb=1", "mmap_max=0", "trim_threshold=1000000000000000", "top_pad=67108864")
 )
 
 

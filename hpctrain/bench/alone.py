@@ -1,4 +1,4 @@
-"""What one process measures by itself: virtual ranks, and the cost of a span."""
+"""What one process measures by itself: virtual ranks, the cost of a span and of a sample of the resources."""
 
 from __future__ import annotations
 

@@ -123,8 +123,8 @@ class SharedExchange:
         self.board: NodeBoard | Messages = NodeBoard(comm) if len(sizes) == 1 else Messages(comm)
         self.update: Update = phase.make_update(self.replica.values[self.low : self.high], self.low, self.high)
         nbytes, elements = self.sum.nbytes, self.sum.numel()
-        parts = len(self.slices)
-        self._reducing = comm.span("reduce", nbytes * parts, flops=float(elements * parts))
+        ranks = len(self.slices)
+        self._reducing = comm.span("reduce", nbytes * ranks, flops=float(elements * ranks))
         self._updating = comm.span("update", nbytes, flops=float(elements))
         self._synchronise_parameters(len(sizes) > 1)
 
@@ -140,8 +140,14 @@ class SharedExchange:
         self.comm.wait(arena)
 
     def headers(self, row: Buffer) -> Buffer:
-        """Nobody's row is there before its gradient is: this is the barrier that summing the gradients needs."""
-        return self.board.exchange(row)
+        """Nobody's row is there before its gradient is, and on one node the board is memory like these: its barrier is
+        the one that summing the gradients needs."""
+        if isinstance(self.board, NodeBoard):
+            return self.board.exchange(row)
+        self.comm.notify(self.arena)
+        table = self.board.exchange(row)
+        self.comm.wait(self.arena)
+        return table
 
     def start(self, low: int, high: int) -> None:
         """Summing out of memory needs no head start."""

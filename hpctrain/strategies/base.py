@@ -72,9 +72,10 @@ class Phase:
     next step). `rate`, `momentum`: factors of the learning rate and the momentum at a cursor; `per_update`: whether
     the strategy may scale the rate of one worker's update; `adaptive`: whether updates do not grow with gradients
     (Adam and its like). `equal`: whether all ranks of `comm` hold the same parameters already, as where all were
-    workers of the phase before. `queue`: how samples are dealt where workers do not step together; `epoch`: samples per
-    epoch; `ahead`: how many stretches of samples a worker likes to know of besides the one it is at. `tick`: what a
-    dedicated server calls now and then, as trainers do after every step: its trace is written.
+    workers of the phase before (on one node: unlike processors may round unlike). `queue`: how samples are dealt where
+    workers do not step together; `epoch`: samples per epoch; `ahead`: how many stretches of samples a worker likes to
+    know of besides the one it is at. `tick`: what a dedicated server calls now and then, as trainers do after every
+    step: its trace is written.
     """
 
     index: int

@@ -23,10 +23,10 @@ class DelayCompensation:
         self._strength, self._mean_square = strength, mean_square
 
     def view(self) -> dict[str, Buffer]:
-        """What a checkpoint must keep, as it is: moments of the shard's elements."""
+        """What a checkpoint must keep, as it is, on the CPU: moments of the shard's elements."""
         from hpctrain.replica import as_array
 
-        return {} if self._mean_square is None else {MEAN_SQUARE: as_array(self._mean_square)}
+        return {} if self._mean_square is None else {MEAN_SQUARE: as_array(self._mean_square.cpu())}
 
     def load(self, moments: dict[str, Buffer]) -> None:
         """Go on from what `view` gave."""

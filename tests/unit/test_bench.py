@@ -327,8 +327,7 @@ def test_the_cost_of_tracing_is_a_ratio_of_pairs_and_what_comes_on_top():
 class Turns:
     """A training of which every turn takes as long as is said here."""
 
-    def __init__(self, name: str, seconds: list[float], order: list[str], interrupted: bool = False):
-        self.interrupted = interrupted
+    def __init__(self, name: str, seconds: list[float], order: list[str]):
         self.name, self.seconds, self.order = name, iter(seconds), order
 
     def take_turn(self) -> float | None:
@@ -339,15 +338,14 @@ class Turns:
 def test_traced_and_untraced_trainings_take_turns_to_be_first(monkeypatch):
     monkeypatch.setattr(tracing, "EARLY", 1)
     order: list[str] = []
-    pairs = tracing._take_turns(Turns("without", [9, 1, 2], order), Turns("with", [9, 3, 4], order), silent)
-    assert pairs == [(1, 3), (2, 4)]  # the first ones do not count
-    assert order == ["without", "with", "with", "without", "without", "with", "with", "without"]  # until both are over
+    pairs = tracing._take_turns(Turns("without", [9, 1, 2, 3], order), Turns("with", [9, 3, 4, 5], order), silent)
+    assert pairs == [(1, 3), (2, 4), (3, 5)]  # the first ones do not count
+    assert order == 2 * ["without", "with", "with", "without"] + ["without", "with"]  # until both are over
 
 
-def test_an_interrupted_training_is_not_measured():
-    trainings = Turns("without", [1], []), Turns("with", [1], [], interrupted=True)
-    with pytest.raises(HpctrainError, match="interrupted before all was measured"):
-        tracing._take_turns(*trainings, silent)
+def test_of_a_few_pairs_the_first_quarter_does_not_count():
+    pairs = tracing._take_turns(Turns("without", [1.0] * 8, []), Turns("with", [2.0] * 8, []), silent)
+    assert pairs == [(1.0, 2.0)] * 6
 
 
 def test_what_a_step_adds_to_a_trace_is_counted(tmp_path: Path):

@@ -12,6 +12,7 @@ import pytest
 from hpctrain.comm.virtual import World
 from hpctrain.launcher import MEMORY
 from hpctrain.prepare import prepare
+from hpctrain.reserve import kept_up_to
 from tests import helpers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,10 +56,27 @@ def test_what_is_reserved_stays_and_is_there_later():
     assert faults < 20
 
 
-@pytest.mark.parametrize("tunables", [None, "glibc.malloc.hugetlb=1"])
+@pytest.mark.parametrize(
+    "tunables", [None, "glibc.malloc.hugetlb=1", "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000"]
+)
 def test_nothing_is_touched_where_the_allocator_would_not_keep_it(tunables: str | None):
     kept, _ = measure(tunables)
     assert kept < 8 * MIB
+
+
+@pytest.mark.parametrize(
+    ("tunables", "kept"),
+    [
+        (MEMORY, 10**15),
+        ("", 0),
+        ("glibc.malloc.mmap_max=0", 0),
+        ("glibc.malloc.mmap_max=1:glibc.malloc.trim_threshold=99", 0),
+        ("glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=0x100", 256),
+        ("glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=much", 0),
+    ],
+)
+def test_what_the_allocator_keeps_is_in_its_variable(tunables: str, kept: int):
+    assert kept_up_to(tunables) == kept
 
 
 def later(folder: Path, ranks: int, *strategies: helpers.Tables) -> list[list[float]]:
