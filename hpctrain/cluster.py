@@ -127,7 +127,7 @@ def netmod_for(library: str, environment: Mapping[str, str]) -> dict[str, str]:
 
     `library`: MPICH's long description of itself. Slurm's plug-in reads a PMI request in one piece of at most 1024
     bytes. What ranks tell each other there of UCX is longer now and then, as it depends on chance, and then all of
-    them wait for ever; of OFI it is 86 bytes. Nothing where the user has chosen, or there is no choice.
+    them wait for ever; of OFI it is always short. Nothing where the user has chosen, or there is no choice.
     """
     device = next((line for line in library.splitlines() if line.startswith("MPICH Device")), "")
     by_srun = {"SLURM_STEP_ID", "PMI_FD"} <= environment.keys() and "MPI_LOCALNRANKS" not in environment

@@ -1,7 +1,7 @@
 """Real ranks: the communicator over mpi4py.
 
-Importing this module initialises MPI. Lower-case mpi4py calls, which pickle, are used
-between the ranks of one run only while a communicator is set up, and only on integers and strings.
+Importing this module initialises MPI. Lower-case mpi4py calls, which pickle, are used between the ranks of one run
+only while a communicator is set up, and only on integers and strings.
 """
 
 from __future__ import annotations

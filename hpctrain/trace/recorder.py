@@ -44,7 +44,7 @@ class _Store:
 
 
 class Span:
-    """What goes on in a lane, within a `with`, which may be entered again later: making one costs as much as that.
+    """What goes on in a lane, within a `with`, which may be entered again later.
 
     One that begins inside of it cuts it: spans of one lane never overlap. `now`: by the recorder's clock if None.
     """

@@ -130,8 +130,11 @@ def test_all_workers_begin_every_phase_with_equal_parameters(tmp_path: Path, sch
         assert all(vector == vectors[0] for vector in vectors)
 
 
-def test_the_model_is_broadcast_where_some_rank_was_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """After the first phase, in which all ranks are workers, they hold the same parameters: no need then."""
+@pytest.mark.parametrize(("nodes", "wanted"), [([0] * 4, [0, 2, 4]), ([0, 0, 1, 1], [0, 1, 2, 3, 4])])
+def test_the_model_is_broadcast_where_ranks_may_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: list[int], wanted: list[int]
+):
+    """Where all ranks were workers of the phase before, on one node, they hold the same parameters: no need then."""
     phase, broadcast = [-1], VirtualCommunicator.broadcast
     enter, rounds = Session._enter, []
 
@@ -149,8 +152,8 @@ def test_the_model_is_broadcast_where_some_rank_was_no_worker(tmp_path: Path, mo
     message = {**AR, "exchange": "message"}
     schedule = phases((message, 24), (served(), 24), (message, 24), (served(), 24), (message, 0))
     job = helpers.make_job(tmp_path, phases=schedule, train={"steps": 30})
-    World(4).run(lambda comm: train(job, comm, out=QUIET))
-    assert rounds == [0, 2, 4]
+    World(4, nodes=nodes).run(lambda comm: train(job, comm, out=QUIET))
+    assert rounds == wanted
 
 
 def test_a_phase_leaves_no_memory_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
