@@ -85,16 +85,23 @@ def bind(spec: Loss, device: torch.device) -> LossFunction:
     A class of losses, such as torch.nn.CrossEntropyLoss, is instantiated with the table's further keys. Raises JobError
     for keys that it does not take, and ModelError for a loss with trainable parameters of its own.
     """
-    found = spec.resolve()
-    made = spec.bind()() if inspect.isclass(found) else found
-    if isinstance(made, nn.Module):
-        _check_module(spec.name, made)
-        made.to(device)
-    options = {} if inspect.isclass(found) else spec.options
-    function = bound(f'loss "{spec.name}"', made, options, positional=2) if options else made
+    found, options, what = spec.resolve(), spec.options, f'loss "{spec.name}"'
+    if inspect.isclass(found):
+        found, options = bound(what, found, _tensors(found, options), positional=0)(), {}
+    if isinstance(found, nn.Module):
+        _check_module(spec.name, found)
+        found.to(device)
+    function = bound(what, found, options, positional=2) if options else found
     if not callable(function):
         raise ModelError(f"loss.name = {spec.name!r} is a {type(function).__name__}, which cannot be called")
     return _weighted_mean(function) or function
+
+
+def _tensors(cls: type, options: dict[str, Any]) -> dict[str, Any]:
+    """A job file has lists where torch's own classes take tensors (`weight`, `pos_weight`)."""
+    if not cls.__module__.startswith("torch.nn."):
+        return options
+    return {key: torch.tensor(value) if isinstance(value, list) else value for key, value in options.items()}
 
 
 def _check_module(name: str, loss: nn.Module) -> None:

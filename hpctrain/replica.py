@@ -265,7 +265,7 @@ class Replica:
             if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
                 found[id(leaf)] = tuple(leaf.shape)
             waiting += [following for following, _ in node.next_functions]
-        return list(found.values())
+        return sorted(found.values())
 
     def first_not_finite(self) -> int:
         """As `Layout.first_not_finite`, of this rank's whole gradient."""

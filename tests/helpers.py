@@ -93,6 +93,28 @@ def pictures(samples: int = 75) -> Splits:
     return Splits(*parts)
 
 
+class Sometimes(nn.Module):
+    """`never` takes no part, `seldom` where a sample of the batch has a large first feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.never, self.seldom, self.last = (nn.Linear(7, n) for n in (7, 5, 7, 3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(inputs))
+        large = inputs[:, :1] > 1.2
+        if large.any():
+            hidden = hidden + self.seldom(inputs) * large
+        return self.last(hidden)
+
+
+def some_count() -> TensorDataset:
+    """Of the targets of `points` about a third counts; in some batches none does."""
+    inputs, targets = points().tensors
+    drawn = torch.rand(len(targets), generator=torch.Generator().manual_seed(3))
+    return TensorDataset(inputs, torch.where(drawn < 0.35, targets, -100))
+
+
 class Counted(Dataset[Any]):
     """Sample i says that it is i."""
 
@@ -162,21 +184,27 @@ def difference(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> flo
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-def plain(job: Job, workers: int) -> np.ndarray[Any, Any]:
-    """The same training by one process with `workers` times the batch, in torch alone."""
+def plain(
+    job: Job,
+    workers: int,
+    build: Callable[[], nn.Module] = net,
+    data: TensorDataset | None = None,
+    loss: Callable[..., Tensor] = nn.functional.cross_entropy,
+) -> np.ndarray[Any, Any]:
+    """The same training by one process with `workers` times the batch, in torch alone; `data`: `points`."""
     dtype = getattr(torch, job.train.precision)
     torch.manual_seed(job.seed)
-    model = net().to(dtype)
+    model = build().to(dtype)
     options = dict(job.optimizer.options)
     optimizer = getattr(torch.optim, job.optimizer.name)(model.parameters(), lr=job.optimizer.lr, **options)
-    inputs, targets = points().tensors
+    inputs, targets = (data or points()).tensors
     order = Order(len(targets), job.seed)
     cursor, size = 0, job.train.batch_size * job.train.accumulate * workers
     for _ in range(job.train.steps or 0):
         stop = min(cursor + size, order.epoch_end(cursor))
         chosen = torch.from_numpy(order.indices(cursor, stop))
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(inputs[chosen].to(dtype)), targets[chosen]).backward()
+        loss(model(inputs[chosen].to(dtype)), targets[chosen]).backward()
         if job.train.clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), job.train.clip_norm)
         optimizer.step()
@@ -192,6 +220,23 @@ def equivalence(comm: Communicator, folder: Path | str, agree: str, recipe: str,
     table = comm.gather_rows(found)
     assert (table == table[0]).all(), "the ranks hold different parameters"
     return difference(found, plain(job, workers_of(agree, comm.size)))
+
+
+def uneven_rounds(comm: Communicator, folder: Path | str, strategy: Tables, servers: int) -> float:
+    """How far ranks end from one process where targets do not count, by uneven shares, and some parameters get no
+    gradient in some rounds, on some workers."""
+    job = make_job(
+        folder,
+        model=Sometimes,
+        data=some_count(),
+        optimizer={"name": "AdamW", "lr": 0.02, "weight_decay": 0.3},
+        strategy=strategy,
+        train={"steps": 24, "batch_size": 3, "precision": "float64"},
+    )
+    found = vector(quiet_train(comm, job).model)
+    table = comm.gather_rows(found)
+    assert (table == table[0]).all(), "the ranks hold different parameters"
+    return difference(found, plain(job, comm.size - servers, Sometimes, some_count()))
 
 
 def resumed_bits(comm: Communicator, folder: Path | str, strategy: Tables, optimizer: Tables) -> None:

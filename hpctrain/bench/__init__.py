@@ -31,6 +31,7 @@ TOGETHER = {
     "slow": "asynchronous:measure_slow",
     "switch": "switching:measure_switch",
     "tracing": "tracing:measure_tracing",
+    "checks": "checks:measure_checks",
 }
 OF_ANY_RANKS, OF_ONE = ("all_reduce", "step"), ("virtual", "trace")  # what `all` measures of these
 CHOICES = ("all", *TOGETHER, *ALONE)

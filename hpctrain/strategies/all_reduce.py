@@ -153,8 +153,8 @@ class SharedExchange:
         """Sum this rank's slice and update it, unless the sum is not finite: `finish` says so to all ranks."""
         from hpctrain.replica import sum_of_squares
 
-        phase, weight = self.phase, found.weight / self.phase.batch
-        finite = self._sum(weight)
+        phase = self.phase
+        finite = self._sum(found.divisor(phase.batch))
         self.faults.mine[0] = not finite
         if phase.clip_norm is not None:
             squares = np.array([sum_of_squares(self.sum)])
@@ -261,7 +261,7 @@ class MessageExchange:
         self._finish_started()
         if not self.options.overlap:
             self.comm.all_reduce(self.replica.gradient_arenas[0].mine, algorithm=self.options.algorithm)
-        if not add_up([gradient], gradient, found.weight / phase.batch):
+        if not add_up([gradient], gradient, found.divisor(phase.batch)):
             raise sum_error(phase, self.replica.first_not_finite(), phase.step)
         if phase.clip_norm is not None:
             gradient.mul_(clip_factor(sum_of_squares(gradient), phase.clip_norm))

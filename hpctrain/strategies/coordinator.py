@@ -257,7 +257,7 @@ class Rounds(Coordinator):
         result = "skipped" if found.skip else "applied"
         for worker in accepted:
             self.reply(worker, result=result, loss=found.loss, samples=found.samples, staleness=0)
-        what, weight = What.DROP if found.skip else What.UPDATE, found.weight / phase.batch
+        what, weight = What.DROP if found.skip else What.UPDATE, found.divisor(phase.batch)
         self.decide(
             Decision(what, accepted, accepted, self.version, step, weight, rate, momentum, used=found.used)
         )
@@ -304,9 +304,9 @@ class Asynchronous(Coordinator):
         self._go_on(decision)
 
     def _decision(self, worker: int, header: Header, staleness: int) -> Decision:
-        """What becomes of the gradient: an update, unless nothing counts in it, or it is not finite."""
+        """What becomes of the gradient: an update, unless it is of no samples or not finite."""
         part = header.part
-        if not part.weight or not part.finite:
+        if not part.samples or not part.finite:
             return Decision(What.DROP, take=(worker,), version=self.version, step=header.step)
         self.version += 1
         self.losses.append(part.loss)
@@ -315,7 +315,7 @@ class Asynchronous(Coordinator):
             take=(worker,),
             version=self.version,
             step=header.step,
-            weight=part.weight / self.phase.batch,
+            weight=Round.of([part]).divisor(self.phase.batch),
             rate=self.phase.rate(self.cursor) * self.options.per_update(self.phase, staleness),
             momentum=self.phase.momentum(self.cursor),
             used=part.used,

@@ -104,8 +104,13 @@ class Round:
 
     @property
     def skip(self) -> bool:
-        """Whether no update comes of it: something is not finite, or no target counts."""
-        return self.faulty is not None or not self.weight
+        """Whether no update comes of it: something is not finite."""
+        return self.faulty is not None
+
+    def divisor(self, batch: int) -> float:
+        """What the sum of the gradients is divided by; they come divided by `batch`. Where nothing counts they are 0
+        and stay so: the optimizer makes of that what torch's does."""
+        return self.weight / batch or 1.0
 
 
 def close_round(phase: Phase, table: Buffer) -> Round:

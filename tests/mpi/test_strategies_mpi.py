@@ -84,6 +84,13 @@ def test_a_loss_that_is_not_finite_is_told_on_every_rank(join: Join, folder: Pat
     assert "loss is nan on rank " in told[0]
 
 
+@pytest.mark.parametrize("agree", [*FOUR, "overlap"])
+def test_rounds_in_which_workers_differ(join: Join, folder: Path, agree: str) -> None:
+    """Targets that do not count, parameters without a gradient: equal to one process."""
+    comm = join()
+    assert helpers.uneven_rounds(comm, folder, _strategy(agree, comm.size), helpers.SYNCHRONOUS[agree][1]) < 1e-10
+
+
 @pytest.mark.parametrize("agree", FOUR)
 def test_such_a_step_can_be_skipped(join: Join, folder: Path, agree: str) -> None:
     comm = join()

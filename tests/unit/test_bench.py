@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpctrain import bench
-from hpctrain.bench import alone, asynchronous, reading, switching, together, tracing, workload
+from hpctrain import bench, blocks
+from hpctrain.bench import alone, asynchronous, checks, reading, switching, together, tracing, workload
 from hpctrain.bench.report import Report, Sample, Table, number
 from hpctrain.cli import main
 from hpctrain.comm.network import FreeNetwork, LinkNetwork
@@ -36,6 +36,7 @@ def _little(monkeypatch):
     monkeypatch.setattr(together, "FEWEST", 2)
     monkeypatch.setattr(together, "SIZES", {"4 KiB": 4096, "16 KiB": 16384})
     monkeypatch.setattr(together, "LOADS", {"linear": LINEAR})
+    monkeypatch.setattr(checks, "LOADS", {"linear": LINEAR})
     monkeypatch.setattr(asynchronous, "PUSHED", LINEAR)
     monkeypatch.setattr(asynchronous, "BLOCKS", 2)
     monkeypatch.setattr(asynchronous, "PUSHES", 8)
@@ -138,6 +139,15 @@ def test_the_step_that_is_measured_trains(way):
     got = World(2).run(body)
     assert not torch.equal(got[0][0], got[0][1])
     assert torch.equal(got[0][1], got[1][1])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_looking_at_gradients_costs(size):
+    """One training, half of it without the check; which is there again afterwards."""
+    before = blocks._is_finite
+    table = World(size).run(lambda comm: checks.measure_checks(comm, silent))[0]
+    assert {len(cell.values) for cell in table.rows["linear"].values()} == {LINEAR.blocks}
+    assert blocks._is_finite is before
 
 
 # -- asynchronous parameter server -------------------------------------------------------------------------------

@@ -1,0 +1,100 @@
+"""What it costs to look whether gradients are finite: one training, by turns of steps with the check and without."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from hpctrain import blocks
+from hpctrain.bench.report import Sample, Table
+from hpctrain.bench.runs import quiet_session, random_samples
+from hpctrain.bench.workload import HIDDEN, MLP, RESNET, Load
+from hpctrain.comm.base import Communicator
+from hpctrain.job import Job
+from hpctrain.launch import Session
+from hpctrain.models.mlp import mlp
+from hpctrain.models.resnet18 import resnet18
+from hpctrain.trainer import fit_batch
+
+TURN = 2  # steps
+EARLY = 4  # pairs of turns that do not count
+WITHOUT, WITH, COST = "without, ms", "with, ms", "cost, %"
+# Steps of a turn times blocks: pairs of turns.
+LOADS = {
+    MLP: Load(lambda: mlp(784, 10, HIDDEN), (784,), 32, TURN, 400),
+    RESNET: Load(lambda: resnet18(), (3, 32, 32), 16, TURN, 60),
+}
+_CHECK = blocks._is_finite
+LIMITS = {MLP: 2.0, RESNET: 0.5}  # percent
+
+
+def measure_checks(comm: Communicator, progress: Callable[[str], None]) -> Table:
+    """Milliseconds per step of `all_reduce` with the check and without, and their ratio. Collective."""
+    table = Table(
+        "checks",
+        f"looking whether gradients are finite: all_reduce, {comm.size} rank{'s' * (comm.size > 1)}, ms per step "
+        f"(turns of {TURN} steps)",
+        [WITHOUT, WITH, COST],
+    )
+    for label, load in LOADS.items():
+        progress(f"checks: {label}, {load.blocks} pairs of turns")
+        pairs = _pairs(comm, load)
+        ratios = Sample(tuple(100 * (checked / plain - 1) for plain, checked in pairs), "%")
+        table.rows[label] = {
+            WITHOUT: Sample(tuple(1e3 * plain for plain, _ in pairs), "ms"),
+            WITH: Sample(tuple(1e3 * checked for _, checked in pairs), "ms"),
+            COST: ratios,
+        }
+        low, high = ratios.quartiles
+        error = 1.2533 * (high - low) / 1.349 / np.sqrt(len(pairs))  # of a median of normally distributed values
+        limit = f", limit {LIMITS[label]:g} %" if label in LIMITS else ""
+        table.notes.append(f"{label}: median {ratios.median:.2f} %, standard error {error:.2f} %{limit}")
+    return table
+
+
+def _pairs(comm: Communicator, load: Load) -> list[tuple[float, float]]:
+    """(without, with) in seconds per step. Which comes first changes, so that no drift adds up."""
+    pairs = []
+    steps = 2 * TURN * (load.blocks + EARLY)
+    job = Job(
+        model=load.build,
+        data=random_samples(load.inputs, load.batch * comm.size * 8),
+        optimizer={"name": "SGD", "lr": 1e-4, "momentum": 0.9},
+        train={"steps": steps, "batch_size": load.batch},
+        trace={"enabled": False},
+    )
+    with quiet_session(job, comm) as session:
+        batches = session.batches()
+        for pair in range(load.blocks + EARLY):
+            took = {}
+            for checked in (False, True) if pair % 2 else (True, False):
+                with _everything_checked() if checked else _nothing_checked():
+                    took[checked] = _turn(session, batches)
+            pairs.append((took[False], took[True]))
+        for batch in batches:  # the run's end
+            fit_batch(session, batch)
+    return pairs[EARLY:]
+
+
+def _turn(session: Session, batches: Iterator[object]) -> float:
+    start = time.perf_counter()
+    for _ in range(TURN):
+        fit_batch(session, next(batches))  # type: ignore[arg-type]
+    return (time.perf_counter() - start) / TURN
+
+
+@contextmanager
+def _everything_checked() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _nothing_checked() -> Iterator[None]:
+    blocks._is_finite = lambda block: True
+    try:
+        yield
+    finally:
+        blocks._is_finite = _CHECK
