@@ -210,6 +210,18 @@ def test_a_loss_that_is_not_finite(mpi: launcher.Mpi, tmp_path: Path) -> None:
     assert "Traceback" not in ended.err
 
 
+def test_a_gradient_that_is_not_finite(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    """The server finds it in the sum, after it has answered the workers: it ends them all."""
+    job = write_job(tmp_path, 'strategy = {name = "parameter_server", mode = "sync"}')
+    data = ["data.name=tests.unit.test_round:one_bad", "data.place=31", "data.shuffle=false"]
+    argv = [*mpi.command(3), *TRAIN, str(job), *data, "model.name=tests.unit.test_round:Poisoned"]
+    ended = launch(argv, mpi, timeout=60)
+    assert ended.status == 2, ended
+    told = "hpctrain: rank 2: the gradient of parameter hidden.bias is not finite on rank 1 in step 2 (phase 0)"
+    assert ended.err.count(told) == 1, ended.err
+    assert "Traceback" not in ended.err
+
+
 # -- killed, interrupted -----------------------------------------------------------------------------------------
 def _endless(tmp_path: Path, strategy: str = "all_reduce") -> str:
     text = f'trace = {{flush_seconds = 0.2}}\nstrategy = {{name = "{strategy}"}}'
