@@ -22,6 +22,7 @@ from hpctrain.errors import ClusterError, DataError, JobError, ModelError
 from hpctrain.job import Job
 from hpctrain.jobtables import Enter
 from hpctrain.optimizer import OptimizerChoice
+from hpctrain.precision import bring
 from hpctrain.replica import Replica
 from hpctrain.schedule import Conductor, Course, Pace, Rule, RunClock, interval, run_total
 from hpctrain.strategies.base import Strategy, roles_of
@@ -231,7 +232,7 @@ def _model(job: Job, device: torch.device) -> nn.Module:
             f"model.name = {job.model.name!r} has lazy parameters whose shapes are not known yet; "
             "give the layers their sizes"
         )
-    return model.to(device=device, dtype=DTYPES.get(job.train.precision, torch.float32)).train()
+    return bring(model, device, DTYPES.get(job.train.precision, torch.float32)).train()
 
 
 def _optimizer(job: Job, device: torch.device) -> OptimizerChoice:
