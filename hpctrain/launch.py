@@ -219,6 +219,8 @@ class Session:
         if comm.concurrent and threading.current_thread() is threading.main_thread():
             self._signals = self._stack.enter_context(StopSignals())
         self._stack.callback(self.tracing.close)
+        else:
+            self.prepared.untrained.share(comm)
         attempt = comm.broadcast_json(next_attempt(self.folder) if comm.rank == 0 else 0)
         agreed(comm, lambda: self.tracing.open(job, self.prepared, attempt))
         self.tracing.begin()
@@ -264,7 +266,7 @@ class Session:
             if prepared.norms is not None and workers is not None:
                 prepared.norms.join(workers)
         if before is not None:
-            self.replica.lend_buffers(self.comm, set(roles.workers) - set(before.roles.workers))
+            prepared.untrained.share(self.comm, set(roles.workers) - set(before.roles.workers))
         recorder, pace = comm.recorder, prepared.pace(index, books.phase_start)
         conductor = prepared.conductor(index, books.phase_start, recorder.event)
         rule_state = comm.broadcast_json(state.rule if state is not None else None)
@@ -517,7 +519,7 @@ class Session:
 
     def _measure(self, comm: Communicator, name: str, dataset: Any) -> tuple[float, float]:
         prepared, books = self.prepared, self.books
-        with comm.span("evaluate"), self.replica.averaged_buffers(comm):
+        with comm.span("evaluate"), prepared.untrained.agreed(comm):
             loss, metric = evaluate(
                 self.model, dataset, prepared.loss, prepared.metric, comm, 256, prepared.move, prepared.autocast
             )

@@ -26,6 +26,7 @@ from hpctrain.precision import bring
 from hpctrain.replica import Replica
 from hpctrain.schedule import Conductor, Course, Pace, Rule, RunClock, interval, run_total
 from hpctrain.strategies.base import Strategy, roles_of
+from hpctrain.untrained import Untrained
 
 MOST_AHEAD = 4
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -41,6 +42,7 @@ class Prepared:
     order: Order
     model: nn.Module
     replica: Replica
+    untrained: Untrained
     optimizer: OptimizerChoice
     loss: Callable[..., Any]
     metric: Callable[..., Any]
@@ -138,6 +140,7 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     groups = job.optimizer.groups
     replica = Replica(model, groups.bind(positional=1)(model) if groups is not None else None)
     optimizer = _optimizer(job, device)
+    untrained = Untrained(model, job.train.buffer_policies)
     optimizer.check(replica.layout, device)
     _check_strategies(job, norms is not None, optimizer)
     order = make_order(splits.train, job.seed, job.data.shuffle)
@@ -155,7 +158,7 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     course = Course(schedule.bind(positional=1), {}, warmup, total)
     loss, metric = job.loss.bind(positional=2), job.metric.bind(positional=2)
     prepared = Prepared(
-        job, device, splits, order, model, replica, optimizer, loss, metric, roles, batch, total, course,
+        job, device, splits, order, model, replica, untrained, optimizer, loss, metric, roles, batch, total, course,
         norms,
     )  # fmt: skip
     _check_schedule(prepared)
