@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from hpctrain import runfolder
 from hpctrain.agreement import agreed
+from hpctrain.alike import check_alike, data_topic, job_topic, model_topic
+from hpctrain.batchnorm import sync_layers
 from hpctrain.cluster import Role, Roles
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import place_arenas
@@ -231,6 +233,11 @@ class Session:
             self.out.say(how)
         if self._resume is not None:
             if comm.rank == 0:
+        if self.prepared.norms is None and comm.size > 1 and (layers := sync_layers(self.model)):
+            self.out.say(
+                f"{layers[0]} is a SyncBatchNorm layer, which normalises over each worker's own samples as long as "
+                "train.sync_batchnorm is false"
+            )
                 runfolder.forget_metrics(self.folder, self.books.cursor)
             self.out.say(f"resumed at sample {self.books.cursor:,} (step {self.books.step})")
 
