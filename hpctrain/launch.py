@@ -204,7 +204,9 @@ class Session:
         comm, job, train = self.comm, self.job, self.job.train
         resume = comm.broadcast_json(str(self._resume) if self._resume is not None else None)
         self._resume = Path(resume) if resume is not None else None
+        check_alike(comm, [job_topic(job.plain())])
         self.prepared: Prepared = agreed(comm, lambda: prepare(job, comm))
+        self._check_built_alike()
         if self.prepared.norms is not None:
             self._stack.callback(self.prepared.norms.restore)
         self.comm, how = place_arenas(job, comm, self.prepared.device)
@@ -217,12 +219,12 @@ class Session:
         self.keeper = Keeper(self.prepared, comm, self.folder, self.out)
         if self._resume is not None:
             self._state = self._restore()
+        else:
+            self.prepared.untrained.share(comm)
         self.tracing = Tracing(comm, self.folder)
         if comm.concurrent and threading.current_thread() is threading.main_thread():
             self._signals = self._stack.enter_context(StopSignals())
         self._stack.callback(self.tracing.close)
-        else:
-            self.prepared.untrained.share(comm)
         attempt = comm.broadcast_json(next_attempt(self.folder) if comm.rank == 0 else 0)
         agreed(comm, lambda: self.tracing.open(job, self.prepared, attempt))
         self.tracing.begin()
@@ -231,15 +233,21 @@ class Session:
         self.out.say(self._headline())
         if how is not None:
             self.out.say(how)
-        if self._resume is not None:
-            if comm.rank == 0:
         if self.prepared.norms is None and comm.size > 1 and (layers := sync_layers(self.model)):
             self.out.say(
                 f"{layers[0]} is a SyncBatchNorm layer, which normalises over each worker's own samples as long as "
                 "train.sync_batchnorm is false"
             )
+        if self._resume is not None:
+            if comm.rank == 0:
                 runfolder.forget_metrics(self.folder, self.books.cursor)
             self.out.say(f"resumed at sample {self.books.cursor:,} (step {self.books.step})")
+
+    def _check_built_alike(self) -> None:
+        """All ranks have the same model and equally long data. Collective."""
+        prepared, untrained = self.prepared, self.prepared.untrained
+        model = model_topic(prepared.replica.layout, untrained.frozen(), untrained.buffers())
+        check_alike(self.comm, [data_topic(prepared.splits), model])
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, Exception):
@@ -359,7 +367,7 @@ class Session:
 
     def _trainer_of(self, phase: Phase, strategy: Strategy) -> Trainer:
         threads = None if self.comm.concurrent else 0
-        self._loader = loader = self.prepared.loader(phase.index, threads)
+        self._loader = loader = self.prepared.loader(phase.index, threads, phase.workers)
         self._stack.callback(loader.close)
         train = self.job.train
         self._strategy = strategy

@@ -103,8 +103,8 @@ class Prepared:
         fetches = fetches_ahead(self.splits.train, data.threads, data.prefetch, data.augment)
         return min(data.threads, data.prefetch, MOST_AHEAD) if fetches else 0
 
-    def loader(self, phase: int, threads: int | None = None) -> Loader:
-        """Fetches this rank's training batches."""
+    def loader(self, phase: int, threads: int | None = None, workers: Communicator | None = None) -> Loader:
+        """Fetches this rank's training batches. `workers`: those of the phase."""
         data = self.job.data
         augment = [registry.resolve("augmentation", name) for name in data.augment]
         return Loader(
@@ -114,6 +114,7 @@ class Prepared:
             prefetch=data.prefetch,
             augment=augment,
             seed=self.job.seed,
+            workers=workers,
         )
 
     def move(self, batch: Batch) -> Batch:
@@ -139,8 +140,8 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     norms = BatchNorms(model) if job.train.sync_batchnorm else None
     groups = job.optimizer.groups
     replica = Replica(model, groups.bind(positional=1)(model) if groups is not None else None)
-    optimizer = _optimizer(job, device)
     untrained = Untrained(model, job.train.buffer_policies)
+    optimizer = _optimizer(job, device)
     optimizer.check(replica.layout, device)
     _check_strategies(job, norms is not None, optimizer)
     order = make_order(splits.train, job.seed, job.data.shuffle)
