@@ -40,7 +40,7 @@ class BatchNorms:
         self._layers: list[tuple[nn.Module, type[nn.Module]]] = []
         found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)]
         for name, layer in found:
-            if type(layer).forward is not _BatchNorm.forward:
+            if type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
                 raise ModelError(
                     f"train.sync_batchnorm = true: layer {name or 'model'} is a {type(layer).__name__} with a forward "
                     "of its own, which cannot be replaced; use torch.nn.BatchNorm1d, 2d or 3d"
@@ -108,6 +108,11 @@ class BatchNorms:
 
     def __deepcopy__(self, memo: Any) -> BatchNorms:
         return self  # of a copied model (a moving average, say) the layers normalise with the same workers
+
+
+def sync_layers(model: nn.Module) -> list[str]:
+    """The names of torch.nn.SyncBatchNorm layers, which know nothing of our workers by themselves."""
+    return [name or "the model" for name, layer in model.named_modules() if isinstance(layer, nn.SyncBatchNorm)]
 
 
 class Synchronised(_BatchNorm):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,6 +19,7 @@ from hpctrain.errors import CheckpointError
 from hpctrain.filenames import MODEL
 from hpctrain.replica import as_array, as_tensor
 from hpctrain.state import State
+from hpctrain.untrained import digest
 
 FORMAT = "hpctrain-checkpoint-1"
 
@@ -27,7 +29,9 @@ class Checkpoint:
     """Everything a run needs to go on as if it had never stopped.
 
     `parameters`: flat tensor of the arena, cut by name in the file; `workers[i]`: worker i's own tensors
-    (buffers, random state); `progress`: plain values (cursor, phase, rule, metrics).
+    (buffers, random state); `progress`: plain values (cursor, phase, rule, metrics). `rest`: what else the model holds
+    (`Untrained.rest`); as it seldom changes, it is in a file of its own, written once. Loaded, it is empty if the model
+    that was built now has just the same, and where the checkpoint is from a time before there was such a file.
     """
 
     fingerprint: str
@@ -35,10 +39,15 @@ class Checkpoint:
     state: State
     workers: list[dict[str, Tensor]]
     progress: dict[str, Any] = field(default_factory=dict)
+    rest: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write it to checkpoints/ under its cursor; then remove all but the newest `keep`. On rank 0 alone."""
+    rest = _dense(checkpoint.rest)
+    code = digest(rest) if rest else None
+    if code is not None and not (file := _rest_file(folder / "checkpoints", code)).exists():
+        _write(file, {name: _storable(tensor) for name, tensor in rest.items()}, {})
     tensors = {f"parameter/{name}": value for name, value in checkpoint.parameters.items()}
     for index, own in enumerate(checkpoint.workers):
         tensors |= {f"worker/{index}/{name}": value for name, value in own.items()}
@@ -48,6 +57,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         "format": FORMAT,
         "fingerprint": checkpoint.fingerprint,
         "workers": len(checkpoint.workers),
+        "rest": code,
         "state": {"high": state.high, "groups": state.groups, "counters": state.counters, "rule": state.rule},
         "progress": checkpoint.progress,
     }
@@ -56,7 +66,36 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     with suppress(OSError):  # what cannot be removed harms nobody
         for old in list_checkpoints(folder)[:-keep]:
             old.unlink(missing_ok=True)
+    _forget_rests(folder)
     return path
+
+
+def _forget_rests(folder: Path) -> None:
+    """Remove the files of `rest` that no checkpoint is left of; all stay if one cannot be read."""
+    with suppress(OSError, CheckpointError):
+        heads = [_head(path) for path in list_checkpoints(folder)]
+        needed = {_rest_file(folder / "checkpoints", str(head.get("rest"))) for head in heads}
+        for file in set((folder / "checkpoints").glob(_rest_file(Path(), "*").name)) - needed:
+            file.unlink(missing_ok=True)
+
+
+def _rest_file(folder: Path, code: str) -> Path:
+    return folder / f"untrained-{code}.safetensors"
+
+
+def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor.layout is torch.strided}
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    """safetensors knows no complex128."""
+    known = tensor.dtype not in (torch.complex128, torch.complex32)
+    return tensor.detach() if known else torch.view_as_real(tensor.detach().resolve_conj())
+
+
+def _stored(tensor: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_storable`. A copy: tensors in a file are aligned for their own dtype, not for this one."""
+    return torch.view_as_complex(tensor.clone()) if like.is_complex() and not tensor.is_complex() else tensor
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -65,8 +104,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem))
 
 
-def load_checkpoint(path: Path, fingerprint: str, names: Mapping[str, tuple[int, ...]]) -> Checkpoint:
-    """Read one, checking that it is whole and of this model (`names`: parameter shapes). CheckpointError if not."""
+def load_checkpoint(
+    path: Path, fingerprint: str, names: Mapping[str, tuple[int, ...]], rest: Mapping[str, Tensor] | None = None
+) -> Checkpoint:
+    """Read one, checking that it is whole and of this model (`names`: parameter shapes; `rest`: what else the model
+    holds, as built now). CheckpointError if not.
+    """
     head, tensors = _read(path)
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of hpctrain (or one of another version of it); remove it")
@@ -79,9 +122,26 @@ def load_checkpoint(path: Path, fingerprint: str, names: Mapping[str, tuple[int,
         for name, tensor in _below(tensors, "state/").items():
             state.place(name, as_array(tensor))
         workers = [_below(tensors, f"worker/{index}/") for index in range(head["workers"])]
-        return Checkpoint(fingerprint, parameters, state, workers, head["progress"])
+        found = _load_rest(path, head.get("rest"), _dense(rest or {}))
+        return Checkpoint(fingerprint, parameters, state, workers, head["progress"], found)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of hpctrain: its header lacks {error}; remove it") from None
+
+
+def _load_rest(path: Path, code: str | None, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if code is None or code == digest(own):
+        return {}
+    file = _rest_file(path.parent, code)
+    if not file.exists():
+        raise CheckpointError(
+            f"{file} is missing, which holds the frozen parameters of {path.name}; put it back, or train without "
+            "--resume"
+        )
+    found = _read(file)[1]
+    for name in [*own, *found]:
+        if name not in own or name not in found:
+            raise CheckpointError(f"{path} is a checkpoint of another model: only one of the two has a frozen {name}")
+    return {name: _stored(tensor, own[name]) for name, tensor in found.items()}
 
 
 def save_model(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
@@ -94,6 +154,16 @@ def save_model(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 def load_model(path: Path) -> dict[str, Tensor]:
     """The tensors of a model.safetensors. Raises CheckpointError."""
     return _read(path)[1]
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """Without reading the tensors. Raises CheckpointError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            head = json.loads((file.metadata() or {}).get("hpctrain", "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from None
+    return head if isinstance(head, dict) else {}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

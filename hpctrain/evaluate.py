@@ -44,7 +44,7 @@ def evaluate(
     modes = [(module, module.training) for module in model.modules()]
     random = torch.get_rng_state()
     model.eval()
-    loader = Loader(dataset, order, threads=0)
+    loader = Loader(dataset, order, threads=0, workers=comm)
     try:
         with torch.no_grad():
             for start, stop in _share(loader, order, comm, batch_size):

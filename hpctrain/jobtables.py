@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PlainValidator, field_validator, model_validator
 
 from hpctrain import registry
 from hpctrain.errors import JobError
@@ -14,6 +14,7 @@ from hpctrain.jobspec import Choice, Composite, Named, Table, names_of
 from hpctrain.sentences import fail
 
 MANY = 10**12
+Policy = Literal["rank0", "mean", "own"]
 Unit = Literal["epochs", "steps", "samples", "fraction"]
 Whole = Annotated[int, Field(ge=0, le=MANY)]
 Count = Annotated[int, Field(ge=1, le=MANY)]
@@ -184,6 +185,16 @@ class Optimizer(Named):
             )
 
 
+def _buffers(value: object) -> object:
+    policies = get_args(Policy)
+    if value in policies if isinstance(value, str) else isinstance(value, dict) and all(
+        isinstance(key, str) and key and policy in policies for key, policy in value.items()
+    ):
+        return value
+    allowed = ", ".join(f'"{policy}"' for policy in policies)
+    raise ValueError(f"must be one of {allowed}, or a table of such by pattern of buffers' names")
+
+
 class Train(Table):
     """How long and in what steps, and when to evaluate, save and stop."""
 
@@ -241,12 +252,26 @@ class Train(Table):
         "for a worker it runs over one that counts nothing",
     )
 
+    buffers: Annotated[Policy | dict[str, Policy], PlainValidator(_buffers)] = Field(
+        default="rank0",
+        description="what evaluation and the saved model take of the model's buffers. rank0: those of rank 0; mean: "
+        "the mean over the workers; own: each worker evaluates with its own, rank 0's are saved. A table gives one of "
+        'these by pattern of names, as {"*.bank" = "own"}. The running statistics of batch norm are averaged, unless a '
+        'pattern other than "*" matches them',
+        json_schema_extra={"allowed": '"rank0", "mean", "own"'},
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, value: Any) -> Any:
         if isinstance(value, dict) and value.get("epochs") is None and value.get("steps") is None:
             return {**value, "epochs": 1.0}
         return value
+
+    @property
+    def buffer_policies(self) -> dict[str, Policy]:
+        """By pattern; "*" is for all that are not running statistics of batch norm."""
+        return self.buffers if isinstance(self.buffers, dict) else {"*": self.buffers}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -15,10 +15,11 @@ from hpctrain.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sa
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import CheckpointError
 from hpctrain.prepare import Prepared
-from hpctrain.replica import as_array, as_tensor
+from hpctrain.replica import as_array
 from hpctrain.runfolder import Narrator
 from hpctrain.state import State, recv_state, send_state
 from hpctrain.strategies.base import Phase
+from hpctrain.untrained import from_raw, raw
 
 
 @dataclass
@@ -57,8 +58,9 @@ class Keeper:
             layout.fingerprint(),
             {s.name: values[s.offset : s.offset + s.size].view(s.shape) for s in layout.slots},
             state,
-            [{name: as_tensor(array) for name, array in piece.named["own"].items()} for piece in pieces],
+            [unpacked(piece) for piece in pieces],
             head,
+            self.prepared.untrained.rest(),
         )
         try:
             path = save_checkpoint(self.folder, checkpoint, self.prepared.job.train.keep_checkpoints)
@@ -75,17 +77,21 @@ class Keeper:
         agreed(comm, lambda: self._check_resumable(head))
         if head["length"] is not None and self.prepared.order.length is None:
             self.prepared.order.learn(head["length"])
+            self.prepared.order.common = True
+        if checkpoint is not None:
+            self._adopt_parameters(checkpoint.parameters)
+            for name, value in checkpoint.rest.items():
+                self.prepared.untrained.put(name, value)
+        self.prepared.untrained.share(comm)
         if checkpoint is None:
             if comm.rank in head["workers"]:
-                self._adopt_own(recv_state(comm, 0))
+                self._adopt_own(unpacked(recv_state(comm, 0)))
             return head, None
-        self._adopt_parameters(checkpoint.parameters)
         for rank, own in zip(head["workers"], checkpoint.workers, strict=True):
-            piece = State(0, 0, named={"own": {name: as_array(tensor) for name, tensor in own.items()}})
             if rank == 0:
-                self._adopt_own(piece)
+                self._adopt_own(own)
             else:
-                send_state(comm, piece, rank)
+                send_state(comm, packed(own), rank)
         return head, checkpoint.state
 
     def _own(self) -> State:
@@ -93,13 +99,17 @@ class Keeper:
         own = {"random": torch.get_rng_state()}
         if self.prepared.device.type == "cuda":
             own["random_gpu"] = torch.cuda.get_rng_state(self.prepared.device)
-        own |= {f"buffer/{name}": b for name, b in self.prepared.replica.buffers().items()}
-        return State(0, 0, named={"own": {k: as_array(v.detach().cpu()).copy() for k, v in own.items()}})
+        own |= {f"buffer/{name}": b for name, b in self.prepared.untrained.buffers().items()}
+        return packed(own)
 
     def _load(self) -> Checkpoint:
-        layout = self.prepared.replica.layout
+        layout, rest = self.prepared.replica.layout, self.prepared.untrained.rest()
         path = runfolder.newest_checkpoint(self.folder)
-        return load_checkpoint(path, layout.fingerprint(), {slot.name: slot.shape for slot in layout.slots})
+        found = load_checkpoint(path, layout.fingerprint(), {slot.name: slot.shape for slot in layout.slots}, rest)
+        for name in [n.removeprefix("buffer/") for own in found.workers for n in own if n.startswith("buffer/")]:
+            if not self.prepared.untrained.has_place_for(name):
+                raise CheckpointError(f"{path} is a checkpoint of another model: this one has no buffer {name}")
+        return found
 
     def _check_resumable(self, head: dict[str, Any]) -> None:
         if head["size"] != self.comm.size:
@@ -122,35 +132,37 @@ class Keeper:
             for name, value in parameters.items():
                 own[name].copy_(value)
 
-    def _adopt_own(self, piece: State) -> None:
-        own = {name: as_tensor(array) for name, array in piece.named["own"].items()}
+    def _adopt_own(self, own: dict[str, Tensor]) -> None:
+        own = dict(own)
         torch.set_rng_state(own.pop("random"))
         if (on_gpu := own.pop("random_gpu", None)) is not None and self.prepared.device.type == "cuda":
             torch.cuda.set_rng_state(on_gpu, self.prepared.device)
-        buffers = self.prepared.replica.buffers()
-        with torch.no_grad():
-            for name, value in own.items():
-                buffers[name.removeprefix("buffer/")].copy_(value)
+        for name, value in own.items():
+            self.prepared.untrained.put(name.removeprefix("buffer/"), value)
 
     # -- the final model -----------------------------------------------------------------------------------
     def settle_model(self, phase: Phase) -> None:
-        """All ranks get the final model: the workers' averaged buffers for good; servers all of it. Collective."""
-        replica = self.prepared.replica
-        if phase.workers is not None:
-            own = replica.buffers()
-            with replica.averaged_buffers(phase.workers):
-                means = {name: buffer.clone() for name, buffer in own.items()}
-            for name, buffer in own.items():
-                buffer.copy_(means[name])
-        servers = set(range(self.comm.size)) - set(phase.roles.workers)
-        if servers:
-            replica.lend_buffers(self.comm, servers)
-            self.comm.broadcast(as_array(replica.values))
+        """All ranks get the final model: the buffers that evaluation had for good; servers all of it. Collective."""
+        self.prepared.untrained.settle(phase.workers, self.comm)
+        if len(phase.roles.workers) < self.comm.size:
+            self.comm.broadcast(as_array(self.prepared.replica.values))
 
     def save_model(self) -> None:
         """model.safetensors, from this rank's model. Not collective; raises CheckpointError."""
         # One key: safetensors writes several in an order that changes, and equal runs shall give equal files.
         save_model(self.folder, _untied(self.prepared.model.state_dict()), {"format": "pt"})
+
+
+def packed(tensors: dict[str, Tensor]) -> State:
+    """To be sent by `send_state`: copies of the tensors' bytes, whatever their dtype."""
+    kinds = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
+    return State(0, 0, named={"own": {name: raw(t).copy() for name, t in tensors.items()}}, counters=kinds)
+
+
+def unpacked(piece: State) -> dict[str, Tensor]:
+    """The tensors that were packed."""
+    own = piece.named["own"]
+    return {name: from_raw(own[name], dtype, shape) for name, (dtype, shape) in piece.counters.items()}
 
 
 def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from hpctrain import runfolder
 from hpctrain.agreement import agreed
+from hpctrain.alike import check_alike, data_topic, job_topic, model_topic
+from hpctrain.batchnorm import sync_layers
 from hpctrain.cluster import Role, Roles
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import place_arenas
@@ -208,7 +210,9 @@ class Session:
         comm, job, train = self.comm, self.job, self.job.train
         resume = comm.broadcast_json(str(self._resume) if self._resume is not None else None)
         self._resume = Path(resume) if resume is not None else None
+        check_alike(comm, [job_topic(job.plain())])
         self.prepared: Prepared = agreed(comm, lambda: prepare(job, comm))
+        self._check_built_alike()
         if self.prepared.norms is not None:
             self._stack.callback(self.prepared.norms.restore)
         self.comm, how = place_arenas(job, comm, self.prepared.device)
@@ -221,6 +225,8 @@ class Session:
         self.keeper = Keeper(self.prepared, comm, self.folder, self.out)
         if self._resume is not None:
             self._state = self._restore()
+        else:
+            self.prepared.untrained.share(comm)
         self.tracing = Tracing(comm, self.folder)
         if comm.concurrent and threading.current_thread() is threading.main_thread():
             self._signals = self._stack.enter_context(StopSignals())
@@ -233,10 +239,21 @@ class Session:
         self.out.say(self._headline())
         if how is not None:
             self.out.say(how)
+        if self.prepared.norms is None and comm.size > 1 and (layers := sync_layers(self.model)):
+            self.out.say(
+                f"{layers[0]} is a SyncBatchNorm layer, which normalises over each worker's own samples as long as "
+                "train.sync_batchnorm is false"
+            )
         if self._resume is not None:
             if comm.rank == 0:
                 runfolder.forget_metrics(self.folder, self.books.cursor)
             self.out.say(f"resumed at sample {self.books.cursor:,} (step {self.books.step})")
+
+    def _check_built_alike(self) -> None:
+        """All ranks have the same model and equally long data. Collective."""
+        prepared, untrained = self.prepared, self.prepared.untrained
+        model = model_topic(prepared.replica.layout, untrained.frozen(), untrained.buffers())
+        check_alike(self.comm, [data_topic(prepared.splits), model])
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, Exception):
@@ -270,7 +287,7 @@ class Session:
             if prepared.norms is not None and workers is not None:
                 prepared.norms.join(workers)
         if before is not None:
-            self.replica.lend_buffers(self.comm, set(roles.workers) - set(before.roles.workers))
+            prepared.untrained.share(self.comm, set(roles.workers) - set(before.roles.workers))
         recorder, pace = comm.recorder, prepared.pace(index, books.phase_start)
         conductor = prepared.conductor(index, books.phase_start, recorder.event)
         rule_state = comm.broadcast_json(state.rule if state is not None else None)
@@ -356,7 +373,7 @@ class Session:
 
     def _trainer_of(self, phase: Phase, strategy: Strategy) -> Trainer:
         threads = None if self.comm.concurrent else 0
-        self._loader = loader = self.prepared.loader(phase.index, threads)
+        self._loader = loader = self.prepared.loader(phase.index, threads, phase.workers)
         self._stack.callback(loader.close)
         train = self.job.train
         self._strategy = strategy
@@ -529,7 +546,7 @@ class Session:
 
     def _measure(self, comm: Communicator, name: str, dataset: Any) -> tuple[float, float]:
         prepared, books = self.prepared, self.books
-        with comm.span("evaluate"), self.replica.averaged_buffers(comm):
+        with comm.span("evaluate"), prepared.untrained.agreed(comm):
             loss, metric = evaluate(
                 self.model, dataset, prepared.loss, prepared.metric, comm, 256, prepared.move, prepared.autocast
             )

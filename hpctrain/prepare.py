@@ -22,9 +22,11 @@ from hpctrain.errors import ClusterError, DataError, JobError, ModelError
 from hpctrain.job import Job
 from hpctrain.jobtables import Enter
 from hpctrain.optimizer import OptimizerChoice
+from hpctrain.precision import bring
 from hpctrain.replica import Replica
 from hpctrain.schedule import Conductor, Course, Pace, Rule, RunClock, interval, run_total
 from hpctrain.strategies.base import Strategy, roles_of
+from hpctrain.untrained import Untrained
 
 MOST_AHEAD = 4
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -40,6 +42,7 @@ class Prepared:
     order: Order
     model: nn.Module
     replica: Replica
+    untrained: Untrained
     optimizer: OptimizerChoice
     loss: Callable[..., Any]
     metric: Callable[..., Any]
@@ -100,8 +103,8 @@ class Prepared:
         fetches = fetches_ahead(self.splits.train, data.threads, data.prefetch, data.augment)
         return min(data.threads, data.prefetch, MOST_AHEAD) if fetches else 0
 
-    def loader(self, phase: int, threads: int | None = None) -> Loader:
-        """Fetches this rank's training batches."""
+    def loader(self, phase: int, threads: int | None = None, workers: Communicator | None = None) -> Loader:
+        """Fetches this rank's training batches. `workers`: those of the phase."""
         data = self.job.data
         augment = [registry.resolve("augmentation", name) for name in data.augment]
         return Loader(
@@ -111,6 +114,7 @@ class Prepared:
             prefetch=data.prefetch,
             augment=augment,
             seed=self.job.seed,
+            workers=workers,
         )
 
     def move(self, batch: Batch) -> Batch:
@@ -136,6 +140,7 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     norms = BatchNorms(model) if job.train.sync_batchnorm else None
     groups = job.optimizer.groups
     replica = Replica(model, groups.bind(positional=1)(model) if groups is not None else None)
+    untrained = Untrained(model, job.train.buffer_policies)
     optimizer = _optimizer(job, device)
     optimizer.check(replica.layout, device)
     _check_strategies(job, norms is not None, optimizer)
@@ -154,7 +159,7 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     course = Course(schedule.bind(positional=1), {}, warmup, total)
     loss, metric = losses.bind(job.loss, device), job.metric.bind(positional=2)
     prepared = Prepared(
-        job, device, splits, order, model, replica, optimizer, loss, metric, roles, batch, total, course,
+        job, device, splits, order, model, replica, untrained, optimizer, loss, metric, roles, batch, total, course,
         norms,
     )  # fmt: skip
     _check_schedule(prepared)
@@ -231,7 +236,7 @@ def _model(job: Job, device: torch.device) -> nn.Module:
             f"model.name = {job.model.name!r} has lazy parameters whose shapes are not known yet; "
             "give the layers their sizes"
         )
-    return model.to(device=device, dtype=DTYPES.get(job.train.precision, torch.float32)).train()
+    return bring(model, device, DTYPES.get(job.train.precision, torch.float32)).train()
 
 
 def _optimizer(job: Job, device: torch.device) -> OptimizerChoice:

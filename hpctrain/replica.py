@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -297,35 +296,6 @@ class Replica:
         with torch.no_grad():
             for parameter, slot in zip(self._parameters, self.layout.slots, strict=True):
                 into[slot.offset : slot.offset + slot.size].copy_(parameter.reshape(-1))
-
-    # -- what is not trained -------------------------------------------------------------------------------
-    def buffers(self) -> dict[str, torch.Tensor]:
-        """Persistent buffers (running means and the like) by name; each worker has its own."""
-        kept = self.model.state_dict(keep_vars=True)
-        return {name: b for name, b in self.model.named_buffers() if name in kept}
-
-    def lend_buffers(self, comm: Communicator, ranks: set[int]) -> None:
-        """`ranks` take rank 0's buffers, theirs being of an earlier time or never used. Collective over `comm`."""
-        for buffer in self.buffers().values() if ranks else ():
-            copy = buffer.detach().cpu().reshape(-1).clone()
-            comm.broadcast(as_array(copy).view(np.uint8))
-            if comm.rank in ranks:
-                buffer.copy_(copy.view(buffer.shape))
-
-    @contextmanager
-    def averaged_buffers(self, comm: Communicator) -> Iterator[None]:
-        """Floating-point buffers are the mean over the ranks of `comm`, inside; put back after. Collective."""
-        buffers = [b for b in self.buffers().values() if b.is_floating_point()]
-        before = [b.clone() for b in buffers]
-        for buffer in buffers:
-            mean = buffer.detach().to("cpu", torch.float64).reshape(-1).numpy().copy()
-            comm.all_reduce(mean)
-            buffer.copy_(torch.from_numpy(mean / comm.size).view(buffer.shape))
-        try:
-            yield
-        finally:
-            for buffer, kept in zip(buffers, before, strict=True):
-                buffer.copy_(kept)
 
 
 class _SharedArenas:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpctrain.alike import check_alike, job_topic
 from hpctrain.cluster import launched_rank
 from hpctrain.comm.connect import report
 from hpctrain.errors import CheckpointError, HpctrainError
@@ -44,6 +45,7 @@ def main(load: Callable[[], tuple[Job, str | None]]) -> int:
         if first is not None:
             raise HpctrainError(first)
         assert job is not None
+        check_alike(comm, [job_topic(job.plain())])
         roles_of(job, comm.nodes)
         from hpctrain.launch import train
 

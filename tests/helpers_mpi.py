@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from hpctrain import launcher
@@ -65,6 +66,21 @@ class Raising(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
 def frozen() -> torch.nn.Module:
     """Nothing to train."""
     return torch.nn.Linear(7, 3).requires_grad_(False)
+
+
+def uneven() -> TensorDataset:
+    """Longer on every further rank."""
+    return helpers.points(helpers.SAMPLES + _rank())
+
+
+def uneven_net() -> nn.Module:
+    """Wider on rank 3."""
+    width = 4 + _rank() // 3
+    return nn.Sequential(nn.Linear(7, width), nn.Linear(width, 3))
+
+
+def _rank() -> int:
+    return int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
 
 
 def wide() -> torch.nn.Module:

@@ -89,7 +89,7 @@ def world(
     cores = share_of_cores(mine, shared.allgather(mine))
     shared.Free()
     hosts = tuple(handle.allgather((host, place)))
-    naps = wait == "nap" or (wait == "auto" and any(handle.allgather(cores < 1)))
+    naps = any(handle.allgather(wait == "nap" or (wait == "auto" and cores < 1)))  # on one rank means on all
     members = tuple(range(handle.size))
     return MpiCommunicator(handle, members, hosts, 1, Waiting(naps), recorder or NullRecorder(), cores)
 

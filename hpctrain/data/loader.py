@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
+from hpctrain.alike import check_alike, stream_topic
+from hpctrain.comm.base import Communicator
 from hpctrain.data.augment import Augmentation
 from hpctrain.data.memory import gatherer, unwrap
 from hpctrain.data.order import Order, mix, round_bounds
@@ -57,9 +59,12 @@ class Loader:
         prefetch: int = 2,
         augment: Sequence[Augmentation] = (),
         seed: int = 0,
+        workers: Communicator | None = None,
     ) -> None:
-        """`threads` 0: fetch inline. `prefetch`: how many batches may be asked for ahead."""
+        """`threads` 0: fetch inline. `prefetch`: how many batches may be asked for ahead. `workers`: all who call
+        `bounds` together; given, they compare where a stream of unknown length ends."""
         self._order = order
+        self._workers = workers if workers is not None and workers.size > 1 else None
         self._augment = tuple(augment)
         self._seed = seed
         self._prefetch = prefetch
@@ -79,14 +84,24 @@ class Loader:
         """The positions that the round at `cursor` gives its workers; see `round_bounds`.
 
         A stream of unknown length is read to the round's end, so that all ranks, which all read the same,
-        agree where it ends. What lies before `cursor` is not asked for again, or is read anew.
+        agree where it ends. What lies before `cursor` is not asked for again, or is read anew. Until its end was
+        seen, this is collective over the workers, and raises DataError where it ends elsewhere on another rank.
         """
         if self._stream is not None and self._order.length is None:
             if self._pool is None:
                 self._stream.look_ahead(cursor, cursor + round_size)
             else:
                 self._pool.submit(self._stream.look_ahead, cursor, cursor + round_size).result()
+        if self._stream is not None and not self._order.common:
+            self._compare(cursor + round_size)
         return round_bounds(cursor, self._order.length, round_size, workers)
+
+    def _compare(self, read: int) -> None:
+        """Whether the stream ends within the first `read` samples; a thread may have seen its end ahead of that."""
+        length = self._order.length if self._order.length is not None and self._order.length <= read else None
+        if self._workers is not None:
+            check_alike(self._workers, [stream_topic(length, read)], everywhere=False)
+        self._order.common = length is not None
 
     @property
     def length(self) -> int | None:

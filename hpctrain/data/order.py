@@ -22,13 +22,14 @@ class Order:
 
     `length` is None for a stream that has not told its length and has not been read to its end yet (see
     `learn`): until then there is one epoch without end. Streams keep their own order, so `shuffle` is of no
-    effect on them.
+    effect on them. `common`: whether all ranks are known to have this length.
     """
 
     def __init__(self, length: int | None, seed: int = 0, shuffle: bool = True) -> None:
         if length is not None and length < 1:
             raise ValueError(f"an order of {length} samples")
         self.length = length
+        self.common = length is not None
         self.seed = seed
         self.shuffle = shuffle
         self._permutations: dict[int, Indices] = {}

@@ -17,7 +17,8 @@ class Stream:
     """Reads a stream that starts anew with every epoch; not for several threads at once.
 
     All ranks read the same stream and skip what is not theirs, so it must give the same samples everywhere:
-    it may depend on the epoch (`set_epoch(epoch)` is called where it exists), not on the rank. Going back
+    it may depend on the epoch (`set_epoch(epoch)` is called where it exists), not on the rank. Streams that end
+    elsewhere on another rank are refused (by `Loader.bounds`); other differences cannot be seen. Going back
     reads it anew. While its length is unknown, all is kept that was read from the last `look_ahead`'s start
     on.
     """

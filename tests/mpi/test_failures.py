@@ -91,6 +91,12 @@ run("missing data", ["data.name=mnist", f"data.path={folder}/nowhere"])
 run("frozen", ["model.name=tests.helpers_mpi:frozen"])
 run("output", [f"output={job}/below"])
 run("no module", ["model.name=not_there:net"])
+run("wait", [f"communicator.wait={('nap', 'spin')[rank % 2]}"])
+run("ranks", [f"ranks={4 + rank // 3}"])
+run("traces", [f"trace.enabled={str(rank > 0).lower()}"])
+run("uneven data", ["data.name=tests.helpers_mpi:uneven"])
+run("uneven model", ["model.name=tests.helpers_mpi:uneven_net", "strategy.exchange=message"])
+run("uneven model, served", ["model.name=tests.helpers_mpi:uneven_net", "strategy.name=parameter_server"])
 made = next(good.iterdir())
 before = sorted(map(str, made.rglob("*")))
 run("another model", ["model.name=tests.helpers_mpi:wide"], str(made))
@@ -124,6 +130,12 @@ def test_what_only_the_ranks_can_find_out(mpirun: Mpirun, tmp_path: Path) -> Non
         "frozen": "no trainable parameters",
         "output": "output = ",
         "no module": "there is no module not_there",
+        "wait": 'communicator.wait = "nap" on ranks 0 and 2 and "spin" on ranks 1 and 3; all ranks must be given',
+        "ranks": "ranks = 4 on ranks 0, 1 and 2 and 5 on rank 3; all ranks must be given the same job",
+        "traces": "trace.enabled = false on rank 0 and true on ranks 1, 2 and 3; all ranks must be given the same job",
+        "uneven data": "the data set has 103 samples on rank 0, 104 samples on rank 1",
+        "uneven model": "parameter 0.weight is float32 of shape (4, 7) on ranks 0, 1 and 2 and float32 of shape (5, 7)",
+        "uneven model, served": "parameter 0.weight is float32 of shape (4, 7) on ranks 0, 1 and 2 and float32 of",
         "another model": "is a checkpoint of another model",
         "truncated": "is truncated",
         "no checkpoint": "has no checkpoint to resume from",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -300,8 +301,28 @@ def test_subclasses() -> None:
     assert type(found[0][3]) is OwnCheck
     with pytest.raises(ModelError, match=r"layer 0 is a OwnForward with a forward of its own"):
         BatchNorms(nn.Sequential(OwnForward(3)))
-    with pytest.raises(ModelError, match="SyncBatchNorm"):
-        BatchNorms(nn.Sequential(nn.SyncBatchNorm(3)))
+
+
+def test_torchs_own_synchronised_layer_is_one_more() -> None:
+    x = torch.randn(4, 3, 2, dtype=torch.float64)
+    whole = nn.BatchNorm1d(3).double()
+    found = on_ranks(list(x.split(2)), nn.SyncBatchNorm(3).double(), torch.ones_like(x))
+    torch.testing.assert_close(torch.cat([row[0] for row in found]), whole(x))
+    assert type(found[0][3]) is nn.SyncBatchNorm
+
+
+def test_torchs_own_synchronised_layer_by_itself_is_told(tmp_path: Path) -> None:
+    """It would synchronise in torch.distributed, and does not here."""
+    said = []
+    for tables in ({}, {"sync_batchnorm": True}):
+        out = io.StringIO()
+        job = Job(
+            model=lambda: nn.Sequential(nn.Flatten(), nn.SyncBatchNorm(16), nn.Linear(16, 3)), data=samples(16),
+            train={"steps": 1, "batch_size": 4, **tables}, output=str(tmp_path), trace={"enabled": False},
+        )  # fmt: skip
+        World(2).run(partial(train, job, out=Narrator(out=out)))
+        said.append("1 is a SyncBatchNorm layer, which normalises over each worker's own samples" in out.getvalue())
+    assert said == [True, False]
 
 
 def test_a_model_without_batch_norm_is_refused(tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ from hpctrain.comm.base import BFLOAT16
 from hpctrain.comm.virtual import World
 from hpctrain.errors import CheckpointError
 from hpctrain.launch import train
-from hpctrain.replica import Replica
 from hpctrain.runfolder import Narrator
 from hpctrain.state import State
+from hpctrain.untrained import Untrained
 
 NAMES = {"a.weight": (2, 3), "b": (), "h": (4,)}
 
@@ -253,14 +253,15 @@ def samples() -> TensorDataset:
 def run(job: Job, ranks: int, resume: Path | None = None) -> list[Any]:
     """(run folder, model's tensors, the worker's own buffers before they were averaged) of every rank."""
     own: dict[int, dict[str, Tensor]] = {}
-    averaged = Replica.averaged_buffers
+    settle = Untrained.settle
 
-    def spy(replica: Replica, comm: Any) -> Any:
-        own[comm.rank] = {name: buffer.clone() for name, buffer in replica.buffers().items()}
-        return averaged(replica, comm)
+    def spy(untrained: Untrained, workers: Any, comm: Any) -> None:
+        if workers is not None:
+            own[comm.rank] = {name: buffer.clone() for name, buffer in untrained.buffers().items()}
+        settle(untrained, workers, comm)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Replica, "averaged_buffers", spy)
+        patch.setattr(Untrained, "settle", spy)
         results = World(ranks).run(lambda comm: train(job, comm, resume, Narrator(enabled=False)))
     return [(r.folder, r.model.state_dict(), own.get(rank)) for rank, r in enumerate(results)]
 

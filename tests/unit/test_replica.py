@@ -355,38 +355,7 @@ def test_fingerprint_tells_models_apart() -> None:
     assert len({same, *map(print_of, others)}) == 4
 
 
-# -- buffers --------------------------------------------------------------------------------------------------
-class Buffers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2))
-        self.register_buffer("mean", torch.zeros(3))
-        self.register_buffer("scalar", torch.tensor(1.5))
-        self.register_buffer("count", torch.tensor(7))
-        self.register_buffer("brief", torch.ones(2, dtype=torch.bfloat16))
-        self.register_buffer("scratch", torch.zeros(1), persistent=False)
-        self.register_buffer("nothing", None)
-
-
-def test_buffers_are_the_persistent_ones_and_averaged_on_a_copy() -> None:
-    def body(comm: Communicator) -> None:
-        model: Any = Buffers()
-        replica = Replica(model)
-        assert list(replica.buffers()) == ["mean", "scalar", "count", "brief"]
-        for buffer in (*replica.buffers().values(), model.scratch):
-            buffer.fill_(comm.rank)
-        with replica.averaged_buffers(comm):
-            assert model.mean.tolist() == [1.0] * 3
-            assert (float(model.scalar), float(model.brief[1])) == (1.0, 1.0)
-            assert (int(model.count), float(model.scratch)) == (comm.rank, comm.rank)
-        assert model.mean.tolist() == [float(comm.rank)] * 3
-        with pytest.raises(ZeroDivisionError), replica.averaged_buffers(comm):
-            raise ZeroDivisionError
-        assert model.mean.tolist() == [float(comm.rank)] * 3
-
-    World(3).run(body)
-
-
+# -- arrays ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
 )
