@@ -227,6 +227,8 @@ class Session:
         self.out.say(self._headline())
         if how is not None:
             self.out.say(how)
+        for note in self.prepared.notes():
+            self.out.say(f"note: {note}")
         if self._resume is not None:
             if comm.rank == 0:
                 runfolder.forget_metrics(self.folder, self.books.cursor)

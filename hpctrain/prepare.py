@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +48,16 @@ class Prepared:
     total: int
     course: Course
     norms: BatchNorms | None = None
+
+    def notes(self) -> Iterator[str]:
+        """What the user should know before the run begins, though nothing is wrong: a sentence each."""
+        for index, phase in enumerate(self.job.schedule):
+            rule = self.rule(index, 0)
+            if rule is not None and (why := rule.too_short()) is not None:
+                yield (
+                    f"{self.job.key(index, 'until')} cannot end phase {index} in this run, so "
+                    f"{phase.strategy.name} trains to the run's end: {why}"
+                )
 
     def clock(self, phase: int) -> RunClock:
         """The units of that phase."""

@@ -139,6 +139,13 @@ class Rule:
         """
         return None
 
+    def too_short(self) -> str | None:
+        """Why this run is too short for the rule ever to end its phase, as a clause; None if it is long enough.
+
+        A run that was shortened is no mistake: the phase then lasts to its end.
+        """
+        return None
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep, as plain values: with it a new rule goes on as this one would have."""
         return {}
@@ -173,6 +180,11 @@ class After(Rule):
 
     def due(self, cursor: int) -> int | None:
         return max(self._end, cursor + 1)
+
+    def too_short(self) -> str | None:
+        if self._end < self.clock.total:
+            return None
+        return f"it ends a phase at sample {self._end:,} at the earliest, and the run has {self.clock.total:,}"
 
     @cached_property
     def _end(self) -> int:
