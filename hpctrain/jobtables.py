@@ -116,11 +116,29 @@ class LearningRate(Named):
     KEPT = ("warmup",)
     name: str = Field(
         default="constant",
-        description="the course after the warm-up; further keys are its function's keyword arguments",
+        description="the course after the warm-up: a function of the share of the run that is done, which returns the "
+        "factor of optimizer.lr; or a class of torch.optim.lr_scheduler; or a function of the optimizer that returns "
+        "such a scheduler. Further keys are its keyword arguments",
     )
     warmup: Amount | None = Field(
         default=None, description="linear rise from 0 to optimizer.lr at the start; none if left out"
     )
+    unit: Literal["epochs", "steps"] | None = Field(
+        default=None,
+        description="after what a scheduler is stepped, counted from the start of the run: every epoch, or every round "
+        "(of the first phase's workers); left out: the unit in which the run's length is given, but always rounds for "
+        "OneCycleLR and CyclicLR",
+    )
+
+    @classmethod
+    def _check_object(cls, thing: object) -> None:
+        if hasattr(thing, "get_last_lr") and not isinstance(thing, type):
+            fail(
+                (),
+                thing,
+                "must be the scheduler's class, its arguments beside it, or a function of the optimizer that makes it",
+            )
+        super()._check_object(thing)
 
 
 class Groups(Named):

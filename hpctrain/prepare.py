@@ -23,7 +23,8 @@ from hpctrain.job import Job
 from hpctrain.jobtables import Enter
 from hpctrain.optimizer import OptimizerChoice
 from hpctrain.replica import Replica
-from hpctrain.schedule import Conductor, Course, Pace, Rule, RunClock, interval, run_total
+from hpctrain.schedule import Conductor, Course, Pace, RateCourse, Rule, RunClock, SteppedCourse, interval, run_total
+from hpctrain.schedulers import stepped_course
 from hpctrain.strategies.base import Strategy, roles_of
 
 MOST_AHEAD = 4
@@ -46,11 +47,16 @@ class Prepared:
     roles: list[Roles]
     batch: int
     total: int
-    course: Course
+    course: RateCourse
     norms: BatchNorms | None = None
 
     def notes(self) -> Iterator[str]:
         """What the user should know before the run begins, though nothing is wrong: a sentence each."""
+        if isinstance(self.course, SteppedCourse) and self.job.optimizer.schedule.unit is None:
+            yield (
+                f"optimizer.schedule is stepped after every {'epoch' if self.course.by_epoch else 'round'}; "
+                f"optimizer.schedule.unit changes that"
+            )
         for index, phase in enumerate(self.job.schedule):
             rule = self.rule(index, 0)
             if rule is not None and (why := rule.too_short()) is not None:
@@ -100,7 +106,7 @@ class Prepared:
         enter, workers = self.job.schedule[phase].enter or Enter(), len(self.roles[phase].workers)
         scale = enter.scale if enter.scale is not None else 1.0 / workers
         ramp = self.clock(phase).samples(enter.ramp)
-        return Pace(self.course, start, enter.learning_rate, enter.momentum, scale, ramp, self.total)
+        return Pace(self.course, start, enter.learning_rate, enter.momentum, scale, ramp)
 
     @property
     def ahead(self) -> int:
@@ -161,7 +167,9 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     schedule = job.optimizer.schedule
     clock = RunClock(epoch or total, batch * len(roles[0].workers), total)
     warmup = clock.samples(schedule.warmup) if schedule.warmup is not None else 0
-    course = Course(schedule.bind(positional=1), {}, warmup, total)
+    course = stepped_course(job, optimizer, clock, warmup, counts_epochs=epoch is not None) or Course(
+        schedule.bind(positional=1), {}, warmup, total
+    )
     loss, metric = job.loss.bind(positional=2), job.metric.bind(positional=2)
     prepared = Prepared(
         job, device, splits, order, model, replica, optimizer, loss, metric, roles, batch, total, course,
