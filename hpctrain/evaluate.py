@@ -14,6 +14,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.order import Order
 from hpctrain.data.splits import make_order
+from hpctrain.losses import weigh
 
 Loss = Callable[..., Tensor]
 Metric = Callable[..., Any]
@@ -39,7 +40,7 @@ def evaluate(
     Leaves the model's mode, gradients and torch's random state as they were.
     """
     order = make_order(dataset, shuffle=False)
-    sums = np.zeros(3, np.float64)
+    sums = np.zeros(4, np.float64)
     modes = [(module, module.training) for module in model.modules()]
     random = torch.get_rng_state()
     model.eval()
@@ -50,16 +51,16 @@ def evaluate(
                 batch = move(loader.take(start, stop))
                 with precision():
                     outputs = model(batch.inputs)
-                    value = loss(outputs, batch.targets)
+                    weighed = weigh(loss(outputs, batch.targets), batch.size)
                 measured = metric(outputs, batch.targets)
-                sums += batch.size * np.array([float(value), float(measured), 1.0])
+                sums += [weighed.mean * weighed.weight, weighed.weight, batch.size * float(measured), batch.size]
     finally:
         loader.close()
         for module, training in modes:  # not all alike where a user keeps some layers in evaluation mode
             module.training = training
         torch.set_rng_state(random)
     comm.all_reduce(sums)
-    return float(sums[0] / sums[2]), float(sums[1] / sums[2])
+    return float(sums[0] / sums[1]) if sums[1] else float("nan"), float(sums[2] / sums[3])
 
 
 def _share(loader: Loader, order: Order, comm: Communicator, batch_size: int) -> Iterator[tuple[int, int]]:

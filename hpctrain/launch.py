@@ -139,6 +139,7 @@ class Session:
         self._interrupted = False
         self._begun = False
         self._result: Result | None = None
+        self._warned: set[str] = set()
 
     # -- what a user's loop uses -----------------------------------------------------------------------------
     @property
@@ -153,7 +154,8 @@ class Session:
 
     @property
     def loss(self) -> Callable[..., Tensor]:
-        """The job's loss of (outputs, targets)."""
+        """The job's loss of (outputs, targets). Of torch's cross entropy and negative log likelihood it knows which
+        targets count: give what it returns to `step` as it is, or give a pair (sum, weight)."""
         return self.prepared.loss
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -167,8 +169,12 @@ class Session:
             raise HpctrainError("the session has no result: its batches() were not run to the end")
         return self._result
 
-    def step(self, loss: Tensor) -> None:
-        """Backward of the last batch's mean `loss` (a scalar), and after a round's last batch the strategy's step."""
+    def step(self, loss: Tensor | tuple[Tensor, Any]) -> None:
+        """Backward of the last batch's `loss`, and after a round's last batch the strategy's step.
+
+        `loss`: a scalar, the mean over the batch's samples (or what `loss` of this session returned), or a pair (sum,
+        weight): the mean of the round is then the sum of its sums over the sum of its weights.
+        """
         if self._trainer is None:
             raise HpctrainError("step(loss) was called outside of batches()")
         self._trainer.step(loss)
@@ -372,7 +378,7 @@ class Session:
             batch_size=train.batch_size,
             move=self.prepared.move,
             slow=self.job.debug.slow.get(self.comm.rank, 1.0),
-            check_gradient=train.nan == "skip" or train.clip_norm is not None,
+            check_gradient=train.nan == "skip",
             steps=self.books.step,
             norms=self.prepared.norms,
         )
@@ -449,6 +455,12 @@ class Session:
         if self.out.due():
             self._tell_progress(summary, epoch, outcome.loss)
         return self._heed(outcome) if outcome.ask else False
+
+    def warn(self, text: str) -> None:
+        """Say it once, on rank 0."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.out.say(f"warning: {text}")
 
     def _updates_until(self, outcome: Outcome) -> int:
         """How many there were since this worker's last step: where workers do not step together, those of all."""

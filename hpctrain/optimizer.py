@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hpctrain.errors import ModelError
 from hpctrain.registry import did_you_mean
-from hpctrain.replica import Group, Layout, Slot, as_array, as_tensor
+from hpctrain.replica import Layout, Slot, as_array, as_tensor
 from hpctrain.state import State
 
 ELEMENTWISE = frozenset(
@@ -23,6 +27,9 @@ REFUSED = {
     "LBFGS": "it evaluates the loss several times per step, which no strategy here can do; take SGD or Adam",
     "SparseAdam": "arenas hold dense gradients; take Adam",
 }
+
+
+_STRETCH = re.compile(r"\d+:\d+:\d+")
 
 
 @dataclass(frozen=True)
@@ -191,17 +198,23 @@ class Update(ABC):
         self._velocities: dict[int, dict[torch.nn.Parameter, torch.Tensor]] = {}
 
     def apply(
-        self, gradient: torch.Tensor, factor: float, momentum: float = 1.0, worker: int | None = None
+        self,
+        gradient: torch.Tensor,
+        factor: float,
+        momentum: float = 1.0,
+        worker: int | None = None,
+        used: NDArray[np.bool_] | None = None,
     ) -> None:
         """One optimizer step; `gradient` has high - low elements, `factor` multiplies the learning rates, `momentum`
         the momenta (of Adam and its like the first beta). `worker`: whose gradient it is, where SGD is to keep a
-        velocity for each, see `_step_for`."""
+        velocity for each, see `_step_for`. `used`: which of the layout's parameters have a gradient (None: all); the
+        others, and their state, are left alone, as torch.optim does where .grad is None."""
         if self._optimizer is None:
             return
         for group, rate, inertia in zip(self._optimizer.param_groups, self._rates, self._momenta, strict=True):
             group["lr"] = rate * factor
             _set_momentum(group, inertia * momentum)
-        self._point_at(gradient)
+        self._point_at(gradient, used)
         if worker is None:
             self._optimizer.step()
         else:
@@ -216,7 +229,8 @@ class Update(ABC):
         will have moved the parameters meanwhile. It begins as the velocity that was loaded.
         """
         own, loaded = self._velocities.setdefault(worker, {}), {}
-        for group, parameter, state in self._with_velocity():
+        moved = [row for row in self._with_velocity() if row[1].grad is not None]
+        for group, parameter, state in moved:
             group["nesterov"] = True
             loaded[parameter] = state.pop("momentum_buffer", None)
             if parameter in own:
@@ -224,7 +238,7 @@ class Update(ABC):
             elif loaded[parameter] is not None:
                 state["momentum_buffer"] = loaded[parameter].clone()
         optimizer.step()
-        for _, parameter, state in self._with_velocity():
+        for _, parameter, state in moved:
             own[parameter] = state.pop("momentum_buffer")
             if loaded[parameter] is not None:
                 state["momentum_buffer"] = loaded[parameter]
@@ -242,7 +256,9 @@ class Update(ABC):
         """Inside, SGD's velocity is the mean of those of so many `workers`: so it is handed on to others."""
         loaded = {}
         for _, parameter, state in self._with_velocity() if self._velocities else ():
-            own = [velocities[parameter] for velocities in self._velocities.values()]
+            own = [velocities[parameter] for velocities in self._velocities.values() if parameter in velocities]
+            if not own:
+                continue
             loaded[parameter] = (state, first := state.get("momentum_buffer"))
             mean = own[0].clone()
             for velocity in own[1:]:
@@ -275,7 +291,7 @@ class Update(ABC):
         return torch.tensor(number, dtype=getattr(torch, kind), device=device)
 
     @abstractmethod
-    def _point_at(self, gradient: torch.Tensor) -> None: ...
+    def _point_at(self, gradient: torch.Tensor, used: NDArray[np.bool_] | None) -> None: ...
 
     def state(self) -> State:
         """A copy of the optimizer's state of this stretch."""
@@ -294,48 +310,138 @@ class Update(ABC):
         """`load` without copies: the state's arrays (on the CPU) are the optimizer's from now on."""
 
 
+class Piece(NamedTuple):
+    """The stretch [first, last) of the arena, in that parameter group, as a parameter that torch updates."""
+
+    group: int
+    flat: torch.nn.Parameter
+    first: int
+    last: int
+
+
 class SlicedUpdate(Update):
-    """For elementwise optimizers: one flat tensor per parameter group, cut anywhere."""
+    """For elementwise optimizers: one flat tensor per parameter group, cut anywhere.
+
+    Where some parameters are without a gradient now and then, the tensors are divided between these and the others, so
+    that all elements of a piece have the same history: then torch's optimizers count its steps as they would count
+    those of the parameters themselves.
+    """
 
     def __init__(self, choice: OptimizerChoice, layout: Layout, values: torch.Tensor, low: int, high: int) -> None:
         super().__init__(layout, values, low, high)
-        self._pieces: list[tuple[int, Group, torch.nn.Parameter, int, int]] = []
+        self._pieces: list[Piece] = []
+        self._offsets = np.array([slot.offset for slot in layout.slots], np.int64)
+        self._divided = False  # whether numbers are kept by stretch: on all ranks, or on none
+        self._used: NDArray[np.bool_] | None = None
         groups = []
         for index, group in enumerate(layout.groups):
             first, last = max(low, group.low), min(high, group.high)
             if first < last:
-                flat = torch.nn.Parameter(values[first - low : last - low])
-                self._pieces.append((index, group, flat, first, last))
-                groups.append({"params": [flat], **group.options})
+                self._pieces.append(Piece(index, self._flat(first, last), first, last))
+                groups.append({"params": [self._pieces[-1].flat], **group.options})
         self._adopt(choice, groups)
 
-    def _point_at(self, gradient: torch.Tensor) -> None:
-        for _, _, flat, first, last in self._pieces:
-            flat.grad = gradient[first - self.low : last - self.low]
+    def _flat(self, first: int, last: int) -> torch.nn.Parameter:
+        return torch.nn.Parameter(self.values[first - self.low : last - self.low])
+
+    def _point_at(self, gradient: torch.Tensor, used: NDArray[np.bool_] | None) -> None:
+        if used is not None and not (self._used is not None and np.array_equal(used, self._used)):
+            self._divide(self._offsets[1:][used[1:] != used[:-1]].tolist())
+            self._used, self._divided = used, True
+        for piece in self._pieces:
+            has = used is None or used[self._slot_at(piece.first)]
+            piece.flat.grad = gradient[piece.first - self.low : piece.last - self.low] if has else None
+
+    def _slot_at(self, offset: int) -> int:
+        return int(np.searchsorted(self._offsets, offset, side="right")) - 1
+
+    def _divide(self, cuts: list[int]) -> None:
+        """Cut pieces there, and their state and velocities with them."""
+        pieces = []
+        for piece in self._pieces:
+            inside = [cut for cut in cuts if piece.first < cut < piece.last]
+            pieces += self._cut(piece, [piece.first, *inside, piece.last]) if inside else [piece]
+        self._pieces = pieces
+
+    def _cut(self, piece: Piece, bounds: list[int]) -> list[Piece]:
+        assert self._optimizer is not None
+        parts = [Piece(piece.group, self._flat(a, b), a, b) for a, b in pairwise(bounds)]
+        group = self._group_of.pop(id(piece.flat))
+        place = next(n for n, parameter in enumerate(group["params"]) if parameter is piece.flat)
+        group["params"][place : place + 1] = [part.flat for part in parts]
+        self._group_of |= {id(part.flat): group for part in parts}
+        state = self._optimizer.state.pop(piece.flat, None)
+        moved = [(velocities, velocities.pop(piece.flat, None)) for velocities in self._velocities.values()]
+        for part in parts:
+            here = slice(part.first - piece.first, part.last - piece.first)
+            if state:
+                self._optimizer.state[part.flat] = {key: _part(value, here) for key, value in state.items()}
+            for velocities, velocity in moved:
+                if velocity is not None:
+                    velocities[part.flat] = velocity[here]
+        return parts
 
     def view(self) -> State:
         state = State(self.low, self.high)
-        for index, _, flat, first, last in self._pieces:
+        for piece in self._pieces:
             assert self._optimizer is not None
-            for key, value in self._optimizer.state[flat].items():
+            numbers = {}
+            for key, value in self._optimizer.state[piece.flat].items():
                 if isinstance(value, torch.Tensor) and value.dim():
                     array = as_array(value.cpu())
-                    if last - first == self.high - self.low:
+                    if piece.last - piece.first == self.high - self.low:
                         state.flat[key] = array
                     else:
-                        state.room(key, array.dtype)[first - self.low : last - self.low] = array
+                        state.room(key, array.dtype)[piece.first - self.low : piece.last - self.low] = array
                 else:
-                    state.groups.setdefault(str(index), {})[key] = _number(value)
+                    numbers[key] = _number(value)
+            if self._divided:
+                fresh = not self._optimizer.state[piece.flat]
+                state.groups[f"{piece.group}:{piece.first}:{piece.last}"] = {FRESH: True} if fresh else numbers
+            elif numbers:
+                state.groups[str(piece.group)] = numbers
         return state
 
     def load_in_place(self, state: State) -> None:
-        for index, _, flat, first, last in self._pieces:
+        stretches = _stretches(state)
+        if stretches:
+            self._divided = True
+            self._divide(sorted({bound for _, low, high, _ in stretches for bound in (low, high)}))
+        for piece in self._pieces:
             assert self._optimizer is not None
-            here = self._optimizer.state[flat]
-            for key, value in state.groups.get(str(index), {}).items():
-                here[key] = self._revive(value, flat)
+            numbers = state.groups.get(str(piece.group), {})
+            for index, low, high, own in stretches:
+                numbers = own if index == piece.group and low <= piece.first < high else numbers
+            if FRESH in numbers:
+                continue
+            here = self._optimizer.state[piece.flat]
+            for key, value in numbers.items():
+                here[key] = self._revive(value, piece.flat)
             for key, array in state.flat.items():
-                here[key] = as_tensor(array[first - state.low : last - state.low]).to(flat.device)
+                here[key] = as_tensor(array[piece.first - state.low : piece.last - state.low]).to(piece.flat.device)
+
+
+FRESH = "no update yet"  # instead of the numbers of a stretch for which the optimizer has no state
+
+
+def _part(value: Any, here: slice) -> Any:
+    """Of a piece's state: a moment's stretch, or a number of its own."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value[here] if value.dim() else value.clone()
+
+
+def _stretches(state: State) -> list[tuple[int, int, int, dict[str, Any]]]:
+    """(group, first, last, numbers) of the stretches that a divided `SlicedUpdate` wrote, neighbours that are alike as
+    one: they may have been cut for other ranks."""
+    keys = [key for key in state.groups if _STRETCH.fullmatch(key)]
+    found: list[tuple[int, int, int, dict[str, Any]]] = []
+    for key in sorted(keys, key=lambda key: [int(part) for part in key.split(":")]):
+        (index, low, high), numbers = (int(part) for part in key.split(":")), state.groups[key]
+        if found and found[-1][0] == index and found[-1][2] == low and found[-1][3] == numbers:
+            low = found.pop()[1]
+        found.append((index, low, high, numbers))
+    return found
 
 
 class WholeUpdate(Update):
@@ -351,11 +457,13 @@ class WholeUpdate(Update):
             self._slots += [(index, s, p) for s, p in zip(inside, parameters, strict=True)]
             if parameters:
                 groups.append({"params": parameters, **group.options})
+        places = {slot.name: place for place, slot in enumerate(layout.slots)}
+        self._places = [places[slot.name] for _, slot, _ in self._slots]
         self._adopt(choice, groups)
 
-    def _point_at(self, gradient: torch.Tensor) -> None:
-        for _, slot, parameter in self._slots:
-            parameter.grad = _view(gradient, slot, self.low)
+    def _point_at(self, gradient: torch.Tensor, used: NDArray[np.bool_] | None) -> None:
+        for (_, slot, parameter), place in zip(self._slots, self._places, strict=True):
+            parameter.grad = _view(gradient, slot, self.low) if used is None or used[place] else None
 
     def view(self) -> State:
         state = State(self.low, self.high)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpctrain import registry
+from hpctrain import losses, registry
 from hpctrain.batchnorm import BatchNorms
 from hpctrain.cluster import Roles, device_for, threads_for
 from hpctrain.comm.base import Communicator
@@ -170,7 +170,7 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     course = stepped_course(job, optimizer, clock, warmup, counts_epochs=epoch is not None) or Course(
         schedule.bind(positional=1), {}, warmup, total
     )
-    loss, metric = job.loss.bind(positional=2), job.metric.bind(positional=2)
+    loss, metric = losses.bind(job.loss, device), job.metric.bind(positional=2)
     prepared = Prepared(
         job, device, splits, order, model, replica, optimizer, loss, metric, roles, batch, total, course,
         norms,

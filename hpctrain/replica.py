@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from hpctrain.comm.base import BFLOAT16, Arena, Buffer, Communicator
 from hpctrain.errors import ModelError
@@ -70,6 +72,16 @@ class Layout:
         text = repr(places) + str(self.dtype)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def first_not_finite(self, flat: torch.Tensor, low: int = 0) -> int:
+        """1 + the index of the first parameter that is not finite in `flat`, the arena's stretch from `low` on; else 0.
+
+        Padding counts to the parameter before it.
+        """
+        bad = (~torch.isfinite(flat)).nonzero()
+        if not len(bad):
+            return 0
+        return int(np.searchsorted([slot.offset for slot in self.slots], low + int(bad[0]), side="right"))
+
     def slots_in(self, low: int, high: int) -> list[Slot]:
         """The parameters that lie whole in [low, high)."""
         return [slot for slot in self.slots if low <= slot.offset and slot.offset + slot.size <= high]
@@ -105,6 +117,9 @@ class Replica:
         self._shared: _SharedArenas | None = None
         self._watched: list[tuple[Slot, nn.Parameter, int, int]] = []
         self._owners = self._find_owners()
+        self._frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+        self._used = bytearray(len(self._parameters))
+        self._hooks: list[RemovableHandle] = []
 
     def _lay_out(self, named: dict[str, nn.Parameter], groups: ParameterGroups | None) -> Layout:
         dtypes = {p.dtype for p in named.values()}
@@ -161,6 +176,7 @@ class Replica:
         for parameter, slot in zip(self._parameters, self.layout.slots, strict=True):
             parameter.data = values[slot.offset : slot.offset + slot.size].view(slot.shape)
         self.use_gradient(0)
+        self._notice_use()
         comm.barrier()
         kept = self._owned()
         for arena in old:
@@ -193,6 +209,9 @@ class Replica:
         for parameter in self._parameters:
             parameter.data = parameter.data.clone()
             parameter.grad = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         self.values = self.gradient = torch.empty(0)
         self._watched = []
         old, self._shared = self._owned(), None
@@ -208,8 +227,60 @@ class Replica:
             parameter.grad = self.gradient[slot.offset : slot.offset + slot.size].view(slot.shape)
             self._watched.append((slot, parameter, parameter.data_ptr(), parameter.grad.data_ptr()))
 
+    def _notice_use(self) -> None:
+        """From now on note which parameters get a gradient."""
+        if not self._hooks:
+            self._hooks = [
+                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._note(index))
+                for index, parameter in enumerate(self._parameters)
+            ]
+
+    def _note(self, index: int) -> None:
+        self._used[index] = 1
+
+    def clear(self) -> None:
+        """Zero the gradient, and forget which parameters had one: a round begins."""
+        self.gradient.zero_()
+        self._used[:] = bytes(len(self._used))
+
+    def used(self) -> NDArray[np.bool_] | None:
+        """Which parameters have had a gradient since `clear`, in the layout's order; None: all of them.
+
+        All count as used where backward was never run, and somebody wrote the gradient.
+        """
+        if 0 not in self._used or 1 not in self._used:
+            return None
+        return np.frombuffer(bytes(self._used), np.bool_)
+
+    def foreign_parameters(self, loss: torch.Tensor) -> list[tuple[int, ...]]:
+        """Shapes of the parameters (nn.Parameter) that `loss` depends on and the arena does not have."""
+        own, found = {id(parameter) for parameter in self._parameters}, {}
+        waiting, seen = [loss.grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+                found[id(leaf)] = tuple(leaf.shape)
+            waiting += [following for following, _ in node.next_functions]
+        return list(found.values())
+
+    def first_not_finite(self) -> int:
+        """As `Layout.first_not_finite`, of this rank's whole gradient."""
+        return self.layout.first_not_finite(self.gradient)
+
     def check(self) -> None:
-        """ModelError if user code broke the views (`model.to()`, `p.data = ...`, `zero_grad()`)."""
+        """ModelError if user code broke the views (`model.to()`, `p.data = ...`, `zero_grad()`), or unfroze parameters
+        that were frozen when the run began and so have no place in the arena."""
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise ModelError(
+                    f"parameter {name} was frozen (requires_grad = False) when the run began, so it is not trained; "
+                    "begin with it trainable, freeze it in your loop, and unfreeze it there: parameters without a "
+                    "gradient are left alone"
+                )
         for (slot, parameter, value, gradient), (owner, name) in zip(self._watched, self._owners, strict=False):
             if parameter.data_ptr() != value or owner.get(name) is not parameter:
                 raise ModelError(
@@ -359,10 +430,16 @@ def as_array(tensor: torch.Tensor) -> Buffer:
 
 class Buckets:
     """Tells when stretches of the gradient are final, from hooks during backward, in a fixed order (from the
-    arena's end, where backward begins), so that all ranks start the same exchanges in the same order."""
+    arena's end, where backward begins), so that all ranks start the same exchanges in the same order.
+
+    A parameter's gradient is taken for final when its hook has been called once, unless it was called more often in
+    the first backward pass: reentrant checkpointing runs backward passes within backward passes, and each of them adds
+    to what it uses. Then stretches are announced after backward only. So they are in the first pass, which shows it.
+    """
 
     def __init__(self, replica: Replica, nbytes: int, ready: Callable[[int, int], None]) -> None:
         self._ready = ready
+        self._slots = replica.layout.slots
         self._bounds: list[tuple[int, int]] = []
         self._bucket_of: dict[int, int] = {}
         high = replica.layout.length
@@ -375,30 +452,56 @@ class Buckets:
                 self._bounds.append((slot.offset, high))
                 high, members = slot.offset, []
         self._sizes = [list(self._bucket_of.values()).count(b) for b in range(len(self._bounds))]
+        self._armed = False
+        self._early = False  # whether stretches are announced during backward
+        self._repeats = False  # whether a hook was ever called twice in one pass
+        self._called: set[int] = set()
         self._missing: list[int] = []
         self._next = len(self._bounds)
+        self._torn: str | None = None
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._heard(index))
+            parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._note(index))
             for index, parameter in enumerate(replica._parameters)
         ]
 
     def arm(self) -> None:
         """The backward pass that follows is the round's last."""
+        self._armed = True
+        self._called.clear()
         self._missing, self._next = list(self._sizes), 0
 
-    def _heard(self, index: int) -> None:
-        if self._missing:
-            self._missing[self._bucket_of[index]] -= 1
-            while self._next < len(self._bounds) and self._missing[self._next] <= 0:
-                self._announce()
+    def _note(self, index: int) -> None:
+        """This parameter's hook was called."""
+        if not self._armed:
+            return
+        bucket = self._bucket_of[index]
+        if index in self._called:
+            self._repeats, self._early = True, False
+            if bucket < self._next:
+                self._torn = self._slots[index].name
+            return
+        self._called.add(index)
+        self._missing[bucket] -= 1
+        while self._early and self._next < len(self._bounds) and self._missing[self._next] <= 0:
+            self._announce()
 
     def flush(self) -> None:
-        """Announce what no hook has: parameters that took no part in the loss (or no backward at all)."""
-        if not self._missing:
+        """Announce what no hook has: parameters that took no part in the loss (or no backward at all).
+
+        Raises ModelError where a stretch went out before it was final: only a model whose passes differ can do that.
+        """
+        if self._torn is not None:
+            raise ModelError(
+                f"strategy.overlap = true: the gradient of parameter {self._torn} was still being added to after it "
+                "had been sent (reentrant activation checkpointing in some passes only?); set strategy.overlap = "
+                "false, or use checkpoint(..., use_reentrant=False)"
+            )
+        if not self._armed:
             self._next = 0
         while self._next < len(self._bounds):
             self._announce()
-        self._missing = []
+        self._early = self._early or (self._armed and not self._repeats)
+        self._armed = False
 
     def _announce(self) -> None:
         low, high = self._bounds[self._next]

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 
 from hpctrain.batchnorm import BatchNorms
+from hpctrain.blocks import is_finite
 from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.order import round_bounds
 from hpctrain.data.queue import Stretch
 from hpctrain.errors import HpctrainError
+from hpctrain.losses import check_differentiable, weigh
 from hpctrain.replica import Buckets
 from hpctrain.strategies.base import Outcome, Phase, Strategy
 
@@ -22,11 +23,17 @@ if TYPE_CHECKING:
     from hpctrain.launch import Session
 
 
+INSPECTED = 2**14  # elements of a gradient, or of a bucket of it, that every step looks at before it is exchanged
+
+
 class Attendant(Protocol):
     """Who carries out what steps ask for, and keeps the books (the session)."""
 
     def stepped(self, trainer: Trainer, outcome: Outcome, loss: float, samples: int) -> bool:
         """After every step. True if the phase ends here."""
+
+    def warn(self, text: str) -> None:
+        """Say something that the user should know of, once per run."""
 
 
 @dataclass
@@ -48,22 +55,25 @@ class Trainer:
     _left: int = 0
     _samples: int = 0
     _loss: float = 0.0
+    _weight: float = 0.0
     _started: int = 0
+    _looked: bool = False  # whether the first step's loss has been examined
     _buckets: Buckets | None = field(default=None)
 
     def __post_init__(self) -> None:
         comm = self.phase.comm
         self._data, self._forward, self._backward = (comm.span(kind) for kind in ("data", "forward", "backward"))
         if self.strategy.bucket_bytes:
-            self._buckets = Buckets(self.phase.replica, self.strategy.bucket_bytes, self.strategy.ready)
+            self._buckets = Buckets(self.phase.replica, self.strategy.bucket_bytes, self._send)
 
     def batches(self) -> Iterator[Batch]:
         """This worker's micro-batches until the phase ends; `step` must be called once for each."""
         while not self._ended:
             pieces, following, own = self._next_step()
             self.strategy.before()
-            self.phase.replica.gradient.zero_()
-            self._left, self._samples, self._loss = len(pieces), 0, 0.0
+            self.phase.replica.clear()
+            self._left, self._samples, self._loss, self._weight = len(pieces), 0, 0.0, 0.0
+            self.phase.bad = 0
             for index, (start, stop) in enumerate(pieces):
                 ahead = pieces[index + 1 :] or following
                 yield self._take(start, stop, ahead, counts=index < own)
@@ -120,8 +130,8 @@ class Trainer:
         self._forward.__enter__()
         return batch
 
-    def step(self, loss: Tensor) -> None:
-        """Backward of a micro-batch's mean loss; after the last one of the round, the strategy's step."""
+    def step(self, loss: Tensor | tuple[Tensor, Any]) -> None:
+        """Backward of a micro-batch's loss, a mean or (sum, weight); after a round's last one the strategy's step."""
         batch, self._batch = self._batch, None
         if batch is None:
             raise HpctrainError("step(loss) was called without a batch; call it once for each of batches()")
@@ -129,15 +139,20 @@ class Trainer:
         self._left -= 1
         if self._buckets is not None and self._left == 0:
             self._buckets.arm()
+        weighed = weigh(loss, batch.size)
+        check_differentiable(weighed)
+        if not self._looked:
+            self._find_foreign(weighed.term)
         with self._backward:
-            scale = batch.size / self.phase.batch
-            scaled = loss if scale == 1.0 else loss * scale
+            scale = weighed.share / self.phase.batch
+            scaled = weighed.term if scale == 1.0 else weighed.term * scale
             if self.norms is not None:
                 self.norms.backward(scaled)
             else:
                 scaled.backward()
         self._samples += batch.size
-        self._loss += float(loss.detach()) * batch.size
+        self._weight += weighed.weight
+        self._loss += weighed.mean * weighed.weight
         self._dawdle()
         if self._left == 0:
             self._finish()
@@ -152,17 +167,59 @@ class Trainer:
             comm.recorder.close(comm.now())
 
     def _finish(self) -> None:
-        replica, samples = self.phase.replica, self._samples
-        replica.check()
-        loss = self._loss / samples if samples else 0.0
-        if self.check_gradient and not torch.isfinite(torch.linalg.vector_norm(replica.gradient, torch.inf)):
-            loss = float("nan")
+        phase, samples = self.phase, self._samples
+        phase.replica.check()
+        loss = self._loss / self._weight if self._weight else 0.0
         if self._buckets is not None:
             self._buckets.flush()
-        self.phase.step = self.steps
+        else:
+            self._inspect(0, phase.replica.layout.length)
+        if samples and not self._looked:
+            self._looked = True
+            self._tell_unused()
+        phase.step, phase.weight = self.steps, self._weight
         outcome = self.strategy.step(samples, loss)
         self.steps += 1
         self._ended = self.attendant.stepped(self, outcome, loss, samples)
+
+    def _send(self, low: int, high: int) -> None:
+        """A stretch of the gradient is final: it is inspected before others' gradients are added to it."""
+        self._inspect(low, high)
+        self.strategy.ready(low, high)
+
+    def _inspect(self, low: int, high: int) -> None:
+        """Note a parameter whose gradient is not finite. With nan = "stop" the strategy looks at every element that it
+        has just summed, where that costs little, and then names the rank if it can; so here a part is enough."""
+        part = self.phase.replica.gradient[low : high if self.check_gradient else min(high, low + INSPECTED)]
+        if not self.phase.bad and not is_finite(part):
+            self.phase.bad = self.phase.replica.layout.first_not_finite(part, low)
+
+    def _tell_unused(self) -> None:
+        """Once per phase: what is left alone because no loss depends on it."""
+        replica = self.phase.replica
+        used = replica.used()
+        if used is not None:
+            names = [slot.name for slot, has in zip(replica.layout.slots, used.tolist(), strict=True) if not has]
+            self.attendant.warn(
+                f"{some_of(names)} took no part in the loss of the first step; what gets no gradient is not updated, "
+                "nor does it decay"
+            )
+
+    def _find_foreign(self, loss: Tensor) -> None:
+        """Warn of parameters that the loss depends on and nobody trains: those of modules that are not the model's."""
+        shapes = self.phase.replica.foreign_parameters(loss)
+        if shapes:
+            self.attendant.warn(
+                f"the loss depends on {some_of([f'of shape {shape}' for shape in shapes])} of no module in the model; "
+                "hpctrain does not train what the model does not contain"
+            )
+
+
+def some_of(parameters: list[str], most: int = 3) -> str:
+    """A few of them, for a sentence: "parameters a, b and 4 more"."""
+    rest = len(parameters) - most
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"parameter{'s' * (len(parameters) > 1)} {', '.join(parameters[:most])}{more}"
 
 
 def fit(session: Session) -> None:

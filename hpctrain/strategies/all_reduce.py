@@ -8,17 +8,18 @@ Otherwise the gradient arena is all-reduced by messages and every worker updates
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from hpctrain.jobspec import Options
-from hpctrain.schedule import Ask
-from hpctrain.strategies.base import Needs, Outcome, Phase, Strategy, clip_factor, find_nan
+from hpctrain.strategies.base import Needs, Outcome, Phase, Strategy, clip_factor
+from hpctrain.strategies.round import Contribution, Round, close_round, end_round, nan_error, sum_error
 
 if TYPE_CHECKING:
-    from hpctrain.comm.base import Arena, Buffer, Communicator, Request
+    from hpctrain.comm.base import Buffer, Communicator, Request
+    from hpctrain.errors import NanError
     from hpctrain.optimizer import Update
     from hpctrain.state import State
 
@@ -73,19 +74,13 @@ class AllReduce(Strategy):
 
     def step(self, samples: int, loss: float) -> Outcome:
         phase = self.phase
-        table = self._exchange.headers(np.array([samples, loss if samples else 0.0, float(phase.wish)]))
-        total = int(table[:, 0].sum())
-        mean = float((table[:, 0] * table[:, 1]).sum() / max(1, total))
-        skip = find_nan(phase, phase.roles.workers, table[:, 1].tolist(), phase.step)
-        if not skip:
-            self._exchange.apply(total / phase.batch, phase.rate(phase.cursor))
+        row = Contribution.of(phase, samples, loss).encode(len(phase.replica.layout.slots))
+        found = close_round(phase, self._exchange.headers(row))
+        if not found.skip:
+            self._exchange.apply(found)
             self.version += 1
         self._exchange.finish()
-        before, phase.cursor = phase.cursor, phase.round_end
-        wish = Ask(int(np.bitwise_or.reduce(table[:, 2].astype(np.int64))))
-        ask = phase.conductor.decide(before, phase.cursor, mean, wish)
-        result: Any = "skipped" if skip else "applied"
-        return Outcome(result, phase.cursor, mean, total, ask, self.version, (0, 0), phase.conductor.why)
+        return end_round(phase, found, self.version)
 
     def state(self) -> State | None:
         state = self._exchange.state()
@@ -120,7 +115,9 @@ class SharedExchange:
         self.arena = self.replica.gradient_arenas[0]
         self.slices = [as_tensor(part)[self.low : self.high] for part in self.arena.parts]
         self.sum = torch.zeros_like(self.slices[0])
-        self.board: NodeBoard | Messages = NodeBoard(comm) if len(sizes) == 1 else Messages(comm)
+        width = Contribution.length(len(self.replica.layout.slots))
+        self.board: NodeBoard | Messages = NodeBoard(comm, width) if len(sizes) == 1 else Messages(comm)
+        self.faults = comm.arena(1, np.dtype(np.float64), "node")  # of each rank: whether its slice is not finite
         self.update: Update = phase.make_update(self.replica.values[self.low : self.high], self.low, self.high)
         nbytes, elements = self.sum.nbytes, self.sum.numel()
         ranks = len(self.slices)
@@ -152,40 +149,51 @@ class SharedExchange:
     def start(self, low: int, high: int) -> None:
         """Summing out of memory needs no head start."""
 
-    def apply(self, weight: float, factor: float) -> None:
+    def apply(self, found: Round) -> None:
+        """Sum this rank's slice and update it, unless the sum is not finite: `finish` says so to all ranks."""
         from hpctrain.replica import sum_of_squares
 
-        with self._reducing:
-            self._sum()
-        if self.across is not None:
-            from hpctrain.replica import as_array
-
-            self.across.all_reduce(as_array(self.sum), algorithm=self.options.algorithm)
-        if weight != 1.0:
-            self.sum.mul_(1.0 / weight)
-        if self.phase.clip_norm is not None:
+        phase, weight = self.phase, found.weight / self.phase.batch
+        finite = self._sum(weight)
+        self.faults.mine[0] = not finite
+        if phase.clip_norm is not None:
             squares = np.array([sum_of_squares(self.sum)])
             table = self.board.exchange(squares)
             mine = [r for r in range(self.comm.size) if self.comm.nodes[r] == self.comm.nodes[0]]
-            self.sum.mul_(clip_factor(float(table[mine, 0].sum()), self.phase.clip_norm))
-        with self._updating:
-            self.update.apply(self.sum, factor, self.phase.momentum(self.phase.cursor))
+            self.sum.mul_(clip_factor(float(table[mine, 0].sum()), phase.clip_norm))
+        if finite:
+            with self._updating:
+                self.update.apply(self.sum, phase.rate(phase.cursor), phase.momentum(phase.cursor), used=found.used)
 
-    def _sum(self) -> None:
-        import torch
+    def _sum(self, weight: float) -> bool:
+        """The mean of everybody's slices; whether it is finite."""
+        from hpctrain.blocks import add_up
+        from hpctrain.replica import as_array
 
-        if len(self.slices) == 1:
-            self.sum.copy_(self.slices[0])
-            return
-        torch.add(self.slices[0], self.slices[1], out=self.sum)
-        for part in self.slices[2:]:
-            self.sum.add_(part)
+        with self._reducing:
+            if self.across is None:
+                return add_up(self.slices, self.sum, weight)
+            add_up(self.slices, self.sum, 1.0)
+        self.across.all_reduce(as_array(self.sum), algorithm=self.options.algorithm)
+        return add_up([self.sum], self.sum, weight)
 
     def finish(self) -> None:
         arena = self.replica.value_arena
         assert arena is not None
         self.comm.notify(arena)
         self.comm.wait(arena)
+        if any(part[0] for part in self.faults.parts):
+            raise self._gradient_error()
+
+    def _gradient_error(self) -> NanError:
+        """Whose gradient of which parameter it was: all ranks look through their own. Collective."""
+        layout, phase = self.replica.layout, self.phase
+        in_sum = layout.first_not_finite(self.sum, self.low)
+        table = self.comm.gather_rows(np.array([self.replica.first_not_finite(), in_sum], np.int64))
+        guilty = np.flatnonzero(table[:, 0])
+        if guilty.size:
+            return nan_error(phase, phase.roles.workers[guilty[0]], 0.0, phase.step, int(table[guilty[0], 0]))
+        return sum_error(phase, int(table[:, 1].max()), phase.step)
 
     def state(self) -> State | None:
         from hpctrain.state import collect_state, send_state
@@ -218,6 +226,7 @@ class SharedExchange:
 
     def free(self) -> None:
         self.slices = []
+        self.faults.free()
         self.board.free()
         if self.across is not None:
             self.across.free()
@@ -243,20 +252,21 @@ class MessageExchange:
         part = self.replica.gradient_arenas[0].mine[low:high]
         self._started.append((low, high, self.comm.start_all_reduce(part)))
 
-    def apply(self, weight: float, factor: float) -> None:
+    def apply(self, found: Round) -> None:
+        """Every rank has the same sum, so all of them find out alike that it is not finite: NanError."""
+        from hpctrain.blocks import add_up
         from hpctrain.replica import sum_of_squares
 
-        gradient = self.replica.gradient
-        arena: Arena = self.replica.gradient_arenas[0]
+        phase, gradient = self.phase, self.replica.gradient
         self._finish_started()
         if not self.options.overlap:
-            self.comm.all_reduce(arena.mine, algorithm=self.options.algorithm)
-        if weight != 1.0:
-            gradient.mul_(1.0 / weight)
-        if self.phase.clip_norm is not None:
-            gradient.mul_(clip_factor(sum_of_squares(gradient), self.phase.clip_norm))
+            self.comm.all_reduce(self.replica.gradient_arenas[0].mine, algorithm=self.options.algorithm)
+        if not add_up([gradient], gradient, found.weight / phase.batch):
+            raise sum_error(phase, self.replica.first_not_finite(), phase.step)
+        if phase.clip_norm is not None:
+            gradient.mul_(clip_factor(sum_of_squares(gradient), phase.clip_norm))
         with self.comm.span("update", gradient.nbytes, flops=float(gradient.numel())):
-            self.update.apply(gradient, factor, self.phase.momentum(self.phase.cursor))
+            self.update.apply(gradient, phase.rate(phase.cursor), phase.momentum(phase.cursor), used=found.used)
 
     def _finish_started(self) -> None:
         for _, _, request in self._started:
@@ -287,17 +297,16 @@ class MessageExchange:
 class NodeBoard:
     """A few numbers of every rank, seen by all ranks of one node: two rows in turn, so that one barrier is enough."""
 
-    WIDTH = 8
-
-    def __init__(self, comm: Communicator) -> None:
-        self.comm = comm
-        self.arena = comm.arena(2 * self.WIDTH, np.dtype(np.float64), "node")
+    def __init__(self, comm: Communicator, width: int) -> None:
+        """`width`: elements of the longest row."""
+        self.comm, self.width = comm, -(-width // 8) * 8  # whole cache lines
+        self.arena = comm.arena(2 * self.width, np.dtype(np.float64), "node")
         self.turn = 0
 
     def exchange(self, row: Buffer) -> Buffer:
         """Rows of all ranks, in rank order. Collective."""
         self.turn = 1 - self.turn
-        here = slice(self.turn * self.WIDTH, self.turn * self.WIDTH + row.size)
+        here = slice(self.turn * self.width, self.turn * self.width + row.size)
         self.arena.mine[here] = row
         self.comm.notify(self.arena)
         self.comm.wait(self.arena)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel
 
 from hpctrain.cluster import Roles, assign_roles
-from hpctrain.errors import ClusterError, NanError
+from hpctrain.errors import ClusterError
 from hpctrain.job import Job, check_ranks
 from hpctrain.schedule import Ask, Conductor
 
@@ -67,7 +67,9 @@ class Phase:
     `comm`: all ranks of the phase, servers included; `workers`: the workers alone, in rank order (None on a
     dedicated server). `shared`: whether the replica's arenas are node-shared. `batch`: samples per worker and
     round at most; gradients arrive as the sum over a worker's samples divided by `batch`, so a full batch
-    weighs 1. `cursor`: the run's clock, in samples; `round_end`: where it will stand after the step in progress
+    weighs 1. `weight`: what the mean loss of the step in progress is taken over (None: its samples), and `bad`: 1 + the
+    index of a parameter whose gradient in it is not finite (0: none was found), both set by the trainer. `cursor`: the
+    run's clock, in samples; `round_end`: where it will stand after the step in progress
     (both kept by trainer and strategy). `wish`: what this rank asks of all (set by the trainer, sent with the
     next step). `rate`, `momentum`: factors of the learning rate and the momentum at a cursor; `per_update`: whether
     the strategy may scale the rate of one worker's update; `adaptive`: whether updates do not grow with gradients
@@ -95,6 +97,8 @@ class Phase:
     round_end: int = 0
     wish: Ask = Ask.NOTHING
     step: int = 0
+    weight: float | None = None
+    bad: int = 0
     momentum: Callable[[int], float] = field(default=lambda cursor: 1.0)
     per_update: bool = True
     adaptive: bool = False
@@ -211,24 +215,6 @@ def roles_of(job: Job, nodes: Sequence[int]) -> list[Roles]:
             raise ClusterError(str(error).replace("strategy.", job.key(index, "strategy") + ".")) from None
         found.append(roles)
     return found
-
-
-def find_nan(phase: Phase, workers: tuple[int, ...], losses: list[float], step: int) -> bool:
-    """Whether a loss is not finite. Raises NanError, naming rank and step, unless such steps are skipped."""
-    bad = [(r, loss) for r, loss in zip(workers, losses, strict=True) if loss - loss != 0.0]
-    if bad and phase.nan == "stop":
-        raise nan_error(phase, *bad[0], step)
-    return bool(bad)
-
-
-def nan_error(phase: Phase, rank: int, loss: float, step: int) -> NanError:
-    """The error that says so, for all ranks to raise; `rank` is of the phase's communicator."""
-    error = NanError(
-        f"loss is {loss} on rank {phase.comm.members[rank]} in step {step} (phase {phase.index}); lower "
-        'optimizer.lr, clip with train.clip_norm, or set train.nan = "skip" to leave such steps out'
-    )
-    error.everywhere = True
-    return error
 
 
 def clip_factor(squares: float, limit: float) -> float:

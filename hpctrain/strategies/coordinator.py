@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import deque
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ import numpy as np
 from hpctrain.comm.base import Tag
 from hpctrain.data.queue import SharedQueue, StaticQueue, Stretch
 from hpctrain.schedule import Ask
-from hpctrain.strategies.base import nan_error
+from hpctrain.strategies.round import Contribution, Round, Used, nan_error, pack, unpack, words
 
 if TYPE_CHECKING:
     from hpctrain.comm.base import Buffer, Request
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 REPLY = 2048  # bytes of a reply at most: JSON
 ENDS = Ask.STOP | Ask.END_PHASE | Ask.INTERRUPT
-NEVER = 2**62
+NOTHING = Contribution(0, 0.0, 0.0, Ask.NOTHING)
 
 
 class Kind(IntEnum):
@@ -43,16 +44,32 @@ class Kind(IntEnum):
     LEAVE = 3
 
 
-class Header(NamedTuple):
-    """What a worker says with each push, as float64 on the wire. `version`: of the parameters that it computed on."""
+@dataclass(frozen=True)
+class Header:
+    """What a worker says with each push, as float64 on the wire. `version`: of the parameters that it computed on;
+    `part`: its contribution, of a STEP."""
 
-    kind: float
-    version: float = 0
-    samples: float = 0
-    loss: float = 0
-    wish: float = 0
-    round_end: float = 0
-    step: float = 0
+    kind: Kind
+    version: int = 0
+    round_end: int = 0
+    step: int = 0
+    part: Contribution = NOTHING
+
+    @staticmethod
+    def length(slots: int) -> int:
+        """Elements of an encoded header, for a layout of so many parameters."""
+        return 4 + Contribution.length(slots)
+
+    def encode(self, slots: int) -> Buffer:
+        """As float64."""
+        numbers = np.array([self.kind, self.version, self.round_end, self.step], np.float64)
+        return np.concatenate([numbers, self.part.encode(slots)])
+
+    @classmethod
+    def decode(cls, row: Buffer, slots: int) -> Header:
+        """The inverse of `encode`."""
+        kind, version, round_end, step = (int(number) for number in row[:4])
+        return cls(Kind(kind), version, round_end, step, Contribution.decode(row[4:], slots))
 
 
 class What(IntEnum):
@@ -69,7 +86,8 @@ class Decision(NamedTuple):
     """One of the ordered stream. Gradients of the workers `take` are consumed, then `give` get the parameters.
 
     UPDATE: their sum divided by `weight` is applied with `rate` times the learning rate and `momentum` times the
-    momentum, as version `version`. NAN: `take` is the worker, `weight` its loss.
+    momentum, as version `version`, to the parameters that are `used`. NAN: `take` is the worker, `weight` its loss,
+    `bad` as in its `Contribution`.
     """
 
     what: What
@@ -80,27 +98,30 @@ class Decision(NamedTuple):
     weight: float = 1.0
     rate: float = 1.0
     momentum: float = 1.0
+    bad: int = 0
+    used: Used = None
 
     @staticmethod
-    def length(workers: int) -> int:
-        """Elements of an encoded decision."""
-        return 6 + 2 * workers
+    def length(workers: int, slots: int) -> int:
+        """Elements of an encoded decision, for so many workers and parameters."""
+        return 7 + 2 * workers + words(slots)
 
-    def encode(self, workers: int) -> Buffer:
-        """As float64, with a flag for each worker in `take`, and one for each in `give`."""
-        row = np.zeros(self.length(workers), np.float64)
-        row[:6] = self.what, self.version, self.step, self.weight, self.rate, self.momentum
-        row[6:][list(self.take)] = 1
-        row[6 + workers :][list(self.give)] = 1
-        return row
+    def encode(self, workers: int, slots: int) -> Buffer:
+        """As float64, with a flag for each worker in `take`, one for each in `give`, and a bit for each parameter."""
+        flags = np.zeros(2 * workers, np.float64)
+        flags[list(self.take)] = 1
+        flags[workers:][list(self.give)] = 1
+        numbers = [self.what, self.version, self.step, self.weight, self.rate, self.momentum, self.bad]
+        return np.concatenate([np.array(numbers, np.float64), flags, pack(self.used, slots)])
 
     @classmethod
-    def decode(cls, row: Buffer) -> Decision:
+    def decode(cls, row: Buffer, workers: int, slots: int) -> Decision:
         """The inverse of `encode`."""
-        take, give = (tuple(int(i) for i in np.flatnonzero(part)) for part in row[6:].reshape(2, -1))
+        flags, used = row[7 : 7 + 2 * workers], unpack(row[7 + 2 * workers :], slots)
+        take, give = (tuple(int(i) for i in np.flatnonzero(part)) for part in flags.reshape(2, -1))
         what, version, step = (int(number) for number in row[:3])
         weight, rate, momentum = (float(number) for number in row[3:6])
-        return cls(What(what), take, give, version, step, weight, rate, momentum)
+        return cls(What(what), take, give, version, step, weight, rate, momentum, int(row[6]), used)
 
 
 class Coordinator(ABC):
@@ -109,11 +130,11 @@ class Coordinator(ABC):
     def __init__(self, server: ParameterServerServer) -> None:
         self.server, self.comm, self.options = server, server.comm, server.options
         self.phase, self.wiring = server.phase, server.wiring
-        self.workers = len(self.wiring.workers)
+        self.workers, self.slots = len(self.wiring.workers), len(self.phase.replica.layout.slots)
         self.version = self.dropped = 0
         self.cursor = self.phase.cursor
         self.ask, self.why = Ask.NOTHING, ""
-        self.nan: tuple[int, float, int] | None = None
+        self.nan: tuple[int, float, int, int] | None = None  # rank, loss, step, bad
         self._left: set[int] = set()
 
     def load(self, counters: dict[str, float]) -> None:
@@ -128,7 +149,7 @@ class Coordinator(ABC):
         """Until every worker has left (or, after a NaN, been told). Raises NanError then."""
         for worker in range(self.workers):
             self.begin(worker)
-        rows = [np.zeros(len(Header._fields), np.float64) for _ in range(self.workers)]
+        rows = [np.zeros(Header.length(self.slots), np.float64) for _ in range(self.workers)]
         heard: dict[int, Header] = {}  # whose gradient is still on its way
         requests: dict[int, Request] = {worker: self._listen(row, worker) for worker, row in enumerate(rows)}
         while requests:
@@ -136,7 +157,7 @@ class Coordinator(ABC):
             worker = senders[self.comm.wait_any([requests[sender] for sender in senders])]
             header = heard.pop(worker, None)
             if header is None:
-                header = Header(*rows[worker].tolist())
+                header = Header.decode(rows[worker], self.slots)
                 push = self.server.pushes[worker]
                 if header.kind == Kind.STEP and push is not None and not push.test():
                     heard[worker], requests[worker] = header, push
@@ -149,18 +170,17 @@ class Coordinator(ABC):
         if self.nan is None:
             self.decide(Decision(What.END))
             return
-        rank, loss, step = self.nan
-        self.decide(Decision(What.NAN, take=(self.wiring.workers.index(rank),), step=step, weight=loss))
-        raise nan_error(self.phase, rank, loss, step)
+        rank, loss, step, bad = self.nan
+        self.decide(Decision(What.NAN, take=(self.wiring.workers.index(rank),), step=step, weight=loss, bad=bad))
+        raise nan_error(self.phase, *self.nan)
 
     def _listen(self, row: Buffer, worker: int) -> Request:
         return self.comm.start_recv(row, self.wiring.workers[worker], Tag.CONTROL)
 
     def _hear(self, worker: int, header: Header) -> None:
-        kind = Kind(int(header.kind))
-        if kind is Kind.LEAVE:
+        if header.kind is Kind.LEAVE:
             self._left.add(worker)
-        elif kind is Kind.STATE:
+        elif header.kind is Kind.STATE:
             self.decide(Decision(What.STATE))
         elif self.nan is not None:
             self.reply(worker)
@@ -187,7 +207,7 @@ class Coordinator(ABC):
 
     def decide(self, decision: Decision) -> None:
         """Tell the other servers, then do the same here."""
-        row = decision.encode(self.workers)
+        row = decision.encode(self.workers, self.slots)
         sends = [self.comm.start_send(row, server, Tag.DECISION) for server in self.wiring.servers[1:]]
         if decision.what not in (What.END, What.NAN):
             self.server.execute(decision)
@@ -212,7 +232,7 @@ class Rounds(Coordinator):
 
     def hear_step(self, worker: int, header: Header) -> None:
         if header.version < self.version:
-            self._release(worker, int(header.samples))
+            self._release(worker, header.part.samples)
             return
         self.waiting[worker] = header
         if len(self.waiting) >= self.needed:
@@ -227,22 +247,19 @@ class Rounds(Coordinator):
     def _close_round(self) -> None:
         phase, accepted = self.phase, tuple(sorted(self.waiting))
         headers = [self.waiting.pop(worker) for worker in accepted]
-        step, total = int(headers[0].step), int(sum(header.samples for header in headers))
-        losses = [header.loss if header.samples > 0 else 0.0 for header in headers]
-        weights = [header.samples for header in headers]
-        mean = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / max(1, total)
-        bad = [(w, loss) for w, loss in zip(accepted, losses, strict=True) if not np.isfinite(loss)]
-        if bad and phase.nan == "stop":
-            self.nan = (self.wiring.workers[bad[0][0]], bad[0][1], step)
+        found, step = Round.of([header.part for header in headers]), headers[0].step
+        if found.faulty is not None and phase.nan == "stop":
+            part = headers[found.faulty].part
+            self.nan = (self.wiring.workers[accepted[found.faulty]], part.loss, step, part.bad)
         rate, momentum = phase.rate(self.cursor), phase.momentum(self.cursor)
         self.version += 1
-        wish = Ask(int(np.bitwise_or.reduce([int(header.wish) for header in headers])))
-        self.ask = self.observe(max(int(header.round_end) for header in headers), mean, wish)
+        self.ask = self.observe(max(header.round_end for header in headers), found.loss, found.wish)
+        result = "skipped" if found.skip else "applied"
         for worker in accepted:
-            self.reply(worker, result="skipped" if bad else "applied", loss=mean, samples=total, staleness=0)
-        what = What.DROP if bad else What.UPDATE
+            self.reply(worker, result=result, loss=found.loss, samples=found.samples, staleness=0)
+        what, weight = What.DROP if found.skip else What.UPDATE, found.weight / phase.batch
         self.decide(
-            Decision(what, accepted, accepted, self.version, step, total / phase.batch, rate, momentum)
+            Decision(what, accepted, accepted, self.version, step, weight, rate, momentum, used=found.used)
         )
 
 
@@ -267,17 +284,16 @@ class Asynchronous(Coordinator):
         self.reply(worker, slices=self._deal(worker))
 
     def hear_step(self, worker: int, header: Header) -> None:
-        samples = int(header.samples)
-        if not np.isfinite(header.loss) and self.phase.nan == "stop":
+        part, samples = header.part, header.part.samples
+        if not part.finite and self.phase.nan == "stop":
             self._stop_for_nan(worker, header)
             return
-        staleness = self.version - int(header.version)
+        staleness = self.version - header.version
         if samples:
             self.dealt[worker] -= 1
             self.done[worker] += 1
         decision = self._decision(worker, header, staleness)
-        wish = Ask(int(header.wish))
-        asked = self.observe(self.cursor + samples, header.loss, wish) if samples else wish
+        asked = self.observe(self.cursor + samples, part.loss, part.wish) if samples else part.wish
         if asked & ~self.ask:
             self.ask |= asked
             self.limit = min(self.limit, self.queue.stop_at(self.queue.furthest))
@@ -288,19 +304,21 @@ class Asynchronous(Coordinator):
         self._go_on(decision)
 
     def _decision(self, worker: int, header: Header, staleness: int) -> Decision:
-        """What becomes of the gradient: an update, unless it is of no samples or not finite."""
-        if not header.samples or not np.isfinite(header.loss):
-            return Decision(What.DROP, take=(worker,), version=self.version, step=int(header.step))
+        """What becomes of the gradient: an update, unless nothing counts in it, or it is not finite."""
+        part = header.part
+        if not part.weight or not part.finite:
+            return Decision(What.DROP, take=(worker,), version=self.version, step=header.step)
         self.version += 1
-        self.losses.append(header.loss)
+        self.losses.append(part.loss)
         return Decision(
             What.UPDATE,
             take=(worker,),
             version=self.version,
-            step=int(header.step),
-            weight=header.samples / self.phase.batch,
+            step=header.step,
+            weight=part.weight / self.phase.batch,
             rate=self.phase.rate(self.cursor) * self.options.per_update(self.phase, staleness),
             momentum=self.phase.momentum(self.cursor),
+            used=part.used,
         )
 
     def _go_on(self, decision: Decision) -> None:
@@ -346,7 +364,7 @@ class Asynchronous(Coordinator):
         return True
 
     def _stop_for_nan(self, worker: int, header: Header) -> None:
-        self.nan = (self.wiring.workers[worker], header.loss, int(header.step))
+        self.nan = (self.wiring.workers[worker], header.part.loss, header.step, header.part.bad)
         told = (worker, *self.idle)
         for each in told:
             self.reply(each)

@@ -14,7 +14,7 @@ from hpctrain.comm.base import Tag
 from hpctrain.errors import ClusterError
 from hpctrain.jobspec import Options
 from hpctrain.schedule import Ask
-from hpctrain.strategies.base import Needs, Outcome, Phase, Server, Strategy, clip_factor, nan_error
+from hpctrain.strategies.base import Needs, Outcome, Phase, Server, Strategy, clip_factor
 from hpctrain.strategies.coordinator import (
     REPLY,
     Asynchronous,
@@ -27,6 +27,7 @@ from hpctrain.strategies.coordinator import (
     What,
 )
 from hpctrain.strategies.corrections import DelayCompensation, RunningClip
+from hpctrain.strategies.round import Contribution, nan_error, sum_error
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from hpctrain.cluster import Roles
     from hpctrain.comm.base import Arena, Buffer, Communicator, Request, Thread
     from hpctrain.data.queue import Stretch
+    from hpctrain.errors import NanError
     from hpctrain.optimizer import Update
     from hpctrain.state import State
 
@@ -254,15 +256,16 @@ class ParameterServerServer(Server):
             self.wiring.free()
 
     def _follow(self) -> None:
-        row = np.zeros(Decision.length(len(self.wiring.workers)), np.float64)
+        workers, slots = len(self.wiring.workers), len(self.phase.replica.layout.slots)
+        row = np.zeros(Decision.length(workers, slots), np.float64)
         while True:
             self.comm.recv(row, self.wiring.coordinator, Tag.DECISION)
-            decision = Decision.decode(row)
+            decision = Decision.decode(row, workers, slots)
             if decision.what is What.END:
                 return
             if decision.what is What.NAN:
                 rank = self.wiring.workers[decision.take[0]]
-                raise nan_error(self.phase, rank, decision.weight, decision.step)
+                raise nan_error(self.phase, rank, decision.weight, decision.step, decision.bad)
             self.execute(decision)
 
     def execute(self, decision: Decision) -> None:
@@ -297,27 +300,39 @@ class ParameterServerServer(Server):
         self.comm.wait_all(self._direct)  # nobody shall read half an update
         self._direct = []
         with self.comm.span("update", gradient.nbytes, peer, decision.version, flops=float(gradient.numel())):
-            self.update.apply(gradient, decision.rate, decision.momentum, decision.take[0] if self._corrects else None)
+            whose = decision.take[0] if self._corrects else None
+            self.update.apply(gradient, decision.rate, decision.momentum, whose, decision.used)
 
     def _gradient(self, decision: Decision) -> torch.Tensor:
-        """The sum of the gradients taken, in rank order; one alone lies where it came."""
+        """The mean of the gradients taken, summed in rank order; one alone lies where it came. Raises NanError."""
+        from hpctrain.blocks import add_up
         from hpctrain.replica import as_tensor
 
         parts = [as_tensor(self._gradients[worker].mine) for worker in decision.take]
         if len(parts) == 1:
-            if decision.weight != 1.0:
-                parts[0].mul_(1.0 / decision.weight)
-            if self._compensation is not None:
-                old = as_tensor(self._copies[decision.take[0]].mine)
-                self._compensation.correct(parts[0], self.values, old)
-            return parts[0]
-        with self.comm.span("reduce", self._sum.nbytes * len(parts), flops=float(self._sum.numel() * len(parts))):
-            self._sum.copy_(parts[0])
-            for part in parts[1:]:
-                self._sum.add_(part)
-            if decision.weight != 1.0:
-                self._sum.mul_(1.0 / decision.weight)
-        return self._sum
+            finite, whole = add_up(parts, parts[0], decision.weight), parts[0]
+        else:
+            whole = self._sum
+            with self.comm.span("reduce", whole.nbytes * len(parts), flops=float(whole.numel() * len(parts))):
+                finite = add_up(parts, whole, decision.weight)
+        if not finite:
+            raise self._gradient_error(decision, whole)
+        if len(parts) == 1 and self._compensation is not None:
+            self._compensation.correct(whole, self.values, as_tensor(self._copies[decision.take[0]].mine))
+        return whole
+
+    def _gradient_error(self, decision: Decision, whole: torch.Tensor) -> NanError:
+        """Whose gradient of which parameter it was. The server alone raises it: the workers have their replies."""
+        from hpctrain.replica import as_tensor
+
+        layout, phase = self.phase.replica.layout, self.phase
+        error = sum_error(phase, layout.first_not_finite(whole, self.low), decision.step)
+        for worker in decision.take:
+            if bad := layout.first_not_finite(as_tensor(self._gradients[worker].mine), self.low):
+                error = nan_error(phase, self.wiring.workers[worker], 0.0, decision.step, bad)
+                break
+        error.everywhere = False
+        return error
 
     @property
     def _clips(self) -> bool:
@@ -433,12 +448,13 @@ class ParameterServer(Strategy):
         self._slices = self._slices[1:]
         if samples and not self.options.lockstep:
             self._clip(samples)
-        header = Header(Kind.STEP, self.version, samples, loss, phase.wish, phase.round_end, phase.step)
+        part, slots = Contribution.of(phase, samples, loss), len(phase.replica.layout.slots)
+        header = Header(Kind.STEP, self.version, phase.round_end, phase.step, part)
         answer = np.zeros(REPLY, np.uint8)
         requests = [self.comm.start_recv(answer, wiring.coordinator, Tag.REPLY)]
         for server, low, high in wiring.shards():
             requests.append(self.comm.start_recv(values.mine[low:high], server, Tag.PULL))
-        requests.append(self.comm.start_send(np.array(header, np.float64), wiring.coordinator, Tag.CONTROL))
+        requests.append(self.comm.start_send(header.encode(slots), wiring.coordinator, Tag.CONTROL))
         for server, low, high in wiring.shards():
             requests.append(self.comm.start_send(gradient.mine[low:high], server, Tag.PUSH))
         self.comm.wait_all(requests)
@@ -455,10 +471,13 @@ class ParameterServer(Strategy):
         limit, running = self.phase.clip_norm, self._running
         if limit is None and running is None:
             return
+        from hpctrain.blocks import is_finite
         from hpctrain.replica import sum_of_squares
 
-        gradient = self.phase.replica.gradient
-        squares = sum_of_squares(gradient) * (self.phase.batch / samples) ** 2
+        gradient, weight = self.phase.replica.gradient, self.phase.weight or samples
+        squares = sum_of_squares(gradient) * (self.phase.batch / weight) ** 2
+        if squares - squares != 0.0 and not is_finite(gradient):  # left to the server, which names the parameter
+            return
         factor = clip_factor(squares, limit) if limit is not None else 1.0
         if running is not None:
             factor *= running.factor(factor * squares**0.5)
@@ -510,7 +529,8 @@ class ParameterServer(Strategy):
         return state
 
     def _tell(self, kind: Kind) -> None:
-        self.comm.send(np.array(Header(kind), np.float64), self.wiring.coordinator, Tag.CONTROL)
+        slots = len(self.phase.replica.layout.slots)
+        self.comm.send(Header(kind).encode(slots), self.wiring.coordinator, Tag.CONTROL)
 
 
 def _deal(
