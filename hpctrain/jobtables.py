@@ -104,7 +104,9 @@ class Metric(Named):
     KIND = "metric"
     name: str = Field(
         default="accuracy",
-        description="function of (outputs, targets); further keys are its keyword arguments",
+        description="function of a batch's (outputs, targets) that returns a number, its mean over the batch; or a pair "
+        "(sum, weight); or a dictionary of these, whose first entry is the metric. Further keys are its keyword "
+        "arguments; accuracy has dim, ignore_index and threshold",
     )
     goal: Literal["max", "min"] = Field(default="max", description="whether more of the metric is better, or less")
 
@@ -242,6 +244,11 @@ class Train(Table):
         default_factory=lambda: Amount(epochs=1.0),
         description="how often to evaluate; {fraction = 1} for the end only",
     )
+    evaluate_batch: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
+        default=None,
+        description="samples per worker and forward pass in evaluations; left out: train.batch_size",
+        json_schema_extra={"default": "train.batch_size"},
+    )
     checkpoint_every: Amount | None = Field(
         default=None,
         description="how often to save a checkpoint; left out: only when the run ends or is interrupted",
@@ -258,6 +265,11 @@ class Train(Table):
         description="batch norm over the samples of all workers, not its own alone; in a round that has no sample "
         "for a worker it runs over one that counts nothing",
     )
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Samples per worker and forward pass in evaluations."""
+        return self.batch_size if self.evaluate_batch is None else self.evaluate_batch
 
     @model_validator(mode="before")
     @classmethod

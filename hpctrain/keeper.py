@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from hpctrain.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sa
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import CheckpointError
 from hpctrain.prepare import Prepared
-from hpctrain.replica import as_array, as_tensor
+from hpctrain.replica import Layout, as_array, as_tensor
 from hpctrain.runfolder import Narrator
 from hpctrain.state import State, recv_state, send_state
 from hpctrain.strategies.base import Phase
+from hpctrain.wrappers import named_parameters, plain_name, plain_state
 
 
 @dataclass
@@ -99,7 +100,14 @@ class Keeper:
     def _load(self) -> Checkpoint:
         layout = self.prepared.replica.layout
         path = runfolder.newest_checkpoint(self.folder)
-        return load_checkpoint(path, layout.fingerprint(), {slot.name: slot.shape for slot in layout.slots})
+        shapes = {slot.name: slot.shape for slot in layout.slots}
+        return load_checkpoint(path, layout.fingerprint(), shapes, self._wrapped_layout().fingerprint())
+
+    def _wrapped_layout(self) -> Layout:
+        """The layout by the model's own names, which torch.compile changes."""
+        layout = self.prepared.replica.layout
+        own = {plain_name(name): name for name, _ in self.prepared.model.named_parameters()}
+        return replace(layout, slots=tuple(replace(slot, name=own[slot.name]) for slot in layout.slots))
 
     def _check_resumable(self, head: dict[str, Any]) -> None:
         if head["size"] != self.comm.size:
@@ -118,7 +126,7 @@ class Keeper:
 
     def _adopt_parameters(self, parameters: dict[str, Tensor]) -> None:
         with torch.no_grad():
-            own = dict(self.prepared.model.named_parameters())
+            own = dict(named_parameters(self.prepared.model))
             for name, value in parameters.items():
                 own[name].copy_(value)
 
@@ -150,9 +158,9 @@ class Keeper:
     def save_model(self) -> None:
         """model.safetensors, from this rank's model. Not collective; raises CheckpointError."""
         # One key: safetensors writes several in an order that changes, and equal runs shall give equal files.
-        save_model(self.folder, _untied(self.prepared.model.state_dict()), {"format": "pt"})
+        save_model(self.folder, _untied(plain_state(self.prepared.model)), {"format": "pt"})
 
 
 def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, so that tied tensors can be saved under all their names; a module's extra state is no tensor."""
-    return {n: t.detach().clone().contiguous() for n, t in tensors.items() if isinstance(t, Tensor)}
+    """Copies, so that tied tensors can be saved under all their names."""
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpctrain import losses, registry
+from hpctrain import losses, metrics, registry
 from hpctrain.batchnorm import BatchNorms
 from hpctrain.cluster import Roles, device_for, threads_for
 from hpctrain.comm.base import Communicator
@@ -26,24 +26,44 @@ from hpctrain.replica import Replica
 from hpctrain.schedule import Conductor, Course, Pace, RateCourse, Rule, RunClock, SteppedCourse, interval, run_total
 from hpctrain.schedulers import stepped_course
 from hpctrain.strategies.base import Strategy, roles_of
+from hpctrain.wrappers import check_model
 
 MOST_AHEAD = 4
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 @dataclass
-class Prepared:
-    """The parts of a run, the same on all ranks. `roles[i]`: of phase i; `batch`: samples per worker and round."""
+class Measurable:
+    """What an evaluation needs of a job: data, model, loss and metric, and in what arithmetic and where."""
 
     job: Job
     device: torch.device
     splits: Splits
-    order: Order
     model: nn.Module
-    replica: Replica
-    optimizer: OptimizerChoice
     loss: Callable[..., Any]
     metric: Callable[..., Any]
+
+    def move(self, batch: Batch) -> Batch:
+        """The batch on the device, floating-point inputs in the job's precision."""
+        dtype = DTYPES.get(self.job.train.precision, torch.float32)
+        if self.device.type == "cpu" and dtype is torch.float32:
+            return batch
+        return Batch(_to(batch.inputs, self.device, dtype), _to(batch.targets, self.device, None), batch.size)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic that train.precision asks for."""
+        if self.job.train.precision == "mixed_bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+
+@dataclass
+class Prepared(Measurable):
+    """The parts of a run, the same on all ranks. `roles[i]`: of phase i; `batch`: samples per worker and round."""
+
+    order: Order
+    replica: Replica
+    optimizer: OptimizerChoice
     roles: list[Roles]
     batch: int
     total: int
@@ -129,26 +149,21 @@ class Prepared:
             seed=self.job.seed,
         )
 
-    def move(self, batch: Batch) -> Batch:
-        """The batch on the device, floating-point inputs in the job's precision."""
-        dtype = DTYPES.get(self.job.train.precision, torch.float32)
-        if self.device.type == "cpu" and dtype is torch.float32:
-            return batch
-        return Batch(_to(batch.inputs, self.device, dtype), _to(batch.targets, self.device, None), batch.size)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The arithmetic that train.precision asks for."""
-        if self.job.train.precision == "mixed_bfloat16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
+def prepare_evaluation(job: Job, comm: Communicator) -> Measurable:
+    """Build what an evaluation needs, whatever schedule the job has. Not collective; as `prepare` in what it raises."""
+    device = _device(job, comm)
+    splits = load_data(job)
+    model = _model(job, device)
+    loss = losses.bind(job.loss, device)
+    return Measurable(job, device, splits, model, loss, metrics.bind(job.metric, loss))
 
 
 def prepare(job: Job, comm: Communicator) -> Prepared:
     """Build everything. Not collective, but done by all ranks alike; raises HpctrainErrors of every kind."""
-    device = _device(job, comm)
     roles = roles_of(job, comm.nodes)
-    splits = load_data(job)
-    model = _model(job, device)
+    parts = prepare_evaluation(job, comm)
+    device, splits, model = parts.device, parts.splits, parts.model
     norms = BatchNorms(model) if job.train.sync_batchnorm else None
     groups = job.optimizer.groups
     replica = Replica(model, groups.bind(positional=1)(model) if groups is not None else None)
@@ -170,9 +185,8 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     course = stepped_course(job, optimizer, clock, warmup, counts_epochs=epoch is not None) or Course(
         schedule.bind(positional=1), {}, warmup, total
     )
-    loss, metric = losses.bind(job.loss, device), job.metric.bind(positional=2)
     prepared = Prepared(
-        job, device, splits, order, model, replica, optimizer, loss, metric, roles, batch, total, course,
+        job, device, splits, model, parts.loss, parts.metric, order, replica, optimizer, roles, batch, total, course,
         norms,
     )  # fmt: skip
     _check_schedule(prepared)
@@ -249,6 +263,7 @@ def _model(job: Job, device: torch.device) -> nn.Module:
             f"model.name = {job.model.name!r} has lazy parameters whose shapes are not known yet; "
             "give the layers their sizes"
         )
+    check_model(f"model.name = {job.model.name!r}", model)
     return model.to(device=device, dtype=DTYPES.get(job.train.precision, torch.float32)).train()
 
 
