@@ -28,6 +28,7 @@ UNDER_MPI = -m pytest -q --color=no --with-mpi --timeout 120 --timeout-method=th
 
 demo: $(MPICH)/.installed
 	$(MPICH)/bin/hpctrain run -n 4 jobs/digits.toml
+	@echo 'To use the hpctrain command in this shell: source $(MPICH)/bin/activate'
 
 test: test-unit test-mpich test-openmpi
 

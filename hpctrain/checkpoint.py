@@ -20,6 +20,7 @@ from hpctrain.filenames import MODEL
 from hpctrain.replica import as_array, as_tensor
 from hpctrain.state import State
 from hpctrain.untrained import digest
+from hpctrain.wrappers import plain_name
 
 FORMAT = "hpctrain-checkpoint-1"
 
@@ -105,20 +106,28 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    path: Path, fingerprint: str, names: Mapping[str, tuple[int, ...]], rest: Mapping[str, Tensor] | None = None
+    path: Path,
+    fingerprint: str,
+    names: Mapping[str, tuple[int, ...]],
+    rest: Mapping[str, Tensor] | None = None,
+    wrapped: str = "",
 ) -> Checkpoint:
     """Read one, checking that it is whole and of this model (`names`: parameter shapes; `rest`: what else the model
     holds, as built now). CheckpointError if not.
+
+    `wrapped`: the model's fingerprint by the names that torch.compile gives, by which older versions saved it.
     """
-    head, tensors = _read(path)
+    head, saved = _read(path)
+    tensors = {plain_name(name): tensor for name, tensor in saved.items()}
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of hpctrain (or one of another version of it); remove it")
     parameters = _below(tensors, "parameter/")
     try:
-        if head["fingerprint"] != fingerprint:
+        if head["fingerprint"] not in (fingerprint, wrapped):
             raise CheckpointError(f"{path} is a checkpoint of another model: {_difference(parameters, names)}")
         numbers = head["state"]
-        state = State(0, numbers["high"], {}, {}, numbers["groups"], numbers["counters"], numbers["rule"])
+        groups = {plain_name(name): group for name, group in numbers["groups"].items()}
+        state = State(0, numbers["high"], {}, {}, groups, numbers["counters"], numbers["rule"])
         for name, tensor in _below(tensors, "state/").items():
             state.place(name, as_array(tensor))
         workers = [_below(tensors, f"worker/{index}/") for index in range(head["workers"])]

@@ -171,8 +171,7 @@ def _run(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from hpctrain.training import evaluate_run
 
-    loss, metric, name = evaluate_run(options.run)
-    print(f"test loss {loss:.4f}\ntest {name} {metric:.4f}")
+    print("\n".join(evaluate_run(options.run)))
     return 0
 
 

@@ -105,7 +105,9 @@ class Metric(Named):
     KIND = "metric"
     name: str = Field(
         default="accuracy",
-        description="function of (outputs, targets); further keys are its keyword arguments",
+        description="function of a batch's (outputs, targets) that returns a number, its mean over the batch; or a pair "
+        "(sum, weight); or a dictionary of these, whose first entry is the metric. Further keys are its keyword "
+        "arguments; accuracy has dim, ignore_index and threshold",
     )
     goal: Literal["max", "min"] = Field(default="max", description="whether more of the metric is better, or less")
 
@@ -117,11 +119,29 @@ class LearningRate(Named):
     KEPT = ("warmup",)
     name: str = Field(
         default="constant",
-        description="the course after the warm-up; further keys are its function's keyword arguments",
+        description="the course after the warm-up: a function of the share of the run that is done, which returns the "
+        "factor of optimizer.lr; or a class of torch.optim.lr_scheduler; or a function of the optimizer that returns "
+        "such a scheduler. Further keys are its keyword arguments",
     )
     warmup: Amount | None = Field(
         default=None, description="linear rise from 0 to optimizer.lr at the start; none if left out"
     )
+    unit: Literal["epochs", "steps"] | None = Field(
+        default=None,
+        description="after what a scheduler is stepped, counted from the start of the run: every epoch, or every round "
+        "(of the first phase's workers); left out: the unit in which the run's length is given, but always rounds for "
+        "OneCycleLR and CyclicLR",
+    )
+
+    @classmethod
+    def _check_object(cls, thing: object) -> None:
+        if hasattr(thing, "get_last_lr") and not isinstance(thing, type):
+            fail(
+                (),
+                thing,
+                "must be the scheduler's class, its arguments beside it, or a function of the optimizer that makes it",
+            )
+        super()._check_object(thing)
 
 
 class Groups(Named):
@@ -235,6 +255,11 @@ class Train(Table):
         default_factory=lambda: Amount(epochs=1.0),
         description="how often to evaluate; {fraction = 1} for the end only",
     )
+    evaluate_batch: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
+        default=None,
+        description="samples per worker and forward pass in evaluations; left out: train.batch_size",
+        json_schema_extra={"default": "train.batch_size"},
+    )
     checkpoint_every: Amount | None = Field(
         default=None,
         description="how often to save a checkpoint; left out: only when the run ends or is interrupted",
@@ -260,6 +285,11 @@ class Train(Table):
         'pattern other than "*" matches them',
         json_schema_extra={"allowed": '"rank0", "mean", "own"'},
     )
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Samples per worker and forward pass in evaluations."""
+        return self.batch_size if self.evaluate_batch is None else self.evaluate_batch
 
     @model_validator(mode="before")
     @classmethod

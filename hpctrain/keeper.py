@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from hpctrain.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sa
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import CheckpointError
 from hpctrain.prepare import Prepared
-from hpctrain.replica import as_array
+from hpctrain.replica import Layout, as_array
 from hpctrain.runfolder import Narrator
 from hpctrain.state import State, recv_state, send_state
 from hpctrain.strategies.base import Phase
 from hpctrain.untrained import from_raw, raw
+from hpctrain.wrappers import named_parameters, plain_name, plain_state
 
 
 @dataclass
@@ -105,11 +106,18 @@ class Keeper:
     def _load(self) -> Checkpoint:
         layout, rest = self.prepared.replica.layout, self.prepared.untrained.rest()
         path = runfolder.newest_checkpoint(self.folder)
-        found = load_checkpoint(path, layout.fingerprint(), {slot.name: slot.shape for slot in layout.slots}, rest)
+        shapes, wrapped = {slot.name: slot.shape for slot in layout.slots}, self._wrapped_layout().fingerprint()
+        found = load_checkpoint(path, layout.fingerprint(), shapes, rest, wrapped)
         for name in [n.removeprefix("buffer/") for own in found.workers for n in own if n.startswith("buffer/")]:
             if not self.prepared.untrained.has_place_for(name):
                 raise CheckpointError(f"{path} is a checkpoint of another model: this one has no buffer {name}")
         return found
+
+    def _wrapped_layout(self) -> Layout:
+        """The layout by the model's own names, which torch.compile changes."""
+        layout = self.prepared.replica.layout
+        own = {plain_name(name): name for name, _ in self.prepared.model.named_parameters()}
+        return replace(layout, slots=tuple(replace(slot, name=own[slot.name]) for slot in layout.slots))
 
     def _check_resumable(self, head: dict[str, Any]) -> None:
         if head["size"] != self.comm.size:
@@ -128,7 +136,7 @@ class Keeper:
 
     def _adopt_parameters(self, parameters: dict[str, Tensor]) -> None:
         with torch.no_grad():
-            own = dict(self.prepared.model.named_parameters())
+            own = dict(named_parameters(self.prepared.model))
             for name, value in parameters.items():
                 own[name].copy_(value)
 
@@ -150,7 +158,7 @@ class Keeper:
     def save_model(self) -> None:
         """model.safetensors, from this rank's model. Not collective; raises CheckpointError."""
         # One key: safetensors writes several in an order that changes, and equal runs shall give equal files.
-        save_model(self.folder, _untied(self.prepared.model.state_dict()), {"format": "pt"})
+        save_model(self.folder, _untied(plain_state(self.prepared.model)), {"format": "pt"})
 
 
 def packed(tensors: dict[str, Tensor]) -> State:
@@ -166,5 +174,5 @@ def unpacked(piece: State) -> dict[str, Tensor]:
 
 
 def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, so that tied tensors can be saved under all their names; a module's extra state is no tensor."""
-    return {n: t.detach().clone().contiguous() for n, t in tensors.items() if isinstance(t, Tensor)}
+    """Copies, so that tied tensors can be saved under all their names."""
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}

@@ -21,7 +21,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import place_arenas
 from hpctrain.data.loader import Batch
 from hpctrain.errors import ClusterError, HpctrainError
-from hpctrain.evaluate import evaluate
+from hpctrain.evaluate import Evaluation, evaluate
 from hpctrain.interrupt import StopSignals
 from hpctrain.job import Job
 from hpctrain.keeper import Keeper
@@ -44,8 +44,8 @@ class Result:
     """What a run gave. `model`: trained, as in model.safetensors, on every rank, in memory of its own (after an
     interruption: on ranks that were workers).
 
-    `metrics`: {"loss": ..., "metric": ...} of the test part (or validation, without one); empty where there is
-    neither, and after an interruption. `folder`: the run folder. `phases`: what became of each.
+    `metrics`: {"loss": ..., "metric": ...} of the test part (or validation, without one), and "metric.NAME" of each
+    entry of a metric that returns a dictionary; empty where there is neither part, and after an interruption. `folder`: the run folder. `phases`: what became of each.
     """
 
     model: nn.Module
@@ -244,6 +244,8 @@ class Session:
                 f"{layers[0]} is a SyncBatchNorm layer, which normalises over each worker's own samples as long as "
                 "train.sync_batchnorm is false"
             )
+        for note in self.prepared.notes():
+            self.out.say(f"note: {note}")
         if self._resume is not None:
             if comm.rank == 0:
                 runfolder.forget_metrics(self.folder, self.books.cursor)
@@ -539,25 +541,27 @@ class Session:
             return None, None
         assert self._phase is not None and self._phase.workers is not None
         with self._strategy.settled():
-            _, metric = self._measure(self._phase.workers, name, dataset)
+            metric = self._measure(self._phase.workers, name, dataset).metric
         conductor = self._phase.conductor
         ruled = conductor.evaluated(self.books.cursor, metric)
         return self.progress.judge(metric), conductor.why if ruled else None
 
-    def _measure(self, comm: Communicator, name: str, dataset: Any) -> tuple[float, float]:
+    def _measure(self, comm: Communicator, name: str, dataset: Any) -> Evaluation:
         prepared, books = self.prepared, self.books
         with comm.span("evaluate"), prepared.untrained.agreed(comm):
-            loss, metric = evaluate(
-                self.model, dataset, prepared.loss, prepared.metric, comm, 256, prepared.move, prepared.autocast
-            )
+            found = evaluate(
+                self.model, dataset, prepared.loss, prepared.metric, comm, self.job.train.evaluation_batch,
+                prepared.move, prepared.autocast, self.job.metric.name,
+            )  # fmt: skip
         epoch = books.cursor / prepared.epoch
         seconds = sum(summary.seconds for summary in books.summaries)
         if comm.rank == 0:
             runfolder.append_metrics(
-                self.folder, books.step, books.cursor, epoch, seconds, name, loss, metric
+                self.folder, books.step, books.cursor, epoch, seconds, name, found.plain()
             )
-        self.out.say(f"epoch {epoch:.2f}: {name} loss {loss:.4f}, {self.job.metric.name} {metric:.4f}")
-        return loss, metric
+        first, *others = found.text(name, self.job.metric.name)
+        self.out.say(f"epoch {epoch:.2f}: {', '.join([first, *(text.removeprefix(f'{name} ') for text in others)])}")
+        return found
 
     def _checkpoint(self, ending: str) -> None:
         """`ending`: what ends here before the run's samples are used up: nothing ("on"), "phase", or all ("stop").
@@ -577,8 +581,7 @@ class Session:
         name, dataset = ("test", splits.test) if splits.test is not None else ("validation", splits.validation)
         if not interrupted:
             if dataset is not None and phase.workers is not None:
-                loss, metric = self._measure(phase.workers, name, dataset)
-                metrics = {"loss": loss, "metric": metric}
+                metrics = self._measure(phase.workers, name, dataset).plain()
             metrics = self.comm.broadcast_json(metrics)
             self.keeper.settle_model(phase)
             agreed(self.comm, self.keeper.save_model if self.comm.rank == 0 else lambda: None)

@@ -144,7 +144,7 @@ class OptimizerChoice:
             raise ModelError(f"{self._words()}: {_line(error)}") from error
 
 
-def _momentum_of(group: dict[str, Any]) -> float:
+def momentum_of(group: dict[str, Any]) -> float:
     """The momentum of a torch optimizer's parameter group; 0 where it has none."""
     return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
 
@@ -277,7 +277,7 @@ class Update(ABC):
             self._optimizer = choice.build(groups)
             self._rates = [group["lr"] for group in self._optimizer.param_groups]
             self._adaptive = choice.adaptive
-            self._momenta = [_momentum_of(group) for group in self._optimizer.param_groups]
+            self._momenta = [momentum_of(group) for group in self._optimizer.param_groups]
             self._group_of = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
 
     def _revive(self, value: list[Any], parameter: torch.Tensor) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpctrain import losses, registry
+from hpctrain import losses, metrics, registry
 from hpctrain.batchnorm import BatchNorms
 from hpctrain.cluster import Roles, device_for, threads_for
 from hpctrain.comm.base import Communicator
@@ -24,33 +24,69 @@ from hpctrain.jobtables import Enter
 from hpctrain.optimizer import OptimizerChoice
 from hpctrain.precision import bring
 from hpctrain.replica import Replica
-from hpctrain.schedule import Conductor, Course, Pace, Rule, RunClock, interval, run_total
+from hpctrain.schedule import Conductor, Course, Pace, RateCourse, Rule, RunClock, SteppedCourse, interval, run_total
+from hpctrain.schedulers import stepped_course
 from hpctrain.strategies.base import Strategy, roles_of
 from hpctrain.untrained import Untrained
+from hpctrain.wrappers import check_model
 
 MOST_AHEAD = 4
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 @dataclass
-class Prepared:
-    """The parts of a run, the same on all ranks. `roles[i]`: of phase i; `batch`: samples per worker and round."""
+class Measurable:
+    """What an evaluation needs of a job: data, model, loss and metric, and in what arithmetic and where."""
 
     job: Job
     device: torch.device
     splits: Splits
-    order: Order
     model: nn.Module
+    loss: Callable[..., Any]
+    metric: Callable[..., Any]
+
+    def move(self, batch: Batch) -> Batch:
+        """The batch on the device, floating-point inputs in the job's precision."""
+        dtype = DTYPES.get(self.job.train.precision, torch.float32)
+        if self.device.type == "cpu" and dtype is torch.float32:
+            return batch
+        return Batch(_to(batch.inputs, self.device, dtype), _to(batch.targets, self.device, None), batch.size)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic that train.precision asks for."""
+        if self.job.train.precision == "mixed_bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+
+@dataclass
+class Prepared(Measurable):
+    """The parts of a run, the same on all ranks. `roles[i]`: of phase i; `batch`: samples per worker and round."""
+
+    order: Order
     replica: Replica
     untrained: Untrained
     optimizer: OptimizerChoice
-    loss: Callable[..., Any]
-    metric: Callable[..., Any]
     roles: list[Roles]
     batch: int
     total: int
-    course: Course
+    course: RateCourse
     norms: BatchNorms | None = None
+
+    def notes(self) -> Iterator[str]:
+        """What the user should know before the run begins, though nothing is wrong: a sentence each."""
+        if isinstance(self.course, SteppedCourse) and self.job.optimizer.schedule.unit is None:
+            yield (
+                f"optimizer.schedule is stepped after every {'epoch' if self.course.by_epoch else 'round'}; "
+                f"optimizer.schedule.unit changes that"
+            )
+        for index, phase in enumerate(self.job.schedule):
+            rule = self.rule(index, 0)
+            if rule is not None and (why := rule.too_short()) is not None:
+                yield (
+                    f"{self.job.key(index, 'until')} cannot end phase {index} in this run, so "
+                    f"{phase.strategy.name} trains to the run's end: {why}"
+                )
 
     def clock(self, phase: int) -> RunClock:
         """The units of that phase."""
@@ -93,7 +129,7 @@ class Prepared:
         enter, workers = self.job.schedule[phase].enter or Enter(), len(self.roles[phase].workers)
         scale = enter.scale if enter.scale is not None else 1.0 / workers
         ramp = self.clock(phase).samples(enter.ramp)
-        return Pace(self.course, start, enter.learning_rate, enter.momentum, scale, ramp, self.total)
+        return Pace(self.course, start, enter.learning_rate, enter.momentum, scale, ramp)
 
     @property
     def ahead(self) -> int:
@@ -117,26 +153,21 @@ class Prepared:
             workers=workers,
         )
 
-    def move(self, batch: Batch) -> Batch:
-        """The batch on the device, floating-point inputs in the job's precision."""
-        dtype = DTYPES.get(self.job.train.precision, torch.float32)
-        if self.device.type == "cpu" and dtype is torch.float32:
-            return batch
-        return Batch(_to(batch.inputs, self.device, dtype), _to(batch.targets, self.device, None), batch.size)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The arithmetic that train.precision asks for."""
-        if self.job.train.precision == "mixed_bfloat16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
+def prepare_evaluation(job: Job, comm: Communicator) -> Measurable:
+    """Build what an evaluation needs, whatever schedule the job has. Not collective; as `prepare` in what it raises."""
+    device = _device(job, comm)
+    splits = load_data(job)
+    model = _model(job, device)
+    loss = losses.bind(job.loss, device)
+    return Measurable(job, device, splits, model, loss, metrics.bind(job.metric, loss))
 
 
 def prepare(job: Job, comm: Communicator) -> Prepared:
     """Build everything. Not collective, but done by all ranks alike; raises HpctrainErrors of every kind."""
-    device = _device(job, comm)
     roles = roles_of(job, comm.nodes)
-    splits = load_data(job)
-    model = _model(job, device)
+    parts = prepare_evaluation(job, comm)
+    device, splits, model = parts.device, parts.splits, parts.model
     norms = BatchNorms(model) if job.train.sync_batchnorm else None
     groups = job.optimizer.groups
     replica = Replica(model, groups.bind(positional=1)(model) if groups is not None else None)
@@ -156,10 +187,12 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     schedule = job.optimizer.schedule
     clock = RunClock(epoch or total, batch * len(roles[0].workers), total)
     warmup = clock.samples(schedule.warmup) if schedule.warmup is not None else 0
-    course = Course(schedule.bind(positional=1), {}, warmup, total)
-    loss, metric = losses.bind(job.loss, device), job.metric.bind(positional=2)
+    course = stepped_course(job, optimizer, clock, warmup, counts_epochs=epoch is not None) or Course(
+        schedule.bind(positional=1), {}, warmup, total
+    )
     prepared = Prepared(
-        job, device, splits, order, model, replica, untrained, optimizer, loss, metric, roles, batch, total, course,
+        job, device, splits, model, parts.loss, parts.metric, order, replica, untrained, optimizer, roles, batch, total,
+        course,
         norms,
     )  # fmt: skip
     _check_schedule(prepared)
@@ -236,6 +269,7 @@ def _model(job: Job, device: torch.device) -> nn.Module:
             f"model.name = {job.model.name!r} has lazy parameters whose shapes are not known yet; "
             "give the layers their sizes"
         )
+    check_model(f"model.name = {job.model.name!r}", model)
     return bring(model, device, DTYPES.get(job.train.precision, torch.float32)).train()
 
 

@@ -30,7 +30,7 @@ MODELS = {
 }
 DATASETS = {"digits": "hpctrain.data.digits:digits", "mnist": "hpctrain.data.mnist:mnist"}
 LOSSES = {"cross_entropy": "torch.nn.functional:cross_entropy", "mse": "torch.nn.functional:mse_loss"}
-METRICS = {"accuracy": "hpctrain.evaluate:accuracy"}
+METRICS = {"accuracy": "hpctrain.metrics:accuracy"}
 AUGMENTATIONS = {"shift": "hpctrain.data.augment:shift", "flip": "hpctrain.data.augment:flip"}
 SCHEDULES = {name: f"hpctrain.schedule:{name}" for name in ("constant", "linear", "cosine", "step")}
 GROUPS = {"decay": "hpctrain.optimizer:decay"}

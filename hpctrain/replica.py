@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hpctrain.comm.base import BFLOAT16, Arena, Buffer, Communicator
 from hpctrain.errors import ModelError
+from hpctrain.wrappers import named_parameters
 
 ALIGNMENT = 64  # bytes; every parameter begins on a cache line, as vector units and BLAS like it
 
@@ -100,7 +101,7 @@ class Replica:
 
     def __init__(self, model: nn.Module, groups: ParameterGroups | None = None) -> None:
         self.model = model
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        named = {name: p for name, p in named_parameters(model) if p.requires_grad}
         if not named:
             raise ModelError(
                 f"the model {type(model).__name__} has no trainable parameters; "
@@ -116,7 +117,7 @@ class Replica:
         self._shared: _SharedArenas | None = None
         self._watched: list[tuple[Slot, nn.Parameter, int, int]] = []
         self._owners = self._find_owners()
-        self._frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+        self._frozen = [(name, p) for name, p in named_parameters(model) if not p.requires_grad]
         self._used = bytearray(len(self._parameters))
         self._hooks: list[RemovableHandle] = []
 
@@ -142,8 +143,9 @@ class Replica:
             bounds.append(Group(low, offset, options))
         return Layout(tuple(slots), tuple(bounds), offset, NUMPY_DTYPES[dtype])
 
-    def _find_owners(self) -> list[tuple[dict[str, nn.Parameter | None], str]]:
-        """For every slot a module's own table of parameters, and the name in it."""
+    def _find_owners(self) -> list[tuple[Mapping[str, nn.Parameter | None], str]]:
+        """For every slot a module's own table of parameters (a scripted module's is no dictionary), and the name in
+        it."""
         found = {}
         for module in self.model.modules():
             for name, parameter in module._parameters.items():
@@ -281,7 +283,7 @@ class Replica:
                     "gradient are left alone"
                 )
         for (slot, parameter, value, gradient), (owner, name) in zip(self._watched, self._owners, strict=False):
-            if parameter.data_ptr() != value or owner.get(name) is not parameter:
+            if parameter.data_ptr() != value or name not in owner or owner[name] is not parameter:
                 raise ModelError(
                     f"parameter {slot.name} no longer lies in its arena: something assigned its .data or moved "
                     "the model (model.to(), .half(), load_state_dict(assign=True)); change it in place instead"

@@ -106,7 +106,7 @@ class LossRule(Rule, ABC):
         """Why the rule does not fire yet, whatever its statistic, or None."""
         return None
 
-    def unfit(self, evaluates: bool) -> str | None:
+    def too_short(self) -> str | None:
         needed, left = self.length * self.options.rounds, self.intervals.left()
         if left > needed:
             return None
@@ -300,7 +300,7 @@ class FunctionRule(Rule):
             "must return true or a text to end the phase"
         )
 
-    def unfit(self, evaluates: bool) -> str | None:
+    def too_short(self) -> str | None:
         left = self.intervals.left()
         if left > ROUNDS:
             return None

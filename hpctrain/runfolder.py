@@ -63,16 +63,17 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def append_metrics(
-    folder: Path, step: int, samples: int, epoch: float, seconds: float, split: str, loss: float, metric: float
+    folder: Path, step: int, samples: int, epoch: float, seconds: float, split: str, measured: dict[str, float]
 ) -> None:
-    """One row of metrics.csv."""
+    """One row of metrics.csv; `measured` by column: loss, metric, and more of the run's own, the same in every row."""
     path = folder / METRICS
     new = not path.exists()
     with open(path, "a", newline="") as file:
         writer = csv.writer(file)
         if new:
-            writer.writerow(COLUMNS)
-        writer.writerow([step, samples, f"{epoch:.4f}", f"{seconds:.3f}", split, f"{loss:.6g}", f"{metric:.6g}"])
+            writer.writerow([*COLUMNS, *(name for name in measured if name not in COLUMNS)])
+        values = [f"{value:.6g}" for value in measured.values()]
+        writer.writerow([step, samples, f"{epoch:.4f}", f"{seconds:.3f}", split, *values])
 
 
 def forget_metrics(folder: Path, samples: int) -> None:
@@ -83,7 +84,7 @@ def forget_metrics(folder: Path, samples: int) -> None:
     with open(path, newline="") as file:
         rows = list(csv.reader(file))
     place = COLUMNS.index("samples")
-    kept = rows[:1] + [row for row in rows[1:] if len(row) == len(COLUMNS) and int(row[place]) <= samples]
+    kept = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[place]) <= samples]
     beside = path.with_name(".metrics.csv.part")
     with open(beside, "w", newline="") as file:
         csv.writer(file).writerows(kept)

@@ -6,6 +6,7 @@ Pure: no torch, no MPI. The same decisions come out wherever the same numbers ar
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntFlag
@@ -139,6 +140,13 @@ class Rule:
         """
         return None
 
+    def too_short(self) -> str | None:
+        """Why this run is too short for the rule ever to end its phase, as a clause; None if it is long enough.
+
+        A run that was shortened is no mistake: the phase then lasts to its end.
+        """
+        return None
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep, as plain values: with it a new rule goes on as this one would have."""
         return {}
@@ -173,6 +181,11 @@ class After(Rule):
 
     def due(self, cursor: int) -> int | None:
         return max(self._end, cursor + 1)
+
+    def too_short(self) -> str | None:
+        if self._end < self.clock.total:
+            return None
+        return f"it ends a phase at sample {self._end:,} at the earliest, and the run has {self.clock.total:,}"
 
     @cached_property
     def _end(self) -> int:
@@ -303,33 +316,92 @@ def step(progress: float, gamma: float = 0.1, every: float = 1 / 3) -> float:
     return float(gamma ** int(progress / every + 1e-9))
 
 
+class RateCourse(ABC):
+    """The factors of the base learning rate and of momentum at every cursor of a run: a pure function of it."""
+
+    @abstractmethod
+    def factor(self, cursor: int) -> float:
+        """Of the learning rate, at `cursor` samples (the step that begins there)."""
+
+    def momentum(self, cursor: int) -> float:
+        """Of the momentum."""
+        return 1.0
+
+    @abstractmethod
+    def anew(self, start: int) -> RateCourse:
+        """The same course, begun at the cursor `start` and over what remains of the run from there."""
+
+
 @dataclass(frozen=True)
-class Course:
-    """The learning rate's factor at a cursor: a linear warm-up, then a course over what remains."""
+class Course(RateCourse):
+    """A linear warm-up, then a function of the share of what remains: from the cursor `start`, over `total` samples."""
 
     function: Any
     options: dict[str, Any]
     warmup: int
     total: int
+    start: int = 0
 
     def __post_init__(self) -> None:
         """JobError where the function fails, or gives what is no factor, at one of five points of the run."""
         for share in (0.0, 0.25, 0.5, 0.75, 1.0):
             try:
                 value = float(self.function(share, **self.options))
-            except (TypeError, ValueError, ArithmeticError) as error:
-                raise JobError(f"optimizer.schedule: {error}; check the keys of [optimizer.schedule]") from error
+            except Exception as error:  # a function of the user's may raise anything
+                raise JobError(
+                    f"optimizer.schedule: {str(error) or type(error).__name__}; check the keys of [optimizer.schedule] "
+                    "(a function there is called with the share of the run that is done, 0 to 1, and returns the "
+                    "factor of optimizer.lr)"
+                ) from error
             if not (math.isfinite(value) and value >= 0):
                 raise JobError(
                     f"optimizer.schedule: its factor at {share:.0%} of the run is {value:g}; expected a number >= 0"
                 )
 
     def factor(self, cursor: int) -> float:
-        """At `cursor` samples (the step that begins there)."""
-        if cursor < self.warmup:
-            return (cursor + 1) / (self.warmup + 1)
-        progress = min(1.0, (cursor - self.warmup) / max(1, self.total - self.warmup))
+        done = cursor - self.start
+        if done < self.warmup:
+            return (done + 1) / (self.warmup + 1)
+        progress = min(1.0, (done - self.warmup) / max(1, self.total - self.warmup))
         return float(self.function(progress, **self.options))
+
+    def anew(self, start: int) -> Course:
+        rest = max(1, self.total - start)
+        return Course(self.function, self.options, round(self.warmup * rest / max(1, self.total)), rest, start)
+
+
+@dataclass(frozen=True)
+class SteppedCourse(RateCourse):
+    """Factors out of a table of steps, such as torch's schedulers give, times a linear warm-up.
+
+    `factors(n)`: (of the learning rate, of the momentum) after n steps. A step is a round of `clock`, or an epoch
+    if `by_epoch`, counted from the cursor `start`; the warm-up does not delay them.
+    """
+
+    factors: Callable[[int], tuple[float, float]]
+    clock: RunClock
+    by_epoch: bool
+    warmup: int
+    start: int = 0
+
+    def factor(self, cursor: int) -> float:
+        done = cursor - self.start
+        warm = (done + 1) / (self.warmup + 1) if done < self.warmup else 1.0
+        return warm * self.factors(self.steps(cursor))[0]
+
+    def momentum(self, cursor: int) -> float:
+        return self.factors(self.steps(cursor))[1]
+
+    def steps(self, cursor: int) -> int:
+        """How many have been taken at `cursor`."""
+        if self.by_epoch:
+            return (cursor - self.start) // self.clock.epoch
+        return self.clock.rounds(cursor) - self.clock.rounds(self.start)
+
+    def anew(self, start: int) -> SteppedCourse:
+        total = self.clock.total
+        warmup = round(self.warmup * max(1, total - start) / max(1, total))
+        return SteppedCourse(self.factors, self.clock, self.by_epoch, warmup, start)
 
 
 @dataclass(frozen=True)
@@ -343,13 +415,12 @@ class Pace:
     rise to 1 over `ramp` samples; "reset": the optimizer's state is not handed over.
     """
 
-    course: Course
+    course: RateCourse
     start: int
     learning_rate: str
     momentum: str
     scale: float
     ramp: int
-    total: int
 
     @property
     def resets(self) -> bool:
@@ -364,12 +435,13 @@ class Pace:
     def rate(self, cursor: int) -> float:
         """The learning rate's factor for the step that begins at `cursor`."""
         if self.learning_rate == "reset":
-            return self._anew.factor(cursor - self.start)
+            return self._anew.factor(cursor)
         return self.course.factor(cursor) * self._factor(self.learning_rate, cursor)
 
     def momentum_factor(self, cursor: int) -> float:
         """The momentum's factor for the step that begins at `cursor`."""
-        return self._factor(self.momentum, cursor)
+        course = self._anew if self.learning_rate == "reset" else self.course
+        return course.momentum(cursor) * self._factor(self.momentum, cursor)
 
     def _factor(self, policy: str, cursor: int) -> float:
         if policy == "scale":
@@ -377,6 +449,5 @@ class Pace:
         return min(1.0, (cursor - self.start + 1) / (self.ramp + 1)) if policy == "ramp" else 1.0
 
     @cached_property
-    def _anew(self) -> Course:
-        course, rest = self.course, max(1, self.total - self.start)
-        return Course(course.function, course.options, round(course.warmup * rest / max(1, self.total)), rest)
+    def _anew(self) -> RateCourse:
+        return self.course.anew(self.start)

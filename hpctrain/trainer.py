@@ -15,6 +15,7 @@ from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.order import round_bounds
 from hpctrain.data.queue import Stretch
 from hpctrain.errors import HpctrainError
+from hpctrain.evaluate import explained
 from hpctrain.losses import check_differentiable, weigh
 from hpctrain.replica import Buckets
 from hpctrain.strategies.base import Outcome, Phase, Strategy
@@ -230,7 +231,7 @@ def fit(session: Session) -> None:
 
 def fit_batch(session: Session, batch: Batch) -> None:
     """What the standard loop does with a batch."""
-    with session.autocast():
+    with session.autocast(), explained(batch):
         loss = session.loss(session.model(batch.inputs), batch.targets)
     session.step(loss)
 

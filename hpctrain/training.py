@@ -16,6 +16,7 @@ from hpctrain.filenames import JOB, MODEL
 from hpctrain.strategies.base import roles_of
 
 if TYPE_CHECKING:
+    from hpctrain.comm.base import Communicator
     from hpctrain.job import Job
 
 INTERRUPTED = 130
@@ -64,30 +65,39 @@ def _exit(status: int) -> int:
     return status
 
 
-def evaluate_run(folder: Path) -> tuple[float, float, str]:
-    """(loss, metric, the metric's name) of a run's saved model on its test samples, on this process alone."""
+def evaluate_run(folder: Path) -> list[str]:
+    """Evaluate a run's saved model as the run did at its end: on the test samples, or else on those for validation.
+
+    On this process alone: of the job's schedule, ranks and device nothing matters here. Returns what came out, as
+    lines of text. Raises HpctrainErrors.
+    """
     from hpctrain.checkpoint import load_model
     from hpctrain.comm.virtual import World
     from hpctrain.errors import DataError
     from hpctrain.evaluate import evaluate
     from hpctrain.job import Job
-    from hpctrain.prepare import prepare
+    from hpctrain.prepare import prepare_evaluation
+    from hpctrain.wrappers import load_plain_state
 
-    job = Job.load(folder / JOB, ["strategy.name=all_reduce", "ranks=default"])
+    job = Job.load(folder / JOB, ["strategy=default", "phases=default"])
+    if job.device == "cuda":
+        job = job.override(["device=auto"])
     tensors = load_model(folder / MODEL)
 
-    def body(comm):  # type: ignore[no-untyped-def]
-        prepared = prepare(job, comm)
+    def body(comm: Communicator) -> list[str]:
+        parts = prepare_evaluation(job, comm)
         try:
-            prepared.model.load_state_dict(tensors)
+            load_plain_state(parts.model, tensors)
         except RuntimeError as error:
             raise CheckpointError(f"{folder / MODEL} is not of the job's model: {error}") from None
-        if prepared.splits.test is None:
-            raise DataError(f"data.name = {job.data.name!r} has no test samples to evaluate on")
-        return evaluate(
-            prepared.model, prepared.splits.test, prepared.loss, prepared.metric, comm, 256, prepared.move,
-            prepared.autocast,
+        splits = parts.splits
+        name, dataset = ("test", splits.test) if splits.test is not None else ("validation", splits.validation)
+        if dataset is None:
+            raise DataError(f"data.name = {job.data.name!r} has no test or validation samples to evaluate on")
+        found = evaluate(
+            parts.model, dataset, parts.loss, parts.metric, comm, job.train.evaluation_batch, parts.move,
+            parts.autocast, job.metric.name,
         )  # fmt: skip
+        return found.text(name, job.metric.name)
 
-    loss, metric = World(1).run(body)[0]
-    return loss, metric, job.metric.name
+    return World(1).run(body)[0]

@@ -25,6 +25,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.errors import ModelError
 from hpctrain.jobtables import Policy
 from hpctrain.registry import shown
+from hpctrain.wrappers import named_parameters, plain_name
 
 STATISTICS = ("running_mean", "running_var")
 OTHERS = "*"  # the pattern of all buffers that are no running statistics
@@ -63,8 +64,9 @@ class Untrained:
     def __init__(self, model: nn.Module, policies: Mapping[str, Policy] | None = None) -> None:
         self.model = model
         self._given = dict(policies or {})
-        self._frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-        names = [_join(path, name) for path, module in model.named_modules() for name, _ in module._buffers.items()]
+        self._frozen = [name for name, p in named_parameters(model) if not p.requires_grad]
+        places = [(path, name) for path, module in model.named_modules() for name in module._buffers]
+        names = [plain_name(_join(path, name)) for path, name in places]
         for pattern in self._given:
             if pattern != OTHERS and not any(fnmatchcase(name, pattern) for name in names):
                 known = shown(", ".join(names), 400) or "none"
@@ -73,22 +75,26 @@ class Untrained:
     # -- which there are -----------------------------------------------------------------------------------
     def frozen(self) -> dict[str, Tensor]:
         """Parameters that were frozen from the beginning, by name."""
-        return {name: self.model.get_parameter(name) for name in self._frozen}
+        own = dict(named_parameters(self.model))
+        return {name: own[name] for name in self._frozen}
 
     def buffers(self) -> dict[str, Tensor]:
         """Those that are saved with the model, by name; each worker has its own."""
         saved = self.model.state_dict(keep_vars=True)
-        return {name: b for name, b in self.model.named_buffers() if name in saved}
+        return {plain_name(name): b for name, b in self.model.named_buffers() if name in saved}
 
     def rest(self) -> dict[str, Tensor]:
         """What no worker has of its own and no strategy sees: frozen parameters, and buffers that are not saved."""
         saved = self.buffers()
-        return {**self.frozen(), **{name: b for name, b in self.model.named_buffers() if name not in saved}}
+        return {**self.frozen(), **{name: b for name, b in self._all_buffers().items() if name not in saved}}
+
+    def _all_buffers(self) -> dict[str, Tensor]:
+        return {plain_name(name): buffer for name, buffer in self.model.named_buffers()}
 
     def policies(self) -> dict[str, Policy]:
         """What evaluation and the saved model take of each saved buffer."""
         norms = [path for path, module in self.model.named_modules() if _normalises(module)]
-        statistics = {_join(path, name) for path in norms for name in STATISTICS}
+        statistics = {plain_name(_join(path, name)) for path in norms for name in STATISTICS}
         return {name: self._policy(name, name in statistics) for name in self.buffers()}
 
     def _policy(self, name: str, statistic: bool) -> Policy:
@@ -100,14 +106,16 @@ class Untrained:
     # -- rank 0's for others -------------------------------------------------------------------------------
     def share(self, comm: Communicator, ranks: Iterable[int] | None = None) -> None:
         """`ranks` (all, if left out) take rank 0's. Collective over `comm`; equal ones are not sent."""
-        tensors = {**self.frozen(), **dict(self.model.named_buffers())}
+        tensors = {**self.frozen(), **self._all_buffers()}
         wanted = set(range(comm.size) if ranks is None else ranks)
         if wanted:
             _broadcast(comm, tensors, wanted, self.put)
 
     def has_place_for(self, name: str) -> bool:
         """Whether there is the module that this parameter or buffer belongs to."""
-        return name.rpartition(".")[0] in dict(self.model.named_modules(remove_duplicate=False))
+        path = name.rpartition(".")[0]
+        paths = (plain_name(f"{other}.") for other, _ in self.model.named_modules(remove_duplicate=False) if other)
+        return not path or f"{path}." in paths
 
     def put(self, name: str, value: Tensor) -> Callable[[], None]:
         """Give that parameter or buffer a value; what is returned puts the old one back.
@@ -128,7 +136,7 @@ class Untrained:
 
     def _find(self, name: str) -> Tensor | None:
         path, _, last = name.rpartition(".")
-        module = self.model.get_submodule(path)
+        module = self._module(path)
         return module._buffers[last] if last in module._buffers else module._parameters.get(last)
 
     def _places(self, name: str, buffer: Tensor | None) -> list[tuple[nn.Module, str]]:
@@ -136,7 +144,14 @@ class Untrained:
         if buffer is not None:
             return [(m, key) for m in self.model.modules() for key, b in m._buffers.items() if b is buffer]
         path, _, last = name.rpartition(".")
-        return [(self.model.get_submodule(path), last)]
+        return [(self._module(path), last)]
+
+    def _module(self, path: str) -> nn.Module:
+        """By its plain name; inside what torch.compile made of it."""
+        module = self.model.get_submodule(path)
+        while "_orig_mod" in module._modules:
+            module = module.get_submodule("_orig_mod")
+        return module
 
     # -- as they are evaluated and saved ---------------------------------------------------------------------
     @contextmanager

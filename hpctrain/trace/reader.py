@@ -291,7 +291,8 @@ class Run:
             return pd.DataFrame()
         for name in frame.columns.drop("split", errors="ignore"):
             frame[name] = pd.to_numeric(frame[name], errors="coerce")
-        whole = frame.dropna(ignore_index=True)
+        own = [name for name in frame.columns if name.startswith("metric.")]  # of which each may be NaN
+        whole = frame.dropna(subset=frame.columns.drop(own), ignore_index=True)
         if len(whole) < len(frame):
             self._note(f"metrics.csv: {len(frame) - len(whole)} of {len(frame)} rows cannot be read")
         return whole

@@ -237,10 +237,11 @@ def test_a_function_of_the_program_itself_is_kept() -> None:
 )
 def test_a_run_too_short_for_one_window_is_told(keys: dict[str, Any], rounds: int, sentence: str) -> None:
     short = rule(keys, RunClock(100, 10, rounds * 10))
-    assert sentence in (short.unfit(True) or "")
-    assert sentence.split(",")[0] in (rule(keys, RunClock(100, 10, (rounds + 3) * 10), start=30).unfit(True) or "")
+    assert short.unfit(False) is None  # it is told, not refused: the run may merely have been shortened
+    assert sentence in (short.too_short() or "")
+    assert sentence.split(",")[0] in (rule(keys, RunClock(100, 10, (rounds + 3) * 10), start=30).too_short() or "")
     enough = RunClock(100, 10, (rounds + 1) * 10)
-    assert rule(keys, enough).unfit(False) is None
+    assert rule(keys, enough).too_short() is None
     conductor = Conductor(enough.total, 0, 0, rule(keys, enough))  # and one round more is really enough
     asks = [conductor.decide(i * 10, i * 10 + 10, 0.1 if i else 1.0, Ask.NOTHING) for i in range(rounds + 1)]
     assert any(ask & Ask.END_PHASE for ask in asks)
@@ -251,6 +252,12 @@ def test_target_needs_evaluations() -> None:
     assert made.unfit(True) is None
     assert "hold samples back with data.validation" in (made.unfit(False) or "")
     assert rule({"rule": "after", "steps": 3}).unfit(False) is None
+
+
+def test_an_amount_beyond_the_run_is_told() -> None:
+    short = rule({"rule": "after", "epochs": 2}, RunClock(100, 10, 200))
+    assert short.too_short() == "it ends a phase at sample 200 at the earliest, and the run has 200"
+    assert rule({"rule": "after", "epochs": 2}, RunClock(100, 10, 201)).too_short() is None
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------

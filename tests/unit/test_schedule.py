@@ -321,7 +321,7 @@ COURSE = Course(linear, {}, warmup=10, total=110)
 
 def pace(learning_rate: str, momentum: str = "keep", ramp: int = 0) -> Pace:
     """Of a phase that begins at 60 of 110 samples."""
-    return Pace(COURSE, 60, learning_rate, momentum, scale=0.25, ramp=ramp, total=110)
+    return Pace(COURSE, 60, learning_rate, momentum, scale=0.25, ramp=ramp)
 
 
 def test_the_course_goes_on_or_is_scaled() -> None:
@@ -334,9 +334,9 @@ def test_the_course_begins_anew_over_what_remains() -> None:
     """Its warm-up too: 10 of 110 samples become 5 of 50."""
     found = [pace("reset").rate(cursor) for cursor in (60, 62, 65, 110)]
     assert found == pytest.approx([1 / 6, 3 / 6, 1, 0])
-    whole = Pace(COURSE, 0, "reset", "keep", 1.0, 0, 110)
+    whole = Pace(COURSE, 0, "reset", "keep", 1.0, 0)
     assert [whole.rate(cursor) for cursor in range(111)] == [COURSE.factor(cursor) for cursor in range(111)]
-    assert Pace(COURSE, 110, "reset", "keep", 1.0, 0, 110).rate(110) >= 0
+    assert Pace(COURSE, 110, "reset", "keep", 1.0, 0).rate(110) >= 0
 
 
 def test_a_ramp_rises_to_the_course_and_never_stands_at_zero() -> None:
