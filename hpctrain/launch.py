@@ -133,6 +133,7 @@ class Session:
         self._phase: Phase | None = None
         self._state: State | None = None
         self._ending = "stop"
+        self._owed = Ask.NOTHING
         self._split: dict[Roles, tuple[Communicator, Communicator | None]] = {}
         self._ended = False
         self._why = ""
@@ -229,7 +230,7 @@ class Session:
             self.out.say(how)
         if self._resume is not None:
             if comm.rank == 0:
-                runfolder.forget_metrics(self.folder, self.books.cursor)
+                runfolder.forget_metrics(self.folder, self.books.cursor, owed=bool(self._owed & Ask.EVALUATE))
             self.out.say(f"resumed at sample {self.books.cursor:,} (step {self.books.step})")
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -331,7 +332,10 @@ class Session:
     def _work(self, phase: Phase) -> Iterator[Batch]:
         strategy = self.prepared.strategy(phase.index)
         strategy.join(phase, self._take_state())
-        yield from self._trainer_of(phase, strategy).batches()
+        trainer = self._trainer_of(phase, strategy)
+        if self._owed and self._pay():
+            trainer.end()
+        yield from trainer.batches()
         self._leave(phase, strategy)
 
     def _serve(self, phase: Phase) -> None:
@@ -413,7 +417,8 @@ class Session:
     def _account(self) -> dict[str, Any]:
         """Where the run stands, as plain values: what the ranks of the next phase and a checkpoint must know."""
         books = {**vars(self.books), "summaries": [vars(summary) for summary in self.books.summaries]}
-        return {"books": books, "stopping": vars(self.progress), "ending": self._ending, "why": self._why}
+        ending = {"ending": self._ending, "why": self._why, "owed": int(self._owed)}
+        return {"books": books, "stopping": vars(self.progress), **ending}
 
     def _take_account(self, told: dict[str, Any]) -> None:
         books = dict(told["books"])
@@ -421,6 +426,7 @@ class Session:
         self.books = Books(**books, summaries=summaries)
         self.progress = Progress(**told["stopping"])
         self._ending, self._why = told["ending"], told["why"]
+        self._owed = Ask(told.get("owed", 0))
 
     # -- steps -----------------------------------------------------------------------------------------------
     def stepped(self, trainer: Trainer, outcome: Outcome, loss: float, samples: int) -> bool:
@@ -446,7 +452,7 @@ class Session:
                 phase.wish = Ask.INTERRUPT
         if self.out.due():
             self._tell_progress(summary, epoch, outcome.loss)
-        return self._heed(outcome) if outcome.ask else False
+        return self._heed(outcome.ask, outcome.why, outcome.held) if outcome.ask else False
 
     def _updates_until(self, outcome: Outcome) -> int:
         """How many there were since this worker's last step: where workers do not step together, those of all."""
@@ -461,29 +467,44 @@ class Session:
             f"{share:3.0f} %  epoch {epoch:.2f}  step {self.books.step}  loss {loss:.4f}  {rate:,.0f} samples/s"
         )
 
-    def _heed(self, outcome: Outcome) -> bool:
-        ask, why, reason = outcome.ask, outcome.why, None
-        last = self.books.phase + 1 >= len(self.job.schedule)
+    def _heed(self, ask: Ask, why: str, held: int = 0) -> bool:
+        """Do what is asked for at this cursor. True if the phase ends here."""
+        with self._clock_stopped(0 if ask & (Ask.STOP | Ask.END_PHASE) else held):
+            if ask & Ask.INTERRUPT:
+                self._interrupt(ask, why)
+                return True
+            return self._carry_out(ask, why)
+
+    def _interrupt(self, ask: Ask, why: str) -> None:
+        """Save and leave, quickly: what else is due at this cursor is owed by the run that goes on from here."""
+        self._interrupted = True
+        if self._signals is not None:
+            self._signals.heed()
+        self._owed, self._why, self._ending = ask & (Ask.EVALUATE | Ask.END_PHASE), why, "on"
+        self._checkpoint("on")
+
+    def _pay(self) -> bool:
+        """Do what an interruption left to be done, as the run would have that was not interrupted. True if the phase
+        ends here. Collective over the workers."""
+        owed, self._owed = self._owed, Ask.NOTHING
+        return self._heed(owed | Ask.STOP if self.books.cursor >= self.prepared.total else owed, self._why)
+
+    def _carry_out(self, ask: Ask, why: str) -> bool:
+        reason, last = None, self.books.phase + 1 >= len(self.job.schedule)
         stops = bool(ask & Ask.STOP) or (last and bool(ask & Ask.END_PHASE))
-        with self._clock_stopped(0 if ask & (Ask.STOP | Ask.END_PHASE) else outcome.held):
-            if ask & Ask.EVALUATE and not ask & Ask.INTERRUPT:
-                reason, ruled = self._evaluate(stops)
-                if ruled is not None:
-                    ask, why, stops = ask | Ask.END_PHASE, ruled, stops or last
-            ends = bool(ask & (Ask.STOP | Ask.END_PHASE | Ask.INTERRUPT)) or reason is not None
-            if stops or reason is not None:
-                self._ending = "stop"
-            elif ask & Ask.END_PHASE:
-                self._ending, self._why = "phase", why
-            elif ask & Ask.INTERRUPT:
-                self._ending = "on"
-            self._interrupted = bool(ask & Ask.INTERRUPT)
-            if self._interrupted and self._signals is not None:
-                self._signals.heed()
-            if reason is not None:
-                self.out.say(f"stopped at sample {outcome.cursor:,}: {reason}")
-            if ask & Ask.CHECKPOINT or self._interrupted or (ends and self._ending == "stop"):
-                self._checkpoint(self._ending if ends and not ask & Ask.STOP else "on")
+        if ask & Ask.EVALUATE:
+            reason, ruled = self._evaluate(stops)
+            if ruled is not None:
+                ask, why, stops = ask | Ask.END_PHASE, ruled, stops or last
+        ends = bool(ask & (Ask.STOP | Ask.END_PHASE)) or reason is not None
+        if stops or reason is not None:
+            self._ending = "stop"
+        elif ask & Ask.END_PHASE:
+            self._ending, self._why = "phase", why
+        if reason is not None:
+            self.out.say(f"stopped at sample {self.books.cursor:,}: {reason}")
+        if ask & Ask.CHECKPOINT or (ends and self._ending == "stop"):
+            self._checkpoint(self._ending if ends and not ask & Ask.STOP else "on")
         return ends
 
     @contextmanager

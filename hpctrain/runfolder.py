@@ -75,15 +75,17 @@ def append_metrics(
         writer.writerow([step, samples, f"{epoch:.4f}", f"{seconds:.3f}", split, f"{loss:.6g}", f"{metric:.6g}"])
 
 
-def forget_metrics(folder: Path, samples: int) -> None:
-    """Take out the rows of metrics.csv from after `samples`, where a resumed run begins anew."""
+def forget_metrics(folder: Path, samples: int, owed: bool = False) -> None:
+    """Take out the rows of metrics.csv from after `samples`, where a resumed run begins anew; with `owed` also those
+    at it, which will be made there once more."""
     path = folder / METRICS
     if not path.exists():
         return
     with open(path, newline="") as file:
         rows = list(csv.reader(file))
     place = COLUMNS.index("samples")
-    kept = rows[:1] + [row for row in rows[1:] if len(row) == len(COLUMNS) and int(row[place]) <= samples]
+    last = samples - owed
+    kept = rows[:1] + [row for row in rows[1:] if len(row) == len(COLUMNS) and int(row[place]) <= last]
     beside = path.with_name(".metrics.csv.part")
     with open(beside, "w", newline="") as file:
         csv.writer(file).writerows(kept)
