@@ -4,10 +4,12 @@
 class HpctrainError(Exception):
     """A mistake that the user can mend: the message says what, where, what was expected and what to do.
 
-    `everywhere`: all ranks of the run raise it, so that none of them waits for another.
+    `everywhere`: all ranks of the run raise it, so that none of them waits for another. `status`: the exit status of
+    a job that ends with it.
     """
 
     everywhere = False
+    status = 2
 
 
 class JobError(HpctrainError):
@@ -32,6 +34,12 @@ class TraceError(HpctrainError):
 
 class ModelError(HpctrainError):
     """The model or optimizer cannot be trained as asked."""
+
+
+class LeftError(HpctrainError):
+    """A rank left the training loop, or ended its program, while others go on."""
+
+    status = 1
 
 
 class NanError(HpctrainError):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpctrain import runfolder
+from hpctrain import leaving, runfolder
 from hpctrain.agreement import agreed
 from hpctrain.cluster import Role, Roles
 from hpctrain.comm.base import Communicator
@@ -35,6 +35,8 @@ from hpctrain.trace.roles import Entry
 from hpctrain.trace.writer import next_attempt
 from hpctrain.tracing import Tracing
 from hpctrain.trainer import Trainer, fit
+
+LEAVING = GeneratorExit, SystemExit, KeyboardInterrupt  # with which a program ends that has not failed
 
 
 @dataclass
@@ -63,7 +65,8 @@ def train(
     """Run a job on all ranks of the MPI job (or of `comm`), by its own model, data and loss. Collective.
 
     `resume`: the run folder to go on in. Raises HpctrainError, on all ranks, for a user's mistakes; another
-    exception on one rank ends all ranks, its traceback first.
+    exception on one rank ends all ranks, its traceback first. So does sys.exit() on one rank; called on all ranks in
+    the same step it ends the run, and the program.
     """
     with session(job, comm, resume, out) as running:
         fit(running)
@@ -80,6 +83,8 @@ def session(
     """For a loop of your own: `for batch in s.batches(): ...; s.step(loss)`. Collective; all ranks run the body.
 
     On a server rank `s.batches()` serves, and yields nothing until its role changes. `s.result` is there after.
+    Ranks that leave the loop early (`break`, `return`, sys.exit()) all do so after the same number of steps: then the
+    run ends there, without a result. One that leaves alone ends the job, and is named (LeftError).
     """
     if comm is None:
         from hpctrain.comm.connect import connect
@@ -94,7 +99,7 @@ def _whole_job_fails_together(comm: Communicator) -> Iterator[None]:
     """What this rank raises and the others cannot know of ends them too; told first."""
     try:
         yield
-    except (GeneratorExit, SystemExit):
+    except (GeneratorExit, SystemExit):  # all ranks leave the loop, or another error would have come of it
         raise
     except BaseException as error:
         known = isinstance(error, HpctrainError) and error.everywhere
@@ -138,7 +143,7 @@ class Session:
         self._ended = False
         self._why = ""
         self._interrupted = False
-        self._begun = False
+        self._begun = self._over = self._left = False
         self._result: Result | None = None
 
     # -- what a user's loop uses -----------------------------------------------------------------------------
@@ -165,7 +170,8 @@ class Session:
     def result(self) -> Result:
         """What the run gave; once the session has ended."""
         if self._result is None:
-            raise HpctrainError("the session has no result: its batches() were not run to the end")
+            where = f" (left at sample {self.books.cursor:,})" if self._left else ""
+            raise HpctrainError(f"the session has no result: its batches() were not run to the end{where}")
         return self._result
 
     def step(self, loss: Tensor) -> None:
@@ -179,23 +185,37 @@ class Session:
         if self._begun:
             raise HpctrainError("batches() was called twice; a session is one run: open another one")
         self._begun = True
-        while True:
+        leaving.agree_to_begin(self.comm, None)
+        yield from self._course()
+
+    def _course(self) -> Iterator[Batch]:
+        """Phase after phase, from the one that is entered next."""
+        going = True
+        while going:
             phase = self._enter(self.books.phase)
             if phase.roles.of(self.comm.rank) is Role.WORKER:  # the role branch: there is no other
                 yield from self._work(phase)
             else:
                 self._serve(phase)
-            if not self._next_phase(phase):
-                break
+            going = self._conclude(phase)
+
+    def _conclude(self, phase: Phase) -> bool:
+        """What follows a phase. True if that is another. Collective over all ranks."""
+        if self._next_phase(phase):
             self._hand_over()
+            return True
         self._finish(phase)
+        return False
 
     # -- beginning -------------------------------------------------------------------------------------------
     def __enter__(self) -> Session:
         with ExitStack() as undo:  # of a run that cannot begin nothing is left
             undo.callback(lambda: runfolder.discard(self._made))
             undo.push(self._stack)
-            self._begin()
+            try:
+                self._begin()
+            except SystemExit as error:
+                raise leaving.ended_alone(error) if self.comm.size > 1 else error from None
             undo.pop_all()
         return self
 
@@ -234,9 +254,19 @@ class Session:
             self.out.say(f"resumed at sample {self.books.cursor:,} (step {self.books.step})")
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, Exception):
-            self.comm.recorder.event("failure", f"{type(error).__name__}: {error}")
-        self._stack.close()
+        with self._stack:
+            if isinstance(error, Exception):
+                self._note_failure(error)
+            elif not self._over and (error is None or isinstance(error, LEAVING)):
+                try:
+                    with leaving.says_that_it_waits(self.comm, self.books.step, error):
+                        self._depart(error)
+                except Exception as failure:
+                    self._note_failure(failure)
+                    raise
+
+    def _note_failure(self, error: Exception) -> None:
+        self.comm.recorder.event("failure", f"{type(error).__name__}: {error}")
 
     def _headline(self) -> str:
         layout, nodes = self.replica.layout, len(set(self.comm.nodes))
@@ -336,6 +366,8 @@ class Session:
         if self._owed and self._pay():
             trainer.end()
         yield from trainer.batches()
+        if self._over:  # left, and a batch asked for after all
+            raise HpctrainError("batches() was asked for a batch after its session had ended")
         self._leave(phase, strategy)
 
     def _serve(self, phase: Phase) -> None:
@@ -398,10 +430,12 @@ class Session:
         """Whether another phase follows. Collective over all ranks; rank 0, always a worker, knows."""
         self._ended = False
         account = self._account() if self.comm.rank == 0 else None
-        told = self.comm.gather_json([self.books.step, self._interrupted, account])
-        self._take_account(told[0][2])
-        self._interrupted = told[0][1]
-        self.books.step = max(step for step, _, _ in told)  # where workers do not step together, some took more
+        told = self.comm.gather_json([self.books.step, self._interrupted, self._left, account])
+        _, self._interrupted, self._left, account = told[0]
+        self._take_account(account)
+        self.books.step = max(row[0] for row in told)  # where workers do not step together, some took more
+        if self._left:
+            return False
         if self._ending != "phase" or self._interrupted or phase.index + 1 >= len(self.job.schedule):
             return False
         self.books.phase, self.books.phase_start = phase.index + 1, self.books.cursor
@@ -446,6 +480,8 @@ class Session:
         )  # fmt: skip
         recorder.step = trainer.steps
         self.tracing.tick()
+        if outcome.ask & Ask.LEAVE:
+            leaving.agree_to_leave(phase, books.step, leaves=False)
         if self._signals is not None:
             self._signals.stepped()
             if self._signals.asked:
@@ -561,13 +597,46 @@ class Session:
             account = {**self._account(), "ending": ending}
             self.keeper.save(self._phase, self._strategy.state(), account, self.books.cursor)
 
+    # -- leaving early ---------------------------------------------------------------------------------------
+    def _depart(self, error: BaseException | None) -> None:
+        """This rank's program leaves before the run has ended. If all do, the run ends here; else raises LeftError.
+        Collective, with what those do who go on."""
+        phase, trainer = self._phase, self._trainer
+        if not self._begun:
+            leaving.agree_to_begin(self.comm, leaving.words(error))
+            self._over = True
+            return
+        if phase is None or trainer is None or trainer.inside or isinstance(error, KeyboardInterrupt):
+            self._over = True
+            if self.comm.size > 1:  # within what all take part in nobody can leave together with others
+                where = f"in step {self.books.step}, where the others wait for it; leave it between steps, on all ranks"
+                raise leaving.left_alone([self.comm.rank], leaving.words(error), where, leaving.status_of(error))
+            return
+        if not trainer.ended:
+            self._withdraw(phase, trainer, error)
+        self._leave(phase, self._strategy)
+        if self._conclude(phase):  # the loop was left where the phase had ended
+            for _ in self._course():
+                self._depart(error)
+                return
+
+    def _withdraw(self, phase: Phase, trainer: Trainer, error: BaseException | None) -> None:
+        assert phase.workers is not None
+        if self.prepared.norms is not None and not leaving.all_come(phase.workers):
+            where, how = f"at step {self.books.step} {leaving.ALONE}", leaving.words(error)
+            raise leaving.left_alone([self.comm.rank], how, where, leaving.status_of(error))
+        trainer.withdraw()
+        self.books.cursor = phase.cursor
+        leaving.agree_to_leave(phase, self.books.step, True, error)
+        self._left = True
+
     # -- the end ---------------------------------------------------------------------------------------------
     def _finish(self, phase: Phase) -> None:
         """Test, save the model, tell. Collective over all ranks."""
         metrics: dict[str, float] = {}
         interrupted, splits = self._interrupted, self.prepared.splits
         name, dataset = ("test", splits.test) if splits.test is not None else ("validation", splits.validation)
-        if not interrupted:
+        if not interrupted and not self._left:
             if dataset is not None and phase.workers is not None:
                 loss, metric = self._measure(phase.workers, name, dataset)
                 metrics = {"loss": loss, "metric": metric}
@@ -580,6 +649,10 @@ class Session:
                 workers.free()
             comm.free()
         self.tracing.finish()
+        self._over = True
+        if self._left:
+            self.out.say(f"left at sample {self.books.cursor:,} (step {self.books.step}); run folder {self.folder}")
+            return
         self._result = Result(
             self.model, self.folder, metrics, self.books.summaries, self.books.cursor, interrupted
         )

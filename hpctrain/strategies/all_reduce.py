@@ -77,6 +77,7 @@ class AllReduce(Strategy):
         total = int(table[:, 0].sum())
         mean = float((table[:, 0] * table[:, 1]).sum() / max(1, total))
         skip = find_nan(phase, phase.roles.workers, table[:, 1].tolist(), phase.step)
+        skip = skip or not total  # all have left the loop
         if not skip:
             self._exchange.apply(total / phase.batch, phase.rate(phase.cursor))
             self.version += 1

@@ -201,6 +201,45 @@ def test_a_users_mistake_in_mid_training(mpi: launcher.Mpi, tmp_path: Path, who:
     assert "Traceback" not in ended.err
 
 
+LEAVING = """
+import sys
+import hpctrain
+from hpctrain.comm.connect import connect
+from tests import helpers
+
+comm = connect()
+def leave(strategy, ends):
+    job = helpers.make_job(sys.argv[1], strategy=strategy, trace={"enabled": True}, train={"epochs": 9})
+    with hpctrain.session(job, comm) as s:
+        for step, batch in enumerate(s.batches()):
+            if step == 5 and ends():
+                break
+            s.step(s.loss(s.model(batch.inputs), batch.targets))
+    print("after", strategy, flush=True)
+
+server = {"name": "parameter_server"}
+for strategy in ({"name": "all_reduce"}, {**server, "mode": "sync"}, {**server, "mode": "async", "colocated": True}):
+    leave(strategy, lambda: True)
+leave(server, lambda: comm.rank == 1 and sys.exit(9))
+"""
+
+
+def test_leaving_the_loop_together_and_alone(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    """All ranks come out of three sessions that they leave early; sys.exit() on one rank of a fourth ends them."""
+    program = tmp_path / "program.py"
+    program.write_text(LEAVING)
+    argv = [*mpi.command(3), sys.executable, str(program), str(tmp_path / "runs")]
+    ended = launch(argv, mpi, timeout=90)
+    assert ended.status == 9, ended
+    assert ended.out.count("after {'name': ") == 9, ended.out
+    assert ended.out.count("left at sample ") == 3, ended.out
+    assert ended.err.count("rank 1 left the training loop at step 5 while others go on") == 1, ended.err
+    assert "(sys.exit(9))" in ended.err
+    assert "Traceback" not in ended.err
+    for folder in sorted((tmp_path / "runs").iterdir())[:3]:
+        assert not [note for note in open_run(folder).notes if "not closed" in note]
+
+
 def test_a_loss_that_is_not_finite(mpi: launcher.Mpi, tmp_path: Path) -> None:
     job = write_job(tmp_path, 'strategy = {name = "parameter_server", mode = "sync"}')
     data = ["data.name=tests.helpers:points", "data.nan=30", "data.shuffle=false"]
