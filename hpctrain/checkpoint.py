@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hpctrain.errors import CheckpointError
-from hpctrain.filenames import MODEL
+from hpctrain.filenames import CHECKPOINTS, MODEL
 from hpctrain.replica import as_array, as_tensor
 from hpctrain.state import State
 
@@ -51,7 +51,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         "state": {"high": state.high, "groups": state.groups, "counters": state.counters, "rule": state.rule},
         "progress": checkpoint.progress,
     }
-    path = folder / "checkpoints" / f"{checkpoint.progress['cursor']:012d}.safetensors"
+    path = checkpoint_path(folder, checkpoint.progress["cursor"])
     _write(path, tensors, {"hpctrain": json.dumps(head)})
     with suppress(OSError):  # what cannot be removed harms nobody
         for old in list_checkpoints(folder)[:-keep]:
@@ -59,9 +59,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return path
 
 
+def checkpoint_path(folder: Path, cursor: int) -> Path:
+    """Where a run folder has the checkpoint of that cursor."""
+    return folder / CHECKPOINTS / f"{cursor:012d}.safetensors"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Those of a run folder, oldest first."""
-    found = [path for path in (folder / "checkpoints").glob("*.safetensors") if path.stem.isdecimal()]
+    found = [path for path in (folder / CHECKPOINTS).glob("*.safetensors") if path.stem.isdecimal()]
     return sorted(found, key=lambda path: int(path.stem))
 
 

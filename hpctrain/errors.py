@@ -1,5 +1,7 @@
 """What a user can do wrong, each a sentence: printed once by rank 0, exit status 2, never a traceback."""
 
+from typing import Any
+
 
 class HpctrainError(Exception):
     """A mistake that the user can mend: the message says what, where, what was expected and what to do.
@@ -26,6 +28,13 @@ class ClusterError(HpctrainError):
 
 class CheckpointError(HpctrainError):
     """A checkpoint is missing, truncated, foreign, or of another model or job."""
+
+
+class UnwrittenError(CheckpointError):
+    """A run has ended, but some of its files could not be written. `result`: what it gave, the model included."""
+
+    status = 1
+    result: Any = None
 
 
 class TraceError(HpctrainError):

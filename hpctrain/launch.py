@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hpctrain.cluster import Role, Roles
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import place_arenas
 from hpctrain.data.loader import Batch
-from hpctrain.errors import ClusterError, HpctrainError
+from hpctrain.errors import CheckpointError, ClusterError, HpctrainError, UnwrittenError
 from hpctrain.evaluate import evaluate
 from hpctrain.interrupt import StopSignals
 from hpctrain.job import Job
@@ -27,6 +27,7 @@ from hpctrain.optimizer import make_update
 from hpctrain.prepare import Prepared, prepare
 from hpctrain.replica import Replica
 from hpctrain.reserve import reserve
+from hpctrain.runfiles import RunFiles
 from hpctrain.runfolder import Narrator, PhaseSummary
 from hpctrain.schedule import Ask, Progress
 from hpctrain.state import State
@@ -66,7 +67,8 @@ def train(
 
     `resume`: the run folder to go on in. Raises HpctrainError, on all ranks, for a user's mistakes; another
     exception on one rank ends all ranks, its traceback first. So does sys.exit() on one rank; called on all ranks in
-    the same step it ends the run, and the program.
+    the same step it ends the run, and the program. Where files of the run cannot be written it goes on to its end, and
+    then raises UnwrittenError, on all ranks, which has the result.
     """
     with session(job, comm, resume, out) as running:
         fit(running)
@@ -233,7 +235,8 @@ class Session:
         if self._resume is None:
             self._made = agreed(comm, lambda: runfolder.create(job) if comm.rank == 0 else None)
         self.folder = Path(comm.broadcast_json(str(self._resume or self._made)))
-        self.keeper = Keeper(self.prepared, comm, self.folder, self.out)
+        self._files = RunFiles(self.folder, self.out) if comm.rank == 0 else None
+        self.keeper = Keeper(self.prepared, comm, self.folder, self._files)
         if self._resume is not None:
             self._state = self._restore()
         self.tracing = Tracing(comm, self.folder)
@@ -249,8 +252,7 @@ class Session:
         if how is not None:
             self.out.say(how)
         if self._resume is not None:
-            if comm.rank == 0:
-                runfolder.forget_metrics(self.folder, self.books.cursor, owed=bool(self._owed & Ask.EVALUATE))
+            agreed(comm, self._forget_metrics if comm.rank == 0 else lambda: None)
             self.out.say(f"resumed at sample {self.books.cursor:,} (step {self.books.step})")
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -282,6 +284,14 @@ class Session:
         self._take_account(head["account"])
         self._ended = self._ending != "on"
         return state
+
+    def _forget_metrics(self) -> None:
+        try:
+            runfolder.forget_metrics(self.folder, self.books.cursor, owed=bool(self._owed & Ask.EVALUATE))
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder}: its metrics.csv cannot be written ({error.strerror}); free space or mend permissions"
+            ) from None
 
     # -- phases ----------------------------------------------------------------------------------------------
     def _enter(self, index: int) -> Phase:
@@ -566,24 +576,27 @@ class Session:
         if dataset is None or (stops and (splits.validation is None or splits.test is None)):
             return None, None
         assert self._phase is not None and self._phase.workers is not None
+        workers = self._phase.workers
         with self._strategy.settled():
-            _, metric = self._measure(self._phase.workers, name, dataset)
+            _, metric = self._measure(workers, name, dataset, self.replica.averaged_buffers(workers))
         conductor = self._phase.conductor
         ruled = conductor.evaluated(self.books.cursor, metric)
         return self.progress.judge(metric), conductor.why if ruled else None
 
-    def _measure(self, comm: Communicator, name: str, dataset: Any) -> tuple[float, float]:
+    def _measure(
+        self, comm: Communicator, name: str, dataset: Any, buffers: AbstractContextManager[Any]
+    ) -> tuple[float, float]:
+        """(loss, metric), with all ranks' `buffers` equal. Collective over the workers."""
         prepared, books = self.prepared, self.books
-        with comm.span("evaluate"), self.replica.averaged_buffers(comm):
+        with comm.span("evaluate"), buffers:
             loss, metric = evaluate(
                 self.model, dataset, prepared.loss, prepared.metric, comm, 256, prepared.move, prepared.autocast
             )
         epoch = books.cursor / prepared.epoch
         seconds = sum(summary.seconds for summary in books.summaries)
-        if comm.rank == 0:
-            runfolder.append_metrics(
-                self.folder, books.step, books.cursor, epoch, seconds, name, loss, metric
-            )
+        if self._files is not None:
+            row = runfolder.metrics_row(books.step, books.cursor, epoch, seconds, name, loss, metric)
+            self._files.add_row(row)
         self.out.say(f"epoch {epoch:.2f}: {name} loss {loss:.4f}, {self.job.metric.name} {metric:.4f}")
         return loss, metric
 
@@ -632,43 +645,62 @@ class Session:
 
     # -- the end ---------------------------------------------------------------------------------------------
     def _finish(self, phase: Phase) -> None:
-        """Test, save the model, tell. Collective over all ranks."""
+        """Save the model, test, tell. Collective over all ranks. Raises UnwrittenError if files are missing."""
         metrics: dict[str, float] = {}
         interrupted, splits = self._interrupted, self.prepared.splits
         name, dataset = ("test", splits.test) if splits.test is not None else ("validation", splits.validation)
         if not interrupted and not self._left:
+            self.keeper.settle_model(phase)
+            self.keeper.save_model()  # first: should the test fail, the model is safe
             if dataset is not None and phase.workers is not None:
-                loss, metric = self._measure(phase.workers, name, dataset)
+                loss, metric = self._measure(phase.workers, name, dataset, nullcontext())
                 metrics = {"loss": loss, "metric": metric}
             metrics = self.comm.broadcast_json(metrics)
-            self.keeper.settle_model(phase)
-            agreed(self.comm, self.keeper.save_model if self.comm.rank == 0 else lambda: None)
         self.replica.release()
         for comm, workers in self._split.values():
             if workers is not None:
                 workers.free()
             comm.free()
         self.tracing.finish()
+        unwritten = self.comm.broadcast_json(self._close_files() if self._files is not None else None)
         self._over = True
         if self._left:
             self.out.say(f"left at sample {self.books.cursor:,} (step {self.books.step}); run folder {self.folder}")
+            self._tell_unwritten(unwritten)
             return
         self._result = Result(
             self.model, self.folder, metrics, self.books.summaries, self.books.cursor, interrupted
         )
-        self._tell_end(name, metrics, interrupted)
-        if self.job.trace.report and self.job.trace.enabled and self.comm.concurrent and not interrupted:
-            self._report()
-
-    def _tell_end(self, measured: str, metrics: dict[str, float], interrupted: bool) -> None:
         if interrupted:
-            text = f"interrupted at sample {self.books.cursor:,}; go on with: hpctrain train --resume {self.folder}"
-            if self._signals is not None and self.comm.rank == 0:
-                self._signals.say(text)
-            else:
-                self.out.say(text)
-            self.comm.barrier()  # a launcher that is held kills all ranks as soon as it is let go
+            self._tell_interruption(unwritten)
             return
+        self._tell_end(name, metrics)
+        if self.job.trace.report and self.job.trace.enabled and self.comm.concurrent:
+            self._report()
+        self._tell_unwritten(unwritten)
+
+    def _tell_unwritten(self, unwritten: str | None) -> None:
+        """On all ranks, after all else: a run whose files are missing has not come to a good end."""
+        if unwritten is not None:
+            error = UnwrittenError(f"the run has ended, but not all of it was saved: {unwritten}")
+            error.everywhere, error.result = True, self._result
+            raise error
+
+    def _close_files(self) -> str | None:
+        assert self._files is not None
+        self._files.write_rows()
+        return self._files.unwritten()
+
+    def _tell_interruption(self, unwritten: str | None) -> None:
+        told = "" if unwritten is None else f"not all of it was saved: {unwritten}; "
+        text = f"interrupted at sample {self.books.cursor:,}; {told}go on with: hpctrain train --resume {self.folder}"
+        if self._signals is not None and self.comm.rank == 0:
+            self._signals.say(text)
+        else:
+            self.out.say(text)
+        self.comm.barrier()  # a launcher that is held kills all ranks as soon as it is let go
+
+    def _tell_end(self, measured: str, metrics: dict[str, float]) -> None:
         self.out.say(runfolder.table(self.books.summaries))
         for summary in self.books.summaries:
             if summary.dropped:
@@ -685,6 +717,6 @@ class Session:
             try:
                 path, headline = write_report(self.folder)
                 self.out.say(f"{headline}\nreport {path}")
-            except HpctrainError as error:  # the run itself is safe
+            except (HpctrainError, OSError) as error:  # the run itself is safe
                 self.out.say(f"no report: {error}")
         self.comm.barrier()

@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -28,7 +30,11 @@ def create(job: Job) -> Path:
         folder = Path(job.output) / f"{job.name}-{stamp}{f'-{attempt}' if attempt else ''}"
         try:
             folder.mkdir(parents=True)
-            (folder / JOB).write_text(job.dump())
+            try:
+                (folder / JOB).write_text(job.dump())
+            except OSError:
+                discard(folder)
+                raise
             return folder
         except FileExistsError:
             if not Path(job.output).is_dir():
@@ -62,17 +68,24 @@ def newest_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
-def append_metrics(
-    folder: Path, step: int, samples: int, epoch: float, seconds: float, split: str, loss: float, metric: float
-) -> None:
+def metrics_row(
+    step: int, samples: int, epoch: float, seconds: float, split: str, loss: float, metric: float
+) -> list[str]:
     """One row of metrics.csv."""
+    return [str(step), str(samples), f"{epoch:.4f}", f"{seconds:.3f}", split, f"{loss:.6g}", f"{metric:.6g}"]
+
+
+def append_metrics(folder: Path, rows: Sequence[Sequence[str]]) -> None:
+    """Rows of metrics.csv, all or none. Raises OSError."""
     path = folder / METRICS
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerow([step, samples, f"{epoch:.4f}", f"{seconds:.3f}", split, f"{loss:.6g}", f"{metric:.6g}"])
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", newline="") as file:
+            csv.writer(file).writerows(rows if before else [COLUMNS, *rows])
+    except OSError:
+        with suppress(OSError):
+            os.truncate(path, before)  # half a row is none
+        raise
 
 
 def forget_metrics(folder: Path, samples: int, owed: bool = False) -> None:
@@ -185,5 +198,6 @@ class Narrator:
             self._open = False
 
     def _write(self, text: str) -> None:
-        self.out.write(text)
-        self.out.flush()
+        with suppress(OSError):  # a full disk, a closed pipe: the run goes on without a word
+            self.out.write(text)
+            self.out.flush()

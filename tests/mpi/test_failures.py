@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,6 +248,60 @@ def test_a_loss_that_is_not_finite(mpi: launcher.Mpi, tmp_path: Path) -> None:
     assert ended.status == 2, ended
     assert ended.err.count("loss is nan on rank 1 in step 2 ") == 1, ended.err
     assert "Traceback" not in ended.err
+
+
+# -- no room -----------------------------------------------------------------------------------------------------
+FILLING = """
+import sys
+from pathlib import Path
+import hpctrain
+from tests import helpers, helpers_mpi
+
+every = {"steps": 3}
+job = helpers.make_job(
+    sys.argv[1], data=helpers_mpi.tested(), trace={"enabled": True, "flush_seconds": 0.01},
+    train={"steps": 12, "evaluate_every": every, "checkpoint_every": every},
+)
+with hpctrain.session(job) as s:
+    for step, batch in enumerate(s.batches()):
+        if step == 4 and s.comm.rank == 0:
+            with open(Path(sys.argv[1]) / "filler", "wb", buffering=0) as file:
+                try:
+                    while file.write(bytes(4096)) == 4096:
+                        pass
+                except OSError:
+                    pass
+        s.step(s.loss(s.model(batch.inputs), batch.targets))
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Of 3 MiB. Skips where this user may not mount one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "hpctrain-test", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk(mpi: launcher.Mpi, tmp_path: Path, small_disk: Path) -> None:
+    """Traces, checkpoints and model find no room: training goes on, and the end says what is missing."""
+    program, spare = tmp_path / "program.py", tmp_path / "spare"
+    program.write_text(FILLING)
+    spare.mkdir()
+    argv = [*mpi.command(2), sys.executable, str(program), str(small_disk)]
+    ended = launch(argv, mpi, timeout=90, environment={"TMPDIR": str(spare)})
+    assert ended.status == 1, ended
+    assert "Traceback" not in ended.err
+    assert ended.err.count("hpctrain: the run has ended, but not all of it was saved: ") == 1, ended.err
+    assert len(list(spare.glob("*/model.safetensors"))) == 1
+    for name in ("checkpoints/000000000072.safetensors", "model.safetensors"):
+        assert ended.out.count(f"{name} cannot be written (") == 1, ended.out
+    assert ended.err.count("trace.h5: cannot be written (No space left on device)") == 1, ended.err
+    assert "test accuracy" in ended.out
 
 
 # -- killed, interrupted -----------------------------------------------------------------------------------------

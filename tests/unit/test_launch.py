@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
-from hpctrain import keeper
 from hpctrain.agreement import agreed
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
@@ -606,34 +605,6 @@ def test_ranks_need_not_agree_on_the_folder_to_resume(tmp_path: Path):
     """A file system may show a rank less than rank 0 sees: rank 0's is what counts."""
     job, folder = _finished(tmp_path)
     World(2).run(lambda comm: helpers.quiet_train(comm, job, resume=folder if comm.rank == 0 else None))
-
-
-def test_a_full_disk_at_a_checkpoint_is_told_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(*_: Any) -> None:
-        raise CheckpointError("no room")
-
-    monkeypatch.setattr(keeper, "save_checkpoint", full)
-    out = io.StringIO()
-    job = helpers.make_job(tmp_path, train={"checkpoint_every": {"steps": 4}})
-    results = World(2).run(lambda comm: train(job, comm, out=Narrator(out=out)))
-    assert results[0].phases[0].steps == 8
-    assert "warning: no room" in out.getvalue()
-
-
-def test_a_model_that_cannot_be_saved_is_told_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(*_: Any) -> None:
-        raise CheckpointError("no room")
-
-    monkeypatch.setattr(keeper, "save_model", full)
-    told = []
-
-    def body(comm: Communicator) -> None:
-        with pytest.raises(CheckpointError, match="no room") as caught:
-            helpers.quiet_train(comm, helpers.make_job(tmp_path, strategy=PS))
-        told.append(caught.value.everywhere)
-
-    World(3).run(body)
-    assert told == [True] * 3
 
 
 # -- objects of a program's own ----------------------------------------------------------------------------------
