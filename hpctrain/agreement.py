@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hpctrain import errors
+from hpctrain import errors, leaving
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import HpctrainError
 
 
 def agreed(comm: Communicator, what: Callable[[], Any]) -> Any:
-    """Do `what` on this rank; an HpctrainError on any rank is raised on all, the lowest rank's. Collective."""
-    result, mine = None, None
+    """Do `what` on this rank; an HpctrainError on any rank is raised on all, the lowest rank's; so is sys.exit() called
+    by what it does. Collective."""
+    result: Any = None
+    mine: HpctrainError | None = None
     try:
         result = what()
     except HpctrainError as error:
         mine = error
-    found = comm.gather_json([type(mine).__name__, str(mine)] if mine is not None else None)
-    first = next((pair for pair in found if pair is not None), None)
+    except SystemExit as error:
+        if comm.size == 1:
+            raise
+        mine = leaving.ended_alone(error)
+    found = comm.gather_json([type(mine).__name__, str(mine), mine.status] if mine is not None else None)
+    first = next((row for row in found if row is not None), None)
     if first is None:
         return result
     kind: type[HpctrainError] = getattr(errors, first[0], HpctrainError)
     told = mine if mine is not None and str(mine) == first[1] else kind(first[1])
-    told.everywhere = True
+    told.everywhere, told.status = True, first[2]
     raise told

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hpctrain.errors import CheckpointError
-from hpctrain.filenames import MODEL
+from hpctrain.filenames import CHECKPOINTS, MODEL
 from hpctrain.replica import as_array, as_tensor
 from hpctrain.state import State
 from hpctrain.untrained import digest
@@ -62,7 +62,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         "state": {"high": state.high, "groups": state.groups, "counters": state.counters, "rule": state.rule},
         "progress": checkpoint.progress,
     }
-    path = folder / "checkpoints" / f"{checkpoint.progress['cursor']:012d}.safetensors"
+    path = checkpoint_path(folder, checkpoint.progress["cursor"])
     _write(path, tensors, {"hpctrain": json.dumps(head)})
     with suppress(OSError):  # what cannot be removed harms nobody
         for old in list_checkpoints(folder)[:-keep]:
@@ -99,9 +99,14 @@ def _stored(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.view_as_complex(tensor.clone()) if like.is_complex() and not tensor.is_complex() else tensor
 
 
+def checkpoint_path(folder: Path, cursor: int) -> Path:
+    """Where a run folder has the checkpoint of that cursor."""
+    return folder / CHECKPOINTS / f"{cursor:012d}.safetensors"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Those of a run folder, oldest first."""
-    found = [path for path in (folder / "checkpoints").glob("*.safetensors") if path.stem.isdecimal()]
+    found = [path for path in (folder / CHECKPOINTS).glob("*.safetensors") if path.stem.isdecimal()]
     return sorted(found, key=lambda path: int(path.stem))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from hpctrain import runfolder
 from hpctrain.agreement import agreed
-from hpctrain.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_model
+from hpctrain.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint, save_model
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import CheckpointError
+from hpctrain.filenames import CHECKPOINTS
 from hpctrain.prepare import Prepared
 from hpctrain.replica import Layout, as_array
-from hpctrain.runfolder import Narrator
+from hpctrain.runfiles import RunFiles
 from hpctrain.state import State, recv_state, send_state
 from hpctrain.strategies.base import Phase
 from hpctrain.untrained import from_raw, raw
@@ -25,12 +27,12 @@ from hpctrain.wrappers import named_parameters, plain_name, plain_state
 
 @dataclass
 class Keeper:
-    """Saves and restores the run of `prepared` over `comm` in `folder`."""
+    """Saves and restores the run of `prepared` over `comm` in `folder`. `files`: on rank 0 only."""
 
     prepared: Prepared
     comm: Communicator
     folder: Path
-    out: Narrator
+    files: RunFiles | None
 
     # -- checkpoints ---------------------------------------------------------------------------------------
     def save(self, phase: Phase, state: State | None, account: dict[str, Any], cursor: int) -> None:
@@ -45,7 +47,7 @@ class Keeper:
             send_state(workers, own, 0)
             return
         pieces = [own] + [recv_state(workers, rank) for rank in range(1, workers.size)]
-        assert state is not None
+        assert state is not None and self.files is not None
         head = {
             "cursor": cursor,
             "account": account,
@@ -63,12 +65,10 @@ class Keeper:
             head,
             self.prepared.untrained.rest(),
         )
-        try:
-            path = save_checkpoint(self.folder, checkpoint, self.prepared.job.train.keep_checkpoints)
-        except CheckpointError as error:
-            self.out.say(f"warning: {error}; training goes on without this checkpoint")
-            return
-        self.comm.recorder.event("checkpoint", path.name)
+        keep = self.prepared.job.train.keep_checkpoints
+        save = partial(save_checkpoint, self.folder, checkpoint, keep)
+        if self.files.write(CHECKPOINTS, save, "training goes on without this checkpoint"):
+            self.comm.recorder.event("checkpoint", checkpoint_path(self.folder, cursor).name)
 
     def restore(self) -> tuple[dict[str, Any], State | None]:
         """Take up the newest checkpoint of the folder: (its head, state as from Strategy.state). Collective."""
@@ -156,9 +156,11 @@ class Keeper:
             self.comm.broadcast(as_array(self.prepared.replica.values))
 
     def save_model(self) -> None:
-        """model.safetensors, from this rank's model. Not collective; raises CheckpointError."""
-        # One key: safetensors writes several in an order that changes, and equal runs shall give equal files.
-        save_model(self.folder, _untied(plain_state(self.prepared.model)), {"format": "pt"})
+        """model.safetensors, from rank 0's model. Not collective."""
+        if self.files is not None:
+            # One key: safetensors writes several in an order that changes, and equal runs shall give equal files.
+            tensors, keys = _untied(plain_state(self.prepared.model)), {"format": "pt"}
+            self.files.write_model(lambda folder: save_model(folder, tensors, keys))
 
 
 def packed(tensors: dict[str, Tensor]) -> State:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpctrain import runfolder
+from hpctrain import leaving, runfolder
 from hpctrain.agreement import agreed
 from hpctrain.alike import check_alike, data_topic, job_topic, model_topic
 from hpctrain.batchnorm import sync_layers
@@ -20,7 +20,7 @@ from hpctrain.cluster import Role, Roles
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import place_arenas
 from hpctrain.data.loader import Batch
-from hpctrain.errors import ClusterError, HpctrainError
+from hpctrain.errors import CheckpointError, ClusterError, HpctrainError, UnwrittenError
 from hpctrain.evaluate import Evaluation, evaluate
 from hpctrain.interrupt import StopSignals
 from hpctrain.job import Job
@@ -29,6 +29,7 @@ from hpctrain.optimizer import make_update
 from hpctrain.prepare import Prepared, prepare
 from hpctrain.replica import Replica
 from hpctrain.reserve import reserve
+from hpctrain.runfiles import RunFiles
 from hpctrain.runfolder import Narrator, PhaseSummary
 from hpctrain.schedule import Ask, Progress
 from hpctrain.state import State
@@ -37,6 +38,8 @@ from hpctrain.trace.roles import Entry
 from hpctrain.trace.writer import next_attempt
 from hpctrain.tracing import Tracing
 from hpctrain.trainer import Trainer, fit
+
+LEAVING = GeneratorExit, SystemExit, KeyboardInterrupt  # with which a program ends that has not failed
 
 
 @dataclass
@@ -65,7 +68,9 @@ def train(
     """Run a job on all ranks of the MPI job (or of `comm`), by its own model, data and loss. Collective.
 
     `resume`: the run folder to go on in. Raises HpctrainError, on all ranks, for a user's mistakes; another
-    exception on one rank ends all ranks, its traceback first.
+    exception on one rank ends all ranks, its traceback first. So does sys.exit() on one rank; called on all ranks in
+    the same step it ends the run, and the program. Where files of the run cannot be written it goes on to its end, and
+    then raises UnwrittenError, on all ranks, which has the result.
     """
     with session(job, comm, resume, out) as running:
         fit(running)
@@ -82,6 +87,8 @@ def session(
     """For a loop of your own: `for batch in s.batches(): ...; s.step(loss)`. Collective; all ranks run the body.
 
     On a server rank `s.batches()` serves, and yields nothing until its role changes. `s.result` is there after.
+    Ranks that leave the loop early (`break`, `return`, sys.exit()) all do so after the same number of steps: then the
+    run ends there, without a result. One that leaves alone ends the job, and is named (LeftError).
     """
     if comm is None:
         from hpctrain.comm.connect import connect
@@ -96,7 +103,7 @@ def _whole_job_fails_together(comm: Communicator) -> Iterator[None]:
     """What this rank raises and the others cannot know of ends them too; told first."""
     try:
         yield
-    except (GeneratorExit, SystemExit):
+    except (GeneratorExit, SystemExit):  # all ranks leave the loop, or another error would have come of it
         raise
     except BaseException as error:
         known = isinstance(error, HpctrainError) and error.everywhere
@@ -135,11 +142,12 @@ class Session:
         self._phase: Phase | None = None
         self._state: State | None = None
         self._ending = "stop"
+        self._owed = Ask.NOTHING
         self._split: dict[Roles, tuple[Communicator, Communicator | None]] = {}
         self._ended = False
         self._why = ""
         self._interrupted = False
-        self._begun = False
+        self._begun = self._over = self._left = False
         self._result: Result | None = None
         self._warned: set[str] = set()
 
@@ -168,7 +176,8 @@ class Session:
     def result(self) -> Result:
         """What the run gave; once the session has ended."""
         if self._result is None:
-            raise HpctrainError("the session has no result: its batches() were not run to the end")
+            where = f" (left at sample {self.books.cursor:,})" if self._left else ""
+            raise HpctrainError(f"the session has no result: its batches() were not run to the end{where}")
         return self._result
 
     def step(self, loss: Tensor | tuple[Tensor, Any]) -> None:
@@ -186,23 +195,37 @@ class Session:
         if self._begun:
             raise HpctrainError("batches() was called twice; a session is one run: open another one")
         self._begun = True
-        while True:
+        leaving.agree_to_begin(self.comm, None)
+        yield from self._course()
+
+    def _course(self) -> Iterator[Batch]:
+        """Phase after phase, from the one that is entered next."""
+        going = True
+        while going:
             phase = self._enter(self.books.phase)
             if phase.roles.of(self.comm.rank) is Role.WORKER:  # the role branch: there is no other
                 yield from self._work(phase)
             else:
                 self._serve(phase)
-            if not self._next_phase(phase):
-                break
+            going = self._conclude(phase)
+
+    def _conclude(self, phase: Phase) -> bool:
+        """What follows a phase. True if that is another. Collective over all ranks."""
+        if self._next_phase(phase):
             self._hand_over()
+            return True
         self._finish(phase)
+        return False
 
     # -- beginning -------------------------------------------------------------------------------------------
     def __enter__(self) -> Session:
         with ExitStack() as undo:  # of a run that cannot begin nothing is left
             undo.callback(lambda: runfolder.discard(self._made))
             undo.push(self._stack)
-            self._begin()
+            try:
+                self._begin()
+            except SystemExit as error:
+                raise leaving.ended_alone(error) if self.comm.size > 1 else error from None
             undo.pop_all()
         return self
 
@@ -222,7 +245,8 @@ class Session:
         if self._resume is None:
             self._made = agreed(comm, lambda: runfolder.create(job) if comm.rank == 0 else None)
         self.folder = Path(comm.broadcast_json(str(self._resume or self._made)))
-        self.keeper = Keeper(self.prepared, comm, self.folder, self.out)
+        self._files = RunFiles(self.folder, self.out) if comm.rank == 0 else None
+        self.keeper = Keeper(self.prepared, comm, self.folder, self._files)
         if self._resume is not None:
             self._state = self._restore()
         else:
@@ -247,8 +271,7 @@ class Session:
         for note in self.prepared.notes():
             self.out.say(f"note: {note}")
         if self._resume is not None:
-            if comm.rank == 0:
-                runfolder.forget_metrics(self.folder, self.books.cursor)
+            agreed(comm, self._forget_metrics if comm.rank == 0 else lambda: None)
             self.out.say(f"resumed at sample {self.books.cursor:,} (step {self.books.step})")
 
     def _check_built_alike(self) -> None:
@@ -258,9 +281,19 @@ class Session:
         check_alike(self.comm, [data_topic(prepared.splits), model])
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, Exception):
-            self.comm.recorder.event("failure", f"{type(error).__name__}: {error}")
-        self._stack.close()
+        with self._stack:
+            if isinstance(error, Exception):
+                self._note_failure(error)
+            elif not self._over and (error is None or isinstance(error, LEAVING)):
+                try:
+                    with leaving.says_that_it_waits(self.comm, self.books.step, error):
+                        self._depart(error)
+                except Exception as failure:
+                    self._note_failure(failure)
+                    raise
+
+    def _note_failure(self, error: Exception) -> None:
+        self.comm.recorder.event("failure", f"{type(error).__name__}: {error}")
 
     def _headline(self) -> str:
         layout, nodes = self.replica.layout, len(set(self.comm.nodes))
@@ -276,6 +309,14 @@ class Session:
         self._take_account(head["account"])
         self._ended = self._ending != "on"
         return state
+
+    def _forget_metrics(self) -> None:
+        try:
+            runfolder.forget_metrics(self.folder, self.books.cursor, owed=bool(self._owed & Ask.EVALUATE))
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder}: its metrics.csv cannot be written ({error.strerror}); free space or mend permissions"
+            ) from None
 
     # -- phases ----------------------------------------------------------------------------------------------
     def _enter(self, index: int) -> Phase:
@@ -356,7 +397,12 @@ class Session:
     def _work(self, phase: Phase) -> Iterator[Batch]:
         strategy = self.prepared.strategy(phase.index)
         strategy.join(phase, self._take_state())
-        yield from self._trainer_of(phase, strategy).batches()
+        trainer = self._trainer_of(phase, strategy)
+        if self._owed and self._pay():
+            trainer.end()
+        yield from trainer.batches()
+        if self._over:  # left, and a batch asked for after all
+            raise HpctrainError("batches() was asked for a batch after its session had ended")
         self._leave(phase, strategy)
 
     def _serve(self, phase: Phase) -> None:
@@ -419,10 +465,12 @@ class Session:
         """Whether another phase follows. Collective over all ranks; rank 0, always a worker, knows."""
         self._ended = False
         account = self._account() if self.comm.rank == 0 else None
-        told = self.comm.gather_json([self.books.step, self._interrupted, account])
-        self._take_account(told[0][2])
-        self._interrupted = told[0][1]
-        self.books.step = max(step for step, _, _ in told)  # where workers do not step together, some took more
+        told = self.comm.gather_json([self.books.step, self._interrupted, self._left, account])
+        _, self._interrupted, self._left, account = told[0]
+        self._take_account(account)
+        self.books.step = max(row[0] for row in told)  # where workers do not step together, some took more
+        if self._left:
+            return False
         if self._ending != "phase" or self._interrupted or phase.index + 1 >= len(self.job.schedule):
             return False
         self.books.phase, self.books.phase_start = phase.index + 1, self.books.cursor
@@ -438,7 +486,8 @@ class Session:
     def _account(self) -> dict[str, Any]:
         """Where the run stands, as plain values: what the ranks of the next phase and a checkpoint must know."""
         books = {**vars(self.books), "summaries": [vars(summary) for summary in self.books.summaries]}
-        return {"books": books, "stopping": vars(self.progress), "ending": self._ending, "why": self._why}
+        ending = {"ending": self._ending, "why": self._why, "owed": int(self._owed)}
+        return {"books": books, "stopping": vars(self.progress), **ending}
 
     def _take_account(self, told: dict[str, Any]) -> None:
         books = dict(told["books"])
@@ -446,6 +495,7 @@ class Session:
         self.books = Books(**books, summaries=summaries)
         self.progress = Progress(**told["stopping"])
         self._ending, self._why = told["ending"], told["why"]
+        self._owed = Ask(told.get("owed", 0))
 
     # -- steps -----------------------------------------------------------------------------------------------
     def stepped(self, trainer: Trainer, outcome: Outcome, loss: float, samples: int) -> bool:
@@ -465,13 +515,15 @@ class Session:
         )  # fmt: skip
         recorder.step = trainer.steps
         self.tracing.tick()
+        if outcome.ask & Ask.LEAVE:
+            leaving.agree_to_leave(phase, books.step, leaves=False)
         if self._signals is not None:
             self._signals.stepped()
             if self._signals.asked:
                 phase.wish = Ask.INTERRUPT
         if self.out.due():
             self._tell_progress(summary, epoch, outcome.loss)
-        return self._heed(outcome) if outcome.ask else False
+        return self._heed(outcome.ask, outcome.why, outcome.held) if outcome.ask else False
 
     def warn(self, text: str) -> None:
         """Say it once, on rank 0."""
@@ -492,29 +544,44 @@ class Session:
             f"{share:3.0f} %  epoch {epoch:.2f}  step {self.books.step}  loss {loss:.4f}  {rate:,.0f} samples/s"
         )
 
-    def _heed(self, outcome: Outcome) -> bool:
-        ask, why, reason = outcome.ask, outcome.why, None
-        last = self.books.phase + 1 >= len(self.job.schedule)
+    def _heed(self, ask: Ask, why: str, held: int = 0) -> bool:
+        """Do what is asked for at this cursor. True if the phase ends here."""
+        with self._clock_stopped(0 if ask & (Ask.STOP | Ask.END_PHASE) else held):
+            if ask & Ask.INTERRUPT:
+                self._interrupt(ask, why)
+                return True
+            return self._carry_out(ask, why)
+
+    def _interrupt(self, ask: Ask, why: str) -> None:
+        """Save and leave, quickly: what else is due at this cursor is owed by the run that goes on from here."""
+        self._interrupted = True
+        if self._signals is not None:
+            self._signals.heed()
+        self._owed, self._why, self._ending = ask & (Ask.EVALUATE | Ask.END_PHASE), why, "on"
+        self._checkpoint("on")
+
+    def _pay(self) -> bool:
+        """Do what an interruption left to be done, as the run would have that was not interrupted. True if the phase
+        ends here. Collective over the workers."""
+        owed, self._owed = self._owed, Ask.NOTHING
+        return self._heed(owed | Ask.STOP if self.books.cursor >= self.prepared.total else owed, self._why)
+
+    def _carry_out(self, ask: Ask, why: str) -> bool:
+        reason, last = None, self.books.phase + 1 >= len(self.job.schedule)
         stops = bool(ask & Ask.STOP) or (last and bool(ask & Ask.END_PHASE))
-        with self._clock_stopped(0 if ask & (Ask.STOP | Ask.END_PHASE) else outcome.held):
-            if ask & Ask.EVALUATE and not ask & Ask.INTERRUPT:
-                reason, ruled = self._evaluate(stops)
-                if ruled is not None:
-                    ask, why, stops = ask | Ask.END_PHASE, ruled, stops or last
-            ends = bool(ask & (Ask.STOP | Ask.END_PHASE | Ask.INTERRUPT)) or reason is not None
-            if stops or reason is not None:
-                self._ending = "stop"
-            elif ask & Ask.END_PHASE:
-                self._ending, self._why = "phase", why
-            elif ask & Ask.INTERRUPT:
-                self._ending = "on"
-            self._interrupted = bool(ask & Ask.INTERRUPT)
-            if self._interrupted and self._signals is not None:
-                self._signals.heed()
-            if reason is not None:
-                self.out.say(f"stopped at sample {outcome.cursor:,}: {reason}")
-            if ask & Ask.CHECKPOINT or self._interrupted or (ends and self._ending == "stop"):
-                self._checkpoint(self._ending if ends and not ask & Ask.STOP else "on")
+        if ask & Ask.EVALUATE:
+            reason, ruled = self._evaluate(stops)
+            if ruled is not None:
+                ask, why, stops = ask | Ask.END_PHASE, ruled, stops or last
+        ends = bool(ask & (Ask.STOP | Ask.END_PHASE)) or reason is not None
+        if stops or reason is not None:
+            self._ending = "stop"
+        elif ask & Ask.END_PHASE:
+            self._ending, self._why = "phase", why
+        if reason is not None:
+            self.out.say(f"stopped at sample {self.books.cursor:,}: {reason}")
+        if ask & Ask.CHECKPOINT or (ends and self._ending == "stop"):
+            self._checkpoint(self._ending if ends and not ask & Ask.STOP else "on")
         return ends
 
     @contextmanager
@@ -540,24 +607,28 @@ class Session:
         if dataset is None or (stops and (splits.validation is None or splits.test is None)):
             return None, None
         assert self._phase is not None and self._phase.workers is not None
+        workers = self._phase.workers
         with self._strategy.settled():
-            metric = self._measure(self._phase.workers, name, dataset).metric
+            metric = self._measure(workers, name, dataset, self.prepared.untrained.agreed(workers)).metric
         conductor = self._phase.conductor
         ruled = conductor.evaluated(self.books.cursor, metric)
         return self.progress.judge(metric), conductor.why if ruled else None
 
-    def _measure(self, comm: Communicator, name: str, dataset: Any) -> Evaluation:
+    def _measure(
+        self, comm: Communicator, name: str, dataset: Any, buffers: AbstractContextManager[Any]
+    ) -> Evaluation:
+        """What an evaluation finds, with all ranks' `buffers` as they are to be. Collective over the workers."""
         prepared, books = self.prepared, self.books
-        with comm.span("evaluate"), prepared.untrained.agreed(comm):
+        with comm.span("evaluate"), buffers:
             found = evaluate(
                 self.model, dataset, prepared.loss, prepared.metric, comm, self.job.train.evaluation_batch,
                 prepared.move, prepared.autocast, self.job.metric.name,
             )  # fmt: skip
         epoch = books.cursor / prepared.epoch
         seconds = sum(summary.seconds for summary in books.summaries)
-        if comm.rank == 0:
-            runfolder.append_metrics(
-                self.folder, books.step, books.cursor, epoch, seconds, name, found.plain()
+        if self._files is not None:
+            self._files.add_row(
+                runfolder.metrics_row(books.step, books.cursor, epoch, seconds, name, found.plain())
             )
         first, *others = found.text(name, self.job.metric.name)
         self.out.say(f"epoch {epoch:.2f}: {', '.join([first, *(text.removeprefix(f'{name} ') for text in others)])}")
@@ -573,40 +644,96 @@ class Session:
             account = {**self._account(), "ending": ending}
             self.keeper.save(self._phase, self._strategy.state(), account, self.books.cursor)
 
+    # -- leaving early ---------------------------------------------------------------------------------------
+    def _depart(self, error: BaseException | None) -> None:
+        """This rank's program leaves before the run has ended. If all do, the run ends here; else raises LeftError.
+        Collective, with what those do who go on."""
+        phase, trainer = self._phase, self._trainer
+        if not self._begun:
+            leaving.agree_to_begin(self.comm, leaving.words(error))
+            self._over = True
+            return
+        if phase is None or trainer is None or trainer.inside or isinstance(error, KeyboardInterrupt):
+            self._over = True
+            if self.comm.size > 1:  # within what all take part in nobody can leave together with others
+                where = f"in step {self.books.step}, where the others wait for it; leave it between steps, on all ranks"
+                raise leaving.left_alone([self.comm.rank], leaving.words(error), where, leaving.status_of(error))
+            return
+        if not trainer.ended:
+            self._withdraw(phase, trainer, error)
+        self._leave(phase, self._strategy)
+        if self._conclude(phase):  # the loop was left where the phase had ended
+            for _ in self._course():
+                self._depart(error)
+                return
+
+    def _withdraw(self, phase: Phase, trainer: Trainer, error: BaseException | None) -> None:
+        assert phase.workers is not None
+        if self.prepared.norms is not None and not leaving.all_come(phase.workers):
+            where, how = f"at step {self.books.step} {leaving.ALONE}", leaving.words(error)
+            raise leaving.left_alone([self.comm.rank], how, where, leaving.status_of(error))
+        trainer.withdraw()
+        self.books.cursor = phase.cursor
+        leaving.agree_to_leave(phase, self.books.step, True, error)
+        self._left = True
+
     # -- the end ---------------------------------------------------------------------------------------------
     def _finish(self, phase: Phase) -> None:
-        """Test, save the model, tell. Collective over all ranks."""
+        """Save the model, test, tell. Collective over all ranks. Raises UnwrittenError if files are missing."""
         metrics: dict[str, float] = {}
         interrupted, splits = self._interrupted, self.prepared.splits
         name, dataset = ("test", splits.test) if splits.test is not None else ("validation", splits.validation)
-        if not interrupted:
-            if dataset is not None and phase.workers is not None:
-                metrics = self._measure(phase.workers, name, dataset).plain()
-            metrics = self.comm.broadcast_json(metrics)
+        if not interrupted and not self._left:
             self.keeper.settle_model(phase)
-            agreed(self.comm, self.keeper.save_model if self.comm.rank == 0 else lambda: None)
+            self.keeper.save_model()  # first: should the test fail, the model is safe
+            if dataset is not None and phase.workers is not None:
+                metrics = self._measure(phase.workers, name, dataset, nullcontext()).plain()
+            metrics = self.comm.broadcast_json(metrics)
         self.replica.release()
         for comm, workers in self._split.values():
             if workers is not None:
                 workers.free()
             comm.free()
         self.tracing.finish()
+        unwritten = self.comm.broadcast_json(self._close_files() if self._files is not None else None)
+        self._over = True
+        if self._left:
+            self.out.say(f"left at sample {self.books.cursor:,} (step {self.books.step}); run folder {self.folder}")
+            self._tell_unwritten(unwritten)
+            return
         self._result = Result(
             self.model, self.folder, metrics, self.books.summaries, self.books.cursor, interrupted
         )
-        self._tell_end(name, metrics, interrupted)
-        if self.job.trace.report and self.job.trace.enabled and self.comm.concurrent and not interrupted:
-            self._report()
-
-    def _tell_end(self, measured: str, metrics: dict[str, float], interrupted: bool) -> None:
         if interrupted:
-            text = f"interrupted at sample {self.books.cursor:,}; go on with: hpctrain train --resume {self.folder}"
-            if self._signals is not None and self.comm.rank == 0:
-                self._signals.say(text)
-            else:
-                self.out.say(text)
-            self.comm.barrier()  # a launcher that is held kills all ranks as soon as it is let go
+            self._tell_interruption(unwritten)
             return
+        self._tell_end(name, metrics)
+        if self.job.trace.report and self.job.trace.enabled and self.comm.concurrent:
+            self._report()
+        self._tell_unwritten(unwritten)
+
+    def _tell_unwritten(self, unwritten: str | None) -> None:
+        """On all ranks, after all else: a run whose files are missing has not come to a good end."""
+        if unwritten is not None:
+            error = UnwrittenError(f"the run has ended, but not all of it was saved: {unwritten}")
+            error.everywhere, error.result = True, self._result
+            raise error
+
+    def _close_files(self) -> str | None:
+        assert self._files is not None
+        self._files.write_rows()
+        return self._files.unwritten()
+
+    def _tell_interruption(self, unwritten: str | None) -> None:
+        told = "" if unwritten is None else f"not all of it was saved: {unwritten}; "
+        text = f"interrupted at sample {self.books.cursor:,}; {told}go on with: hpctrain train --resume {self.folder}"
+        if self._signals is not None and self.comm.rank == 0:
+            self._signals.say(text)
+        else:
+            self.out.say(text)
+        self.comm.barrier()  # a launcher that is held kills all ranks as soon as it is let go
+
+    def _tell_end(self, measured: str, metrics: dict[str, float]) -> None:
         self.out.say(runfolder.table(self.books.summaries))
         for summary in self.books.summaries:
             if summary.dropped:
@@ -623,6 +750,6 @@ class Session:
             try:
                 path, headline = write_report(self.folder)
                 self.out.say(f"{headline}\nreport {path}")
-            except HpctrainError as error:  # the run itself is safe
+            except (HpctrainError, OSError) as error:  # the run itself is safe
                 self.out.say(f"no report: {error}")
         self.comm.barrier()

@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -28,7 +30,11 @@ def create(job: Job) -> Path:
         folder = Path(job.output) / f"{job.name}-{stamp}{f'-{attempt}' if attempt else ''}"
         try:
             folder.mkdir(parents=True)
-            (folder / JOB).write_text(job.dump())
+            try:
+                (folder / JOB).write_text(job.dump())
+            except OSError:
+                discard(folder)
+                raise
             return folder
         except FileExistsError:
             if not Path(job.output).is_dir():
@@ -62,29 +68,39 @@ def newest_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
-def append_metrics(
-    folder: Path, step: int, samples: int, epoch: float, seconds: float, split: str, measured: dict[str, float]
-) -> None:
-    """One row of metrics.csv; `measured` by column: loss, metric, and more of the run's own, the same in every row."""
+def metrics_row(
+    step: int, samples: int, epoch: float, seconds: float, split: str, measured: dict[str, float]
+) -> dict[str, str]:
+    """One row of metrics.csv, by column; `measured`: loss, metric, and more of the run's own, the same in every row."""
+    place = {"step": str(step), "samples": str(samples), "epoch": f"{epoch:.4f}", "seconds": f"{seconds:.3f}"}
+    return {**place, "split": split, **{name: f"{value:.6g}" for name, value in measured.items()}}
+
+
+def append_metrics(folder: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Rows of metrics.csv, all or none. Raises OSError."""
     path = folder / METRICS
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow([*COLUMNS, *(name for name in measured if name not in COLUMNS)])
-        values = [f"{value:.6g}" for value in measured.values()]
-        writer.writerow([step, samples, f"{epoch:.4f}", f"{seconds:.3f}", split, *values])
+    before = path.stat().st_size if path.exists() else 0
+    head = [] if before else [list(rows[0])]
+    try:
+        with open(path, "a", newline="") as file:
+            csv.writer(file).writerows([*head, *(row.values() for row in rows)])
+    except OSError:
+        with suppress(OSError):
+            os.truncate(path, before)  # half a row is none
+        raise
 
 
-def forget_metrics(folder: Path, samples: int) -> None:
-    """Take out the rows of metrics.csv from after `samples`, where a resumed run begins anew."""
+def forget_metrics(folder: Path, samples: int, owed: bool = False) -> None:
+    """Take out the rows of metrics.csv from after `samples`, where a resumed run begins anew; with `owed` also those
+    at it, which will be made there once more."""
     path = folder / METRICS
     if not path.exists():
         return
     with open(path, newline="") as file:
         rows = list(csv.reader(file))
     place = COLUMNS.index("samples")
-    kept = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[place]) <= samples]
+    last = samples - owed
+    kept = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[place]) <= last]
     beside = path.with_name(".metrics.csv.part")
     with open(beside, "w", newline="") as file:
         csv.writer(file).writerows(kept)
@@ -184,5 +200,6 @@ class Narrator:
             self._open = False
 
     def _write(self, text: str) -> None:
-        self.out.write(text)
-        self.out.flush()
+        with suppress(OSError):  # a full disk, a closed pipe: the run goes on without a word
+            self.out.write(text)
+            self.out.flush()

@@ -28,6 +28,7 @@ class Ask(IntFlag):
     END_PHASE = 4
     STOP = 8
     INTERRUPT = 16  # a signal came: checkpoint, then stop before the end
+    LEAVE = 32  # a worker's program has left the training loop
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import socket
+import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +15,9 @@ import numpy as np
 
 from hpctrain.comm.base import Communicator, Tag
 from hpctrain.comm.pingpong import follow, lead
+from hpctrain.errors import TraceError
 from hpctrain.trace.resources import Sampler
-from hpctrain.trace.writer import TraceWriter, link_ranks, trace_path
+from hpctrain.trace.writer import TraceWriter, link_ranks, trace_files, trace_path
 
 if TYPE_CHECKING:
     from hpctrain.job import Job
@@ -62,8 +65,12 @@ class Tracing:
         measure_clock(self._comm)
         self.close()
         self._comm.barrier()
-        if self._comm.rank == 0:
-            link_ranks(self._folder)
+        if self._comm.rank == 0 and trace_files(self._folder):  # else the run folder was removed meanwhile
+            try:
+                link_ranks(self._folder)
+            except TraceError as error:
+                with suppress(OSError):
+                    print(f"hpctrain: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Write what there is and close the file; harmless if it is closed. Not collective."""

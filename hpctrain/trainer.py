@@ -18,6 +18,7 @@ from hpctrain.errors import HpctrainError
 from hpctrain.evaluate import explained
 from hpctrain.losses import check_differentiable, weigh
 from hpctrain.replica import Buckets
+from hpctrain.schedule import Ask
 from hpctrain.strategies.base import Outcome, Phase, Strategy
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class Attendant(Protocol):
 
 @dataclass
 class Trainer:
-    """Built per phase on every worker. `slow`: how many times slower this rank is to pretend to be."""
+    """Built per phase on every worker. `slow`: how many times slower this rank is to pretend to be. `inside`: a step is
+    being taken, which the other workers take part in; else the program may leave."""
 
     phase: Phase
     strategy: Strategy
@@ -51,6 +53,7 @@ class Trainer:
     check_gradient: bool = False
     norms: BatchNorms | None = None
     steps: int = 0
+    inside: bool = False
     _ended: bool = False
     _batch: Batch | None = None
     _left: int = 0
@@ -71,7 +74,9 @@ class Trainer:
         """This worker's micro-batches until the phase ends; `step` must be called once for each."""
         while not self._ended:
             pieces, following, own = self._next_step()
+            self.inside = True
             self.strategy.before()
+            self.inside = False
             self.phase.replica.clear()
             self._left, self._samples, self._loss, self._weight = len(pieces), 0, 0.0, 0.0
             self.phase.bad = 0
@@ -81,13 +86,38 @@ class Trainer:
                 if self._batch is not None:
                     raise HpctrainError("step(loss) was not called for the last batch; call it once per batch")
             if not pieces:
+                self.inside = True
                 self._finish()
+                self.inside = False
         if self._buckets is not None:
             self._buckets.remove()
 
     def end(self) -> None:
         """There is nothing (more) to do in this phase."""
         self._ended = True
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing more to do in this phase."""
+        return self._ended
+
+    def withdraw(self) -> Ask:
+        """The program has left the loop: give up the batch in progress, and say so where the others take their next
+        step or leave as well. What is asked of all of them then."""
+        phase, self.inside = self.phase, True
+        if self._batch is not None:
+            self._forward.__exit__(None, None, None)
+            self._batch = None
+        phase.replica.clear()
+        phase.weight, phase.bad = None, 0
+        phase.wish, phase.round_end, phase.step = Ask.LEAVE, phase.cursor, self.steps
+        if self._buckets is not None:
+            self._buckets.flush()
+        ask = self.strategy.withdraw()
+        if self._buckets is not None:
+            self._buckets.remove()
+        self._ended = True
+        return ask
 
     def _next_step(self) -> tuple[list[Stretch], list[Stretch], int]:
         """(micro-batches of the next step, those after it as far as one can tell, how many of the first count)."""
@@ -136,6 +166,7 @@ class Trainer:
         batch, self._batch = self._batch, None
         if batch is None:
             raise HpctrainError("step(loss) was called without a batch; call it once for each of batches()")
+        self.inside = True
         self._forward.__exit__(None, None, None)
         self._left -= 1
         if self._buckets is not None and self._left == 0:
@@ -157,6 +188,7 @@ class Trainer:
         self._dawdle()
         if self._left == 0:
             self._finish()
+        self.inside = False
 
     def _dawdle(self) -> None:
         """Pretend to compute more slowly; the trace is to show it as computation. (`span` would cost virtual time.)"""

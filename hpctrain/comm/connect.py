@@ -70,9 +70,9 @@ def place_arenas(job: Job, comm: Communicator, device: torch.device) -> tuple[Co
 def end_all_ranks(comm: Communicator, error: BaseException) -> None:
     """Tell what only this rank may know, and end all ranks.
 
-    A user's mistake is a sentence, status 2; an interruption status 130; anything else is the traceback, with this
-    rank's number before every line, status 1. Rank 0 speaks at once, the others in turn a moment later, so that
-    what all of them ran into is told once.
+    A user's mistake is a sentence, with the error's status; an interruption status 130; anything else is the
+    traceback, with this rank's number before every line, status 1. Rank 0 speaks at once, the others in turn a moment
+    later, so that what all of them ran into is told once.
     """
     from hpctrain.comm import mpi
 
@@ -80,7 +80,7 @@ def end_all_ranks(comm: Communicator, error: BaseException) -> None:
         time.sleep(min(PATIENCE, 1.0 + 0.05 * comm.rank))
     status = 1
     if isinstance(error, HpctrainError):
-        text, status = f"hpctrain: rank {comm.rank}: {error}\n", 2
+        text, status = f"hpctrain: rank {comm.rank}: {error}\n", error.status
     elif isinstance(error, KeyboardInterrupt):
         text, status = "hpctrain: interrupted before the first step; nothing was saved\n", 130
     else:
@@ -96,14 +96,14 @@ def end_all_ranks(comm: Communicator, error: BaseException) -> None:
 def report(error: HpctrainError, rank: int) -> int:
     """Tell a user's mistake, once: the exit status that this rank should end with.
 
-    Rank 0 alone ends with 2. The launchers make that the job's status, and neither kills rank 0 before it has
+    Rank 0 alone ends with it. The launchers make that the job's status, and neither kills rank 0 before it has
     spoken, as Open MPI does when another rank is first to end with a status that is not 0.
     """
     if rank != 0:
         return 0
     sys.stderr.write(f"hpctrain: {error}\n")
     sys.stderr.flush()
-    return 2
+    return error.status
 
 
 def _uncaught(

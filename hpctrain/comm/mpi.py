@@ -486,6 +486,9 @@ class _MpiThread(Thread):
         def body() -> None:
             try:
                 self._result = function()
+            except SystemExit as error:  # Python ends a thread for it without a word
+                self._error = RuntimeError("sys.exit() was called in a server's thread")
+                raise self._error from error
             except BaseException as error:
                 self._error = error
                 if not getattr(error, "everywhere", False):

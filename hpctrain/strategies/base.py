@@ -179,6 +179,11 @@ class Strategy:
         """Drain what is in flight; all replicas hold equal, final parameters. Returns like `state`. Collective."""
         return self.state()
 
+    def withdraw(self) -> Ask:
+        """This worker's program has left the training loop: wish for `Ask.LEAVE`, as `phase.wish` does by now, where
+        the others take their next step or do the same. What is asked of all of them then."""
+        return self.step(0, 0.0).ask
+
     def lost(self, ranks: tuple[int, ...], comm: Communicator) -> bool:
         """After these ranks died: can this strategy go on over `comm`?"""
         return False

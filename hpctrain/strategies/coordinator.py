@@ -42,6 +42,7 @@ class Kind(IntEnum):
     STEP = 1
     STATE = 2
     LEAVE = 3
+    WITHDRAW = 4
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ class Coordinator(ABC):
         self.ask, self.why = Ask.NOTHING, ""
         self.nan: tuple[int, float, int, int] | None = None  # rank, loss, step, bad
         self._left: set[int] = set()
+        self._withdrawn: set[int] = set()  # whose programs have left the training loop
 
     def load(self, counters: dict[str, float]) -> None:
         """Go on from a checkpoint of this phase."""
@@ -182,6 +184,13 @@ class Coordinator(ABC):
             self._left.add(worker)
         elif header.kind is Kind.STATE:
             self.decide(Decision(What.STATE))
+        elif header.kind is Kind.WITHDRAW:
+            self._withdrawn.add(worker)
+            if self.nan is not None:
+                self.reply(worker)
+                self.decide(Decision(What.DROP, give=(worker,)))
+            else:
+                self.hear_withdrawal(worker)
         elif self.nan is not None:
             self.reply(worker)
             self.decide(Decision(What.DROP, take=(worker,), give=(worker,)))
@@ -195,6 +204,20 @@ class Coordinator(ABC):
     @abstractmethod
     def hear_step(self, worker: int, header: Header) -> None:
         """A worker's header and gradient have come."""
+
+    @abstractmethod
+    def hear_withdrawal(self, worker: int) -> None:
+        """A worker's program has left the training loop: its gradients are not waited for any more."""
+
+    def dismiss(self, waiting: tuple[int, ...], take: tuple[int, ...]) -> None:
+        """Tell all workers, once each has withdrawn or waits for one that has, so that they agree on what to do about
+        it, and give them the parameters. `waiting`: who waits; gradients of `take` are to be dropped."""
+        if not self._withdrawn or len(self._withdrawn) + len(waiting) < self.workers:
+            return
+        self.ask, self._withdrawn = Ask.LEAVE, set()
+        for worker in range(self.workers):
+            self.reply(worker, result="dropped", loss=0.0, samples=0, staleness=0)
+        self.decide(Decision(What.DROP, take=take, give=tuple(range(self.workers))))
 
     def reply(self, worker: int, **told: Any) -> None:
         """Answer a worker's push; after a NaN, which it will raise, there is no other to come."""
@@ -235,8 +258,18 @@ class Rounds(Coordinator):
             self._release(worker, header.part.samples)
             return
         self.waiting[worker] = header
-        if len(self.waiting) >= self.needed:
+        self._go_on()
+
+    def hear_withdrawal(self, worker: int) -> None:
+        if self.options.backup_workers:  # nor do the others wait for it: they may be about to leave as well
+            self.needed = min(self.needed, self.workers - len(self._withdrawn))
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if len(self.waiting) >= max(1, self.needed):
             self._close_round()
+        waiting = tuple(sorted(self.waiting))
+        self.dismiss(waiting, take=waiting)
 
     def _release(self, worker: int, samples: int) -> None:
         """Too late for its round: its gradient is dropped, and it goes on with the parameters of now."""
@@ -254,12 +287,17 @@ class Rounds(Coordinator):
         rate, momentum = phase.rate(self.cursor), phase.momentum(self.cursor)
         self.version += 1
         self.ask = self.observe(max(header.round_end for header in headers), found.loss, found.wish)
+        if self.ask and self._withdrawn:  # what all workers are to do together these cannot
+            self.ask |= Ask.LEAVE
+        withdrawn = tuple(self._withdrawn) if self.ask else ()
+        for worker in withdrawn:
+            self.reply(worker)
         result = "skipped" if found.skip else "applied"
         for worker in accepted:
             self.reply(worker, result=result, loss=found.loss, samples=found.samples, staleness=0)
         what, weight = What.DROP if found.skip else What.UPDATE, found.divisor(phase.batch)
         self.decide(
-            Decision(what, accepted, accepted, self.version, step, weight, rate, momentum, used=found.used)
+            Decision(what, accepted, accepted + withdrawn, self.version, step, weight, rate, momentum, used=found.used)
         )
 
 
@@ -303,6 +341,11 @@ class Asynchronous(Coordinator):
         self.idle[worker] = told, self.comm.now()
         self._go_on(decision)
 
+    def hear_withdrawal(self, worker: int) -> None:
+        """What it was dealt nobody will push; who waited for it may go on."""
+        self.dealt[worker] = 0
+        self._go_on(Decision(What.DROP, version=self.version))
+
     def _decision(self, worker: int, header: Header, staleness: int) -> Decision:
         """What becomes of the gradient: an update, unless it is of no samples or not finite."""
         part = header.part
@@ -336,6 +379,8 @@ class Asynchronous(Coordinator):
             held = self.comm.now() - since
             self.reply(worker, **told, ask=int(asked), slices=slices.get(worker, []), held=held)
         self.decide(decision._replace(give=tuple(released)))
+        if not any(self.dealt):
+            self.dismiss(tuple(sorted(self.idle)), take=())
 
     def _deal_out(self) -> dict[int, list[Stretch]]:
         """What those get who wait and may go on, if there is anything before the limit; see `Bounded.may_go`."""

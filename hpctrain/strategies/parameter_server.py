@@ -528,6 +528,16 @@ class ParameterServer(Strategy):
         self.wiring.free()
         return state
 
+    def withdraw(self) -> Ask:
+        values, answer = self.phase.replica.value_arena, np.zeros(REPLY, np.uint8)
+        assert values is not None
+        requests = [self.comm.start_recv(answer, self.wiring.coordinator, Tag.REPLY)]
+        for server, low, high in self.wiring.shards():
+            requests.append(self.comm.start_recv(values.mine[low:high], server, Tag.PULL))
+        self._tell(Kind.WITHDRAW)
+        self.comm.wait_all(requests)
+        return Ask(self._take(answer)["ask"])
+
     def _tell(self, kind: Kind) -> None:
         slots = len(self.phase.replica.layout.slots)
         self.comm.send(Header(kind).encode(slots), self.wiring.coordinator, Tag.CONTROL)

@@ -104,8 +104,8 @@ class Round:
 
     @property
     def skip(self) -> bool:
-        """Whether no update comes of it: something is not finite."""
-        return self.faulty is not None
+        """Whether no update comes of it: something is not finite, or all workers have left the training loop."""
+        return self.faulty is not None or not self.samples
 
     def divisor(self, batch: int) -> float:
         """What the sum of the gradients is divided by; they come divided by `batch`. Where nothing counts they are 0

@@ -145,7 +145,8 @@ class TraceWriter:
 
     def _stop(self, error: Exception) -> None:
         self.stopped = f"{self.path}: the trace ends here ({_reason(error)}); the run goes on without it"
-        print(f"hpctrain: {self.stopped}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"hpctrain: {self.stopped}", file=sys.stderr, flush=True)
         self._abandon()
 
     def _abandon(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,6 +214,45 @@ def test_a_users_mistake_in_mid_training(mpi: launcher.Mpi, tmp_path: Path, who:
     assert "Traceback" not in ended.err
 
 
+LEAVING = """
+import sys
+import hpctrain
+from hpctrain.comm.connect import connect
+from tests import helpers
+
+comm = connect()
+def leave(strategy, ends):
+    job = helpers.make_job(sys.argv[1], strategy=strategy, trace={"enabled": True}, train={"epochs": 9})
+    with hpctrain.session(job, comm) as s:
+        for step, batch in enumerate(s.batches()):
+            if step == 5 and ends():
+                break
+            s.step(s.loss(s.model(batch.inputs), batch.targets))
+    print("after", strategy, flush=True)
+
+server = {"name": "parameter_server"}
+for strategy in ({"name": "all_reduce"}, {**server, "mode": "sync"}, {**server, "mode": "async", "colocated": True}):
+    leave(strategy, lambda: True)
+leave(server, lambda: comm.rank == 1 and sys.exit(9))
+"""
+
+
+def test_leaving_the_loop_together_and_alone(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    """All ranks come out of three sessions that they leave early; sys.exit() on one rank of a fourth ends them."""
+    program = tmp_path / "program.py"
+    program.write_text(LEAVING)
+    argv = [*mpi.command(3), sys.executable, str(program), str(tmp_path / "runs")]
+    ended = launch(argv, mpi, timeout=90)
+    assert ended.status == 9, ended
+    assert ended.out.count("after {'name': ") == 9, ended.out
+    assert ended.out.count("left at sample ") == 3, ended.out
+    assert ended.err.count("rank 1 left the training loop at step 5 while others go on") == 1, ended.err
+    assert "(sys.exit(9))" in ended.err
+    assert "Traceback" not in ended.err
+    for folder in sorted((tmp_path / "runs").iterdir())[:3]:
+        assert not [note for note in open_run(folder).notes if "not closed" in note]
+
+
 def test_a_loss_that_is_not_finite(mpi: launcher.Mpi, tmp_path: Path) -> None:
     job = write_job(tmp_path, 'strategy = {name = "parameter_server", mode = "sync"}')
     data = ["data.name=tests.helpers:points", "data.nan=30", "data.shuffle=false"]
@@ -232,6 +272,60 @@ def test_a_gradient_that_is_not_finite(mpi: launcher.Mpi, tmp_path: Path) -> Non
     told = "hpctrain: rank 2: the gradient of parameter hidden.bias is not finite on rank 1 in step 2 (phase 0)"
     assert ended.err.count(told) == 1, ended.err
     assert "Traceback" not in ended.err
+
+
+# -- no room -----------------------------------------------------------------------------------------------------
+FILLING = """
+import sys
+from pathlib import Path
+import hpctrain
+from tests import helpers, helpers_mpi
+
+every = {"steps": 3}
+job = helpers.make_job(
+    sys.argv[1], data=helpers_mpi.tested(), trace={"enabled": True, "flush_seconds": 0.01},
+    train={"steps": 12, "evaluate_every": every, "checkpoint_every": every},
+)
+with hpctrain.session(job) as s:
+    for step, batch in enumerate(s.batches()):
+        if step == 4 and s.comm.rank == 0:
+            with open(Path(sys.argv[1]) / "filler", "wb", buffering=0) as file:
+                try:
+                    while file.write(bytes(4096)) == 4096:
+                        pass
+                except OSError:
+                    pass
+        s.step(s.loss(s.model(batch.inputs), batch.targets))
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Of 3 MiB. Skips where this user may not mount one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "hpctrain-test", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk(mpi: launcher.Mpi, tmp_path: Path, small_disk: Path) -> None:
+    """Traces, checkpoints and model find no room: training goes on, and the end says what is missing."""
+    program, spare = tmp_path / "program.py", tmp_path / "spare"
+    program.write_text(FILLING)
+    spare.mkdir()
+    argv = [*mpi.command(2), sys.executable, str(program), str(small_disk)]
+    ended = launch(argv, mpi, timeout=90, environment={"TMPDIR": str(spare)})
+    assert ended.status == 1, ended
+    assert "Traceback" not in ended.err
+    assert ended.err.count("hpctrain: the run has ended, but not all of it was saved: ") == 1, ended.err
+    assert len(list(spare.glob("*/model.safetensors"))) == 1
+    for name in ("checkpoints/000000000072.safetensors", "model.safetensors"):
+        assert ended.out.count(f"{name} cannot be written (") == 1, ended.out
+    assert ended.err.count("trace.h5: cannot be written (No space left on device)") == 1, ended.err
+    assert "test accuracy" in ended.out
 
 
 # -- killed, interrupted -----------------------------------------------------------------------------------------

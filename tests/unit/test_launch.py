@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
-from hpctrain import keeper
 from hpctrain.agreement import agreed
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
@@ -22,7 +21,9 @@ from hpctrain.data.splits import Splits
 from hpctrain.errors import CheckpointError, ClusterError, DataError, HpctrainError, JobError, ModelError, TraceError
 from hpctrain.job import Job
 from hpctrain.launch import Result, session, train
+from hpctrain.rules import TargetOptions
 from hpctrain.runfolder import Narrator, find_resumable
+from hpctrain.schedule import Ask, Conductor, Rule
 from hpctrain.trainer import fit
 from tests import helpers
 
@@ -366,6 +367,104 @@ def test_an_interruption_saves_and_the_resumed_run_has_the_same_bits(tmp_path: P
     assert find_resumable(job) is None
 
 
+class SecondEvaluation(Rule):
+    """Ends a phase at the second evaluation in it."""
+
+    Options = TargetOptions
+    seen = 0
+
+    def observe(self, cursor: int, loss: float) -> str | None:
+        return None
+
+    def evaluated(self, cursor: int, metric: float, higher_is_better: bool) -> str | None:
+        self.seen += 1
+        return "the second" if self.seen == 2 else None
+
+    def state(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.seen = state["seen"]
+
+
+EVALUATED: helpers.Tables = {"steps": 9, "batch_size": 4, "evaluate_every": {"steps": 3}}
+SECOND = {"rule": SecondEvaluation, "metric": 1.0}
+AT_EVALUATIONS: dict[str, helpers.Tables] = {
+    "rounds": {"strategy": AR},
+    "a server": {"strategy": PS, "train": {"checkpoint_every": {"steps": 3}}},
+    "patience": {"strategy": AR, "train": {"patience": 2, "min_delta": 9.0}},
+    "a target": {"strategy": {**PS, "colocated": True}, "train": {"target": 0.0}},
+    "a rule": {"phases": [{"strategy": AR, "until": SECOND}, {"strategy": PS}]},
+    "a rule of the last phase": {"phases": [{"strategy": AR, "until": SECOND}]},
+    "a phase's end": {"phases": [{"strategy": PS, "until": {"rule": "after", "steps": 3}}, {"strategy": AR}]},
+    "no lockstep": {
+        "strategy": helpers.served(colocated=True),
+        "train": {"evaluate_every": {"samples": 24}, "patience": 2, "min_delta": 9.0},
+    },
+}
+
+
+def _metrics_without_seconds(folder: Path) -> list[list[str]]:
+    if not (folder / "metrics.csv").exists():
+        return []
+    with open(folder / "metrics.csv") as file:
+        return [[value for key, value in row.items() if key != "seconds"] for row in csv.DictReader(file)]
+
+
+def _interrupted_at(job: Job, cursor: int) -> Path:
+    """The folder of a run that is interrupted by the step that ends at `cursor`."""
+    decide = Conductor.decide
+
+    def interrupting(self: Conductor, before: int, after: int, loss: float, wish: Ask) -> Ask:
+        return decide(self, before, after, loss, wish | (Ask.INTERRUPT if before < cursor <= after else 0))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Conductor, "decide", interrupting)
+        result = run(3, job)[0]
+    assert result.interrupted
+    assert result.samples == cursor
+    assert max((int(row[1]) for row in _metrics_without_seconds(result.folder)), default=0) < cursor
+    return result.folder
+
+
+@pytest.mark.parametrize("what", list(AT_EVALUATIONS))
+def test_an_interruption_at_an_evaluation_leaves_it_to_the_resumed_run(tmp_path: Path, what: str):
+    """For each: the same rows, ends of phases and of the run, and model as of the run that was not interrupted."""
+    tables = AT_EVALUATIONS[what]
+    tables = {**tables, "train": {**EVALUATED, **tables.get("train", {})}}
+    job = helpers.make_job(
+        tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures", **tables
+    )
+    whole = run(3, job)[0]
+    rows = _metrics_without_seconds(whole.folder)
+    places = sorted({int(row[1]) for row in rows if row[3] == "validation"})
+    assert places
+    for cursor in places:
+        folder = _interrupted_at(job, cursor)
+        resumed = run(3, job, resume=folder)[0]
+        found = _metrics_without_seconds(folder)
+        assert [(p.index, p.steps, p.samples) for p in resumed.phases] == [
+            (p.index, p.steps, p.samples) for p in whole.phases
+        ]
+        if "lockstep" in what:  # who trains on what depends on when the queue was asked
+            assert [row[1:4] for row in found] == [row[1:4] for row in rows]
+            continue
+        assert found == rows
+        model = "model.safetensors"
+        assert (folder / model).read_bytes() == (whole.folder / model).read_bytes()
+
+
+def test_an_owed_evaluation_is_not_told_twice(tmp_path: Path):
+    """Resumed twice from a checkpoint that owes one, which the first time was made."""
+    job = helpers.make_job(tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures", train=EVALUATED)
+    folder = _interrupted_at(job, 36)
+    run(3, job, resume=folder)
+    rows = _metrics_without_seconds(folder)
+    helpers.forget_after(folder, 0)
+    run(3, job, resume=folder)
+    assert _metrics_without_seconds(folder) == rows
+
+
 def test_what_was_measured_after_the_checkpoint_is_forgotten(tmp_path: Path):
     job = helpers.make_job(
         tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures",
@@ -506,34 +605,6 @@ def test_ranks_need_not_agree_on_the_folder_to_resume(tmp_path: Path):
     """A file system may show a rank less than rank 0 sees: rank 0's is what counts."""
     job, folder = _finished(tmp_path)
     World(2).run(lambda comm: helpers.quiet_train(comm, job, resume=folder if comm.rank == 0 else None))
-
-
-def test_a_full_disk_at_a_checkpoint_is_told_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(*_: Any) -> None:
-        raise CheckpointError("no room")
-
-    monkeypatch.setattr(keeper, "save_checkpoint", full)
-    out = io.StringIO()
-    job = helpers.make_job(tmp_path, train={"checkpoint_every": {"steps": 4}})
-    results = World(2).run(lambda comm: train(job, comm, out=Narrator(out=out)))
-    assert results[0].phases[0].steps == 8
-    assert "warning: no room" in out.getvalue()
-
-
-def test_a_model_that_cannot_be_saved_is_told_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(*_: Any) -> None:
-        raise CheckpointError("no room")
-
-    monkeypatch.setattr(keeper, "save_model", full)
-    told = []
-
-    def body(comm: Communicator) -> None:
-        with pytest.raises(CheckpointError, match="no room") as caught:
-            helpers.quiet_train(comm, helpers.make_job(tmp_path, strategy=PS))
-        told.append(caught.value.everywhere)
-
-    World(3).run(body)
-    assert told == [True] * 3
 
 
 # -- objects of a program's own ----------------------------------------------------------------------------------

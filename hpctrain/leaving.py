@@ -1,0 +1,97 @@
+"""Leaving the training loop early: together, which ends the run, or alone, which ends the job. Ranks agree on which."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hpctrain.comm.base import Communicator
+from hpctrain.errors import LeftError
+
+if TYPE_CHECKING:
+    from hpctrain.strategies.base import Phase
+
+PATIENCE = 30.0  # seconds until a rank that waits for the others says so, or gives up where they cannot be asked
+
+
+ALONE = "while others go on; leave it on all ranks after the same step, or on none"
+
+
+def words(error: BaseException | None) -> str:
+    """How a program left the loop, for people. `error`: what it was left with, if anything."""
+    if isinstance(error, SystemExit):
+        return f"sys.exit({'' if error.code is None else repr(error.code)[:200]})"
+    return "break or return" if error is None or isinstance(error, GeneratorExit) else type(error).__name__
+
+
+def ended_alone(error: SystemExit) -> LeftError:
+    """The error that ends the job because a program called sys.exit() before it trained."""
+    left = LeftError(f"{words(error)} was called before the training began")
+    left.status = status_of(error)
+    return left
+
+
+def left_alone(ranks: Sequence[int], how: str, where: str, status: int) -> LeftError:
+    """The error that ends the job, with that exit status."""
+    names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    left = LeftError(f"{names} left the training loop {where} ({how})")
+    left.status = status
+    return left
+
+
+def status_of(error: BaseException | None) -> int:
+    """The exit status of a job that ends because a program left its loop so: the program's own if that is not 0."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    code = error.code if isinstance(error, SystemExit) else None
+    return code if isinstance(code, int) and 0 < code < 256 else LeftError.status
+
+
+def agree_to_begin(comm: Communicator, how: str | None) -> None:
+    """All ranks of the run begin their batches (`how` None), or all leave before. Raises LeftError. Collective."""
+    told = comm.gather_json(how)
+    left = [rank for rank, word in enumerate(told) if word is not None]
+    if left and len(left) < len(told):
+        where = "before its first step, which the others wait for; run batches() on all ranks, servers too, or on none"
+        raise left_alone(left, told[left[0]], where, LeftError.status)
+
+
+def agree_to_leave(phase: Phase, step: int, leaves: bool, error: BaseException | None = None) -> None:
+    """All workers leave the loop, or LeftError is raised. Collective over the workers."""
+    assert phase.workers is not None
+    told = phase.workers.gather_json([words(error), step, status_of(error)] if leaves else None)
+    left = [worker for worker, row in enumerate(told) if row is not None]
+    if len(left) < len(told):
+        how, at, status = told[left[0]] if left else ("", step, LeftError.status)
+        ranks = [phase.comm.members[phase.roles.workers[worker]] for worker in left]
+        raise left_alone(ranks, how, f"at step {at} {ALONE}", status)
+
+
+def all_come(workers: Communicator) -> bool:
+    """Whether all workers leave in time, where those that go on wait for this one within their forward pass."""
+    met, ends = workers.start_all_reduce(np.zeros(1)), workers.now() + int(PATIENCE * 1e9)
+    while not met.test() and workers.now() < ends:
+        workers.sleep(0.01)
+    return met.test()
+
+
+@contextmanager
+def says_that_it_waits(comm: Communicator, step: int, error: BaseException | None) -> Iterator[None]:
+    """Ranks that leave wait for the others inside, and say so after a while."""
+    text = (
+        f"hpctrain: rank {comm.rank} left the training loop at step {step} ({words(error)}) and waits for the others "
+        "to leave it, or to take their next step\n"
+    )
+    timer = threading.Timer(PATIENCE, sys.stderr.write, [text])
+    timer.daemon = True
+    if comm.concurrent and comm.size > 1:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,206 @@
+"""A full disk, or a run folder that is removed, while a run goes on: told once, ended loudly, nothing more is lost."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hpctrain import checkpoint, keeper, runfiles, runfolder
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.virtual import World
+from hpctrain.errors import CheckpointError, UnwrittenError
+from hpctrain.filenames import JOB, METRICS, MODEL
+from hpctrain.job import Job
+from hpctrain.launch import Result, session, train
+from hpctrain.runfiles import RunFiles
+from hpctrain.runfolder import Narrator
+from tests import helpers
+
+PS = {"name": "parameter_server", "mode": "sync", "servers": 1}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(runfiles, "PAUSES", (0.0, 0.0))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(runfiles.tempfile, "tempdir", str(tmp_path / "elsewhere"))
+
+
+def make_job(folder: Path, **tables: Any) -> Job:
+    """Four evaluations and checkpoints in 8 steps."""
+    every = {"steps": 2}
+    keys = {"steps": 8, "batch_size": 4, "evaluate_every": every, "checkpoint_every": every}
+    return helpers.make_job(
+        folder / "runs", model="tests.helpers:noisy_net", data="tests.helpers:pictures", train=keys, **tables
+    )
+
+
+def run(job: Job) -> tuple[list[Result], str]:
+    """The results, and what was said."""
+    out = io.StringIO()
+    return World(3).run(lambda comm: train(job, comm, out=Narrator(out=out))), out.getvalue()
+
+
+def rows(folder: Path) -> list[list[str]]:
+    with open(folder / METRICS) as file:
+        return [[value for key, value in row.items() if key != "seconds"] for row in csv.DictReader(file)]
+
+
+class Full:
+    """In place of a function that writes: no room from its call `first` on, for so many `calls`."""
+
+    def __init__(self, write: Any, first: int, calls: int = 10**6) -> None:
+        self.write, self.count, self.full = write, 0, range(first, first + calls)
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.count += 1
+        if self.count - 1 in self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.write(*arguments)
+
+
+def test_what_can_be_written_later_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The disk is full at two evaluations and checkpoints: nothing is missing in the end, and all ends well."""
+    job = make_job(tmp_path)
+    whole = run(job)[0][0]
+    monkeypatch.setattr(runfiles, "append_metrics", Full(runfolder.append_metrics, 1, 2))
+    monkeypatch.setattr(keeper, "save_checkpoint", Full(checkpoint.save_checkpoint, 1, 2))
+    results, said = run(job)
+    assert rows(results[0].folder) == rows(whole.folder)
+    assert said.count("metrics.csv cannot be written (No space left on device)") == 1
+    assert said.count("metrics.csv can be written again") == 1
+    assert said.count("checkpoints cannot be written") == said.count("checkpoints can be written again") == 1
+
+
+@pytest.mark.parametrize("strategy", [{"name": "all_reduce"}, PS])
+def test_a_disk_that_stays_full_is_told_once_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: helpers.Tables
+):
+    job = make_job(tmp_path, strategy=strategy)
+    whole = run(job)[0]
+    monkeypatch.setattr(runfiles, "append_metrics", Full(runfolder.append_metrics, 2))
+    monkeypatch.setattr(keeper, "save_checkpoint", Full(checkpoint.save_checkpoint, 0))
+    monkeypatch.setattr(keeper, "save_model", Full(checkpoint.save_model, 0, 2))
+    out = io.StringIO()
+    errors = []
+
+    def body(comm: Communicator) -> None:
+        with pytest.raises(UnwrittenError) as caught:
+            train(job, comm, out=Narrator(out=out))
+        errors.append(caught.value)
+
+    World(3).run(body)
+    said = out.getvalue()
+    for name in (METRICS, "checkpoints", MODEL):
+        assert said.count(f"{name} cannot be written") == 1, said
+    for error, result in zip(errors, whole, strict=True):
+        assert (error.everywhere, error.status) == (True, 1)
+        assert error.result.metrics == result.metrics
+        assert (helpers.vector(error.result.model) == helpers.vector(result.model)).all()
+        for name in (METRICS, "checkpoints", MODEL):
+            assert f"{name} cannot be written (No space left on device)" in str(error)
+    folder = errors[0].result.folder
+    assert rows(folder) == rows(whole[0].folder)[:2]
+    assert not (folder / MODEL).exists()
+    [elsewhere] = (tmp_path / "elsewhere").iterdir()
+    assert f"the model is {elsewhere / MODEL}" in str(errors[0])
+    assert (elsewhere / MODEL).read_bytes() == (whole[0].folder / MODEL).read_bytes()
+
+
+def test_a_model_that_is_written_at_the_second_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(keeper, "save_model", Full(checkpoint.save_model, 0, 1))
+    results, said = run(make_job(tmp_path))
+    assert (results[0].folder / MODEL).exists()
+    assert said.count("model.safetensors can be written again") == 1
+
+
+def test_a_run_folder_that_is_removed_is_made_anew(tmp_path: Path):
+    job = make_job(tmp_path)
+    whole = run(job)[0][0]
+    texts = []
+
+    def body(comm: Communicator) -> None:
+        with session(job, comm, out=Narrator(out=out)) as running:
+            with pytest.raises(UnwrittenError) as caught:
+                for batch in running.batches():
+                    running.step(running.loss(running.model(batch.inputs), batch.targets))
+                    if running.books.step == 3 and comm.rank == 0:
+                        texts.append((running.folder / JOB).read_text())
+                        shutil.rmtree(running.folder)
+            assert "was removed while the run went on" in str(caught.value)
+        assert running.result.metrics == whole.metrics
+
+    out = io.StringIO()
+    World(3).run(body)
+    assert out.getvalue().count("was removed while the run went on, and is made anew") == 1
+    [folder] = [path for path in (tmp_path / "runs").iterdir() if path != whole.folder]
+    assert (folder / JOB).read_text() == texts[0]
+    assert rows(folder) == rows(whole.folder)
+    assert (folder / MODEL).read_bytes() == (whole.folder / MODEL).read_bytes()
+    assert not (tmp_path / "elsewhere" / MODEL).exists()
+
+
+def failing_metric(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+    raise ZeroDivisionError("no metric")
+
+
+def test_a_test_that_fails_leaves_the_model(tmp_path: Path):
+    job = helpers.make_job(
+        tmp_path, data=(helpers.points(), helpers.points(9)), metric="tests.unit.test_runfiles:failing_metric",
+        train={"evaluate_every": {"fraction": 1}},
+    )  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        World(2).run(lambda comm: helpers.quiet_train(comm, job))
+    assert len(list(tmp_path.glob("*/model.safetensors"))) == 1
+
+
+def test_half_a_row_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a full disk took of a row goes again, else the next one would be appended to it."""
+    runfolder.append_metrics(tmp_path, [["1"] * 7])
+    before = (tmp_path / METRICS).read_text()
+
+    class Torn:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def writerows(self, _: Any) -> None:
+            self.file.write("2,2")
+            self.file.flush()
+            raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(csv, "writer", Torn)
+        runfolder.append_metrics(tmp_path, [["2"] * 7])
+    assert (tmp_path / METRICS).read_text() == before
+
+
+def test_the_run_goes_on_where_nothing_can_be_said():
+    class Gone(io.StringIO):
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    Narrator(out=Gone()).say("a word")
+
+
+def test_what_failed_is_forgotten_once_it_works(tmp_path: Path):
+    out = io.StringIO()
+    files = RunFiles(tmp_path, Narrator(out=out))
+
+    def fail() -> None:
+        raise CheckpointError("no room")
+
+    for _ in range(3):
+        assert not files.write("this", fail, "so what")
+    assert files.unwritten() == "no room"
+    assert files.write("this", lambda: None, "so what")
+    assert files.unwritten() is None
+    assert out.getvalue() == f"warning: no room; so what\n{tmp_path / 'this'} can be written again\n"
