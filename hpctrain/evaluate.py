@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpctrain.comm.base import Communicator
+from hpctrain.data.generators import Generators
 from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.order import Order
 from hpctrain.data.splits import make_order
@@ -36,12 +37,13 @@ def evaluate(
 ) -> tuple[float, float]:
     """(mean loss, mean metric) over `dataset`, each worker computing its share. Collective over `comm`.
 
-    Leaves the model's mode, gradients and torch's random state as they were.
+    Samples that draw from global generators are the same in every evaluation, and in every run. Leaves the model's
+    mode, its gradients and the states of Python's, NumPy's and torch's generators as they were.
     """
     order = make_order(dataset, shuffle=False)
     sums = np.zeros(3, np.float64)
     modes = [(module, module.training) for module in model.modules()]
-    random = torch.get_rng_state()
+    random = Generators.now()
     model.eval()
     loader = Loader(dataset, order, threads=0)
     try:
@@ -57,7 +59,7 @@ def evaluate(
         loader.close()
         for module, training in modes:  # not all alike where a user keeps some layers in evaluation mode
             module.training = training
-        torch.set_rng_state(random)
+        random.restore()
     comm.all_reduce(sums)
     return float(sums[0] / sums[2]), float(sums[1] / sums[2])
 

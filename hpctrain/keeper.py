@@ -13,6 +13,7 @@ from hpctrain import runfolder
 from hpctrain.agreement import agreed
 from hpctrain.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_model
 from hpctrain.comm.base import Communicator
+from hpctrain.data.generators import Generators, restore_texts
 from hpctrain.errors import CheckpointError
 from hpctrain.prepare import Prepared
 from hpctrain.replica import as_array, as_tensor
@@ -94,7 +95,8 @@ class Keeper:
         if self.prepared.device.type == "cuda":
             own["random_gpu"] = torch.cuda.get_rng_state(self.prepared.device)
         own |= {f"buffer/{name}": b for name, b in self.prepared.replica.buffers().items()}
-        return State(0, 0, named={"own": {k: as_array(v.detach().cpu()).copy() for k, v in own.items()}})
+        arrays = {k: as_array(v.detach().cpu()).copy() for k, v in own.items()}
+        return State(0, 0, named={"own": arrays | Generators.now().texts()})
 
     def _load(self) -> Checkpoint:
         layout = self.prepared.replica.layout
@@ -127,6 +129,9 @@ class Keeper:
         torch.set_rng_state(own.pop("random"))
         if (on_gpu := own.pop("random_gpu", None)) is not None and self.prepared.device.type == "cuda":
             torch.cuda.set_rng_state(on_gpu, self.prepared.device)
+        python, numpy = own.pop("random_python", None), own.pop("random_numpy", None)
+        if python is not None and numpy is not None:  # older checkpoints have none
+            restore_texts(python.numpy(), numpy.numpy())
         buffers = self.prepared.replica.buffers()
         with torch.no_grad():
             for name, value in own.items():
