@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpctrain.comm.base import Communicator
+from hpctrain.data.generators import Generators
 from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.order import Order
 from hpctrain.data.splits import make_order
@@ -72,12 +73,14 @@ def evaluate(
 ) -> Evaluation:
     """Loss and metric over `dataset`, each worker computing its share. Collective over `comm`.
 
-    Leaves the model's mode, gradients and torch's random state as they were. `metric_name`: for messages.
+    Samples that draw from global generators are the same in every evaluation, and in every run. Leaves the model's
+    mode, its gradients and the states of Python's, NumPy's and torch's generators as they were. `metric_name`: for
+    messages.
     """
     order = make_order(dataset, shuffle=False)
     losses, tally = np.zeros(2, np.float64), Tally(metric_name)
     modes = [(module, module.training) for module in model.modules()]
-    random = torch.get_rng_state()
+    random = Generators.now()
     model.eval()
     loader = Loader(dataset, order, threads=0, workers=comm)
     try:
@@ -94,7 +97,7 @@ def evaluate(
         loader.close()
         for module, training in modes:  # not all alike where a user keeps some layers in evaluation mode
             module.training = training
-        torch.set_rng_state(random)
+        random.restore()
     sums = np.array([*losses, *tally.first, tally.named], np.float64)
     comm.all_reduce(sums)
     entries = tally.entries(comm) if sums[4] else {}  # a rank that had no batch does not know that there are some

@@ -14,6 +14,7 @@ from hpctrain import runfolder
 from hpctrain.agreement import agreed
 from hpctrain.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint, save_model
 from hpctrain.comm.base import Communicator
+from hpctrain.data.generators import Generators, restore_texts
 from hpctrain.errors import CheckpointError
 from hpctrain.filenames import CHECKPOINTS
 from hpctrain.prepare import Prepared
@@ -101,6 +102,7 @@ class Keeper:
         if self.prepared.device.type == "cuda":
             own["random_gpu"] = torch.cuda.get_rng_state(self.prepared.device)
         own |= {f"buffer/{name}": b for name, b in self.prepared.untrained.buffers().items()}
+        own |= {name: torch.from_numpy(text) for name, text in Generators.now().texts().items()}
         return packed(own)
 
     def _load(self) -> Checkpoint:
@@ -145,6 +147,9 @@ class Keeper:
         torch.set_rng_state(own.pop("random"))
         if (on_gpu := own.pop("random_gpu", None)) is not None and self.prepared.device.type == "cuda":
             torch.cuda.set_rng_state(on_gpu, self.prepared.device)
+        python, numpy = own.pop("random_python", None), own.pop("random_numpy", None)
+        if python is not None and numpy is not None:  # older checkpoints have none
+            restore_texts(python.numpy(), numpy.numpy())
         for name, value in own.items():
             self.prepared.untrained.put(name.removeprefix("buffer/"), value)
 

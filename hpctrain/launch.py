@@ -19,6 +19,7 @@ from hpctrain.batchnorm import sync_layers
 from hpctrain.cluster import Role, Roles
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import place_arenas
+from hpctrain.data.generators import seed_others
 from hpctrain.data.loader import Batch
 from hpctrain.errors import CheckpointError, ClusterError, HpctrainError, UnwrittenError
 from hpctrain.evaluate import Evaluation, evaluate
@@ -242,6 +243,7 @@ class Session:
         comm = self.comm
         self.progress = Progress(train.target, train.patience, train.min_delta, job.metric.goal == "max")
         torch.manual_seed(job.seed + 1 + comm.rank)
+        seed_others(job.seed + 1 + comm.rank)
         if self._resume is None:
             self._made = agreed(comm, lambda: runfolder.create(job) if comm.rank == 0 else None)
         self.folder = Path(comm.broadcast_json(str(self._resume or self._made)))

@@ -15,7 +15,9 @@ from hpctrain.batchnorm import BatchNorms
 from hpctrain.cluster import Roles, device_for, threads_for
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.gpu import usable_gpus
+from hpctrain.data.generators import seed_others
 from hpctrain.data.loader import Batch, Loader, fetches_ahead
+from hpctrain.data.moving import casts, move
 from hpctrain.data.order import Order
 from hpctrain.data.splits import Splits, load_data, make_order
 from hpctrain.errors import ClusterError, DataError, JobError, ModelError
@@ -46,11 +48,9 @@ class Measurable:
     metric: Callable[..., Any]
 
     def move(self, batch: Batch) -> Batch:
-        """The batch on the device, floating-point inputs in the job's precision."""
-        dtype = DTYPES.get(self.job.train.precision, torch.float32)
-        if self.device.type == "cpu" and dtype is torch.float32:
-            return batch
-        return Batch(_to(batch.inputs, self.device, dtype), _to(batch.targets, self.device, None), batch.size)
+        """The batch on the device, in dtypes that the job's precision and torch's losses go with; see `casts`."""
+        inputs, targets = casts(DTYPES.get(self.job.train.precision, torch.float32))
+        return Batch(move(batch.inputs, self.device, inputs), move(batch.targets, self.device, targets), batch.size)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic that train.precision asks for."""
@@ -157,6 +157,7 @@ class Prepared(Measurable):
 def prepare_evaluation(job: Job, comm: Communicator) -> Measurable:
     """Build what an evaluation needs, whatever schedule the job has. Not collective; as `prepare` in what it raises."""
     device = _device(job, comm)
+    _seed(job)
     splits = load_data(job)
     model = _model(job, device)
     loss = losses.bind(job.loss, device)
@@ -256,8 +257,14 @@ def _device(job: Job, comm: Communicator) -> torch.device:
     return device
 
 
-def _model(job: Job, device: torch.device) -> nn.Module:
+def _seed(job: Job) -> None:
+    """Whatever draws from global generators as it builds data or model draws alike on all ranks."""
     torch.manual_seed(job.seed)
+    seed_others(job.seed)
+
+
+def _model(job: Job, device: torch.device) -> nn.Module:
+    _seed(job)
     given = job.model.resolve()
     model = given if isinstance(given, nn.Module) else job.model.bind()()
     if not isinstance(model, nn.Module):
@@ -277,14 +284,3 @@ def _optimizer(job: Job, device: torch.device) -> OptimizerChoice:
     optimizer = job.optimizer
     options = {"lr": optimizer.lr, **optimizer.options}
     return OptimizerChoice.of(optimizer.resolve(), options, optimizer.elementwise, device)
-
-
-def _to(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    if isinstance(value, torch.Tensor):
-        floating = dtype is not None and value.is_floating_point()
-        return value.to(device=device, dtype=dtype if floating else None, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: _to(item, device, dtype) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to(item, device, dtype) for item in value]
-    return value

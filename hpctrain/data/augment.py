@@ -37,6 +37,11 @@ def flip(sample: Tensor, generator: torch.Generator) -> Tensor:
     return sample.flip(-1) if torch.rand((), generator=generator).item() < 0.5 else sample.clone()
 
 
+def draws_only_from_its_own(function: Augmentation) -> bool:
+    """Whether an augmentation is known to draw from the generator that it gets, and from no other."""
+    return function in (shift, flip)
+
+
 def _overlap(move: int, length: int) -> tuple[slice, slice]:
     """(where pixels go, where they come from) along an axis of `length`."""
     return slice(max(move, 0), max(length + min(move, 0), 0)), slice(

@@ -1,22 +1,40 @@
-"""Fetching batches: in threads, ahead of the computation; never by fork, which MPI does not survive."""
+"""Fetching batches: in threads, ahead of the computation; never by fork, which MPI does not survive.
+
+What a sample is must depend on (seed, epoch, index) alone. But a data set's code may draw from the global generators
+of Python, NumPy and torch, which all threads share, the training loop among them. So a sample is fetched in one of
+three ways:
+
+- by the thread that asks, each sample with the generators seeded for it, and put back after the batch ("inline"):
+  where no thread is wanted, for a loader's first batches (`PROBES`), and for good once anything was seen to be drawn;
+- in other threads, ahead, as long as nothing is drawn. Where the training loop itself draws from torch's generator
+  (dropout on the CPU) they are guarded: a draw is stopped before it happens. Else the generators are looked at with
+  each batch. If somebody drew, the samples that had been fetched are fetched once more from the same states, which
+  shows who it was: the training loop gets back what was taken from it, and what was fetched is forgotten;
+- in other threads and unwatched: what lies in memory, with augmentations of our own, draws nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import IterableDataset
 
 from hpctrain.alike import check_alike, stream_topic
 from hpctrain.comm.base import Communicator
-from hpctrain.data.augment import Augmentation
-from hpctrain.data.memory import gatherer, unwrap
+from hpctrain.data.augment import Augmentation, draws_only_from_its_own
+from hpctrain.data.collate import collate, tensor_of
+from hpctrain.data.generators import DrewError, Generators, NoDraws, kept, seed_all
+from hpctrain.data.memory import gatherer, only_indexed, unwrap
 from hpctrain.data.order import Order, mix, round_bounds
 from hpctrain.data.stream import Stream
 from hpctrain.errors import DataError
@@ -41,13 +59,18 @@ def fetches_ahead(dataset: Any, threads: int, prefetch: int, augment: Sequence[A
     return threads > 0 and prefetch > 0 and not in_memory
 
 
+PROBES = 2  # batches that are fetched inline, to see what draws: the data set, and the training loop in between
+_BLOCK = 256
+_ITEM, _AUGMENT = 0x5851F42D4C957F2D, 0x14057B7EF767814F  # what samples and augmentations draw is unrelated
+
+
 class Loader:
     """Gives the batches at positions [start, stop) of the run; one thread asks, `threads` others fetch ahead.
 
     Which thread fetches what makes no difference to a batch: the generator that the augmentations get is
-    seeded by (seed, epoch, index of the sample). Data held in memory is gathered where it is taken, which is
-    quicker than any hand-over. A data set may be asked for several samples at once by several threads if
-    `threads` > 1.
+    seeded by (seed, epoch, index of the sample), and so are the global ones (see above). Data held in memory is
+    gathered where it is taken, which is quicker than any hand-over. A data set may be asked for several samples at
+    once by several threads if `threads` > 1.
     """
 
     def __init__(
@@ -72,13 +95,19 @@ class Loader:
         self._closed = False
         self._base, self._picked = unwrap(dataset)
         streaming = isinstance(self._base, IterableDataset)
-        self._stream = Stream(self._base, order) if streaming else None
+        self._stream = Stream(self._base, order, self._read) if streaming else None
         self._gather = None if streaming else gatherer(self._base)
-        if streaming:
-            threads = min(threads, 1)  # a stream has one order
+        self._threads = min(threads, 1) if streaming else threads  # a stream has one order
         self._pool: ThreadPoolExecutor | None = None
-        if fetches_ahead(dataset, threads, prefetch, augment):
-            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hpctrain-data")
+        self._draws_augmenting = not all(draws_only_from_its_own(function) for function in self._augment)
+        self._draws = self._draws_augmenting or not only_indexed(self._base)  # it may, as far as one knows
+        self._alone = not fetches_ahead(dataset, self._threads, prefetch, augment)
+        self._probes = PROBES if self._draws and not self._alone else 0
+        self._drew = False  # in a probe
+        self._guarded = streaming
+        self._harmless: set[Any] = set()
+        self._left: Generators | None = None  # as the thread that asks found them at the end of its last batch
+        self._begun: deque[_Begun] = deque()  # what was fetched in threads since then
 
     def bounds(self, cursor: int, round_size: int, workers: int) -> list[int]:
         """The positions that the round at `cursor` gives its workers; see `round_bounds`.
@@ -88,10 +117,7 @@ class Loader:
         seen, this is collective over the workers, and raises DataError where it ends elsewhere on another rank.
         """
         if self._stream is not None and self._order.length is None:
-            if self._pool is None:
-                self._stream.look_ahead(cursor, cursor + round_size)
-            else:
-                self._pool.submit(self._stream.look_ahead, cursor, cursor + round_size).result()
+            self._look_ahead(self._stream, cursor, cursor + round_size)
         if self._stream is not None and not self._order.common:
             self._compare(cursor + round_size)
         return round_bounds(cursor, self._order.length, round_size, workers)
@@ -113,12 +139,12 @@ class Loader:
 
         It may prove to lie behind the end of a stream: then it is forgotten.
         """
-        if self._pool is None or start == stop:
+        if self._inline or self._closed or start == stop:
             return
         self._drop_outdated()
         if (start, stop) not in self._pending and len(self._pending) < self._prefetch:
             known = self._order.length
-            self._pending[start, stop] = known, self._pool.submit(self._fetch_ahead, start, stop, known)
+            self._pending[start, stop] = known, self._threads_of_it().submit(self._fetch_ahead, start, stop, known)
 
     def take(self, start: int, stop: int) -> Batch:
         """The batch at [start, stop): the one requested, or fetched now. Requests from before it are dropped.
@@ -129,20 +155,20 @@ class Loader:
         _, future = self._pending.pop((start, stop), (None, None))
         for key in [key for key in self._pending if future is None or key[0] < start]:
             self._pending.pop(key)[1].cancel()  # the plan has changed, if nothing was requested for now
-        if future is not None:
-            return future.result()
-        if self._pool is not None and self._stream is not None:
-            return self._pool.submit(self._fetch, start, stop).result()  # only that thread reads the stream
-        return self._fetch(start, stop)
+        if start == stop:
+            return Batch(None, None, 0)
+        if not self._inline:
+            batch = self._take_ahead(start, stop, future)
+            if batch is not None:
+                return batch
+        return self._fetch_inline(start, stop)
 
     def close(self) -> None:
         """End the threads, after the sample that each is at. May be called twice."""
         self._closed = True
-        self._pending.clear()
         if self._stream is not None:
             self._stream.close()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._end_threads()
 
     def __enter__(self) -> Loader:
         return self
@@ -167,30 +193,31 @@ class Loader:
 
     def _fetch(self, start: int, stop: int) -> Batch:
         epoch, offset = self._order.place(start, stop)
-        if start == stop:
-            return Batch(None, None, 0)
         if self._stream is not None:
             indices = np.arange(offset, offset + stop - start)
-            return _collate(self._augmented(self._stream.read(start, stop), epoch, indices))
+            return _collate(self._augmented(self._stream.read(start, stop), epoch, indices), indices)
         indices = self._order.indices(start, stop)
         places = indices if self._picked is None else self._picked[indices]  # in what is inside the `Subset`s
         if self._gather is None:
-            return _collate(self._augmented(self._items(places), epoch, indices))
-        columns = list(self._gather(places))
+            return _collate(self._augmented(self._items(places, epoch, indices), epoch, indices), places)
+        gather = self._gather
+        seed = self._seeds(epoch, indices[:1])[0] ^ _ITEM if self._draws else 0
+        columns = list(self._run(seed, lambda: gather(places)))
         if self._augment:
             columns[0] = torch.stack(self._augmented(list(columns[0].unbind()), epoch, indices))
         inputs, targets = columns if len(columns) == 2 else (columns, None)
         return Batch(inputs, targets, stop - start)
 
-    def _items(self, places: NDArray[np.int64]) -> list[Any]:
+    def _items(self, places: NDArray[np.int64], epoch: int, indices: NDArray[np.int64]) -> list[Any]:
+        seeds = self._seeds(epoch, indices)
         if callable(getattr(self._base, "__getitems__", None)):  # torch's own name for many at once
-            return list(self._base.__getitems__(places.tolist()))
+            return list(self._run(seeds[0] ^ _ITEM, lambda: self._base.__getitems__(places.tolist())))
         items = []
-        for place in places.tolist():
+        for place, seed in zip(places.tolist(), seeds, strict=True):
             if self._closed:
                 raise DataError("the loader was closed while it fetched")
             try:
-                items.append(self._base[place])
+                items.append(self._run(seed ^ _ITEM, lambda place=place: self._base[place]))
             except Exception as error:
                 error.add_note(f"while fetching sample {place} of the data set")
                 raise
@@ -200,34 +227,189 @@ class Loader:
         """Items with the augmentations applied to each one's input."""
         if not self._augment:
             return items
-        generator = torch.Generator()
         done = []
-        for item, seed in zip(items, mix(self._seed, epoch, indices).tolist(), strict=True):
-            generator.manual_seed(seed)
+        for item, index, seed in zip(items, indices.tolist(), self._seeds(epoch, indices), strict=True):
             pair = _is_pair(item)
             sample = item[0] if pair else item
+            if isinstance(sample, np.ndarray):
+                sample = tensor_of(sample)
             if not isinstance(sample, Tensor):
                 raise DataError(
-                    f"data.augment works on tensors, but the data set's samples are of type "
+                    f"data.augment works on tensors and arrays, but sample {index} of the data set is of type "
                     f"{type(sample).__name__}; let the data set give tensors, or augment in it"
                 )
-            for function in self._augment:
-                sample = function(sample, generator)
+            augment = partial(self._augment_one, sample, seed)
+            sample = self._run(seed ^ _AUGMENT, augment) if self._draws_augmenting else augment()
             done.append((sample, item[1]) if pair else sample)
         return done
+
+    def _augment_one(self, sample: Tensor, seed: int) -> Tensor:
+        generator = torch.Generator()
+        generator.manual_seed(seed)
+        for function in self._augment:
+            sample = function(sample, generator)
+        return sample
+
+    # -- who draws --------------------------------------------------------------------------------------------
+    @property
+    def _inline(self) -> bool:
+        return self._alone or self._probes > 0
+
+    def _seeds(self, epoch: int, indices: NDArray[np.int64]) -> list[int]:
+        seeds: list[int] = mix(self._seed, epoch, indices).tolist()
+        return seeds
+
+    def _read(self, epoch: int, place: int, function: Callable[[], Any]) -> Any:
+        """A stream's code for that place."""
+        block, place = divmod(place, _BLOCK)
+        return self._run(_block_of_seeds(self._seed, epoch, block)[place] ^ _ITEM, function)
+
+    def _run(self, seed: int, function: Callable[[], Any]) -> Any:
+        """`function()`, the user's code for one sample (or batch): inline, seeded; else looked after."""
+        if not self._draws:
+            return function()
+        if not self._inline:
+            begun = _Begun(function)
+            self._begun.append(begun)
+            try:
+                return self._watched(function)
+            finally:
+                begun.ended = True
+        seed_all(seed)
+        if not self._probes:
+            return function()
+        before = Generators.now()
+        value = function()
+        self._drew = self._drew or bool(before.differing(Generators.now()))
+        return value
+
+    def _watched(self, function: Callable[[], Any]) -> Any:
+        return NoDraws(self._harmless).run(function) if self._guarded else function()
+
+    def _fetch_inline(self, start: int, stop: int) -> Batch:
+        if not self._draws:
+            return self._fetch(start, stop)
+        if self._probes:
+            self._look_at_the_training()
+        with kept():
+            batch = self._fetch(start, stop)
+        if self._probes:
+            self._alone = self._alone or self._drew
+            self._probes -= 1
+            self._left = Generators.now()
+        return batch
+
+    def _look_at_the_training(self) -> None:
+        """What was drawn since the last batch, with no other thread at work, was drawn by the training loop."""
+        drawn = Generators.now().differing(self._left) if self._left is not None else set()
+        self._guarded = self._guarded or "torch" in drawn
+        self._alone = self._alone or bool(drawn - {"torch"})
+
+    def _take_ahead(self, start: int, stop: int, future: Future[Batch] | None) -> Batch | None:
+        """The batch that was requested; None if something was drawn, and it is to be fetched inline."""
+        try:
+            if future is not None:
+                batch = future.result()
+            elif self._stream is not None:  # only that thread reads the stream
+                batch = self._threads_of_it().submit(self._fetch, start, stop).result()
+            else:
+                batch = self._fetch(start, stop)
+        except DrewError:
+            self._settle(told=True)
+            return None
+        if self._draws and not self._is_undisturbed():
+            self._settle()
+        return None if self._alone else batch
+
+    def _look_ahead(self, stream: Stream, start: int, stop: int) -> None:
+        """Let the stream read on, where all its reading is done."""
+        if not self._inline:
+            try:
+                return self._threads_of_it().submit(stream.look_ahead, start, stop).result()
+            except DrewError:
+                self._settle(told=True)
+        with kept():
+            stream.look_ahead(start, stop)
+
+    def _is_undisturbed(self) -> bool:
+        """Whether nobody has drawn since the last batch (of torch's generator, if it is guarded: has seeded it)."""
+        assert self._left is not None
+        now = Generators.now()
+        if now.differing(self._left) - {"torch" if self._guarded else "seed"}:
+            return False
+        self._left = now
+        while self._begun and self._begun[0].ended:
+            self._begun.popleft()
+        return True
+
+    def _settle(self, told: bool = False) -> None:
+        """Somebody has drawn: from now on inline, and the training loop gets back what was taken from it.
+
+        Not inline if it proves to be the training loop that drew, and only what can be guarded. `told`: by the guard.
+        """
+        self._end_threads()
+        if self._stream is not None:
+            self._stream.forget()
+        assert self._left is not None
+        now = Generators.now()
+        drawn = now.differing(self._left) - {"torch" if self._guarded else "seed"}
+        again = self._fetched_again(self._left) if self._stream is None else None
+        by_fetching = drawn & again.differing(self._left) if again is not None else drawn
+        unclear = by_fetching & (again.differing(now) | {"seed"}) if again is not None else drawn
+        if unclear:
+            raise DataError(
+                f"{' and '.join(sorted(unclear)).replace('seed', 'torch')}'s global generator was drawn from while samples "
+                "were fetched in a thread beside the training loop, and what each of them got depends on their timing; "
+                "set data.threads = 0: then the training loop fetches, each sample with generators seeded for it"
+            )
+        self._left = now.replace(self._left, by_fetching)
+        self._left.restore()
+        self._begun.clear()
+        self._alone = self._alone or told or bool(by_fetching or drawn - {"torch"})
+        self._guarded = True
+
+    def _fetched_again(self, left: Generators) -> Generators:
+        """The generators, had nothing but what was fetched in threads drawn from them since they were as in `left`."""
+        left.restore()
+        for begun in self._begun:
+            with suppress(Exception, DrewError):
+                self._watched(begun.function)
+        return Generators.now()
+
+    def _threads_of_it(self) -> ThreadPoolExecutor:
+        if self._closed:
+            raise DataError("the loader was closed")
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="hpctrain-data")
+        return self._pool
+
+    def _end_threads(self) -> None:
+        self._pending.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+
+@lru_cache(maxsize=4)
+def _block_of_seeds(seed: int, epoch: int, block: int) -> list[int]:
+    """Of a stream's samples: one by one they would cost more than to seed from them."""
+    seeds: list[int] = mix(seed, epoch, np.arange(block * _BLOCK, (block + 1) * _BLOCK)).tolist()
+    return seeds
+
+
+@dataclass
+class _Begun:
+    """The fetching of a sample in a thread."""
+
+    function: Callable[[], Any]
+    ended: bool = False
 
 
 def _is_pair(item: Any) -> bool:
     return isinstance(item, (tuple, list)) and len(item) == 2
 
 
-def _collate(items: list[Any]) -> Batch:
-    try:
-        collated = default_collate(items)
-        inputs, targets = collated if _is_pair(items[0]) else (collated, None)
-        return Batch(inputs, targets, len(items))
-    except (TypeError, RuntimeError) as error:
-        raise DataError(
-            f"the data set's samples cannot be made into a batch ({str(error).splitlines()[0]}); each has "
-            "to be a tensor, array or number, or a pair or dictionary of such, equally shaped in all samples"
-        ) from error
+def _collate(items: list[Any], indices: NDArray[np.int64]) -> Batch:
+    collated = collate(items, indices)
+    inputs, targets = collated if _is_pair(items[0]) else (collated, None)
+    return Batch(inputs, targets, len(items))

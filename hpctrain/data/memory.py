@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
 Gather = Callable[[NDArray[np.int64]], Sequence[Any]]
 
 
@@ -59,11 +61,21 @@ def gatherer(base: Any) -> Gather | None:
     """
     if type(base) is TensorDataset:
         tensors = base.tensors
-        return lambda indices: [t.index_select(0, torch.from_numpy(indices)) for t in tensors]
+        return lambda indices: [_select(t, torch.from_numpy(indices)) for t in tensors]
     gather = getattr(base, "gather", None)
     if isinstance(base, Dataset) and callable(gather):
         return lambda indices: gather(torch.from_numpy(indices))
     return None
+
+
+def _select(tensor: Tensor, indices: Tensor) -> Tensor:
+    signed = _SIGNED.get(tensor.dtype)  # torch cannot index these
+    return tensor.index_select(0, indices) if signed is None else tensor.view(signed)[indices].view(tensor.dtype)
+
+
+def only_indexed(base: Any) -> bool:
+    """Whether an unwrapped data set is known to run no code of the user's when its samples are fetched."""
+    return type(base) in (TensorDataset, Images, list)
 
 
 def known_targets(dataset: Any) -> NDArray[np.int64] | None:

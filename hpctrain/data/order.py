@@ -86,6 +86,11 @@ def permutation(length: int, *seed: int) -> Indices:
     return np.argsort(bits.random_raw(length), kind="stable").astype(np.int64, copy=False)
 
 
+def words(seed: int) -> list[int]:
+    """The low and the high 32 bits of a seed."""
+    return [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
+
+
 def mix(seed: int, epoch: int, indices: NDArray[Any]) -> NDArray[np.uint64]:
     """One seed per sample from (seed, epoch, index), as uint64: splitmix64's finaliser, chained."""
     state = np.zeros(len(indices), np.uint64)

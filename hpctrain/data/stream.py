@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -11,6 +11,9 @@ from hpctrain.data.order import Order
 from hpctrain.errors import DataError
 
 _END = object()
+BEGINNING = -1  # the place of what a stream does as it begins
+
+Call = Callable[[int, int, Callable[[], Any]], Any]
 
 
 class Stream:
@@ -20,14 +23,15 @@ class Stream:
     it may depend on the epoch (`set_epoch(epoch)` is called where it exists), not on the rank. Streams that end
     elsewhere on another rank are refused (by `Loader.bounds`); other differences cannot be seen. Going back
     reads it anew. While its length is unknown, all is kept that was read from the last `look_ahead`'s start
-    on.
+    on. `call(epoch, place, function)` is to return `function()`, which runs the stream's own code for that place.
     """
 
-    def __init__(self, dataset: Any, order: Order) -> None:
+    def __init__(self, dataset: Any, order: Order, call: Call = lambda epoch, place, function: function()) -> None:
         self._dataset = dataset
         self._order = order
+        self._call = call
         self._iterator: Iterator[Any] | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._epoch = -1
         self._base = 0  # the place in the epoch of the first item of _ahead, or of the next one to read
         self._ahead: deque[Any] = deque()
@@ -36,6 +40,12 @@ class Stream:
     def close(self) -> None:
         """Make a reading that is under way in another thread end after the sample it is at."""
         self._closed = True
+
+    def forget(self) -> None:
+        """Begin anew, and read again up to where the next sample is; as after an error inside the stream."""
+        self._iterator = None
+        self._base = 0
+        self._ahead.clear()
 
     def read(self, start: int, stop: int) -> list[Any]:
         """The samples at positions [start, stop) of the run. DataError if the stream ends before them."""
@@ -76,7 +86,7 @@ class Stream:
     def _restart(self, epoch: int) -> None:
         if callable(getattr(self._dataset, "set_epoch", None)):
             self._dataset.set_epoch(epoch)
-        self._iterator = iter(self._dataset)
+        self._iterator = self._call(epoch, BEGINNING, lambda: iter(self._dataset))
         self._epoch, self._base, self._error = epoch, 0, None
         self._ahead.clear()
 
@@ -96,9 +106,10 @@ class Stream:
         if self._error is not None:  # a generator that has raised would now look like one that has ended
             raise self._error
         assert self._iterator is not None
+        iterator, place = self._iterator, self._base + len(self._ahead)
         try:
-            return next(self._iterator, _END)
-        except Exception as error:
+            return self._call(self._epoch, place, lambda: next(iterator, _END))
+        except BaseException as error:
             self._error = error
             error.add_note(f"while reading the stream in epoch {self._epoch}")
             raise

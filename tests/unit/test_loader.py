@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from hpctrain.data.augment import augmentations, flip, shift
-from hpctrain.data.loader import Batch, Loader
+from hpctrain.data.loader import PROBES, Batch, Loader
 from hpctrain.data.memory import Images
 from hpctrain.data.order import Order, round_bounds
 from hpctrain.errors import DataError, JobError
@@ -64,6 +64,13 @@ class KnownCount(Count):
         return self.length
 
 
+def past_probes(loader: Loader, start: int) -> Loader:
+    """A loader that has fetched its first batches inline, of one sample each from `start` on."""
+    for place in range(start, start + PROBES):
+        loader.take(place, place + 1)
+    return loader
+
+
 def image_set(length: int = 40) -> TensorDataset:
     """Random images, (length, 1, 8, 8), and their numbers."""
     return TensorDataset(
@@ -106,7 +113,7 @@ def test_the_same_batches_whichever_number_of_threads(data: Any, augment: list[A
         assert_equal(found[0], other)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 8), st.sampled_from([0, 2]))
 def test_workers_together_take_every_sample_once(length: int, workers: int, batch: int, threads: int) -> None:
     for data in (Squares(length), Count(length), Count(length, known=True)):
@@ -153,7 +160,9 @@ def test_gathering_in_memory_is_quick_and_takes_no_thread() -> None:
 
 def test_fetched_in_threads_that_end() -> None:
     data = Squares(64)
-    loader = Loader(data, Order(64, shuffle=False), threads=2)
+    loader = past_probes(Loader(data, Order(64, shuffle=False), threads=2), 62)
+    assert data.threads == {threading.current_thread().name}
+    data.threads.clear()
     loader.request(0, 8)
     loader.request(8, 16)
     assert loader.take(0, 8).targets.tolist() == [i * i for i in range(8)]
@@ -164,7 +173,7 @@ def test_fetched_in_threads_that_end() -> None:
 
 
 def test_closing_waits_for_a_sample_not_for_a_batch() -> None:
-    loader = Loader(Squares(1000, seconds=0.05), Order(1000))
+    loader = past_probes(Loader(Squares(1000, seconds=0.05), Order(1000)), 0)
     loader.request(0, 1000)
     began = time.monotonic()
     loader.close()
@@ -172,7 +181,7 @@ def test_closing_waits_for_a_sample_not_for_a_batch() -> None:
 
 
 def test_fetching_ahead_saves_the_wait() -> None:
-    loader = Loader(Squares(8, seconds=0.02), Order(8))
+    loader = past_probes(Loader(Squares(8, seconds=0.02), Order(8)), 0)
     loader.request(0, 8)
     time.sleep(0.4)
     began = time.monotonic()
@@ -184,6 +193,7 @@ def test_fetching_ahead_saves_the_wait() -> None:
 def test_requests_that_are_not_taken_are_dropped() -> None:
     order = Order(400, shuffle=False)
     with Loader(Squares(400), order, prefetch=2) as loader:
+        past_probes(loader, 0)
         loader.request(0, 10)
         loader.request(10, 20)
         loader.request(20, 30)  # one too many: ignored
@@ -207,6 +217,7 @@ class Broken(Squares):
 @pytest.mark.parametrize("threads", [0, 1])
 def test_an_error_of_the_data_set_surfaces_where_it_is_taken(threads: int) -> None:
     with Loader(Broken(40), Order(40, shuffle=False), threads=threads) as loader:
+        past_probes(loader, 0)
         loader.request(0, 10)
         loader.request(10, 20)
         assert loader.take(0, 10).size == 10
@@ -233,14 +244,18 @@ def test_samples_of_any_make() -> None:
 
 def test_samples_that_make_no_batch() -> None:
     order = Order(4, shuffle=False)
-    with pytest.raises(
-        DataError, match=r"cannot be made into a batch \(stack expects each tensor to be equal size"
+    for samples, words in (
+        ([torch.ones(i + 1) for i in range(4)], r"sample 1 of .* with sample 0: it has the shape \(2,\), there it is"),
+        ([object()] * 4, "sample 0 of the data set cannot be put into a batch: it is of type object; a sample is"),
+        ([(torch.ones(1), {"a": 1})] * 3 + [(torch.ones(1), {"a": None})], r"sample 3 .* its part \[1\]\['a'\] is of"),
+        ([np.array(["a", i], object) for i in range(4)], "sample 0 .*: it is an array of dtype object"),
+        ([{"a": 1}, {"b": 1}, {}, {}], r"sample 1 .* it has the parts \['b'\], there it has \['a'\]"),
+        ([1, "two", 3, 4], "sample 1 .* it is of type str, there it is of type int"),
     ):
-        Loader([torch.ones(i + 1) for i in range(4)], order, threads=0).take(0, 2)
-    with pytest.raises(DataError, match="cannot be made into a batch .*object"):
-        Loader([object()] * 4, order, threads=0).take(0, 2)
-    with pytest.raises(DataError, match="data.augment works on tensors, but .* of type ndarray"):
-        Loader([np.ones((1, 4, 4))] * 4, order, threads=0, augment=[flip]).take(0, 2)
+        with pytest.raises(DataError, match=words):
+            Loader(samples, order, threads=0).take(0, 4)
+    with pytest.raises(DataError, match="data.augment works on tensors and arrays, but sample 0 .* of type str"):
+        Loader(["a"] * 4, order, threads=0, augment=[flip]).take(0, 2)
 
 
 def test_augmentation_is_a_sample_s_own() -> None:
@@ -325,6 +340,8 @@ class Guarded(IterableDataset[int]):
 def test_a_stream_is_read_by_one_thread() -> None:
     data = Guarded()
     with Loader(data, Order(10**6, shuffle=False), threads=4, prefetch=4) as loader:
+        past_probes(loader, 0)
+        data.threads.clear()
         for start in range(0, 40, 10):
             loader.request(start, start + 10)
         loader.take(40, 50)  # not requested
