@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING
 from hpctrain import __version__
 from hpctrain.errors import HpctrainError
 from hpctrain.filenames import JOB
+from hpctrain.registry import escaped, shown_path
 
 if TYPE_CHECKING:
     from hpctrain.job import Job
 
 DESCRIPTION = "Train PyTorch models on MPI and Slurm clusters with whichever way of synchronising is fastest there."
 EXPORT = "trace export"
+SHOW = (
+    "Check a job file and print it with every default written out. Nothing that the job names is imported: the options "
+    "of a strategy or rule of your own are printed as they stand; `hpctrain doctor --job FILE` checks those too."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options))
     except HpctrainError as error:
-        print(f"hpctrain: {error}", file=sys.stderr)
+        print(f"hpctrain: {escaped(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -84,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("key", nargs="?", default="", help="only keys that begin so")
     explain.add_argument("--markdown", action="store_true", help="as the table of docs/job.md")
     explain.set_defaults(command=_explain)
-    show = about.add_parser("show", help="check a job file and print it with every default written out")
+    show = about.add_parser(
+        "show", help="print a job with every default written out; imports nothing of what it names", description=SHOW
+    )
     _job_arguments(show)
     show.set_defaults(command=_show)
     return parser
@@ -126,9 +133,17 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to change: train.epochs=3")
 
 
+def _named(path: str | None) -> str:
+    """The job file that was given. Raises JobError if none was."""
+    from hpctrain.errors import JobError
+
+    if path is None:
+        raise JobError("no job file given; name one, such as jobs/digits.toml")
+    return path
+
+
 def _load(options: argparse.Namespace) -> tuple[Job, str | None]:
     """The job, and the run folder to go on in."""
-    from hpctrain.errors import JobError
     from hpctrain.job import Job
 
     resume, path = options.resume, options.job
@@ -137,8 +152,7 @@ def _load(options: argparse.Namespace) -> tuple[Job, str | None]:
     elif path is not None and "=" in path and resume not in (None, "here", "latest") and not os.path.exists(path):
         options.overrides.insert(0, path)  # `train --resume RUN key=value`
         options.job = path = os.path.join(resume, JOB)
-    if path is None:
-        raise JobError("no job file given; name one, such as jobs/digits.toml")
+    path = _named(path)
     job = Job.load(path, options.overrides)
     if resume == "here":
         return job, os.path.dirname(path) or "."
@@ -189,7 +203,7 @@ def _export(options: argparse.Namespace) -> int:
 
     ranks = parse_ranks(options.ranks) if options.ranks is not None else None
     steps = parse_steps(options.steps) if options.steps is not None else None
-    print(f"wrote {export_run(options.run, options.format, options.output, ranks, steps)}")
+    print(f"wrote {shown_path(export_run(options.run, options.format, options.output, ranks, steps))}")
     return 0
 
 
@@ -197,7 +211,7 @@ def _report(options: argparse.Namespace) -> int:
     from hpctrain.report import write_report
 
     path, headline = write_report(options.run, options.output)
-    print(f"{headline}\nwrote {path}")
+    print(f"{headline}\nwrote {shown_path(path)}")
     return 0
 
 
@@ -264,6 +278,10 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    options.resume = None
-    print(_load(options)[0].dump(), end="")
+    from hpctrain.job import Job
+
+    job = Job.recorded(_named(options.job), options.overrides)
+    print(job.dump(), end="")
+    for key in job.unchecked:
+        print(f"note: {key} is not built in and was not imported, so its options are not checked", file=sys.stderr)
     return 0

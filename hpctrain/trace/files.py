@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain.errors import TraceError
+from hpctrain.registry import escaped
 from hpctrain.trace.schema import OLDER_VERSIONS, SCHEMA_VERSION, TABLES
 
 Rows = np.ndarray[Any, Any]
@@ -102,9 +103,14 @@ def why(error: Exception) -> str:
     return text[text.index("(") + 1 :].rstrip(")") if "(" in text else text
 
 
+def text_of(value: bytes) -> str:
+    """Text out of a trace, fit for a terminal."""
+    return escaped(value.decode(errors="replace"))
+
+
 def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
+    if isinstance(value, (bytes, str)):
+        return text_of(value) if isinstance(value, bytes) else escaped(value)
     return value.item() if isinstance(value, np.generic) else value
 
 

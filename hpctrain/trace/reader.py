@@ -16,6 +16,7 @@ import numpy as np
 
 from hpctrain.errors import HpctrainError, TraceError
 from hpctrain.filenames import JOB, METRICS
+from hpctrain.registry import escaped, shown
 from hpctrain.trace.files import (
     Rows,
     TraceFile,
@@ -24,6 +25,7 @@ from hpctrain.trace.files import (
     open_file,
     open_h5,
     read_rows,
+    text_of,
 )
 from hpctrain.trace.schema import KIND_CODES, KINDS, OLDER_VERSIONS, OUTCOMES, TABLES
 from hpctrain.trace.writer import trace_files
@@ -78,7 +80,7 @@ class Run:
             if told:
                 raise TraceError(f"{self.folder}: none of its traces can be read: {'; '.join(told[:3])}")
             raise TraceError(f"{self.folder}: this run has no traces (was it started with trace.enabled = false?)")
-        self.notes += told
+        self.notes += map(escaped, told)
         return files
 
     def _note_gaps(self) -> None:
@@ -107,6 +109,7 @@ class Run:
                     self._note_lost(file, name, claimed - file.rows[name], claimed)
 
     def _note(self, text: str) -> None:
+        text = escaped(text)
         if text not in self.notes:
             self.notes.append(text)
 
@@ -117,12 +120,12 @@ class Run:
     # -- about the run -----------------------------------------------------------------------------------
     @cached_property
     def job(self) -> Job | str:
-        """The resolved job; its text if it cannot be loaded (a program's objects, say); "" without one."""
+        """The resolved job (nothing that it names is imported); its text if it is no job; "" without one."""
         path = self.folder / JOB
         try:
             from hpctrain.job import Job
 
-            return Job.load(path)
+            return Job.recorded(path)
         except (HpctrainError, ImportError):
             pass
         try:
@@ -270,7 +273,7 @@ class Run:
         """Columns rank, attempt, t_ns, kind, text, t_s, in the order of time."""
         frame = self._frame("events", rank)
         for name in ("kind", "text"):
-            frame[name] = [value.decode(errors="replace") for value in frame[name]]
+            frame[name] = [text_of(value) for value in frame[name]]
         return frame.sort_values("t_ns", kind="stable", ignore_index=True)
 
     def clock(self, rank: Ranks = None) -> pd.DataFrame:
@@ -291,6 +294,8 @@ class Run:
             return pd.DataFrame()
         for name in frame.columns.drop("split", errors="ignore"):
             frame[name] = pd.to_numeric(frame[name], errors="coerce")
+        if "split" in frame:
+            frame["split"] = [shown(name, 20) if isinstance(name, str) else name for name in frame["split"]]
         whole = frame.dropna(ignore_index=True)
         if len(whole) < len(frame):
             self._note(f"metrics.csv: {len(frame) - len(whole)} of {len(frame)} rows cannot be read")

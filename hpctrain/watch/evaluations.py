@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from hpctrain.registry import shown
 from hpctrain.watch.snapshot import Evaluation
 
 
@@ -17,7 +18,8 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     rows = []
     for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
         try:
-            rows.append(Evaluation(row["split"], float(row["epoch"]), float(row["loss"]), float(row["metric"])))
+            epoch, loss, metric = (float(row[name]) for name in ("epoch", "loss", "metric"))
+            rows.append(Evaluation(shown(row["split"], 20), epoch, loss, metric))
         except (KeyError, TypeError, ValueError):
             continue
     return rows
