@@ -62,7 +62,7 @@ def render_page(analysis: Analysis, said: Said) -> tuple[str, str]:
         "times": part("times", lambda: tables.times(analysis.times)),
         "matrix": part("waiting", lambda: tables.waiting(analysis.waiting_matrix())),
         "metrics": part("metrics", lambda: tables.metrics(run)),
-        "job": tables.job_text(run),
+        "job": run.job_text,
     }
     found = part("figures", lambda: draw_pictures(analysis, folder, said))
     pictures, missing = found if found is not None else ([], [])

@@ -51,8 +51,10 @@ class Plan:
 def read_plan(folder: Path) -> Plan:
     """The plan in a run folder. Raises TraceError where its job says that there will be no traces."""
     try:
-        job = Job.recorded(folder / JOB)
-    except (HpctrainError, ImportError):
+        job = Job.recorded(folder / JOB) if (folder / JOB).is_file() else None
+    except HpctrainError:
+        job = None
+    if job is None:
         return Plan()
     if not job.trace.enabled:
         raise TraceError(

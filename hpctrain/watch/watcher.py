@@ -15,6 +15,7 @@ from hpctrain.errors import TraceError
 from hpctrain.filenames import JOB, METRICS, MODEL
 from hpctrain.registry import escaped
 from hpctrain.trace.files import UNREADABLE, Rows, text_of, why
+from hpctrain.trace.reader import name_ranks, size_of
 from hpctrain.trace.roles import parse_entry
 from hpctrain.trace.writer import trace_files
 from hpctrain.watch.evaluations import read_evaluations
@@ -77,8 +78,8 @@ class _Attempt:
 
     @property
     def size(self) -> int:
-        """How many ranks there are, as their files say."""
-        return max((int(rank.tail.file.attributes.get("size", 0)) for rank in self.ranks.values()), default=0)
+        """How many ranks there are, as most of their files say."""
+        return size_of([rank.tail.file for rank in self.ranks.values()])
 
     @property
     def nodes(self) -> list[int]:
@@ -294,8 +295,10 @@ class Watcher:
     def _notes(self) -> tuple[str, ...]:
         attempt = self._attempt
         found = attempt.ranks.keys() | attempt.faults.keys()
-        missing = [str(rank) for rank in range(attempt.size) if rank not in found]
-        notes = [f"no trace file yet of rank{'s' * (len(missing) > 1)} {', '.join(missing)}"] if missing else []
+        missing = [rank for rank in range(attempt.size) if rank not in found]
+        notes = [f"no trace file yet of {name_ranks(missing)}"] if missing else []
+        damaged = {number: rank.tail.damaged for number, rank in attempt.ranks.items() if rank.tail.damaged}
+        notes += [f"rank {number}: {rows} damaged rows of its trace are left out" for number, rows in damaged.items()]
         notes += attempt.faults.values()
         if self._plan.job is None:
             notes.append("job.toml cannot be read, so how much of the run is left is not known")
