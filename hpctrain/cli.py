@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Train PyTorch models on MPI and Slurm clusters with whichever way of synchronising is fastest there."
 EXPORT = "trace export"
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 SHOW = (
     "Check a job file and print it with every default written out. Nothing that the job names is imported: the options "
     "of a strategy or rule of your own are printed as they stand; `hpctrain doctor --job FILE` checks those too."
@@ -33,17 +36,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:2] == EXPORT.split():  # a command of two words beside `trace RUN`
         words[:2] = [EXPORT]
-    options = _parser().parse_args(words)
+    if sys.stdout is None:  # closed by whoever started this
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        return int(options.command(options))
+        with _written_out():
+            options = _parser().parse_args(words)
+            return int(options.command(options))
     except HpctrainError as error:
         print(f"hpctrain: {escaped(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 1
+
+
+@contextmanager
+def _written_out() -> Iterator[None]:
+    """When this ends, all that was printed has been written; HpctrainError if it cannot be: on a full disk, say."""
+    try:
+        try:
+            yield
+        except SystemExit:  # after --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:  # of a file, and not told there
+            raise
+        _discard_output()
+        raise HpctrainError(f"standard output cannot be written ({error.strerror})") from None
+
+
+def _discard_output() -> None:
+    """Let Python get rid of what it could not write, without a word of its own when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,7 +197,12 @@ def _load(options: argparse.Namespace) -> tuple[Job, str | None]:
 def _train(options: argparse.Namespace) -> int:
     from hpctrain.training import main
 
-    return main(lambda: _load(options))
+    status = main(lambda: _load(options))
+    try:
+        sys.stdout.flush()
+    except OSError:  # told already, and of no consequence: what matters of a run is in its folder
+        _discard_output()
+    return status
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpctrain.errors import HpctrainError
-from hpctrain.export.output import make_folder, output_file, output_text
 from hpctrain.export.selection import Rows, Selection
 from hpctrain.filenames import METRICS
+from hpctrain.output import make_folder, output_file, output_text
 from hpctrain.progress import Progress
 from hpctrain.trace import Run
 from hpctrain.trace.files import text_of

@@ -247,7 +247,7 @@ def damage(dice: random.Random, folder: Path) -> list[str]:
         try:
             how(dice, path)
             done.append(f"{how.__name__} {path.name}")
-        except (OSError, RuntimeError, KeyError, ValueError, IndexError, TypeError, AttributeError):
+        except (OSError, RuntimeError, KeyError, ValueError, IndexError, TypeError, AttributeError, MemoryError):
             continue  # it was too damaged already
     return done
 
