@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpctrain import __version__
 from hpctrain.errors import HpctrainError
 from hpctrain.filenames import JOB
+from hpctrain.registry import escaped, shown_path
 
 if TYPE_CHECKING:
     from hpctrain.job import Job
 
 DESCRIPTION = "Train PyTorch models on MPI and Slurm clusters with whichever way of synchronising is fastest there."
 EXPORT = "trace export"
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+SHOW = (
+    "Check a job file and print it with every default written out. Nothing that the job names is imported: the options "
+    "of a strategy or rule of your own are printed as they stand; `hpctrain doctor --job FILE` checks those too."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,17 +36,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:2] == EXPORT.split():  # a command of two words beside `trace RUN`
         words[:2] = [EXPORT]
-    options = _parser().parse_args(words)
+    if sys.stdout is None:  # closed by whoever started this
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        return int(options.command(options))
+        with _written_out():
+            options = _parser().parse_args(words)
+            return int(options.command(options))
     except HpctrainError as error:
-        print(f"hpctrain: {error}", file=sys.stderr)
+        print(f"hpctrain: {escaped(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 1
+
+
+@contextmanager
+def _written_out() -> Iterator[None]:
+    """When this ends, all that was printed has been written; HpctrainError if it cannot be: on a full disk, say."""
+    try:
+        try:
+            yield
+        except SystemExit:  # after --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:  # of a file, and not told there
+            raise
+        _discard_output()
+        raise HpctrainError(f"standard output cannot be written ({error.strerror})") from None
+
+
+def _discard_output() -> None:
+    """Let Python get rid of what it could not write, without a word of its own when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("key", nargs="?", default="", help="only keys that begin so")
     explain.add_argument("--markdown", action="store_true", help="as the table of docs/job.md")
     explain.set_defaults(command=_explain)
-    show = about.add_parser("show", help="check a job file and print it with every default written out")
+    show = about.add_parser(
+        "show", help="print a job with every default written out; imports nothing of what it names", description=SHOW
+    )
     _job_arguments(show)
     show.set_defaults(command=_show)
     return parser
@@ -126,9 +163,17 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to change: train.epochs=3")
 
 
+def _named(path: str | None) -> str:
+    """The job file that was given. Raises JobError if none was."""
+    from hpctrain.errors import JobError
+
+    if path is None:
+        raise JobError("no job file given; name one, such as jobs/digits.toml")
+    return path
+
+
 def _load(options: argparse.Namespace) -> tuple[Job, str | None]:
     """The job, and the run folder to go on in."""
-    from hpctrain.errors import JobError
     from hpctrain.job import Job
 
     resume, path = options.resume, options.job
@@ -137,8 +182,7 @@ def _load(options: argparse.Namespace) -> tuple[Job, str | None]:
     elif path is not None and "=" in path and resume not in (None, "here", "latest") and not os.path.exists(path):
         options.overrides.insert(0, path)  # `train --resume RUN key=value`
         options.job = path = os.path.join(resume, JOB)
-    if path is None:
-        raise JobError("no job file given; name one, such as jobs/digits.toml")
+    path = _named(path)
     job = Job.load(path, options.overrides)
     if resume == "here":
         return job, os.path.dirname(path) or "."
@@ -153,7 +197,12 @@ def _load(options: argparse.Namespace) -> tuple[Job, str | None]:
 def _train(options: argparse.Namespace) -> int:
     from hpctrain.training import main
 
-    return main(lambda: _load(options))
+    status = main(lambda: _load(options))
+    try:
+        sys.stdout.flush()
+    except OSError:  # told already, and of no consequence: what matters of a run is in its folder
+        _discard_output()
+    return status
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -188,7 +237,7 @@ def _export(options: argparse.Namespace) -> int:
 
     ranks = parse_ranks(options.ranks) if options.ranks is not None else None
     steps = parse_steps(options.steps) if options.steps is not None else None
-    print(f"wrote {export_run(options.run, options.format, options.output, ranks, steps)}")
+    print(f"wrote {shown_path(export_run(options.run, options.format, options.output, ranks, steps))}")
     return 0
 
 
@@ -196,7 +245,7 @@ def _report(options: argparse.Namespace) -> int:
     from hpctrain.report import write_report
 
     path, headline = write_report(options.run, options.output)
-    print(f"{headline}\nwrote {path}")
+    print(f"{headline}\nwrote {shown_path(path)}")
     return 0
 
 
@@ -263,6 +312,10 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    options.resume = None
-    print(_load(options)[0].dump(), end="")
+    from hpctrain.job import Job
+
+    job = Job.recorded(_named(options.job), options.overrides)
+    print(job.dump(), end="")
+    for key in job.unchecked:
+        print(f"note: {key} is not built in and was not imported, so its options are not checked", file=sys.stderr)
     return 0

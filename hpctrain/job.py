@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PlainValidator, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, PlainValidator, ValidationError, ValidationInfo, field_validator, model_validator
 
 from hpctrain import jobfile, registry
 from hpctrain.errors import ClusterError, JobError
-from hpctrain.jobspec import Named, Options, Table
+from hpctrain.jobspec import RECORDED, Choice, Named, Options, Table
 from hpctrain.jobtables import (
     Amount,
     Communicator,
@@ -102,17 +102,47 @@ class Job(Table):
         """
         return cls._checked(jobfile.read(path), overrides, registry.shown_path(path))
 
+    @classmethod
+    def recorded(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Job:
+        """The job in a file that is only read, a run folder's, say: as `load`, but nothing that it names is imported.
+
+        What is not built in keeps its name, "<...>" included, and its options as they stand. Whoever resolves it
+        gets a JobError, also in a job that is made from this one by `override`. Raises JobError, as `load`.
+        """
+        return cls._checked(jobfile.read(path), overrides, registry.shown_path(path), recorded=True)
+
+    @property
+    def unchecked(self) -> list[str]:
+        """Of a recorded job, the keys that name strategies and rules whose options could not be checked."""
+        return [f"{key}.{spec.KEY}" for key, spec in self._specs() if isinstance(spec, Choice) and spec.unresolved]
+
     def override(self, overrides: Iterable[str]) -> Job:
         """Another job with some keys changed: "a.b=value", see `jobfile.override`. Raises JobError."""
-        return self._checked(self._tables(), overrides)
+        return self._checked(self._tables(), overrides, recorded=any(spec.unresolved for _, spec in self._specs()))
 
     @classmethod
-    def _checked(cls, tables: dict[str, Any], overrides: Iterable[str], source: str = "") -> Job:
+    def _checked(
+        cls, tables: dict[str, Any], overrides: Iterable[str], source: str = "", recorded: bool = False
+    ) -> Job:
         tables, places = jobfile.override(tables, overrides, cls)
         try:
-            return cls(**tables)
+            return cls._of_record(tables) if recorded else cls(**tables)
         except FaultyJobError as error:
             raise job_error(error.found, source, places) from None
+
+    @classmethod
+    def _of_record(cls, tables: dict[str, Any]) -> Job:
+        job = cls.__new__(cls)
+        try:  # as `__init__` does, which takes no context
+            return cls.__pydantic_validator__.validate_python(tables, self_instance=job, context=RECORDED)
+        except ValidationError as error:
+            raise job_error(faults(error, Job)) from None
+
+    def _specs(self) -> Iterator[tuple[str, Named | Choice]]:
+        """Everything in it that names something, with its key."""
+        yield from _specs_in(self)
+        for index, phase in enumerate(self.phases or []):
+            yield from ((f"phases.{index}.{key}", spec) for key, spec in _specs_in(phase))
 
     def _tables(self) -> dict[str, Any]:
         """As `plain`, but with the objects themselves where names cannot be imported."""
@@ -201,6 +231,15 @@ class Job(Table):
                     f"ranks = {self.ranks}, so ranks are 0 to {self.ranks - 1}",
                 )
         return self
+
+
+def _specs_in(table: BaseModel) -> Iterator[tuple[str, Named | Choice]]:
+    for name in type(table).model_fields:
+        spec = getattr(table, name)
+        if isinstance(spec, (Named, Choice)):
+            yield name, spec
+            inner = spec.options if isinstance(spec, Choice) else spec
+            yield from ((f"{name}.{key}", below) for key, below in _specs_in(inner))
 
 
 def _entered(phase: Any) -> Any:

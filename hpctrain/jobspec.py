@@ -14,6 +14,7 @@ from pydantic import (
     ModelWrapValidatorHandler,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -23,6 +24,9 @@ from hpctrain import registry
 from hpctrain.errors import JobError
 from hpctrain.registry import did_you_mean
 from hpctrain.sentences import fail, faults, is_plain, raise_all, unwritable, wrong
+
+# The context of a validation that must import nothing of the user's: see `Job.recorded`.
+RECORDED = {"recorded": True}
 
 
 class Table(BaseModel):
@@ -54,8 +58,26 @@ class Composite(Options):
     """Options that are tables themselves, with strategies and rules of their own: what they name may be an object."""
 
 
+class Unchecked(Options):
+    """Options as they stand in a job that is only read: of a strategy or rule that is not built in."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def plain(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
 class _Recorded(str):
     """The name that an object was given, as opposed to one somebody wrote: may begin with "<"."""
+
+
+def _stays(info: ValidationInfo, kind: str, name: object) -> bool:
+    """Whether what `name` stands for is to be left alone: it is the user's, and the job is only read."""
+    return info.context is RECORDED and name not in registry.TABLES[kind]
+
+
+def _not_imported(kind: str, name: str) -> JobError:
+    return JobError(f'{kind} "{registry.shown(name)}" is not imported where a job is only read')
 
 
 def _name_of(kind: str, thing: object) -> str:
@@ -74,11 +96,17 @@ class Named(Table):
     KEPT: ClassVar[tuple[str, ...]] = ()  # the keys that still mean something when the name changes
     name: str
     _object: Any = PrivateAttr(None)  # what `name` stands for, where it cannot be imported again
+    _unresolved: bool = PrivateAttr(False)
 
     @property
     def thing(self) -> Any:
         """The object itself if `name` only records it ("<...>"), else None."""
         return self._object
+
+    @property
+    def unresolved(self) -> bool:
+        """Whether the job was only read, and `name` is not built in: it is never imported."""
+        return self._unresolved
 
     @property
     def options(self) -> dict[str, Any]:
@@ -90,8 +118,9 @@ class Named(Table):
 
     @field_validator("name", mode="before")
     @classmethod
-    def _check_name(cls, name: object) -> object:
-        if isinstance(name, str) and not (isinstance(name, _Recorded) and name.startswith("<")):
+    def _check_name(cls, name: object, info: ValidationInfo) -> object:
+        known = isinstance(name, _Recorded) or info.context is RECORDED
+        if isinstance(name, str) and not (known and name.startswith("<")):
             try:
                 registry.check(cls.KIND, name)
             except JobError as error:
@@ -100,7 +129,7 @@ class Named(Table):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _take(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _take(cls, value: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         if isinstance(value, cls):
             return value
         table, thing = _split(value, "name")
@@ -110,6 +139,7 @@ class Named(Table):
         spec = handler(table)
         if thing is not None and table["name"].startswith("<"):
             spec._object = thing
+        spec._unresolved = _stays(info, cls.KIND, spec.name)
         raise_all(_bad_options(spec.options))
         return spec
 
@@ -122,6 +152,8 @@ class Named(Table):
         """The object itself. Imports what the name says; raises JobError (see `registry.resolve`)."""
         if self._object is not None:
             return self._object
+        if self._unresolved:
+            raise _not_imported(self.KIND, self.name)
         return registry.resolve(self.KIND, self.name)
 
     def bind(self, positional: int = 0) -> Callable[..., Any]:
@@ -195,7 +227,7 @@ class Choice(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """As `Table.plain`."""
-        if isinstance(self.options, Composite):
+        if isinstance(self.options, (Composite, Unchecked)):
             return {self.KEY: self.name, **self.options.plain()}
         return {self.KEY: self.name, **self.options.model_dump(mode="json", exclude_none=True)}
 
@@ -212,8 +244,15 @@ class Choice(BaseModel):
         """As `Named.thing`."""
         return self._object
 
+    @property
+    def unresolved(self) -> bool:
+        """As `Named.unresolved`."""
+        return isinstance(self.options, Unchecked)
+
     def resolve(self) -> Any:
-        """The class itself."""
+        """The class itself. Raises JobError in a job that was only read, if it is not built in."""
+        if self.unresolved:
+            raise _not_imported(self.KIND, self.name)
         return self._class_of(self._object if self._object is not None else registry.resolve(self.KIND, self.name))
 
     @classmethod
@@ -231,7 +270,7 @@ class Choice(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _take(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _take(cls, value: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         if isinstance(value, cls):
             return value
         table, thing = _split(value, cls.KEY)
@@ -239,17 +278,25 @@ class Choice(BaseModel):
         if not isinstance(name, str):
             fail((cls.KEY,), name, f"must be text, the name of a {cls.KIND}")
         try:
+            if _stays(info, cls.KIND, name):
+                if not name.startswith("<"):
+                    registry.check(cls.KIND, name)
+                raise_all(unwritable(table))
+                return handler({"name": name, "options": Unchecked.model_validate(table)})
             chosen = cls._class_of(registry.resolve(cls.KIND, name) if thing is None else thing)
         except JobError as error:
             prefix = f'{cls.KIND} "{registry.shown(name)}"'
             fail((cls.KEY,), name, str(error).removeprefix(prefix).lstrip(": "))
-        spec = handler({"name": str(name), "options": _options(cls, name, chosen, table)})
+        options = _options(cls, name, chosen, table, info.context)
+        spec = handler({"name": str(name), "options": options})
         if name.startswith("<"):
             spec._object = thing
         return spec
 
 
-def _options(cls: type[Choice], name: str, chosen: Any, table: dict[str, Any]) -> BaseModel | None:
+def _options(
+    cls: type[Choice], name: str, chosen: Any, table: dict[str, Any], context: Any
+) -> BaseModel | None:
     """The further keys as the `Options` of the chosen class; every fault of theirs at once."""
     model = options_class(chosen)
     if model is None:
@@ -263,7 +310,7 @@ def _options(cls: type[Choice], name: str, chosen: Any, table: dict[str, Any]) -
         errors += unwritable(given)
         given = {key: value for key, value in given.items() if not unwritable(value)}
     try:
-        options = _validated(model, given)
+        options = _validated(model, given, context)
     except ValidationError as error:
         errors += [wrong(fault.place, fault.value, fault.text) for fault in faults(error, model)]
         options = None
@@ -271,9 +318,9 @@ def _options(cls: type[Choice], name: str, chosen: Any, table: dict[str, Any]) -
     return options
 
 
-def _validated(model: type[BaseModel], table: dict[str, Any]) -> BaseModel:
+def _validated(model: type[BaseModel], table: dict[str, Any], context: Any) -> BaseModel:
     if issubclass(model, Composite):
-        return model.model_validate(table)
+        return model.model_validate(table, context=context)
     # as JSON: strict about types, but a list may become a tuple, "0" a rank, and a text an enum
     return model.model_validate_json(json.dumps(table, default=str), strict=True)
 

@@ -332,6 +332,8 @@ class RuleSpec(Choice):
 
     @model_validator(mode="after")
     def _check_keywords(self) -> Self:
+        if self.unresolved:
+            return self
         rule = self.resolve()
         if isinstance(rule, registry.resolve(self.KIND, registry.FUNCTION_AS_RULE)):
             try:

@@ -337,7 +337,7 @@ def _pump(source: IO[bytes], target: int) -> None:
 
 
 def _write(target: int, data: bytes) -> None:
-    with contextlib.suppress(BrokenPipeError):  # nobody reads any more: the ranks go on
+    with contextlib.suppress(OSError):  # nobody reads any more, or the disk is full: the ranks go on
         while data:
             data = data[os.write(target, data) :]
 

@@ -90,6 +90,13 @@ def shown(name: str, most: int = 80) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+def escaped(text: str) -> str:
+    """`text` from a file, for a terminal: what would steer it, or cannot be shown, as escapes. Line ends stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def shown_path(path: object) -> str:
     """A file for a message, whole: it is to be found by that."""
     return shown(str(path), 4096)
@@ -118,7 +125,7 @@ def check(kind: str, name: str) -> None:
 def resolve(kind: str, name: str) -> Any:
     """The object that `name` stands for: an entry of the table of `kind`, or "package.module:attribute".
 
-    Imports its module; modules in the current directory are found too. Raises JobError (one sentence, without
+    Imports its module; the user's own are found in the current directory too. Raises JobError (one sentence, without
     the key that held the name, which the caller knows): unknown name, no such module, no such attribute, or a
     module that raised while it was imported.
     """
@@ -128,7 +135,9 @@ def resolve(kind: str, name: str) -> Any:
         raise JobError(f'{kind} "{shown(name)}": {error}') from None
     target = TABLES[kind].get(name, name)
     module_name, attributes = target.split(":")
-    found: Any = _import(module_name, f'{kind} "{shown(name)}"')
+    # What is built in is looked for among the installed packages alone, whatever lies in the current directory.
+    folder = "" if name in TABLES[kind] else _current_directory()
+    found: Any = _import(module_name, f'{kind} "{shown(name)}"', folder)
     for part in attributes.split("."):
         try:
             found = getattr(found, part)
@@ -139,12 +148,11 @@ def resolve(kind: str, name: str) -> Any:
     return found
 
 
-def _import(name: str, what: str) -> ModuleType:
-    """Modules in the current directory come first, as with `python script.py`, but only during this import.
+def _import(name: str, what: str, folder: str) -> ModuleType:
+    """Modules in `folder` come first, as with `python script.py`, but only during this import.
 
     One that was found there may import neighbours later, in its functions: then the directory stays, last.
     """
-    folder = _current_directory()
     missing = bool(folder) and folder not in sys.path and "" not in sys.path
     if missing:
         sys.path.insert(0, folder)
@@ -156,7 +164,7 @@ def _import(name: str, what: str) -> ModuleType:
         return module
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
-            places = f"neither in {folder} nor among the installed packages"
+            places = f"neither in {folder} nor among the installed packages" if folder else "it is not installed"
             raise JobError(f"{what}: there is no module {shown(error.name)}, {places}") from None
         raise JobError(_failure(what, name, error)) from error
     except (Exception, SystemExit) as error:  # a module of the user's may do anything, sys.exit() included

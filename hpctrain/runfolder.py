@@ -159,13 +159,19 @@ def describe_roles(roles: Roles) -> str:
 
 @dataclass
 class Narrator:
-    """Tells how the run goes: a line every few seconds; on a terminal the line is redrawn."""
+    """Tells how the run goes: a line every few seconds; on a terminal the line is redrawn.
+
+    Where it cannot be written, on a full disk or to a pipe that nobody reads, stderr says so once, and the run goes on.
+    """
 
     enabled: bool = True
     every: float = 2.0
     out: TextIO = field(default_factory=lambda: sys.stdout)
     _due: float = 0.0
     _open: bool = False
+
+    def __post_init__(self) -> None:
+        self.enabled = self.enabled and self.out is not None  # it is where standard output was closed
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -183,7 +189,9 @@ class Narrator:
     def update(self, text: str) -> None:
         """Show a progress line; ask `due` first."""
         if self._live:
-            width = os.get_terminal_size(self.out.fileno()).columns
+            width = 80
+            with suppress(OSError):  # the terminal may have gone
+                width = os.get_terminal_size(self.out.fileno()).columns
             self._write("\r\x1b[K" + text[: width - 1])
             self._open = True
         else:
@@ -200,6 +208,11 @@ class Narrator:
             self._open = False
 
     def _write(self, text: str) -> None:
-        with suppress(OSError):  # a full disk, a closed pipe: the run goes on without a word
+        try:
             self.out.write(text)
             self.out.flush()
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            self.enabled = self._open = False
+            reason = getattr(error, "strerror", None) or error
+            with suppress(OSError, ValueError):
+                print(f"hpctrain: standard output cannot be written ({reason}); the run goes on", file=sys.stderr)

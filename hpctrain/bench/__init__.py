@@ -127,11 +127,18 @@ def _measure_alone(what: str) -> Report:
 
 
 def _tell(report: Report, path: str | None) -> None:
-    print(report.text(), flush=True)
-    if path is not None:
-        with open(path, "w") as file:
-            json.dump(report.plain(), file, indent=1)
-            file.write("\n")
+    where = "standard output"
+    try:
+        print(report.text(), flush=True)
+        if path is not None:
+            where = f"--json {path}"
+            with open(path, "w") as file:
+                json.dump(report.plain(), file, indent=1)
+                file.write("\n")
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise HpctrainError(f"{where}: the figures cannot be written ({error.strerror or error})") from None
 
 
 def _progress(text: str) -> None:

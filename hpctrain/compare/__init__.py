@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpctrain.errors import HpctrainError, TraceError
+from hpctrain.registry import escaped, shown_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,14 +41,14 @@ def main(
     targets = choose_targets(runs, target_loss, target_metric)
     frame = comparison_frame(runs, targets, base)
     notes = [*faults, *_remarks(runs)]
-    print(as_text(frame, targets.notes, notes))
+    print(escaped(as_text(frame, targets.notes, notes)))
     if csv is not None:
         _write_csv(frame, csv)
     if output is not None:
         from hpctrain.compare.plots import write_plots
 
         for path in write_plots(output, frame, runs, targets, notes):
-            print(f"wrote {path}")
+            print(f"wrote {shown_path(path)}")
     return 0
 
 
@@ -120,4 +121,4 @@ def _write_csv(frame: pd.DataFrame, path: Path) -> None:
         raise HpctrainError(
             f"{path}: the CSV file cannot be written ({error.strerror or error}); choose another with --csv"
         ) from None
-    print(f"wrote {path}")
+    print(f"wrote {shown_path(path)}")

@@ -16,7 +16,8 @@ from hpctrain.compare.summary import RunSummary
 from hpctrain.compare.table import clip, number
 from hpctrain.compare.targets import Targets
 from hpctrain.errors import HpctrainError
-from hpctrain.figures.style import GREY, LINES, look
+from hpctrain.figures.style import GREY, LINES, literal, look
+from hpctrain.registry import escaped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +65,7 @@ def draw_loss(runs: Runs, targets: Targets) -> Figure | None:
 def draw_metric(runs: Runs, targets: Targets) -> Figure | None:
     """The metric of every evaluation against training time; None if no run was evaluated."""
     kinds = dict.fromkeys(f"{run.split} {run.metric}" for run in runs.values() if run.split)
-    figure, axes = _over_time(" or ".join(kinds))
+    figure, axes = _over_time(literal(escaped(" or ".join(kinds))))
     for index, (letter, run) in enumerate(runs.items()):
         rows = run.course
         if len(rows):
@@ -76,9 +77,10 @@ def draw_metric(runs: Runs, targets: Targets) -> Figure | None:
 def draw_bars(frame: pd.DataFrame, runs: Runs) -> Figure:
     """A panel each of times to the targets, samples per second and cost, of those that are known; a bar per run."""
     first = frame.iloc[0]
+    metric = literal(escaped(first["metric_name"]))
     titles = {
         "time_to_loss_s": f"training time to loss {first['target_training_loss']:.4g} (s)",
-        "time_to_metric_s": f"training time to {first['metric_name']} {first['target_metric']:.4g} (s)",
+        "time_to_metric_s": f"training time to {metric} {first['target_metric']:.4g} (s)",
         "samples_per_s": "throughput (samples/s)",
         "cost_rank_s": "cost (rank-seconds)",
     }
@@ -113,7 +115,8 @@ def draw_scaling(frame: pd.DataFrame) -> Figure:
             style = {"color": LINES[index % len(LINES)], "marker": MARKERS[index % len(MARKERS)]}
             means = factor * mine.groupby("ranks")[name].mean()
             axes.plot(mine["ranks"], factor * mine[name], linestyle="none", markersize=5, alpha=0.6, **style)
-            axes.plot(means.index, means, label=clip(way, 44), linewidth=1.5, markersize=8, fillstyle="none", **style)
+            style |= {"fillstyle": "none", "label": literal(clip(way, 44))}
+            axes.plot(means.index, means, linewidth=1.5, markersize=8, **style)
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
         _scale_ranks(axes, ranks)
@@ -125,7 +128,7 @@ def draw_scaling(frame: pd.DataFrame) -> Figure:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
     many = "s" * (base > 1)
-    head = f"baseline: {baseline['name']}, {baseline['strategy']} on {base} rank{many}"
+    head = literal(escaped(f"baseline: {baseline['name']}, {baseline['strategy']} on {base} rank{many}"))
     figure.suptitle(f"{head}\nfilled: runs; open: means of a strategy's runs of one number of ranks", fontsize=9)
     return figure
 
@@ -156,7 +159,7 @@ def _note(figure: Figure, notes: Sequence[str]) -> None:
     """The first of the notes above the picture, below its title."""
     lines = [figure.get_suptitle()] if figure.get_suptitle() else []
     for note in notes[:NOTES]:
-        lines += textwrap.wrap(f"note: {note}", int(13 * figure.get_figwidth()))
+        lines += textwrap.wrap(literal(escaped(f"note: {note}")), int(13 * figure.get_figwidth()))
     if len(notes) > NOTES:
         lines.append(f"and {len(notes) - NOTES} more notes")
     if lines:
@@ -165,7 +168,7 @@ def _note(figure: Figure, notes: Sequence[str]) -> None:
 
 
 def _label(letter: str, run: RunSummary) -> str:
-    return f"{letter}  {clip(run.strategy, 36)}, {run.crew}"
+    return literal(f"{letter}  {clip(run.strategy, 36)}, {run.crew}")
 
 
 def _bars(axes: Axes, values: Any) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpctrain import jobfile
-from hpctrain.filenames import JOB, MODEL
+from hpctrain.filenames import MODEL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,13 +200,8 @@ def _kept(run: Run) -> float:
 
 def job_keys(run: Run) -> dict[str, Any]:
     """The resolved job as it is written, key by key: {"train.epochs": 3.0, ...}. Nothing of the user's is imported."""
-    path = run.folder / JOB
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        text = str(run.attributes(run.ranks[0]).get("job", ""))
-    try:
-        return dict(_flat(jobfile.parse(text)))
+        return dict(_flat(jobfile.parse(run.job_text)))
     except ValueError:
         return {}
 

@@ -19,9 +19,9 @@ from hpctrain import __version__
 from hpctrain.export.layout import Layout
 from hpctrain.export.marks import draw_events, draw_notes, draw_phases, draw_resources
 from hpctrain.export.messages import Messages
-from hpctrain.export.output import output_text
 from hpctrain.export.selection import Rows, Selection
 from hpctrain.export.traceformat import Numbers, microseconds
+from hpctrain.output import output_text
 from hpctrain.progress import Progress
 from hpctrain.trace import Kind, Run
 from hpctrain.trace.reader import name_ranks

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpctrain.errors import HpctrainError
-from hpctrain.export.output import make_folder, output_file, output_text
 from hpctrain.export.selection import Rows, Selection
 from hpctrain.filenames import METRICS
+from hpctrain.output import make_folder, output_file, output_text
 from hpctrain.progress import Progress
 from hpctrain.trace import Run
+from hpctrain.trace.files import text_of
 from hpctrain.trace.schema import KINDS, OUTCOMES, TABLES
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _values(column: Rows, names: tuple[str, ...] | None) -> Any:
         codes = np.where(column <= len(names), column.astype(np.int64) - 1, -1)
         return pd.Categorical.from_codes(codes, categories=pd.Index(list(names)))
     if column.dtype.kind == "S":
-        return pd.array([value.decode(errors="replace") for value in column], dtype="str")
+        return pd.array([text_of(value) for value in column], dtype="str")
     return column
 
 

@@ -21,10 +21,12 @@ from hpctrain.figures.style import (
     VERMILLION,
     first_of_phases,
     in_unit,
+    literal,
     mark_phases,
     new_figure,
     smoothed,
 )
+from hpctrain.registry import escaped
 
 SPLITS = {"validation": VERMILLION, "test": GREEN}
 CLOCKS = {"step": "updates", "samples": "samples", "seconds": "training time (s)", "bytes": "bytes exchanged ({})"}
@@ -65,7 +67,7 @@ def _draw_evaluations(axes: Axes, metrics: pd.DataFrame, clock: str, factor: flo
 
 def _named(analysis: Analysis, key: str) -> str:
     """What the job calls its loss or metric."""
-    return str(getattr(getattr(analysis.run.job, key, None), "name", key))
+    return literal(escaped(str(getattr(getattr(analysis.run.job, key, None), "name", key))))
 
 
 if __name__ == "__main__":

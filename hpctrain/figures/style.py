@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hpctrain.registry import escaped
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -51,13 +53,18 @@ def new_figure(analysis: Analysis, about: str, width: float = 9.0, height: float
 
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=0.05))
     run = analysis.run
-    lines = [f"{about} ({run.folder.resolve().name})"]
+    lines = [f"{about} ({escaped(run.folder.resolve().name)})"]
     for note in run.notes[:4]:
         lines += textwrap.wrap(f"note: {note}", int(12 * width))
     if len(run.notes) > 4:
         lines.append(f"and {len(run.notes) - 4} more notes")
-    figure.suptitle("\n".join(lines), fontsize=10)
+    figure.suptitle(literal("\n".join(lines)), fontsize=10)
     return figure
+
+
+def literal(text: str) -> str:
+    """`text` for matplotlib, which would set what is between two dollar signs as a formula, or fail to."""
+    return text.replace("$", r"\$")
 
 
 def rows_height(rows: int) -> float:
@@ -68,7 +75,7 @@ def rows_height(rows: int) -> float:
 def name_rows(axes: Axes, names: Sequence[str], least: int = 1) -> None:
     """Name rows 0, 1, 2 ... from above, of many every second or third; leave room for at least `least`."""
     every = 1 + (len(names) - 1) // 32 if names else 1
-    axes.set_yticks(range(0, len(names), every), names[::every], fontsize=8)
+    axes.set_yticks(range(0, len(names), every), list(map(literal, names[::every])), fontsize=8)
     axes.set_ylim(max(len(names), least) - 0.5, -0.5)
 
 
@@ -124,7 +131,8 @@ def mark_phases(axes: Axes, starts: Mapping[int, float], names: Mapping[int, str
 def phase_names(analysis: Analysis) -> dict[int, str]:
     """{phase: "phase 1: all_reduce"}."""
     found = analysis.phases.drop_duplicates("phase").sort_values("phase")
-    return {int(phase): f"phase {phase}: {name}" for phase, name in zip(found["phase"], found["strategy"], strict=True)}
+    pairs = zip(found["phase"], found["strategy"], strict=True)
+    return {int(phase): literal(f"phase {phase}: {name}") for phase, name in pairs}
 
 
 def phase_starts(analysis: Analysis) -> dict[int, float]:

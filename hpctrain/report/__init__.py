@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 
-from hpctrain.errors import HpctrainError
 from hpctrain.filenames import REPORT
+from hpctrain.output import output_file
 from hpctrain.progress import Progress
 
 
@@ -26,18 +24,9 @@ def write_report(run_folder: Path | str, path: Path | str | None = None) -> tupl
 
     analysis = analyse(run_folder)
     target = Path(path) if path is not None else analysis.run.folder / REPORT
-    unfinished = target.with_name(target.name + ".part")
-    try:
+    with output_file(target) as unfinished:
         unfinished.touch()  # whether it can be written is better known before the work
         with Progress() as said:
             page, headline = render_page(analysis, said)
         unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, target)
-    except OSError as error:
-        raise HpctrainError(
-            f"{target}: the report cannot be written here ({error.strerror or error}); choose another with -o FILE"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
     return target, headline

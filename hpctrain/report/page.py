@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from markupsafe import Markup
 from hpctrain import __version__
 from hpctrain.errors import HpctrainError
 from hpctrain.figures.style import KIND_COLOURS
+from hpctrain.registry import escaped
 from hpctrain.report import tables
 from hpctrain.report.pictures import draw_pictures, inline
 from hpctrain.report.spans import collect_spans
@@ -46,12 +48,12 @@ class Part:
 
 def render_page(analysis: Analysis, said: Said) -> tuple[str, str]:
     """(the page's HTML, the headline)."""
-    run, part, folder = analysis.run, Part(), str(analysis.run.folder)
+    run, part, folder = analysis.run, Part(), escaped(shlex.quote(str(analysis.run.folder)))
     said("report: computing where the time went")
     phases = part("phases", lambda: analysis.phases)
     headline = part("headline", lambda: analysis.headline) or "Where the time went could not be computed."
     values: dict[str, Any] = {
-        "name": run.folder.resolve().name,
+        "name": escaped(run.folder.resolve().name),
         "folder": folder,
         "version": __version__,
         "headline": headline,
@@ -60,7 +62,7 @@ def render_page(analysis: Analysis, said: Said) -> tuple[str, str]:
         "times": part("times", lambda: tables.times(analysis.times)),
         "matrix": part("waiting", lambda: tables.waiting(analysis.waiting_matrix())),
         "metrics": part("metrics", lambda: tables.metrics(run)),
-        "job": tables.job_text(run),
+        "job": run.job_text,
     }
     found = part("figures", lambda: draw_pictures(analysis, folder, said))
     pictures, missing = found if found is not None else ([], [])

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpctrain.filenames import JOB
 from hpctrain.trace.schema import KINDS
 
 if TYPE_CHECKING:
@@ -190,11 +189,3 @@ def _number(value: Any) -> str:
     if isinstance(value, float):
         return "–" if value != value else f"{value:.5g}"
     return str(value)
-
-
-def job_text(run: Run) -> str:
-    """The resolved job, as in job.toml; empty if it is not known."""
-    try:
-        return (run.folder / JOB).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return str(run.attributes(run.ranks[0]).get("job", ""))

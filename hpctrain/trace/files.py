@@ -7,15 +7,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import numpy as np
 
 from hpctrain.errors import TraceError
+from hpctrain.registry import escaped, shown
 from hpctrain.trace.schema import OLDER_VERSIONS, SCHEMA_VERSION, TABLES
+from hpctrain.trace.soundness import FARTHEST_NS, LONGEST_NS, made_ns, sound_attribute, sound_rows
 
 Rows = np.ndarray[Any, Any]
-UNREADABLE = (OSError, RuntimeError, KeyError, ValueError)  # what h5py raises on damaged files
+# What h5py raises on damaged files.
+UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
+LONGEST_CHUNK = 1 << 16  # rows: as many are held at a time
+WITH_LINES = ("job", "mpi")  # attributes
+MOST_LETTERS = 200  # of a text in another
 
 
 class UnreadableTrace(TraceError):
@@ -28,8 +35,9 @@ class UnreadableTrace(TraceError):
 
 @dataclass
 class TraceFile:
-    """One rank's file of one attempt. `rows`: how many each table really has; `claimed`: how many it should have,
-    -1 where even that cannot be read. `shift`: from this attempt's clock of rank 0 to the first's.
+    """One rank's file of one attempt. `attributes`: the sound ones; `faults`: the names of the others. `made_ns`: when
+    it was made, by its own clock. `rows`: how many each table really has; `claimed`: how many it should have, -1 where
+    even that cannot be read. `shift`: from this attempt's clock of rank 0 to the first's.
     """
 
     path: Path
@@ -41,6 +49,8 @@ class TraceFile:
     rows: dict[str, int] = field(default_factory=dict)
     claimed: dict[str, int] = field(default_factory=dict)
     shift: int = 0
+    made_ns: int = 0
+    faults: tuple[str, ...] = ()
 
     def correct(self, t_ns: Rows) -> Rows:
         """Times (int64) of this rank's clock on the run's: linear between the measured offsets."""
@@ -69,6 +79,14 @@ def open_h5(path: Path) -> Any:
     return h5py.File(h5py.h5f.open(os.fsencode(path), flags, access))
 
 
+def read_regular(path: Path, most: int) -> bytes:
+    """At most `most` bytes of a file. Raises OSError, also for pipes and devices, which could be read for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file")
+    with open(path, "rb") as file:
+        return file.read(most)
+
+
 def open_file(path: Path, rank: int, attempt: int) -> TraceFile:
     """Raises UnreadableTrace for another schema and for a damaged file."""
     try:
@@ -79,21 +97,68 @@ def open_file(path: Path, rank: int, attempt: int) -> TraceFile:
 
 def _open_file(path: Path, rank: int, attempt: int) -> TraceFile:
     with open_h5(path) as h5:
-        attributes = {name: _plain(value) for name, value in h5.attrs.items()}
+        attributes, faults = _attributes(h5)
         version = attributes.get("schema_version")
         if version is None:
             raise UnreadableTrace(path, rank, "has no schema version: it is no trace")
         if version != SCHEMA_VERSION and version not in OLDER_VERSIONS:
             advice = f"this hpctrain reads version {SCHEMA_VERSION}; read it with the hpctrain that wrote it"
             raise UnreadableTrace(path, rank, f"has schema version {version}: {advice}")
-        for name, dtype in TABLES.items():
-            if h5[name].dtype != dtype:
-                raise UnreadableTrace(path, rank, f"does not have the columns of its schema in /{name}")
+        for name in TABLES:
+            if fault := _layout_fault(h5, name):
+                raise UnreadableTrace(path, rank, f"{fault} in /{name}")
         counts = {name: _count(h5[name], path) for name in TABLES}
         claimed, rows = ({name: count[i] for name, count in counts.items()} for i in (0, 1))
         clock = read_rows(h5["clock"], 0, rows["clock"])
+    made = made_ns(attributes, clock)
+    clock = _sound_clock(clock, made)
+    return TraceFile(path, rank, attempt, attributes, _closed(path), clock, rows, claimed, 0, made, faults)
+
+
+def _attributes(h5: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(what the file says of itself, the names of what cannot be)."""
+    found, faults = {}, []
+    for name in h5.attrs:
+        try:
+            value = _plain(h5.attrs[name], name) if h5.attrs.get_id(name).shape == () else None
+        except UNREADABLE:
+            value = None
+        if sound_attribute(name, value):
+            found[name] = value
+        else:
+            faults.append(shown(name, MOST_LETTERS))
+    return found, tuple(faults)
+
+
+def _layout_fault(h5: Any, name: str) -> str | None:
+    """What about a table is not as a trace has it. All of it has to lie in the file itself, not in others that it
+    names, and to be readable without anything that files can ask for: a filter, say."""
+    import h5py
+
+    link = h5.get(name, getlink=True)
+    if link is not None and not isinstance(link, h5py.HardLink):
+        return "leads into another place"
+    table = h5[name]
+    if not isinstance(table, h5py.Dataset) or table.ndim != 1 or table.dtype != TABLES[name]:
+        return "does not have the columns of its schema"
+    if table.chunks is None or not 1 <= table.chunks[0] <= LONGEST_CHUNK or table.id.get_create_plist().get_nfilters():
+        return "is not laid out as traces are"
+    return None
+
+
+def _sound_clock(clock: Rows, made: int) -> Rows:
+    """The measurements that can be true, in the order of time: of those that contradict one another, by which time
+    would go back, the most exact."""
+    clock = sound_rows("clock", clock, made)
     clock = clock[np.argsort(clock["t_ns"], kind="stable")]
-    return TraceFile(path, rank, attempt, attributes, _closed(path), clock, rows, claimed)
+    if len(clock):
+        offsets = np.sort(clock["offset_ns"])
+        middle = min(offsets[(len(clock) - 1) // 2], offsets[len(clock) // 2], key=abs)
+        clock = clock[np.abs(clock["offset_ns"] - middle) <= LONGEST_NS]
+    if (np.diff(clock["t_ns"] + clock["offset_ns"]) < 0).any():
+        best = int(clock["error_ns"].argmin())
+        return clock[best : best + 1]
+    return clock
 
 
 def why(error: Exception) -> str:
@@ -102,9 +167,15 @@ def why(error: Exception) -> str:
     return text[text.index("(") + 1 :].rstrip(")") if "(" in text else text
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
+def text_of(value: bytes) -> str:
+    """Text out of a trace, fit for a terminal."""
+    return escaped(value.decode(errors="replace"))
+
+
+def _plain(value: Any, name: str) -> Any:
+    if isinstance(value, (bytes, str)):
+        text = value.decode(errors="replace") if isinstance(value, bytes) else value
+        return escaped(text) if name in WITH_LINES else shown(text, MOST_LETTERS)
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -124,12 +195,13 @@ def _count(table: Any, path: Path) -> tuple[int, int]:
 def rows_there(table: Any, path: Path) -> tuple[int, int]:
     """(rows that the table claims, rows before the first that lies beyond the file's end).
 
-    HDF5 itself reads zeros there, without a word, when the file is opened for SWMR.
+    HDF5 itself reads zeros there, without a word, when the file is opened for SWMR. However many rows are claimed,
+    there are no more than the file has room for.
     """
     rows, size = table.shape[0], os.path.getsize(path)
+    there = min(rows, size // table.dtype.itemsize)
     if table.file.id.get_filesize() <= size:
-        return rows, rows
-    there = rows
+        return rows, there
     for index in range(table.id.get_num_chunks()):
         chunk = table.id.get_chunk_info(index)
         if chunk.byte_offset + chunk.size > size:
@@ -162,6 +234,14 @@ def _all_coded(rows: Rows) -> bool:
     return not len(rows) or any(bool(rows[name].all()) for name in coded)
 
 
+def strays(files: Sequence[TraceFile]) -> list[TraceFile]:
+    """Those that, by their own clocks as corrected, were made years from the others of their attempt: ranks make them
+    together, so their clocks must be damaged."""
+    made = {id(file): int(file.correct(np.array([file.made_ns], np.int64))[0]) for file in files}
+    middle = {file.attempt: median_low(made[id(of)] for of in files if of.attempt == file.attempt) for file in files}
+    return [file for file in files if abs(made[id(file)] - middle[file.attempt]) > FARTHEST_NS]
+
+
 def align(files: Sequence[TraceFile]) -> None:
     """Bring later attempts, whose clocks may have begun anew, onto the first one's, by the calendar."""
     base: int | None = None
@@ -174,4 +254,5 @@ def align(files: Sequence[TraceFile]) -> None:
             base = epoch if base is None else base
             shifts[file.attempt] = epoch - base
     for file in files:
-        file.shift = shifts.get(file.attempt, 0)
+        shift = shifts.get(file.attempt, 0)
+        file.shift = shift if abs(shift) <= FARTHEST_NS else 0

@@ -7,6 +7,9 @@ disturbed.
 
 from __future__ import annotations
 
+import csv
+import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +19,8 @@ import numpy as np
 
 from hpctrain.errors import HpctrainError, TraceError
 from hpctrain.filenames import JOB, METRICS
+from hpctrain.jobfile import LONGEST
+from hpctrain.registry import escaped, shown
 from hpctrain.trace.files import (
     Rows,
     TraceFile,
@@ -23,9 +28,13 @@ from hpctrain.trace.files import (
     align,
     open_file,
     open_h5,
+    read_regular,
     read_rows,
+    strays,
+    text_of,
 )
 from hpctrain.trace.schema import KIND_CODES, KINDS, OLDER_VERSIONS, OUTCOMES, TABLES
+from hpctrain.trace.soundness import TIMES, sound_rows
 from hpctrain.trace.writer import trace_files
 
 if TYPE_CHECKING:
@@ -35,8 +44,8 @@ if TYPE_CHECKING:
 
 Ranks = int | Iterable[int] | None
 Keep = Callable[[Rows], Rows]
+LONGEST_METRICS = 1 << 26  # bytes of metrics.csv: a million evaluations
 BLOCK_ROWS = 1 << 16  # of spans, 3 MB: what the cores' caches hold
-TIMES = ("start_ns", "end_ns", "t_ns")
 
 
 def open_run(path: Path | str) -> Run:
@@ -60,7 +69,7 @@ class Run:
         self._files = self._open_files()
         self.ranks = sorted({file.rank for file in self._files})
         self.attempts = sorted({file.attempt for file in self._files})
-        self.size = max([int(file.attributes.get("size", 0)) for file in self._files] + [self.ranks[-1] + 1])
+        self.size = max(size_of(files) for files in self._by_attempt().values())
         self._note_gaps()
         align(self._files)
 
@@ -73,22 +82,28 @@ class Run:
                 files.append(open_file(path, rank, attempt))
             except UnreadableTrace as error:
                 faults.setdefault((attempt, error.reason), {})[rank] = error
+        for file in strays(files):
+            files.remove(file)
+            error = UnreadableTrace(file.path, file.rank, "was made years from the others: its clocks are damaged")
+            faults.setdefault((file.attempt, error.reason), {})[file.rank] = error
         told = [_tell_fault(attempt, reason, errors) for (attempt, reason), errors in faults.items()]
         if not files:
             if told:
                 raise TraceError(f"{self.folder}: none of its traces can be read: {'; '.join(told[:3])}")
             raise TraceError(f"{self.folder}: this run has no traces (was it started with trace.enabled = false?)")
-        self.notes += told
+        self.notes += map(escaped, told)
         return files
+
+    def _by_attempt(self) -> dict[int, list[TraceFile]]:
+        return {number: [file for file in self._files if file.attempt == number] for number in self.attempts}
 
     def _note_gaps(self) -> None:
         for version in sorted({int(file.attributes["schema_version"]) for file in self._files} & set(OLDER_VERSIONS)):
             ranks = sorted({file.rank for file in self._files if file.attributes["schema_version"] == version})
             self._note(f"{name_ranks(ranks)}: written in schema version {version}: {OLDER_VERSIONS[version]}")
         present = trace_files(self.folder)
-        for attempt in self.attempts:
-            files = [file for file in self._files if file.attempt == attempt]
-            size = max(int(file.attributes.get("size", 0)) for file in files)
+        for attempt, files in self._by_attempt().items():
+            size = size_of(files)
             which = f" in attempt {attempt}" if len(self.attempts) > 1 else ""
             missing = [rank for rank in range(size) if (attempt, rank) not in present]
             if missing:
@@ -100,6 +115,9 @@ class Run:
                     "complete up to the last flush"
                 )
         for file in self._files:
+            if file.faults:
+                names = ", ".join(file.faults[:8])
+                self._note(f"rank {file.rank}: trace/{file.path.name} is damaged: its {names} cannot be")
             for name, claimed in file.claimed.items():
                 if claimed < 0:
                     self._note(f"rank {file.rank}: /{name} of trace/{file.path.name} cannot be read")
@@ -107,26 +125,36 @@ class Run:
                     self._note_lost(file, name, claimed - file.rows[name], claimed)
 
     def _note(self, text: str) -> None:
+        text = escaped(text)
         if text not in self.notes:
             self.notes.append(text)
 
     def _note_lost(self, file: TraceFile, table: str, lost: int, whole: int) -> None:
-        where = f"/{table} of trace/{file.path.name}"
-        self._note(f"rank {file.rank}: {lost} of {whole} rows of {where} cannot be read: the file is damaged or cut")
+        where = f"rows of /{table} of trace/{file.path.name}"
+        text = f"rank {file.rank}: {lost} of {whole} {where} cannot be read: the file is damaged or cut"
+        known = next((i for i, note in enumerate(self.notes) if f" {where} " in note), None)
+        if known is None:
+            self._note(text)
+        else:
+            self.notes[known] = text  # more of it has been read since
 
     # -- about the run -----------------------------------------------------------------------------------
     @cached_property
     def job(self) -> Job | str:
-        """The resolved job; its text if it cannot be loaded (a program's objects, say); "" without one."""
+        """The resolved job (nothing that it names is imported); its text if it is no job; "" without one."""
+        from hpctrain.job import Job
+
         path = self.folder / JOB
         try:
-            from hpctrain.job import Job
+            return Job.recorded(path) if path.is_file() else self.job_text
+        except HpctrainError:
+            return self.job_text
 
-            return Job.load(path)
-        except (HpctrainError, ImportError):
-            pass
+    @cached_property
+    def job_text(self) -> str:
+        """What is in job.toml, whatever that is; where there is none, what the traces have of it."""
         try:
-            return path.read_text(encoding="utf-8", errors="replace")
+            return read_regular(self.folder / JOB, LONGEST).decode(errors="replace")
         except OSError:
             return str(self._files[0].attributes.get("job", ""))
 
@@ -200,7 +228,7 @@ class Run:
         with open_h5(file.path) as h5:
             for start in range(0, whole, rows):
                 stop = min(start + rows, whole)
-                block = read_rows(h5[table], start, stop)
+                block = sound_rows(table, read_rows(h5[table], start, stop), file.made_ns, self.size)
                 lost += stop - start - len(block)
                 block = keep(block) if keep else block
                 if len(block):
@@ -210,7 +238,7 @@ class Run:
                         block[name] = file.correct(block[name])
                     yield block
         if lost:
-            self._note_lost(file, table, lost, whole)
+            self._note_lost(file, table, lost + file.claimed[table] - whole, file.claimed[table])
 
     # -- frames ------------------------------------------------------------------------------------------
     def spans(
@@ -270,7 +298,7 @@ class Run:
         """Columns rank, attempt, t_ns, kind, text, t_s, in the order of time."""
         frame = self._frame("events", rank)
         for name in ("kind", "text"):
-            frame[name] = [value.decode(errors="replace") for value in frame[name]]
+            frame[name] = [text_of(value) for value in frame[name]]
         return frame.sort_values("t_ns", kind="stable", ignore_index=True)
 
     def clock(self, rank: Ranks = None) -> pd.DataFrame:
@@ -281,21 +309,25 @@ class Run:
         """metrics.csv, one row per evaluation; empty if there was none."""
         import pandas as pd
 
-        path = self.folder / METRICS
-        if not path.exists():
-            return pd.DataFrame()
         try:
-            frame = pd.read_csv(path)
-        except (OSError, ValueError) as error:  # pandas' own parser errors are ValueErrors
+            lines = read_regular(self.folder / METRICS, LONGEST_METRICS).decode(errors="replace").splitlines()
+            head, *rows = csv.reader(lines)
+            whole = [head, *(row for row in rows if len(row) == len(head))]
+            frame = pd.read_csv(io.StringIO("\n".join(map(_csv_line, whole))), low_memory=False)
+        except FileNotFoundError:
+            return pd.DataFrame()
+        except (OSError, ValueError, OverflowError, csv.Error) as error:  # pandas' parser errors are ValueErrors
             self._note(f"metrics.csv cannot be read ({str(error).splitlines()[0]})")
             return pd.DataFrame()
         for name in frame.columns.drop("split", errors="ignore"):
             frame[name] = pd.to_numeric(frame[name], errors="coerce")
+        if "split" in frame:
+            frame["split"] = [shown(name, 20) if isinstance(name, str) else name for name in frame["split"]]
         own = [name for name in frame.columns if name.startswith("metric.")]  # of which each may be NaN
-        whole = frame.dropna(subset=frame.columns.drop(own), ignore_index=True)
-        if len(whole) < len(frame):
-            self._note(f"metrics.csv: {len(frame) - len(whole)} of {len(frame)} rows cannot be read")
-        return whole
+        known = frame.dropna(subset=frame.columns.drop(own), ignore_index=True)
+        if len(known) < len(rows):
+            self._note(f"metrics.csv: {len(rows) - len(known)} of {len(rows)} rows cannot be read")
+        return known
 
     def _frame(
         self, table: str, rank: Ranks, keep: Keep | None = None, columns: Iterable[str] | None = None
@@ -337,12 +369,23 @@ def run_folder(path: Path) -> Path:
     return folder
 
 
+def size_of(files: Sequence[TraceFile]) -> int:
+    """How many ranks an attempt had: what most of its files say, but never fewer than it has."""
+    said = Counter(file.attributes["size"] for file in files if "size" in file.attributes)
+    size = min(said, key=lambda size: (-said[size], size), default=0)
+    return max([int(size), *(file.rank + 1 for file in files)])
+
+
 def _tell_fault(attempt: int, reason: str, errors: Mapping[int, UnreadableTrace]) -> str:
     """What is wrong alike with the files of some ranks."""
     if len(errors) == 1:
         return str(*errors.values())
     which = f" of attempt {attempt}" if attempt > 1 else ""
     return f"{name_ranks(sorted(errors))}: each of their files{which} in trace/ {reason}"
+
+
+def _csv_line(row: list[str]) -> str:
+    return ",".join('"' + cell.replace('"', '""') + '"' if set(cell) & set('",\r\n') else cell for cell in row)
 
 
 def _categories(codes: Rows, names: Sequence[str]) -> Any:

@@ -23,7 +23,7 @@ from hpctrain.trace.schema import SCHEMA_VERSION, TABLES, Kind
 
 # Rows per chunk. A flush writes the last chunk anew, so rows that come slowly get small ones.
 CHUNK_ROWS = {"spans": 4096, "steps": 512, "resources": 256, "events": 64, "clock": 128}
-_FILE_NAME = re.compile(r"rank_(\d{5,})(?:\.(\d+))?\.h5")
+_FILE_NAME = re.compile(r"rank_([0-9]{5,6})(?:\.([0-9]{1,4}))?\.h5")
 
 
 def trace_path(folder: Path | str, rank: int, attempt: int = 1) -> Path:
@@ -36,10 +36,10 @@ def trace_files(folder: Path | str) -> dict[tuple[int, int], Path]:
     """The trace files of the run folder by (attempt, rank), in that order."""
     found = {}
     trace = Path(folder) / "trace"
-    for path in trace.iterdir() if trace.is_dir() else ():
-        match = _FILE_NAME.fullmatch(path.name)
-        if match:
-            found[int(match[2] or 1), int(match[1])] = path
+    for entry in os.scandir(trace) if trace.is_dir() else ():
+        match = _FILE_NAME.fullmatch(entry.name)
+        if match and entry.is_file():  # a pipe would be waited for
+            found[int(match[2] or 1), int(match[1])] = trace / entry.name
     return dict(sorted(found.items()))
 
 

@@ -15,7 +15,7 @@ from hpctrain.strategies.base import roles_of
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a job. `job`: None where it cannot be loaded: one made in Python, of objects, say.
+    """What is known of a job. `job`: None where it cannot be read; nothing that it names is imported.
 
     `phases`: how many; `epochs`: train.epochs; `flush_seconds`: how often ranks write; `may_stop_early`: before its
     samples are used up, because of an evaluation or of a last phase with a rule of its own.
@@ -31,7 +31,7 @@ class Plan:
     may_stop_early: bool = False
 
     def roles(self, phase: int, nodes: Sequence[int]) -> dict[int, str]:
-        """Role by rank in a phase, of ranks on these nodes; empty if unknown."""
+        """Role by rank in a phase, of ranks on these nodes; empty if unknown: with a strategy of the user's own."""
         if self.job is None or not 0 <= phase < len(self.job.schedule):
             return {}
         try:
@@ -51,8 +51,10 @@ class Plan:
 def read_plan(folder: Path) -> Plan:
     """The plan in a run folder. Raises TraceError where its job says that there will be no traces."""
     try:
-        job = Job.load(folder / JOB)
-    except (HpctrainError, ImportError):
+        job = Job.recorded(folder / JOB) if (folder / JOB).is_file() else None
+    except HpctrainError:
+        job = None
+    if job is None:
         return Plan()
     if not job.trace.enabled:
         raise TraceError(

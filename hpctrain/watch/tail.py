@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.trace.files import Rows, TraceFile, open_file, open_h5, rows_there
+from hpctrain.trace.files import Rows, TraceFile, open_file, open_h5, read_rows, rows_there
 from hpctrain.trace.schema import TABLES
+from hpctrain.trace.soundness import TIMES, sound_rows
 
 MOST_ROWS = 1 << 15  # of one table in one look
 STRETCHES, STRETCH_ROWS = 64, 16
@@ -35,7 +36,8 @@ class News:
 
 
 class Tail:
-    """The end of a trace file. Attributes: `file`, what it says of itself; `changed`, when it last gained rows, in
+    """The end of a trace file. Attributes: `file`, what it says of itself; `damaged`, how many rows were left out
+    because no rank writes such; `changed`, when it last gained rows, in
     seconds since 1970 (before that: when it was last written to); `closed`: its writer has closed it, and all of it
     has been read.
 
@@ -46,6 +48,7 @@ class Tail:
         self.file: TraceFile = open_file(path, rank, attempt)
         self.changed = path.stat().st_mtime
         self.closed = False
+        self.damaged = 0
         self._seen = {"events": 0, "spans": 0, "steps": 0}
         self._stamp: tuple[int, int] | None = None
         self._settled = False
@@ -77,13 +80,20 @@ class Tail:
         with open_h5(path) as h5:
             there = {name: rows_there(h5[name], path)[1] for name in seen}
             starts = {name: max(seen[name], rows - MOST_ROWS) for name, rows in there.items()}
-            blocks = {name: _new_rows(h5[name], starts[name], rows) for name, rows in there.items()}
+            read = read_rows if self.file.closed else _new_rows  # to a closed file nothing comes any more
+            blocks = {name: read(h5[name], starts[name], rows) for name, rows in there.items()}
             passed = (seen["steps"], starts["steps"]) if sample else (0, 0)
             blocks["sampled"] = _sample(h5["steps"], *passed)
         cut = starts["spans"] > seen["spans"]
         self._seen = {name: starts[name] + len(blocks[name]) for name in seen}
+        if self.file.closed:
+            self.damaged += sum(there[name] - self._seen[name] for name in seen)
+        for name, rows in blocks.items():
+            table = "steps" if name == "sampled" else name
+            blocks[name] = sound_rows(table, rows, self.file.made_ns)
+            self.damaged += len(rows) - len(blocks[name])
         for rows in blocks.values():
-            for column in {"start_ns", "end_ns", "t_ns"} & set(rows.dtype.names or ()):
+            for column in set(TIMES) & set(rows.dtype.names or ()):
                 rows[column] = self.file.correct(rows[column])
         return News(**blocks, cut=cut)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,9 @@ import numpy as np
 
 from hpctrain.errors import TraceError
 from hpctrain.filenames import JOB, METRICS, MODEL
-from hpctrain.trace.files import UNREADABLE, Rows, why
+from hpctrain.registry import escaped
+from hpctrain.trace.files import UNREADABLE, Rows, text_of, why
+from hpctrain.trace.reader import name_ranks, size_of
 from hpctrain.trace.roles import parse_entry
 from hpctrain.trace.writer import trace_files
 from hpctrain.watch.evaluations import read_evaluations
@@ -75,8 +78,8 @@ class _Attempt:
 
     @property
     def size(self) -> int:
-        """How many ranks there are, as their files say."""
-        return max((int(rank.tail.file.attributes.get("size", 0)) for rank in self.ranks.values()), default=0)
+        """How many ranks there are, as most of their files say."""
+        return size_of([rank.tail.file for rank in self.ranks.values()])
 
     @property
     def nodes(self) -> list[int]:
@@ -134,7 +137,7 @@ class Watcher:
     def _take(self, rank: _Rank, news: News) -> None:
         attempt = self._attempt
         for event in news.events:
-            self._hear(rank, int(event["t_ns"]), *(event[name].decode(errors="replace") for name in ("kind", "text")))
+            self._hear(rank, int(event["t_ns"]), *(text_of(event[name]) for name in ("kind", "text")))
         rank.recent.add(news.spans, news.steps, takes_steps=rank.role == "worker", cut=news.cut)
         rank.sums = rank.recent.sums()
         ends = [news.spans["end_ns"], news.steps["t_ns"], news.events["t_ns"]]
@@ -179,8 +182,8 @@ class Watcher:
         views = self._views(silence)
         rates = [view.rate for view in views if view.rate is not None]
         return Snapshot(
-            name=plan.name or self.folder.name,
-            folder=str(self.folder),
+            name=plan.name or escaped(self.folder.name),
+            folder=escaped(shlex.quote(str(self.folder))),
             status=self._status(silence),
             since=since,
             silence=silence,
@@ -200,7 +203,7 @@ class Watcher:
             rate=sum(rates) if rates else None,
             loss=self._loss(),
             history=tuple(self._history.means()),
-            metric=plan.metric,
+            metric=escaped(plan.metric),
             evaluations=tuple({row.split: row for row in evaluations}.values()),
             best=_best(evaluations, plan.higher_is_better),
             told=self._told(),
@@ -272,7 +275,9 @@ class Watcher:
         attempt = self._attempt
         if attempt.cursor < 0 or attempt.epoch <= 0:
             return None
-        workers = list(self._plan.roles(0, attempt.nodes).values()).count("worker")
+        planned = self._plan.roles(0, attempt.nodes)  # empty for a strategy of the user's own
+        told = {number: rank.tail.file.attributes.get("role") for number, rank in attempt.ranks.items()}
+        workers = list((planned or told).values()).count("worker")
         return self._plan.total(round(attempt.cursor / attempt.epoch), workers)
 
     def _left(self, total: int | None) -> float | None:
@@ -290,12 +295,14 @@ class Watcher:
     def _notes(self) -> tuple[str, ...]:
         attempt = self._attempt
         found = attempt.ranks.keys() | attempt.faults.keys()
-        missing = [str(rank) for rank in range(attempt.size) if rank not in found]
-        notes = [f"no trace file yet of rank{'s' * (len(missing) > 1)} {', '.join(missing)}"] if missing else []
+        missing = [rank for rank in range(attempt.size) if rank not in found]
+        notes = [f"no trace file yet of {name_ranks(missing)}"] if missing else []
+        damaged = {number: rank.tail.damaged for number, rank in attempt.ranks.items() if rank.tail.damaged}
+        notes += [f"rank {number}: {rows} damaged rows of its trace are left out" for number, rows in damaged.items()]
         notes += attempt.faults.values()
         if self._plan.job is None:
-            notes.append("job.toml cannot be loaded here, so how much of the run is left is not known")
-        return tuple(notes)
+            notes.append("job.toml cannot be read, so how much of the run is left is not known")
+        return tuple(map(escaped, notes))
 
 
 def _begun(folder: Path) -> float:

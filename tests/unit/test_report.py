@@ -94,7 +94,7 @@ def test_the_report_can_be_written_elsewhere(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(HpctrainError, match="cannot be written here .*choose another"):
+    with pytest.raises(HpctrainError, match="cannot be written .*choose another"):
         write_report(train(tmp_path / "run", 1, 3), tmp_path / "no" / "page.html")
 
 

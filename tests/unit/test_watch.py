@@ -333,7 +333,7 @@ def test_without_a_job_that_can_be_loaded_no_time_left_is_claimed(going):
     (run.folder / "job.toml").write_text("not = [toml")
     shot = run.watcher().look()
     assert (shot.total, shot.left, shot.share) == (None, None, None)
-    assert "job.toml cannot be loaded here" in shot.notes[0]
+    assert "job.toml cannot be read" in shot.notes[0]
     assert "of how many is not known" in drawn(shot)
     assert shot.rate == pytest.approx(200.0)
 

@@ -17,11 +17,17 @@ COMPRESSION = 4  # of 9: a tenth larger than 9, five times as fast
 
 @contextmanager
 def output_file(path: Path) -> Iterator[Path]:
-    """Where to write what becomes `path` when the block ends well. Raises HpctrainError if it cannot be written."""
+    """Where to write what becomes `path` when the block ends well. Raises HpctrainError if it cannot be written.
+
+    What exists and is no file, a device or a pipe, is written to itself: it must not be replaced by a file.
+    """
     beside = path.with_name(f".{path.name}.part")
     with _told(path):
         if path.is_dir():
             raise HpctrainError(f"{path}: this is a folder; give the name of a file with -o")
+        if path.exists() and not path.is_file():
+            yield path
+            return
         try:
             yield beside
             os.replace(beside, path)

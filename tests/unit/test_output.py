@@ -1,0 +1,144 @@
+"""Output that cannot be written: one sentence and a status that is not 0, but training goes on; devices stay."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from hpctrain.bench.report import Report
+from hpctrain.cli import main
+from hpctrain.comm.virtual import World
+from hpctrain.errors import HpctrainError
+from hpctrain.job import Job
+from hpctrain.launch import train
+from hpctrain.launcher import _write
+from hpctrain.output import output_file, output_text
+from hpctrain.runfolder import Narrator
+from tests.traces import HandMade
+
+FULL = "/dev/full"
+NO_SPACE = "standard output cannot be written (No space left on device)"
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with HandMade(folder, 2) as made:
+        for rank in (0, 1):
+            made[rank].phase(0.0, 0, "worker", "all_reduce")
+            made[rank].span("forward", 1.0, 2.0, 0)
+            made[rank].done(3.0, 0)
+    return folder
+
+
+@contextmanager
+def standard_output(monkeypatch, out):
+    """In a test itself, for pytest sets it anew after the fixtures."""
+    with out, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        yield
+
+
+PRINTING = ("job explain", "job show RUN/job.toml", "trace RUN", "watch --once RUN", "compare RUN", "trace export RUN")
+
+
+@pytest.mark.parametrize("command", [*PRINTING, "--help"])
+def test_a_command_whose_output_cannot_be_written_says_so(run, monkeypatch, capsys, command):
+    with standard_output(monkeypatch, open(FULL, "w")):
+        assert main([word.replace("RUN", str(run)) for word in command.split()]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"hpctrain: {NO_SPACE}"
+
+
+def test_a_pipe_that_nobody_reads_ends_a_command_quietly(run, monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with standard_output(monkeypatch, open(writing, "w")):
+        assert main(["job", "explain"]) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_closed_standard_output_is_no_mistake(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["trace", str(run)]) == 0 and main(["watch", "--once", str(run)]) == 0
+    sys.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        ("report RUN -o /dev/full", "/dev/full: cannot be written (No space left on device)"),
+        ("compare RUN --csv /dev/full", "/dev/full: the CSV file cannot be written (No space left on device)"),
+        ("trace export RUN -o /dev/full", "/dev/full: cannot be written (No space left on device)"),
+        ("bench read --json /dev/full", "--json /dev/full: the figures cannot be written (No space left on device)"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_a_sentence(run, capsys, monkeypatch, command, what):
+    monkeypatch.setattr("hpctrain.bench._measure_alone", lambda what: Report([]))
+    monkeypatch.setattr("hpctrain.report.page.draw_pictures", lambda *_: ([], []))
+    assert main([word.replace("RUN", str(run)) for word in command.split()]) == 2
+    assert what in capsys.readouterr().err
+    assert stat.S_ISCHR(os.stat(FULL).st_mode) and not os.path.exists("/dev/.full.part")
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with output_text(pipe) as file:
+        file.write("told")
+    assert os.read(reading, 10) == b"told" and stat.S_ISFIFO(pipe.stat().st_mode)
+    os.close(reading)
+    with pytest.raises(HpctrainError, match="this is a folder"), output_file(tmp_path):
+        pass
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+class Closing(io.StringIO):
+    """Takes a few lines; then nobody reads any more."""
+
+    def write(self, text):
+        if self.getvalue().count("\n") >= 2:
+            raise BrokenPipeError(32, "Broken pipe")
+        return super().write(text)
+
+
+def test_training_goes_on_where_it_cannot_be_told(tmp_path, capsys):
+    job = Job(model={"name": "mlp", "inputs": 64, "outputs": 10, "hidden": [8]}, output=str(tmp_path),
+              train={"steps": 3, "batch_size": 16})  # fmt: skip
+    told = "hpctrain: standard output cannot be written ({}); the run goes on\n"
+    with open(FULL, "w") as full:
+        for out, reason in ((full, "No space left on device"), (Closing(), "Broken pipe")):
+            result = World(2).run(lambda comm, out=out: train(job, comm, out=Narrator(out=out)))[0]
+            assert (result.folder / "model.safetensors").exists()
+            assert capsys.readouterr().err == told.format(reason)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # what it still holds
+
+
+def test_a_narrator_without_standard_output_is_silent(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    narrator = Narrator()
+    narrator.say("nobody hears it")
+    assert not narrator.due()
+    with open(os.devnull, "w") as closed:
+        pass
+    Narrator(out=closed).say("nor this")
+    assert "I/O operation on closed file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [0, 130])
+def test_train_ends_with_the_status_of_the_run(monkeypatch, status):
+    monkeypatch.setattr("hpctrain.training.main", lambda load: print("x" * 10) or status)
+    with standard_output(monkeypatch, open(FULL, "w")):
+        assert main(["train", "job.toml"]) == status
+
+
+def test_the_launcher_passes_on_what_it_can():
+    target = os.open(FULL, os.O_WRONLY)
+    _write(target, b"the ranks go on")
+    os.close(target)
