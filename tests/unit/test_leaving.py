@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ STRATEGIES: dict[str, helpers.Tables] = {
     "async, colocated": helpers.served("async", servers=3, colocated=True),
     "bounded": helpers.served("bounded", bound=0, servers=2),
 }
-Leave = Callable[[], Any]
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +182,7 @@ def test_a_worker_that_does_not_begin_and_a_server_that_does_not(tmp_path: Path)
 
     for idle in (1, 2):
         with pytest.raises(LeftError, match=f"^rank {idle} left the training loop before its first step"):
-            World(3).run(lambda comm, idle=idle: body(comm, idle))
+            World(3).run(partial(body, idle=idle))
 
 
 class Quitting(Dataset[Any]):
