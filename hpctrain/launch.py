@@ -226,7 +226,9 @@ class Session:
             try:
                 self._begin()
             except SystemExit as error:
-                raise leaving.ended_alone(error) if self.comm.size > 1 else error from None
+                if self.comm.size == 1:
+                    raise
+                raise leaving.ended_alone(error) from error
             undo.pop_all()
         return self
 

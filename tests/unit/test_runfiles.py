@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(runfiles, "PAUSES", (0.0, 0.0))
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.setattr(runfiles.tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
 
 
 def make_job(folder: Path, **tables: Any) -> Job:
@@ -126,7 +127,7 @@ def test_a_model_that_is_written_at_the_second_attempt(tmp_path: Path, monkeypat
 def test_a_run_folder_that_is_removed_is_made_anew(tmp_path: Path):
     job = make_job(tmp_path)
     whole = run(job)[0][0]
-    texts = []
+    texts: list[str] = []
 
     def body(comm: Communicator) -> None:
         with session(job, comm, out=Narrator(out=out)) as running:
