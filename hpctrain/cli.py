@@ -15,6 +15,7 @@ from hpctrain.filenames import JOB
 
 if TYPE_CHECKING:
     from hpctrain.job import Job
+    from hpctrain.resume import Resume
 
 DESCRIPTION = "Train PyTorch models on MPI and Slurm clusters with whichever way of synchronising is fastest there."
 EXPORT = "trace export"
@@ -49,19 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="run a job on the ranks that mpirun or srun started (or on one)")
     _job_arguments(train)
-    train.add_argument(
-        "--resume",
-        nargs="?",
-        const="here",
-        metavar="RUN",
-        help="go on from the newest checkpoint of that run folder; without RUN, of the folder that JOB lies in; "
-        "`latest`: of the newest unfinished run of that name, or start a new one",
-    )
+    _resume_arguments(train)
     train.set_defaults(command=_train)
     run = commands.add_parser("run", help="start ranks on this machine and train (finds the right mpiexec)")
     run.add_argument("-n", type=int, default=2, metavar="N", help="how many ranks (default 2)")
     _job_arguments(run)
-    run.add_argument("--resume", nargs="?", const="here", metavar="RUN", help="as for `hpctrain train`")
+    _resume_arguments(run)
     run.set_defaults(command=_run)
     evaluate = commands.add_parser("evaluate", help="loss and metric of a run's model on its test samples")
     evaluate.add_argument("run", metavar="RUN", type=Path, help="a run folder")
@@ -126,10 +120,27 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to change: train.epochs=3")
 
 
-def _load(options: argparse.Namespace) -> tuple[Job, str | None]:
-    """The job, and the run folder to go on in."""
+def _resume_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="here",
+        metavar="RUN",
+        help="go on from the newest checkpoint of that run folder; without RUN, of the folder that JOB lies in; "
+        "`latest`: of the newest unfinished run of that name, or start a new one",
+    )
+    parser.add_argument(
+        "--reset-optimizer",
+        action="store_true",
+        help="with --resume: the optimizer begins anew (momentum, Adam's moments), as it must where it is another one",
+    )
+
+
+def _load(options: argparse.Namespace) -> tuple[Job, Resume | None]:
+    """The job, and what to go on with."""
     from hpctrain.errors import JobError
     from hpctrain.job import Job
+    from hpctrain.resume import Resume
 
     resume, path = options.resume, options.job
     if path is None and resume not in (None, "here", "latest"):
@@ -140,14 +151,18 @@ def _load(options: argparse.Namespace) -> tuple[Job, str | None]:
     if path is None:
         raise JobError("no job file given; name one, such as jobs/digits.toml")
     job = Job.load(path, options.overrides)
-    if resume == "here":
-        return job, os.path.dirname(path) or "."
     if resume == "latest":
         from hpctrain.runfolder import find_resumable
 
         found = find_resumable(job)
-        return job, str(found) if found is not None else None
-    return job, resume
+        resume = str(found) if found else None
+    elif resume == "here":
+        resume = os.path.dirname(path) or "."
+    elif resume is None and options.reset_optimizer:
+        raise JobError("--reset-optimizer: there is nothing to reset without --resume RUN")
+    if resume is None:
+        return job, None
+    return job, Resume(resume, optimizer="reset" if options.reset_optimizer else "keep")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -165,6 +180,8 @@ def _run(options: argparse.Namespace) -> int:
         command += [options.job, *options.overrides]
     if options.resume is not None:
         command += [f"--resume={options.resume}"]
+    if options.reset_optimizer:
+        command += ["--reset-optimizer"]
     return launcher.run(options.n, command)
 
 
@@ -264,6 +281,6 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    options.resume = None
+    options.resume, options.reset_optimizer = None, False
     print(_load(options)[0].dump(), end="")
     return 0

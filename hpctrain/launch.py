@@ -27,6 +27,7 @@ from hpctrain.optimizer import make_update
 from hpctrain.prepare import Prepared, prepare
 from hpctrain.replica import Replica
 from hpctrain.reserve import reserve
+from hpctrain.resume import Resume
 from hpctrain.runfolder import Narrator, PhaseSummary
 from hpctrain.schedule import Ask, Progress
 from hpctrain.state import State
@@ -57,13 +58,13 @@ class Result:
 def train(
     job: Job,
     comm: Communicator | None = None,
-    resume: Path | str | None = None,
+    resume: Resume | Path | str | None = None,
     out: Narrator | None = None,
 ) -> Result:
     """Run a job on all ranks of the MPI job (or of `comm`), by its own model, data and loss. Collective.
 
-    `resume`: the run folder to go on in. Raises HpctrainError, on all ranks, for a user's mistakes; another
-    exception on one rank ends all ranks, its traceback first.
+    `resume`: the run folder to go on in, or a `Resume`, which says what may differ. Raises HpctrainError, on all
+    ranks, for a user's mistakes; another exception on one rank ends all ranks, its traceback first.
     """
     with session(job, comm, resume, out) as running:
         fit(running)
@@ -74,7 +75,7 @@ def train(
 def session(
     job: Job,
     comm: Communicator | None = None,
-    resume: Path | str | None = None,
+    resume: Resume | Path | str | None = None,
     out: Narrator | None = None,
 ) -> Iterator[Session]:
     """For a loop of your own: `for batch in s.batches(): ...; s.step(loss)`. Collective; all ranks run the body.
@@ -120,12 +121,12 @@ class Session:
     """A run in progress, on one rank. Use `session(job)`."""
 
     def __init__(
-        self, job: Job, comm: Communicator, resume: Path | str | None, out: Narrator | None = None
+        self, job: Job, comm: Communicator, resume: Resume | Path | str | None, out: Narrator | None = None
     ) -> None:
         self.job, self.comm = job, comm
         self.out = (out or Narrator()) if comm.rank == 0 else Narrator(enabled=False)
         self.books = Books()
-        self._resume = Path(resume) if resume is not None else None
+        self._resume = Resume.of(resume)
         self._made: Path | None = None
         self._stack = ExitStack()
         self._signals: StopSignals | None = None
@@ -200,8 +201,7 @@ class Session:
 
     def _begin(self) -> None:
         comm, job, train = self.comm, self.job, self.job.train
-        resume = comm.broadcast_json(str(self._resume) if self._resume is not None else None)
-        self._resume = Path(resume) if resume is not None else None
+        resumed = comm.broadcast_json(str(self._resume.folder) if self._resume is not None else None)
         self.prepared: Prepared = agreed(comm, lambda: prepare(job, comm))
         if self.prepared.norms is not None:
             self._stack.callback(self.prepared.norms.restore)
@@ -209,11 +209,11 @@ class Session:
         comm = self.comm
         self.progress = Progress(train.target, train.patience, train.min_delta, job.metric.goal == "max")
         torch.manual_seed(job.seed + 1 + comm.rank)
-        if self._resume is None:
+        if resumed is None:
             self._made = agreed(comm, lambda: runfolder.create(job) if comm.rank == 0 else None)
-        self.folder = Path(comm.broadcast_json(str(self._resume or self._made)))
+        self.folder = Path(comm.broadcast_json(resumed or str(self._made)))
         self.keeper = Keeper(self.prepared, comm, self.folder, self.out)
-        if self._resume is not None:
+        if resumed is not None:
             self._state = self._restore()
         self.tracing = Tracing(comm, self.folder)
         if comm.concurrent and threading.current_thread() is threading.main_thread():
@@ -227,7 +227,7 @@ class Session:
         self.out.say(self._headline())
         if how is not None:
             self.out.say(how)
-        if self._resume is not None:
+        if resumed is not None:
             if comm.rank == 0:
                 runfolder.forget_metrics(self.folder, self.books.cursor)
             self.out.say(f"resumed at sample {self.books.cursor:,} (step {self.books.step})")
@@ -247,7 +247,7 @@ class Session:
 
     def _restore(self) -> State | None:
         """Take up the newest checkpoint of the run folder. Collective. Returns like Strategy.state."""
-        head, state = self.keeper.restore()
+        head, state = self.keeper.restore(self._resume.optimizer if self._resume is not None else "keep")
         self._take_account(head["account"])
         self._ended = self._ending != "on"
         return state

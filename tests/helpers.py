@@ -162,17 +162,21 @@ def difference(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> flo
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-def plain(job: Job, workers: int) -> np.ndarray[Any, Any]:
-    """The same training by one process with `workers` times the batch, in torch alone."""
+def plain(
+    job: Job, workers: int, model: nn.Module | None = None, cursor: int = 0, steps: int | None = None
+) -> np.ndarray[Any, Any]:
+    """The same training by one process with `workers` times the batch, in torch alone; or `steps` of it, from a
+    `model` and a `cursor` on."""
     dtype = getattr(torch, job.train.precision)
-    torch.manual_seed(job.seed)
-    model = net().to(dtype)
+    if model is None:
+        torch.manual_seed(job.seed)
+        model = net().to(dtype)
     options = dict(job.optimizer.options)
     optimizer = getattr(torch.optim, job.optimizer.name)(model.parameters(), lr=job.optimizer.lr, **options)
     inputs, targets = points().tensors
     order = Order(len(targets), job.seed)
-    cursor, size = 0, job.train.batch_size * job.train.accumulate * workers
-    for _ in range(job.train.steps or 0):
+    size = job.train.batch_size * job.train.accumulate * workers
+    for _ in range(job.train.steps or 0 if steps is None else steps):
         stop = min(cursor + size, order.epoch_end(cursor))
         chosen = torch.from_numpy(order.indices(cursor, stop))
         optimizer.zero_grad()

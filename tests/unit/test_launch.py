@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
@@ -22,6 +24,7 @@ from hpctrain.data.splits import Splits
 from hpctrain.errors import CheckpointError, ClusterError, DataError, HpctrainError, JobError, ModelError, TraceError
 from hpctrain.job import Job
 from hpctrain.launch import Result, session, train
+from hpctrain.resume import Resume
 from hpctrain.runfolder import Narrator, find_resumable
 from hpctrain.trainer import fit
 from tests import helpers
@@ -494,6 +497,82 @@ def test_a_checkpoint_that_does_not_fit(
 
 def other() -> nn.Module:
     return nn.Linear(7, 3)
+
+
+# -- resuming with another optimizer -----------------------------------------------------------------------------
+ADAM = {"name": "Adam", "lr": 0.01}
+OWN_SGD = {"name": "tests.unit.test_launch:Momentum", "lr": 0.1}  # not known to be elementwise: moments by parameter
+
+
+def _without_record(folder: Path) -> None:
+    """As a checkpoint was before it said what its optimizer is."""
+    [path] = (folder / "checkpoints").iterdir()
+    with safe_open(path, framework="pt") as file:
+        head = json.loads(file.metadata()["hpctrain"])
+    del head["progress"]["optimizer"]
+    save_file(load_file(path), path, {"hpctrain": json.dumps(head)})
+
+
+MOMENTUM = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
+WHOLE = {**ADAM, "elementwise": False}
+OPTIMIZERS: dict[str, tuple[helpers.Tables, helpers.Tables, str | None, str | None]] = {
+    # begun with, resumed with, the error's words: of a checkpoint that says its optimizer, and of one that does not
+    "another one": (ADAM, MOMENTUM, "the state of Adam, and the job names SGD", "keeps exp_avg, exp_avg_sq, step,"),
+    "a sister": (ADAM, {**ADAM, "name": "AdamW"}, "the state of Adam, and the job names AdamW", None),
+    "more moments": (ADAM, {**ADAM, "amsgrad": True}, "no max_exp_avg_sq, which optimizer Adam with", "max_e"),
+    "fewer moments": ({**ADAM, "amsgrad": True}, ADAM, None, "that keeps exp_avg, exp_avg_sq, max_exp_avg_sq, step,"),
+    "a first moment": ({"name": "SGD"}, MOMENTUM, "no momentum_buffer, which", "no momentum_buffer, which"),
+    "other numbers": (ADAM, {**ADAM, "lr": 0.3, "betas": [0.5, 0.9], "weight_decay": 0.1}, None, None),
+    "cut otherwise": (WHOLE, ADAM, "optimizer.elementwise = false, and the job has true", "elementwise = false"),
+    "by parameter": ({**OWN_SGD, "momentum": 0.9}, ADAM, "of Momentum, and the job names Adam", "momentum_buffer"),
+}
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("what", list(OPTIMIZERS))
+def test_another_optimizer_is_refused_by_name_or_begins_anew(tmp_path: Path, what: str, recorded: bool):
+    before, after, words, guessed = OPTIMIZERS[what]
+    folder = _finished(tmp_path, optimizer=before)[1]
+    if not recorded:
+        _without_record(folder)
+        words = guessed
+    other = helpers.make_job(tmp_path, optimizer=after, train={"checkpoint_every": {"steps": 3}})
+    if words is not None:
+        kept = _files(tmp_path)
+        with pytest.raises(CheckpointError, match=words) as caught:
+            run(2, other, resume=folder)
+        assert "--reset-optimizer" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert _files(tmp_path) == kept
+    else:
+        run(2, other, resume=folder)
+        helpers.forget_after(folder, 0)
+    run(2, other, resume=Resume(folder, optimizer="reset"))
+
+
+@pytest.mark.parametrize("strategy", [AR, MESSAGE, PS])
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_a_reset_optimizer_begins_as_a_fresh_one(tmp_path: Path, strategy: helpers.Tables, elementwise: bool):
+    """From the checkpoint's parameters and place on, it is what plain torch does with a new optimizer."""
+    keys = {"steps": 8, "precision": "float64", "checkpoint_every": {"steps": 3}, "keep_checkpoints": 9}
+    optimizer = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "elementwise": elementwise}
+    job = helpers.make_job(tmp_path, strategy=strategy, optimizer=optimizer, train=keys)
+    size = 2 if strategy is not PS else 3
+    folder = run(size, job)[0].folder
+    helpers.forget_after(folder, 0)
+    [path] = (folder / "checkpoints").iterdir()
+    begun = {name.removeprefix("parameter/"): t for name, t in load_file(path).items() if name.startswith("parameter/")}
+    found = run(size, job, resume=Resume(folder, optimizer="reset"))[0].model
+    model = helpers.net().double()
+    model.load_state_dict(begun)
+    wanted = helpers.plain(job, 2, model, cursor=int(path.stem), steps=5)
+    assert helpers.difference(helpers.vector(found), wanted) < 1e-10
+
+
+def test_other_data_than_the_run_was_begun_on_is_refused(tmp_path: Path):
+    folder = _finished(tmp_path, data=helpers.points())[1]
+    with pytest.raises(CheckpointError, match="on 103 training samples, and the data set now has 90"):
+        run(2, helpers.make_job(tmp_path, data=helpers.points(90)), resume=folder)
 
 
 def test_resuming_what_is_no_run_folder(tmp_path: Path):
