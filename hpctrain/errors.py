@@ -26,6 +26,10 @@ class CheckpointError(HpctrainError):
     """A checkpoint is missing, truncated, foreign, or of another model or job."""
 
 
+class RunInUseError(HpctrainError):
+    """Another process uses the run folder; names it."""
+
+
 class TraceError(HpctrainError):
     """A run folder or trace file cannot be read."""
 
