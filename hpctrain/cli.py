@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hpctrain import __version__
 from hpctrain.errors import HpctrainError
@@ -126,8 +126,9 @@ def _resume_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="here",
         metavar="RUN",
-        help="go on from the newest checkpoint of that run folder; without RUN, of the folder that JOB lies in; "
-        "`latest`: of the newest unfinished run of that name, or start a new one",
+        help="go on from the newest checkpoint of that run folder, without JOB or with its own; without RUN, of the "
+        "folder that JOB lies in; `latest`: of the newest unfinished run of this Slurm job (outside of Slurm: of "
+        "those made there) with an equal job, or start a new one",
     )
     parser.add_argument(
         "--reset-optimizer",
@@ -140,29 +141,27 @@ def _load(options: argparse.Namespace) -> tuple[Job, Resume | None]:
     """The job, and what to go on with."""
     from hpctrain.errors import JobError
     from hpctrain.job import Job
-    from hpctrain.resume import Resume
+    from hpctrain.resume import LATEST, Resume
 
     resume, path = options.resume, options.job
-    if path is None and resume not in (None, "here", "latest"):
+    if path is None and resume not in (None, "here", LATEST):
         path = os.path.join(resume, JOB)
-    elif path is not None and "=" in path and resume not in (None, "here", "latest") and not os.path.exists(path):
+    elif path is not None and "=" in path and resume not in (None, "here", LATEST) and not os.path.exists(path):
         options.overrides.insert(0, path)  # `train --resume RUN key=value`
         options.job = path = os.path.join(resume, JOB)
     if path is None:
         raise JobError("no job file given; name one, such as jobs/digits.toml")
     job = Job.load(path, options.overrides)
-    if resume == "latest":
-        from hpctrain.runfolder import find_resumable
-
-        found = find_resumable(job)
-        resume = str(found) if found else None
-    elif resume == "here":
-        resume = os.path.dirname(path) or "."
-    elif resume is None and options.reset_optimizer:
-        raise JobError("--reset-optimizer: there is nothing to reset without --resume RUN")
     if resume is None:
+        if options.reset_optimizer:
+            raise JobError("--reset-optimizer: there is nothing to reset without --resume RUN")
         return job, None
-    return job, Resume(resume, optimizer="reset" if options.reset_optimizer else "keep")
+    optimizer: Literal["keep", "reset"] = "reset" if options.reset_optimizer else "keep"
+    if resume == LATEST:
+        return job, Resume(LATEST, optimizer=optimizer)
+    folder = Path(path).parent if resume == "here" else Path(resume)
+    own = os.path.exists(folder / JOB) and os.path.samefile(path, folder / JOB)
+    return job, Resume(folder, "take" if own else "refuse", optimizer)  # of the run's own job all changes are meant
 
 
 def _train(options: argparse.Namespace) -> int:

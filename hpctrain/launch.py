@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpctrain import runfolder
+from hpctrain import claim, runfolder
 from hpctrain.agreement import agreed
 from hpctrain.cluster import Role, Roles
 from hpctrain.comm.base import Communicator
@@ -128,6 +128,7 @@ class Session:
         self.books = Books()
         self._resume = Resume.of(resume)
         self._made: Path | None = None
+        self._claim: claim.Claim | None = None
         self._stack = ExitStack()
         self._signals: StopSignals | None = None
         self._trainer: Trainer | None = None
@@ -201,7 +202,7 @@ class Session:
 
     def _begin(self) -> None:
         comm, job, train = self.comm, self.job, self.job.train
-        resumed = comm.broadcast_json(str(self._resume.folder) if self._resume is not None else None)
+        resumed, note = self._find_run()
         self.prepared: Prepared = agreed(comm, lambda: prepare(job, comm))
         if self.prepared.norms is not None:
             self._stack.callback(self.prepared.norms.restore)
@@ -210,7 +211,8 @@ class Session:
         self.progress = Progress(train.target, train.patience, train.min_delta, job.metric.goal == "max")
         torch.manual_seed(job.seed + 1 + comm.rank)
         if resumed is None:
-            self._made = agreed(comm, lambda: runfolder.create(job) if comm.rank == 0 else None)
+            self._hold(agreed(comm, lambda: claim.new_run(job) if comm.rank == 0 else None))
+            self._made = self._claim.folder if self._claim is not None else None
         self.folder = Path(comm.broadcast_json(resumed or str(self._made)))
         self.keeper = Keeper(self.prepared, comm, self.folder, self.out)
         if resumed is not None:
@@ -218,6 +220,7 @@ class Session:
         self.tracing = Tracing(comm, self.folder)
         if comm.concurrent and threading.current_thread() is threading.main_thread():
             self._signals = self._stack.enter_context(StopSignals())
+        self._hold(self._claim)  # let go before a held launcher is, which then kills this process
         self._stack.callback(self.tracing.close)
         attempt = comm.broadcast_json(next_attempt(self.folder) if comm.rank == 0 else 0)
         agreed(comm, lambda: self.tracing.open(job, self.prepared, attempt))
@@ -227,10 +230,39 @@ class Session:
         self.out.say(self._headline())
         if how is not None:
             self.out.say(how)
+        if note:
+            self.out.say(note)
         if resumed is not None:
+            told = agreed(comm, self._record_changes)
             if comm.rank == 0:
                 runfolder.forget_metrics(self.folder, self.books.cursor)
-            self.out.say(f"resumed at sample {self.books.cursor:,} (step {self.books.step})")
+            self.out.say("\n".join([f"resumed at sample {self.books.cursor:,} (step {self.books.step})", *told]))
+
+    def _find_run(self) -> tuple[str | None, str]:
+        """The folder of the run to go on with, now this one's (None: a new run), and what is to be said of it. Rank 0's
+        `resume` counts. Collective."""
+        resume, first = self._resume, self.comm.rank == 0
+        found = agreed(self.comm, lambda: claim.run_to_resume(self.job, resume) if first and resume is not None else "")
+        if isinstance(found, str):
+            return self.comm.broadcast_json(None), found
+        self._hold(found)
+        return self.comm.broadcast_json(str(found.folder)), ""
+
+    def _hold(self, held: claim.Claim | None) -> None:
+        """Let the run folder go when the session ends."""
+        self._claim = held
+        if held is not None:
+            self._stack.callback(held.release)
+
+    def _check_hold(self) -> None:
+        """Raise RunInUseError, on rank 0, if the run folder has become another process's meanwhile."""
+        if self._claim is not None:
+            self._claim.lock.check()
+
+    def _record_changes(self) -> list[str]:
+        if self._claim is None or self._resume is None:
+            return []
+        return self._claim.record(self.job, self._resume, self.books.cursor)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, Exception):
@@ -239,8 +271,9 @@ class Session:
 
     def _headline(self) -> str:
         layout, nodes = self.replica.layout, len(set(self.comm.nodes))
+        name = runfolder.title(self.job.name, self._claim.overrides if self._claim is not None else ())
         return (
-            f"{self.job.name}: {self.comm.size} rank{'s' * (self.comm.size > 1)} on {nodes} "
+            f"{name}: {self.comm.size} rank{'s' * (self.comm.size > 1)} on {nodes} "
             f"node{'s' * (nodes > 1)}, {layout.parameters:,} parameters ({self.job.train.precision}), "
             f"{self.prepared.total:,} samples to train on; run folder {self.folder}"
         )
@@ -536,6 +569,7 @@ class Session:
         Collective over the workers; the servers take part.
         """
         assert self._phase is not None and self._phase.workers is not None
+        self._check_hold()
         with self._phase.workers.span("checkpoint"), self._strategy.settled():
             account = {**self._account(), "ending": ending}
             self.keeper.save(self._phase, self._strategy.state(), account, self.books.cursor)
@@ -551,6 +585,7 @@ class Session:
                 loss, metric = self._measure(phase.workers, name, dataset)
                 metrics = {"loss": loss, "metric": metric}
             metrics = self.comm.broadcast_json(metrics)
+            agreed(self.comm, self._check_hold)
             self.keeper.settle_model(phase)
             agreed(self.comm, self.keeper.save_model if self.comm.rank == 0 else lambda: None)
         self.replica.release()
