@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.claim import Claim, new_run, run_to_resume
+from hpctrain.cli import main
 from hpctrain.errors import CheckpointError, JobError, RunInUseError
 from hpctrain.explain import explain
 from hpctrain.filenames import HISTORY, JOB, LOCK, MODEL, RUN
@@ -264,6 +265,33 @@ def test_every_key_of_the_tables_exists():
     known = {row.key for row in explain()}
     for key in (*FREE, *FIXED):
         assert any(name == key or name.startswith(key + ".") for name in known), key
+
+
+# -- what is said on the command line ----------------------------------------------------------------------------
+def test_the_command_line_says_what_to_resume(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the run's own job, named or not, changes are meant; with another job they are not."""
+    seen: list[tuple[Job, Resume | None]] = []
+    monkeypatch.setattr("hpctrain.training.main", lambda load: seen.append(load()) or 0)
+    run = interrupted(job("seed=4"))
+    for words, resume in (
+        (["digits.toml"], None),
+        (["digits.toml", "--resume=latest"], LATEST),
+        (["digits.toml", f"--resume={run}"], Resume(run)),
+        ([f"--resume={run}"], Resume(run, "take")),
+        (["--resume", str(run), "optimizer.lr=0.3"], Resume(run, "take")),
+        ([f"{run}/job.toml", "optimizer.lr=0.3", "--resume"], Resume(run, "take")),
+        ([str(folder / run / "job.toml"), f"--resume={run}", "--reset-optimizer"], Resume(run, "take", "reset")),
+        (["--resume=latest", f"--resume={run}", "optimizer.lr=0.3"], Resume(run, "take")),  # as train.sbatch passes on
+    ):
+        assert main(["train", *words]) == 0
+        assert seen[-1][1] == resume, words
+        assert seen[-1][0].overrides == (("optimizer.lr=0.3",) if "optimizer.lr=0.3" in words else ()), words
+
+
+@pytest.mark.parametrize("words", [["--reset-optimizer"], ["--reset-optimizer", "--resume=latest"]])
+def test_a_reset_needs_a_run(folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(["run", "digits.toml", *words]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("keys", [{"changes": "yes"}, {"optimizer": "no"}])
