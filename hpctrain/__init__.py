@@ -11,14 +11,16 @@ if TYPE_CHECKING:
     from hpctrain.errors import HpctrainError
     from hpctrain.job import Job
     from hpctrain.launch import Result, Session, session, train
+    from hpctrain.resume import Resume
 
 __version__ = "0.1.0"
-__all__ = ["HpctrainError", "Job", "Result", "Session", "session", "train"]
+__all__ = ["HpctrainError", "Job", "Result", "Resume", "Session", "session", "train"]
 
 _WHERE = {
     "HpctrainError": "hpctrain.errors",
     "Job": "hpctrain.job",
     "Result": "hpctrain.launch",
+    "Resume": "hpctrain.resume",
     "Session": "hpctrain.launch",
     "session": "hpctrain.launch",
     "train": "hpctrain.launch",

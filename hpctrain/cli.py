@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hpctrain import __version__
 from hpctrain.errors import HpctrainError
@@ -18,6 +18,7 @@ from hpctrain.registry import escaped, shown_path
 
 if TYPE_CHECKING:
     from hpctrain.job import Job
+    from hpctrain.resume import Resume
 
 DESCRIPTION = "Train PyTorch models on MPI and Slurm clusters with whichever way of synchronising is fastest there."
 EXPORT = "trace export"
@@ -84,19 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="run a job on the ranks that mpirun or srun started (or on one)")
     _job_arguments(train)
-    train.add_argument(
-        "--resume",
-        nargs="?",
-        const="here",
-        metavar="RUN",
-        help="go on from the newest checkpoint of that run folder; without RUN, of the folder that JOB lies in; "
-        "`latest`: of the newest unfinished run of that name, or start a new one",
-    )
+    _resume_arguments(train)
     train.set_defaults(command=_train)
     run = commands.add_parser("run", help="start ranks on this machine and train (finds the right mpiexec)")
     run.add_argument("-n", type=int, default=2, metavar="N", help="how many ranks (default 2)")
     _job_arguments(run)
-    run.add_argument("--resume", nargs="?", const="here", metavar="RUN", help="as for `hpctrain train`")
+    _resume_arguments(run)
     run.set_defaults(command=_run)
     evaluate = commands.add_parser("evaluate", help="loss and metric of a run's model on its test samples")
     evaluate.add_argument("run", metavar="RUN", type=Path, help="a run folder")
@@ -172,26 +166,47 @@ def _named(path: str | None) -> str:
     return path
 
 
-def _load(options: argparse.Namespace) -> tuple[Job, str | None]:
-    """The job, and the run folder to go on in."""
+def _resume_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="here",
+        metavar="RUN",
+        help="go on from the newest checkpoint of that run folder, without JOB or with its own; without RUN, of the "
+        "folder that JOB lies in; `latest`: of the newest unfinished run of this Slurm job (outside of Slurm: of "
+        "those made there) with an equal job, or start a new one",
+    )
+    parser.add_argument(
+        "--reset-optimizer",
+        action="store_true",
+        help="with --resume: the optimizer begins anew (momentum, Adam's moments), as it must where it is another one",
+    )
+
+
+def _load(options: argparse.Namespace) -> tuple[Job, Resume | None]:
+    """The job, and what to go on with."""
+    from hpctrain.errors import JobError
     from hpctrain.job import Job
+    from hpctrain.resume import LATEST, Resume
 
     resume, path = options.resume, options.job
-    if path is None and resume not in (None, "here", "latest"):
+    if path is None and resume not in (None, "here", LATEST):
         path = os.path.join(resume, JOB)
-    elif path is not None and "=" in path and resume not in (None, "here", "latest") and not os.path.exists(path):
+    elif path is not None and "=" in path and resume not in (None, "here", LATEST) and not os.path.exists(path):
         options.overrides.insert(0, path)  # `train --resume RUN key=value`
         options.job = path = os.path.join(resume, JOB)
     path = _named(path)
     job = Job.load(path, options.overrides)
-    if resume == "here":
-        return job, os.path.dirname(path) or "."
-    if resume == "latest":
-        from hpctrain.runfolder import find_resumable
-
-        found = find_resumable(job)
-        return job, str(found) if found is not None else None
-    return job, resume
+    if resume is None:
+        if options.reset_optimizer:
+            raise JobError("--reset-optimizer: there is nothing to reset without --resume RUN")
+        return job, None
+    optimizer: Literal["keep", "reset"] = "reset" if options.reset_optimizer else "keep"
+    if resume == LATEST:
+        return job, Resume(LATEST, optimizer=optimizer)
+    folder = Path(path).parent if resume == "here" else Path(resume)
+    own = os.path.exists(folder / JOB) and os.path.samefile(path, folder / JOB)
+    return job, Resume(folder, "take" if own else "refuse", optimizer)  # of the run's own job all changes are meant
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -214,6 +229,8 @@ def _run(options: argparse.Namespace) -> int:
         command += [options.job, *options.overrides]
     if options.resume is not None:
         command += [f"--resume={options.resume}"]
+    if options.reset_optimizer:
+        command += ["--reset-optimizer"]
     return launcher.run(options.n, command)
 
 

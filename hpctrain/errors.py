@@ -37,6 +37,10 @@ class UnwrittenError(CheckpointError):
     result: Any = None
 
 
+class RunInUseError(HpctrainError):
+    """Another process uses the run folder; names it."""
+
+
 class TraceError(HpctrainError):
     """A run folder or trace file cannot be read."""
 

@@ -11,7 +11,16 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, PlainValidator, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    PlainValidator,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from hpctrain import jobfile, registry
 from hpctrain.errors import ClusterError, JobError
@@ -86,6 +95,8 @@ class Job(Table):
     trace: Trace = Field(default_factory=Trace, description=Trace.__doc__)
     communicator: Communicator = Field(default_factory=Communicator, description=Communicator.__doc__)
     debug: Debug = Field(default_factory=Debug, description=Debug.__doc__)
+    _file: str = PrivateAttr("")
+    _overrides: tuple[str, ...] = PrivateAttr(())
 
     def __init__(self, /, **keys: Any) -> None:
         """Raises JobError, one line per mistake."""
@@ -100,7 +111,9 @@ class Job(Table):
 
         See `jobfile.override`. Raises JobError.
         """
-        return cls._checked(jobfile.read(path), overrides, registry.shown_path(path))
+        job = cls._checked(jobfile.read(path), overrides, registry.shown_path(path))
+        job._file = os.path.abspath(path)
+        return job
 
     @classmethod
     def recorded(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Job:
@@ -118,17 +131,38 @@ class Job(Table):
 
     def override(self, overrides: Iterable[str]) -> Job:
         """Another job with some keys changed: "a.b=value", see `jobfile.override`. Raises JobError."""
-        return self._checked(self._tables(), overrides, recorded=any(spec.unresolved for _, spec in self._specs()))
+        job = self._checked(self._tables(), overrides, recorded=any(spec.unresolved for _, spec in self._specs()))
+        job._file, job._overrides = self._file, (*self._overrides, *job._overrides)
+        return job
+
+    @property
+    def file(self) -> str:
+        """The file that it was loaded from; "" if from none."""
+        return self._file
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Those that it was made with: by `load`, and then by `override`."""
+        return self._overrides
+
+    def __eq__(self, other: object) -> bool:
+        """By its keys, however it came by their values."""
+        if not isinstance(other, Job):
+            return NotImplemented
+        return all(getattr(self, key) == getattr(other, key) for key in Job.model_fields)
 
     @classmethod
     def _checked(
         cls, tables: dict[str, Any], overrides: Iterable[str], source: str = "", recorded: bool = False
     ) -> Job:
+        overrides = overrides if isinstance(overrides, str) else tuple(overrides)
         tables, places = jobfile.override(tables, overrides, cls)
         try:
-            return cls._of_record(tables) if recorded else cls(**tables)
+            job = cls._of_record(tables) if recorded else cls(**tables)
         except FaultyJobError as error:
             raise job_error(error.found, source, places) from None
+        job._overrides = tuple(overrides)
+        return job
 
     @classmethod
     def _of_record(cls, tables: dict[str, Any]) -> Job:

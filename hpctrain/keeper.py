@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class Keeper:
             "schedule": self._schedule(),
             "workers": list(phase.roles.workers),
             "length": self.prepared.order.length,
+            "optimizer": self._optimizer(),
         }
         layout, values = self.prepared.replica.layout, self.prepared.replica.values
         checkpoint = Checkpoint(
@@ -71,10 +72,14 @@ class Keeper:
         if self.files.write(CHECKPOINTS, save, "training goes on without this checkpoint"):
             self.comm.recorder.event("checkpoint", checkpoint_path(self.folder, cursor).name)
 
-    def restore(self) -> tuple[dict[str, Any], State | None]:
-        """Take up the newest checkpoint of the folder: (its head, state as from Strategy.state). Collective."""
+    def restore(self, optimizer: Literal["keep", "reset"] = "keep") -> tuple[dict[str, Any], State | None]:
+        """Take up the newest checkpoint of the folder: (its head, state as from Strategy.state). Collective.
+
+        `optimizer`: whether its state goes on, or begins anew. Raises CheckpointError, on all ranks, where the
+        checkpoint is not of this job's model, schedule, data or optimizer, or not of so many ranks.
+        """
         comm = self.comm
-        checkpoint: Checkpoint | None = agreed(comm, self._load if comm.rank == 0 else lambda: None)
+        checkpoint: Checkpoint | None = agreed(comm, lambda: self._load(optimizer) if comm.rank == 0 else None)
         head = comm.broadcast_json(checkpoint.progress if checkpoint is not None else None)
         agreed(comm, lambda: self._check_resumable(head))
         if head["length"] is not None and self.prepared.order.length is None:
@@ -105,7 +110,7 @@ class Keeper:
         own |= {name: torch.from_numpy(text) for name, text in Generators.now().texts().items()}
         return packed(own)
 
-    def _load(self) -> Checkpoint:
+    def _load(self, optimizer: Literal["keep", "reset"]) -> Checkpoint:
         layout, rest = self.prepared.replica.layout, self.prepared.untrained.rest()
         path = runfolder.newest_checkpoint(self.folder)
         shapes, wrapped = {slot.name: slot.shape for slot in layout.slots}, self._wrapped_layout().fingerprint()
@@ -113,7 +118,46 @@ class Keeper:
         for name in [n.removeprefix("buffer/") for own in found.workers for n in own if n.startswith("buffer/")]:
             if not self.prepared.untrained.has_place_for(name):
                 raise CheckpointError(f"{path} is a checkpoint of another model: this one has no buffer {name}")
+        if optimizer == "reset":
+            found.state.forget_moments()
+        else:
+            self._fit_moments(found)
         return found
+
+    def _optimizer(self) -> dict[str, Any]:
+        """What a checkpoint says of the optimizer whose state it holds."""
+        choice, layout = self.prepared.optimizer, self.prepared.replica.layout
+        moments = choice.moments(layout, self.prepared.device)
+        return {"name": choice.cls.__name__, "elementwise": choice.elementwise, "moments": moments}
+
+    def _fit_moments(self, checkpoint: Checkpoint) -> None:
+        """Refuse the state of another optimizer, or one that lacks what this one keeps; drop what it does not keep."""
+        now, state = self._optimizer(), checkpoint.state
+        then = checkpoint.progress.get("optimizer") or _guessed_optimizer(state, now)
+        instead = (
+            "resume with the optimizer as it was, or let it begin anew: --reset-optimizer "
+            '(in Python resume=hpctrain.Resume(folder, optimizer="reset"))'
+        )
+        if then["name"] != now["name"]:
+            raise CheckpointError(
+                f"{self.folder}: its checkpoint holds the state of {then['name']}, and the job names {now['name']}; "
+                + instead
+            )
+        if then["elementwise"] != now["elementwise"]:
+            was, wants = (str(end["elementwise"]).lower() for end in (then, now))
+            raise CheckpointError(
+                f"{self.folder}: its checkpoint was made with optimizer.elementwise = {was}, and the job has {wants}; "
+                + instead
+            )
+        for index, (had, keeps) in enumerate(zip(then["moments"], now["moments"], strict=True)):
+            if lacks := [key for key in keeps if key not in had]:
+                group = f" of parameter group {index}" if len(now["moments"]) > 1 else ""
+                raise CheckpointError(
+                    f"{self.folder}: its checkpoint holds no {' and no '.join(lacks)}{group}, which "
+                    f"{self.prepared.optimizer.words} keeps; {instead}"
+                )
+        if now["elementwise"]:
+            state.forget_moments(but=set().union(*now["moments"]))
 
     def _wrapped_layout(self) -> Layout:
         """The layout by the model's own names, which torch.compile changes."""
@@ -126,6 +170,12 @@ class Keeper:
             raise CheckpointError(
                 f"{self.folder}: the run was on {head['size']} ranks and is resumed on {self.comm.size}; "
                 f"start {head['size']}"
+            )
+        length = self.prepared.order.length
+        if length is not None and head["length"] not in (None, length):
+            raise CheckpointError(
+                f"{self.folder}: the run was on {head['length']:,} training samples, and the data set now has "
+                f"{length:,}; resume with the data that it was begun on"
             )
         if head["schedule"] != self._schedule():
             raise CheckpointError(
@@ -178,6 +228,18 @@ def unpacked(piece: State) -> dict[str, Tensor]:
     """The tensors that were packed."""
     own = piece.named["own"]
     return {name: from_raw(own[name], dtype, shape) for name, (dtype, shape) in piece.counters.items()}
+
+
+def _guessed_optimizer(state: State, now: dict[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint that does not say it: by the moments in it. `now`: what this job's optimizer is."""
+    found, keeps = state.moments(), set().union(*now["moments"])
+    if found:
+        now = {**now, "elementwise": not state.named}
+    if found <= keeps:
+        return {**now, "moments": [sorted(found)] * len(now["moments"])}
+    if not now["elementwise"] and found & keeps:  # what such a one keeps may depend on the parameter's shape
+        return now
+    return {**now, "name": f"an optimizer that keeps {', '.join(sorted(found))}"}
 
 
 def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpctrain import leaving, runfolder
+from hpctrain import claim, leaving, runfolder
 from hpctrain.agreement import agreed
 from hpctrain.alike import check_alike, data_topic, job_topic, model_topic
 from hpctrain.batchnorm import sync_layers
@@ -30,6 +30,7 @@ from hpctrain.optimizer import make_update
 from hpctrain.prepare import Prepared, prepare
 from hpctrain.replica import Replica
 from hpctrain.reserve import reserve
+from hpctrain.resume import Resume
 from hpctrain.runfiles import RunFiles
 from hpctrain.runfolder import Narrator, PhaseSummary
 from hpctrain.schedule import Ask, Progress
@@ -63,15 +64,15 @@ class Result:
 def train(
     job: Job,
     comm: Communicator | None = None,
-    resume: Path | str | None = None,
+    resume: Resume | Path | str | None = None,
     out: Narrator | None = None,
 ) -> Result:
     """Run a job on all ranks of the MPI job (or of `comm`), by its own model, data and loss. Collective.
 
-    `resume`: the run folder to go on in. Raises HpctrainError, on all ranks, for a user's mistakes; another
-    exception on one rank ends all ranks, its traceback first. So does sys.exit() on one rank; called on all ranks in
-    the same step it ends the run, and the program. Where files of the run cannot be written it goes on to its end, and
-    then raises UnwrittenError, on all ranks, which has the result.
+    `resume`: the run folder to go on in, or a `Resume`, which says what may differ. Raises HpctrainError, on all
+    ranks, for a user's mistakes; another exception on one rank ends all ranks, its traceback first. So does sys.exit()
+    on one rank; called on all ranks in the same step it ends the run, and the program. Where files of the run cannot be
+    written it goes on to its end, and then raises UnwrittenError, on all ranks, which has the result.
     """
     with session(job, comm, resume, out) as running:
         fit(running)
@@ -82,7 +83,7 @@ def train(
 def session(
     job: Job,
     comm: Communicator | None = None,
-    resume: Path | str | None = None,
+    resume: Resume | Path | str | None = None,
     out: Narrator | None = None,
 ) -> Iterator[Session]:
     """For a loop of your own: `for batch in s.batches(): ...; s.step(loss)`. Collective; all ranks run the body.
@@ -130,13 +131,14 @@ class Session:
     """A run in progress, on one rank. Use `session(job)`."""
 
     def __init__(
-        self, job: Job, comm: Communicator, resume: Path | str | None, out: Narrator | None = None
+        self, job: Job, comm: Communicator, resume: Resume | Path | str | None, out: Narrator | None = None
     ) -> None:
         self.job, self.comm = job, comm
         self.out = (out or Narrator()) if comm.rank == 0 else Narrator(enabled=False)
         self.books = Books()
-        self._resume = Path(resume) if resume is not None else None
+        self._resume = Resume.of(resume)
         self._made: Path | None = None
+        self._claim: claim.Claim | None = None
         self._stack = ExitStack()
         self._signals: StopSignals | None = None
         self._trainer: Trainer | None = None
@@ -234,9 +236,8 @@ class Session:
 
     def _begin(self) -> None:
         comm, job, train = self.comm, self.job, self.job.train
-        resume = comm.broadcast_json(str(self._resume) if self._resume is not None else None)
-        self._resume = Path(resume) if resume is not None else None
         check_alike(comm, [job_topic(job.plain())])
+        resumed, note = self._find_run()
         self.prepared: Prepared = agreed(comm, lambda: prepare(job, comm))
         self._check_built_alike()
         if self.prepared.norms is not None:
@@ -246,18 +247,20 @@ class Session:
         self.progress = Progress(train.target, train.patience, train.min_delta, job.metric.goal == "max")
         torch.manual_seed(job.seed + 1 + comm.rank)
         seed_others(job.seed + 1 + comm.rank)
-        if self._resume is None:
-            self._made = agreed(comm, lambda: runfolder.create(job) if comm.rank == 0 else None)
-        self.folder = Path(comm.broadcast_json(str(self._resume or self._made)))
+        if resumed is None:
+            self._hold(agreed(comm, lambda: claim.new_run(job) if comm.rank == 0 else None))
+            self._made = self._claim.folder if self._claim is not None else None
+        self.folder = Path(comm.broadcast_json(resumed or str(self._made)))
         self._files = RunFiles(self.folder, self.out) if comm.rank == 0 else None
         self.keeper = Keeper(self.prepared, comm, self.folder, self._files)
-        if self._resume is not None:
+        if resumed is not None:
             self._state = self._restore()
         else:
             self.prepared.untrained.share(comm)
         self.tracing = Tracing(comm, self.folder)
         if comm.concurrent and threading.current_thread() is threading.main_thread():
             self._signals = self._stack.enter_context(StopSignals())
+        self._hold(self._claim)  # let go before a held launcher is, which then kills this process
         self._stack.callback(self.tracing.close)
         attempt = comm.broadcast_json(next_attempt(self.folder) if comm.rank == 0 else 0)
         agreed(comm, lambda: self.tracing.open(job, self.prepared, attempt))
@@ -272,11 +275,38 @@ class Session:
                 f"{layers[0]} is a SyncBatchNorm layer, which normalises over each worker's own samples as long as "
                 "train.sync_batchnorm is false"
             )
-        for note in self.prepared.notes():
-            self.out.say(f"note: {note}")
-        if self._resume is not None:
+        for text in [*self.prepared.notes(), *([note] if note else [])]:
+            self.out.say(f"note: {text}")
+        if resumed is not None:
+            told = agreed(comm, self._record_changes)
             agreed(comm, self._forget_metrics if comm.rank == 0 else lambda: None)
-            self.out.say(f"resumed at sample {self.books.cursor:,} (step {self.books.step})")
+            self.out.say("\n".join([f"resumed at sample {self.books.cursor:,} (step {self.books.step})", *told]))
+
+    def _find_run(self) -> tuple[str | None, str]:
+        """The folder of the run to go on with, now this one's (None: a new run), and what is to be said of it. Rank 0's
+        `resume` counts. Collective."""
+        resume, first = self._resume, self.comm.rank == 0
+        found = agreed(self.comm, lambda: claim.run_to_resume(self.job, resume) if first and resume is not None else "")
+        if isinstance(found, str):
+            return self.comm.broadcast_json(None), found
+        self._hold(found)
+        return self.comm.broadcast_json(str(found.folder)), ""
+
+    def _hold(self, held: claim.Claim | None) -> None:
+        """Let the run folder go when the session ends."""
+        self._claim = held
+        if held is not None:
+            self._stack.callback(held.release)
+
+    def _check_hold(self) -> None:
+        """Raise RunInUseError, on rank 0, if the run folder has become another process's meanwhile."""
+        if self._claim is not None:
+            self._claim.lock.check()
+
+    def _record_changes(self) -> list[str]:
+        if self._claim is None or self._resume is None:
+            return []
+        return self._claim.record(self.job, self._resume, self.books.cursor)
 
     def _check_built_alike(self) -> None:
         """All ranks have the same model and equally long data. Collective."""
@@ -301,15 +331,16 @@ class Session:
 
     def _headline(self) -> str:
         layout, nodes = self.replica.layout, len(set(self.comm.nodes))
+        name = runfolder.title(self.job.name, self._claim.overrides if self._claim is not None else ())
         return (
-            f"{self.job.name}: {self.comm.size} rank{'s' * (self.comm.size > 1)} on {nodes} "
+            f"{name}: {self.comm.size} rank{'s' * (self.comm.size > 1)} on {nodes} "
             f"node{'s' * (nodes > 1)}, {layout.parameters:,} parameters ({self.job.train.precision}), "
             f"{self.prepared.total:,} samples to train on; run folder {self.folder}"
         )
 
     def _restore(self) -> State | None:
         """Take up the newest checkpoint of the run folder. Collective. Returns like Strategy.state."""
-        head, state = self.keeper.restore()
+        head, state = self.keeper.restore(self._resume.optimizer if self._resume is not None else "keep")
         self._take_account(head["account"])
         self._ended = self._ending != "on"
         return state
@@ -644,6 +675,7 @@ class Session:
         Collective over the workers; the servers take part.
         """
         assert self._phase is not None and self._phase.workers is not None
+        self._check_hold()
         with self._phase.workers.span("checkpoint"), self._strategy.settled():
             account = {**self._account(), "ending": ending}
             self.keeper.save(self._phase, self._strategy.state(), account, self.books.cursor)
@@ -688,6 +720,7 @@ class Session:
         interrupted, splits = self._interrupted, self.prepared.splits
         name, dataset = ("test", splits.test) if splits.test is not None else ("validation", splits.validation)
         if not interrupted and not self._left:
+            agreed(self.comm, self._check_hold)
             self.keeper.settle_model(phase)
             self.keeper.save_model()  # first: should the test fail, the model is safe
             if dataset is not None and phase.workers is not None:

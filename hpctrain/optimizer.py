@@ -91,6 +91,12 @@ class OptimizerChoice:
                     "out anew where a phase ends; train in one phase, or take another optimizer"
                 )
 
+    def moments(self, layout: Layout, device: torch.device | str = "cpu") -> list[list[str]]:
+        """What it keeps between steps for a parameter of each group ("exp_avg", "step" ...), sorted."""
+        choices = [OptimizerChoice(self.cls, {**self.options, **g.options}, self.elementwise) for g in layout.groups]
+        steps = [choice._step(device) for choice in choices]
+        return [sorted(k for k, v in optimizer.state[p].items() if v is not None) for optimizer, p in steps]
+
     def _try(self, device: torch.device | str = "cpu") -> None:
         """One step on zeros, so that options that only fail there fail now."""
         optimizer, parameter = self._step(device)
@@ -115,7 +121,7 @@ class OptimizerChoice:
         try:
             optimizer.step()
         except Exception as error:
-            raise ModelError(f"{self._words()}: {_line(error)}") from error
+            raise ModelError(f"{self.words}: {_line(error)}") from error
         return optimizer, parameter
 
     def _check_state(self, key: str, value: Any, parameter: torch.Tensor) -> None:
@@ -132,7 +138,9 @@ class OptimizerChoice:
                 "between ranks or saved; its state must be tensors and numbers"
             )
 
-    def _words(self) -> str:
+    @property
+    def words(self) -> str:
+        """The class with its arguments, for messages."""
         given = ", ".join(f"{key} = {value!r}" for key, value in self.options.items())
         return f"optimizer {self.cls.__name__} with {given}"
 
@@ -141,7 +149,7 @@ class OptimizerChoice:
         try:
             return self.cls(parameters, **self.options)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{self._words()}: {_line(error)}") from error
+            raise ModelError(f"{self.words}: {_line(error)}") from error
 
 
 def momentum_of(group: dict[str, Any]) -> float:

@@ -16,25 +16,21 @@ from typing import TextIO
 from hpctrain.checkpoint import list_checkpoints
 from hpctrain.cluster import Roles
 from hpctrain.errors import CheckpointError, JobError
-from hpctrain.filenames import JOB, METRICS, MODEL
+from hpctrain.filenames import HISTORY, JOB, METRICS
 from hpctrain.job import Job
 from hpctrain.jobtables import StrategySpec
+from hpctrain.registry import shown
 
 COLUMNS = ("step", "samples", "epoch", "seconds", "split", "loss", "metric")
 
 
 def create(job: Job) -> Path:
-    """A new folder `<output>/<name>-<time>` with the resolved job in it. JobError if it cannot be made."""
+    """A new folder `<output>/<name>-<time>`, empty; nobody else gets it. JobError if it cannot be made."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for attempt in range(1000):
         folder = Path(job.output) / f"{job.name}-{stamp}{f'-{attempt}' if attempt else ''}"
         try:
-            folder.mkdir(parents=True)
-            try:
-                (folder / JOB).write_text(job.dump())
-            except OSError:
-                discard(folder)
-                raise
+            folder.mkdir(parents=True)  # on a shared file system, too, one of those who ask for a name gets it
             return folder
         except FileExistsError:
             if not Path(job.output).is_dir():
@@ -47,17 +43,24 @@ def create(job: Job) -> Path:
     raise JobError(f"output = {job.output!r} is a file; choose a folder")
 
 
+def write_job(folder: Path, job: Job, overrides: Sequence[str]) -> None:
+    """Write job.toml: the resolved job, below a line with the overrides that the run was begun with. Raises OSError."""
+    beside = folder / f".{JOB}.part"
+    changed = f"# changed since, see {HISTORY}\n" if (folder / HISTORY).exists() else ""
+    first = f"# {title(job.name, overrides)}\n" if overrides else ""
+    beside.write_text(first + changed + job.dump())
+    os.replace(beside, folder / JOB)
+
+
+def title(name: str, overrides: Sequence[str]) -> str:
+    """A job's name with what was overridden in it: "digits with optimizer.lr=0.3, seed=4"."""
+    return f"{name} with {', '.join(map(shown, overrides))}" if overrides else name
+
+
 def discard(folder: Path | None) -> None:
     """Remove a run folder that was made for a run that could not begin."""
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def find_resumable(job: Job) -> Path | None:
-    """The newest run of this job's name under its output that has a checkpoint and no model yet."""
-    runs = sorted(Path(job.output).glob(f"{job.name}-*/job.toml"), key=lambda p: p.stat().st_mtime)
-    open_runs = [p.parent for p in runs if list_checkpoints(p.parent) and not (p.parent / MODEL).exists()]
-    return open_runs[-1] if open_runs else None
 
 
 def newest_checkpoint(folder: Path) -> Path:

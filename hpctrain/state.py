@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote
@@ -44,6 +44,17 @@ class State:
         """Those moments; they are not in the state any longer."""
         keys = [key for key in self.flat if key.startswith(OWN)]
         return {key.removeprefix(OWN): self.flat.pop(key) for key in keys}
+
+    def moments(self) -> set[str]:
+        """The names of what the optimizer keeps here, plain numbers included."""
+        own = {key for key in self.flat if not key.startswith(OWN)}
+        return own.union(*self.named.values(), *self.groups.values())
+
+    def forget_moments(self, but: Collection[str] = ()) -> None:
+        """Take out what the optimizer keeps, but that: it begins those anew."""
+        self.flat = {key: array for key, array in self.flat.items() if key in but or key.startswith(OWN)}
+        self.named = {name: {k: v for k, v in own.items() if k in but} for name, own in self.named.items()}
+        self.groups = {name: {k: v for k, v in own.items() if k in but} for name, own in self.groups.items()}
 
     def cut(self, low: int, high: int, names: Sequence[str]) -> State:
         """The part for a stretch inside this one that holds the parameters `names`; views, not copies."""

@@ -18,11 +18,12 @@ from hpctrain.strategies.base import roles_of
 if TYPE_CHECKING:
     from hpctrain.comm.base import Communicator
     from hpctrain.job import Job
+    from hpctrain.resume import Resume
 
 INTERRUPTED = 130
 
 
-def main(load: Callable[[], tuple[Job, str | None]]) -> int:
+def main(load: Callable[[], tuple[Job, Resume | Path | str | None]]) -> int:
     """Train on the ranks that the launcher started; the exit status of this rank.
 
     `load` reads the job. What is wrong with it is told after MPI has started, before torch is imported: a rank
@@ -30,7 +31,8 @@ def main(load: Callable[[], tuple[Job, str | None]]) -> int:
     one that ends with a status while rank 0 has not spoken has rank 0 killed (Open MPI's).
     """
     error: HpctrainError | None = None
-    job, resume = None, None
+    job: Job | None = None
+    resume: Resume | Path | str | None = None
     try:
         job, resume = load()
     except HpctrainError as mistake:

@@ -190,8 +190,11 @@ def plain(
     build: Callable[[], nn.Module] = net,
     data: TensorDataset | None = None,
     loss: Callable[..., Tensor] = nn.functional.cross_entropy,
+    cursor: int = 0,
+    steps: int | None = None,
 ) -> np.ndarray[Any, Any]:
-    """The same training by one process with `workers` times the batch, in torch alone; `data`: `points`."""
+    """The same training by one process with `workers` times the batch, in torch alone; `data`: `points`. Or `steps` of
+    it, from a `cursor` on."""
     dtype = getattr(torch, job.train.precision)
     torch.manual_seed(job.seed)
     model = build().to(dtype)
@@ -199,8 +202,8 @@ def plain(
     optimizer = getattr(torch.optim, job.optimizer.name)(model.parameters(), lr=job.optimizer.lr, **options)
     inputs, targets = (data or points()).tensors
     order = Order(len(targets), job.seed)
-    cursor, size = 0, job.train.batch_size * job.train.accumulate * workers
-    for _ in range(job.train.steps or 0):
+    size = job.train.batch_size * job.train.accumulate * workers
+    for _ in range(job.train.steps or 0 if steps is None else steps):
         stop = min(cursor + size, order.epoch_end(cursor))
         chosen = torch.from_numpy(order.indices(cursor, stop))
         optimizer.zero_grad()

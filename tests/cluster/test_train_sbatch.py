@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,10 +87,17 @@ def test_before_its_time_limit_it_saves_queues_again_and_goes_on(slurm: Slurm, f
     assert list((run / "checkpoints").glob("*.safetensors"))
     assert not (run / "model.safetensors").exists()
     until((run / "trace" / "rank_00003.2.h5").exists, 60)
+    holder = json.loads((run / "run.lock").read_text())
+    assert (holder["slurm_job"].partition("@")[0], holder["restarts"]) == (str(job), 1)
+    other = slurm.submit(SCRIPT, "tiny.toml", "train.epochs=1", cwd=folder, environment=ENVIRONMENT)  # the same name
     slurm.command("scancel", str(job))
     slurm.wait(job, 30)
-    assert list((folder / "runs").iterdir()) == [run]
+    assert slurm.wait(other, 60) == "COMPLETED", output(folder, other)
+    assert len(list((folder / "runs").iterdir())) == 2  # that one has a run of its own
+    assert not (run / "model.safetensors").exists()
+    assert tomllib.loads((run / "run.toml").read_text())["slurm_job"].partition("@")[0] == str(job)
     assert "queueing again (restart 1)" in output(folder, job)
+    assert "tiny with train.epochs=3000: 4 ranks on 2 nodes" in output(folder, job)
 
 
 def test_a_wrong_job_file_is_one_message_and_status_2(slurm: Slurm, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from hpctrain import launcher
+from hpctrain.runlock import Lock
 from hpctrain.trace import open_run
 from tests.conftest import ROOT, Mpirun, launch
 from tests.helpers_mpi import RUN, TRAIN, Started, write_job
@@ -74,6 +76,7 @@ import glob, io, json, os, pathlib, shutil, sys, time
 from contextlib import redirect_stderr
 import torch
 from hpctrain.job import Job
+from hpctrain.resume import Resume
 from hpctrain.training import main
 
 folder, job = pathlib.Path(sys.argv[1]), sys.argv[2]
@@ -100,7 +103,8 @@ run("uneven model", ["model.name=tests.helpers_mpi:uneven_net", "strategy.exchan
 run("uneven model, served", ["model.name=tests.helpers_mpi:uneven_net", "strategy.name=parameter_server"])
 made = next(good.iterdir())
 before = sorted(map(str, made.rglob("*")))
-run("another model", ["model.name=tests.helpers_mpi:wide"], str(made))
+run("another job", ["model.name=tests.helpers_mpi:wide", "optimizer.lr=0.3"], str(made))
+run("another model", ["model.name=tests.helpers_mpi:wide"], Resume(made, changes="take"))
 from mpi4py import MPI
 MPI.COMM_WORLD.Barrier()
 if rank == 0:
@@ -137,6 +141,7 @@ def test_what_only_the_ranks_can_find_out(mpirun: Mpirun, tmp_path: Path) -> Non
         "uneven data": "the data set has 103 samples on rank 0, 104 samples on rank 1",
         "uneven model": "parameter 0.weight is float32 of shape (4, 7) on ranks 0, 1 and 2 and float32 of shape (5, 7)",
         "uneven model, served": "parameter 0.weight is float32 of shape (4, 7) on ranks 0, 1 and 2 and float32 of",
+        "another job": 'model.name is "tests.helpers:net" there and "tests.helpers_mpi:wide" in this job, optimizer.lr',
         "another model": "is a checkpoint of another model",
         "truncated": "is truncated",
         "no checkpoint": "has no checkpoint to resume from",
@@ -354,6 +359,7 @@ def test_a_rank_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
         assert len(steps) > 10, rank
         assert np.isfinite(steps["loss"]).all()
     assert "was ended by signal 9" in started.err + started.out
+    Lock(_folder(tmp_path), {}).release()  # its holder is known to be dead
 
 
 def test_a_server_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
@@ -372,9 +378,16 @@ def test_a_server_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_ctrl_c(start: Start, mpi: launcher.Mpi, tmp_path: Path, plain: bool) -> None:
-    """To `hpctrain run`, or to mpiexec itself: a checkpoint, one line, within 10 s; --resume goes on."""
-    started = start(2, _endless(tmp_path), plain=plain)
+    """To `hpctrain run`, or to mpiexec itself: a checkpoint, one line, within 10 s; --resume goes on, with other keys,
+    and not while the run still runs."""
+    job = _endless(tmp_path)
+    started = start(2, job, plain=plain)
     started.until(" step ")
+    if not plain:
+        second = start(1, job, "--resume=latest")
+        assert second.end(60) == 2, second.err
+        assert re.fullmatch(r"hpctrain: \S+ is in use by process \d+ on \S+, since [^\n]*\n", second.err)
+        assert second.out == ""
     asked = time.monotonic()
     started.process.send_signal(signal.SIGINT)
     status = started.end(10)
@@ -389,11 +402,14 @@ def test_ctrl_c(start: Start, mpi: launcher.Mpi, tmp_path: Path, plain: bool) ->
     assert not (folder / "model.safetensors").exists()
     assert len(open_run(folder).steps()) > 0
     steps = _rounds(int(checkpoint.stem)) + 4
+    assert not (folder / "run.lock").exists()
     if plain:
         return
     resumed = start(2, str(folder / "job.toml"), f"train.steps={steps}", "--resume")
     assert resumed.end(60) == 0, resumed.err
     assert f"resumed at sample {int(checkpoint.stem):,}" in resumed.out
+    assert f"changed from here on: train.steps = {steps} (was 1000000000)" in resumed.out
+    assert json.loads((folder / "history.jsonl").read_text())["key"] == "train.steps"
     assert (folder / "model.safetensors").exists()
 
 

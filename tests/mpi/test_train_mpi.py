@@ -30,6 +30,7 @@ def test_the_same_resolved_job_gives_the_same_bits(mpi: launcher.Mpi, tmp_path: 
     assert "parameter_server (sync)      8" in first.out
     assert "test accuracy 0." in first.out
     assert first.err == ""
+    assert first.out.startswith(f"t with {', '.join(overrides)}: 3 ranks on 1 node")
     folder = _only(tmp_path / "runs")
     moved = tmp_path / "first"
     folder.rename(moved)
@@ -39,7 +40,7 @@ def test_the_same_resolved_job_gives_the_same_bits(mpi: launcher.Mpi, tmp_path: 
     assert (again / "model.safetensors").read_bytes() == (moved / "model.safetensors").read_bytes()
     assert sorted(open_run(again).steps()["rank"].unique()) == [0, 1]  # rank 2 serves
     assert {path.name for path in again.iterdir()} == {
-        "job.toml", "trace", "trace.h5", "metrics.csv", "checkpoints", "model.safetensors"
+        "job.toml", "run.toml", "trace", "trace.h5", "metrics.csv", "checkpoints", "model.safetensors"
     }  # fmt: skip
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
@@ -18,14 +22,25 @@ from hpctrain.agreement import agreed
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.data.splits import Splits
-from hpctrain.errors import CheckpointError, ClusterError, DataError, HpctrainError, JobError, ModelError, TraceError
+from hpctrain.errors import (
+    CheckpointError,
+    ClusterError,
+    DataError,
+    HpctrainError,
+    JobError,
+    ModelError,
+    RunInUseError,
+    TraceError,
+)
 from hpctrain.job import Job
 from hpctrain.launch import Result, session, train
+from hpctrain.resume import Resume
 from hpctrain.rules import TargetOptions
-from hpctrain.runfolder import Narrator, find_resumable
+from hpctrain.runfolder import Narrator
 from hpctrain.schedule import Ask, Conductor, Rule
 from hpctrain.trainer import fit
 from tests import helpers
+from tests.unit.test_runlock import leave
 
 PS = {"name": "parameter_server", "mode": "sync", "servers": 1}
 QUIET = Narrator(enabled=False)
@@ -361,10 +376,10 @@ def test_an_interruption_saves_and_the_resumed_run_has_the_same_bits(tmp_path: P
     assert len(told) == 1
     assert "--resume" in told[0]
     assert str(left.folder) in told[0]
-    assert find_resumable(job) == left.folder
-    resumed = run(4, job, resume=left.folder)[0]
+    resumed = run(4, job, resume="latest")[0]
+    assert resumed.folder == left.folder
     assert (helpers.vector(resumed.model) == helpers.vector(whole.model)).all()
-    assert find_resumable(job) is None
+    assert run(4, job, resume="latest")[0].folder != left.folder
 
 
 class SecondEvaluation(Rule):
@@ -587,12 +602,183 @@ def test_a_checkpoint_that_does_not_fit(
     harm(next((folder / "checkpoints").iterdir()))
     before = _files(tmp_path)
     with pytest.raises(CheckpointError, match=words):
-        run(size, job.override(overrides), resume=folder)
+        run(size, job.override(overrides), resume=Resume(folder, changes="take"))
     assert _files(tmp_path) == before
 
 
 def other() -> nn.Module:
     return nn.Linear(7, 3)
+
+
+# -- whose run folder it is ----------------------------------------------------------------------------------------
+def test_another_job_is_refused_by_name_or_its_changes_are_taken(tmp_path: Path):
+    """On every rank alike; what is taken is told at the start, and from then on is the run's."""
+    job, folder = _finished(tmp_path)
+    other, before, out = job.override(["optimizer.lr=0.3", "train.steps=10"]), _files(tmp_path), io.StringIO()
+    told: list[str] = []
+    words = "optimizer.lr is 0.1 there and 0.3 in this job, train.steps is 8 there and 10 in this job; begin"
+
+    def refused(comm: Communicator) -> None:
+        with pytest.raises(CheckpointError, match=words) as caught:
+            helpers.quiet_train(comm, other, resume=folder)
+        told.append(str(caught.value))
+        assert caught.value.everywhere
+
+    World(2).run(refused)
+    assert len(set(told)) == 1
+    assert _files(tmp_path) == before
+    narrator = Narrator(out=out)
+    World(2).run(lambda comm: train(other, comm, Resume(folder, changes="take"), narrator))
+    assert "resumed at sample 72 (step 6)\nchanged from here on: optimizer.lr = 0.3 (was 0.1), train.steps = 10" in (
+        out.getvalue()
+    )
+    assert Job.load(folder / "job.toml") == other
+    assert [json.loads(line)["sample"] for line in (folder / "history.jsonl").read_text().splitlines()] == [72, 72]
+    helpers.forget_after(folder, 0)
+    assert run(2, other, resume=folder)[0].phases[0].steps == 10
+    with pytest.raises(CheckpointError, match="seed = 5: the run in .* has seed = 0 and keeps it"):
+        run(2, job.override(["seed=5"]), resume=Resume(folder, changes="take"))
+
+
+def test_what_does_not_change_the_numbers_may_differ(tmp_path: Path):
+    job, folder = _finished(tmp_path)
+    whole = run(2, job)[0].folder
+    free = job.override(["output=elsewhere", "trace.flush_seconds=9", "train.keep_checkpoints=5", "data.threads=0"])
+    text = (folder / "job.toml").read_text()
+    run(2, free, resume=folder)
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (folder / "job.toml").read_text() == text
+
+
+def test_a_run_folder_is_used_by_one_run_at_a_time(tmp_path: Path):
+    """Neither resuming it nor `latest` gets at it; it is free again after an interruption, an error or the end."""
+    job, folder = _finished(tmp_path)
+
+    def refused(resume: Path | str) -> None:
+        with pytest.raises(RunInUseError, match=f"{folder} is in use by process {os.getpid()} on "):
+            run(1, job, resume=resume)
+
+    def body(comm: Communicator, fails: bool) -> None:
+        with session(job, comm, resume=folder, out=QUIET) as running:
+            for batch in running.batches():
+                for resume in ("latest", folder) if comm.rank == 0 else ():
+                    refused(resume)
+                running.step(running.loss(running.model(batch.inputs), batch.targets))
+                if fails:
+                    raise ZeroDivisionError
+                assert [t.name for t in threading.enumerate()].count("run-lock") == 1
+
+    with pytest.raises(ZeroDivisionError):
+        World(2).run(lambda comm: body(comm, True))
+    assert not list(folder.glob("*lock*"))
+    World(2).run(lambda comm: body(comm, False))
+    assert not list(folder.glob("*lock*"))
+    assert "run-lock" not in [t.name for t in threading.enumerate()]
+
+
+def test_a_run_that_was_taken_over_writes_no_more(tmp_path: Path):
+    """It stood still for so long that another process took its folder."""
+    job = helpers.make_job(tmp_path, train={"checkpoint_every": {"steps": 4}})
+
+    def body(comm: Communicator, when: int) -> None:
+        with session(job, comm, out=QUIET) as running:
+            for count, batch in enumerate(running.batches()):
+                if count == when and comm.rank == 0:
+                    leave(running.folder, pid=4711)
+                running.step(running.loss(running.model(batch.inputs), batch.targets))
+
+    for when, kept in ((2, 0), (7, 1)):  # before a checkpoint; before the end
+        with pytest.raises(RunInUseError, match="has been taken over by process 4711"):
+            World(2).run(lambda comm, when=when: body(comm, when))
+        [folder] = [path for path in tmp_path.iterdir() if (path / "run.lock").exists()]
+        assert len(list(folder.glob("checkpoints/*"))) == kept
+        assert not (folder / "model.safetensors").exists()
+        (folder / "run.lock").unlink()
+
+
+def test_overrides_are_told_in_the_first_line(tmp_path: Path):
+    job = helpers.make_job(tmp_path).override(["optimizer.lr=0.3", "seed=4"])
+    out = io.StringIO()
+    narrator = Narrator(out=out)
+    folder = World(2).run(lambda comm: train(job, comm, out=narrator))[0].folder
+    assert out.getvalue().startswith("train with optimizer.lr=0.3, seed=4: 2 ranks on 1 node, ")
+    assert (folder / "job.toml").read_text().startswith("# train with optimizer.lr=0.3, seed=4\n")
+
+
+# -- resuming with another optimizer -----------------------------------------------------------------------------
+ADAM = {"name": "Adam", "lr": 0.01}
+OWN_SGD = {"name": "tests.unit.test_launch:Momentum", "lr": 0.1}  # not known to be elementwise: moments by parameter
+
+
+def _without_record(folder: Path) -> None:
+    """As a checkpoint was before it said what its optimizer is."""
+    [path] = (folder / "checkpoints").iterdir()
+    with safe_open(path, framework="pt") as file:
+        head = json.loads(file.metadata()["hpctrain"])
+    del head["progress"]["optimizer"]
+    save_file(load_file(path), path, {"hpctrain": json.dumps(head)})
+
+
+MOMENTUM = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
+WHOLE = {**ADAM, "elementwise": False}
+OPTIMIZERS: dict[str, tuple[helpers.Tables, helpers.Tables, str | None, str | None]] = {
+    # begun with, resumed with, the error's words: of a checkpoint that says its optimizer, and of one that does not
+    "another one": (ADAM, MOMENTUM, "the state of Adam, and the job names SGD", "keeps exp_avg, exp_avg_sq, step,"),
+    "a sister": (ADAM, {**ADAM, "name": "AdamW"}, "the state of Adam, and the job names AdamW", None),
+    "more moments": (ADAM, {**ADAM, "amsgrad": True}, "no max_exp_avg_sq, which optimizer Adam with", "max_e"),
+    "fewer moments": ({**ADAM, "amsgrad": True}, ADAM, None, "that keeps exp_avg, exp_avg_sq, max_exp_avg_sq, step,"),
+    "a first moment": ({"name": "SGD"}, MOMENTUM, "no momentum_buffer, which", "no momentum_buffer, which"),
+    "other numbers": (ADAM, {**ADAM, "lr": 0.3, "betas": [0.5, 0.9], "weight_decay": 0.1}, None, None),
+    "cut otherwise": (WHOLE, ADAM, "optimizer.elementwise = false, and the job has true", "elementwise = false"),
+    "by parameter": ({**OWN_SGD, "momentum": 0.9}, ADAM, "of Momentum, and the job names Adam", "momentum_buffer"),
+}
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("what", list(OPTIMIZERS))
+def test_another_optimizer_is_refused_by_name_or_begins_anew(tmp_path: Path, what: str, recorded: bool):
+    before, after, words, guessed = OPTIMIZERS[what]
+    folder = _finished(tmp_path, optimizer=before)[1]
+    if not recorded:
+        _without_record(folder)
+        words = guessed
+    other = helpers.make_job(tmp_path, optimizer=after, train={"checkpoint_every": {"steps": 3}})
+    if words is not None:
+        kept = _files(tmp_path)
+        with pytest.raises(CheckpointError, match=words) as caught:
+            run(2, other, resume=Resume(folder, "take"))
+        assert "--reset-optimizer" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert _files(tmp_path) == kept
+    else:
+        run(2, other, resume=Resume(folder, "take"))
+        helpers.forget_after(folder, 0)
+    run(2, other, resume=Resume(folder, "take", "reset"))
+
+
+@pytest.mark.parametrize("strategy", [AR, MESSAGE, PS])
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_a_reset_optimizer_begins_as_a_fresh_one(tmp_path: Path, strategy: helpers.Tables, elementwise: bool):
+    """From the checkpoint's parameters and place on, it is what plain torch does with a new optimizer."""
+    keys = {"steps": 8, "precision": "float64", "checkpoint_every": {"steps": 3}, "keep_checkpoints": 9}
+    optimizer = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "elementwise": elementwise}
+    job = helpers.make_job(tmp_path, strategy=strategy, optimizer=optimizer, train=keys)
+    size = 2 if strategy is not PS else 3
+    folder = run(size, job)[0].folder
+    helpers.forget_after(folder, 0)
+    [path] = (folder / "checkpoints").iterdir()
+    begun = {name.removeprefix("parameter/"): t for name, t in load_file(path).items() if name.startswith("parameter/")}
+    found = run(size, job, resume=Resume(folder, optimizer="reset"))[0].model
+    model = helpers.net().double()
+    model.load_state_dict(begun)
+    wanted = helpers.plain(job, 2, lambda: model, cursor=int(path.stem), steps=5)
+    assert helpers.difference(helpers.vector(found), wanted) < 1e-10
+
+
+def test_other_data_than_the_run_was_begun_on_is_refused(tmp_path: Path):
+    folder = _finished(tmp_path, data=helpers.points())[1]
+    with pytest.raises(CheckpointError, match="on 103 training samples, and the data set now has 90"):
+        run(2, helpers.make_job(tmp_path, data=helpers.points(90)), resume=folder)  # an object of the same description
 
 
 def test_resuming_what_is_no_run_folder(tmp_path: Path):

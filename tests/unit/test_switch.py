@@ -22,7 +22,8 @@ from hpctrain.comm.virtual import VirtualCommunicator, World
 from hpctrain.errors import CheckpointError, ClusterError, DataError, HpctrainError, JobError, ModelError
 from hpctrain.job import Job
 from hpctrain.launch import Result, Session, session, train
-from hpctrain.runfolder import Narrator, find_resumable
+from hpctrain.resume import Resume
+from hpctrain.runfolder import Narrator
 from hpctrain.state import State
 from hpctrain.strategies.all_reduce import AllReduce
 from hpctrain.strategies.base import Phase, Strategy
@@ -459,7 +460,7 @@ def test_another_schedule_is_refused(tmp_path: Path, before: helpers.Tables, aft
     folder = World(3).run(lambda comm: helpers.quiet_train(comm, made[0]))[0].folder
     helpers.forget_after(folder, 0)
     with pytest.raises(CheckpointError, match="another schedule") as caught:
-        World(3).run(lambda comm: helpers.quiet_train(comm, made[1], resume=folder))
+        World(3).run(lambda comm: helpers.quiet_train(comm, made[1], resume=Resume(folder, changes="take")))
     assert "\n" not in str(caught.value)
 
 
@@ -492,7 +493,7 @@ def test_an_interruption_loses_no_sample(tmp_path: Path, mode: str, queue: str):
     )  # fmt: skip
     seen: list[int] = []
 
-    def body(comm: Communicator, resume: Path | None) -> Result:
+    def body(comm: Communicator, resume: str | None) -> Result:
         count = 0
         with session(job, comm, resume, QUIET) as running:
             for batch in running.batches():
@@ -505,8 +506,8 @@ def test_an_interruption_loses_no_sample(tmp_path: Path, mode: str, queue: str):
     left = World(5, compute=jitter(1, 0.1, {1: 5.0})).run(lambda comm: body(comm, None))[0]
     assert left.interrupted
     assert left.samples == len(seen) < samples
-    assert find_resumable(job) == left.folder
-    World(5, compute=jitter(2)).run(lambda comm: body(comm, left.folder))
+    resumed = World(5, compute=jitter(2)).run(lambda comm: body(comm, "latest"))[0]
+    assert resumed.folder == left.folder
     assert sorted(seen) == sorted(2 * list(range(samples)))
 
 

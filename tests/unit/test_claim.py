@@ -1,0 +1,306 @@
+"""Which run is gone on with, and which is refused: fake environments, folders without a model in them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from hpctrain.claim import Claim, new_run, run_to_resume
+from hpctrain.cli import main
+from hpctrain.errors import CheckpointError, JobError, RunInUseError
+from hpctrain.explain import explain
+from hpctrain.filenames import HISTORY, JOB, LOCK, MODEL, RUN
+from hpctrain.identity import Identity
+from hpctrain.job import Job
+from hpctrain.resume import FIXED, FREE, Change, Resume, binding, differences
+from tests.unit.test_runlock import leave
+
+LATEST = Resume("latest")
+FILE = """
+name = "digits"
+[optimizer]
+name = "Adam"
+lr = 0.05
+[train]
+batch_size = 8
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current one; digits.toml and digits-adam.toml are in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits.toml").write_text(FILE)
+    (tmp_path / "digits-adam.toml").write_text(FILE.replace('"digits"', '"digits-adam"'))
+    yield tmp_path
+    assert not list((tmp_path / "runs").glob(f"*/{LOCK}"))
+
+
+def job(*overrides: str, file: str = "digits.toml") -> Job:
+    return Job.load(file, overrides)
+
+
+def slurm(number: int, task: int | None = None, restarts: int = 0) -> dict[str, str]:
+    array = {} if task is None else {"SLURM_ARRAY_JOB_ID": str(number), "SLURM_ARRAY_TASK_ID": str(task)}
+    own = str(number + (task or 0))
+    return {"SLURM_JOB_ID": own, **array, **({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {})}
+
+
+def interrupted(made: Job, environment: Mapping[str, str] = os.environ) -> Path:
+    """The folder of a run that was begun so, and stopped after a checkpoint."""
+    claim = new_run(made, environment)
+    (claim.folder / "checkpoints").mkdir()
+    (claim.folder / "checkpoints" / "000000000008.safetensors").touch()
+    claim.release()
+    return claim.folder
+
+
+def resumed(made: Job, environment: Mapping[str, str] = os.environ, resume: Resume = LATEST) -> Path | str:
+    """Which run goes on; or what is said of the new one."""
+    found = run_to_resume(made, resume, environment)
+    if isinstance(found, Claim):
+        found.release()
+        return found.folder
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _outside_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("SLURM_"):
+            monkeypatch.delenv(name)
+
+
+# -- which run it is ---------------------------------------------------------------------------------------------
+def test_a_name_that_begins_alike_is_another_run(folder: Path):
+    """Also where a run folder was given another name."""
+    adam = interrupted(job(file="digits-adam.toml"))
+    assert resumed(job()) == ""
+    mine = interrupted(job())
+    os.utime(adam / RUN)
+    assert resumed(job()) == mine
+    moved = mine.rename(mine.with_name("the-good-one"))
+    assert resumed(job()) == moved
+    assert resumed(job(file="digits-adam.toml")) == adam
+
+
+def test_outside_of_slurm_the_resolved_job_tells_runs_apart(folder: Path):
+    first, other = interrupted(job()), interrupted(job("optimizer.lr=0.3", "seed=4"))
+    assert resumed(job()) == first
+    assert resumed(job("seed=4", "optimizer.lr=0.3")) == other  # however it is said
+    assert resumed(job("seed=4")) == ""
+    assert resumed(job("trace.report=true", "train.checkpoint_every.epochs=1", "data.threads=0")) == first
+    again = interrupted(job())
+    assert resumed(job()) == again  # the newest
+    (again / MODEL).touch()
+    assert resumed(job()) == first
+    (first / JOB).unlink()
+    assert resumed(job()) == ""
+
+
+def test_a_slurm_job_has_runs_of_its_own(folder: Path):
+    outside, mine, theirs = interrupted(job()), interrupted(job(), slurm(20)), interrupted(job(), slurm(21))
+    assert resumed(job(), slurm(20, restarts=1)) == mine
+    assert resumed(job(), slurm(21, restarts=1)) == theirs
+    assert resumed(job()) == outside
+    said = resumed(job(), slurm(22))
+    assert f"this is a new run; {theirs}, unfinished and of an equal job, was begun in Slurm job 21" in str(said)
+    assert f"hpctrain train --resume {theirs}" in str(said)
+
+
+def test_tasks_of_an_array_that_requeue_do_not_take_each_others_runs(folder: Path):
+    runs = [interrupted(job(), slurm(20, task)) for task in range(3)]
+    assert [resumed(job(), slurm(20, task, restarts=1)) for task in (2, 0, 1)] == [runs[2], runs[0], runs[1]]
+
+
+def test_a_job_file_that_was_edited_before_the_requeue_is_refused_by_its_keys(folder: Path):
+    mine = interrupted(job("seed=4"), slurm(20))
+    (folder / "digits.toml").write_text(FILE.replace("0.05", "0.3").replace("8", "16") + 'nan = "skip"\n')
+    with pytest.raises(CheckpointError) as caught:
+        resumed(job("seed=4"), slurm(20, restarts=1))
+    assert (
+        f"{mine} is a run of another job: optimizer.lr is 0.05 there and 0.3 in this job, train.batch_size is 8 there "
+        'and 16 in this job, train.nan is "stop" there and "skip" in this job; begin a new run' in str(caught.value)
+    )
+    assert "\n" not in str(caught.value)
+
+
+def test_several_jobs_in_one_allocation_are_several_runs(folder: Path):
+    """One with other overrides or another file is meant to be another; each goes on with its own."""
+    one, two = interrupted(job("seed=1"), slurm(20)), interrupted(job("seed=2"), slurm(20))
+    other = interrupted(job("seed=1", file="digits-adam.toml"), slurm(20))
+    assert resumed(job("seed=3"), slurm(20)) == ""
+    assert resumed(job("seed=1"), slurm(20)) == one
+    assert resumed(job("seed=2"), slurm(20)) == two
+    assert resumed(job("seed=1", file="digits-adam.toml"), slurm(20)) == other
+    (folder / "digits-b.toml").write_text(FILE.replace("0.05", "0.3"))
+    assert resumed(job("seed=1", file="digits-b.toml"), slurm(20)) == ""
+
+
+def test_a_run_that_is_going_on_is_not_gone_on_with(folder: Path):
+    """Nor does a second one begin beside it, checkpoint or none; a dead one's lock holds nobody up."""
+    for checkpoint in (False, True):
+        mine = interrupted(job(), slurm(20)) if checkpoint else new_run(job(), slurm(20)).folder
+        leave(mine, machine="n7", host="n7", pid=4711, slurm_job="20")
+        for resume in (LATEST, Resume(mine)):
+            if checkpoint or resume is LATEST:
+                with pytest.raises(RunInUseError, match=f"{mine} is in use by process 4711 on n7, Slurm job 20, since"):
+                    resumed(job(), slurm(20), resume)
+        assert resumed(job(), slurm(20, restarts=1)) == (mine if checkpoint else "")
+
+
+def test_a_run_of_before_runs_had_identities(folder: Path):
+    mine = interrupted(job("seed=4"))
+    (mine / RUN).unlink()
+    assert resumed(job("seed=4")) == mine
+    assert "was begun outside of Slurm" in str(resumed(job("seed=4"), slurm(20)))
+
+
+def test_two_runs_that_begin_at_once_have_folders_of_their_own(folder: Path):
+    claims = [new_run(job()) for _ in range(5)]
+    assert len({claim.folder for claim in claims}) == 5
+    for claim in claims:
+        claim.release()
+
+
+def test_what_cannot_be_made_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Identity, "write", full)
+    with pytest.raises(JobError, match=r"cannot be made \(No space left on device\)"):
+        new_run(job())
+    assert list((folder / "runs").iterdir()) == []
+
+
+# -- what the job may change -------------------------------------------------------------------------------------
+def test_what_was_overridden_is_in_the_run_folder(folder: Path):
+    mine = interrupted(job("optimizer.lr=0.3", "seed=4"), slurm(20))
+    assert (mine / JOB).read_text().splitlines()[0] == "# digits with optimizer.lr=0.3, seed=4"
+    assert Identity.read(mine) == Identity("20", str(folder / "digits.toml"), ("optimizer.lr=0.3", "seed=4"))
+    assert Job.load(mine / JOB) == job("optimizer.lr=0.3", "seed=4")
+    assert not (interrupted(job()) / JOB).read_text().startswith("#")
+    nasty = interrupted(job("data.path='''a\n[model]'''"))
+    assert Job.load(nasty / JOB).data.options == {"path": "a\n[model]"}
+
+
+def test_another_job_is_refused_unless_its_changes_are_to_be_taken(folder: Path):
+    mine = interrupted(job("seed=4"))
+    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    keys = ["optimizer.lr=0.3", "optimizer.betas=[0.5, 0.9]", "train.clip_norm=1", "trace.report=true"]
+    other = job("seed=4", *keys)
+    with pytest.raises(CheckpointError) as caught:
+        resumed(other, resume=Resume(mine))
+    words = "optimizer.lr is 0.05 there and 0.3 in this job, optimizer.betas is left out there and [0.5, 0.9] in this"
+    assert f"{words} job, train.clip_norm is left out there and 1.0 in this job; begin" in str(caught.value)
+    assert "trace" not in str(caught.value)
+    assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
+
+    take = Resume(mine, changes="take", optimizer="reset")
+    claim = run_to_resume(other, take)
+    assert isinstance(claim, Claim)
+    assert Change("trace.report", False, True) in claim.changes
+    said = claim.record(other, take, 96)
+    claim.release()
+    assert said[0].startswith("changed from here on: optimizer.lr = 0.3 (was 0.05), trace.report = true (was false), ")
+    assert said[1] == "the optimizer begins anew"
+    assert Job.load(mine / JOB) == other
+    assert (mine / JOB).read_text().startswith(f"# digits with seed=4\n# changed since, see {HISTORY}\n")
+    rows = [json.loads(line) for line in (mine / HISTORY).read_text().splitlines()]
+    assert [(row["sample"], row["key"], row.get("old"), row.get("new")) for row in rows][:3] == [
+        (96, "optimizer.lr", 0.05, 0.3),
+        (96, "trace.report", False, True),
+        (96, "optimizer.betas", None, [0.5, 0.9]),
+    ]
+    assert rows[-1]["reset"] is True
+    assert resumed(other) == mine
+
+
+@pytest.mark.parametrize(
+    "change", ["seed=5", "data.name=mnist", "data.validation=0.2", "data.shuffle=false", "metric.goal=min"]
+)
+def test_what_a_run_keeps_to_its_end_is_refused_by_name(folder: Path, change: str):
+    mine = interrupted(job())
+    with pytest.raises(CheckpointError, match=rf"^{change.split('=')[0]} = .* begin a new run for that") as caught:
+        resumed(job(change), resume=Resume(mine, changes="take"))
+    assert "\n" not in str(caught.value)
+
+
+def test_many_changes_are_counted(folder: Path):
+    """And where a table has another name, that says it."""
+    mine = interrupted(job())
+    keys = ["threads=1", "seed=5", *(f"model.option{index}=1" for index in range(6))]
+    with pytest.raises(CheckpointError, match="model.option3 is left out there and 1 in this job and 2 more; begin"):
+        resumed(job(*keys), resume=Resume(mine))
+    other = '"all_reduce" there and "parameter_server" in this job; begin'
+    with pytest.raises(CheckpointError, match=f"another job: strategy.name is {other}"):
+        resumed(job("strategy=parameter_server"), resume=Resume(mine))
+
+
+def test_an_object_of_a_program_is_the_same_whatever_its_line(folder: Path):
+    first = interrupted(Job(model=lambda: None, name="own"))
+    second = Job(model=lambda: None, name="own")
+    assert resumed(second, resume=Resume(first)) == first
+    with pytest.raises(CheckpointError, match="model.name is "):
+        resumed(Job(model=Path, name="own"), resume=Resume(first))
+
+
+def test_keys_that_are_tables_and_lists_are_compared_one_by_one():
+    base = Job(phases=[{"strategy": "all_reduce", "until": {"rule": "after", "steps": 9}}, {"strategy": "all_reduce"}])
+    other = base.override(["phases.0.until.steps=10"])
+    assert differences(base.plain(), other.plain()) == [Change("phases.0.until.steps", 9, 10)]
+    assert differences({"a": {}, "b": [1]}, {"a": {}, "b": [1, 2], "c": True}) == [
+        Change("b", [1], [1, 2]), Change("c", None, True)
+    ]  # fmt: skip
+    assert differences({"a": 1}, {"a": True}) != []
+    assert differences({"a": 1}, {"a": 1.0}) == []
+    assert binding([Change("trace.report", 0, 1), Change("trace_more", 0, 1)]) == [Change("trace_more", 0, 1)]
+
+
+def test_every_key_of_the_tables_exists():
+    known = {row.key for row in explain()}
+    for key in (*FREE, *FIXED):
+        assert any(name == key or name.startswith(key + ".") for name in known), key
+
+
+# -- what is said on the command line ----------------------------------------------------------------------------
+def test_the_command_line_says_what_to_resume(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the run's own job, named or not, changes are meant; with another job they are not."""
+    seen: list[tuple[Job, Resume | None]] = []
+    monkeypatch.setattr("hpctrain.training.main", lambda load: seen.append(load()) or 0)
+    run = interrupted(job("seed=4"))
+    for words, resume in (
+        (["digits.toml"], None),
+        (["digits.toml", "--resume=latest"], LATEST),
+        (["digits.toml", f"--resume={run}"], Resume(run)),
+        ([f"--resume={run}"], Resume(run, "take")),
+        (["--resume", str(run), "optimizer.lr=0.3"], Resume(run, "take")),
+        ([f"{run}/job.toml", "optimizer.lr=0.3", "--resume"], Resume(run, "take")),
+        ([str(folder / run / "job.toml"), f"--resume={run}", "--reset-optimizer"], Resume(run, "take", "reset")),
+        (["--resume=latest", f"--resume={run}", "optimizer.lr=0.3"], Resume(run, "take")),  # as train.sbatch passes on
+    ):
+        assert main(["train", *words]) == 0
+        assert seen[-1][1] == resume, words
+        assert seen[-1][0].overrides == (("optimizer.lr=0.3",) if "optimizer.lr=0.3" in words else ()), words
+
+
+@pytest.mark.parametrize("words", [["--reset-optimizer"], ["--reset-optimizer", "--resume=latest"]])
+def test_a_reset_needs_a_run(folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(["run", "digits.toml", *words]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("keys", [{"changes": "yes"}, {"optimizer": "no"}])
+def test_what_resume_can_be_told(keys: dict[str, str]):
+    with pytest.raises(JobError, match="must be"):
+        Resume("runs/x", **keys)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keys", [{"changes": "take"}, {"optimizer": "reset"}])
+def test_latest_goes_on_with_a_run_as_it_is(keys: dict[str, str]):
+    with pytest.raises(JobError, match="name the run folder"):
+        Resume("latest", **keys)  # type: ignore[arg-type]
