@@ -217,7 +217,8 @@ class Session:
             self._state = self._restore()
         self.tracing = Tracing(comm, self.folder)
         if comm.concurrent and threading.current_thread() is threading.main_thread():
-            self._signals = self._stack.enter_context(StopSignals())
+            signals = StopSignals(comm.rank, train.stop_seconds, before_end=self.tracing.tick)
+            self._signals = self._stack.enter_context(signals)
         self._stack.callback(self.tracing.close)
         attempt = comm.broadcast_json(next_attempt(self.folder) if comm.rank == 0 else 0)
         agreed(comm, lambda: self.tracing.open(job, self.prepared, attempt))
@@ -294,7 +295,8 @@ class Session:
             epoch=prepared.order.length,
             ahead=prepared.ahead,
             equal=before is not None and len(before.roles.workers) == comm.size and len(set(comm.nodes)) == 1,
-            tick=self.tracing.tick,
+            tick=self._tick,
+            saving=self._saving,
         )
         name = runfolder.name_of(self.job.schedule[index].strategy)
         recorder.event("role", str(Entry(index, roles.of(comm.rank).value, name)))
@@ -342,6 +344,7 @@ class Session:
         server = kind(spec.options)
         server.join(phase, self._take_state())
         server.serve()
+        self._saving()  # the workers may write a last checkpoint
 
     def _take_state(self) -> State | None:
         """What the phase takes over: it is not kept beyond that, being as large as the model or larger."""
@@ -360,8 +363,7 @@ class Session:
         self._since = self.comm.now()
         self._version = strategy.version
         phase.comm.recorder.step = self.books.step
-        if self._signals is not None:
-            self._signals.stepped()
+        self._tick()
         self._trainer = Trainer(
             phase=phase,
             strategy=strategy,
@@ -439,14 +441,28 @@ class Session:
             *outcome.staleness, phase.index, outcome.cursor,
         )  # fmt: skip
         recorder.step = trainer.steps
-        self.tracing.tick()
-        if self._signals is not None:
-            self._signals.stepped()
-            if self._signals.asked:
-                phase.wish = Ask.INTERRUPT
+        self._tick()
+        if self._signals is not None and self._signals.asked:
+            phase.wish = Ask.INTERRUPT
         if self.out.due():
             self._tell_progress(summary, epoch, outcome.loss)
         return self._heed(outcome) if outcome.ask else False
+
+    def _tick(self) -> None:
+        """This rank works: it has taken a step, or served one."""
+        self.tracing.tick()
+        if self._signals is not None:
+            self._signals.stepped()
+
+    def _saving(self) -> None:
+        """Until the next step ends, this rank or one that it waits for writes files."""
+        if self._signals is not None:
+            self._signals.saving()
+
+    def _move_measured(self, batch: Batch) -> Batch:
+        if self._signals is not None:
+            self._signals.stepped()
+        return self.prepared.move(batch)
 
     def _updates_until(self, outcome: Outcome) -> int:
         """How many there were since this worker's last step: where workers do not step together, those of all."""
@@ -478,8 +494,8 @@ class Session:
             elif ask & Ask.INTERRUPT:
                 self._ending = "on"
             self._interrupted = bool(ask & Ask.INTERRUPT)
-            if self._interrupted and self._signals is not None:
-                self._signals.heed()
+            if self._interrupted:
+                self._saving()
             if reason is not None:
                 self.out.say(f"stopped at sample {outcome.cursor:,}: {reason}")
             if ask & Ask.CHECKPOINT or self._interrupted or (ends and self._ending == "stop"):
@@ -519,7 +535,7 @@ class Session:
         prepared, books = self.prepared, self.books
         with comm.span("evaluate"), self.replica.averaged_buffers(comm):
             loss, metric = evaluate(
-                self.model, dataset, prepared.loss, prepared.metric, comm, 256, prepared.move, prepared.autocast
+                self.model, dataset, prepared.loss, prepared.metric, comm, 256, self._move_measured, prepared.autocast
             )
         epoch = books.cursor / prepared.epoch
         seconds = sum(summary.seconds for summary in books.summaries)
@@ -536,6 +552,7 @@ class Session:
         Collective over the workers; the servers take part.
         """
         assert self._phase is not None and self._phase.workers is not None
+        self._saving()
         with self._phase.workers.span("checkpoint"), self._strategy.settled():
             account = {**self._account(), "ending": ending}
             self.keeper.save(self._phase, self._strategy.state(), account, self.books.cursor)
@@ -543,6 +560,7 @@ class Session:
     # -- the end ---------------------------------------------------------------------------------------------
     def _finish(self, phase: Phase) -> None:
         """Test, save the model, tell. Collective over all ranks."""
+        self._saving()
         metrics: dict[str, float] = {}
         interrupted, splits = self._interrupted, self.prepared.splits
         name, dataset = ("test", splits.test) if splits.test is not None else ("validation", splits.validation)
@@ -550,6 +568,7 @@ class Session:
             if dataset is not None and phase.workers is not None:
                 loss, metric = self._measure(phase.workers, name, dataset)
                 metrics = {"loss": loss, "metric": metric}
+            self._saving()
             metrics = self.comm.broadcast_json(metrics)
             self.keeper.settle_model(phase)
             agreed(self.comm, self.keeper.save_model if self.comm.rank == 0 else lambda: None)
