@@ -65,8 +65,10 @@ prterun has exited due to process rank 0 with PID 0 on node vm calling
 
 
 def filtered(text: bytes) -> bytes:
+    """What passes, and below it what was told about killed ranks."""
     noise = NoiseFilter()
-    return b"".join(noise.feed(line) for line in text.splitlines(keepends=True)) + noise.flush()
+    passed = b"".join(noise.feed(line) for line in text.splitlines(keepends=True)) + noise.flush()
+    return passed + "\n".join(noise.told).encode()
 
 
 def mpiexec(folder: Path, says: str, name: str = "mpiexec") -> str:
@@ -189,11 +191,9 @@ class TestRankEnvironment:
 
 class TestNoiseFilter:
     def test_a_killed_rank_becomes_one_line(self) -> None:
-        line = b"hpctrain run: %s on node7 was ended by signal 9 (SIGKILL)\n"
-        assert filtered(b"before\n" + HYDRA_KILLED + b"after\n") == b"before\n" + line % b"a rank" + b"after\n"
-        assert filtered(b"before\n" + PRTE_KILLED + b"after\n") == (
-            b"before\n" + line % b"rank 1 with PID 4862" + b"after\n"
-        )
+        line = b"before\nafter\n%s on node7 was ended by signal 9 (SIGKILL)"
+        assert filtered(b"before\n" + HYDRA_KILLED + b"after\n") == line % b"a rank"
+        assert filtered(b"before\n" + PRTE_KILLED + b"after\n") == line % b"rank 1 with PID 4862"
 
     def test_an_exit_status_is_not_worth_a_line(self) -> None:
         assert filtered(b"message\n" + PRTE_STATUS) == b"message\n"
@@ -270,6 +270,28 @@ def test_marked_processes_are_found_and_killed_also_when_orphaned() -> None:
     assert launcher.marked(mark) == [int(out.stdout)]
     launcher.clear(mark, 0, time.time())
     assert launcher.marked(mark) == []
+
+
+class TestDeadline:
+    def test_nobody_is_late_before_being_asked(self, tmp_path: Path) -> None:
+        assert not launcher.Deadline(0.0, tmp_path / "stopping").late()
+
+    def test_a_rank_that_is_about_to_stop_prolongs_it_until_asked_again(self, tmp_path: Path) -> None:
+        deadline = launcher.Deadline(0.0, tmp_path / "stopping")
+        deadline.ask()
+        assert deadline.late()
+        (tmp_path / "stopping").touch()
+        assert not deadline.late()
+        deadline.ask()
+        assert deadline.late()
+
+    def test_what_was_said_long_ago_does_not(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        deadline = launcher.Deadline(0.0, tmp_path / "stopping")
+        deadline.ask()
+        (tmp_path / "stopping").touch()
+        assert deadline.hopeful()
+        monkeypatch.setattr(launcher, "RENEWED", -1.0)
+        assert deadline.late()
 
 
 def test_a_count_below_one_is_refused() -> None:
