@@ -38,7 +38,8 @@ GRACE = 10.0  # seconds that a launcher is kept waiting before the first step ha
 PATIENCE = 1.0  # seconds beyond twice the longest step
 SAVING = 600.0  # seconds for a checkpoint: how fast the disk is, nobody knows
 LAST_WORDS = 2.0  # seconds that telling and flushing may take when the rank ends itself
-# In the environment: the file whose time a rank renews while the launcher (`hpctrain run`) should wait for it.
+# In the environment: the file whose time a rank renews while the launcher (`hpctrain run`) should wait for it. While a
+# rank is in the middle of a run, there is one of that name with its number.
 STOPPING = "HPCTRAIN_STOPPING"
 PRTE_NAMES = {"mpirun", "mpiexec", "prterun", "prte", "prted"}
 # A process of its own, so that it outlives the rank. Its standard input ends when the rank is done, or gone.
@@ -139,8 +140,10 @@ class StopSignals:
         self._urgent: float | None = None  # when the first urgent signal came
         stopping = os.environ.get(STOPPING)
         self._stopping = Path(stopping) if stopping else None
+        self._unfinished = Path(f"{stopping}.{rank}") if stopping else None
 
     def __enter__(self) -> Self:
+        self._touch(self._unfinished)
         self._pipe, write = os.pipe()
         os.set_blocking(write, False)
         self._write = write
@@ -162,6 +165,8 @@ class StopSignals:
         os.close(self._write)  # ends the listener
         self._thread.join()
         os.close(self._pipe)
+        if self._unfinished is not None:
+            self._unfinished.unlink(missing_ok=True)
         self.release()
 
     def stepped(self) -> None:
@@ -264,8 +269,13 @@ class StopSignals:
         with contextlib.suppress(OSError):
             if watchdog is not None and watchdog.stdin is not None:
                 os.write(watchdog.stdin.fileno(), b".")
-            if self._stopping is not None:
-                self._stopping.touch()
+        self._touch(self._stopping)
+
+    @staticmethod
+    def _touch(path: Path | None) -> None:
+        with contextlib.suppress(OSError):
+            if path is not None:
+                path.touch()
 
     def _end(self, number: int, why: str) -> None:
         """End this process. Its launcher ends the others; those that are as stuck end themselves."""

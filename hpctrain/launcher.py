@@ -82,6 +82,11 @@ class Mpi:
         flags = ["--oversubscribe", "--bind-to", "none"] if self.library.kind == "openmpi" else []
         return [self.path, *flags, "-n", str(count)]
 
+    @property
+    def telling(self) -> list[str]:
+        """What makes it tell how its ranks ended."""
+        return ["-print-all-exitcodes"] if self.library.kind == "mpich" else []
+
 
 def find_library(python: str = sys.executable) -> Library:
     """Ask mpi4py, in a child that does not initialise MPI (0.1 s). Raises ClusterError when there is none."""
@@ -139,9 +144,10 @@ def run(
     variables[STOPPING] = str(_stopping(mark))
     started = time.time()
     job = _Job(Deadline(grace, _stopping(mark)))
+    path, *arguments = mpi.command(count)
     with (
         _signals(job),
-        job.start([*mpi.command(count), *command], variables) as process,
+        job.start([path, *mpi.telling, *arguments, *command], variables) as process,
         RankWatch(mark, count) as ranks,
         _watcher(process.pid, mark, started, grace),
     ):
@@ -149,9 +155,10 @@ def run(
             status = job.wait()
             if status != 128 + signal.SIGKILL:
                 job.drain()
-            if status:
-                job.tell_why(ranks)
-            return status
+            why = job.why(ranks, unfinished(mark))
+            if why:
+                _say(why)
+            return status or int(bool(why))
         finally:  # ends also the ranks of a launcher that was killed
             clear(mark, process.pid, started)
             job.drain()
@@ -192,7 +199,8 @@ def clear(mark: str, launcher: int, started: float) -> None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
-    _stopping(mark).unlink(missing_ok=True)
+    for path in (_stopping(mark), *_stopping(mark).parent.glob(f"{_stopping(mark).name}.*")):
+        path.unlink(missing_ok=True)
     for path in leftovers(started, launcher):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -203,6 +211,11 @@ def clear(mark: str, launcher: int, started: float) -> None:
 def marked(mark: str) -> list[int]:
     """The living processes of this user, other than this one, whose environment carries the mark."""
     return list(environments(mark))
+
+
+def unfinished(mark: str) -> set[int]:
+    """The ranks with this mark that have begun a run and not ended it."""
+    return {int(path.suffix[1:]) for path in _stopping(mark).parent.glob(f"{_stopping(mark).name}.*")}
 
 
 def leftovers(started: float, launcher: int) -> list[Path]:
@@ -306,12 +319,12 @@ class _Job:
             return 128 + signal.SIGINT
         return 128 - status if status < 0 else status
 
-    def tell_why(self, ranks: RankWatch) -> None:
-        """Name the rank because of which the job has failed, if it could not say so itself."""
-        silent = not self._pumps[1].passed and self.deadline.asked is None
-        why = verdict(ranks.finish(), silent)
-        for text in [why] if why else [text for pump in self._pumps for text in pump.noise.told]:
-            _say(text)
+    def why(self, ranks: RankWatch, unfinished: set[int]) -> str:
+        """Which rank's fault it is that the job has ended badly, if it could not say so itself; else ""."""
+        silent = self.deadline.asked is None and not any(pump.passed for pump in self._pumps)
+        told = [one for pump in self._pumps for one in pump.noise.told]
+        codes = [code for pump in self._pumps for code in pump.noise.codes]
+        return verdict(ranks.finish(), told, codes, silent, unfinished)
 
     def drain(self) -> None:
         """Wait until all output has been passed on."""

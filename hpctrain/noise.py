@@ -5,15 +5,27 @@ from __future__ import annotations
 import os
 import re
 import signal
+from dataclasses import dataclass
 
 SHARED = "/dev/shm"
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a launcher says about a rank that ended badly. `number`: the signal, 0 if it left in mid-run by itself."""
+
+    rank: int | None
+    pid: int | None
+    host: str
+    number: int
 
 
 class NoiseFilter:
     """Takes out of a launcher's output what only says that ranks ended badly: they have said so themselves.
 
-    A rank that was killed could say nothing: what the block says about it is in `told`, a sentence without an end for
-    each. Lines that might begin a block are held until the next one, or `flush`.
+    A rank that was killed could say nothing: what the blocks say about it is in `told`. `codes`: how each rank ended,
+    as from waitpid, where the launcher gives them all and they were on one host; for ranks that it has killed itself
+    they may be wrong. Lines that might begin a block are held until the next one, or `flush`.
     """
 
     RULE = re.compile(rb"(-{60,}|={60,})$")
@@ -26,11 +38,14 @@ class NoiseFilter:
         rb"|This typically refers to a problem with your appl|Please see the FAQ page for debugging"
     )
     # The PID that hydra gives may be that of a rank that it has killed itself.
-    WHO = re.compile(rb"process (rank \d+ with PID \d+) on node (\S+)|PID \d+ RUNNING AT (\S+)")
+    WHO = re.compile(rb"process rank (\d+) with PID (\d+) on node (\S+)|PID \d+ RUNNING AT (\S+)")
+    LEFT = re.compile(rb"exiting\s+improperly")
+    CODES = re.compile(rb"\[mpiexec@\S+\] Exit codes: \[[^]]+\] ([-\d,]+)(.*)")
     SIGNAL = re.compile(rb"exited on\s+signal (\d+)|THE EXIT STRING: .*\(signal (\d+)\)")
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.told: list[Told] = []
+        self.codes: list[int] = []
         self._held: list[bytes] = []
         self._block: bytes | None = None
         self._who: re.Match[bytes] | None = None
@@ -49,6 +64,10 @@ class NoiseFilter:
         if after_rule and self.BLOCK.match(text):
             self._held, self._block = [], text
             return b""
+        if codes := self.CODES.match(text):
+            if not codes[2].strip():
+                self.codes = [int(code) for code in codes[1].split(b",") if code]
+            return self.flush()
         if self.LINE.match(text):
             self._note_killed(text)
             return self.flush()
@@ -71,14 +90,12 @@ class NoiseFilter:
     def _note_killed(self, text: bytes) -> None:
         """Who was killed is in the block; by which signal, too (Open MPI), or in a line that follows (hydra)."""
         number = self.SIGNAL.search(text)
-        if number is None or self._who is None:
+        if self._who is None or (number is None and not self.LEFT.search(text)):
             return
-        (rank, host, other), self._who = self._who.groups(), None
-        value = int(number[1] or number[2])
-        if value in (signal.SIGUSR1, signal.SIGTERM):  # it was asked to
-            return
-        where = f"{(rank or b'a rank').decode()} on {(host or other).decode()}"
-        self.told.append(ended_by(where, value))
+        (rank, pid, host, other), self._who = self._who.groups(), None
+        value = int(number[1] or number[2]) if number is not None else 0
+        known = (int(rank), int(pid)) if rank is not None else (None, None)
+        self.told.append(Told(*known, (host or other).decode(), value))
 
 
 def ended_by(where: str, number: int) -> str:

