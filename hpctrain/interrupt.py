@@ -1,34 +1,105 @@
-"""Asked to stop: signals become a flag, and the launcher is kept from killing before the flag is heeded.
+"""Asked to stop: signals become a flag, and neither the launcher nor a stuck rank stands in the way.
 
-SIGINT, SIGTERM and SIGUSR1 mean the same: finish the step, save, say one line, leave. How much time there is
-depends on the launcher. Hydra (MPICH) forwards the signal and waits. Open MPI's prterun sends SIGTERM 0.25 s
-after a Ctrl-C and SIGKILL 0.25 s later, and drops whatever the ranks print meanwhile; no option changes that.
-So on SIGTERM a rank below prterun stops it with SIGSTOP, and continues it when the rank is done (a watchdog does
-so after `limit` seconds, whatever becomes of the rank). It has to happen within that quarter of a second, also
-while the main thread sits in C code, hence a wake-up pipe and a thread instead of a Python signal handler.
+SIGINT, SIGTERM, SIGHUP and SIGUSR1 mean the same: finish the step, save, say one line, leave. How much time there is
+depends on the launcher. Hydra (MPICH) forwards all but SIGHUP and waits; SIGHUP it dies of (see `mpiexec`). Open MPI's
+prterun sends SIGTERM 0.25 s after a Ctrl-C and SIGKILL 0.25 s later, and drops whatever the ranks print meanwhile; no
+option changes that. So on SIGTERM a rank below prterun stops it with SIGSTOP, and continues it when the rank is done (a
+watchdog does so when the rank is silent for 10 s, whatever becomes of it). It has to happen within that quarter of a
+second, also while the main thread sits in C code, hence a wake-up pipe and a thread instead of a Python signal handler.
+
+The same thread ends a rank that nothing else would end: one that is stuck, in a collective or in user code, where the
+main thread never comes to read the flag.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from hpctrain.mpiexec import Lifeline
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# Of these a second one ends the rank at once. A scheduler's SIGUSR1 is an announcement, and may be repeated.
+URGENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+REPEATED = 1.0  # seconds within which launchers send one signal twice
+LIMIT = 30.0  # seconds that a step has for ending once a stop signal came, at least
+GRACE = 10.0  # seconds that a launcher is kept waiting before the first step has begun
 PATIENCE = 1.0  # seconds beyond twice the longest step
+SAVING = 600.0  # seconds for a checkpoint: how fast the disk is, nobody knows
+LAST_WORDS = 2.0  # seconds that telling and flushing may take when the rank ends itself
+# In the environment: the file whose time a rank renews while the launcher (`hpctrain run`) should wait for it. While a
+# rank is in the middle of a run, there is one of that name with its number.
+STOPPING = "HPCTRAIN_STOPPING"
 PRTE_NAMES = {"mpirun", "mpiexec", "prterun", "prte", "prted"}
 # A process of its own, so that it outlives the rank. Its standard input ends when the rank is done, or gone.
 WATCHDOG = """
 import os, select, signal, sys
-select.select([0], [], [], float(sys.argv[2]))
+while select.select([0], [], [], float(sys.argv[2]))[0] and os.read(0, 64):
+    pass
 os.kill(int(sys.argv[1]), signal.SIGCONT)
 """
+
+
+@dataclass
+class Patience:
+    """How long a rank that was asked to stop is waited for. Times are seconds of one clock.
+
+    `seconds`: for the end of a step, where the job says so; else twice the longest step so far, and `limit` at least
+    before the rank is ended.
+    """
+
+    seconds: float | None = None
+    limit: float = LIMIT
+    asked: float | None = None
+    _last: float | None = None  # when the newest step ended
+    _longest: float = 0.0
+    _saving: float | None = None
+
+    def stepped(self, now: float) -> None:
+        """A step has ended."""
+        if self._last is not None:
+            self._longest = max(self._longest, now - self._last)
+        self._last, self._saving = now, None
+
+    def saving(self, now: float) -> None:
+        """Files are written from now on until the next step ends, by this rank or one that it waits for."""
+        self._saving = now
+
+    def hopeful(self, now: float) -> bool:
+        """Whether the step in progress can be expected to end, so that the launcher should wait."""
+        if self.asked is None or self._saving is not None:
+            return not self.over(now)
+        if self.seconds is not None:
+            return now - self._since() <= self.seconds
+        if self._last is None:
+            return now - self.asked <= GRACE
+        return now - self._last <= self._usual()
+
+    def over(self, now: float) -> bool:
+        """Whether the rank is stuck, for all one can know."""
+        if self.asked is None:
+            return False
+        if self._saving is not None:
+            return now - max(self.asked, self._saving) > max(SAVING, self.seconds or 0.0)
+        allowed = self.seconds if self.seconds is not None else max(self.limit, self._usual())
+        return now - self._since() > allowed
+
+    def _usual(self) -> float:
+        return PATIENCE + 2 * self._longest
+
+    def _since(self) -> float:
+        return max(self.asked or 0.0, self._last or 0.0)
 
 
 def prte_parent() -> int | None:
@@ -42,29 +113,45 @@ def prte_parent() -> int | None:
 class StopSignals:
     """While entered, stop signals set `asked` to the signal's number instead of ending the process.
 
+    A second SIGINT, SIGTERM or SIGHUP ends the rank at once, and so does a single one after which no step ends for
+    `limit` seconds, or for as long as steps are known to take; `seconds` replaces both. The sentence names `rank`, and
+    `before_end` runs, from another thread than the main one. SIGHUP stays ignored where it was (nohup).
+
     Main thread only; not collective. Leaving it puts the former handlers back and lets a held launcher go on,
     which then kills what is left on the node: leave it when all files are closed, after a barrier, and before
     MPI_Finalize (which needs the launcher and would wait for it).
     """
 
-    def __init__(self, limit: float = 10.0) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        seconds: float | None = None,
+        limit: float = LIMIT,
+        before_end: Callable[[], None] = lambda: None,
+    ) -> None:
         self.asked: int = 0
-        self.limit = limit
+        self.rank = rank
+        self._patience = Patience(seconds, limit)
+        self._before_end = before_end
         self._launcher = prte_parent()
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._former: dict[int, Any] = {}
         self._lock = threading.Lock()
-        self._heeded = False
-        self._last = 0.0  # when the newest step ended
-        self._longest = 0.0
+        self._urgent: float | None = None  # when the first urgent signal came
+        stopping = os.environ.get(STOPPING)
+        self._stopping = Path(stopping) if stopping else None
+        self._unfinished = Path(f"{stopping}.{rank}") if stopping else None
 
     def __enter__(self) -> Self:
+        self._touch(self._unfinished)
         self._pipe, write = os.pipe()
         os.set_blocking(write, False)
         self._write = write
         for number in SIGNALS:
-            self._former[number] = signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._former[number] = signal.signal(number, self._note)
         self._former_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        self._lifeline = Lifeline.of_parent()
         self._thread = threading.Thread(target=self._listen, name="stop-signals", daemon=True)
         self._thread.start()
         return self
@@ -78,22 +165,22 @@ class StopSignals:
         os.close(self._write)  # ends the listener
         self._thread.join()
         os.close(self._pipe)
+        if self._unfinished is not None:
+            self._unfinished.unlink(missing_ok=True)
         self.release()
 
     def stepped(self) -> None:
-        """A step has ended. Once this is called, a held launcher is let go when steps no longer come.
+        """A step has ended, or a batch of an evaluation: this rank is not stuck.
 
-        For prterun sends SIGTERM not only after a Ctrl-C but also when a rank has failed; then the others wait
-        for it for ever, and must not keep the launcher from ending them.
+        Once this is called, a held launcher is let go when steps no longer come. For prterun sends SIGTERM not only
+        after a Ctrl-C but also when a rank has failed; then the others wait for it for ever, and must not keep the
+        launcher from ending them.
         """
-        now = time.monotonic()
-        if self._last:
-            self._longest = max(self._longest, now - self._last)
-        self._last = now
+        self._patience.stepped(time.monotonic())
 
-    def heed(self) -> None:
-        """All ranks have agreed to stop: from here on saving may take up to `limit`."""
-        self._heeded = True
+    def saving(self) -> None:
+        """From here until the next step ends, files are written, by this rank or by one that it waits for."""
+        self._patience.saving(time.monotonic())
 
     @property
     def held(self) -> bool:
@@ -103,51 +190,116 @@ class StopSignals:
     def say(self, text: str) -> None:
         """Print one line to standard error, past a launcher that no longer passes output on."""
         line = (text.rstrip("\n") + "\n").encode()
-        if self.held and self._launcher is not None:
-            with contextlib.suppress(OSError):
-                target = os.open(f"/proc/{self._launcher}/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NOCTTY)
-                try:
-                    os.write(target, line)
-                finally:
-                    os.close(target)
-                return
-        sys.stderr.write(line.decode())
-        sys.stderr.flush()
+        if not self._say_past_launcher(line):
+            sys.stderr.write(line.decode())
+            sys.stderr.flush()
+
+    def _say_past_launcher(self, line: bytes) -> bool:
+        if not self.held or self._launcher is None:
+            return False
+        with contextlib.suppress(OSError):
+            target = os.open(f"/proc/{self._launcher}/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NOCTTY)
+            try:
+                os.write(target, line)
+            finally:
+                os.close(target)
+            return True
+        return False
 
     def release(self) -> None:
         """Let a held launcher go on (it then kills what is left of the job)."""
         with self._lock:
             watchdog, self._watchdog = self._watchdog, None
         if watchdog is not None and watchdog.stdin is not None:
-            watchdog.stdin.close()
+            with contextlib.suppress(OSError):
+                watchdog.stdin.close()
             watchdog.wait()
+        if self._lifeline is not None:
+            self._lifeline.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = self.asked or number
 
     def _listen(self) -> None:
-        while numbers := os.read(self._pipe, 64):
-            for number in numbers:
-                if number in SIGNALS:
-                    self.asked = self.asked or number
-                if number == signal.SIGTERM and self._launcher is not None:
-                    self._hold(self._launcher)
+        """The thread: take signals as they come, and once there was one, look whether steps still end."""
+        while True:
+            sources = [self._pipe]
+            if self._lifeline is not None and not self.asked:
+                sources.append(self._lifeline.death)
+            ready, _, _ = select.select(sources, [], [], 0.1 if self.asked else None)
+            if self._pipe in ready:
+                numbers = os.read(self._pipe, 64)
+                if not numbers:
+                    return
+                for number in numbers:
+                    if number in self._former:
+                        self._take(number)
+            elif ready:
+                self._take(signal.SIGHUP)
+            if self.asked:
+                self._watch()
+
+    def _take(self, number: int) -> None:
+        now = time.monotonic()
+        self.asked = self.asked or number
+        if self._patience.asked is None:
+            self._patience.asked = now
+        if number == signal.SIGTERM and self._launcher is not None:
+            self._hold(self._launcher)
+        if number not in URGENT:
+            return
+        if self._urgent is None:
+            self._urgent = now
+        elif now - self._urgent >= REPEATED:
+            self._end(number, "a second stop signal came")
+
+    def _watch(self) -> None:
+        """Keep the launcher waiting while there is hope; end this rank when there is none."""
+        now, patience = time.monotonic(), self._patience
+        if patience.hopeful(now):
+            self._keep_waiting()
+        elif self.held:
+            self.release()
+        if patience.asked is not None and patience.over(now):
+            waited = f"{signal.Signals(self.asked).name} came {now - patience.asked:.0f} s ago"
+            self._end(self.asked, f"{waited}, and no step has ended for as long as steps may take")
+
+    def _keep_waiting(self) -> None:
+        watchdog = self._watchdog
+        with contextlib.suppress(OSError):
+            if watchdog is not None and watchdog.stdin is not None:
+                os.write(watchdog.stdin.fileno(), b".")
+        self._touch(self._stopping)
+
+    @staticmethod
+    def _touch(path: Path | None) -> None:
+        with contextlib.suppress(OSError):
+            if path is not None:
+                path.touch()
+
+    def _end(self, number: int, why: str) -> None:
+        """End this process. Its launcher ends the others; those that are as stuck end themselves."""
+        line = f"hpctrain: rank {self.rank} ends itself: {why}; nothing was saved since the last checkpoint\n".encode()
+
+        def last_words() -> None:
+            if not self._say_past_launcher(line):
+                os.write(2, line)  # sys.stderr may be locked by the main thread
+            self._before_end()
+
+        if self.rank > 0:
+            time.sleep(0.5)  # rank 0 speaks for all of them, where the launcher ends the others
+        words = threading.Thread(target=last_words, daemon=True)
+        words.start()
+        words.join(LAST_WORDS)
+        os._exit(128 + number)
 
     def _hold(self, launcher: int) -> None:
         with self._lock:
             if self._watchdog is not None or os.getppid() != launcher or _has_lost_a_rank(launcher):
                 return
             os.kill(launcher, signal.SIGSTOP)
-            argv = [sys.executable, "-S", "-E", "-c", WATCHDOG, str(launcher), str(self.limit)]
-            self._watchdog = subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True)
-        threading.Thread(target=self._guard, name="stop-signals-guard", daemon=True).start()
-
-    def _guard(self) -> None:
-        """Let the launcher go if no step ends any more."""
-        while self.held and not self._heeded:
-            if self._last and time.monotonic() - self._last > PATIENCE + 2 * self._longest:
-                self.release()
-            time.sleep(0.05)
+            argv = [sys.executable, "-S", "-E", "-c", WATCHDOG, str(launcher), str(GRACE)]
+            self._watchdog = subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True, bufsize=0)
 
 
 def _has_lost_a_rank(launcher: int) -> bool:

@@ -267,6 +267,12 @@ class Train(Table):
     keep_checkpoints: Annotated[int, Field(ge=1, le=10**6)] = Field(
         default=2, description="the newest so many are kept"
     )
+    stop_seconds: Positive | None = Field(
+        default=None,
+        description="how long a stop signal (Ctrl-C, SIGTERM) waits for the step in progress to end before ranks are "
+        "ended without a checkpoint; left out: twice the longest step so far, and at least 10 s under `hpctrain run`, "
+        "30 s elsewhere",
+    )
     nan: Literal["stop", "skip"] = Field(
         default="stop",
         description="what to do about a loss or gradient that is not finite: end the run, or skip the update",

@@ -259,7 +259,8 @@ class Session:
             self.prepared.untrained.share(comm)
         self.tracing = Tracing(comm, self.folder)
         if comm.concurrent and threading.current_thread() is threading.main_thread():
-            self._signals = self._stack.enter_context(StopSignals())
+            signals = StopSignals(comm.rank, train.stop_seconds, before_end=self.tracing.tick)
+            self._signals = self._stack.enter_context(signals)
         self._hold(self._claim)  # let go before a held launcher is, which then kills this process
         self._stack.callback(self.tracing.close)
         attempt = comm.broadcast_json(next_attempt(self.folder) if comm.rank == 0 else 0)
@@ -395,7 +396,8 @@ class Session:
             epoch=prepared.order.length,
             ahead=prepared.ahead,
             equal=before is not None and len(before.roles.workers) == comm.size and len(set(comm.nodes)) == 1,
-            tick=self.tracing.tick,
+            tick=self._tick,
+            saving=self._saving,
         )
         name = runfolder.name_of(self.job.schedule[index].strategy)
         recorder.event("role", str(Entry(index, roles.of(comm.rank).value, name)))
@@ -448,6 +450,7 @@ class Session:
         server = kind(spec.options)
         server.join(phase, self._take_state())
         server.serve()
+        self._saving()  # the workers may write a last checkpoint
 
     def _take_state(self) -> State | None:
         """What the phase takes over: it is not kept beyond that, being as large as the model or larger."""
@@ -466,8 +469,7 @@ class Session:
         self._since = self.comm.now()
         self._version = strategy.version
         phase.comm.recorder.step = self.books.step
-        if self._signals is not None:
-            self._signals.stepped()
+        self._tick()
         self._trainer = Trainer(
             phase=phase,
             strategy=strategy,
@@ -549,13 +551,11 @@ class Session:
             *outcome.staleness, phase.index, outcome.cursor,
         )  # fmt: skip
         recorder.step = trainer.steps
-        self.tracing.tick()
+        self._tick()
         if outcome.ask & Ask.LEAVE:
             leaving.agree_to_leave(phase, books.step, leaves=False)
-        if self._signals is not None:
-            self._signals.stepped()
-            if self._signals.asked:
-                phase.wish = Ask.INTERRUPT
+        if self._signals is not None and self._signals.asked:
+            phase.wish = Ask.INTERRUPT
         if self.out.due():
             self._tell_progress(summary, epoch, outcome.loss)
         return self._heed(outcome.ask, outcome.why, outcome.held) if outcome.ask else False
@@ -565,6 +565,22 @@ class Session:
         if text not in self._warned:
             self._warned.add(text)
             self.out.say(f"warning: {text}")
+
+    def _tick(self) -> None:
+        """This rank works: it has taken a step, or served one."""
+        self.tracing.tick()
+        if self._signals is not None:
+            self._signals.stepped()
+
+    def _saving(self) -> None:
+        """Until the next step ends, this rank or one that it waits for writes files."""
+        if self._signals is not None:
+            self._signals.saving()
+
+    def _move_measured(self, batch: Batch) -> Batch:
+        if self._signals is not None:
+            self._signals.stepped()
+        return self.prepared.move(batch)
 
     def _updates_until(self, outcome: Outcome) -> int:
         """How many there were since this worker's last step: where workers do not step together, those of all."""
@@ -590,8 +606,7 @@ class Session:
     def _interrupt(self, ask: Ask, why: str) -> None:
         """Save and leave, quickly: what else is due at this cursor is owed by the run that goes on from here."""
         self._interrupted = True
-        if self._signals is not None:
-            self._signals.heed()
+        self._saving()
         self._owed, self._why, self._ending = ask & (Ask.EVALUATE | Ask.END_PHASE), why, "on"
         self._checkpoint("on")
 
@@ -657,7 +672,7 @@ class Session:
         with comm.span("evaluate"), buffers:
             found = evaluate(
                 self.model, dataset, prepared.loss, prepared.metric, comm, self.job.train.evaluation_batch,
-                prepared.move, prepared.autocast, self.job.metric.name,
+                self._move_measured, prepared.autocast, self.job.metric.name,
             )  # fmt: skip
         epoch = books.cursor / prepared.epoch
         seconds = sum(summary.seconds for summary in books.summaries)
@@ -676,6 +691,7 @@ class Session:
         """
         assert self._phase is not None and self._phase.workers is not None
         self._check_hold()
+        self._saving()
         with self._phase.workers.span("checkpoint"), self._strategy.settled():
             account = {**self._account(), "ending": ending}
             self.keeper.save(self._phase, self._strategy.state(), account, self.books.cursor)
@@ -716,6 +732,7 @@ class Session:
     # -- the end ---------------------------------------------------------------------------------------------
     def _finish(self, phase: Phase) -> None:
         """Save the model, test, tell. Collective over all ranks. Raises UnwrittenError if files are missing."""
+        self._saving()
         metrics: dict[str, float] = {}
         interrupted, splits = self._interrupted, self.prepared.splits
         name, dataset = ("test", splits.test) if splits.test is not None else ("validation", splits.validation)
@@ -725,6 +742,7 @@ class Session:
             self.keeper.save_model()  # first: should the test fail, the model is safe
             if dataset is not None and phase.workers is not None:
                 metrics = self._measure(phase.workers, name, dataset, nullcontext()).plain()
+            self._saving()
             metrics = self.comm.broadcast_json(metrics)
         self.replica.release()
         for comm, workers in self._split.values():

@@ -25,11 +25,15 @@ from types import FrameType
 from typing import IO, Any, Literal
 
 from hpctrain.errors import ClusterError
+from hpctrain.interrupt import STOPPING
 from hpctrain.noise import NoiseFilter
+from hpctrain.rankwatch import MARK, RankWatch, environments, living, verdict
 
 Kind = Literal["mpich", "openmpi", "intel", "other"]
-GRACE = 10.0  # seconds between asking the ranks to stop and killing them
-MARK = "HPCTRAIN_LAUNCH"
+GRACE = 10.0  # seconds between asking the ranks to stop and killing them, unless they say that they are about to
+RENEWED = 5.0  # seconds for which such a word counts
+QUIET = 3.0  # seconds of waiting that need no explanation
+GONE = 10.0  # seconds that killed processes may take to end: memory is given back piece by piece
 # What an outer launcher told its ranks must not reach ours.
 FOREIGN = re.compile(
     r"PMI2?_|PMIX_(?!MCA_)|MPI_LOCAL(RANKID|NRANKS)|OMPI_(COMM_WORLD|WORLD|UNIVERSE|FILE|ARGV|COMMAND|NUM_APP)"
@@ -78,6 +82,11 @@ class Mpi:
         flags = ["--oversubscribe", "--bind-to", "none"] if self.library.kind == "openmpi" else []
         return [self.path, *flags, "-n", str(count)]
 
+    @property
+    def telling(self) -> list[str]:
+        """What makes it tell how its ranks ended."""
+        return ["-print-all-exitcodes"] if self.library.kind == "mpich" else []
+
 
 def find_library(python: str = sys.executable) -> Library:
     """Ask mpi4py, in a child that does not initialise MPI (0.1 s). Raises ClusterError when there is none."""
@@ -122,8 +131,9 @@ def run(
 ) -> int:
     """Start `command` on `count` ranks, pass their output on line by line, and return the job's exit status.
 
-    SIGINT, SIGTERM or SIGHUP asks the ranks to stop (SIGUSR1); after `grace` seconds, or when asked again, they
-    are killed and the status is 137. However it ends, no rank and none of the files of the MPI library are left
+    SIGINT, SIGTERM or SIGHUP asks the ranks to stop (SIGUSR1); after `grace` seconds (or later, while a step or a
+    checkpoint can be expected to end), or when asked again, they are killed and the status is 137. A rank that was
+    killed or went without a word is named. However it ends, no rank and none of the files of the MPI library are left
     on this machine. Signals are heeded in the main thread only. Raises ClusterError when no mpiexec fits.
     """
     if count < 1:
@@ -131,15 +141,24 @@ def run(
     mpi = find_mpiexec()
     variables = rank_environment(mpi.library, {**os.environ, **(environment or {})})
     mark = variables[MARK] = uuid.uuid4().hex
+    variables[STOPPING] = str(_stopping(mark))
     started = time.time()
-    job = _Job(grace)
+    job = _Job(Deadline(grace, _stopping(mark)))
+    path, *arguments = mpi.command(count)
     with (
         _signals(job),
-        job.start([*mpi.command(count), *command], variables) as process,
+        job.start([path, *mpi.telling, *arguments, *command], variables) as process,
+        RankWatch(mark, count) as ranks,
         _watcher(process.pid, mark, started, grace),
     ):
         try:
-            return job.wait()
+            status = job.wait()
+            if status != 128 + signal.SIGKILL:
+                job.drain()
+            why = job.why(ranks, unfinished(mark))
+            if why:
+                _say(why)
+            return status or int(bool(why))
         finally:  # ends also the ranks of a launcher that was killed
             clear(mark, process.pid, started)
             job.drain()
@@ -169,12 +188,19 @@ def rank_environment(library: Library, environment: Mapping[str, str]) -> dict[s
 
 def clear(mark: str, launcher: int, started: float) -> None:
     """Kill the processes with this mark on this machine, then remove the files that their MPI library left."""
-    deadline = time.monotonic() + 2.0
-    while (pids := marked(mark)) and time.monotonic() < deadline:
+    deadline = time.monotonic() + GONE
+    dying: set[int] = set()  # without an environment, but with files that they have not closed yet
+    while True:
+        pids = marked(mark)
+        dying = {pid for pid in dying.union(pids) if living(pid)}
+        if not dying or time.monotonic() >= deadline:
+            break
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
+    for path in (_stopping(mark), *_stopping(mark).parent.glob(f"{_stopping(mark).name}.*")):
+        path.unlink(missing_ok=True)
     for path in leftovers(started, launcher):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -184,13 +210,12 @@ def clear(mark: str, launcher: int, started: float) -> None:
 
 def marked(mark: str) -> list[int]:
     """The living processes of this user, other than this one, whose environment carries the mark."""
-    sign = f"{MARK}={mark}".encode()
-    found = []
-    for pid in _processes():
-        with contextlib.suppress(OSError):
-            if pid != os.getpid() and sign in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                found.append(pid)
-    return found
+    return list(environments(mark))
+
+
+def unfinished(mark: str) -> set[int]:
+    """The ranks with this mark that have begun a run and not ended it."""
+    return {int(path.suffix[1:]) for path in _stopping(mark).parent.glob(f"{_stopping(mark).name}.*")}
 
 
 def leftovers(started: float, launcher: int) -> list[Path]:
@@ -212,15 +237,50 @@ def leftovers(started: float, launcher: int) -> list[Path]:
     return [path for path in found if path.exists() and str(path) not in used]
 
 
+class Deadline:
+    """How long ranks that were asked to stop are waited for: `grace` seconds, and as long as they renew `stopping`."""
+
+    def __init__(self, grace: float, stopping: Path) -> None:
+        self.grace, self.stopping = grace, stopping
+        self.asked: float | None = None
+        self.again = False
+        self._renewed: tuple[int, float] = 0, 0.0  # the file's time, and when it was seen first
+
+    def ask(self) -> None:
+        """The ranks are asked to stop; a second time: they have no time left."""
+        if self.asked is None:
+            self.asked = time.monotonic()
+        else:
+            self.again = True
+
+    def hopeful(self) -> bool:
+        """Whether a rank has lately said that it is about to stop."""
+        with contextlib.suppress(OSError):
+            stamp = self.stopping.stat().st_mtime_ns
+            if stamp != self._renewed[0]:
+                self._renewed = stamp, time.monotonic()
+        return self._renewed[0] > 0 and time.monotonic() - self._renewed[1] < RENEWED
+
+    def late(self) -> bool:
+        """Whether they are to be killed now."""
+        if self.asked is None:
+            return False
+        return self.again or (time.monotonic() >= self.asked + self.grace and not self.hopeful())
+
+    def long(self) -> bool:
+        """Whether it takes so long that somebody should be told what it takes."""
+        return self.asked is not None and time.monotonic() >= self.asked + QUIET and self.hopeful()
+
+
 class _Job:
     """The started launcher: its output, the asking and the waiting."""
 
     process: subprocess.Popen[bytes]
 
-    def __init__(self, grace: float) -> None:
-        self.grace = grace
-        self.deadline: float | None = None
-        self._pumps: list[threading.Thread] = []
+    def __init__(self, deadline: Deadline) -> None:
+        self.deadline = deadline
+        self._said = False
+        self._pumps: list[_Pump] = []
 
     @contextlib.contextmanager
     def start(self, argv: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
@@ -234,33 +294,37 @@ class _Job:
             start_new_session=True,
         )
         for source, target in ((self.process.stdout, 1), (self.process.stderr, 2)):
-            self._pumps.append(threading.Thread(target=_pump, args=(source, target), daemon=True))
+            assert source is not None
+            self._pumps.append(_Pump(source, target))
             self._pumps[-1].start()
-        if self.deadline is not None:  # asked before there was anybody to ask
+        if self.deadline.asked is not None:  # asked before there was anybody to ask
             self.process.send_signal(signal.SIGUSR1)
         with self.process:
             yield self.process
 
     def ask(self, number: int, frame: FrameType | None = None) -> None:
         """A stop signal came: pass it on as SIGUSR1, which both launchers forward without killing anybody."""
-        if self.deadline is not None:
-            self.deadline = time.monotonic()
-            return
-        self.deadline = time.monotonic() + self.grace
-        if hasattr(self, "process"):
+        self.deadline.ask()
+        if hasattr(self, "process") and not self.deadline.again:
             self.process.send_signal(signal.SIGUSR1)
 
     def wait(self) -> int:
         """The job's exit status, once the launcher has ended; 137 when it has not by the deadline."""
         if not self._ended_in_time():
-            sys.stderr.write("hpctrain run: the ranks had not stopped yet and were killed\n")
-            sys.stderr.flush()
+            _say("the ranks had not stopped yet and were killed")
             return 128 + signal.SIGKILL
         status = self.process.returncode
         early = (signal.SIGUSR1, -signal.SIGUSR1, 128 + signal.SIGUSR1)
-        if self.deadline is not None and status in early:  # ended before the ranks could heed the signal
+        if self.deadline.asked is not None and status in early:  # ended before the ranks could heed the signal
             return 128 + signal.SIGINT
         return 128 - status if status < 0 else status
+
+    def why(self, ranks: RankWatch, unfinished: set[int]) -> str:
+        """Which rank's fault it is that the job has ended badly, if it could not say so itself; else ""."""
+        silent = self.deadline.asked is None and not any(pump.passed for pump in self._pumps)
+        told = [one for pump in self._pumps for one in pump.noise.told]
+        codes = [code for pump in self._pumps for code in pump.noise.codes]
+        return verdict(ranks.finish(), told, codes, silent, unfinished)
 
     def drain(self) -> None:
         """Wait until all output has been passed on."""
@@ -269,8 +333,11 @@ class _Job:
 
     def _ended_in_time(self) -> bool:
         while self.process.poll() is None:
-            if self.deadline is not None and time.monotonic() >= self.deadline:
+            if self.deadline.late():
                 return False
+            if self.deadline.long() and not self._said:
+                _say("waiting for the step in progress and its checkpoint; press Ctrl-C again to end at once")
+                self._said = True
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.1)
         return True
@@ -298,8 +365,9 @@ def watch(launcher: str, mark: str, started: str, grace: str) -> None:
         return
     with contextlib.suppress(ProcessLookupError):
         os.kill(int(launcher), signal.SIGUSR1)
-    deadline = time.monotonic() + float(grace)
-    while marked(mark) and time.monotonic() < deadline:
+    deadline = Deadline(float(grace), _stopping(mark))
+    deadline.ask()
+    while marked(mark) and not deadline.late():
         time.sleep(0.1)
     clear(mark, int(launcher), float(started))
 
@@ -309,7 +377,10 @@ def _signals(job: _Job) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former: dict[int, Any] = {n: signal.signal(n, job.ask) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    former: dict[int, Any] = {number: signal.signal(number, job.ask) for number in numbers}
     try:
         yield
     finally:
@@ -317,29 +388,47 @@ def _signals(job: _Job) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _pump(source: IO[bytes], target: int) -> None:
-    """Pass lines on as they come, and what has no end yet as soon as the source pauses."""
-    noise = NoiseFilter()
-    rest = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(source, selectors.EVENT_READ)
-        while True:
-            if not selector.select(0.1):
-                _write(target, noise.flush() + rest.strip(b"\0"))
-                rest = b""
-                selector.select()
-            data = os.read(source.fileno(), 65536)
-            if not data:
-                break
-            *lines, rest = (rest + data).split(b"\n")
-            _write(target, b"".join(noise.feed(line + b"\n") for line in lines))
-    _write(target, noise.flush() + rest.strip(b"\0"))
+class _Pump(threading.Thread):
+    """Passes lines on as they come, and what has no end yet as soon as the source pauses. `passed`: whether any."""
+
+    def __init__(self, source: IO[bytes], target: int) -> None:
+        super().__init__(daemon=True)
+        self.noise = NoiseFilter()
+        self.passed = False
+        self._source, self._target = source, target
+
+    def run(self) -> None:
+        """Until the source ends."""
+        noise, rest = self.noise, b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._source, selectors.EVENT_READ)
+            while True:
+                if not selector.select(0.1):
+                    self._write(noise.flush() + rest.strip(b"\0"))
+                    rest = b""
+                    selector.select()
+                data = os.read(self._source.fileno(), 65536)
+                if not data:
+                    break
+                *lines, rest = (rest + data).split(b"\n")
+                self._write(b"".join(noise.feed(line + b"\n") for line in lines))
+        self._write(noise.flush() + rest.strip(b"\0"))
+
+    def _write(self, data: bytes) -> None:
+        self.passed = self.passed or bool(data.strip())
+        with contextlib.suppress(OSError):  # nobody reads any more, or the disk is full: the ranks go on
+            while data:
+                data = data[os.write(self._target, data) :]
 
 
-def _write(target: int, data: bytes) -> None:
-    with contextlib.suppress(OSError):  # nobody reads any more, or the disk is full: the ranks go on
-        while data:
-            data = data[os.write(target, data) :]
+def _say(text: str) -> None:
+    sys.stderr.write(f"hpctrain run: {text}\n")
+    sys.stderr.flush()
+
+
+def _stopping(mark: str) -> Path:
+    """The file that ranks renew while they are about to stop."""
+    return _temporary() / f"hpctrain-stopping-{mark}"
 
 
 def _clean(environment: Mapping[str, str]) -> dict[str, str]:
@@ -381,8 +470,10 @@ def _in_use() -> set[str]:
     for pid in _processes():
         with contextlib.suppress(OSError):
             folder = Path(f"/proc/{pid}")
-            maps = (folder / "maps").read_text(errors="replace")  # a zombie has none
-            if maps and (folder / "comm").read_text().startswith("hydra_pmi"):
+            maps = (folder / "maps").read_text(errors="replace")
+            if not maps:  # of the system itself, or ended but for closing its files
+                continue
+            if (folder / "comm").read_text().startswith("hydra_pmi"):
                 used |= {str(path) for path in _temporary().glob(HYDRA_FILE.pattern + "*")}
             used |= set(re.findall(r"(/dev/shm/\S+)", maps))
             used |= {os.readlink(link.path) for link in os.scandir(folder / "fd")}

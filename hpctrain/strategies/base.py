@@ -77,7 +77,7 @@ class Phase:
     workers of the phase before (on one node: unlike processors may round unlike). `queue`: how samples are dealt where
     workers do not step together; `epoch`: samples per epoch; `ahead`: how many stretches of samples a worker likes to
     know of besides the one it is at. `tick`: what a dedicated server calls now and then, as trainers do after every
-    step: its trace is written.
+    step: its trace is written. `saving`: what it calls when the workers write a checkpoint, which may take long.
     """
 
     index: int
@@ -107,6 +107,7 @@ class Phase:
     ahead: int = 0
     equal: bool = False
     tick: Callable[[], None] = field(default=lambda: None)
+    saving: Callable[[], None] = field(default=lambda: None)
 
     @property
     def worker_index(self) -> int:

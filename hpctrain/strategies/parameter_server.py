@@ -274,6 +274,8 @@ class ParameterServerServer(Server):
             self.phase.tick()
         if decision.what is What.STATE:
             self._send_state()
+            if self._lane == 0:
+                self.phase.saving()
             return
         if self.low == self.high:
             if decision.what is What.UPDATE and self._clips:

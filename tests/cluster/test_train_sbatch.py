@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -9,6 +10,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hpctrain import launcher
@@ -69,7 +71,9 @@ def test_the_template_trains_on_two_nodes(slurm: Slurm, folder: Path) -> None:
     assert "test accuracy 0." in text
 
 
+@pytest.mark.timeout(400)
 def test_before_its_time_limit_it_saves_queues_again_and_goes_on(slurm: Slurm, folder: Path) -> None:
+    """The signal comes twice: before the ranks have begun, and in the middle of training."""
     job = slurm.submit(SCRIPT, "tiny.toml", "train.epochs=3000", cwd=folder, environment=ENVIRONMENT)
 
     def until(condition: Callable[[], bool], seconds: float) -> None:
@@ -80,15 +84,25 @@ def test_before_its_time_limit_it_saves_queues_again_and_goes_on(slurm: Slurm, f
             assert time.monotonic() < deadline, output(folder, job) + slurm.logs()
             time.sleep(0.2)
 
-    until(lambda: "epoch 1.00:" in output(folder, job), 60)
-    slurm.command("scancel", "--batch", "--signal=USR1", str(job))  # what --signal=B:USR1@120 makes Slurm do
-    until(lambda: slurm.state(job)["Restarts"] == "1", 30)
+    def announce() -> None:
+        """What --signal=B:USR1@120 makes Slurm do."""
+        slurm.command("scancel", "--batch", "--signal=USR1", str(job))
+
+    until(lambda: any("train" in argv for argv in ranks(slurm)), 60)
+    announce()  # Python has just been started: torch is not imported yet
+    until(lambda: slurm.state(job)["Restarts"] == "1", 120)
     (run,) = (folder / "runs").iterdir()
     assert list((run / "checkpoints").glob("*.safetensors"))
+    assert "saved; queueing again (restart 1)" in output(folder, job)
+    assert "make --time much longer" in output(folder, job)
+
+    until(lambda: "epoch 1.00:" in output(folder, job), 60)
+    announce()
+    until(lambda: slurm.state(job)["Restarts"] == "2", 60)
     assert not (run / "model.safetensors").exists()
-    until((run / "trace" / "rank_00003.2.h5").exists, 60)
+    until((run / "trace" / "rank_00003.3.h5").exists, 60)
     holder = json.loads((run / "run.lock").read_text())
-    assert (holder["slurm_job"].partition("@")[0], holder["restarts"]) == (str(job), 1)
+    assert (holder["slurm_job"].partition("@")[0], holder["restarts"]) == (str(job), 2)
     other = slurm.submit(SCRIPT, "tiny.toml", "train.epochs=1", cwd=folder, environment=ENVIRONMENT)  # the same name
     slurm.command("scancel", str(job))
     slurm.wait(job, 30)
@@ -96,8 +110,19 @@ def test_before_its_time_limit_it_saves_queues_again_and_goes_on(slurm: Slurm, f
     assert len(list((folder / "runs").iterdir())) == 2  # that one has a run of its own
     assert not (run / "model.safetensors").exists()
     assert tomllib.loads((run / "run.toml").read_text())["slurm_job"].partition("@")[0] == str(job)
-    assert "queueing again (restart 1)" in output(folder, job)
+    assert "saved; queueing again (restart 2)" in output(folder, job)
     assert "tiny with train.epochs=3000: 4 ranks on 2 nodes" in output(folder, job)
+
+
+def ranks(slurm: Slurm) -> list[list[str]]:
+    """The commands of the Python processes that Slurm's tasks are, each as its arguments."""
+    found = []
+    for process in slurm.processes():
+        with contextlib.suppress(psutil.Error):
+            argv = process.cmdline()
+            if "SLURM_PROCID" in process.environ() and argv[:1] == [sys.executable]:
+                found.append(argv)
+    return found
 
 
 def test_a_wrong_job_file_is_one_message_and_status_2(slurm: Slurm, folder: Path) -> None:

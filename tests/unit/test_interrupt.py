@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from hpctrain.interrupt import SIGNALS, StopSignals, prte_parent
+from hpctrain.interrupt import GRACE, LIMIT, SAVING, SIGNALS, STOPPING, Patience, StopSignals, prte_parent
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -19,6 +23,7 @@ def test_a_stop_signal_becomes_a_flag_and_the_first_one_counts(number: signal.Si
         assert stop.asked == 0
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), number)  # launchers send a signal twice within a moment
         assert stop.asked == number
 
 
@@ -58,3 +63,118 @@ def test_without_open_mpi_there_is_no_launcher_to_hold(
         assert not stop.held
         stop.say("stopped")
     assert capsys.readouterr().err == "stopped\n"
+
+
+# -- how long is waited, and what ends a rank ------------------------------------------------------------------------
+class TestPatience:
+    def test_before_anything_was_asked_nothing_is_over(self) -> None:
+        patience = Patience()
+        patience.stepped(0.0)
+        assert patience.hopeful(1e6)
+        assert not patience.over(1e6)
+
+    def test_before_the_first_step_and_with_short_steps(self) -> None:
+        patience = Patience(asked=100.0)
+        assert patience.hopeful(100 + GRACE)
+        assert not patience.hopeful(100.1 + GRACE)
+        assert not patience.over(100 + LIMIT)
+        assert patience.over(100.1 + LIMIT)
+        patience.stepped(120.0)
+        patience.stepped(120.5)
+        assert patience.hopeful(122.0)  # twice the longest step, and a second
+        assert not patience.hopeful(122.6)  # the launcher need not wait any longer
+        assert not patience.over(120 + LIMIT)
+        assert patience.over(121 + LIMIT)
+
+    def test_long_steps_are_waited_for(self) -> None:
+        patience = Patience()
+        patience.stepped(0.0)
+        patience.stepped(40.0)
+        patience.asked = 50.0
+        assert patience.hopeful(120.0)
+        assert not patience.over(130.0)
+        assert patience.over(132.0)
+
+    def test_a_checkpoint_takes_as_long_as_it_takes_until_the_next_step(self) -> None:
+        patience = Patience(asked=100.0)
+        patience.saving(105.0)
+        assert patience.hopeful(105 + SAVING)
+        assert not patience.over(105 + SAVING)
+        assert patience.over(106 + SAVING)
+        patience.stepped(200.0)
+        assert patience.over(201 + LIMIT)
+
+    def test_what_the_job_says_counts(self) -> None:
+        patience = Patience(seconds=90.0, asked=100.0)
+        patience.stepped(110.0)
+        assert patience.hopeful(200.0)
+        assert not patience.over(200.0)
+        assert patience.over(201.0)
+
+
+RANK = """
+import hashlib, os, signal, sys, time
+from hpctrain.interrupt import StopSignals
+what = sys.argv[1]
+limit = 60.0 if what == "twice" else 0.5
+with StopSignals(3, limit=limit, before_end=lambda: os.write(2, b"flushed.")) as stop:
+    print("up", flush=True)
+    if what == "steps":
+        while not stop.asked:
+            time.sleep(0.01)
+        for _ in range(20):
+            time.sleep(0.1)
+            stop.stepped()
+        print("stepped", flush=True)
+    else:
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # half an hour in C code
+"""
+
+
+def test_what_ends_a_rank(tmp_path: Path) -> None:
+    """One that is stuck, a while after the signal; any, at a second one; none that goes on with its steps."""
+
+    def start(what: str) -> subprocess.Popen[str]:
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), STOPPING: str(tmp_path / what)}
+        argv = [sys.executable, "-c", RANK, what]
+        process = subprocess.Popen(argv, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        return process
+
+    ranks = {what: start(what) for what in ("stuck", "steps", "twice")}
+    try:
+        for rank in ranks.values():
+            rank.send_signal(signal.SIGUSR1)
+            rank.send_signal(signal.SIGTERM)
+        told = {what: ranks[what].communicate(timeout=30)[1] for what in ("stuck", "steps")}
+        assert ranks["stuck"].returncode in (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
+        assert told["stuck"].startswith("hpctrain: rank 3 ends itself: SIG")
+        assert "no step has ended" in told["stuck"]
+        assert told["stuck"].endswith("flushed.")
+        assert (ranks["steps"].returncode, told["steps"]) == (0, "")
+        assert (tmp_path / "steps").exists(), "the launcher was not told to wait"
+        assert ranks["twice"].poll() is None
+        ranks["twice"].send_signal(signal.SIGUSR1)  # an announcement, repeated
+        time.sleep(0.3)
+        assert ranks["twice"].poll() is None
+        ranks["twice"].send_signal(signal.SIGHUP)
+        err = ranks["twice"].communicate(timeout=10)[1]
+        assert ranks["twice"].returncode == 128 + signal.SIGHUP
+        assert "rank 3 ends itself: a second stop signal came" in err
+    finally:
+        for rank in ranks.values():
+            rank.kill()
+            rank.wait()
+
+
+def test_a_hang_up_stays_ignored_where_it_was() -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+            assert stop.asked == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)

@@ -39,6 +39,15 @@ prterun noticed that process rank 1 with PID 4862 on node node7 exited on
 signal 9 (Killed).
 --------------------------------------------------------------------------
 """
+PRTE_LEFT = b"""\
+--------------------------------------------------------------------------
+prterun has exited due to process rank 1 with PID 27928 on node vm exiting
+improperly. There are three reasons this could occur:
+
+1. this process did not call "init" before exiting, but others in the
+job did.
+--------------------------------------------------------------------------
+"""
 PRTE_STATUS = b"""\
 --------------------------------------------------------------------------
 prterun detected that one or more processes exited with non-zero status,
@@ -65,8 +74,10 @@ prterun has exited due to process rank 0 with PID 0 on node vm calling
 
 
 def filtered(text: bytes) -> bytes:
+    """What passes, and below it what was told about killed ranks."""
     noise = NoiseFilter()
-    return b"".join(noise.feed(line) for line in text.splitlines(keepends=True)) + noise.flush()
+    passed = b"".join(noise.feed(line) for line in text.splitlines(keepends=True)) + noise.flush()
+    return passed + b"".join(f"{told.rank} {told.pid} {told.host} {told.number}".encode() for told in noise.told)
 
 
 def mpiexec(folder: Path, says: str, name: str = "mpiexec") -> str:
@@ -188,19 +199,22 @@ class TestRankEnvironment:
 
 
 class TestNoiseFilter:
-    def test_a_killed_rank_becomes_one_line(self) -> None:
-        line = b"hpctrain run: %s on node7 was ended by signal 9 (SIGKILL)\n"
-        assert filtered(b"before\n" + HYDRA_KILLED + b"after\n") == b"before\n" + line % b"a rank" + b"after\n"
-        assert filtered(b"before\n" + PRTE_KILLED + b"after\n") == (
-            b"before\n" + line % b"rank 1 with PID 4862" + b"after\n"
-        )
+    def test_a_killed_rank_is_noted(self) -> None:
+        assert filtered(b"before\n" + HYDRA_KILLED + b"after\n") == b"before\nafter\nNone None node7 9"
+        assert filtered(b"before\n" + PRTE_KILLED + b"after\n") == b"before\nafter\n1 4862 node7 9"
+        assert filtered(PRTE_LEFT) == b"1 27928 vm 0"
+
+    def test_hydra_s_list_of_exit_codes_is_kept_if_all_ranks_were_on_one_host(self) -> None:
+        noise = NoiseFilter()
+        assert noise.feed(b"[mpiexec@vm] Exit codes: [vm] 9,768,0\n") == b""
+        assert noise.codes == [9, 768, 0]
+        noise = NoiseFilter()
+        assert noise.feed(b"[mpiexec@vm] Exit codes: [n1] 9,0 [n2] 0,0\n") == b""
+        assert noise.codes == []
 
     def test_an_exit_status_is_not_worth_a_line(self) -> None:
         assert filtered(b"message\n" + PRTE_STATUS) == b"message\n"
         assert filtered(PRTE_ABORT) == b"said by rank 0\n"
-
-    def test_a_rank_that_was_asked_to_stop_is_not_reported(self) -> None:
-        assert filtered(PRTE_KILLED.replace(b"signal 9 (Killed)", b"signal 10 (User defined signal 1)")) == b""
 
     @pytest.mark.parametrize(
         "text",
@@ -270,6 +284,28 @@ def test_marked_processes_are_found_and_killed_also_when_orphaned() -> None:
     assert launcher.marked(mark) == [int(out.stdout)]
     launcher.clear(mark, 0, time.time())
     assert launcher.marked(mark) == []
+
+
+class TestDeadline:
+    def test_nobody_is_late_before_being_asked(self, tmp_path: Path) -> None:
+        assert not launcher.Deadline(0.0, tmp_path / "stopping").late()
+
+    def test_a_rank_that_is_about_to_stop_prolongs_it_until_asked_again(self, tmp_path: Path) -> None:
+        deadline = launcher.Deadline(0.0, tmp_path / "stopping")
+        deadline.ask()
+        assert deadline.late()
+        (tmp_path / "stopping").touch()
+        assert not deadline.late()
+        deadline.ask()
+        assert deadline.late()
+
+    def test_what_was_said_long_ago_does_not(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        deadline = launcher.Deadline(0.0, tmp_path / "stopping")
+        deadline.ask()
+        (tmp_path / "stopping").touch()
+        assert deadline.hopeful()
+        monkeypatch.setattr(launcher, "RENEWED", -1.0)
+        assert deadline.late()
 
 
 def test_a_count_below_one_is_refused() -> None:

@@ -1,0 +1,133 @@
+"""Which rank ended first, and how; the processes are real, the launcher is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+
+from hpctrain.noise import Told
+from hpctrain.rankwatch import MARK, End, RankWatch, culprits, ranks, verdict
+
+KILLED, SEGMENTATION, BUS = signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS
+
+
+def ends(*told: tuple[int, int | None, float]) -> list[End]:
+    """(rank, code, time); those of one time were noticed together."""
+    return [End(rank, 100 + rank, code, time, int(1000 * time)) for rank, code, time in told]
+
+
+def status(number: int) -> int:
+    """An exit status as a code of waitpid."""
+    return number << 8
+
+
+class TestCulprits:
+    @pytest.mark.parametrize(
+        ("told", "blamed"),
+        [
+            (ends((2, KILLED, 5.0), (1, status(1), 5.1), (0, KILLED, 5.1)), [1]),  # MPI_Abort, with its own words
+            (ends((1, KILLED, 5.0), (0, KILLED, 5.1), (2, KILLED, 5.1)), [1]),  # killed; the launcher killed the others
+            (ends((1, status(0), 5.0), (0, KILLED, 5.1), (2, KILLED, 5.1)), [1]),  # os._exit(0)
+            (ends((0, KILLED, 5.0), (2, KILLED, 5.0), (1, SEGMENTATION, 5.0)), [1]),  # a crash tells itself
+            (ends((0, KILLED, 5.0), (2, KILLED, 5.0), (1, KILLED, 5.1)), [0, 2]),  # noticed together
+            (ends((1, None, 5.0), (0, None, 5.1)), []),  # the launcher may know
+            (ends((2, status(3), 5.0), (0, KILLED, 5.1)), [2]),
+            (ends((0, status(0), 5.0), (1, status(0), 5.0), (2, KILLED, 5.1)), [2]),  # the end of the run
+            (ends((0, status(0), 1.0), (1, KILLED, 9.0)), [1]),  # long after rank 0 had finished
+            (ends((0, status(0), 5.0), (1, status(0), 5.1)), []),
+            (ends((1, status(0), 5.0), (0, status(2), 5.3), (2, KILLED, 5.4)), [0]),  # a mistake, told by rank 0
+            ([], []),
+        ],
+    )
+    def test_of_those_that_ended(self, told: list[End], blamed: list[int]) -> None:
+        assert [end.rank for end in culprits(told, killed=True)] == blamed
+
+    def test_without_the_launcher_s_word_nobody_was_killed(self) -> None:
+        assert culprits(ends((1, KILLED, 5.0), (0, KILLED, 5.1)), killed=False) == []
+
+    def test_who_was_in_the_middle_of_a_run(self) -> None:
+        told = ends((0, status(0), 5.0), (1, status(0), 5.1), (2, None, 5.1))
+        assert culprits(told, killed=False) == []
+        assert [end.rank for end in culprits(told, killed=False, unfinished={1, 2})] == [1]
+
+
+class TestVerdict:
+    def told(
+        self,
+        *told: tuple[int, int | None, float],
+        codes: tuple[int, ...] = (),
+        silent: bool = False,
+        killed: bool = False,
+    ) -> str:
+        return verdict(ends(*told), [Told(None, None, "node7", 9)] if killed else [], codes, silent)
+
+    def test_names_rank_and_signal(self) -> None:
+        told = self.told((1, KILLED, 5.0), (0, KILLED, 5.1), killed=True)
+        assert told.startswith("rank 1 with PID 101 on ")
+        assert told.endswith(" was ended by signal 9 (SIGKILL)")
+        assert self.told((0, KILLED, 5.0), (1, KILLED, 5.0), killed=True).startswith("one of the ranks [0, 1] on ")
+
+    def test_says_what_a_bus_error_means(self) -> None:
+        told = self.told((1, BUS, 5.0), (0, KILLED, 5.1))
+        assert "signal 7 (SIGBUS): usually /dev/shm is full (" in told
+        assert "MiB free" in told
+        assert "docker run --shm-size" in told
+
+    def test_a_status_is_told_only_if_the_rank_has_not_spoken(self) -> None:
+        assert self.told((1, status(3), 5.0)) == ""
+        assert self.told((1, status(3), 5.0), silent=True).endswith("ended with exit status 3 and did not say why")
+        gone = self.told((1, status(0), 5.0), (0, KILLED, 5.1))
+        assert gone.startswith("rank 1 with PID 101")
+        assert "ended in the middle of the run, with exit status 0" in gone
+
+    def test_what_was_not_seen_the_launcher_tells(self) -> None:
+        """Hydra's list is wrong about ranks that it has killed itself: 0 for rank 2."""
+        unseen = (1, None, 5.0), (0, None, 5.1), (2, None, 5.1)
+        assert self.told(*unseen, codes=(9, 9, 0), killed=True).startswith("rank 1 with PID 101")
+        assert "exit status 0" in self.told(*unseen, codes=(9, 0, 0), killed=True)
+        assert "rank 1 " in self.told(*reversed(unseen), codes=(9, 11, 0))
+        assert self.told(*unseen, codes=(0, 0, 0)) == ""
+        assert self.told(*unseen) == ""
+        assert self.told(killed=True) == "a rank on node7 was ended by signal 9 (SIGKILL)"
+        assert verdict([], [Told(2, 77, "node7", 0)], [], False).startswith("rank 2 with PID 77 on node7 ended in the")
+        seen = verdict(ends((2, None, 5.0)), [Told(2, 0, "node7", 9)], [], False)
+        assert seen == "rank 2 with PID 102 on node7 was ended by signal 9 (SIGKILL)"
+
+    def test_nobody_is_blamed_for_stopping_when_asked(self) -> None:
+        assert self.told((1, signal.SIGUSR1, 5.0), (0, KILLED, 5.1), silent=True) == ""
+
+
+def test_ranks_are_watched_but_not_what_they_started() -> None:
+    mark = uuid.uuid4().hex
+
+    def rank(number: int, end: str) -> subprocess.Popen[bytes]:
+        code = f"import os, subprocess, time; subprocess.Popen(['sleep', '1.5']); time.sleep(1); {end}"
+        variables = {**os.environ, MARK: mark, "PMI_RANK": str(number)}
+        return subprocess.Popen([sys.executable, "-c", code], env=variables)
+
+    started = [rank(0, "time.sleep(60)"), rank(1, "os._exit(3)")]
+    try:
+        with RankWatch(mark, 2) as watch:
+            deadline = time.monotonic() + 20
+            while not watch.ends:
+                assert ranks(mark).keys() <= {process.pid for process in started}
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            started[0].kill()
+            while len(watch.ends) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        assert [(end.rank, end.pid, end.status, end.signal) for end in watch.ends] == [
+            (1, started[1].pid, 3, 0),
+            (0, started[0].pid, None, signal.SIGKILL),
+        ]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
