@@ -84,8 +84,8 @@ class Run:
                 faults.setdefault((attempt, error.reason), {})[rank] = error
         for file in strays(files):
             files.remove(file)
-            error = UnreadableTrace(file.path, file.rank, "was made years from the others: its clocks are damaged")
-            faults.setdefault((file.attempt, error.reason), {})[file.rank] = error
+            stray = UnreadableTrace(file.path, file.rank, "was made years from the others: its clocks are damaged")
+            faults.setdefault((file.attempt, stray.reason), {})[file.rank] = stray
         told = [_tell_fault(attempt, reason, errors) for (attempt, reason), errors in faults.items()]
         if not files:
             if told:

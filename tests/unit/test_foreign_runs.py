@@ -88,15 +88,16 @@ def test_reading_a_run_runs_nothing_that_its_job_names(trap, tmp_path, capsys, j
 def test_a_recorded_job_keeps_what_is_not_built_in_and_never_imports_it(trap, tmp_path):
     (tmp_path / "job.toml").write_text(PHASES)
     job = Job.recorded(tmp_path / "job.toml")
-    assert job.phases[0].strategy.plain() == {"name": "evil:Strategy", "every": 8, "deep": {"list": [1, 2]}}
-    assert job.phases[0].until.plain() == {"rule": "evil:Rule", "limit": 0.5}
+    first, second = job.schedule
+    assert first.strategy.plain() == {"name": "evil:Strategy", "every": 8, "deep": {"list": [1, 2]}}
+    assert first.until is not None and first.until.plain() == {"rule": "evil:Rule", "limit": 0.5}
     assert job.unchecked == ["phases.0.strategy.name", "phases.0.until.rule"]
-    assert job.phases[1].strategy.options.exchange == "auto"  # built in: validated, and its defaults filled in
+    assert second.strategy.options.exchange == "auto"  # built in: validated, and its defaults filled in
     again = job.override(["phases.0.strategy.every=9", "train.epochs=2"])
-    assert again.phases[0].strategy.plain()["every"] == 9
+    assert again.schedule[0].strategy.plain()["every"] == 9
     (tmp_path / "again.toml").write_text(again.dump())
     assert Job.recorded(tmp_path / "again.toml") == again
-    for spec in (job.model, job.metric, job.optimizer.schedule, job.phases[0].strategy, again.phases[0].until):
+    for spec in (job.model, job.optimizer.schedule, first.strategy, first.until, again.schedule[0].strategy):
         with pytest.raises(JobError, match="is not imported where a job is only read"):
             spec.resolve()
     with pytest.raises(JobError, match="is not imported where a job is only read"):
@@ -130,7 +131,12 @@ def test_what_is_built_in_is_not_looked_for_in_the_current_folder(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     seen = []
-    monkeypatch.setattr("importlib.import_module", lambda name: seen.append(sys.path[0]) or types.ModuleType(name))
+
+    def imported(name):
+        seen.append(sys.path[0])
+        return types.ModuleType(name)
+
+    monkeypatch.setattr("importlib.import_module", imported)
     for name in ("target", "mine:Rule"):
         with pytest.raises(JobError, match="has no"):
             registry.resolve("rule", name)

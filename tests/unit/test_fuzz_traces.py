@@ -192,7 +192,7 @@ def replace_table(dice: random.Random, path: Path) -> None:
         lambda file: file.create_dataset(name, (10,), TABLES[name], compression="gzip", **chunked),
         lambda file: file.create_dataset(name, (10,), TABLES[name], external=[(str(outside), 0, 10**6)]),
         lambda file: file.create_dataset(name, (2**33,), TABLES[name], **chunked),
-        lambda file: file.create_dataset(name, data=np.ones(40, TABLES[name].fields and np.int8).astype("i1")),
+        lambda file: file.create_dataset(name, data=np.ones(40, np.int8)),
         lambda file: file.__setitem__(name, h5py.ExternalLink(str(outside), f"/{name}")),
         lambda file: file.__setitem__(name, h5py.SoftLink("/nowhere")),
         lambda file: file.__setitem__(name, h5py.SoftLink(f"/{name}")),
@@ -357,7 +357,7 @@ def test_a_page_is_made_of_damaged_traces_and_says_so(originals, tmp_path):
     assert "could not be" not in page and "worker time" in headline
 
 
-def set_rows(path: Path, table: str, place: int, **values: Any) -> None:
+def set_rows(path: Path, table: str, place: int | slice, **values: Any) -> None:
     with h5py.File(path, "r+") as file:
         rows = file[table][:]
         for name, value in values.items():

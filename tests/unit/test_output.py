@@ -108,13 +108,17 @@ class Closing(io.StringIO):
         return super().write(text)
 
 
+def _trainer(job, out):
+    return lambda comm: train(job, comm, out=Narrator(out=out))
+
+
 def test_training_goes_on_where_it_cannot_be_told(tmp_path, capsys):
     job = Job(model={"name": "mlp", "inputs": 64, "outputs": 10, "hidden": [8]}, output=str(tmp_path),
               train={"steps": 3, "batch_size": 16})  # fmt: skip
     told = "hpctrain: standard output cannot be written ({}); the run goes on\n"
     with open(FULL, "w") as full:
         for out, reason in ((full, "No space left on device"), (Closing(), "Broken pipe")):
-            result = World(2).run(lambda comm, out=out: train(job, comm, out=Narrator(out=out)))[0]
+            result = World(2).run(_trainer(job, out))[0]
             assert (result.folder / "model.safetensors").exists()
             assert capsys.readouterr().err == told.format(reason)
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # what it still holds

@@ -289,7 +289,7 @@ def unpack(spans: PackedSpans) -> list[tuple[int, ...]]:
 def test_spans_come_back_as_they_were_packed(tmp_path: Path) -> None:
     rows = [("data", 0.0, 1.0, 0, 0, -1), ("send", 1.5, 3.25, 0, 70_000, 2), ("wait", 3.25, 3.5, 0, 0, 1),
             ("update", 300.0, 301.0, 7, 0, -1), ("trace", 301.0, 301.125, -1, 0, -1)]  # fmt: skip
-    with HandMade(tmp_path, 1) as run:
+    with HandMade(tmp_path, 3, missing=(1, 2)) as run:
         for kind, start, end, step, nbytes, peer in rows:
             run[0].span(kind, start, end, step, nbytes, peer)
     [(_, packed)] = collect_spans(open_run(tmp_path), 100_000).rows
