@@ -12,10 +12,11 @@ from torch import Tensor
 
 from hpctrain import runfolder
 from hpctrain.agreement import agreed
+from hpctrain.blocks import is_finite
 from hpctrain.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint, save_model
 from hpctrain.comm.base import Communicator
 from hpctrain.data.generators import Generators, restore_texts
-from hpctrain.errors import CheckpointError
+from hpctrain.errors import CheckpointError, NanError
 from hpctrain.filenames import CHECKPOINTS
 from hpctrain.prepare import Prepared
 from hpctrain.replica import Layout, as_array
@@ -68,9 +69,34 @@ class Keeper:
             self.prepared.untrained.rest(),
         )
         keep = self.prepared.job.train.keep_checkpoints
-        save = partial(save_checkpoint, self.folder, checkpoint, keep)
+        save = partial(self._save_finite, checkpoint, keep)
         if self.files.write(CHECKPOINTS, save, "training goes on without this checkpoint"):
             self.comm.recorder.event("checkpoint", checkpoint_path(self.folder, cursor).name)
+
+    def _save_finite(self, checkpoint: Checkpoint, keep: int) -> None:
+        """Nothing could go on from parameters that are not finite, and the file would displace one of use."""
+        if (name := self._not_finite()) is not None:
+            path = checkpoint_path(self.folder, checkpoint.progress["cursor"])
+            raise CheckpointError(f"{path} is not written, since parameter {name} is not finite; older ones are kept")
+        save_checkpoint(self.folder, checkpoint, keep)
+
+    def _not_finite(self) -> str | None:
+        """The first parameter that is not."""
+        replica = self.prepared.replica
+        if is_finite(replica.values):
+            return None
+        return replica.layout.slots[replica.layout.first_not_finite(replica.values) - 1].name
+
+    def check_model(self) -> list[str]:
+        """The saved buffers that hold NaN, as batch norm's running statistics may after a bad batch. Raises NanError if
+        a parameter is not finite. Not collective."""
+        if (name := self._not_finite()) is not None:
+            raise NanError(
+                f"parameter {name} is not finite at the end of the run, so no model is saved; lower optimizer.lr, or go "
+                f"on from an earlier checkpoint, if there is one: hpctrain train --resume {self.folder}"
+            )
+        buffers = self.prepared.untrained.buffers().items()
+        return [name for name, buffer in buffers if buffer.is_floating_point() and bool(buffer.isnan().any())]
 
     def restore(self, optimizer: Literal["keep", "reset"] = "keep") -> tuple[dict[str, Any], State | None]:
         """Take up the newest checkpoint of the folder: (its head, state as from Strategy.state). Collective.

@@ -739,6 +739,8 @@ class Session:
         if not interrupted and not self._left:
             agreed(self.comm, self._check_hold)
             self.keeper.settle_model(phase)
+            for buffer in agreed(self.comm, self.keeper.check_model if self.comm.rank == 0 else list):
+                self.warn(f"buffer {buffer} of the saved model holds NaN")
             self.keeper.save_model()  # first: should the test fail, the model is safe
             if dataset is not None and phase.workers is not None:
                 metrics = self._measure(phase.workers, name, dataset, nullcontext()).plain()

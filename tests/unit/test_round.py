@@ -373,6 +373,48 @@ def test_such_steps_can_be_skipped(tmp_path: Path, agree: str):
     assert np.isfinite(found).all()
 
 
+@pytest.mark.parametrize("strategy", [helpers.SYNCHRONOUS["message"][0], helpers.served(colocated=True)])
+def test_no_checkpoint_and_no_model_is_saved_that_is_not_finite(
+    tmp_path: Path, strategy: helpers.Tables, capsys: pytest.CaptureFixture[str]
+):
+    """The update overflows, from finite gradients; the next loss would tell, but there is none."""
+    def body(comm: Communicator) -> None:
+        job = helpers.make_job(
+            tmp_path, strategy=strategy, optimizer={"name": "SGD", "lr": 100.0}, loss="tests.unit.test_round:exploding",
+            train={"steps": 6, "checkpoint_every": {"steps": 2}, "keep_checkpoints": 1}, data={"queue": "static"},
+        )  # fmt: skip
+        train(job, comm)
+
+    exploding.calls = 0
+    with pytest.raises(NanError, match=r"parameter [\w.]+ is not finite at the end of the run, so no model is saved"):
+        World(1).run(body)
+    [folder] = tmp_path.iterdir()
+    assert not (folder / "model.safetensors").exists()
+    [kept] = (folder / "checkpoints").glob("*.safetensors")
+    assert kept.stem == f"{4 * 6:012d}"
+    assert_finite(kept)
+    assert "is not finite; older ones are kept" in capsys.readouterr().out
+
+
+def exploding(outputs: Tensor, targets: Tensor) -> Tensor:
+    """In the sixth step its gradient is as large as float32 can be."""
+    exploding.calls += 1
+    scale = 1e38 if exploding.calls == 6 else 1e-5
+    return functional.cross_entropy(outputs, targets) * scale
+
+
+exploding.calls = 0
+
+
+def test_buffers_that_hold_nan_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The step is skipped, but batch norm has seen the bad batch."""
+    splits = helpers.pictures()
+    splits.train.tensors[0][3] = torch.nan
+    job = helpers.make_job(tmp_path, model="tests.helpers:noisy_net", data=splits, train={"epochs": 1, "nan": "skip"})
+    World(2).run(lambda comm: train(job, comm))
+    assert "warning: buffer 1.running_mean of the saved model holds NaN" in capsys.readouterr().out
+
+
 def test_gradients_whose_squares_overflow_are_finite(tmp_path: Path):
     def body(comm: Communicator) -> Any:
         job = helpers.make_job(tmp_path, loss="tests.unit.test_round:huge", optimizer={"name": "SGD", "lr": 1e-30})
