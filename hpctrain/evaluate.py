@@ -55,8 +55,8 @@ def explained(batch: Batch) -> Iterator[None]:
         raise DataError(
             f"the data set's samples are of {kind}, not pairs (input, target), so the model was called with all of a "
             f"sample and the loss with targets None, which raised {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no message'}; return ((x, mask), y) for two inputs, or, to "
-            "train, write a loop of your own (hpctrain.session)"
+            f"{str(error).splitlines()[0] if str(error) else 'no message'}; return ((x, mask), y) for two inputs, or, "
+            "to train, write a loop of your own (hpctrain.session)"
         ) from error
 
 

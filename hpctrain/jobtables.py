@@ -105,8 +105,8 @@ class Metric(Named):
     KIND = "metric"
     name: str = Field(
         default="accuracy",
-        description="function of a batch's (outputs, targets) that returns a number, its mean over the batch; or a pair "
-        "(sum, weight); or a dictionary of these, whose first entry is the metric. Further keys are its keyword "
+        description="function of a batch's (outputs, targets) that returns a number, its mean over the batch; or a "
+        "pair (sum, weight); or a dictionary of these, whose first entry is the metric. Further keys are its keyword "
         "arguments; accuracy has dim, ignore_index and threshold",
     )
     goal: Literal["max", "min"] = Field(default="max", description="whether more of the metric is better, or less")

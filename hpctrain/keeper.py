@@ -92,8 +92,8 @@ class Keeper:
         a parameter is not finite. Not collective."""
         if (name := self._not_finite()) is not None:
             raise NanError(
-                f"parameter {name} is not finite at the end of the run, so no model is saved; lower optimizer.lr, or go "
-                f"on from an earlier checkpoint, if there is one: hpctrain train --resume {self.folder}"
+                f"parameter {name} is not finite at the end of the run, so no model is saved; lower optimizer.lr, or "
+                f"go on from an earlier checkpoint, if there is one: hpctrain train --resume {self.folder}"
             )
         buffers = self.prepared.untrained.buffers().items()
         return [name for name, buffer in buffers if buffer.is_floating_point() and bool(buffer.isnan().any())]

@@ -50,7 +50,8 @@ class Result:
     interruption: on ranks that were workers).
 
     `metrics`: {"loss": ..., "metric": ...} of the test part (or validation, without one), and "metric.NAME" of each
-    entry of a metric that returns a dictionary; empty where there is neither part, and after an interruption. `folder`: the run folder. `phases`: what became of each.
+    entry of a metric that returns a dictionary; empty where there is neither part, and after an interruption. `folder`:
+    the run folder. `phases`: what became of each.
     """
 
     model: nn.Module

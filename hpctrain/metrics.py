@@ -36,11 +36,12 @@ def accuracy(
 ) -> tuple[Tensor, Tensor]:
     """(how many `targets` the outputs are right about, how many count), both scalars.
 
-    Outputs (n, classes) with class indices (n,); outputs (n, classes, ...) with (n, ...), as torch's cross entropy takes
-    them; outputs (n, ..., classes) with (n, ...); or targets of the outputs' shape, probabilities of the classes. The
-    largest output is compared; targets that are `ignore_index` do not count. `dim`: where the classes are; None: by the
-    shapes, or `unclear` where two places are possible. `threshold`, for outputs and targets of one shape, or of (n, 1)
-    and (n,): each output by itself says yes above it, each target above 0.5. Raises ModelError for other shapes.
+    Outputs (n, classes) with class indices (n,); outputs (n, classes, ...) with (n, ...), as torch's cross entropy
+    takes them; outputs (n, ..., classes) with (n, ...); or targets of the outputs' shape, probabilities of the
+    classes. The largest output is compared; targets that are `ignore_index` do not count. `dim`: where the classes
+    are; None: by the shapes, or `unclear` where two places are possible. `threshold`, for outputs and targets of one
+    shape, or of (n, 1) and (n,): each output by itself says yes above it, each target above 0.5. Raises ModelError
+    for other shapes.
     """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or not outputs.dim():
         raise ModelError(
@@ -151,7 +152,7 @@ class Tally:
             self._shares[key] = before[0] + total, before[1] + weight
 
     def entries(self, comm: Communicator) -> dict[str, float]:
-        """The means of a dictionary's entries, over the batches of all ranks. Collective; some may have had no batch."""
+        """The means of a dictionary's entries, over all ranks' batches. Collective; some may have had no batch."""
         tables = [table for table in comm.gather_json(self._shares) if table]
         if any(list(table) != list(tables[0]) for table in tables):
             raise ModelError(f'metric "{self._name}" returned dictionaries with different keys on different ranks')

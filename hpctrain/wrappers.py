@@ -52,6 +52,6 @@ def check_model(what: str, model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ModelError(
-                f"{what}: {plain_name(name)} is on the meta device, so it has no values; build the model on the CPU, or "
-                "give it memory (to_empty) and initialise it before it is returned"
+                f"{what}: {plain_name(name)} is on the meta device, so it has no values; build the model on the CPU, "
+                "or give it memory (to_empty) and initialise it before it is returned"
             )

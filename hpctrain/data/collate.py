@@ -1,4 +1,4 @@
-"""Samples of whatever make into a batch: as torch's `default_collate`, but tuples stay tuples, and any array will do."""
+"""Samples of whatever make into a batch: as torch's `default_collate`, but tuples stay tuples and any array will do."""
 
 from __future__ import annotations
 

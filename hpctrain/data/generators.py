@@ -42,7 +42,7 @@ class Generators:
     @classmethod
     def now(cls) -> Generators:
         """As they are. About 0.1 ms, most of it NumPy's."""
-        numpy: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
+        numpy: dict[str, Any] = np.random.get_state(legacy=False)
         generator = torch.default_generator
         return cls(random.getstate(), numpy, generator.get_state(), generator.initial_seed())
 

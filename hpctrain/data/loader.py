@@ -15,6 +15,7 @@ three ways:
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -217,7 +218,7 @@ class Loader:
             if self._closed:
                 raise DataError("the loader was closed while it fetched")
             try:
-                items.append(self._run(seed ^ _ITEM, lambda place=place: self._base[place]))
+                items.append(self._run(seed ^ _ITEM, partial(operator.getitem, self._base, place)))
             except Exception as error:
                 error.add_note(f"while fetching sample {place} of the data set")
                 raise
@@ -325,7 +326,8 @@ class Loader:
         """Let the stream read on, where all its reading is done."""
         if not self._inline:
             try:
-                return self._threads_of_it().submit(stream.look_ahead, start, stop).result()
+                self._threads_of_it().submit(stream.look_ahead, start, stop).result()
+                return
             except DrewError:
                 self._settle(told=True)
         with kept():
@@ -358,8 +360,8 @@ class Loader:
         unclear = by_fetching & (again.differing(now) | {"seed"}) if again is not None else drawn
         if unclear:
             raise DataError(
-                f"{' and '.join(sorted(unclear)).replace('seed', 'torch')}'s global generator was drawn from while samples "
-                "were fetched in a thread beside the training loop, and what each of them got depends on their timing; "
+                f"{' and '.join(sorted(unclear)).replace('seed', 'torch')}'s global generator was drawn from while "
+                "samples were fetched in a thread beside the training loop, and what each got depends on their timing; "
                 "set data.threads = 0: then the training loop fetches, each sample with generators seeded for it"
             )
         self._left = now.replace(self._left, by_fetching)

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+from hpctrain import losses, metrics
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
+from hpctrain.errors import DataError
 from hpctrain.evaluate import evaluate
+from hpctrain.job import Job
+from hpctrain.launch import session
+from hpctrain.runfolder import COLUMNS, Narrator
+from hpctrain.trace import open_run
+from hpctrain.training import evaluate_run
+from tests import helpers
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 class Numbers(IterableDataset[Any]):
@@ -54,6 +69,212 @@ def test_every_sample_once(kind: Any, count: int, ranks: int) -> None:
     squares = sum(number**2 for number in range(count)) / count
     assert results == [pytest.approx((squares, (count - 1) / 2))] * ranks
     assert len(set(results)) == 1
+
+
+# -- what a metric returns -----------------------------------------------------------------------------------------
+def counts(outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+    """The largest output; how many there are; the mean of those that are even, over those."""
+    even = outputs[outputs % 2 == 0]
+    return {"mean": outputs.mean(), "ones": (len(outputs), len(outputs)), "even": (even.sum(), len(even))}
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(37, 3), (2, 5)])
+def test_entries_are_weighed_by_what_they_count(count: int, ranks: int) -> None:
+    data = in_memory(count)
+    found = World(ranks).run(
+        lambda comm: evaluate(nn.Identity(), data, mse_loss, counts, comm, 4, lambda batch: batch, nullcontext)
+    )
+    even = range(0, count, 2)
+    wanted = {"mean": (count - 1) / 2, "ones": 1.0, "even": sum(even) / len(even)}
+    assert [evaluation.entries for evaluation in found] == [pytest.approx(wanted)] * ranks
+    assert [evaluation.metric for evaluation in found] == [pytest.approx((count - 1) / 2)] * ranks
+    assert found[0].text("test", "counts")[1:] == [f"test {name} {value:.4f}" for name, value in wanted.items()]
+    assert list(found[0].plain()) == ["loss", "metric", "metric.mean", "metric.ones", "metric.even"]
+
+
+def test_tokens_that_do_not_count_have_no_weight_in_the_accuracy() -> None:
+    """Of sequences of which most is padding: exact over any batches and ranks, as the loss is."""
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randint(0, 4, (23, 6), generator=generator)
+    outputs = torch.randn(23, 4, 6, generator=generator)
+    targets[torch.rand(23, 6, generator=generator) < 0.6] = -100
+    counted = targets != -100
+    wanted = float((outputs.argmax(1) == targets)[counted].double().mean())
+    job = Job()
+    metric = metrics.bind(job.metric, losses.bind(job.loss, torch.device("cpu")))
+    for ranks, batch_size in [(1, 1), (1, 23), (3, 2), (4, 5)]:
+        found = World(ranks).run(
+            lambda comm: evaluate(  # called at once
+                nn.Identity(), TensorDataset(outputs, targets), mse_of_first, metric, comm,
+                batch_size,  # noqa: B023
+                lambda batch: batch, nullcontext,
+            )
+        )  # fmt: skip
+        assert [evaluation.metric for evaluation in found] == [pytest.approx(wanted, rel=1e-15)] * ranks
+
+
+def mse_of_first(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs[:, 0].square().mean()
+
+
+# -- runs that are evaluated again -------------------------------------------------------------------------------
+AR = {"name": "all_reduce"}
+ASYNC = {"name": "parameter_server", "mode": "async"}
+NOISY = {"model": "tests.helpers:noisy_net", "data": {"name": "tests.helpers:pictures"}}
+AFTER = {"rule": "after", "steps": 3}
+JOBS: dict[str, helpers.Tables] = {
+    "a shared queue": {"strategy": ASYNC, "data": {"name": "tests.helpers:pictures", "queue": "shared"}},
+    "phases": {"phases": [{"strategy": AR, "until": AFTER}, {"strategy": ASYNC}]},
+    "a switch": {"strategy": {"name": "switch", "until": AFTER}},
+    "batch norm over workers": {"train": {"sync_batchnorm": True}},
+    "ranks, and one that is slow": {"ranks": 4, "debug": {"slow": {3: 1.5}}},
+    "a rule that needs evaluations": {
+        "phases": [{"strategy": AR, "until": {"rule": "target", "metric": 2.0}}, {"strategy": AR}],
+        "train": {"steps": 8, "evaluate_every": {"steps": 2}},
+    },
+    "an optimizer with groups": {"optimizer": {"name": "AdamW", "lr": 0.01, "groups": "decay", "schedule": "cosine"}},
+    "bfloat16": {"train": {"precision": "bfloat16"}},
+    "a dictionary": {"metric": {"name": f"{__name__}:scores"}},
+    "validation only": {"data": {"name": "tests.helpers:points", "validation": 0.2}, "model": "tests.helpers:net"},
+}  # fmt: skip
+
+
+def scores(outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+    right = outputs.argmax(1) == targets
+    return {"right": right.double().mean(), "zeros": (right[targets == 0].sum(), (targets == 0).sum())}
+
+
+@pytest.mark.parametrize("what", list(JOBS))
+def test_a_run_is_evaluated_again_whatever_its_schedule(tmp_path: Path, what: str) -> None:
+    job = helpers.make_job(tmp_path, **{**NOISY, **JOBS[what]})
+    result = World(4).run(lambda comm: helpers.quiet_train(comm, job))[0]
+    lines = dict(line.rsplit(" ", 1) for line in evaluate_run(result.folder))
+    split = "validation" if what == "validation only" else "test"
+    near = 1e-3 if what == "bfloat16" else 6e-5
+    assert float(lines[f"{split} loss"]) == pytest.approx(result.metrics["loss"], abs=near)
+    first = f"{split} right" if what == "a dictionary" else f"{split} accuracy"
+    assert float(lines[first]) == pytest.approx(result.metrics["metric"], abs=6e-5)
+    if what == "a dictionary":
+        assert list(result.metrics) == ["loss", "metric", "metric.right", "metric.zeros"]
+        rows = list(csv.DictReader((result.folder / "metrics.csv").open()))
+        assert [float(row["metric.right"]) for row in rows] == [float(row["metric"]) for row in rows]
+        assert float(rows[-1]["metric.zeros"]) == pytest.approx(result.metrics["metric.zeros"], abs=1e-5)
+        assert list(open_run(result.folder).metrics()) == [*COLUMNS, "metric.right", "metric.zeros"]
+
+
+def test_a_run_on_a_gpu_is_evaluated_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = helpers.make_job(tmp_path, **NOISY)
+    result = World(1).run(lambda comm: helpers.quiet_train(comm, job))[0]
+    text = (result.folder / "job.toml").read_text()
+    (result.folder / "job.toml").write_text(text.replace('device = "auto"', 'device = "cuda"'))
+    monkeypatch.setattr("hpctrain.prepare.usable_gpus", lambda: (0, "there is no GPU"))
+    assert evaluate_run(result.folder)[0] == f"test loss {result.metrics['loss']:.4f}"
+
+
+def test_a_strategy_that_cannot_be_imported_here_does_not_matter(tmp_path: Path) -> None:
+    job = helpers.make_job(tmp_path, **NOISY)
+    folder = World(1).run(lambda comm: helpers.quiet_train(comm, job))[0].folder
+    text = (folder / "job.toml").read_text()
+    (folder / "job.toml").write_text(text.replace('name = "all_reduce"', 'name = "nowhere_to_be_found:Strategy"'))
+    assert len(evaluate_run(folder)) == 2
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+class Series(Dataset[Any]):
+    """Sequences of different lengths: they make a batch only where there is one of them."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((3 + index % 5, 7), 0.1 * index), index % 3
+
+
+class LastOf(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+        self.line = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            self.seen.append(len(x))
+        out: Tensor = self.line(x[:, -1] if x.dim() == 3 else x)
+        return out
+
+
+def test_evaluations_are_in_batches_of_the_trainings_size_or_of_a_keys(tmp_path: Path) -> None:
+    alone = helpers.make_job(tmp_path, model=LastOf, data=(Series(), Series()), train={"epochs": 1, "batch_size": 1})
+    result = World(2).run(lambda comm: helpers.quiet_train(comm, alone))[0]
+    assert result.model.seen == [1] * 6
+    keys = {"steps": 2, "batch_size": 4, "evaluate_batch": 30}
+    data = helpers.points()
+    for train, sizes in [(keys, [30, 30, 30, 13]), ({**keys, "evaluate_batch": None}, [4] * 25 + [3])]:
+        job = helpers.make_job(tmp_path, model=LastOf, data=(data, data), train=train)
+        result = World(1).run(lambda comm: helpers.quiet_train(comm, job))[0]  # noqa: B023
+        assert result.model.seen == sizes
+
+
+# -- samples that are not pairs --------------------------------------------------------------------------------------
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(7, 3)
+
+    def forward(self, given: Any) -> Tensor:
+        x, mask = given
+        out: Tensor = self.line(x * mask)
+        return out
+
+
+def triples() -> TensorDataset:
+    inputs, targets = helpers.points(24).tensors
+    return TensorDataset(inputs, torch.ones(24, 7), targets)
+
+
+class Pairs(Dataset[Any]):
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Any:
+        x, mask, y = triples()[index]
+        return (x, mask), y
+
+
+def test_samples_of_three_items_are_told_how_to_be_given(tmp_path: Path) -> None:
+    job = helpers.make_job(tmp_path, model=Masked, data=(triples(), triples()), train={"steps": 2, "batch_size": 4})
+    words = r"samples are of 3 items each, not pairs .* ValueError: .*; return \(\(x, mask\), y\) for two inputs, or"
+    with pytest.raises(DataError, match=words):
+        World(2).run(lambda comm: helpers.quiet_train(comm, job))
+    pairs = helpers.make_job(tmp_path, model=Masked, data=(Pairs(), Pairs()), train={"steps": 2, "batch_size": 4})
+    assert World(2).run(lambda comm: helpers.quiet_train(comm, pairs))[0].samples == 16
+
+
+def test_a_loop_of_ones_own_takes_samples_of_three_items(tmp_path: Path) -> None:
+    job = helpers.make_job(tmp_path, model=Masked, data=triples(), train={"steps": 2, "batch_size": 4})
+
+    def body(comm: Communicator) -> int:
+        with session(job, comm, out=Narrator(enabled=False)) as running:
+            for batch in running.batches():
+                x, mask, y = batch.inputs
+                running.step(running.loss(running.model((x, mask)), y))
+        return running.result.samples
+
+    assert World(2).run(body) == [16, 16]
+
+
+def test_a_model_that_returns_its_own_loss_takes_samples_of_any_kind(tmp_path: Path) -> None:
+    class Own(Masked):
+        def forward(self, given: Any) -> Tensor:
+            x, mask, y = given
+            return nn.functional.cross_entropy(super().forward((x, mask)), y)
+
+    job = helpers.make_job(
+        tmp_path, model=Own, data=(triples(), triples()), loss=lambda outputs, targets: outputs,
+        metric=lambda outputs, targets: outputs, train={"steps": 2, "batch_size": 4},
+    )  # fmt: skip
+    found = World(2).run(lambda comm: helpers.quiet_train(comm, job))[0]
+    assert found.metrics["loss"] == pytest.approx(found.metrics["metric"])
 
 
 def test_nothing_is_left_changed() -> None:

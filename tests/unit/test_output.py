@@ -16,7 +16,7 @@ from hpctrain.comm.virtual import World
 from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
 from hpctrain.launch import train
-from hpctrain.launcher import _write
+from hpctrain.launcher import _Pump
 from hpctrain.output import output_file, output_text
 from hpctrain.runfolder import Narrator
 from tests.traces import HandMade
@@ -144,5 +144,5 @@ def test_train_ends_with_the_status_of_the_run(monkeypatch, status):
 
 def test_the_launcher_passes_on_what_it_can():
     target = os.open(FULL, os.O_WRONLY)
-    _write(target, b"the ranks go on")
+    _Pump(io.BytesIO(), target)._write(b"the ranks go on")
     os.close(target)

@@ -166,7 +166,7 @@ def test_a_test_that_fails_leaves_the_model(tmp_path: Path):
 
 def test_half_a_row_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What a full disk took of a row goes again, else the next one would be appended to it."""
-    runfolder.append_metrics(tmp_path, [["1"] * 7])
+    runfolder.append_metrics(tmp_path, [dict.fromkeys("abcdefg", "1")])
     before = (tmp_path / METRICS).read_text()
 
     class Torn:
@@ -180,7 +180,7 @@ def test_half_a_row_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
         patch.setattr(csv, "writer", Torn)
-        runfolder.append_metrics(tmp_path, [["2"] * 7])
+        runfolder.append_metrics(tmp_path, [dict.fromkeys("abcdefg", "2")])
     assert (tmp_path / METRICS).read_text() == before
 
 

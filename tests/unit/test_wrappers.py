@@ -76,7 +76,7 @@ def run(job: Job, resume: Path | None = None, size: int = 3) -> list[Result]:
     return World(size).run(lambda comm: helpers.quiet_train(comm, job, resume=resume))
 
 
-AGREE = {
+AGREE: dict[str, helpers.Tables] = {
     "shared": {"name": "all_reduce"},
     "overlap": {"name": "all_reduce", "exchange": "message", "overlap": True, "bucket_mb": 0.0005},
     "server": {"name": "parameter_server", "mode": "sync"},
@@ -161,7 +161,9 @@ def on_meta() -> nn.Module:
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "meta": (on_meta, "scale is on the meta device, so it has no values"),
-    "a layer on meta": (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")), "1.weight is on the meta"),
+    "a layer on meta": (
+        lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")), "1.weight is on the meta"
+    ),
     "data parallel": (lambda: nn.DataParallel(Net()), "it is a DataParallel, which spreads the model by itself"),
     "inside": (lambda: nn.Sequential(nn.DataParallel(Net())), "layer 0 of it is a DataParallel"),
 }  # fmt: skip
