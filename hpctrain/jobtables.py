@@ -258,7 +258,6 @@ class Train(Table):
     evaluate_batch: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
         default=None,
         description="samples per worker and forward pass in evaluations; left out: train.batch_size",
-        json_schema_extra={"default": "train.batch_size"},
     )
     checkpoint_every: Amount | None = Field(
         default=None,

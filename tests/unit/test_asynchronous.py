@@ -267,7 +267,7 @@ def test_an_evaluation_is_of_one_snapshot_at_an_exact_sample(tmp_path: Path, ser
     keys, alone = SERVERS[servers]
     job = helpers.make_job(
         tmp_path, model=Watched, data={"name": (helpers.points(), helpers.points(20)), "queue": queue},
-        strategy=served(mode, **keys), train={"epochs": 4},
+        strategy=served(mode, **keys), train={"epochs": 4, "evaluate_batch": 20},
     )  # fmt: skip
     results = World(3 + alone, compute=jitter()).run(lambda comm: helpers.quiet_train(comm, job))
     watched: list[Any] = [result.model for result in results]
