@@ -345,7 +345,7 @@ class Signals:
     def stepped(self) -> None:
         pass
 
-    def heed(self) -> None:
+    def saving(self) -> None:
         pass
 
 

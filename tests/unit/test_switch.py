@@ -474,7 +474,7 @@ class Signals:
     def stepped(self) -> None:
         pass
 
-    def heed(self) -> None:
+    def saving(self) -> None:
         pass
 
     def say(self, text: str) -> None:
