@@ -449,8 +449,12 @@ class Session:
         return self._heed(outcome) if outcome.ask else False
 
     def _tick(self) -> None:
-        """This rank works: it has taken a step, or served one."""
+        """This rank has taken a step, or served one."""
         self.tracing.tick()
+        self._works()
+
+    def _works(self) -> None:
+        """This rank is not stuck."""
         if self._signals is not None:
             self._signals.stepped()
 
@@ -460,8 +464,7 @@ class Session:
             self._signals.saving()
 
     def _move_measured(self, batch: Batch) -> Batch:
-        if self._signals is not None:
-            self._signals.stepped()
+        self._works()
         return self.prepared.move(batch)
 
     def _updates_until(self, outcome: Outcome) -> int:
@@ -533,6 +536,7 @@ class Session:
 
     def _measure(self, comm: Communicator, name: str, dataset: Any) -> tuple[float, float]:
         prepared, books = self.prepared, self.books
+        self._works()  # the checkpoint before, if there was one, is written
         with comm.span("evaluate"), self.replica.averaged_buffers(comm):
             loss, metric = evaluate(
                 self.model, dataset, prepared.loss, prepared.metric, comm, 256, self._move_measured, prepared.autocast
@@ -560,7 +564,6 @@ class Session:
     # -- the end ---------------------------------------------------------------------------------------------
     def _finish(self, phase: Phase) -> None:
         """Test, save the model, tell. Collective over all ranks."""
-        self._saving()
         metrics: dict[str, float] = {}
         interrupted, splits = self._interrupted, self.prepared.splits
         name, dataset = ("test", splits.test) if splits.test is not None else ("validation", splits.validation)
