@@ -568,8 +568,12 @@ class Session:
             self.out.say(f"warning: {text}")
 
     def _tick(self) -> None:
-        """This rank works: it has taken a step, or served one."""
+        """This rank has taken a step, or served one."""
         self.tracing.tick()
+        self._works()
+
+    def _works(self) -> None:
+        """This rank is not stuck."""
         if self._signals is not None:
             self._signals.stepped()
 
@@ -579,8 +583,7 @@ class Session:
             self._signals.saving()
 
     def _move_measured(self, batch: Batch) -> Batch:
-        if self._signals is not None:
-            self._signals.stepped()
+        self._works()
         return self.prepared.move(batch)
 
     def _updates_until(self, outcome: Outcome) -> int:
@@ -670,6 +673,7 @@ class Session:
     ) -> Evaluation:
         """What an evaluation finds, with all ranks' `buffers` as they are to be. Collective over the workers."""
         prepared, books = self.prepared, self.books
+        self._works()  # the checkpoint before, if there was one, is written
         with comm.span("evaluate"), buffers:
             found = evaluate(
                 self.model, dataset, prepared.loss, prepared.metric, comm, self.job.train.evaluation_batch,

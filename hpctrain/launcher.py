@@ -27,7 +27,8 @@ from typing import IO, Any, Literal
 from hpctrain.errors import ClusterError
 from hpctrain.interrupt import STOPPING
 from hpctrain.noise import NoiseFilter
-from hpctrain.rankwatch import MARK, RankWatch, environments, living, verdict
+from hpctrain.rankwatch import MARK as MARK
+from hpctrain.rankwatch import RankWatch, environments, living, verdict
 
 Kind = Literal["mpich", "openmpi", "intel", "other"]
 GRACE = 10.0  # seconds between asking the ranks to stop and killing them, unless they say that they are about to
@@ -40,7 +41,7 @@ FOREIGN = re.compile(
     r"|OMPI_MCA_(initial_wdir|num_procs)"
 )
 HYDRA_FILE = re.compile(r"hydra_hwloc_xmlfile_")
-SHARED_MEMORY = re.compile(r"mpich_shm_|sm_segment\.|vader_segment\.|psm[23]?_shm|ucx_shm_|Intel_MPI_")
+SHARED_MEMORY = re.compile(r"mpich_(shm|shar)_|sm_segment\.|vader_segment\.|psm[23]?_shm|ucx_shm_|Intel_MPI_")
 PROBE = """
 import json, mpi4py
 mpi4py.rc(initialize=False, finalize=False)
@@ -314,7 +315,8 @@ class _Job:
             _say("the ranks had not stopped yet and were killed")
             return 128 + signal.SIGKILL
         status = self.process.returncode
-        early = (signal.SIGUSR1, -signal.SIGUSR1, 128 + signal.SIGUSR1)
+        usr1, kill = signal.SIGUSR1, signal.SIGKILL
+        early = (usr1, -usr1, 128 + usr1, usr1 | kill)  # hydra makes one status of those of all ranks, by OR
         if self.deadline.asked is not None and status in early:  # ended before the ranks could heed the signal
             return 128 + signal.SIGINT
         return 128 - status if status < 0 else status

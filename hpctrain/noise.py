@@ -94,8 +94,9 @@ class NoiseFilter:
             return
         (rank, pid, host, other), self._who = self._who.groups(), None
         value = int(number[1] or number[2]) if number is not None else 0
-        known = (int(rank), int(pid)) if rank is not None else (None, None)
-        self.told.append(Told(*known, (host or other).decode(), value))
+        host = (host or other).decode()
+        one = Told(int(rank), int(pid), host, value) if rank is not None else Told(None, None, host, value)
+        self.told.append(one)
 
 
 def ended_by(where: str, number: int) -> str:

@@ -63,6 +63,16 @@ class Raising(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return self.points[index]
 
 
+class Blocking(Raising):
+    """Never returns from sample 17."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if index == 17:
+            Path(self.said).touch()
+            time.sleep(1000)
+        return self.points[index]
+
+
 def frozen() -> torch.nn.Module:
     """Nothing to train."""
     return torch.nn.Linear(7, 3).requires_grad_(False)

@@ -415,6 +415,24 @@ def test_ctrl_c(start: Start, mpi: launcher.Mpi, tmp_path: Path, plain: bool) ->
     assert (folder / "model.safetensors").exists()
 
 
+def test_a_rank_stuck_in_user_code_does_not_outlive_a_stop_signal(tmp_path: Path) -> None:
+    """Here the only one, without a launcher. It says for how long it has waited: as long as the job allows."""
+    said = tmp_path / "said"
+    data = ["data.name=tests.helpers_mpi:Blocking", f"data.said={said}", "data.shuffle=false", "train.stop_seconds=1"]
+    started = Started(tmp_path, [*TRAIN, str(write_job(tmp_path)), *data])
+    try:
+        deadline = time.monotonic() + 60
+        while not said.exists():
+            assert started.process.poll() is None, started.err
+            assert time.monotonic() < deadline, started.err
+            time.sleep(0.05)
+        started.process.send_signal(signal.SIGTERM)
+        assert started.end(20) == 128 + signal.SIGTERM
+        assert "hpctrain: rank 0 ends itself: SIGTERM came 1 s ago, and no step has ended" in started.err
+    finally:
+        started.clear()
+
+
 def _rounds(cursor: int) -> int:
     """Of two workers with 6 samples each, on 103 samples: 9 in an epoch."""
     epochs, rest = divmod(cursor, 103)

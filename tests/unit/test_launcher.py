@@ -240,9 +240,9 @@ class TestNoiseFilter:
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="this system keeps no shared memory in /dev/shm")
 class TestLeftovers:
-    @pytest.fixture
-    def path(self) -> Iterator[Path]:
-        path = Path(f"/dev/shm/mpich_shm_test{os.getpid()}_{time.monotonic_ns()}")
+    @pytest.fixture(params=["mpich_shm_", "mpich_shar_tmp"])
+    def path(self, request: pytest.FixtureRequest) -> Iterator[Path]:
+        path = Path(f"/dev/shm/{request.param}test{os.getpid()}_{time.monotonic_ns()}")
         path.write_bytes(b"\0" * mmap.PAGESIZE)
         yield path
         path.unlink(missing_ok=True)
