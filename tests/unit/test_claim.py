@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -271,7 +271,12 @@ def test_every_key_of_the_tables_exists():
 def test_the_command_line_says_what_to_resume(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """With the run's own job, named or not, changes are meant; with another job they are not."""
     seen: list[tuple[Job, Resume | None]] = []
-    monkeypatch.setattr("hpctrain.training.main", lambda load: seen.append(load()) or 0)
+
+    def train(load: Callable[[], tuple[Job, Resume | None]]) -> int:
+        seen.append(load())
+        return 0
+
+    monkeypatch.setattr("hpctrain.training.main", train)
     run = interrupted(job("seed=4"))
     for words, resume in (
         (["digits.toml"], None),

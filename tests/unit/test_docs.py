@@ -12,6 +12,7 @@ import torch
 from hpctrain.comm.virtual import World
 from hpctrain.job import Job
 from hpctrain.launch import train
+from hpctrain.resume import FIXED, FREE
 from hpctrain.runfolder import Narrator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,3 +37,8 @@ def test_the_strategy_of_the_architecture_page_trains(tmp_path: Path, monkeypatc
     parameters = [list(result.model.parameters()) for result in results]
     for other in parameters[1:]:
         assert all(torch.equal(a, b) for a, b in zip(parameters[0], other, strict=True))
+
+
+def test_the_page_on_runs_lists_what_may_change_and_what_may_not() -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*) \|$", (ROOT / "docs/runs.md").read_text(), re.MULTILINE)
+    assert rows == [*FREE.items(), *FIXED.items()]

@@ -577,24 +577,23 @@ def test_a_run_folder_is_used_by_one_run_at_a_time(tmp_path: Path):
     assert "run-lock" not in [t.name for t in threading.enumerate()]
 
 
-def test_a_run_that_was_taken_over_writes_no_more(tmp_path: Path):
+@pytest.mark.parametrize(("when", "kept"), [(2, 0), (7, 1)])  # before a checkpoint; before the end
+def test_a_run_that_was_taken_over_writes_no_more(tmp_path: Path, when: int, kept: int):
     """It stood still for so long that another process took its folder."""
     job = helpers.make_job(tmp_path, train={"checkpoint_every": {"steps": 4}})
 
-    def body(comm: Communicator, when: int) -> None:
+    def body(comm: Communicator) -> None:
         with session(job, comm, out=QUIET) as running:
             for count, batch in enumerate(running.batches()):
                 if count == when and comm.rank == 0:
                     leave(running.folder, pid=4711)
                 running.step(running.loss(running.model(batch.inputs), batch.targets))
 
-    for when, kept in ((2, 0), (7, 1)):  # before a checkpoint; before the end
-        with pytest.raises(RunInUseError, match="has been taken over by process 4711"):
-            World(2).run(lambda comm, when=when: body(comm, when))
-        [folder] = [path for path in tmp_path.iterdir() if (path / "run.lock").exists()]
-        assert len(list(folder.glob("checkpoints/*"))) == kept
-        assert not (folder / "model.safetensors").exists()
-        (folder / "run.lock").unlink()
+    with pytest.raises(RunInUseError, match="has been taken over by process 4711"):
+        World(2).run(body)
+    [folder] = tmp_path.iterdir()
+    assert len(list(folder.glob("checkpoints/*"))) == kept
+    assert not (folder / "model.safetensors").exists()
 
 
 def test_overrides_are_told_in_the_first_line(tmp_path: Path):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
@@ -129,12 +129,19 @@ def test_a_takeover_that_goes_on_is_left_alone(tmp_path: Path):
     other.unlink()
 
 
+def _late(inner: Callable[..., Any], rng: random.Random) -> Callable[..., Any]:
+    def later(*arguments: Any) -> Any:
+        time.sleep(rng.random() * 2e-3)
+        return inner(*arguments)
+
+    return later
+
+
 def _contend(folder: Path, rounds: int, barrier: Barrier, won: Queue[tuple[int, str]]) -> None:
     """Try for the lock in every round; pauses at random shake up who does what when."""
     rng = random.Random(os.getpid())
     for name in ("_read", "_link", "_put"):
-        inner = getattr(runlock, name)
-        setattr(runlock, name, lambda *a, inner=inner: (time.sleep(rng.random() * 2e-3), inner(*a))[1])
+        setattr(runlock, name, _late(getattr(runlock, name), rng))
     for index in range(rounds):
         barrier.wait(60)
         lock = None
