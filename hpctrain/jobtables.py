@@ -62,7 +62,7 @@ class Data(Named):
     """What it is trained on, and how samples reach the workers."""
 
     KIND = "dataset"
-    KEPT = ("validation", "queue", "shuffle", "prefetch", "threads", "augment")
+    KEPT = ("validation", "queue", "shuffle", "last", "prefetch", "threads", "augment")
     name: str = Field(default="digits", description="the data set; further keys are its function's keyword arguments")
     validation: Share = Field(default=0.0, description="share of the training samples held back for validation")
     queue: Literal["auto", "static", "shared"] = Field(
@@ -71,6 +71,11 @@ class Data(Named):
         "for all, from which a slow worker takes fewer; auto: shared. Synchronous phases deal out every round",
     )
     shuffle: bool = Field(default=True, description="another order of the samples in every epoch, drawn from the seed")
+    last: Literal["keep", "drop"] = Field(
+        default="keep",
+        description="the samples that are left for the last round of an epoch, fewer than the others have. keep: a "
+        "smaller round; drop: an epoch ends before them (with shuffle they are others in every epoch)",
+    )
     prefetch: Annotated[int, Field(ge=0, le=1024)] = Field(default=2, description="batches fetched ahead of their use")
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(
         default=1,

@@ -23,6 +23,7 @@ from hpctrain.data.splits import Splits, load_data, make_order
 from hpctrain.errors import ClusterError, DataError, JobError, ModelError
 from hpctrain.job import Job
 from hpctrain.jobtables import Enter
+from hpctrain.lastround import check_batchnorm, whole_rounds
 from hpctrain.optimizer import OptimizerChoice
 from hpctrain.precision import bring
 from hpctrain.replica import Replica
@@ -178,6 +179,9 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     _check_strategies(job, norms is not None, optimizer)
     order = make_order(splits.train, job.seed, job.data.shuffle)
     batch = job.train.batch_size * job.train.accumulate
+    if job.data.last == "drop":
+        whole = whole_rounds(order.length, batch * max(len(each.workers) for each in roles))
+        order = Order(whole, job.seed, order.shuffle, of=order.length)
     epoch = order.length
     if epoch is None and job.train.steps is None:
         raise DataError(
@@ -197,6 +201,7 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
         norms,
     )  # fmt: skip
     _check_schedule(prepared)
+    check_batchnorm(prepared)
     return prepared
 
 

@@ -34,6 +34,7 @@ FIXED = {
     "seed": "the order of its samples is drawn from it",
     "data.name": "its place is counted in that data set's samples",
     "data.validation": "the samples that were held back would be others",
+    "data.last": "its epochs are that long",
     "data.shuffle": "the order of its samples depends on it",
     "metric": "metrics.csv and the best value so far are of that metric",
 }

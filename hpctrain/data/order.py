@@ -22,13 +22,15 @@ class Order:
 
     `length` is None for a stream that has not told its length and has not been read to its end yet (see
     `learn`): until then there is one epoch without end. Streams keep their own order, so `shuffle` is of no
-    effect on them. `common`: whether all ranks are known to have this length.
+    effect on them. `of`: samples to choose from, where an epoch leaves some out: the order's first `length` of them.
+    `common`: whether all ranks are known to have this length.
     """
 
-    def __init__(self, length: int | None, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(self, length: int | None, seed: int = 0, shuffle: bool = True, of: int | None = None) -> None:
         if length is not None and length < 1:
             raise ValueError(f"an order of {length} samples")
         self.length = length
+        self._of = of
         self.common = length is not None
         self.seed = seed
         self.shuffle = shuffle
@@ -72,7 +74,9 @@ class Order:
                     len(self._permutations) > 1
                 ):  # the epoch before is still fetched from at an epoch's start
                     del self._permutations[min(self._permutations)]
-                self._permutations[epoch] = permutation(self.length or 0, self.seed, epoch)
+                self._permutations[epoch] = permutation(self._of or self.length or 0, self.seed, epoch)[
+                    : self.length
+                ]
             return self._permutations[epoch]
 
 
