@@ -1,5 +1,4 @@
-"""The last round of an epoch, which is smaller than the others: how many samples it leaves a worker, and for whom one is
-too few."""
+"""The last round of an epoch, smaller than the others: what it leaves a worker, and where that is too little."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ def check_batchnorm(prepared: Prepared) -> None:
 
     Raises ModelError. Not collective: all ranks find the same.
     """
-    layers = {
+    layers: dict[nn.Module, str] = {
         module: name
         for name, module in prepared.model.named_modules()
         if isinstance(module, _BatchNorm) and module.training and not isinstance(module, Synchronised)
@@ -52,14 +51,14 @@ def check_batchnorm(prepared: Prepared) -> None:
         share = f"{prepared.epoch % size} of them" if prepared.epoch % size else "them"
         raise ModelError(
             f"layer {layers[layer]} is batch norm over a worker's own samples, and cannot be trained on a single one: "
-            f"an epoch of {prepared.epoch} samples in rounds of {size} leaves a worker one sample of {share} in its last "
-            'round; set data.last = "drop", choose another train.batch_size, or (where workers step together) set '
+            f"an epoch of {prepared.epoch} samples in rounds of {size} leaves a worker one sample of {share} in its "
+            'last round; set data.last = "drop", choose another train.batch_size, or (where workers step together) set '
             "train.sync_batchnorm = true"
         )
 
 
 def _round_with_one(prepared: Prepared) -> int:
-    """The size of a phase's rounds whose last, which the run comes to, gives some worker a micro-batch of one; else 0."""
+    """The size of a phase's rounds whose last one, if the run comes to it, gives a worker a micro-batch of 1; or 0."""
     own, epoch = prepared.job.train.batch_size, prepared.epoch
     for index, roles in enumerate(prepared.roles):
         together = prepared.strategy(index).needs.lockstep or prepared.job.data.queue == "static"
@@ -75,7 +74,7 @@ def _round_with_one(prepared: Prepared) -> int:
     return 0
 
 
-def _starved(prepared: Prepared, layers: dict[_BatchNorm, str]) -> nn.Module | None:
+def _starved(prepared: Prepared, layers: dict[nn.Module, str]) -> nn.Module | None:
     """The first layer that gets one value per channel of one sample; None if none does, or the model takes no sample by
     itself. Leaves model and generators as they were."""
     found: list[nn.Module] = []

@@ -65,7 +65,7 @@ class Untrained:
         self.model = model
         self._given = dict(policies or {})
         self._frozen = [name for name, p in named_parameters(model) if not p.requires_grad]
-        places = [(path, name) for path, module in model.named_modules() for name in module._buffers]
+        places = [(path, name) for path, module in model.named_modules() for name, _ in module._buffers.items()]
         names = [plain_name(_join(path, name)) for path, name in places]
         for pattern in self._given:
             if pattern != OTHERS and not any(fnmatchcase(name, pattern) for name in names):
@@ -137,7 +137,8 @@ class Untrained:
     def _find(self, name: str) -> Tensor | None:
         path, _, last = name.rpartition(".")
         module = self._module(path)
-        return module._buffers[last] if last in module._buffers else module._parameters.get(last)
+        own = module._buffers if last in module._buffers else module._parameters  # no dictionaries in scripted modules
+        return own[last] if last in own else None  # noqa: SIM401
 
     def _places(self, name: str, buffer: Tensor | None) -> list[tuple[nn.Module, str]]:
         """Under all names that it has: the module, and its name there."""
@@ -148,7 +149,9 @@ class Untrained:
 
     def _module(self, path: str) -> nn.Module:
         """By its plain name; inside what torch.compile made of it."""
-        module = self.model.get_submodule(path)
+        module = self.model
+        for part in path.split(".") if path else []:
+            module = getattr(module, part)  # scripted modules have no get_submodule
         while "_orig_mod" in module._modules:
             module = module.get_submodule("_orig_mod")
         return module

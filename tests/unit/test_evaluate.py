@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,15 @@ def test_tokens_that_do_not_count_have_no_weight_in_the_accuracy() -> None:
     wanted = float((outputs.argmax(1) == targets)[counted].double().mean())
     job = Job()
     metric = metrics.bind(job.metric, losses.bind(job.loss, torch.device("cpu")))
+
+    def by_batches(comm: Communicator, batch_size: int) -> Any:
+        given = TensorDataset(outputs, targets)
+        return evaluate(
+            nn.Identity(), given, mse_of_first, metric, comm, batch_size, lambda batch: batch, nullcontext
+        )
+
     for ranks, batch_size in [(1, 1), (1, 23), (3, 2), (4, 5)]:
-        found = World(ranks).run(
-            lambda comm, size=batch_size: evaluate(
-                nn.Identity(), TensorDataset(outputs, targets), mse_of_first, metric, comm, size, lambda batch: batch,
-                nullcontext,
-            )
-        )  # fmt: skip
+        found = World(ranks).run(partial(by_batches, batch_size=batch_size))
         assert [evaluation.metric for evaluation in found] == [pytest.approx(wanted, rel=1e-15)] * ranks
 
 
@@ -212,7 +215,7 @@ def test_evaluations_are_in_batches_of_the_trainings_size_or_of_a_keys(tmp_path:
     data = helpers.points()
     for train, sizes in [(keys, [30, 30, 30, 13]), ({**keys, "evaluate_batch": None}, [4] * 25 + [3])]:
         job = helpers.make_job(tmp_path, model=LastOf, data=(data, data), train=train)
-        result = World(1).run(lambda comm, job=job: helpers.quiet_train(comm, job))[0]
+        result = World(1).run(partial(helpers.quiet_train, job=job))[0]
         assert result.model.seen == sizes
 
 

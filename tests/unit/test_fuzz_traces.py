@@ -404,6 +404,19 @@ def test_a_number_of_rows_or_ranks_that_cannot_be_costs_no_memory_and_no_time(or
         tracemalloc.stop()
 
 
+def test_a_run_that_claims_a_million_ranks_has_no_matrix_of_them(originals, tmp_path):
+    shutil.copytree(originals[0], tmp_path / "run")
+    for rank in range(SIZE):
+        with h5py.File(trace_path(tmp_path / "run", rank), "r+") as file:
+            file.attrs["size"] = 10**6
+    analysis = analyse(tmp_path / "run")
+    for make in (analysis.waiting_matrix, lambda: import_module("hpctrain.figures.communication").draw(analysis)):
+        with pytest.raises(HpctrainError, match=r"a matrix of 1,000,000 ranks is too large"):
+            make()
+    assert "ranks 3-999999 of 1000000: no trace file" in format_totals(analysis.run)
+    assert Watcher(tmp_path / "run").look().notes == ("no trace file yet of ranks 3-999999",)
+
+
 def test_a_damaged_measurement_of_the_clock_moves_no_time(originals, tmp_path):
     shutil.copytree(originals[0], tmp_path / "run")
     set_rows(trace_path(tmp_path / "run", 1), "clock", 1, offset_ns=-(2**62))

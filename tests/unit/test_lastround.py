@@ -33,7 +33,8 @@ def run(tmp_path: Path, samples: int, size: int = 2, **tables: Any) -> list[Any]
     """Micro-batches of 4."""
     tables = {"model": "tests.unit.test_lastround:normed", **tables}
     keys = {"epochs": 2, "batch_size": 4, **tables.pop("train", {})}
-    job = helpers.make_job(tmp_path, data={"name": helpers.points(samples), **tables.pop("data", {})}, train=keys, **tables)
+    data = {"name": helpers.points(samples), **tables.pop("data", {})}
+    job = helpers.make_job(tmp_path, data=data, train=keys, **tables)
     return World(size).run(lambda comm: helpers.quiet_train(comm, job))
 
 
@@ -52,7 +53,7 @@ def run(tmp_path: Path, samples: int, size: int = 2, **tables: Any) -> list[Any]
 def test_batch_norm_that_would_get_one_sample_is_refused_before_training(
     tmp_path: Path, samples: int, tables: dict[str, Any]
 ):
-    with pytest.raises(ModelError, match=r'layer 1 is batch norm .* data.last = "drop", choose another train.batch_size'):
+    with pytest.raises(ModelError, match=r'layer 1 is batch norm .* data.last = "drop", choose another train.batch'):
         run(tmp_path, samples, **tables)
     assert not list(tmp_path.iterdir())
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hpctrain import keeper, replica
+from hpctrain import keeper, replica, untrained
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.errors import ModelError
@@ -107,10 +107,10 @@ def test_checkpoints_by_the_names_of_older_versions(
     job = job_of(tmp_path, "partly_compiled", AGREE["shared"]).override([f"optimizer.name={optimizer['name']}"])
     whole = run(job)[0]
     with monkeypatch.context() as older:
-        older.setattr(replica, "named_parameters", lambda model: model.named_parameters())
-        older.setattr(replica, "plain_name", lambda name: name)
-        older.setattr(keeper, "named_parameters", lambda model: model.named_parameters())
-        older.setattr(keeper, "plain_name", lambda name: name)
+        for module in (replica, untrained, keeper):
+            older.setattr(module, "named_parameters", lambda model: model.named_parameters())
+        for module in (untrained, keeper):
+            older.setattr(module, "plain_name", lambda name: name)
         old = run(job)[0]
     assert b"first._orig_mod.0.weight" in next((old.folder / "checkpoints").iterdir()).read_bytes()
     helpers.forget_after(old.folder, 1)
