@@ -560,6 +560,8 @@ class Session:
         with self._phase.workers.span("checkpoint"), self._strategy.settled():
             account = {**self._account(), "ending": ending}
             self.keeper.save(self._phase, self._strategy.state(), account, self.books.cursor)
+        if self.comm.rank == 0 and not self._interrupted:
+            self._works()  # it has written; the others may have to wait for that still
 
     # -- the end ---------------------------------------------------------------------------------------------
     def _finish(self, phase: Phase) -> None:
