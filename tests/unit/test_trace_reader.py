@@ -336,7 +336,7 @@ def test_no_more_is_held_in_memory_than_is_asked_for(tmp_path):
 
 
 def test_entries_of_a_metric_may_be_nan_where_the_metric_may_not(tmp_path: Path) -> None:
-    TraceWriter(tmp_path, 0)
+    write(tmp_path, ranks=1, steps=1)
     (tmp_path / "metrics.csv").write_text("step,split,loss,metric,metric.f1\n1,test,2,0.5,nan\n2,test,1,nan,0.5\n")
     run = open_run(tmp_path)
     assert run.metrics()["step"].tolist() == [1]
