@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hpctrain.errors import TraceError
 from hpctrain.trace.schema import KINDS, Kind, is_communication
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 Rows = np.ndarray[Any, Any]
 UNKNOWN = -1
 UNTRACED = "nothing traced"
+MOST_RANKS = 5000  # of a matrix: 200 MB
 HOPS = 4  # of a chain of ranks that wait for each other
 COLUMNS = ["phase", "step", "rank", "lane", "start_ns", "end_ns", "seconds", "peer", "root", "doing"]
 
@@ -41,11 +43,21 @@ def attribute(course: Course) -> pd.DataFrame:
 
 
 def matrix(waits: pd.DataFrame, size: int, phase: int | None = None) -> pd.DataFrame:
-    """Seconds: rows are the ranks that waited, columns those waited for in the end (-1: unknown)."""
+    """Seconds: rows are the ranks that waited, columns those waited for in the end (-1: unknown).
+
+    Raises TraceError for more ranks than a matrix can be held of.
+    """
+    check_matrix(size)
     chosen = waits if phase is None else waits[waits["phase"] == phase]
     table = chosen.pivot_table(index="rank", columns="root", values="seconds", aggfunc="sum", fill_value=0.0)
     columns = [*range(size), *([UNKNOWN] if UNKNOWN in table.columns else [])]
     return table.reindex(index=range(size), columns=columns, fill_value=0.0)
+
+
+def check_matrix(ranks: int) -> None:
+    """Raises TraceError if a matrix of so many ranks is too large: a damaged file may claim a million."""
+    if ranks > MOST_RANKS:
+        raise TraceError(f"a matrix of {ranks:,} ranks is too large; there are none of more than {MOST_RANKS:,}")
 
 
 # -- who was waited for --------------------------------------------------------------------------------------------

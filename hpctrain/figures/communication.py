@@ -14,6 +14,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from hpctrain.analysis import Analysis
+from hpctrain.analysis.waiting import check_matrix
 from hpctrain.figures import NothingToShow
 from hpctrain.figures.script import main
 from hpctrain.figures.style import BLUE, VERMILLION, in_unit, legend, new_figure, short
@@ -25,6 +26,7 @@ def draw(analysis: Analysis) -> Figure:
     if traffic.empty or not traffic["bytes"].sum() > 0:
         raise NothingToShow("no rank sent anything")
     ranks = analysis.run.size
+    check_matrix(ranks)
     size = float(np.clip(2.5 + 0.3 * ranks, 4.0, 8.0))
     pairs, links = traffic[(traffic["destination"] >= 0) & (traffic["bytes_per_s"] > 0)], analysis.links
     if pairs.empty and links.empty:  # no message was timed, nor a link measured

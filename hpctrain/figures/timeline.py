@@ -44,6 +44,8 @@ def draw(analysis: Analysis) -> Figure:
     events = run.events()
     start, end = run.start_ns, max(int(phases["end_ns"].max()), int(events["t_ns"].max()) if len(events) else 0)
     shares = dict(sorted(kind_shares(run, start, end, COLUMNS).items()))
+    if not shares:
+        raise NothingToShow("no spans were recorded, so there is no timeline")
     used = [kind for kind in KIND_COLOURS if any(found[KINDS.index(kind)].any() for found in shares.values())]
     palette = np.array([to_rgb(KIND_COLOURS[kind]) for kind in KINDS] + [(1.0, 1.0, 1.0)])
     height = max(6, 240 // len(shares))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpctrain.cluster import Role
 from hpctrain.errors import HpctrainError, TraceError
 from hpctrain.filenames import JOB
 from hpctrain.job import Job
@@ -38,7 +39,8 @@ class Plan:
             roles = roles_of(self.job, nodes)[phase]
         except HpctrainError:
             return {}
-        return {rank: roles.of(rank).value for rank in range(len(nodes))}
+        known = dict.fromkeys(roles.servers, Role.SERVER) | dict.fromkeys(roles.workers, Role.WORKER)  # as `Roles.of`
+        return {rank: role.value for rank, role in known.items()}
 
     def total(self, epoch: int, workers: int) -> int | None:
         """Samples of the whole run, of `epoch` per epoch; `workers`: of its first phase. None if unknown."""

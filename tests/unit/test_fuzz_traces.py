@@ -130,12 +130,19 @@ def change_rows(dice: random.Random, path: Path) -> None:
     """Some values of columns, or all of one."""
     name = dice.choice(["spans"] * 4 + ["steps"] * 3 + list(TABLES))
     with h5py.File(path, "r+") as file:
-        rows = file[name][:]
+        rows = _few(file[name])
         for _ in range(dice.choice([1, 2, 5, 20])):
             column = dice.choice(rows.dtype.names)
             place = dice.choice([slice(None), *(dice.randrange(len(rows)) for _ in range(5))])
             rows[column][place] = _odd(dice, rows.dtype[column], rows[column])
         file[name][:] = rows
+
+
+def _few(table: Any) -> Any:
+    """Its rows, unless an earlier damage has made it claim very many."""
+    if len(table) > 10_000:
+        raise ValueError("too many rows")
+    return table[:]
 
 
 def _odd(dice: random.Random, dtype: Any, column: Any) -> Any:
@@ -150,7 +157,7 @@ def _odd(dice: random.Random, dtype: Any, column: Any) -> Any:
 def shuffle_rows(dice: random.Random, path: Path) -> None:
     name = dice.choice(list(TABLES))
     with h5py.File(path, "r+") as file:
-        rows = file[name][:]
+        rows = _few(file[name])
         order = [dice.randrange(len(rows)) for _ in rows] if dice.random() < 0.5 else list(range(len(rows)))[::-1]
         file[name][:] = rows[order]
 
@@ -221,13 +228,14 @@ def damage_text(dice: random.Random, path: Path) -> None:
 
 def replace_file(dice: random.Random, path: Path) -> None:
     """By a folder, a link to nowhere, another rank's file ..."""
+    other = trace_path(path.parent.parent, 0)
     path.unlink()
     dice.choice([
         lambda: None,
         path.mkdir,
         lambda: path.symlink_to("/nowhere"),
         lambda: path.symlink_to("/dev/zero"),
-        lambda: shutil.copyfile(trace_path(path.parent.parent, 0), path) if path.parent.name == "trace" else None,
+        lambda: shutil.copyfile(other, path) if other.is_file() else None,
     ])()  # fmt: skip
 
 
@@ -244,6 +252,8 @@ def damage(dice: random.Random, folder: Path) -> list[str]:
             path, how = folder / dice.choice(["metrics.csv", "job.toml"]), dice.choice(TO_TEXTS)
         else:
             path, how = dice.choice(sorted((folder / "trace").glob("rank_*.h5"))), dice.choice(TO_TRACES)
+        if not path.is_file():  # replaced already: a device would be read for ever
+            continue
         try:
             how(dice, path)
             done.append(f"{how.__name__} {path.name}")
@@ -402,6 +412,19 @@ def test_a_number_of_rows_or_ranks_that_cannot_be_costs_no_memory_and_no_time(or
         assert tracemalloc.get_traced_memory()[1] < 100e6
     finally:
         tracemalloc.stop()
+
+
+def test_a_run_that_claims_a_million_ranks_has_no_matrix_of_them(originals, tmp_path):
+    shutil.copytree(originals[0], tmp_path / "run")
+    for rank in range(SIZE):
+        with h5py.File(trace_path(tmp_path / "run", rank), "r+") as file:
+            file.attrs["size"] = 10**6
+    analysis = analyse(tmp_path / "run")
+    for make in (analysis.waiting_matrix, lambda: import_module("hpctrain.figures.communication").draw(analysis)):
+        with pytest.raises(HpctrainError, match=r"a matrix of 1,000,000 ranks is too large"):
+            make()
+    assert "ranks 3-999999 of 1000000: no trace file" in format_totals(analysis.run)
+    assert Watcher(tmp_path / "run").look().notes == ("no trace file yet of ranks 3-999999",)
 
 
 def test_a_damaged_measurement_of_the_clock_moves_no_time(originals, tmp_path):
