@@ -130,12 +130,19 @@ def change_rows(dice: random.Random, path: Path) -> None:
     """Some values of columns, or all of one."""
     name = dice.choice(["spans"] * 4 + ["steps"] * 3 + list(TABLES))
     with h5py.File(path, "r+") as file:
-        rows = file[name][:]
+        rows = _few(file[name])
         for _ in range(dice.choice([1, 2, 5, 20])):
             column = dice.choice(rows.dtype.names)
             place = dice.choice([slice(None), *(dice.randrange(len(rows)) for _ in range(5))])
             rows[column][place] = _odd(dice, rows.dtype[column], rows[column])
         file[name][:] = rows
+
+
+def _few(table: Any) -> Any:
+    """Its rows, unless an earlier damage has made it claim very many."""
+    if len(table) > 10_000:
+        raise ValueError("too many rows")
+    return table[:]
 
 
 def _odd(dice: random.Random, dtype: Any, column: Any) -> Any:
@@ -150,7 +157,7 @@ def _odd(dice: random.Random, dtype: Any, column: Any) -> Any:
 def shuffle_rows(dice: random.Random, path: Path) -> None:
     name = dice.choice(list(TABLES))
     with h5py.File(path, "r+") as file:
-        rows = file[name][:]
+        rows = _few(file[name])
         order = [dice.randrange(len(rows)) for _ in rows] if dice.random() < 0.5 else list(range(len(rows)))[::-1]
         file[name][:] = rows[order]
 
@@ -221,13 +228,14 @@ def damage_text(dice: random.Random, path: Path) -> None:
 
 def replace_file(dice: random.Random, path: Path) -> None:
     """By a folder, a link to nowhere, another rank's file ..."""
+    other = trace_path(path.parent.parent, 0)
     path.unlink()
     dice.choice([
         lambda: None,
         path.mkdir,
         lambda: path.symlink_to("/nowhere"),
         lambda: path.symlink_to("/dev/zero"),
-        lambda: shutil.copyfile(trace_path(path.parent.parent, 0), path) if path.parent.name == "trace" else None,
+        lambda: shutil.copyfile(other, path) if other.is_file() else None,
     ])()  # fmt: skip
 
 
@@ -244,6 +252,8 @@ def damage(dice: random.Random, folder: Path) -> list[str]:
             path, how = folder / dice.choice(["metrics.csv", "job.toml"]), dice.choice(TO_TEXTS)
         else:
             path, how = dice.choice(sorted((folder / "trace").glob("rank_*.h5"))), dice.choice(TO_TRACES)
+        if not path.is_file():  # replaced already: a device would be read for ever
+            continue
         try:
             how(dice, path)
             done.append(f"{how.__name__} {path.name}")
