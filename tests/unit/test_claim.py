@@ -144,7 +144,9 @@ def test_several_jobs_in_one_allocation_are_several_runs(folder: Path):
 def test_a_run_that_is_going_on_is_not_gone_on_with(folder: Path):
     """Nor does a second one begin beside it, checkpoint or none; a dead one's lock holds nobody up."""
     for checkpoint in (False, True):
-        mine = interrupted(job(), slurm(20)) if checkpoint else new_run(job(), slurm(20)).folder
+        claim = new_run(job(), slurm(20))
+        claim.release()
+        mine = interrupted(job(), slurm(20)) if checkpoint else claim.folder
         leave(mine, machine="n7", host="n7", pid=4711, slurm_job="20")
         for resume in (LATEST, Resume(mine)):
             if checkpoint or resume is LATEST:
