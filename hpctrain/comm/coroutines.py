@@ -1,19 +1,22 @@
 """Coroutines on a virtual clock: what virtual ranks run on. Deterministic, in one thread.
 
 A task runs until it must wait; then the next one that can, in the order in which they became able to. When none
-can, the clock goes on to the next event. What torch keeps per thread (grad mode, autocast, CPU random state) is
-kept per task.
+can, the clock goes on to the next event. What torch keeps per thread (grad mode, autocast) is kept per task, and so
+are the states of the global generators of torch (on the CPU), NumPy and Python, which a process has for itself under
+MPI. (But for half a pair of normal numbers that NumPy may hold: it is lost where another task goes on.)
 """
 
 from __future__ import annotations
 
 import heapq
+import random
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import greenlet
+import numpy as np
 
 
 class DeadlockError(RuntimeError):
@@ -61,13 +64,15 @@ class Scheduler:
         Raises the first exception of a task, or DeadlockError.
         """
         self._hub, self._dying = greenlet.getcurrent(), False
-        before = _torch_state(self._torch)
+        before, numpy = _torch_state(self._torch), np.random.get_state(legacy=False)
         tasks = [self.start(name, function) for name, function in courses]
         try:
             self._loop(tasks)
         finally:
             self._end()
             _restore_torch(self._torch, before)
+            if before is not None:
+                np.random.set_state(numpy)
         return [task.result for task in tasks]
 
     def start(self, name: str, function: Callable[[], Any], inside: int = 0) -> Task:
@@ -76,7 +81,7 @@ class Scheduler:
         task.glet = greenlet.greenlet(lambda: self._body(task, function), parent=self._hub)
         task.resume = lambda: self._start_from_hub(task)
         task.inside = inside
-        task.torch = _torch_state(self._torch)
+        task.torch = _torch_state(self._torch, own_numpy=True)
         self._tasks[task] = None
         self.wake(task)
         return task
@@ -199,18 +204,24 @@ def _describe(waits: Any) -> str:
     return str(waits)
 
 
-def _torch_state(torch: Any) -> tuple[Any, ...] | None:
+def _torch_state(torch: Any, own_numpy: bool = False) -> tuple[Any, ...] | None:
+    """With Python's and NumPy's; `own_numpy`: a generator that is in the state of NumPy's, in place of that itself."""
     if torch is None:
         return None
+    numpy = np.random.get_bit_generator()
+    if own_numpy:
+        state, numpy = numpy.state, type(numpy)()
+        numpy.state = state
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else None
-    return torch.is_grad_enabled(), autocast, dtype, torch.default_generator.get_state()
+    generators = torch.default_generator.get_state(), random.getstate(), numpy
+    return torch.is_grad_enabled(), autocast, dtype, generators
 
 
 def _restore_torch(torch: Any, state: tuple[Any, ...] | None) -> None:
     if torch is None or state is None:
         return
-    grad, autocast, dtype, random = state
+    grad, autocast, dtype, (random_torch, random_python, numpy) = state
     if torch.is_grad_enabled() != grad:
         torch._C._set_grad_enabled(grad)
     if autocast or torch.is_autocast_enabled("cpu"):
@@ -218,4 +229,7 @@ def _restore_torch(torch: Any, state: tuple[Any, ...] | None) -> None:
         torch.set_autocast_enabled("cpu", autocast)
         if dtype is not None:
             torch.set_autocast_dtype("cpu", dtype)
-    torch.default_generator.set_state(random)
+    torch.default_generator.set_state(random_torch)
+    random.setstate(random_python)
+    if np.random.get_bit_generator() is not numpy:
+        np.random.set_bit_generator(numpy)
