@@ -220,7 +220,7 @@ def test_a_stream_to_test_on_that_ends_elsewhere(tmp_path: Path) -> None:
         data = (helpers.points(24), Numbers(700 if comm.rank else 500))
         helpers.quiet_train(comm, helpers.make_job(tmp_path, data=data))
 
-    with pytest.raises(DataError, match=r"the stream ends after 500 samples on rank 0 and goes on after 512 samples"):
+    with pytest.raises(DataError, match=r"the stream ends after 500 samples on rank 0 and goes on after 504 samples"):
         World(2).run(body)
 
 
