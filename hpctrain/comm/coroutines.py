@@ -17,6 +17,7 @@ from typing import Any
 
 import greenlet
 import numpy as np
+from numpy.random import mtrand
 
 
 class DeadlockError(RuntimeError):
@@ -208,7 +209,7 @@ def _torch_state(torch: Any, own_numpy: bool = False) -> tuple[Any, ...] | None:
     """With Python's and NumPy's; `own_numpy`: a generator that is in the state of NumPy's, in place of that itself."""
     if torch is None:
         return None
-    numpy = np.random.get_bit_generator()
+    numpy = mtrand.get_bit_generator()
     if own_numpy:
         state, numpy = numpy.state, type(numpy)()
         numpy.state = state
@@ -231,5 +232,5 @@ def _restore_torch(torch: Any, state: tuple[Any, ...] | None) -> None:
             torch.set_autocast_dtype("cpu", dtype)
     torch.default_generator.set_state(random_torch)
     random.setstate(random_python)
-    if np.random.get_bit_generator() is not numpy:
-        np.random.set_bit_generator(numpy)
+    if mtrand.get_bit_generator() is not numpy:
+        mtrand.set_bit_generator(numpy)
