@@ -13,6 +13,8 @@ from hpctrain.bench.report import Sample, Table
 from hpctrain.bench.runs import quiet_session, random_samples
 from hpctrain.bench.workload import HIDDEN, MLP, RESNET, Load
 from hpctrain.comm.base import Communicator
+from hpctrain.data.loader import Batch
+from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
 from hpctrain.launch import Session
 from hpctrain.models.mlp import mlp
@@ -24,8 +26,8 @@ EARLY = 4  # pairs of turns that do not count
 WITHOUT, WITH, COST = "without, ms", "with, ms", "cost, %"
 # Steps of a turn times blocks: pairs of turns.
 LOADS = {
-    MLP: Load(lambda: mlp(784, 10, HIDDEN), (784,), 32, TURN, 400),
-    RESNET: Load(lambda: resnet18(), (3, 32, 32), 16, TURN, 60),
+    MLP: Load(lambda: mlp(784, 10, HIDDEN), (784,), 32, TURN, 250),
+    RESNET: Load(lambda: resnet18(), (3, 32, 32), 16, TURN, 40),
 }
 _CHECK = blocks._is_finite
 LIMITS = {MLP: 2.0, RESNET: 0.5}  # percent
@@ -79,10 +81,13 @@ def _pairs(comm: Communicator, load: Load) -> list[tuple[float, float]]:
     return pairs[EARLY:]
 
 
-def _turn(session: Session, batches: Iterator[object]) -> float:
+def _turn(session: Session, batches: Iterator[Batch]) -> float:
     start = time.perf_counter()
     for _ in range(TURN):
-        fit_batch(session, next(batches))  # type: ignore[arg-type]
+        batch = next(batches, None)
+        if batch is None:
+            raise HpctrainError("hpctrain bench checks: interrupted before all was measured; start it again")
+        fit_batch(session, batch)
     return (time.perf_counter() - start) / TURN
 
 
