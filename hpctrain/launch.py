@@ -748,7 +748,7 @@ class Session:
             self.keeper.settle_model(phase)
             for buffer in agreed(self.comm, self.keeper.check_model if self.comm.rank == 0 else list):
                 self.warn(f"buffer {buffer} of the saved model holds NaN")
-            self.keeper.save_model()  # first: should the test fail, the model is safe
+            agreed(self.comm, self.keeper.save_model)  # on the disk before a test that fails on any rank ends all
             if dataset is not None and phase.workers is not None:
                 metrics = self._measure(phase.workers, name, dataset, nullcontext()).plain()
             self._saving()

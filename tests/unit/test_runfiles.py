@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,14 @@ def failing_metric(outputs: torch.Tensor, targets: torch.Tensor) -> float:
     raise ZeroDivisionError("no metric")
 
 
-def test_a_test_that_fails_leaves_the_model(tmp_path: Path):
+def test_a_test_that_fails_leaves_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On whichever rank it fails, and however long rank 0 takes to write."""
+
+    def slowly(*args: Any) -> Path:
+        time.sleep(0.5)
+        return checkpoint.save_model(*args)
+
+    monkeypatch.setattr(keeper, "save_model", slowly)
     job = helpers.make_job(
         tmp_path, data=(helpers.points(), helpers.points(9)), metric="tests.unit.test_runfiles:failing_metric",
         train={"evaluate_every": {"fraction": 1}},
