@@ -242,7 +242,9 @@ def uneven_rounds(comm: Communicator, folder: Path | str, strategy: Tables, serv
     return difference(found, plain(job, comm.size - servers, Sometimes, some_count()))
 
 
-def resumed_bits(comm: Communicator, folder: Path | str, strategy: Tables, optimizer: Tables) -> None:
+def resumed_bits(
+    comm: Communicator, folder: Path | str, strategy: Tables, optimizer: Tables, **data: Any
+) -> None:
     """A run goes on from its checkpoint in mid-epoch: bit for bit the model of the uninterrupted one.
 
     Momentum or Adam, dropout, batch norm, augmentation, accumulation.
@@ -250,7 +252,7 @@ def resumed_bits(comm: Communicator, folder: Path | str, strategy: Tables, optim
     job = make_job(
         folder,
         model="tests.helpers:noisy_net",
-        data={"name": "tests.helpers:pictures", "augment": ["shift", "flip"]},
+        data={"name": "tests.helpers:pictures", "augment": ["shift", "flip"], **data},
         optimizer=optimizer,
         strategy=strategy,
         train={"steps": 9, "batch_size": 4, "accumulate": 2, "checkpoint_every": {"steps": 4}, "keep_checkpoints": 9},

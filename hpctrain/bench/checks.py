@@ -1,14 +1,16 @@
-"""What it costs to look whether gradients are finite: one training, by turns of steps with the check and without."""
+"""What checks cost: of gradients, in one training, by turns of steps with the check and without; and at the start."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import median
 
 import numpy as np
 
 from hpctrain import blocks
+from hpctrain.alike import check_alike, data_topic, job_topic, model_topic
 from hpctrain.bench.report import Sample, Table
 from hpctrain.bench.runs import quiet_session, random_samples
 from hpctrain.bench.workload import HIDDEN, MLP, RESNET, Load
@@ -23,6 +25,7 @@ from hpctrain.trainer import fit_batch
 
 TURN = 2  # steps
 EARLY = 4  # pairs of turns that do not count
+STARTS = 9
 WITHOUT, WITH, COST = "without, ms", "with, ms", "cost, %"
 # Steps of a turn times blocks: pairs of turns.
 LOADS = {
@@ -43,7 +46,7 @@ def measure_checks(comm: Communicator, progress: Callable[[str], None]) -> Table
     )
     for label, load in LOADS.items():
         progress(f"checks: {label}, {load.blocks} pairs of turns")
-        pairs = _pairs(comm, load)
+        pairs, at_start = _measure(comm, load)
         ratios = Sample(tuple(100 * (checked / plain - 1) for plain, checked in pairs), "%")
         table.rows[label] = {
             WITHOUT: Sample(tuple(1e3 * plain for plain, _ in pairs), "ms"),
@@ -54,12 +57,13 @@ def measure_checks(comm: Communicator, progress: Callable[[str], None]) -> Table
         error = 1.2533 * (high - low) / 1.349 / np.sqrt(len(pairs))  # of a median of normally distributed values
         limit = f", limit {LIMITS[label]:g} %" if label in LIMITS else ""
         table.notes.append(f"{label}: median {ratios.median:.2f} %, standard error {error:.2f} %{limit}")
+        once = ", ".join(f"{what} {median(seconds) * 1e3:.1f}" for what, seconds in at_start.items())
+        table.notes.append(f"{label}, once at the start, ms: {once}")
     return table
 
 
-def _pairs(comm: Communicator, load: Load) -> list[tuple[float, float]]:
-    """(without, with) in seconds per step. Which comes first changes, so that no drift adds up."""
-    pairs = []
+def _measure(comm: Communicator, load: Load) -> tuple[list[tuple[float, float]], dict[str, list[float]]]:
+    """(without, with) in seconds per step; the seconds of what is compared at the start."""
     steps = 2 * TURN * (load.blocks + EARLY)
     job = Job(
         model=load.build,
@@ -69,16 +73,45 @@ def _pairs(comm: Communicator, load: Load) -> list[tuple[float, float]]:
         trace={"enabled": False},
     )
     with quiet_session(job, comm) as session:
+        at_start = _at_start(comm, session)
         batches = session.batches()
-        for pair in range(load.blocks + EARLY):
-            took = {}
-            for checked in (False, True) if pair % 2 else (True, False):
-                with _everything_checked() if checked else _nothing_checked():
-                    took[checked] = _turn(session, batches)
-            pairs.append((took[False], took[True]))
+        pairs = _pairs(session, batches, load.blocks + EARLY)[EARLY:]
         for batch in batches:  # the run's end
             fit_batch(session, batch)
-    return pairs[EARLY:]
+    return pairs, at_start
+
+
+def _at_start(comm: Communicator, session: Session) -> dict[str, list[float]]:
+    """Seconds, again and again, of what a session compares once. The ranks agree, as they mostly do."""
+    prepared = session.prepared
+    replica, untrained = prepared.replica, prepared.untrained
+    compared: dict[str, Callable[[], None]] = {
+        "the job": lambda: check_alike(comm, [job_topic(session.job.plain())]),
+        "model and data": lambda: check_alike(
+            comm, [data_topic(prepared.splits), model_topic(replica.layout, untrained.frozen(), untrained.buffers())]
+        ),
+        "frozen parameters and buffers": lambda: untrained.share(comm),
+    }
+    took: dict[str, list[float]] = {what: [] for what in compared}
+    for _ in range(STARTS):
+        for what, compare in compared.items():
+            comm.barrier()
+            start = time.perf_counter()
+            compare()
+            took[what].append(time.perf_counter() - start)
+    return took
+
+
+def _pairs(session: Session, batches: Iterator[Batch], count: int) -> list[tuple[float, float]]:
+    """(without, with) in seconds per step. Which comes first changes, so that no drift adds up."""
+    pairs = []
+    for pair in range(count):
+        took = {}
+        for checked in (False, True) if pair % 2 else (True, False):
+            with _everything_checked() if checked else _nothing_checked():
+                took[checked] = _turn(session, batches)
+        pairs.append((took[False], took[True]))
+    return pairs
 
 
 def _turn(session: Session, batches: Iterator[Batch]) -> float:

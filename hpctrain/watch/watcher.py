@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Callable, Mapping
@@ -273,7 +274,7 @@ class Watcher:
 
     def _total(self) -> int | None:
         attempt = self._attempt
-        if attempt.cursor < 0 or attempt.epoch <= 0:
+        if attempt.cursor < 0 or attempt.epoch <= 0 or not math.isfinite(attempt.cursor / attempt.epoch):
             return None
         planned = self._plan.roles(0, attempt.nodes)  # empty for a strategy of the user's own
         told = {number: rank.tail.file.attributes.get("role") for number, rank in attempt.ranks.items()}

@@ -105,6 +105,12 @@ def test_dropped_samples_are_others_in_every_epoch(tmp_path: Path, strategy: hel
     assert max(together.count(value) for value in set(together)) <= 6
 
 
+@pytest.mark.parametrize("strategy", [SYNC, helpers.served(mode="sync", colocated=True)])
+def test_a_resumed_run_drops_the_same_samples(tmp_path: Path, strategy: helpers.Tables):
+    keys = {"name": "SGD", "lr": 0.01, "momentum": 0.9}
+    World(3).run(lambda comm: helpers.resumed_bits(comm, tmp_path, strategy, keys, last="drop"))
+
+
 def test_an_order_may_leave_samples_out():
     order = Order(24, seed=3, of=29)
     first, second = (order.indices(24 * epoch, 24 * epoch + 24).tolist() for epoch in (0, 1))
