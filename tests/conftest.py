@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,11 @@ class Ended:
     out: str
     err: str
     seconds: float
+
+
+def pytest_configure() -> None:
+    """Under nohup SIGHUP is ignored, by whatever tests start as well."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

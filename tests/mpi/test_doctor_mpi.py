@@ -111,15 +111,10 @@ def test_a_job_that_cannot_be_read_is_one_sentence_and_status_2(mpi: launcher.Mp
     assert "nowhere.toml" in ended.err
 
 
-def test_a_job_that_these_ranks_cannot_run_is_an_error_and_status_1(mpi: launcher.Mpi) -> None:
-    ended = doctor(mpi, 2, "--json", "--job", str(ROOT / "jobs/digits.toml"), "ranks=3")
-    told = json.loads(ended.out)
-    assert ended.status == 1
-    assert any("ranks = 3" in problem["what"] for problem in told["problems"])
-
-
-def test_ranks_with_different_environments_are_found_out(mpi: launcher.Mpi, tmp_path: Path) -> None:
-    """Rank 1 says that its hpctrain is of another version."""
+def test_different_environments_and_a_job_that_these_ranks_cannot_run_are_errors(
+    mpi: launcher.Mpi, tmp_path: Path
+) -> None:
+    """Rank 1 says that its hpctrain is of another version; the job needs 3 ranks."""
     script = tmp_path / "start.py"
     script.write_text(
         "import os, sys\n"
@@ -128,12 +123,14 @@ def test_ranks_with_different_environments_are_found_out(mpi: launcher.Mpi, tmp_
         "if launched_rank(os.environ) == 1:\n"
         "    machine.__version__ = '0.0.9'\n"
         "from hpctrain.cli import main\n"
-        "sys.exit(main(['doctor', '--json']))\n"
+        "sys.exit(main(['doctor', *sys.argv[1:]]))\n"
     )
-    ended = launch([*mpi.command(2), sys.executable, str(script)], mpi, 90.0)
+    arguments = ["--json", "--job", str(ROOT / "jobs/digits.toml"), "ranks=3"]
+    ended = launch([*mpi.command(2), sys.executable, str(script), *arguments], mpi, 90.0)
     told = json.loads(ended.out)
     assert ended.status == 1
     assert any(problem["where"] == "hpctrain" and "on rank 1" in problem["what"] for problem in told["problems"])
+    assert any("ranks = 3" in problem["what"] for problem in told["problems"])
 
 
 def test_started_ranks_do_not_start_ranks(mpi: launcher.Mpi) -> None:
