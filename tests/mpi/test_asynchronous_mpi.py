@@ -68,7 +68,7 @@ def test_one_worker_equals_one_process(join: Join, folder: Path, mode: str, reci
     optimizer, keys = helpers.RECIPES[recipe]
     job = helpers.make_job(
         folder, optimizer=optimizer, strategy=_alone(comm, mode),
-        train={"steps": 50, "batch_size": 6, **keys, "precision": "float64"},
+        train={"steps": helpers.STEPS, "batch_size": 6, **keys, "precision": "float64"},
     )  # fmt: skip
     found = helpers.vector(helpers.quiet_train(comm, job).model)
     assert helpers.difference(found, helpers.plain(job, 1)) < 1e-10

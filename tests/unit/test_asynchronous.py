@@ -52,7 +52,7 @@ def test_one_worker_equals_one_process(tmp_path: Path, size: int, strategy: help
     optimizer, keys = helpers.RECIPES[recipe]
     job = helpers.make_job(
         tmp_path, optimizer=optimizer, strategy=strategy,
-        train={"steps": 50, "batch_size": 6, **keys, "precision": "float64"},
+        train={"steps": helpers.STEPS, "batch_size": 6, **keys, "precision": "float64"},
     )  # fmt: skip
     wanted = helpers.plain(job, 1)
     for result in World(size).run(lambda comm: helpers.quiet_train(comm, job)):
