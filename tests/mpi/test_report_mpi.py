@@ -12,6 +12,7 @@ from hpctrain import launcher
 from hpctrain.analysis import analyse
 from hpctrain.analysis.headline import straggler
 from tests.conftest import launch
+from tests.marks import slow
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = str(ROOT / "jobs" / "digits.toml")
@@ -31,7 +32,7 @@ def run_digits(mpi: launcher.Mpi, folder: Path, ranks: int, *keys: str) -> tuple
     return run, ended.out
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", ["sync", slow("switch")])
 def test_a_straggler_is_the_headline(mpi: launcher.Mpi, tmp_path: Path, name: str) -> None:
     """Twice as slow, of three workers: these share two cores or so, hence the margin. (All strategies:
     tests/unit/test_headline.py.)"""

@@ -12,6 +12,7 @@ from hpctrain.comm.virtual import World
 from hpctrain.errors import JobError, NanError
 from hpctrain.strategies.base import clip_factor
 from tests import helpers
+from tests.marks import slow
 
 MESSAGES = ["message", "ring", "halving", "tree", "hierarchical", "overlap"]
 
@@ -39,7 +40,7 @@ def test_sgd_equals_one_process_in_float32(tmp_path: Path, agree: str, recipe: s
     assert _distance(tmp_path, agree, recipe, "float32", 4) < 1e-5
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, slow(5), slow(8)])
 @pytest.mark.parametrize("agree", ["shared", *MESSAGES])
 def test_any_number_of_ranks(tmp_path: Path, agree: str, size: int):
     assert _distance(tmp_path, agree, "all", "float64", size) < 1e-10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hpctrain.launch import Result
 from hpctrain.trace.schema import OUTCOME_CODES
 from tests import helpers
 from tests.helpers import MILLISECOND, jitter, served
+from tests.marks import mostly_slow, slow
 
 SGD = {"name": "SGD", "lr": 0.05, "momentum": 0.9}
 ADAM = {"name": "Adam", "lr": 0.01}
@@ -71,8 +73,10 @@ def replayed(folder: Path, size: int, optimizer: helpers.Tables, strategy: helpe
         assert helpers.difference(helpers.vector(result.model), replay.vector) < 1e-10
 
 
-@pytest.mark.parametrize("divisor", ["auto", "workers", "staleness", "none"])
-@pytest.mark.parametrize("servers", list(SERVERS))
+UPDATES = list(product(SERVERS, ["auto", "workers", "staleness", "none"]))
+
+
+@pytest.mark.parametrize(("servers", "divisor"), mostly_slow(UPDATES, UPDATES[::5] + UPDATES[-1:]))
 @pytest.mark.parametrize("optimizer", [{**SGD, "nesterov": True}, ADAM], ids=["SGD", "Adam"])
 def test_updates_are_those_of_one_process(tmp_path: Path, optimizer: helpers.Tables, servers: str, divisor: str):
     keys, alone = SERVERS[servers]
@@ -171,7 +175,7 @@ def test_no_worker_starves_where_the_server_is_the_slowest(tmp_path: Path):
 
 
 # -- the bound ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
 @pytest.mark.parametrize("queue", QUEUES)
 @pytest.mark.parametrize("bound", [0, 1, 3])
 def test_bounded_never_exceeds_its_bound(tmp_path: Path, bound: int, queue: str, seed: int):

@@ -21,6 +21,7 @@ from hpctrain.comm.virtual import World
 from hpctrain.errors import HpctrainError, ModelError
 from hpctrain.launch import session, train
 from hpctrain.runfolder import Narrator
+from tests.marks import slow
 
 QUIET = Narrator(enabled=False)
 
@@ -88,7 +89,7 @@ STRATEGIES: list[tuple[int, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("count", [37, 38, 46])  # the last round: 1 sample, 2, 10
+@pytest.mark.parametrize("count", [37, slow(38), slow(46)])  # the last round: 1 sample, 2, 10
 @pytest.mark.parametrize(("ranks", "strategy"), STRATEGIES)
 def test_equals_one_process_with_the_whole_batch(tmp_path: Path, ranks: int, strategy: Any, count: int) -> None:
     workers = 4 if ranks == 6 else ranks

@@ -427,6 +427,7 @@ def test_a_report_has_all_its_tables():
     assert set(report.plain()) == {"machine", "a", "b"}
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_bench_starts_ranks_itself(tmp_path: Path):
     """One size and the real launcher; the whole of it is `hpctrain bench`."""
@@ -459,6 +460,7 @@ def test_bench_starts_ranks_itself(tmp_path: Path):
     assert set(json.loads(path.read_text())["all_reduce"]["rows"]) >= {"library", together.SHARED}
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_the_cost_of_tracing_is_measured_on_real_ranks(tmp_path: Path):
     """A few steps; the whole of it is `hpctrain bench tracing`."""

@@ -29,6 +29,7 @@ from hpctrain.errors import ClusterError
 from hpctrain.job import Job
 from hpctrain.replica import as_tensor
 from tests import helpers
+from tests.marks import slow
 from tests.stand_in_cupy import Array, Cuda
 
 SLOT = 64  # bytes
@@ -465,7 +466,7 @@ AGREE = ["message", "ring", "tree", "overlap", "server", "servers", "colocated",
 
 
 @pytest.mark.parametrize("agree", AGREE)
-@pytest.mark.parametrize("recipe", ["all", "momentum"])
+@pytest.mark.parametrize("recipe", ["all", slow("momentum")])
 def test_staged_training_equals_one_process(tmp_path: Path, agree: str, recipe: str) -> None:
     found = run(4, StagedCommunicator, lambda comm, _: helpers.equivalence(comm, tmp_path, agree, recipe, "float64"))
     assert max(found) < 1e-10

@@ -29,6 +29,7 @@ from hpctrain.trace import format_totals, open_run, trace_path
 from hpctrain.trace.schema import TABLES
 from hpctrain.watch.picture import Picture, line
 from hpctrain.watch.watcher import Watcher
+from tests.marks import mostly_slow
 from tests.traces import HandMade
 
 CASES = 60
@@ -345,13 +346,14 @@ def test_the_undamaged_runs_are_read_without_a_note(originals, tmp_path):
         export_run(original, "perfetto", tmp_path / "p.json")
 
 
-@pytest.mark.parametrize("tenth", range(10))
+@pytest.mark.parametrize("tenth", mostly_slow(range(10), (0, 1, 2)))
 def test_damaged_runs_are_read_as_far_as_they_can_be(originals, tmp_path, tenth):
     """One reader a case, because they take a while; thousands of cases with all of them were tried by hand."""
     for seed in range(tenth, CASES, 10):
         try_case(seed, originals[seed % 2], tmp_path, READERS[seed % len(READERS)])
 
 
+@pytest.mark.slow
 def test_a_page_is_made_of_damaged_traces_and_says_so(originals, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(originals[0], run)
@@ -414,6 +416,7 @@ def test_a_number_of_rows_or_ranks_that_cannot_be_costs_no_memory_and_no_time(or
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_a_run_that_claims_a_million_ranks_has_no_matrix_of_them(originals, tmp_path):
     shutil.copytree(originals[0], tmp_path / "run")
     for rank in range(SIZE):

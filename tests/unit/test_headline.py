@@ -12,6 +12,7 @@ from hpctrain.analysis import Analysis
 from hpctrain.analysis.headline import headline, straggler
 from hpctrain.trace import open_run
 from tests.helpers import jitter, make_job
+from tests.marks import mostly_slow
 from tests.traces import HandMade, train_traced
 
 STRATEGIES: dict[str, tuple[dict[str, Any], int]] = {
@@ -30,7 +31,7 @@ STRATEGIES: dict[str, tuple[dict[str, Any], int]] = {
 SLOW = 1
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", mostly_slow(STRATEGIES, ("all_reduce", "sync", "bounded", "switch")))
 def test_a_straggler_is_named_in_every_strategy(tmp_path: Path, name: str) -> None:
     strategy, size = STRATEGIES[name]
     slow = {"slow": {SLOW: 2.0}}

@@ -40,6 +40,7 @@ from hpctrain.runfolder import Narrator
 from hpctrain.schedule import Ask, Conductor, Rule
 from hpctrain.trainer import fit
 from tests import helpers
+from tests.marks import mostly_slow, slow
 from tests.unit.test_runlock import leave
 
 PS = {"name": "parameter_server", "mode": "sync", "servers": 1}
@@ -442,7 +443,7 @@ def _interrupted_at(job: Job, cursor: int) -> Path:
     return result.folder
 
 
-@pytest.mark.parametrize("what", list(AT_EVALUATIONS))
+@pytest.mark.parametrize("what", mostly_slow(AT_EVALUATIONS, list(AT_EVALUATIONS)[::2]))
 def test_an_interruption_at_an_evaluation_leaves_it_to_the_resumed_run(tmp_path: Path, what: str):
     """For each: the same rows, ends of phases and of the run, and model as of the run that was not interrupted."""
     tables = AT_EVALUATIONS[what]
@@ -733,7 +734,7 @@ OPTIMIZERS: dict[str, tuple[helpers.Tables, helpers.Tables, str | None, str | No
 }
 
 
-@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("recorded", [True, slow(False)])
 @pytest.mark.parametrize("what", list(OPTIMIZERS))
 def test_another_optimizer_is_refused_by_name_or_begins_anew(tmp_path: Path, what: str, recorded: bool):
     before, after, words, guessed = OPTIMIZERS[what]

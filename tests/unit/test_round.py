@@ -24,6 +24,7 @@ from hpctrain.schedule import Ask
 from hpctrain.strategies.coordinator import Decision, Header, Kind, What
 from hpctrain.strategies.round import Contribution, Round
 from tests import helpers
+from tests.marks import slow
 from tests.unit.test_losses import pair
 
 SIZE = 4
@@ -62,7 +63,7 @@ def not_class_0(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("agree", list(helpers.SYNCHRONOUS))
-@pytest.mark.parametrize("loss", ["class weights", "pair"])
+@pytest.mark.parametrize("loss", ["class weights", slow("pair")])
 def test_the_mean_is_over_what_counts_in_the_whole_round(tmp_path: Path, agree: str, loss: str):
     keys: Any
     if loss == "pair":
@@ -118,7 +119,9 @@ def test_all_of_it_on_several_nodes(tmp_path: Path, agree: str):
     assert max(found) < 1e-10
 
 
-@pytest.mark.parametrize("optimizer", [ADAMW, MOMENTUM, {"name": "Adafactor", "lr": 0.02, "weight_decay": 0.3}])
+@pytest.mark.parametrize(
+    "optimizer", [ADAMW, slow(MOMENTUM), slow({"name": "Adafactor", "lr": 0.02, "weight_decay": 0.3})]
+)
 @pytest.mark.parametrize("agree", list(helpers.SYNCHRONOUS))
 def test_parameters_without_a_gradient_are_left_alone(tmp_path: Path, agree: str, optimizer: helpers.Tables):
     """As by torch in one process with the whole batch, which counts the steps of each parameter by itself."""

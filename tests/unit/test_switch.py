@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import weakref
+from itertools import product
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -32,6 +33,7 @@ from hpctrain.strategies.parameter_server import ParameterServer, ParameterServe
 from hpctrain.trainer import Trainer
 from tests import helpers
 from tests.helpers import jitter, served
+from tests.marks import mostly_slow, slow
 
 AR = {"name": "all_reduce"}
 SGD = {"name": "SGD", "lr": 0.05, "momentum": 0.9, "schedule": "linear"}
@@ -70,8 +72,10 @@ def replayed(folder: Path, size: int, schedule: list[helpers.Tables], **tables: 
     return recording
 
 
-@pytest.mark.parametrize("momentum", ["keep", "scale", "reset", "ramp"])
-@pytest.mark.parametrize("rate", ["auto", "keep", "scale", "reset", "ramp"])
+WAYS = list(product(["auto", "keep", "scale", "reset", "ramp"], ["keep", "scale", "reset", "ramp"]))
+
+
+@pytest.mark.parametrize(("rate", "momentum"), mostly_slow(WAYS, WAYS[::5] + WAYS[-1:]))
 @pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["SGD", "Adam"])
 def test_state_and_policies_are_those_of_one_process(
     tmp_path: Path, optimizer: helpers.Tables, rate: str, momentum: str
@@ -368,20 +372,20 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("index", [0, 2, 3, 5])
 @pytest.mark.parametrize("queue", QUEUES)
 @pytest.mark.parametrize("what", list(RESUMED))
-def test_a_resumed_run_has_the_same_bits(tmp_path: Path, what: str, queue: str, index: int):
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path, what: str, queue: str):
     """Of a single asynchronous worker: there is but one order. `enter` counts once, at the switch."""
     job = resumable(tmp_path, RESUMED[what], data={"name": "tests.helpers:points", "queue": queue})
     whole = World(4).run(lambda comm: helpers.quiet_train(comm, job))[0]
     before = heads(whole.folder)
-    helpers.forget_after(whole.folder, index)
-    again = World(4).run(lambda comm: helpers.quiet_train(comm, job, resume=whole.folder))[0]
-    assert heads(whole.folder) == before
-    assert [summary.samples for summary in again.phases] == [summary.samples for summary in whole.phases]
-    assert [summary.steps for summary in again.phases] == [summary.steps for summary in whole.phases]
-    assert (helpers.vector(again.model) == helpers.vector(whole.model)).all()
+    for index in (0, 2, 3, 5):
+        helpers.forget_after(whole.folder, index)
+        again = World(4).run(lambda comm: helpers.quiet_train(comm, job, resume=whole.folder))[0]
+        assert heads(whole.folder) == before
+        assert [summary.samples for summary in again.phases] == [summary.samples for summary in whole.phases]
+        assert [summary.steps for summary in again.phases] == [summary.steps for summary in whole.phases]
+        assert (helpers.vector(again.model) == helpers.vector(whole.model)).all()
 
 
 def test_what_corrections_have_learnt_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -418,7 +422,7 @@ def test_what_corrections_have_learnt_is_resumed(tmp_path: Path, monkeypatch: py
     assert (squares > 0).any()
 
 
-@pytest.mark.parametrize("queue", QUEUES)
+@pytest.mark.parametrize("queue", [slow("shared"), "static"])
 def test_of_several_workers_samples_and_versions_fit(tmp_path: Path, queue: str):
     schedule = phases((AR, 100), (served(servers=2), 100), (served("bounded", bound=1), 0))
     job = resumable(tmp_path, schedule, data={"name": "tests.helpers:points", "queue": queue})
@@ -431,18 +435,18 @@ def test_of_several_workers_samples_and_versions_fit(tmp_path: Path, queue: str)
         assert [summary.steps for summary in again[0].phases] == [summary.steps for summary in whole.phases]
 
 
-@pytest.mark.parametrize("index", [1, 3, 5])
-def test_a_rule_goes_on_where_it_was(tmp_path: Path, index: int):
+def test_a_rule_goes_on_where_it_was(tmp_path: Path):
     """Of one worker, whose losses are the same again."""
     job = stable(tmp_path).override(["train.checkpoint_every.samples=100", "train.keep_checkpoints=99"])
     _, results, events = told(2, job)
     folder = results[0].folder
     news = [text for kind, text in events[1] if kind == "rule"]
-    helpers.forget_after(folder, index)
-    _, again = helpers.traced(2, lambda comm: helpers.quiet_train(comm, job, resume=folder))
-    told_again = [row["text"].decode() for row in again[1]["events"] if row["kind"] == b"rule"]
-    assert 0 < len(told_again) < len(news)
-    assert told_again == news[-len(told_again) :]
+    for index in (5, 1):
+        helpers.forget_after(folder, index)
+        _, again = helpers.traced(2, lambda comm: helpers.quiet_train(comm, job, resume=folder))
+        told_again = [row["text"].decode() for row in again[1]["events"] if row["kind"] == b"rule"]
+        assert 0 < len(told_again) < len(news)
+        assert told_again == news[-len(told_again) :]
 
 
 @pytest.mark.parametrize(
@@ -455,7 +459,7 @@ def test_a_rule_goes_on_where_it_was(tmp_path: Path, index: int):
     ],
 )
 def test_another_schedule_is_refused(tmp_path: Path, before: helpers.Tables, after: helpers.Tables):
-    keys = {"epochs": 12, "batch_size": 3, "checkpoint_every": {"samples": 40}}
+    keys = {"epochs": 2, "batch_size": 3, "checkpoint_every": {"samples": 40}}
     made = [helpers.make_job(tmp_path, strategy=strategy, train=keys) for strategy in (before, after)]
     folder = World(3).run(lambda comm: helpers.quiet_train(comm, made[0]))[0].folder
     helpers.forget_after(folder, 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.trace import Recorder, TraceWriter, format_totals, open_run, sum_times, trace_path
+from tests.marks import slow
 
 SECOND = 10**9
 LOSS = Path(__file__).resolve().parents[2] / "analysis" / "loss.py"
@@ -80,7 +81,7 @@ def test_the_table_says_it(tmp_path):
     assert narrow.count("role") == 3
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg"])
+@pytest.mark.parametrize("suffix", ["png", slow("svg")])
 def test_the_loss_figure_is_drawn(tmp_path, suffix):
     build(tmp_path)
     figure = tmp_path / f"loss.{suffix}"

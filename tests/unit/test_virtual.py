@@ -710,15 +710,15 @@ def test_collectives_have_one_number_on_all_ranks():
 
 
 # -- speed -----------------------------------------------------------------------------------------------------
-def test_a_ring_of_512_ranks_is_run_in_one_turn_per_message():
+def test_a_ring_of_many_ranks_is_run_in_one_turn_per_message():
     """The speed itself is for `hpctrain bench virtual`; here: no more turns than needed."""
-    world = World(512, range(512), LinkNetwork())
+    world = World(128, range(128), LinkNetwork())
     got = world.run(lambda comm: _ring_sum(comm))
-    assert got == [512.0] * 512
-    assert world.resumptions <= 1.01 * 2 * 511 * 512
+    assert got == [128.0] * 128
+    assert world.resumptions <= 1.02 * 2 * 127 * 128
 
 
 def _ring_sum(comm):
-    buffer = np.ones(512, np.float32)
+    buffer = np.ones(128, np.float32)
     comm.all_reduce(buffer, algorithm="ring")
     return float(buffer[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hpctrain.replica import Replica
 from hpctrain.training import evaluate_run
 from hpctrain.wrappers import check_model, load_plain_state, plain_name, plain_state
 from tests import helpers
+from tests.marks import mostly_slow
 
 HERE = __name__
 
@@ -83,8 +85,10 @@ AGREE: dict[str, helpers.Tables] = {
 }
 
 
-@pytest.mark.parametrize("agree", list(AGREE))
-@pytest.mark.parametrize("model", ["compiled", "partly_compiled", "scripted", "partly_scripted"])
+WRAPPED = list(product(["compiled", "partly_compiled", "scripted", "partly_scripted"], AGREE))
+
+
+@pytest.mark.parametrize(("model", "agree"), mostly_slow(WRAPPED, WRAPPED[::4]))
 def test_it_trains_is_saved_resumed_and_evaluated_as_the_plain_model(tmp_path: Path, model: str, agree: str) -> None:
     plain = run(job_of(tmp_path / "plain", "Net", AGREE[agree]))[0]
     job = job_of(tmp_path / "wrapped", model, AGREE[agree])
