@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hpctrain import claim, leaving, runfolder
@@ -19,7 +18,7 @@ from hpctrain.batchnorm import sync_layers
 from hpctrain.cluster import Role, Roles
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import place_arenas
-from hpctrain.data.generators import seed_others
+from hpctrain.data.generators import seed_run
 from hpctrain.data.loader import Batch
 from hpctrain.errors import CheckpointError, ClusterError, HpctrainError, UnwrittenError
 from hpctrain.evaluate import Evaluation, evaluate
@@ -246,8 +245,7 @@ class Session:
         self.comm, how = place_arenas(job, comm, self.prepared.device)
         comm = self.comm
         self.progress = Progress(train.target, train.patience, train.min_delta, job.metric.goal == "max")
-        torch.manual_seed(job.seed + 1 + comm.rank)
-        seed_others(job.seed + 1 + comm.rank)
+        seed_run(job.seed + 1 + comm.rank, self.prepared.device)
         if resumed is None:
             self._hold(agreed(comm, lambda: claim.new_run(job) if comm.rank == 0 else None))
             self._made = self._claim.folder if self._claim is not None else None

@@ -15,7 +15,7 @@ from hpctrain.batchnorm import BatchNorms
 from hpctrain.cluster import Roles, device_for, threads_for
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.gpu import usable_gpus
-from hpctrain.data.generators import seed_others
+from hpctrain.data.generators import seed_run
 from hpctrain.data.loader import Batch, Loader, fetches_ahead
 from hpctrain.data.moving import casts, move
 from hpctrain.data.order import Order
@@ -158,7 +158,7 @@ class Prepared(Measurable):
 def prepare_evaluation(job: Job, comm: Communicator) -> Measurable:
     """Build what an evaluation needs, whatever schedule the job has. Not collective; as `prepare` in what it raises."""
     device = _device(job, comm)
-    _seed(job)
+    seed_run(job.seed, device)  # whatever draws as it builds data or model draws alike on all ranks
     splits = load_data(job)
     model = _model(job, device)
     loss = losses.bind(job.loss, device)
@@ -262,14 +262,8 @@ def _device(job: Job, comm: Communicator) -> torch.device:
     return device
 
 
-def _seed(job: Job) -> None:
-    """Whatever draws from global generators as it builds data or model draws alike on all ranks."""
-    torch.manual_seed(job.seed)
-    seed_others(job.seed)
-
-
 def _model(job: Job, device: torch.device) -> nn.Module:
-    _seed(job)
+    seed_run(job.seed, device)
     given = job.model.resolve()
     model = given if isinstance(given, nn.Module) else job.model.bind()()
     if not isinstance(model, nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -31,8 +32,21 @@ class Ended:
 
 
 def pytest_configure() -> None:
-    """Under nohup SIGHUP is ignored, by whatever tests start as well."""
+    """Under nohup SIGHUP is ignored, by whatever tests start as well. What is imported is not looked through for
+    garbage."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Nor later on."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Nor at the end."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,16 @@ def seed_all(seed: int) -> None:
     seed_others(seed)
 
 
+def seed_run(seed: int, device: torch.device) -> None:
+    """Seed the three, and the device's. torch.manual_seed does so for all kinds of devices, and notes for each that is
+    not used, with the stack, that it is to be seeded should it be: milliseconds, and the notes are never dropped."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+    seed_others(seed)
+
+
 def seed_others(seed: int) -> None:
     """Seed Python's and NumPy's alone."""
     random.seed(seed)

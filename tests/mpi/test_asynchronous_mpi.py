@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
-from hpctrain import launcher
 from hpctrain.comm.base import Communicator
 from tests import helpers, helpers_mpi
-from tests.conftest import Mpirun, launch
+from tests.conftest import Mpirun
 from tests.helpers import served
-from tests.helpers_mpi import RUN, Join
+from tests.helpers_mpi import Join
 
 mpi_only = pytest.mark.mpi
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,14 +185,3 @@ def test_such_an_update_can_be_skipped(join: Join, folder: Path, server) -> None
 def test_no_pull_of_thousands_is_torn(mpirun: Mpirun, tmp_path: Path, ranks: int, servers: int, where: str) -> None:
     ended = mpirun(ranks, PULLS, str(tmp_path), str(servers), where, timeout=100)
     assert int(ended.out.split()[0]) >= 5000
-
-
-@pytest.mark.launch
-def test_digits_switches_from_all_reduce_to_asynchronous(mpi: launcher.Mpi, tmp_path: Path) -> None:
-    """Two workers and a server in the end; the switch is told with its reason."""
-    keys = [f"output={tmp_path}", "strategy.name=switch", "strategy.until.rounds=5", "strategy.until.threshold=0.05"]
-    ended = launch([*RUN, "-n", "3", str(ROOT / "jobs" / "digits.toml"), *keys], mpi, timeout=100)
-    assert ended.status == 0, ended
-    assert re.search(r"^switched at sample [\d,]+: loss_stable 0\.\d+ <= 0\.05$", ended.out, re.MULTILINE), ended.out
-    assert re.search(r"^ +1  parameter_server \(async\) ", ended.out, re.MULTILINE), ended.out
-    assert float(ended.out.partition("test accuracy ")[2].split()[0]) > 0.9

@@ -14,6 +14,7 @@ import pytest
 
 from hpctrain import launcher
 from tests.conftest import ROOT, Ended, launch
+from tests.marks import slow
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(180)]
 
@@ -54,6 +55,7 @@ def test_four_ranks_are_told_of_as_one_json_object(mpi: launcher.Mpi) -> None:
         assert any("4 ranks share" in problem["what"] for problem in told["problems"])
 
 
+@pytest.mark.slow
 def test_the_text_is_printed_once_by_rank_0_with_job_and_mpiexec(mpi: launcher.Mpi, tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(mpi.path).parent), os.environ["PATH"]])
     arguments = ["--job", str(ROOT / "jobs/digits.toml"), f"output={tmp_path}"]
@@ -71,6 +73,7 @@ def test_it_starts_ranks_itself(tmp_path: Path) -> None:
     assert len(json.loads(done.stdout)["facts"]["ranks"]) == 2
 
 
+@pytest.mark.slow
 def test_alone_it_looks_at_one_rank_and_leaves_no_shared_memory(tmp_path: Path) -> None:
     started = time.time()
     done = alone(tmp_path, "--json")
@@ -81,7 +84,7 @@ def test_alone_it_looks_at_one_rank_and_leaves_no_shared_memory(tmp_path: Path) 
     assert left == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["-n", "2"]])
+@pytest.mark.parametrize("arguments", [slow([]), ["-n", "2"]])
 def test_without_an_mpi_library_that_is_the_error_which_is_reported(tmp_path: Path, arguments: list[str]) -> None:
     done = alone(tmp_path, "--json", *arguments, environment={"MPI4PY_LIBMPI": "/nowhere/libmpi.so"})
     told = json.loads(done.stdout)
@@ -111,6 +114,7 @@ def test_a_job_that_cannot_be_read_is_one_sentence_and_status_2(mpi: launcher.Mp
     assert "nowhere.toml" in ended.err
 
 
+@pytest.mark.slow
 def test_different_environments_and_a_job_that_these_ranks_cannot_run_are_errors(
     mpi: launcher.Mpi, tmp_path: Path
 ) -> None:

@@ -265,6 +265,7 @@ def test_leaving_the_loop_together_and_alone(mpi: launcher.Mpi, tmp_path: Path) 
         assert not [note for note in open_run(folder).notes if "not closed" in note]
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite(mpi: launcher.Mpi, tmp_path: Path) -> None:
     """The server finds it in the sum, after it has answered the workers: it ends them all."""
     job = write_job(tmp_path, 'strategy = {name = "parameter_server", mode = "sync"}')
@@ -314,6 +315,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk(mpi: launcher.Mpi, tmp_path: Path, small_disk: Path) -> None:
     """Traces, checkpoints and model find no room: training goes on, and the end says what is missing."""
     program, spare = tmp_path / "program.py", tmp_path / "spare"
@@ -414,6 +416,7 @@ def test_ctrl_c(start: Start, mpi: launcher.Mpi, tmp_path: Path, plain: bool) ->
     assert (folder / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_stuck_in_user_code_does_not_outlive_a_stop_signal(tmp_path: Path) -> None:
     """Here the only one, without a launcher. It says for how long it has waited: as long as the job allows."""
     said = tmp_path / "said"

@@ -189,7 +189,9 @@ def test_lines_arrive_as_they_are_printed_and_a_traceback_without_the_launcher_s
 WAITING = "hpctrain run: waiting for the step in progress and its checkpoint; press Ctrl-C again to end at once\n"
 
 
-@pytest.mark.parametrize(("number", "seconds", "told"), [(signal.SIGINT, 0.5, ""), (signal.SIGTERM, GRACE + 3, WAITING)])
+@pytest.mark.parametrize(
+    ("number", "seconds", "told"), [(signal.SIGINT, 0.5, ""), (signal.SIGTERM, GRACE + 3, WAITING)]
+)
 def test_a_stop_signal_lets_the_ranks_save(start: Start, number: int, seconds: float, told: str) -> None:
     """Also if that takes longer than the grace."""
     run = start(3, STOPPABLE, str(seconds))

@@ -12,7 +12,6 @@ from hpctrain import launcher
 from hpctrain.analysis import analyse
 from hpctrain.analysis.headline import straggler
 from tests.conftest import launch
-from tests.marks import slow
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = str(ROOT / "jobs" / "digits.toml")
@@ -32,7 +31,8 @@ def run_digits(mpi: launcher.Mpi, folder: Path, ranks: int, *keys: str) -> tuple
     return run, ended.out
 
 
-@pytest.mark.parametrize("name", ["sync", slow("switch")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_a_straggler_is_the_headline(mpi: launcher.Mpi, tmp_path: Path, name: str) -> None:
     """Twice as slow, of three workers: these share two cores or so, hence the margin. (All strategies:
     tests/unit/test_headline.py.)"""
@@ -50,8 +50,13 @@ def test_a_straggler_is_the_headline(mpi: launcher.Mpi, tmp_path: Path, name: st
         assert float(late) > float(others)
 
 
-def test_the_main_job_ends_with_its_report(mpi: launcher.Mpi, tmp_path: Path) -> None:
-    run, told = run_digits(mpi, tmp_path, 4, "train.epochs=8")
+def test_the_main_job_switches_and_ends_with_its_report(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    """From all-reduce to two workers and a server, which is told with its reason."""
+    keys = ["train.epochs=20", "strategy.until.rounds=5", "strategy.until.threshold=0.05"]
+    run, told = run_digits(mpi, tmp_path, 3, *keys)
+    assert re.search(r"^switched at sample [\d,]+: loss_stable 0\.\d+ <= 0\.05$", told, re.MULTILINE), told
+    assert re.search(r"^ +1  parameter_server \(async\) ", told, re.MULTILINE), told
+    assert float(told.partition("test accuracy ")[2].split()[0]) > 0.9
     headline, last = told.splitlines()[-2:]
     assert last == f"report {run / 'report.html'}"
     page = (run / "report.html").read_text()

@@ -44,6 +44,7 @@ def test_the_same_resolved_job_gives_the_same_bits(mpi: launcher.Mpi, tmp_path: 
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_backup_workers_do_not_wait_for_a_slow_rank(mpi: launcher.Mpi, tmp_path: Path) -> None:
     """Rank 2 takes many times as long as the others: its gradients come late, are dropped and counted."""
     job = write_job(tmp_path)

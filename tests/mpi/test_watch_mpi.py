@@ -93,6 +93,7 @@ def watched(folder: Path) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
         watching.communicate()
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_run_alone_and_with_status_0_once_it_was_killed(start):
     run, folder = start(100_000)
     with watched(folder) as (watching, _):

@@ -20,6 +20,7 @@ from hpctrain.figures.raster import kind_shares, paint
 from hpctrain.figures.script import main
 from hpctrain.trace import Run
 from hpctrain.trace.schema import KINDS
+from tests.marks import slow
 from tests.traces import HandMade
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,7 +146,7 @@ def panels(figure):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-@pytest.mark.parametrize("run", ["four", "many"])
+@pytest.mark.parametrize("run", ["four", slow("many")])
 def test_every_axis_has_its_unit(name, run, request):
     figure = drawn(name, request.getfixturevalue(run))
     labels = [label for axes in panels(figure) for label in (axes.get_xlabel(), axes.get_ylabel())]
@@ -158,7 +159,7 @@ def test_every_axis_has_its_unit(name, run, request):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-@pytest.mark.parametrize("run", ["four", "many"])
+@pytest.mark.parametrize("run", ["four", slow("many")])
 def test_legends_cover_neither_data_nor_labels(name, run, request):
     figure = drawn(name, request.getfixturevalue(run))
     boxes = [part.get_window_extent() for axes in panels(figure) for part in (axes, axes.xaxis.label, axes.yaxis.label)]

@@ -259,7 +259,7 @@ def stable(folder: Path, **tables: Any) -> Job:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["async", "bounded"])
+@pytest.mark.parametrize("mode", ["async", slow("bounded")])
 def test_a_stable_loss_ends_an_asynchronous_phase(tmp_path: Path, mode: str):
     """The coordinator decides, its news are in its trace, and rank 0 says why."""
     text, results, events = told(4, stable(tmp_path, strategy=served(mode)), compute=jitter())
@@ -372,7 +372,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("queue", QUEUES)
+@pytest.mark.parametrize("queue", ["shared", slow("static")])
 @pytest.mark.parametrize("what", list(RESUMED))
 def test_a_resumed_run_has_the_same_bits(tmp_path: Path, what: str, queue: str):
     """Of a single asynchronous worker: there is but one order. `enter` counts once, at the switch."""
