@@ -24,3 +24,21 @@ def test_importing_it_loads_nothing_heavy(module: str) -> None:
     argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == []
+
+
+def test_the_command_leaves_the_garbage_collector_on_and_what_was_imported_out() -> None:
+    """Only in a process of its own: where torch is loaded already nothing changes."""
+    code = (
+        "import gc, sys\n"
+        "from hpctrain.training import _imports_kept\n"
+        "with _imports_kept():\n"
+        "    assert not gc.isenabled()\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 1000\n"
+        "gc.unfreeze()\n"
+        "sys.modules['torch'] = sys\n"
+        "with _imports_kept():\n"
+        "    assert gc.isenabled()\n"
+        "assert gc.get_freeze_count() == 0\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=True)
