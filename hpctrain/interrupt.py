@@ -292,7 +292,7 @@ class StopSignals:
         words = threading.Thread(target=last_words, daemon=True)
         words.start()
         words.join(LAST_WORDS)
-        # MPICH's launcher overlooks one in seven ranks that end with a status, and the others wait for ever.
+        # Not with a status: MPICH's launcher overlooks some ranks that end so, and the others wait for ever.
         ctypes.CDLL(None).signal(number, 0)  # the default; Python's own signal() is for the main thread
         os.kill(os.getpid(), number)
         time.sleep(LAST_WORDS)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,9 +55,9 @@ def main(load: Callable[[], tuple[Job, Resume | Path | str | None]]) -> int:
         check_alike(comm, [job_topic(job.plain())])
         roles_of(job, comm.nodes)
         with _imports_kept():
-            import torch._dynamo  # noqa: F401 (as torch's optimizers do in their first step)
-
             from hpctrain.launch import train
+
+            import_module("torch._dynamo")  # as torch's optimizers do in their first step
 
         result = train(job, comm, resume)
     except HpctrainError as mistake:

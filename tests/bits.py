@@ -4,7 +4,8 @@
     mpiexec -n 3 python -m tests.bits before.json --mpi     over real ones: what is deterministic there
     python -m tests.bits after.json --against before.json   status 1 and the jobs that differ, if any do
 
-A hash is of the final parameters and buffers, and of every tensor of every checkpoint, by name.
+A hash is of the final parameters and buffers, and of every tensor of every checkpoint, by name. Models and data are its
+own, so that they stay the same when other tests change.
 """
 
 from __future__ import annotations

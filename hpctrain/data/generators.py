@@ -25,13 +25,11 @@ def seed_all(seed: int) -> None:
 
 
 def seed_run(seed: int, device: torch.device) -> None:
-    """Seed the three, and the device's. torch.manual_seed does so for all kinds of devices, and notes for each that is
-    not used, with the stack, that it is to be seeded should it be: milliseconds, and the notes are never dropped."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
+    """Seed the three, and the device's. Not by torch.manual_seed alone: it also notes, with the stack, for each kind of
+    device that is not in use that it is to be seeded; that takes milliseconds, and the notes are never dropped."""
+    if device.type != "cpu":
         torch.manual_seed(seed)
-    seed_others(seed)
+    seed_all(seed)
 
 
 def seed_others(seed: int) -> None:

@@ -47,7 +47,6 @@ def test_it_tells_what_slurm_granted_and_how_ranks_were_started(slurm: Slurm, tm
     assert not any("SLURM_" in what for what in whats), whats
 
 
-@pytest.mark.slow
 def test_ranks_that_srun_did_not_bring_together_are_one_error(slurm: Slurm, tmp_path: Path) -> None:
     state, doctor = told(slurm, tmp_path, "srun --mpi=none")
     errors = [problem for problem in doctor["problems"] if problem["severity"] == "error"]
@@ -57,7 +56,6 @@ def test_ranks_that_srun_did_not_bring_together_are_one_error(slurm: Slurm, tmp_
     assert "srun --mpi=" in errors[0]["do"]
 
 
-@pytest.mark.slow
 def test_in_a_batch_script_it_says_how_to_look_at_all_ranks(slurm: Slurm, tmp_path: Path) -> None:
     state, doctor = told(slurm, tmp_path, "")
     assert state == "COMPLETED"

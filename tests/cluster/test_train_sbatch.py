@@ -71,7 +71,6 @@ def test_the_template_trains_on_two_nodes(slurm: Slurm, folder: Path) -> None:
     assert "test accuracy 0." in text
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_before_its_time_limit_it_saves_queues_again_and_goes_on(slurm: Slurm, folder: Path) -> None:
     """The signal comes twice: before the ranks have begun, and in the middle of training."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -428,6 +429,11 @@ def test_a_run_that_claims_a_million_ranks_has_no_matrix_of_them(originals, tmp_
             make()
     assert "ranks 3-999999 of 1000000: no trace file" in format_totals(analysis.run)
     assert Watcher(tmp_path / "run").look().notes == ("no trace file yet of ranks 3-999999",)
+
+
+def test_an_epoch_too_small_to_divide_by_gives_no_total():
+    watcher: Any = SimpleNamespace(_attempt=SimpleNamespace(cursor=2**62, epoch=5e-324))
+    assert Watcher._total(watcher) is None
 
 
 def test_a_damaged_measurement_of_the_clock_moves_no_time(originals, tmp_path):
