@@ -9,20 +9,23 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hpctrain.comm.base import Buffer
 from hpctrain.errors import CheckpointError
 from hpctrain.filenames import CHECKPOINTS, MODEL
 from hpctrain.replica import as_array, as_tensor
-from hpctrain.state import State
+from hpctrain.state import OPTIMIZER, Own, State
 from hpctrain.untrained import digest
 from hpctrain.wrappers import plain_name
 
-FORMAT = "hpctrain-checkpoint-1"
+FORMAT = "hpctrain-checkpoint-2"
+FORMAT_0_1 = "hpctrain-checkpoint-1"  # read, too
 
 
 @dataclass
@@ -30,9 +33,11 @@ class Checkpoint:
     """Everything a run needs to go on as if it had never stopped.
 
     `parameters`: flat tensor of the arena, cut by name in the file; `workers[i]`: worker i's own tensors
-    (buffers, random state); `progress`: plain values (cursor, phase, rule, metrics). `rest`: what else the model holds
-    (`Untrained.rest`); as it seldom changes, it is in a file of its own, written once. Loaded, it is empty if the model
-    that was built now has just the same, and where the checkpoint is from a time before there was such a file.
+    (buffers, random state); `numbers[i]`: what its strategy keeps as plain values (`Own.numbers`), and `files`: whether
+    each worker has written a file of arrays besides; `progress`: plain values (cursor, phase, rule, metrics). `rest`:
+    what else the model holds (`Untrained.rest`); as it seldom changes, it is in a file of its own, written once.
+    Loaded, it is empty if the model that was built now has just the same, and where the checkpoint is from a time
+    before there was such a file.
     """
 
     fingerprint: str
@@ -41,6 +46,8 @@ class Checkpoint:
     workers: list[dict[str, Tensor]]
     progress: dict[str, Any] = field(default_factory=dict)
     rest: dict[str, Tensor] = field(default_factory=dict)
+    numbers: list[dict[str, Any]] = field(default_factory=list)
+    files: bool = False
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -59,7 +66,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         "fingerprint": checkpoint.fingerprint,
         "workers": len(checkpoint.workers),
         "rest": code,
-        "state": {"high": state.high, "groups": state.groups, "counters": state.counters, "rule": state.rule},
+        "state": state.head(),
+        "own": {"numbers": checkpoint.numbers, "files": checkpoint.files},
         "progress": checkpoint.progress,
     }
     path = checkpoint_path(folder, checkpoint.progress["cursor"])
@@ -68,7 +76,39 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for old in list_checkpoints(folder)[:-keep]:
             old.unlink(missing_ok=True)
     _forget_rests(folder)
+    _forget_own(folder)
     return path
+
+
+def save_own(folder: Path, cursor: int, worker: int, own: Own) -> None:
+    """Write a worker's own arrays beside the checkpoint of that cursor, which counts once that exists. On that worker.
+    Raises CheckpointError."""
+    tensors = {quote(name, safe=""): as_tensor(array) for name, array in own.arrays.items()}
+    _write(_own_file(folder, cursor, worker), tensors, {})
+
+
+def load_own(folder: Path, cursor: int, worker: int) -> dict[str, Buffer]:
+    """What `save_own` wrote. Raises CheckpointError."""
+    path = _own_file(folder, cursor, worker)
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} is missing, which holds the state of worker {worker} of that checkpoint; put it back, or remove "
+            f"{checkpoint_path(folder, cursor).name} to resume from the one before"
+        )
+    return {unquote(name): as_array(tensor) for name, tensor in _read(path)[1].items()}
+
+
+def _own_file(folder: Path, cursor: int, worker: int) -> Path:
+    return folder / CHECKPOINTS / f"{cursor:012d}.worker_{worker:05d}.safetensors"
+
+
+def _forget_own(folder: Path) -> None:
+    """Remove the workers' files of checkpoints that are no more, or were never finished."""
+    with suppress(OSError):
+        kept = {path.stem for path in list_checkpoints(folder)}
+        for file in (folder / CHECKPOINTS).glob("*.worker_*.safetensors"):
+            if file.name.partition(".")[0] not in kept:
+                file.unlink(missing_ok=True)
 
 
 def _forget_rests(folder: Path) -> None:
@@ -124,22 +164,35 @@ def load_checkpoint(
     """
     head, saved = _read(path)
     tensors = {plain_name(name): tensor for name, tensor in saved.items()}
-    if not isinstance(head, dict) or head.get("format") != FORMAT:
+    if not isinstance(head, dict) or head.get("format") not in (FORMAT, FORMAT_0_1):
         raise CheckpointError(f"{path} is not a checkpoint of hpctrain (or one of another version of it); remove it")
     parameters = _below(tensors, "parameter/")
     try:
         if head["fingerprint"] not in (fingerprint, wrapped):
             raise CheckpointError(f"{path} is a checkpoint of another model: {_difference(parameters, names)}")
-        numbers = head["state"]
-        groups = {plain_name(name): group for name, group in numbers["groups"].items()}
-        state = State(0, numbers["high"], {}, {}, groups, numbers["counters"], numbers["rule"])
+        if head["format"] == FORMAT_0_1:
+            head = _of_0_1(head)
+        state = State.of_head(head["state"])
         for name, tensor in _below(tensors, "state/").items():
             state.place(name, as_array(tensor))
+        own = head["own"]
         workers = [_below(tensors, f"worker/{index}/") for index in range(head["workers"])]
         found = _load_rest(path, head.get("rest"), _dense(rest or {}))
-        return Checkpoint(fingerprint, parameters, state, workers, head["progress"], found)
+        progress = head["progress"]
+        return Checkpoint(fingerprint, parameters, state, workers, progress, found, own["numbers"], bool(own["files"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of hpctrain: its header lacks {error}; remove it") from None
+
+
+def _of_0_1(head: dict[str, Any]) -> dict[str, Any]:
+    """The header of a checkpoint of version 0.1, as it would be written now."""
+    state, workers = head["state"], range(head["workers"])
+    groups = {plain_name(name): group for name, group in state["groups"].items()}
+    counters = dict(state["counters"])
+    clips = [counters.pop(f"clip of worker {worker}", None) for worker in workers]
+    numbers = [{} if clip is None else {"clip": clip} for clip in clips]
+    now = {"bounds": [0, state["high"]], "numbers": {OPTIMIZER: groups}, "counters": counters, "rule": state["rule"]}
+    return {**head, "state": now, "own": {"numbers": numbers, "files": False}}
 
 
 def _load_rest(path: Path, code: str | None, own: Mapping[str, Tensor]) -> dict[str, Tensor]:

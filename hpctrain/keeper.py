@@ -13,7 +13,15 @@ from torch import Tensor
 from hpctrain import runfolder
 from hpctrain.agreement import agreed
 from hpctrain.blocks import is_finite
-from hpctrain.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint, save_model
+from hpctrain.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    load_checkpoint,
+    load_own,
+    save_checkpoint,
+    save_model,
+    save_own,
+)
 from hpctrain.comm.base import Communicator
 from hpctrain.data.generators import Generators, restore_texts
 from hpctrain.errors import CheckpointError, NanError
@@ -21,7 +29,7 @@ from hpctrain.filenames import CHECKPOINTS
 from hpctrain.prepare import Prepared
 from hpctrain.replica import Layout, as_array
 from hpctrain.runfiles import RunFiles
-from hpctrain.state import State, recv_state, send_state
+from hpctrain.state import Own, Section, State, recv_state, send_state
 from hpctrain.strategies.base import Phase
 from hpctrain.untrained import from_raw, raw
 from hpctrain.wrappers import named_parameters, plain_name, plain_state
@@ -37,13 +45,15 @@ class Keeper:
     files: RunFiles | None
 
     # -- checkpoints ---------------------------------------------------------------------------------------
-    def save(self, phase: Phase, state: State | None, account: dict[str, Any], cursor: int) -> None:
-        """Write a checkpoint: `state` as from Strategy.state, `account` plain values of the session's.
+    def save(self, phase: Phase, state: State | None, own_state: Own, account: dict[str, Any], cursor: int) -> None:
+        """Write a checkpoint: `state` as from Strategy.state, `own_state` as from Strategy.own, `account` plain values
+        of the session's.
 
-        Collective over the phase's workers. A file that cannot be written is said, and training goes on.
+        Collective over the phase's workers. If a file cannot be written a warning says so, and training goes on.
         """
         workers = phase.workers
         assert workers is not None
+        numbers, files, failure = self._save_own(phase, own_state, cursor)
         own = self._own()
         if workers.rank != 0:
             send_state(workers, own, 0)
@@ -67,14 +77,33 @@ class Keeper:
             [unpacked(piece) for piece in pieces],
             head,
             self.prepared.untrained.rest(),
+            numbers,
+            files,
         )
         keep = self.prepared.job.train.keep_checkpoints
-        save = partial(self._save_finite, checkpoint, keep)
+        save = partial(self._save_finite, checkpoint, keep, failure)
         if self.files.write(CHECKPOINTS, save, "training goes on without this checkpoint"):
             self.comm.recorder.event("checkpoint", checkpoint_path(self.folder, cursor).name)
 
-    def _save_finite(self, checkpoint: Checkpoint, keep: int) -> None:
-        """Nothing could go on from parameters that are not finite, and the file would displace one of use."""
+    def _save_own(self, phase: Phase, own: Own, cursor: int) -> tuple[list[dict[str, Any]], bool, str | None]:
+        """Every worker's plain numbers; whether workers have files of arrays; what went wrong with one. Collective over
+        the workers."""
+        assert phase.workers is not None
+        failure = None
+        if own.arrays:
+            try:
+                save_own(self.folder, cursor, phase.worker_index, own)
+            except CheckpointError as error:
+                failure = f"rank {self.comm.rank}: {error}"
+        rows = phase.workers.gather_json([own.numbers, bool(own.arrays), failure])
+        failures = [row[2] for row in rows if row[2] is not None]
+        return [row[0] for row in rows], any(row[1] for row in rows), failures[0] if failures else None
+
+    def _save_finite(self, checkpoint: Checkpoint, keep: int, failure: str | None) -> None:
+        """Nothing could go on from parameters that are not finite, and the file would displace one of use; nor from
+        one without a worker's arrays (`failure`)."""
+        if failure is not None:
+            raise CheckpointError(failure)
         if (name := self._not_finite()) is not None:
             path = checkpoint_path(self.folder, checkpoint.progress["cursor"])
             raise CheckpointError(f"{path} is not written, since parameter {name} is not finite; older ones are kept")
@@ -98,8 +127,9 @@ class Keeper:
         buffers = self.prepared.untrained.buffers().items()
         return [name for name, buffer in buffers if buffer.is_floating_point() and bool(buffer.isnan().any())]
 
-    def restore(self, optimizer: Literal["keep", "reset"] = "keep") -> tuple[dict[str, Any], State | None]:
-        """Take up the newest checkpoint of the folder: (its head, state as from Strategy.state). Collective.
+    def restore(self, optimizer: Literal["keep", "reset"] = "keep") -> tuple[dict[str, Any], State | None, Own]:
+        """Take up the newest checkpoint of the folder: (its head, state as from Strategy.state, own state as from
+        Strategy.own). Collective.
 
         `optimizer`: whether its state goes on, or begins anew. Raises CheckpointError, on all ranks, where the
         checkpoint is not of this job's model, schedule, data or optimizer, or not of so many ranks.
@@ -116,16 +146,26 @@ class Keeper:
             for name, value in checkpoint.rest.items():
                 self.prepared.untrained.put(name, value)
         self.prepared.untrained.share(comm)
+        kept = [checkpoint.numbers, checkpoint.files] if checkpoint is not None else None
+        numbers, files = comm.broadcast_json(kept)
+        own_state = agreed(comm, lambda: self._load_own(head, numbers, files and optimizer == "keep"))
         if checkpoint is None:
             if comm.rank in head["workers"]:
                 self._adopt_own(unpacked(recv_state(comm, 0)))
-            return head, None
+            return head, None, own_state
         for rank, own in zip(head["workers"], checkpoint.workers, strict=True):
             if rank == 0:
                 self._adopt_own(own)
             else:
                 send_state(comm, packed(own), rank)
-        return head, checkpoint.state
+        return head, checkpoint.state, own_state
+
+    def _load_own(self, head: dict[str, Any], numbers: list[dict[str, Any]], files: bool) -> Own:
+        """This rank's own state, as a worker; with its arrays if there are `files` of them."""
+        if self.comm.rank not in head["workers"]:
+            return Own()
+        worker = head["workers"].index(self.comm.rank)
+        return Own(load_own(self.folder, head["cursor"], worker) if files else {}, numbers[worker])
 
     def _own(self) -> State:
         """What is this worker's alone: buffers and random state."""
@@ -145,7 +185,7 @@ class Keeper:
             if not self.prepared.untrained.has_place_for(name):
                 raise CheckpointError(f"{path} is a checkpoint of another model: this one has no buffer {name}")
         if optimizer == "reset":
-            found.state.forget_moments()
+            found.state.optimizer.forget()
         else:
             self._fit_moments(found)
         return found
@@ -183,7 +223,7 @@ class Keeper:
                     f"{self.prepared.optimizer.words} keeps; {instead}"
                 )
         if now["elementwise"]:
-            state.forget_moments(but=set().union(*now["moments"]))
+            state.optimizer.forget(but=set().union(*now["moments"]))
 
     def _wrapped_layout(self) -> Layout:
         """The layout by the model's own names, which torch.compile changes."""
@@ -247,20 +287,21 @@ class Keeper:
 def packed(tensors: dict[str, Tensor]) -> State:
     """To be sent by `send_state`: copies of the tensors' bytes, whatever their dtype."""
     kinds = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
-    return State(0, 0, named={"own": {name: raw(t).copy() for name, t in tensors.items()}}, counters=kinds)
+    arrays = {name: raw(t).copy() for name, t in tensors.items()}
+    return State(0, 0, {"own": Section(named={"own": arrays})}, counters=kinds)
 
 
 def unpacked(piece: State) -> dict[str, Tensor]:
     """The tensors that were packed."""
-    own = piece.named["own"]
+    own = piece.section("own").named.get("own", {})
     return {name: from_raw(own[name], dtype, shape) for name, (dtype, shape) in piece.counters.items()}
 
 
 def _guessed_optimizer(state: State, now: dict[str, Any]) -> dict[str, Any]:
     """Of a checkpoint that does not say it: by the moments in it. `now`: what this job's optimizer is."""
-    found, keeps = state.moments(), set().union(*now["moments"])
+    found, keeps = state.optimizer.keys(), set().union(*now["moments"])
     if found:
-        now = {**now, "elementwise": not state.named}
+        now = {**now, "elementwise": not state.optimizer.named}
     if found <= keeps:
         return {**now, "moments": [sorted(found)] * len(now["moments"])}
     if not now["elementwise"] and found & keeps:  # what such a one keeps may depend on the parameter's shape

@@ -61,7 +61,7 @@ def _round_with_one(prepared: Prepared) -> int:
     """The size of a phase's rounds whose last one, if the run comes to it, gives a worker a micro-batch of 1; or 0."""
     own, epoch = prepared.job.train.batch_size, prepared.epoch
     for index, roles in enumerate(prepared.roles):
-        together = prepared.strategy(index).needs.lockstep or prepared.job.data.queue == "static"
+        together = not prepared.strategy(index).needs.queue or prepared.job.data.queue == "static"
         workers = len(roles.workers) if together else 1
         size = prepared.batch * workers
         start = epoch // size * size

@@ -33,7 +33,7 @@ from hpctrain.resume import Resume
 from hpctrain.runfiles import RunFiles
 from hpctrain.runfolder import Narrator, PhaseSummary
 from hpctrain.schedule import Ask, Progress
-from hpctrain.state import State
+from hpctrain.state import Own, State
 from hpctrain.strategies.base import Outcome, Phase, Strategy
 from hpctrain.trace.roles import Entry
 from hpctrain.trace.writer import next_attempt
@@ -144,6 +144,7 @@ class Session:
         self._trainer: Trainer | None = None
         self._phase: Phase | None = None
         self._state: State | None = None
+        self._own = Own()
         self._ending = "stop"
         self._owed = Ask.NOTHING
         self._split: dict[Roles, tuple[Communicator, Communicator | None]] = {}
@@ -340,9 +341,11 @@ class Session:
 
     def _restore(self) -> State | None:
         """Take up the newest checkpoint of the run folder. Collective. Returns like Strategy.state."""
-        head, state = self.keeper.restore(self._resume.optimizer if self._resume is not None else "keep")
+        head, state, self._own = self.keeper.restore(self._resume.optimizer if self._resume is not None else "keep")
         self._take_account(head["account"])
         self._ended = self._ending != "on"
+        if self._ended:
+            self._own = Own()  # it belongs to the phase that has ended
         return state
 
     def _forget_metrics(self) -> None:
@@ -361,7 +364,7 @@ class Session:
         strategy = prepared.strategy(index)
         shared = self._may_share(comm, strategy)
         with comm.span("switch"):
-            prepared.replica.place(comm, shared, strategy.needs.gradients)
+            prepared.replica.place(comm, shared)
             if prepared.norms is not None and workers is not None:
                 prepared.norms.join(workers)
         if before is not None:
@@ -417,7 +420,7 @@ class Session:
         if not self._shares(strategy):  # the same on all ranks
             return False
         layout = self.replica.layout
-        if self.replica.keeps_shared(comm, strategy.needs.gradients):
+        if self.replica.keeps_shared(comm):
             return True
         why = comm.can_share(layout.length * layout.dtype.itemsize * 2)
         if why is not None:
@@ -433,6 +436,8 @@ class Session:
     def _work(self, phase: Phase) -> Iterator[Batch]:
         strategy = self.prepared.strategy(phase.index)
         strategy.join(phase, self._take_state())
+        own, self._own = self._own, Own()
+        strategy.load_own(own)
         trainer = self._trainer_of(phase, strategy)
         if self._owed and self._pay():
             trainer.end()
@@ -494,8 +499,7 @@ class Session:
         del self._strategy  # and its memory, which the next phase may need
         if state is not None:  # what only this phase's strategy and rule understand ends with it
             self.books.summaries[-1].dropped = int(state.counters.get("dropped", 0))
-            state.counters, state.rule = {}, {}
-            state.take_own()
+            state.keep_optimizer_only()
 
     def _next_phase(self, phase: Phase) -> bool:
         """Whether another phase follows. Collective over all ranks; rank 0, always a worker, knows."""
@@ -666,9 +670,7 @@ class Session:
         ruled = conductor.evaluated(self.books.cursor, metric)
         return self.progress.judge(metric), conductor.why if ruled else None
 
-    def _measure(
-        self, comm: Communicator, name: str, dataset: Any, buffers: AbstractContextManager[Any]
-    ) -> Evaluation:
+    def _measure(self, comm: Communicator, name: str, dataset: Any, buffers: AbstractContextManager[Any]) -> Evaluation:
         """What an evaluation finds, with all ranks' `buffers` as they are to be. Collective over the workers."""
         prepared, books = self.prepared, self.books
         self._works()  # the checkpoint before, if there was one, is written
@@ -680,9 +682,7 @@ class Session:
         epoch = books.cursor / prepared.epoch
         seconds = sum(summary.seconds for summary in books.summaries)
         if self._files is not None:
-            self._files.add_row(
-                runfolder.metrics_row(books.step, books.cursor, epoch, seconds, name, found.plain())
-            )
+            self._files.add_row(runfolder.metrics_row(books.step, books.cursor, epoch, seconds, name, found.plain()))
         first, *others = found.text(name, self.job.metric.name)
         self.out.say(f"epoch {epoch:.2f}: {', '.join([first, *(text.removeprefix(f'{name} ') for text in others)])}")
         return found
@@ -695,9 +695,10 @@ class Session:
         assert self._phase is not None and self._phase.workers is not None
         self._check_hold()
         self._saving()
+        own = self._strategy.own()
         with self._phase.workers.span("checkpoint"), self._strategy.settled():
             account = {**self._account(), "ending": ending}
-            self.keeper.save(self._phase, self._strategy.state(), account, self.books.cursor)
+            self.keeper.save(self._phase, self._strategy.state(), own, account, self.books.cursor)
         if self.comm.rank == 0 and not self._interrupted:
             self._works()  # it has written; the others may have to wait for that still
 
@@ -763,9 +764,7 @@ class Session:
             self.out.say(f"left at sample {self.books.cursor:,} (step {self.books.step}); run folder {self.folder}")
             self._tell_unwritten(unwritten)
             return
-        self._result = Result(
-            self.model, self.folder, metrics, self.books.summaries, self.books.cursor, interrupted
-        )
+        self._result = Result(self.model, self.folder, metrics, self.books.summaries, self.books.cursor, interrupted)
         if interrupted:
             self._tell_interruption(unwritten)
             return

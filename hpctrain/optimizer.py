@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hpctrain.errors import ModelError
 from hpctrain.registry import did_you_mean
 from hpctrain.replica import Layout, Slot, as_array, as_tensor
-from hpctrain.state import State
+from hpctrain.state import OPTIMIZER, Section, State
 
 ELEMENTWISE = frozenset(
     ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
@@ -111,9 +111,7 @@ class OptimizerChoice:
         short, long = (plain._step(device, size)[1].detach().abs().sum() for size in (1.0, 10.0))
         return bool(long < 3.0 * short)
 
-    def _step(
-        self, device: torch.device | str, size: float = 0.0
-    ) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
+    def _step(self, device: torch.device | str, size: float = 0.0) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
         """One step on parameters of 0 with gradients of `size`."""
         parameter = torch.nn.Parameter(torch.zeros(4 if self.elementwise else (2, 2), device=device))
         optimizer = self.build([parameter])
@@ -391,6 +389,7 @@ class SlicedUpdate(Update):
 
     def view(self) -> State:
         state = State(self.low, self.high)
+        kept = state.optimizer
         for piece in self._pieces:
             assert self._optimizer is not None
             numbers = {}
@@ -398,26 +397,27 @@ class SlicedUpdate(Update):
                 if isinstance(value, torch.Tensor) and value.dim():
                     array = as_array(value.cpu())
                     if piece.last - piece.first == self.high - self.low:
-                        state.flat[key] = array
+                        kept.flat[key] = array
                     else:
-                        state.room(key, array.dtype)[piece.first - self.low : piece.last - self.low] = array
+                        state.room(OPTIMIZER, key, array.dtype)[piece.first - self.low : piece.last - self.low] = array
                 else:
                     numbers[key] = _number(value)
             if self._divided:
                 fresh = not self._optimizer.state[piece.flat]
-                state.groups[f"{piece.group}:{piece.first}:{piece.last}"] = {FRESH: True} if fresh else numbers
+                kept.numbers[f"{piece.group}:{piece.first}:{piece.last}"] = {FRESH: True} if fresh else numbers
             elif numbers:
-                state.groups[str(piece.group)] = numbers
+                kept.numbers[str(piece.group)] = numbers
         return state
 
     def load_in_place(self, state: State) -> None:
-        stretches = _stretches(state)
+        kept = state.optimizer
+        stretches = _stretches(kept)
         if stretches:
             self._divided = True
             self._divide(sorted({bound for _, low, high, _ in stretches for bound in (low, high)}))
         for piece in self._pieces:
             assert self._optimizer is not None
-            numbers = state.groups.get(str(piece.group), {})
+            numbers = kept.numbers.get(str(piece.group), {})
             for index, low, high, own in stretches:
                 numbers = own if index == piece.group and low <= piece.first < high else numbers
             if FRESH in numbers:
@@ -425,7 +425,7 @@ class SlicedUpdate(Update):
             here = self._optimizer.state[piece.flat]
             for key, value in numbers.items():
                 here[key] = self._revive(value, piece.flat)
-            for key, array in state.flat.items():
+            for key, array in kept.flat.items():
                 here[key] = as_tensor(array[piece.first - state.low : piece.last - state.low]).to(piece.flat.device)
 
 
@@ -439,13 +439,13 @@ def _part(value: Any, here: slice) -> Any:
     return value[here] if value.dim() else value.clone()
 
 
-def _stretches(state: State) -> list[tuple[int, int, int, dict[str, Any]]]:
+def _stretches(kept: Section) -> list[tuple[int, int, int, dict[str, Any]]]:
     """(group, first, last, numbers) of the stretches that a divided `SlicedUpdate` wrote, neighbours that are alike as
     one: they may have been cut for other ranks."""
-    keys = [key for key in state.groups if _STRETCH.fullmatch(key)]
+    keys = [key for key in kept.numbers if _STRETCH.fullmatch(key)]
     found: list[tuple[int, int, int, dict[str, Any]]] = []
     for key in sorted(keys, key=lambda key: [int(part) for part in key.split(":")]):
-        (index, low, high), numbers = (int(part) for part in key.split(":")), state.groups[key]
+        (index, low, high), numbers = (int(part) for part in key.split(":")), kept.numbers[key]
         if found and found[-1][0] == index and found[-1][2] == low and found[-1][3] == numbers:
             low = found.pop()[1]
         found.append((index, low, high, numbers))
@@ -475,22 +475,24 @@ class WholeUpdate(Update):
 
     def view(self) -> State:
         state = State(self.low, self.high)
+        kept = state.optimizer
         for _, slot, parameter in self._slots:
             assert self._optimizer is not None
             for key, value in self._optimizer.state[parameter].items():
                 if isinstance(value, torch.Tensor) and value.dim():
-                    state.named.setdefault(slot.name, {})[key] = as_array(value.detach().cpu().contiguous())
+                    kept.named.setdefault(slot.name, {})[key] = as_array(value.detach().cpu().contiguous())
                 else:
-                    state.groups.setdefault(slot.name, {})[key] = _number(value)
+                    kept.numbers.setdefault(slot.name, {})[key] = _number(value)
         return state
 
     def load_in_place(self, state: State) -> None:
+        kept = state.optimizer
         for _, slot, parameter in self._slots:
             assert self._optimizer is not None
             here = self._optimizer.state[parameter]
-            for key, value in state.groups.get(slot.name, {}).items():
+            for key, value in kept.numbers.get(slot.name, {}).items():
                 here[key] = self._revive(value, parameter)
-            for key, array in state.named.get(slot.name, {}).items():
+            for key, array in kept.named.get(slot.name, {}).items():
                 here[key] = as_tensor(array).to(parameter.device)
 
 

@@ -216,22 +216,17 @@ def _check_strategies(job: Job, sync_batchnorm: bool, optimizer: OptimizerChoice
                 f"train.sync_batchnorm = true: under strategy {spec.name} workers do not take their steps together, "
                 "so they have no batch in common; leave the key out"
             )
-        if needs.optimizer == "elementwise" and not optimizer.elementwise:
-            raise ModelError(
-                f"optimizer.name = {job.optimizer.name!r}: strategy {spec.name} needs an elementwise optimizer, "
-                "such as SGD or Adam (if this one is, set optimizer.elementwise = true)"
-            )
 
 
 def _check_schedule(prepared: Prepared) -> None:
     """Refuse rules that could never end their phase, and data that cannot be dealt out."""
     job, schedule = prepared.job, prepared.job.schedule
-    lockstep = [prepared.strategy(index).needs.lockstep for index in range(len(schedule))]
-    if job.data.queue == "shared" and all(lockstep):
+    queued = any(prepared.strategy(index).needs.queue for index in range(len(schedule)))
+    if job.data.queue == "shared" and not queued:
         raise JobError(
             'data.queue = "shared": all phases are synchronous, and deal out rounds by rank; use "auto" or "static"'
         )
-    if prepared.order.length is None and not all(lockstep):
+    if prepared.order.length is None and queued:
         raise DataError(
             f"data.name = {job.data.name!r} is a stream that does not tell its length, so it cannot be dealt out to "
             "workers that do not step together; let it define __len__, or use synchronous strategies"
@@ -267,9 +262,7 @@ def _model(job: Job, device: torch.device) -> nn.Module:
     given = job.model.resolve()
     model = given if isinstance(given, nn.Module) else job.model.bind()()
     if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"model.name = {job.model.name!r} gave a {type(model).__name__}; expected a torch.nn.Module"
-        )
+        raise ModelError(f"model.name = {job.model.name!r} gave a {type(model).__name__}; expected a torch.nn.Module")
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
         raise ModelError(
             f"model.name = {job.model.name!r} has lazy parameters whose shapes are not known yet; "

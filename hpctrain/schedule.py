@@ -244,6 +244,11 @@ class Conductor:
         end = self.rule.due(cursor) if self.rule is not None else None
         return min(marks if end is None else [*marks, end])
 
+    def ends(self, cursor: int) -> int:
+        """Where beyond `cursor` the phase ends at the latest, as far as that can be foreseen."""
+        end = self.rule.due(cursor) if self.rule is not None else None
+        return self.total if end is None else min(self.total, end)
+
     def _ruled(self, rule: Rule, why: str | None) -> Ask:
         news, rule.news = rule.news, None
         if news is not None:

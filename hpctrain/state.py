@@ -1,9 +1,12 @@
-"""What a strategy hands on at the end of a phase and into checkpoints: by parameter, never by rank."""
+"""What a strategy hands over at the end of a phase and writes into checkpoints.
+
+`State` belongs to the model: by element or by parameter of the arena, never by rank. `Own` belongs to one worker.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote
@@ -12,84 +15,147 @@ import numpy as np
 
 from hpctrain.comm.base import BFLOAT16, Buffer, Communicator, Request, Tag
 
-Counters = dict[str, dict[str, Any]]
 Row = tuple[str, tuple[int, ...], np.dtype[Any]]  # path, shape and dtype of an array
-FLAT = "flat/"
-OWN = "strategy: "  # before the key of a moment that is not the optimizer's
+OPTIMIZER = "optimizer"
+STRATEGY = "strategy"
+_STRATEGY_IN_0_1 = "strategy: "  # began the key of a moment of the strategy's own, among the optimizer's
 
 
 @dataclass
-class State:
-    """Optimizer state of the arena's stretch [low, high), plus counters.
+class Section:
+    """What one part of a strategy keeps of the arena's stretch: the optimizer, an outer optimizer.
 
-    `flat[key]`: a moment of every element of the stretch (elementwise optimizers). `named[parameter][key]`: one
-    parameter's own (other optimizers). `groups[i][key]`: plain numbers of parameter group i ("step").
-    `counters`: the strategy's own numbers (versions, dropped gradients). `rule`: what the rule that ends the
-    phase has seen (from where it is observed). Whole on rank 0, None elsewhere.
+    `flat[key]`: an array of one value for every element of the stretch. `named[parameter][key]`: an array of one
+    parameter's own, of any shape. `numbers[what][key]`: plain values.
     """
 
-    low: int
-    high: int
     flat: dict[str, Buffer] = field(default_factory=dict)
     named: dict[str, dict[str, Buffer]] = field(default_factory=dict)
-    groups: Counters = field(default_factory=dict)
-    counters: dict[str, Any] = field(default_factory=dict)
-    rule: dict[str, Any] = field(default_factory=dict)
+    numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def add_own(self, moments: dict[str, Buffer]) -> None:
-        """Moments of the strategy itself, which the optimizer must not see."""
-        self.flat |= {OWN + key: moment for key, moment in moments.items()}
+    def keys(self) -> set[str]:
+        """The names of what is kept, plain numbers included."""
+        return set(self.flat).union(*self.named.values(), *self.numbers.values())
 
-    def take_own(self) -> dict[str, Buffer]:
-        """Those moments; they are not in the state any longer."""
-        keys = [key for key in self.flat if key.startswith(OWN)]
-        return {key.removeprefix(OWN): self.flat.pop(key) for key in keys}
-
-    def moments(self) -> set[str]:
-        """The names of what the optimizer keeps here, plain numbers included."""
-        own = {key for key in self.flat if not key.startswith(OWN)}
-        return own.union(*self.named.values(), *self.groups.values())
-
-    def forget_moments(self, but: Collection[str] = ()) -> None:
-        """Take out what the optimizer keeps, but that: it begins those anew."""
-        self.flat = {key: array for key, array in self.flat.items() if key in but or key.startswith(OWN)}
+    def forget(self, but: Collection[str] = ()) -> None:
+        """Remove everything but these keys."""
+        self.flat = {key: array for key, array in self.flat.items() if key in but}
         self.named = {name: {k: v for k, v in own.items() if k in but} for name, own in self.named.items()}
-        self.groups = {name: {k: v for k, v in own.items() if k in but} for name, own in self.groups.items()}
+        self.numbers = {name: {k: v for k, v in own.items() if k in but} for name, own in self.numbers.items()}
 
-    def cut(self, low: int, high: int, names: Sequence[str]) -> State:
-        """The part for a stretch inside this one that holds the parameters `names`; views, not copies."""
-        here = slice(low - self.low, high - self.low)
-        flat = {key: value[here] for key, value in self.flat.items()}
-        named = {name: self.named[name] for name in names if name in self.named}
-        return State(low, high, flat, named, self.groups, self.counters, self.rule)
-
-    def arrays(self) -> list[tuple[str, Buffer]]:
-        """All arrays with a path each, in a fixed order."""
-        rows = [(f"{FLAT}{quote(key, safe='')}", self.flat[key]) for key in sorted(self.flat)]
+    def arrays(self) -> Iterator[tuple[str, Buffer]]:
+        """All arrays, each with its path, in a fixed order."""
+        for key in sorted(self.flat):
+            yield f"flat/{quote(key, safe='')}", self.flat[key]
         for name in sorted(self.named):
-            own = self.named[name]
-            rows += [(f"named/{quote(key, safe='')}/{name}", own[key]) for key in sorted(own)]
-        return rows
-
-    def copy(self) -> State:
-        """With arrays of its own."""
-        flat = {key: array.copy() for key, array in self.flat.items()}
-        named = {name: {key: array.copy() for key, array in own.items()} for name, own in self.named.items()}
-        return State(self.low, self.high, flat, named, self.groups, self.counters, self.rule)
-
-    def room(self, key: str, dtype: np.dtype[Any]) -> Buffer:
-        """That moment; zeros, if there is none yet."""
-        if key not in self.flat:
-            self.flat[key] = np.zeros(self.high - self.low, dtype)
-        return self.flat[key]
+            for key in sorted(self.named[name]):
+                yield f"named/{quote(key, safe='')}/{name}", self.named[name][key]
 
     def place(self, path: str, array: Buffer) -> None:
-        """The inverse of `arrays`, one at a time."""
+        """Insert one array at a path that `arrays` gave."""
         kind, key, *name = path.split("/", 2)
         if kind == "flat":
             self.flat[unquote(key)] = array
         else:
             self.named.setdefault(name[0], {})[unquote(key)] = array
+
+
+@dataclass
+class State:
+    """The state of the arena's stretch [low, high), in sections, and the strategy's counters.
+
+    `counters`: plain values of the strategy's own (versions, dropped gradients). `rule`: what the rule that ends the
+    phase has observed. Whole on rank 0, None elsewhere.
+    """
+
+    low: int
+    high: int
+    sections: dict[str, Section] = field(default_factory=dict)
+    counters: dict[str, Any] = field(default_factory=dict)
+    rule: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def optimizer(self) -> Section:
+        """What the job's optimizer keeps."""
+        return self.section(OPTIMIZER)
+
+    def section(self, name: str) -> Section:
+        """The section of that name; a new, empty one if there is none."""
+        return self.sections.setdefault(name, Section())
+
+    def keep_optimizer_only(self) -> None:
+        """Remove what only the phase that ends understands."""
+        self.sections = {OPTIMIZER: self.optimizer}
+        self.counters, self.rule = {}, {}
+
+    def cut(self, low: int, high: int, names: Sequence[str]) -> State:
+        """The part for a stretch inside this one that contains the parameters `names`; views, not copies."""
+        here = slice(low - self.low, high - self.low)
+        sections = {
+            name: Section(
+                {key: array[here] for key, array in section.flat.items()},
+                {parameter: section.named[parameter] for parameter in names if parameter in section.named},
+                section.numbers,
+            )
+            for name, section in self.sections.items()
+        }
+        return State(low, high, sections, self.counters, self.rule)
+
+    def arrays(self) -> list[tuple[str, Buffer]]:
+        """All arrays, each with its path, in a fixed order. The optimizer's paths have no prefix."""
+        return [
+            (path if name == OPTIMIZER else f"{name}/{path}", array)
+            for name in sorted(self.sections)
+            for path, array in self.sections[name].arrays()
+        ]
+
+    def place(self, path: str, array: Buffer) -> None:
+        """Insert one array at a path that `arrays` gave."""
+        name, inner = _split(path)
+        key = unquote(inner.removeprefix("flat/"))
+        if name == OPTIMIZER and key.startswith(_STRATEGY_IN_0_1):
+            self.section(STRATEGY).flat[key.removeprefix(_STRATEGY_IN_0_1)] = array
+        else:
+            self.section(name).place(inner, array)
+
+    def copy(self) -> State:
+        """The same with arrays of its own."""
+        whole = State(self.low, self.high, {}, self.counters, self.rule)
+        for name, section in self.sections.items():
+            whole.section(name).numbers = section.numbers
+        for path, array in self.arrays():
+            whole.place(path, array.copy())
+        return whole
+
+    def room(self, section: str, key: str, dtype: np.dtype[Any]) -> Buffer:
+        """That array of one value for every element; zeros, if there is none yet."""
+        flat = self.section(section).flat
+        if key not in flat:
+            flat[key] = np.zeros(self.high - self.low, dtype)
+        return flat[key]
+
+    def head(self) -> dict[str, Any]:
+        """Everything but the arrays, as plain values."""
+        numbers = {name: section.numbers for name, section in self.sections.items()}
+        return {"bounds": [self.low, self.high], "numbers": numbers, "counters": self.counters, "rule": self.rule}
+
+    @classmethod
+    def of_head(cls, head: dict[str, Any]) -> State:
+        """The state that `head` described, without its arrays."""
+        low, high = head["bounds"]
+        sections = {name: Section(numbers=numbers) for name, numbers in head["numbers"].items()}
+        return cls(low, high, sections, head["counters"], head["rule"])
+
+
+@dataclass
+class Own:
+    """What belongs to one worker: `arrays` of any shape (moments of its own, residuals), and plain `numbers`."""
+
+    arrays: dict[str, Buffer] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.arrays or self.numbers)
 
 
 def send_state(comm: Communicator, state: State, dest: int) -> None:
@@ -100,13 +166,7 @@ def send_state(comm: Communicator, state: State, dest: int) -> None:
 def start_send_state(comm: Communicator, state: State, dest: int) -> list[Request]:
     """`send_state`, started; the state must not change before these are done."""
     rows = state.arrays()
-    head = {
-        "bounds": [state.low, state.high],
-        "arrays": [[path, list(a.shape), str(a.dtype)] for path, a in rows],
-        "groups": state.groups,
-        "counters": state.counters,
-        "rule": state.rule,
-    }
+    head = {**state.head(), "arrays": [[path, list(a.shape), str(a.dtype)] for path, a in rows]}
     text = np.frombuffer(json.dumps(head).encode(), np.uint8).copy()
     flat = [np.ascontiguousarray(array).reshape(-1) for _, array in rows if array.size]
     return [comm.start_send(part, dest, Tag.STATE) for part in (np.array([text.size], np.int64), text, *flat)]
@@ -124,23 +184,27 @@ def recv_state(comm: Communicator, source: int) -> State:
 def collect_state(comm: Communicator, own: State, sources: Sequence[int], length: int) -> State:
     """The whole arena's state, of this rank's `own` piece and those that `sources` send.
 
-    Moments are received at once from all of them, where they are to lie.
+    Arrays of one value per element are received at once from all of them, in their place in the whole.
     """
     heads = [_recv_head(comm, source) for source in sources]
     whole, requests = merge([own, *(piece for piece, _ in heads)], length), []
     for source, (piece, rows) in zip(sources, heads, strict=True):
         for path, shape, dtype in rows:
-            here = slice(piece.low, piece.high)
-            room = whole.room(unquote(path.removeprefix(FLAT)), dtype)[here] if path.startswith(FLAT) else None
-            piece.place(path, room if room is not None else np.empty(shape, dtype))
+            name, inner = _split(path)
+            if inner.startswith("flat/"):
+                key = unquote(inner.removeprefix("flat/"))
+                piece.place(path, whole.room(name, key, dtype)[piece.low : piece.high])
+            else:
+                piece.place(path, np.empty(shape, dtype))
         requests += _start_recv_arrays(comm, piece, rows, source)
-        whole.named.update(piece.named)
+        for name, section in piece.sections.items():
+            whole.section(name).named.update(section.named)
     comm.wait_all(requests)
     return whole
 
 
 def _recv_head(comm: Communicator, source: int) -> tuple[State, list[Row]]:
-    """A state that lacks its arrays, and what these are going to be."""
+    """A state without its arrays, and their paths, shapes and dtypes."""
     size = np.zeros(1, np.int64)
     comm.recv(size, source, Tag.STATE)
     text = np.empty(int(size[0]), np.uint8)
@@ -150,8 +214,7 @@ def _recv_head(comm: Communicator, source: int) -> tuple[State, list[Row]]:
         (path, tuple(shape), BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype))
         for path, shape, dtype in head["arrays"]
     ]
-    low, high = head["bounds"]
-    return State(low, high, {}, {}, head["groups"], head["counters"], head["rule"]), rows
+    return State.of_head(head), rows
 
 
 def _start_recv_arrays(comm: Communicator, state: State, rows: Sequence[Row], source: int) -> list[Request]:
@@ -160,18 +223,26 @@ def _start_recv_arrays(comm: Communicator, state: State, rows: Sequence[Row], so
     return [comm.start_recv(array, source, Tag.STATE) for array in flat if array.size]
 
 
+def _split(path: str) -> tuple[str, str]:
+    """(section, path within it) of an array's path."""
+    name, _, rest = path.partition("/")
+    return (OPTIMIZER, path) if name in ("flat", "named") else (name, rest)
+
+
 def merge(pieces: Sequence[State], length: int) -> State:
     """The whole arena's state from the pieces of a cut; its arrays are a piece's where that has all of them."""
     whole = State(0, length)
     for piece in pieces:
-        for key, part in piece.flat.items():
-            if part.size == length:
-                whole.flat[key] = part
-            else:
-                whole.room(key, part.dtype)[piece.low : piece.high] = part
-        whole.named.update(piece.named)
-        for index, numbers in piece.groups.items():
-            whole.groups.setdefault(index, {}).update(numbers)
+        for name, section in piece.sections.items():
+            into = whole.section(name)
+            for key, part in section.flat.items():
+                if part.size == length:
+                    into.flat[key] = part
+                else:
+                    whole.room(name, key, part.dtype)[piece.low : piece.high] = part
+            into.named.update(section.named)
+            for what, numbers in section.numbers.items():
+                into.numbers.setdefault(what, {}).update(numbers)
         whole.counters.update(piece.counters)
         whole.rule.update(piece.rule)
     return whole

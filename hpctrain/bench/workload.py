@@ -57,7 +57,7 @@ class Workload:
         roles = assign_roles(comm.nodes, *type(strategy).roles(strategy.options))
         # Otherwise the strategy would exchange by messages where it was asked to share.
         shared = strategy.needs.parameters == "node" and comm.can_share(2 * replica.layout.length * 4) is None
-        replica.place(comm, shared, strategy.needs.gradients)
+        replica.place(comm, shared)
         return Phase(
             index=0,
             comm=comm,

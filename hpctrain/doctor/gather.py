@@ -157,10 +157,9 @@ def look_at_job(comm: Communicator, job: Job, path: str) -> JobFacts:
 
         prepared = prepare(job, comm)
         layout = prepared.replica.layout
-        gradients = max(prepared.strategy(index).needs.gradients for index in range(len(names)))
         facts = replace(
             facts, parameters=layout.parameters, nbytes=layout.length * layout.dtype.itemsize,
-            arenas=1 + gradients + 2, samples=prepared.order.length,
+            arenas=4, samples=prepared.order.length,
         )  # fmt: skip
     except HpctrainError as error:
         facts = replace(facts, troubles=[str(error)])

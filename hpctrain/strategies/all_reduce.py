@@ -1,27 +1,17 @@
-"""All-reduce: every worker applies the same averaged gradient.
-
-On one node, or with equal slices across nodes, gradients lie in node-shared arenas and parameters exist once per
-node: rank r sums slice r of everybody's gradients straight out of their memory, updates slice r of the
-parameters with its share of the optimizer, and a barrier later all have the new model (`SharedExchange`).
-Otherwise the gradient arena is all-reduced by messages and every worker updates its own copy (`MessageExchange`).
-"""
+"""All-reduce: every worker applies the same averaged gradient, in every step."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from hpctrain.jobspec import Options
-from hpctrain.strategies.base import Needs, Outcome, Phase, Strategy, clip_factor
-from hpctrain.strategies.round import Contribution, Round, close_round, end_round, nan_error, sum_error
+from hpctrain.strategies.base import Needs
+from hpctrain.strategies.round import Round, RoundStrategy
 
 if TYPE_CHECKING:
-    from hpctrain.comm.base import Buffer, Communicator, Request
-    from hpctrain.errors import NanError
-    from hpctrain.optimizer import Update
-    from hpctrain.state import State
+    from hpctrain.strategies.exchange import Exchange
 
 
 class AllReduceOptions(Options):
@@ -49,7 +39,7 @@ class AllReduceOptions(Options):
         return self
 
 
-class AllReduce(Strategy):
+class AllReduce(RoundStrategy):
     """Synchronous data parallelism: N workers with batch b equal one process with batch N*b."""
 
     Options = AllReduceOptions
@@ -58,272 +48,15 @@ class AllReduce(Strategy):
     def __init__(self, options: AllReduceOptions) -> None:
         super().__init__(options)
         self.needs = Needs(parameters="rank" if options.exchange == "message" else "node")
-        if options.overlap:
-            self.bucket_bytes = int(options.bucket_mb * 2**20)
 
-    def join(self, phase: Phase, state: State | None = None) -> None:
-        assert phase.workers is not None
-        self.phase = phase
-        self.comm = phase.workers
-        self._exchange = (SharedExchange if phase.shared else MessageExchange)(phase, self.comm, self.options)
-        self._exchange.adopt(state)
-        self.version = 0
+    def make_exchange(self) -> Exchange:
+        from hpctrain.strategies.exchange import MessageExchange, OverlappedExchange, SharedExchange
 
-    def ready(self, low: int, high: int) -> None:
-        self._exchange.start(low, high)
+        if self.phase.shared:
+            return SharedExchange(self.phase, self.options.algorithm)
+        if self.options.overlap:
+            return OverlappedExchange(self.phase, int(self.options.bucket_mb * 2**20))
+        return MessageExchange(self.phase, self.options.algorithm)
 
-    def step(self, samples: int, loss: float) -> Outcome:
-        phase = self.phase
-        row = Contribution.of(phase, samples, loss).encode(len(phase.replica.layout.slots))
-        found = close_round(phase, self._exchange.headers(row))
-        if not found.skip:
-            self._exchange.apply(found)
-            self.version += 1
-        self._exchange.finish()
-        return end_round(phase, found, self.version)
-
-    def state(self) -> State | None:
-        state = self._exchange.state()
-        if state is not None and self.phase.conductor.rule is not None:
-            state.rule = self.phase.conductor.rule.state()
-        return state
-
-    def leave(self) -> State | None:
-        state = self.state()
-        self._exchange.free()
-        return state
-
-
-class SharedExchange:
-    """Gradients summed slice by slice out of node-shared arenas; nodes all-reduce equal slices with each other."""
-
-    def __init__(self, phase: Phase, comm: Communicator, options: AllReduceOptions) -> None:
-        import torch
-
-        from hpctrain.optimizer import slice_bounds
-        from hpctrain.replica import as_tensor
-
-        self.phase, self.comm, self.options = phase, comm, options
-        self.replica = phase.replica
-        sizes = [comm.nodes.count(node) for node in sorted(set(comm.nodes))]
-        parts = min(sizes)
-        bounds = slice_bounds(self.replica.layout, parts, elementwise=True)
-        owns = comm.local_rank < parts
-        self.low, self.high = bounds[comm.local_rank : comm.local_rank + 2] if owns else (0, 0)
-        self.bounds = bounds
-        self.across = comm.split(comm.local_rank if owns else None, comm.rank) if len(sizes) > 1 else None
-        self.arena = self.replica.gradient_arenas[0]
-        self.slices = [as_tensor(part)[self.low : self.high] for part in self.arena.parts]
-        self.sum = torch.zeros_like(self.slices[0])
-        width = Contribution.length(len(self.replica.layout.slots))
-        self.board: NodeBoard | Messages = NodeBoard(comm, width) if len(sizes) == 1 else Messages(comm)
-        self.faults = comm.arena(1, np.dtype(np.float64), "node")  # of each rank: whether its slice is not finite
-        self.update: Update = phase.make_update(self.replica.values[self.low : self.high], self.low, self.high)
-        nbytes, elements = self.sum.nbytes, self.sum.numel()
-        ranks = len(self.slices)
-        self._reducing = comm.span("reduce", nbytes * ranks, flops=float(elements * ranks))
-        self._updating = comm.span("update", nbytes, flops=float(elements))
-        self._synchronise_parameters(len(sizes) > 1)
-
-    def _synchronise_parameters(self, several: bool) -> None:
-        """Everybody takes rank 0's: on its node they are there already."""
-        leaders = self.comm.split(0 if self.comm.local_rank == 0 else None) if several else None
-        arena = self.replica.value_arena
-        assert arena is not None
-        if leaders is not None:
-            leaders.broadcast(arena.parts[0])
-            leaders.free()
-        self.comm.notify(arena)
-        self.comm.wait(arena)
-
-    def headers(self, row: Buffer) -> Buffer:
-        """Nobody's row is there before its gradient is, and on one node the board is memory like these: its barrier is
-        the one that summing the gradients needs."""
-        if isinstance(self.board, NodeBoard):
-            return self.board.exchange(row)
-        self.comm.notify(self.arena)
-        table = self.board.exchange(row)
-        self.comm.wait(self.arena)
-        return table
-
-    def start(self, low: int, high: int) -> None:
-        """Summing out of memory needs no head start."""
-
-    def apply(self, found: Round) -> None:
-        """Sum this rank's slice and update it, unless the sum is not finite: `finish` says so to all ranks."""
-        from hpctrain.replica import sum_of_squares
-
-        phase = self.phase
-        finite = self._sum(found.divisor(phase.batch))
-        self.faults.mine[0] = not finite
-        if phase.clip_norm is not None:
-            squares = np.array([sum_of_squares(self.sum)])
-            table = self.board.exchange(squares)
-            mine = [r for r in range(self.comm.size) if self.comm.nodes[r] == self.comm.nodes[0]]
-            self.sum.mul_(clip_factor(float(table[mine, 0].sum()), phase.clip_norm))
-        if finite:
-            with self._updating:
-                self.update.apply(self.sum, phase.rate(phase.cursor), phase.momentum(phase.cursor), used=found.used)
-
-    def _sum(self, weight: float) -> bool:
-        """The mean of everybody's slices; whether it is finite."""
-        from hpctrain.blocks import add_up
-        from hpctrain.replica import as_array
-
-        with self._reducing:
-            if self.across is None:
-                return add_up(self.slices, self.sum, weight)
-            add_up(self.slices, self.sum, 1.0)
-        self.across.all_reduce(as_array(self.sum), algorithm=self.options.algorithm)
-        return add_up([self.sum], self.sum, weight)
-
-    def finish(self) -> None:
-        arena = self.replica.value_arena
-        assert arena is not None
-        self.comm.notify(arena)
-        self.comm.wait(arena)
-        if any(part[0] for part in self.faults.parts):
-            raise self._gradient_error()
-
-    def _gradient_error(self) -> NanError:
-        """Whose gradient of which parameter it was: all ranks look through their own. Collective."""
-        layout, phase = self.replica.layout, self.phase
-        in_sum = layout.first_not_finite(self.sum, self.low)
-        table = self.comm.gather_rows(np.array([self.replica.first_not_finite(), in_sum], np.int64))
-        guilty = np.flatnonzero(table[:, 0])
-        if guilty.size:
-            return nan_error(phase, phase.roles.workers[guilty[0]], 0.0, phase.step, int(table[guilty[0], 0]))
-        return sum_error(phase, int(table[:, 1].max()), phase.step)
-
-    def state(self) -> State | None:
-        from hpctrain.state import collect_state, send_state
-
-        comm, here = self.comm, self.comm.nodes[self.comm.rank] == self.comm.nodes[0]
-        if comm.rank != 0:
-            if here and self.low < self.high:
-                send_state(comm, self.update.view(), 0)
-            return None
-        owners = [r for r in comm.local_ranks[1 : len(self.bounds) - 1] if self._part(r)[0] < self._part(r)[1]]
-        return collect_state(comm, self.update.view(), owners, self.replica.layout.length)
-
-    def adopt(self, state: State | None) -> None:
-        from hpctrain.state import recv_state, start_send_state
-
-        comm = self.comm
-        if not comm.broadcast_json(state is not None):
-            return
-        if state is not None:
-            parts = [(rank, self._part(rank)) for rank in range(1, comm.size)]
-            sends = [start_send_state(comm, state.cut(*part, []), rank) for rank, part in parts if part[0] < part[1]]
-            self.update.load_in_place(state.cut(self.low, self.high, []))
-            comm.wait_all([request for started in sends for request in started])
-        elif self.low < self.high:
-            self.update.load_in_place(recv_state(comm, 0))
-
-    def _part(self, rank: int) -> tuple[int, int]:
-        place = sum(self.comm.nodes[r] == self.comm.nodes[rank] for r in range(rank))
-        return (self.bounds[place], self.bounds[place + 1]) if place < len(self.bounds) - 1 else (0, 0)
-
-    def free(self) -> None:
-        self.slices = []
-        self.faults.free()
-        self.board.free()
-        if self.across is not None:
-            self.across.free()
-
-
-class MessageExchange:
-    """The whole gradient all-reduced by messages; every worker keeps the whole optimizer."""
-
-    def __init__(self, phase: Phase, comm: Communicator, options: AllReduceOptions) -> None:
-        self.phase, self.comm, self.options = phase, comm, options
-        self.replica = phase.replica
-        self.update: Update = phase.make_update(self.replica.values, 0, self.replica.layout.length)
-        self.board = Messages(comm)
-        self._started: list[tuple[int, int, Request]] = []
-        assert self.replica.value_arena is not None
-        if not phase.equal:
-            comm.broadcast(self.replica.value_arena.mine)
-
-    def headers(self, row: Buffer) -> Buffer:
-        return self.board.exchange(row)
-
-    def start(self, low: int, high: int) -> None:
-        part = self.replica.gradient_arenas[0].mine[low:high]
-        self._started.append((low, high, self.comm.start_all_reduce(part)))
-
-    def apply(self, found: Round) -> None:
-        """Every rank has the same sum, so all of them find out alike that it is not finite: NanError."""
-        from hpctrain.blocks import add_up
-        from hpctrain.replica import sum_of_squares
-
-        phase, gradient = self.phase, self.replica.gradient
-        self._finish_started()
-        if not self.options.overlap:
-            self.comm.all_reduce(self.replica.gradient_arenas[0].mine, algorithm=self.options.algorithm)
-        if not add_up([gradient], gradient, found.divisor(phase.batch)):
-            raise sum_error(phase, self.replica.first_not_finite(), phase.step)
-        if phase.clip_norm is not None:
-            gradient.mul_(clip_factor(sum_of_squares(gradient), phase.clip_norm))
-        with self.comm.span("update", gradient.nbytes, flops=float(gradient.numel())):
-            self.update.apply(gradient, phase.rate(phase.cursor), phase.momentum(phase.cursor), used=found.used)
-
-    def _finish_started(self) -> None:
-        for _, _, request in self._started:
-            request.wait()
-        self._started = []
-
-    def finish(self) -> None:
-        self._finish_started()
-
-    def state(self) -> State | None:
-        return self.update.state() if self.comm.rank == 0 else None
-
-    def adopt(self, state: State | None) -> None:
-        from hpctrain.state import recv_state, send_state
-
-        if not self.comm.broadcast_json(state is not None):
-            return
-        if self.comm.rank == 0:
-            for rank in range(1, self.comm.size):
-                assert state is not None
-                send_state(self.comm, state, rank)
-        self.update.load(state if state is not None else recv_state(self.comm, 0))
-
-    def free(self) -> None:
-        self.board.free()
-
-
-class NodeBoard:
-    """A few numbers of every rank, seen by all ranks of one node: two rows in turn, so that one barrier is enough."""
-
-    def __init__(self, comm: Communicator, width: int) -> None:
-        """`width`: elements of the longest row."""
-        self.comm, self.width = comm, -(-width // 8) * 8  # whole cache lines
-        self.arena = comm.arena(2 * self.width, np.dtype(np.float64), "node")
-        self.turn = 0
-
-    def exchange(self, row: Buffer) -> Buffer:
-        """Rows of all ranks, in rank order. Collective."""
-        self.turn = 1 - self.turn
-        here = slice(self.turn * self.width, self.turn * self.width + row.size)
-        self.arena.mine[here] = row
-        self.comm.notify(self.arena)
-        self.comm.wait(self.arena)
-        return np.array([part[here] for part in self.arena.parts])
-
-    def free(self) -> None:
-        self.arena.free()
-
-
-class Messages:
-    """The same over several nodes."""
-
-    def __init__(self, comm: Communicator) -> None:
-        self.comm = comm
-
-    def exchange(self, row: Buffer) -> Buffer:
-        return self.comm.gather_rows(row)
-
-    def free(self) -> None:
-        return None
+    def apply(self, round: Round) -> None:
+        self.optimize(self.exchange.reduce(round.divisor), round)

@@ -16,6 +16,7 @@ from hpctrain.cluster import Roles, assign_roles
 from hpctrain.errors import ClusterError
 from hpctrain.job import Job, check_ranks
 from hpctrain.schedule import Ask, Conductor
+from hpctrain.state import Own
 
 if TYPE_CHECKING:
     import torch
@@ -30,18 +31,11 @@ Result = Literal["applied", "dropped", "local", "skipped"]
 
 @dataclass(frozen=True)
 class Needs:
-    """What a strategy asks of `launch` before it joins.
+    """What a strategy needs, before it joins."""
 
-    `parameters`: "node" if it can work with parameters that exist once per node (synchronous strategies only),
-    else one private copy per "rank". `gradients`: one or two gradient buffers. `optimizer`: whether it takes
-    any optimizer or only elementwise ones. `lockstep`: whether all workers take every step together, as
-    train.sync_batchnorm needs it (asynchronous strategies: False).
-    """
-
-    parameters: Literal["node", "rank"] = "rank"
-    gradients: int = 1
-    optimizer: Literal["any", "elementwise"] = "any"
-    lockstep: bool = True
+    parameters: Literal["node", "rank"] = "rank"  # node: works with parameters that exist once per node
+    lockstep: bool = True  # all workers take every step together, as train.sync_batchnorm needs it
+    queue: bool = False  # samples are dealt from a queue, not by rounds of all workers
 
 
 class Outcome(NamedTuple):
@@ -160,7 +154,10 @@ class Strategy:
         """The gradient's stretch [low, high) is final (called from hooks during the last micro-batch's backward).
         May start communication, never waits."""
 
-    bucket_bytes: int = 0  # size of the stretches that `ready` hears of; 0: it is not called
+    @property
+    def bucket_bytes(self) -> int:
+        """The size of the stretches that `ready` is given; 0: it is not called."""
+        return 0
 
     def step(self, samples: int, loss: float) -> Outcome:
         """Gradients of `samples` samples, of mean loss `loss`, are in the replica's arena. On return the next
@@ -176,6 +173,13 @@ class Strategy:
         """Whole on rank 0, None elsewhere. Collective over the workers (servers take part in `serve`)."""
         return None
 
+    def own(self) -> Own:
+        """What belongs to this worker alone, for a checkpoint; views, good until the next step. Not collective."""
+        return Own()
+
+    def load_own(self, own: Own) -> None:
+        """Go on from what `own` gave, after `join`; empty where there is nothing to go on from. Not collective."""
+
     def leave(self) -> State | None:
         """Drain what is in flight; all replicas hold equal, final parameters. Returns like `state`. Collective."""
         return self.state()
@@ -184,10 +188,6 @@ class Strategy:
         """This worker's program has left the training loop: wish for `Ask.LEAVE`, as `phase.wish` does by now, where
         the others take their next step or do the same. What is asked of all of them then."""
         return self.step(0, 0.0).ask
-
-    def lost(self, ranks: tuple[int, ...], comm: Communicator) -> bool:
-        """After these ranks died: can this strategy go on over `comm`?"""
-        return False
 
 
 class Server:

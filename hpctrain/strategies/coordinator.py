@@ -24,7 +24,7 @@ import numpy as np
 from hpctrain.comm.base import Tag
 from hpctrain.data.queue import SharedQueue, StaticQueue, Stretch
 from hpctrain.schedule import Ask
-from hpctrain.strategies.round import Contribution, Round, Used, nan_error, pack, unpack, words
+from hpctrain.strategies.contribution import Contribution, RoundTotals, Used, nan_error, pack, unpack, words
 
 if TYPE_CHECKING:
     from hpctrain.comm.base import Buffer, Request
@@ -280,7 +280,7 @@ class Rounds(Coordinator):
     def _close_round(self) -> None:
         phase, accepted = self.phase, tuple(sorted(self.waiting))
         headers = [self.waiting.pop(worker) for worker in accepted]
-        found, step = Round.of([header.part for header in headers]), headers[0].step
+        found, step = RoundTotals.of([header.part for header in headers]), headers[0].step
         if found.faulty is not None and phase.nan == "stop":
             part = headers[found.faulty].part
             self.nan = (self.wiring.workers[accepted[found.faulty]], part.loss, step, part.bad)
@@ -358,7 +358,7 @@ class Asynchronous(Coordinator):
             take=(worker,),
             version=self.version,
             step=header.step,
-            weight=Round.of([part]).divisor(self.phase.batch),
+            weight=RoundTotals.of([part]).divisor(self.phase.batch),
             rate=self.phase.rate(self.cursor) * self.options.per_update(self.phase, staleness),
             momentum=self.phase.momentum(self.cursor),
             used=part.used,

@@ -14,7 +14,9 @@ from hpctrain.comm.base import Tag
 from hpctrain.errors import ClusterError
 from hpctrain.jobspec import Options
 from hpctrain.schedule import Ask
+from hpctrain.state import STRATEGY, Own
 from hpctrain.strategies.base import Needs, Outcome, Phase, Server, Strategy, clip_factor
+from hpctrain.strategies.contribution import Contribution, nan_error, sum_error
 from hpctrain.strategies.coordinator import (
     REPLY,
     Asynchronous,
@@ -27,7 +29,6 @@ from hpctrain.strategies.coordinator import (
     What,
 )
 from hpctrain.strategies.corrections import DelayCompensation, RunningClip
-from hpctrain.strategies.round import Contribution, nan_error, sum_error
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +137,7 @@ MODE_KEYS = {
 }
 
 
-CLIP = "clip of worker {}"  # among a state's counters
+CLIP = "clip"  # among a worker's own numbers
 
 
 class Wiring:
@@ -229,9 +230,8 @@ class ParameterServerServer(Server):
 
     def load(self, state: State) -> None:
         """Take over this server's part of a checkpoint, or of the phase before."""
-        own = state.take_own()
         if self._compensation is not None:
-            self._compensation.load(own)
+            self._compensation.load(state.section(STRATEGY).flat)
         self.update.load_in_place(state)
         if self.coordinator is not None:
             self.coordinator.load(state.counters)
@@ -381,7 +381,7 @@ class ParameterServerServer(Server):
         with self.update.common_velocity(len(self.wiring.workers)):
             state = self.update.view()
             if self._compensation is not None:
-                state.add_own(self._compensation.view())
+                state.section(STRATEGY).flat |= self._compensation.view()
             if self.coordinator is not None:
                 state.counters = self.coordinator.counters()
                 if self.phase.conductor.rule is not None:
@@ -398,7 +398,7 @@ class ParameterServer(Strategy):
 
     def __init__(self, options: ParameterServerOptions) -> None:
         super().__init__(options)
-        self.needs = Needs(lockstep=options.lockstep)
+        self.needs = Needs(lockstep=options.lockstep, queue=not options.lockstep)
 
     @staticmethod
     def roles(options: ParameterServerOptions) -> tuple[int, bool]:
@@ -430,12 +430,10 @@ class ParameterServer(Strategy):
             shard = phase.comm.arena(part.size, part.dtype, "rank").mine
             shard[...] = part
             self._server.attach(phase, self.wiring, shard, lane=1)
-        counters = _deal(phase, self.wiring, state, self._server)
+        _deal(phase, self.wiring, state, self._server)
         self._thread: Thread | None = phase.comm.spawn(self._server.serve) if self._server else None
         self._slices: list[Stretch] = []
         self._running = self._running_clip()
-        if self._running is not None and (clip := counters.get(CLIP.format(phase.worker_index))) is not None:
-            self._running.load(clip)
         answer = np.zeros(REPLY, np.uint8)
         self.comm.recv(answer, self.wiring.coordinator, Tag.REPLY)
         self._take(answer)
@@ -509,7 +507,6 @@ class ParameterServer(Strategy):
         )
 
     def state(self) -> State | None:
-        assert self.phase.workers is not None
         whole = None
         if self.comm.rank == 0:
             from hpctrain.state import State, collect_state
@@ -517,10 +514,14 @@ class ParameterServer(Strategy):
             self._tell(Kind.STATE)
             servers = [server for server, _, _ in self.wiring.keepers()]
             whole = collect_state(self.comm, State(0, 0), servers, self.phase.replica.layout.length)
-        clips = self.phase.workers.gather_json(self._running.counters() if self._running is not None else None)
-        if whole is not None:
-            whole.counters |= {CLIP.format(worker): clip for worker, clip in enumerate(clips) if clip is not None}
         return whole
+
+    def own(self) -> Own:
+        return Own(numbers={CLIP: self._running.counters()} if self._running is not None else {})
+
+    def load_own(self, own: Own) -> None:
+        if self._running is not None and CLIP in own.numbers:
+            self._running.load(own.numbers[CLIP])
 
     def leave(self) -> State | None:
         state = self.state()
@@ -545,17 +546,13 @@ class ParameterServer(Strategy):
         self.comm.send(Header(kind).encode(slots), self.wiring.coordinator, Tag.CONTROL)
 
 
-def _deal(
-    phase: Phase, wiring: Wiring, state: State | None, server: ParameterServerServer | None
-) -> dict[str, Any]:
-    """Give every server its part of the optimizer state, from rank 0; all get its counters. Collective over the phase's
-    ranks."""
+def _deal(phase: Phase, wiring: Wiring, state: State | None, server: ParameterServerServer | None) -> None:
+    """Give every server its part of the state, from rank 0. Collective over the phase's ranks."""
     from hpctrain.state import recv_state, send_state
 
     comm = phase.comm
-    counters: dict[str, Any] | None = comm.broadcast_json(state.counters if state is not None else None)
-    if counters is None:
-        return {}
+    if not comm.broadcast_json(state is not None):
+        return
     if comm.rank == 0:
         assert state is not None
         for rank, low, high in wiring.keepers():
@@ -566,5 +563,3 @@ def _deal(
                 server.load(part)
     elif server is not None and comm.rank in [rank for rank, _, _ in wiring.keepers()]:
         server.load(recv_state(comm, 0))
-    return counters
-

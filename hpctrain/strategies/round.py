@@ -1,183 +1,340 @@
-"""What every round of workers owes: one row from each of them, and what follows from all rows, alike for everybody.
+"""Strategies whose workers agree in rounds, and everything that such a round owes.
 
-Whoever closes a round (every worker of an all-reduce, the coordinator of a parameter server) reads the rows into a
-`Round`: its samples, its mean loss, whether its gradients may be applied, and which parameters they are of.
+A `RoundStrategy` writes what is its own: how a round's gradients become an update (`apply`), and, where rounds have
+several steps, what a worker does by itself in each of them (`local`). The rest is done here, once for all: the workers'
+rows, the mean loss, train.nan, train.clip_norm, learning rate and momentum, parameters without a gradient, the run's
+clock, what is asked of the trainer, the optimizer's state from phase to phase and in checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hpctrain.errors import NanError
+from hpctrain.errors import HpctrainError
 from hpctrain.schedule import Ask
-from hpctrain.strategies.base import Outcome, Phase
+from hpctrain.state import (
+    OPTIMIZER,
+    STRATEGY,
+    Own,
+    Section,
+    State,
+    collect_state,
+    recv_state,
+    send_state,
+    start_send_state,
+)
+from hpctrain.strategies.base import Outcome, Phase, Strategy, clip_factor
+from hpctrain.strategies.contribution import Contribution, RoundTotals, Used, nan_error
 
 if TYPE_CHECKING:
-    from hpctrain.comm.base import Buffer
+    import torch
 
-Used = NDArray[np.bool_] | None
-"""Which of the layout's parameters the loss depends on, in its order; None: all of them."""
-
-_NUMBERS = 5
-_BITS = 32  # a word, which a float64 holds exactly
+    from hpctrain.optimizer import Update
+    from hpctrain.strategies.exchange import Exchange
 
 
 @dataclass(frozen=True)
-class Contribution:
-    """One worker's part in a round, as it goes over the wire: a row of float64.
+class Step:
+    """One mini-batch of this worker, in a round of several steps. Its mean gradient is in the replica's arena."""
 
-    `weight`: what the mean loss is taken over (samples, unless the loss says otherwise). `bad`: 1 + the index of a
-    parameter whose gradient is not finite, 0 if none was found. `used`: see `Used`.
-    """
-
+    number: int  # of the run, from 0
+    index: int  # in the round, from 0
     samples: int
-    weight: float
-    loss: float
-    wish: Ask
-    bad: int = 0
-    used: Used = None
-
-    @classmethod
-    def of(cls, phase: Phase, samples: int, loss: float) -> Contribution:
-        """This worker's, of the step that it has just computed."""
-        weight = float(samples) if phase.weight is None else phase.weight
-        used = phase.replica.used() if samples else np.zeros(len(phase.replica.layout.slots), np.bool_)
-        return cls(samples, weight, loss if samples else 0.0, phase.wish, phase.bad, used)
-
-    @staticmethod
-    def length(slots: int) -> int:
-        """Elements of an encoded contribution, for a layout of so many parameters."""
-        return _NUMBERS + words(slots)
-
-    def encode(self, slots: int) -> Buffer:
-        """As float64: its numbers, then a bit for each parameter."""
-        numbers = [self.samples, self.weight, self.loss, float(self.wish), self.bad]
-        return np.concatenate([np.array(numbers, np.float64), pack(self.used, slots)])
-
-    @classmethod
-    def decode(cls, row: Buffer, slots: int) -> Contribution:
-        """The inverse of `encode`."""
-        samples, weight, loss, wish, bad = row[:_NUMBERS].tolist()
-        return cls(int(samples), weight, loss, Ask(int(wish)), int(bad), unpack(row[_NUMBERS:], slots))
-
-    @property
-    def finite(self) -> bool:
-        """Whether loss and gradient are, as far as the worker has looked."""
-        return self.loss - self.loss == 0.0 and not self.bad
+    rate: float  # the factor of the learning rate
+    momentum: float  # the factor of the momentum
+    skip: bool  # there is nothing to learn from it: no samples, or not finite with train.nan = "skip"
+    used: Used = None  # parameters with a gradient; None: all
 
 
 @dataclass(frozen=True)
 class Round:
-    """What all contributions together come to.
+    """One agreement of all workers."""
 
-    `loss`: the mean over the round's weight. `used`: the parameters that any worker's loss depends on; the optimizer
-    leaves the others alone, as torch does where there is no gradient. `faulty`: the first worker (its place among the
-    contributions) whose loss or gradient is not finite, else None.
+    number: int  # of the phase, from 0
+    start: int  # the run's clock where it began, in samples
+    steps: int  # how many each worker took
+    samples: int  # of all workers
+    own: float  # this worker's weight: its samples, unless the loss says otherwise
+    weight: float  # of all workers: averages are weighted by own / weight
+    divisor: float  # makes of the sum of the gradient arenas the mean gradient (rounds of one step)
+    rate: float  # the factor of the learning rate
+    momentum: float  # the factor of the momentum
+    last: bool  # the phase foreseeably ends with it
+    skip: bool  # nothing may be applied: no samples, or not finite with train.nan = "skip"
+    used: Used = None  # parameters with a gradient on any worker; None: all
+
+
+class RoundStrategy(Strategy):
+    """Workers take the steps of a round, then agree. Subclasses write `apply`, `local` if rounds are long, and what
+    else they need of the methods below it.
+
+    `phase`, `comm` (the workers), `exchange`, `update` (the optimizer for the stretch that the exchange gives this
+    rank) and `version` (rounds applied so far) are there from `begin` on.
     """
 
-    samples: int
-    weight: float
-    loss: float
-    wish: Ask
-    used: Used
-    faulty: int | None
+    local: Callable[[Step], None] | None = None
+    """Called after every step of a strategy that writes it, the round's last and only one included. The gradient
+    arena has this worker's mean gradient, clipped. Nothing is exchanged here, or waited for."""
 
-    @classmethod
-    def of(cls, parts: Sequence[Contribution]) -> Round:
-        """Of the contributions in rank order."""
-        weights = np.array([part.weight for part in parts])
-        losses = np.array([part.loss for part in parts])
-        weight = float(weights.sum())
-        wish = Ask(int(np.bitwise_or.reduce([int(part.wish) for part in parts])))
-        used = [part.used for part in parts if part.used is not None]
-        everything = len(used) < len(parts)
-        union = None if everything else np.logical_or.reduce(used)
-        faulty = next((index for index, part in enumerate(parts) if not part.finite), None)
-        mean = float((weights * losses).sum()) / weight if weight else 0.0
-        samples = sum(part.samples for part in parts)
-        return cls(samples, weight, mean, wish, union, faulty)
+    phase: Phase
+    exchange: Exchange
+    update: Update
 
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        if self.local is not None:
+            self.needs = replace(self.needs, parameters="rank", lockstep=False)
+
+    # -- what subclasses write -------------------------------------------------------------------------------
+    def apply(self, round: Round) -> None:
+        """Agree with the other workers, and change the parameters. Collective; not called if `round.skip`."""
+        raise NotImplementedError
+
+    def length(self) -> int:
+        """How many steps the round has that begins now; the same on all workers. More than 1 only with `local`."""
+        return 1
+
+    def make_exchange(self) -> Exchange:
+        """How this strategy's values travel. Collective."""
+        from hpctrain.strategies.exchange import MessageExchange
+
+        return MessageExchange(self.phase)
+
+    def begin(self) -> None:
+        """The phase begins: all workers have the same parameters. Allocate what is needed. Collective."""
+
+    def skipped(self, round: Round) -> None:
+        """The round was closed without `apply`. Not collective."""
+
+    def drain(self) -> None:
+        """The phase ends: finish what is in flight; afterwards all workers have the same parameters. Collective."""
+
+    def common(self) -> Section:
+        """What the strategy itself keeps, equal on all workers: arrays of the exchange's stretch, or by parameter.
+
+        The section itself, made in `begin`: what a checkpoint has is written into its arrays and numbers.
+        """
+        return Section()
+
+    def optimize(self, gradient: torch.Tensor, part: Step | Round) -> None:
+        """Clip `gradient`, and apply one step of the job's optimizer with it.
+
+        Of a Round: the mean of all workers, the elements [exchange.low, exchange.high); collective. Of a Step: this
+        worker's, all elements, clipped already. Where it is not finite the parameters are left alone, and the round
+        ends with NanError.
+        """
+        if part.skip:
+            return
+        finite = isinstance(part, Step) or self.exchange.check(gradient)
+        limit = self.phase.clip_norm
+        if isinstance(part, Round) and limit is not None:
+            gradient.mul_(clip_factor(self.exchange.squares(gradient), limit))
+        if finite:
+            with self._updating:
+                self.update.apply(gradient, part.rate, part.momentum, used=part.used)
+
+    # -- the phase ---------------------------------------------------------------------------------------------
+    def join(self, phase: Phase, state: State | None = None) -> None:
+        assert phase.workers is not None
+        self.phase, self.comm, self.version = phase, phase.workers, 0
+        self.exchange = exchange = self.make_exchange()
+        values = phase.replica.values[exchange.low : exchange.high]
+        self.update = phase.make_update(values, exchange.low, exchange.high)
+        self._updating = self.comm.span("update", values.nbytes, flops=float(values.numel()))
+        exchange.synchronise()
+        part = self._dealt(state)
+        if part is not None:
+            self.update.load_in_place(part)
+        self.begin()
+        if part is not None:
+            _fill(self.common(), part.section(STRATEGY))
+        self._start_round()
+
+    def _dealt(self, state: State | None) -> State | None:
+        """This rank's stretch of the state that rank 0 has; None if there is none. Collective."""
+        comm = self.comm
+        if not comm.broadcast_json(state is not None):
+            return None
+        if state is None:
+            return recv_state(comm, 0)
+        parts = [state.cut(*bounds, self._names(*bounds)) for bounds in self.exchange.stretches()]
+        sends = [start_send_state(comm, parts[rank], rank) for rank in range(1, comm.size)]
+        comm.wait_all([request for started in sends for request in started])
+        return parts[0]
+
+    def _names(self, low: int, high: int) -> list[str]:
+        return [slot.name for slot in self.phase.replica.layout.slots_in(low, high)]
+
+    def state(self) -> State | None:
+        comm, keepers = self.comm, self.exchange.keepers()
+        part = self.update.view() if self.local is None else self._mean_moments()
+        kept = self.common()
+        if kept.keys():
+            part.sections[STRATEGY] = kept
+        if comm.rank != 0:
+            if comm.rank in keepers:
+                send_state(comm, part, 0)
+            return None
+        whole = collect_state(comm, part, keepers[1:], self.phase.replica.layout.length)
+        if self.phase.conductor.rule is not None:
+            whole.rule = self.phase.conductor.rule.state()
+        return whole
+
+    def _mean_moments(self) -> State:
+        """The optimizer's state where every worker has its own: the mean of all, and rank 0's plain numbers.
+        Collective."""
+        comm, state = self.comm, self.update.state()
+        rows = comm.gather_json({path: [list(a.shape), str(a.dtype)] for path, a in state.arrays()})
+        here = dict(state.arrays())
+        for path, (shape, dtype) in sorted({path: row[path] for row in reversed(rows) for path in row}.items()):
+            array = here.get(path, _zeros(shape, dtype))
+            comm.all_reduce(array.reshape(-1))
+            array /= comm.size
+            state.place(path, array)
+        numbers = comm.gather_json(state.optimizer.numbers)
+        state.optimizer.numbers = next((found for found in numbers if found), {})
+        return state
+
+    def own(self) -> Own:
+        if self.local is None:
+            return Own()
+        view = self.update.view()
+        return Own(dict(view.arrays()), {OPTIMIZER: view.optimizer.numbers})
+
+    def load_own(self, own: Own) -> None:
+        if self.local is None or OPTIMIZER not in own.numbers:
+            return
+        state = State(self.exchange.low, self.exchange.high)
+        state.optimizer.numbers = own.numbers[OPTIMIZER]
+        for path, array in own.arrays.items():
+            state.place(path, array)
+        self.update.load(state)
+
+    def leave(self) -> State | None:
+        self.drain()
+        state = self.state()
+        self.exchange.free()
+        return state
+
+    # -- rounds ----------------------------------------------------------------------------------------------
     @property
-    def skip(self) -> bool:
-        """Whether no update comes of it: something is not finite, or all workers have left the training loop."""
-        return self.faulty is not None or not self.samples
+    def bucket_bytes(self) -> int:
+        """As the exchange has it; within a long round nothing is exchanged."""
+        return self.exchange.bucket_bytes if self.local is None else 0
 
-    def divisor(self, batch: int) -> float:
-        """What the sum of the gradients is divided by; they come divided by `batch`. Where nothing counts they are 0
-        and stay so: the optimizer makes of that what torch's does."""
-        return self.weight / batch or 1.0
+    def ready(self, low: int, high: int) -> None:
+        self.exchange.start(low, high)
+
+    def _start_round(self) -> None:
+        self._start = self.phase.cursor
+        self._parts: list[Contribution] = []
+        self._length = self.length()
+        self._foreseen = self.phase.conductor.ends(self._start)
+        if self._length > 1 and self.local is None:
+            raise HpctrainError(f"strategy {type(self).__name__} has rounds of {self._length} steps and no local()")
+
+    def step(self, samples: int, loss: float) -> Outcome:
+        phase = self.phase
+        part = Contribution.of(phase, samples, loss)
+        if self.local is not None:
+            part = self._step_locally(self.local, part)
+        self._parts.append(part)
+        if len(self._parts) >= self._length or phase.round_end >= self._foreseen:
+            return self._close()
+        phase.cursor = phase.round_end
+        skipped = bool(samples) and not part.samples
+        return Outcome("skipped" if skipped else "local", phase.cursor, part.loss, samples, version=self.version)
+
+    def withdraw(self) -> Ask:
+        """Close the round here: the others come to its end, or withdraw as well."""
+        self._parts.append(Contribution.of(self.phase, 0, 0.0))
+        return self._close().ask
+
+    def _step_locally(self, local: Callable[[Step], None], part: Contribution) -> Contribution:
+        """What counts of this worker's step. Raises NanError, on this worker alone, if that is not finite."""
+        from hpctrain.blocks import add_up
+        from hpctrain.replica import sum_of_squares
+
+        phase, gradient = self.phase, self.phase.replica.gradient
+        if part.weight and part.finite and not add_up([gradient], gradient, part.weight / phase.batch):
+            part = replace(part, bad=phase.replica.first_not_finite())
+        if not part.finite:
+            if phase.nan == "stop":
+                error = nan_error(phase, phase.comm.rank, part.loss, phase.step, part.bad)
+                error.everywhere = False
+                raise error
+            part = Contribution.nothing(part.wish, len(phase.replica.layout.slots))
+        if part.weight and phase.clip_norm is not None:
+            gradient.mul_(clip_factor(sum_of_squares(gradient), phase.clip_norm))
+        rate, momentum = phase.rate(phase.cursor), phase.momentum(phase.cursor)
+        skip = not part.weight
+        local(Step(phase.step, len(self._parts), part.samples, rate, momentum, skip, part.used))
+        return part
+
+    def _close(self) -> Outcome:
+        """Agree on the round that ends here. Collective."""
+        phase, slots = self.phase, len(self.phase.replica.layout.slots)
+        own = self._parts[0] if len(self._parts) == 1 else Contribution.sum_of(self._parts)
+        table = self.exchange.gather(own.encode(slots))
+        parts = [Contribution.decode(row, slots) for row in table]
+        found = RoundTotals.of(parts)
+        if found.faulty is not None and phase.nan == "stop":
+            part = parts[found.faulty]
+            raise nan_error(phase, phase.roles.workers[found.faulty], part.loss, phase.step, part.bad)
+        round = self._round(own, found)
+        if round.skip:
+            self.skipped(round)
+        else:
+            self.apply(round)
+            self.version += 1
+        self.exchange.publish()
+        return self._end(found)
+
+    def _round(self, own: Contribution, found: RoundTotals) -> Round:
+        phase = self.phase
+        return Round(
+            number=self.version,
+            start=self._start,
+            steps=len(self._parts),
+            samples=found.samples,
+            own=own.weight,
+            weight=found.weight,
+            divisor=found.divisor(phase.batch),
+            rate=phase.rate(self._start),
+            momentum=phase.momentum(self._start),
+            last=phase.round_end >= self._foreseen,
+            skip=found.skip,
+            used=found.used,
+        )
+
+    def _end(self, found: RoundTotals) -> Outcome:
+        """Move the clock to the round's end; what is asked there is the same for every worker."""
+        phase = self.phase
+        phase.cursor = phase.round_end
+        ask = phase.conductor.decide(self._start, phase.cursor, found.loss, found.wish)
+        self._start_round()
+        result: Any = "skipped" if found.skip else "applied"
+        return Outcome(result, phase.cursor, found.loss, found.samples, ask, self.version, (0, 0), phase.conductor.why)
 
 
-def close_round(phase: Phase, table: Buffer) -> Round:
-    """The round of these rows, one per worker. Raises NanError, alike on all workers, unless such steps are skipped."""
-    slots = len(phase.replica.layout.slots)
-    parts = [Contribution.decode(row, slots) for row in table]
-    found = Round.of(parts)
-    if found.faulty is not None and phase.nan == "stop":
-        rank, part = phase.roles.workers[found.faulty], parts[found.faulty]
-        raise nan_error(phase, rank, part.loss, phase.step, part.bad)
-    return found
+def _fill(section: Section, saved: Section) -> None:
+    """Write into the arrays and numbers of `section` what was saved of it."""
+    for key, array in section.flat.items():
+        if key in saved.flat:
+            array[...] = saved.flat[key]
+    for name, own in section.named.items():
+        for key, array in own.items():
+            if key in saved.named.get(name, {}):
+                array[...] = saved.named[name][key]
+    for name, numbers in saved.numbers.items():
+        section.numbers.setdefault(name, {}).update(numbers)
 
 
-def end_round(phase: Phase, found: Round, version: int) -> Outcome:
-    """Move the clock to the round's end and ask what is to be done there; every worker gets the same answer."""
-    before, phase.cursor = phase.cursor, phase.round_end
-    ask = phase.conductor.decide(before, phase.cursor, found.loss, found.wish)
-    result: Any = "skipped" if found.skip else "applied"
-    why = phase.conductor.why
-    return Outcome(result, phase.cursor, found.loss, found.samples, ask, version, (0, 0), why)
+def _zeros(shape: list[int], dtype: str) -> Any:
+    import numpy as np
 
+    from hpctrain.comm.base import BFLOAT16
 
-def nan_error(phase: Phase, rank: int, loss: float, step: int, bad: int = 0) -> NanError:
-    """The error for all ranks to raise where a worker's loss is not finite, or its gradient (`bad`: as in
-    `Contribution`). `rank` is of the phase's communicator."""
-    where = f"on rank {phase.comm.members[rank]} in step {step} (phase {phase.index})"
-    if loss - loss != 0.0 or not bad:
-        cure = 'lower optimizer.lr, clip with train.clip_norm, or set train.nan = "skip" to leave such steps out'
-        return _everywhere(f"loss is {loss} {where}; {cure}")
-    return _everywhere(f"{_gradient_of(phase, bad)} is not finite {where}, though the loss is; {_LOOK}")
-
-
-def sum_error(phase: Phase, bad: int, step: int) -> NanError:
-    """The same where only the sum of the workers' gradients was looked at, or nothing but the sum is not finite."""
-    where = f"in step {step} (phase {phase.index})"
-    return _everywhere(f"{_gradient_of(phase, bad)}, summed over the workers, is not finite {where}; {_LOOK}")
-
-
-_LOOK = (
-    "look for a division by 0 or the root of 0 behind it, lower optimizer.lr, or set "
-    'train.nan = "skip" to leave such steps out'
-)
-
-
-def _gradient_of(phase: Phase, bad: int) -> str:
-    return f"the gradient of parameter {phase.replica.layout.slots[bad - 1].name}"
-
-
-def _everywhere(text: str) -> NanError:
-    error = NanError(text)
-    error.everywhere = True
-    return error
-
-
-def words(slots: int) -> int:
-    """How many float64 hold a bit for each of so many parameters."""
-    return -(-slots // _BITS)
-
-
-def pack(used: Used, slots: int) -> Buffer:
-    """A bit for each parameter, in float64 words."""
-    bits = np.zeros(words(slots) * _BITS, np.bool_)
-    bits[:slots] = True if used is None else used
-    return np.packbits(bits).view(np.uint32).astype(np.float64)
-
-
-def unpack(row: Buffer, slots: int) -> Used:
-    """The inverse of `pack`."""
-    bits = np.unpackbits(np.asarray(row).astype(np.uint32).view(np.uint8))[:slots].astype(np.bool_)
-    return None if bits.all() else bits
+    return np.zeros(shape, BFLOAT16 if dtype == "bfloat16" else dtype)

@@ -171,11 +171,11 @@ def test_state_goes_over_to_another_cut_exactly(name: str, options: dict[str, An
     for step, gradient in enumerate(steps[:3]):
         old.step(gradient, factor(step))
     state = old.state()
-    state.groups = json.loads(json.dumps(state.groups))
+    state.optimizer.numbers = json.loads(json.dumps(state.optimizer.numbers))
     new = Cut(choice, layout, old.values, after)
     new.load(state)
     assert_equal(new.state(), state)
-    for array in state.flat.values():  # the new one has copies
+    for array in state.optimizer.flat.values():  # the new one has copies
         array.fill(7)
     for step, gradient in enumerate(steps[3:], 3):
         old.step(gradient, factor(step))
@@ -190,7 +190,7 @@ def assert_equal(one: State, other: State) -> None:
         assert a.shape == b.shape, path
         assert a.dtype == b.dtype, path
         assert a.tobytes() == b.tobytes(), path
-    assert one.groups == other.groups
+    assert one.optimizer.numbers == other.optimizer.numbers
 
 
 @pytest.mark.parametrize(("name", "options"), CASES + WHOLE)
@@ -483,7 +483,7 @@ def test_the_velocity_handed_on_is_the_mean_of_the_workers() -> None:
 
 
 def velocity(update: Update) -> float:
-    return float(abs(update.state().flat["momentum_buffer"]).max())
+    return float(abs(update.state().optimizer.flat["momentum_buffer"]).max())
 
 
 @pytest.mark.parametrize(("own", "sharpness", "stable"), [(False, 2.0, True), (False, 4.0, False), (True, 12.0, True)])

@@ -21,8 +21,8 @@ from hpctrain.job import Job
 from hpctrain.launch import session, train
 from hpctrain.runfolder import Narrator
 from hpctrain.schedule import Ask
+from hpctrain.strategies.contribution import Contribution, RoundTotals
 from hpctrain.strategies.coordinator import Decision, Header, Kind, What
-from hpctrain.strategies.round import Contribution, Round
 from tests import helpers
 from tests.marks import slow
 from tests.unit.test_losses import pair
@@ -167,10 +167,9 @@ def test_their_state_goes_through_checkpoints_and_phases(
 
 @pytest.mark.parametrize("keys", [{}, {"momentum_correction": True}])
 @pytest.mark.parametrize("optimizer", [ADAMW, MOMENTUM])
-def test_asynchronous_updates_leave_them_alone_too(
-    tmp_path: Path, optimizer: helpers.Tables, keys: helpers.Tables
-):
+def test_asynchronous_updates_leave_them_alone_too(tmp_path: Path, optimizer: helpers.Tables, keys: helpers.Tables):
     """Also where a run is resumed and velocities are kept by worker."""
+
     def body(comm: Communicator) -> list[Any]:
         job = helpers.make_job(
             tmp_path, model=helpers.Sometimes, optimizer=optimizer, strategy=helpers.served(servers=2, **keys),
@@ -381,6 +380,7 @@ def test_no_checkpoint_and_no_model_is_saved_that_is_not_finite(
     tmp_path: Path, strategy: helpers.Tables, capsys: pytest.CaptureFixture[str]
 ):
     """The update overflows, from finite gradients; the next loss would tell, but there is none."""
+
     def body(comm: Communicator) -> None:
         job = helpers.make_job(
             tmp_path, strategy=strategy, optimizer={"name": "SGD", "lr": 100.0}, loss="tests.unit.test_round:exploding",
@@ -486,9 +486,9 @@ def test_rows_say_what_was_put_into_them():
 def test_a_round_is_what_its_rows_come_to():
     one = Contribution(4, 2.0, 3.0, Ask.INTERRUPT, 0, np.array([True, False, False]))
     two = Contribution(4, 6.0, 1.0, Ask.NOTHING, 0, np.array([False, False, True]))
-    found = Round.of([one, two])
+    found = RoundTotals.of([one, two])
     assert (found.samples, found.weight, found.loss, found.wish, found.skip) == (8, 8.0, 1.5, Ask.INTERRUPT, False)
     assert found.used is not None
     assert found.used.tolist() == [True, False, True]
-    assert Round.of([one, Contribution(4, 1.0, 1.0, Ask.NOTHING)]).used is None
-    assert Round.of([one, Contribution(4, 1.0, 1.0, Ask.NOTHING, bad=2)]).faulty == 1
+    assert RoundTotals.of([one, Contribution(4, 1.0, 1.0, Ask.NOTHING)]).used is None
+    assert RoundTotals.of([one, Contribution(4, 1.0, 1.0, Ask.NOTHING, bad=2)]).faulty == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -10,14 +11,12 @@ import pytest
 
 from hpctrain.comm.base import BFLOAT16, Communicator
 from hpctrain.comm.virtual import World
-from hpctrain.state import State, collect_state, merge, recv_state, send_state, start_send_state
+from hpctrain.state import Section, State, collect_state, merge, recv_state, send_state, start_send_state
 
 
 def full() -> State:
     """Of an arena of 8, with everything that can be in it."""
-    return State(
-        0,
-        8,
+    optimizer = Section(
         flat={"exp_avg": np.arange(8.0), "half": np.arange(8, dtype=np.float32).astype(BFLOAT16), "a/b %": np.ones(8)},
         named={
             "layer/1.weight": {"row/var": np.ones((2, 1, 3), np.float32), "scalar": np.array(2.5)},
@@ -29,26 +28,32 @@ def full() -> State:
                 "wide": np.ones((2, 2)).T,
             },
         },
-        groups={"0": {"step": ["float32", 3.0]}, "1": {"mu": ["float64", math.inf], "x": ["number", None]}},
+        numbers={"0": {"step": ["float32", 3.0]}, "1": {"mu": ["float64", math.inf], "x": ["number", None]}},
+    )
+    outer = Section({"exp_avg": np.arange(8.0) + 1}, {"own": {"momentum": np.ones(3)}}, {"outer": {"rate": 0.7}})
+    return State(
+        0,
+        8,
+        {"optimizer": optimizer, "outer": outer},
         counters={"versions": 12.0},
         rule={"losses": [0.5, 0.25], "name": "über"},
     )
 
 
 def assert_equal(one: State, other: State) -> None:
-    assert (one.low, one.high) == (other.low, other.high)
-    assert one.named.keys() == other.named.keys()
-    assert {n: set(own) for n, own in one.named.items()} == {n: set(own) for n, own in other.named.items()}
+    assert one.head() == other.head()
+    for name in one.sections:
+        here, there = one.section(name).named, other.section(name).named
+        assert {n: set(own) for n, own in here.items()} == {n: set(own) for n, own in there.items()}
     for (path, a), (same, b) in zip(one.arrays(), other.arrays(), strict=True):
         assert (path, a.shape, a.dtype) == (same, b.shape, b.dtype)
         assert a.tobytes() == b.tobytes()
-    assert (one.groups, one.counters, one.rule) == (other.groups, other.counters, other.rule)
 
 
 def test_paths_lead_back() -> None:
-    state, again = full(), State(0, 8, groups=full().groups, counters=full().counters, rule=full().rule)
+    state, again = full(), State.of_head(json.loads(json.dumps(full().head())))
     paths = [path for path, _ in state.arrays()]
-    assert len(set(paths)) == len(paths) == 11
+    assert len(set(paths)) == len(paths) == 13
     for path, array in state.arrays():
         again.place(path, array)
     assert_equal(again, state)
@@ -81,20 +86,20 @@ def test_cut_and_merge(bounds: list[int]) -> None:
     state, places = full(), {"layer/1.weight": 0, "own": 4, "flat": 7}
     found = pieces(bounds, state, places)
     for low, high, piece in zip(bounds, bounds[1:], found, strict=False):
-        assert all(array.size == high - low for array in piece.flat.values())
+        assert all(array.size == high - low for section in piece.sections.values() for array in section.flat.values())
     assert_equal(merge(found, 8), state)
 
 
 def test_a_cut_of_a_cut() -> None:
     inner = full().cut(2, 7, []).cut(3, 5, [])
-    assert (inner.low, inner.high, inner.flat["exp_avg"].tolist()) == (3, 5, [3.0, 4.0])
+    assert (inner.low, inner.high, inner.optimizer.flat["exp_avg"].tolist()) == (3, 5, [3.0, 4.0])
 
 
 def test_merging_pieces_of_which_some_lack_a_moment() -> None:
-    with_moment: Any = State(0, 2, {"m": np.ones(2, np.float32)})
+    with_moment: Any = State(0, 2, {"optimizer": Section({"m": np.ones(2, np.float32)})})
     whole = merge([with_moment, State(2, 5)], 5)
-    assert whole.flat["m"].tolist() == [1, 1, 0, 0, 0]
-    assert whole.flat["m"].dtype == np.float32
+    assert whole.optimizer.flat["m"].tolist() == [1, 1, 0, 0, 0]
+    assert whole.optimizer.flat["m"].dtype == np.float32
 
 
 @pytest.mark.parametrize("bounds", [[0, 3, 3, 8], [0, 0, 8, 8], [0, 2, 5, 8]])

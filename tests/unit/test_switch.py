@@ -398,7 +398,7 @@ def test_what_corrections_have_learnt_is_resumed(tmp_path: Path, monkeypatch: py
     assert moments(whole.folder) == []
     helpers.forget_after(whole.folder, 2)
     (squares,) = moments(whole.folder)
-    counters = head_of(sorted((whole.folder / "checkpoints").iterdir())[-1])["state"]["counters"]
+    numbers = head_of(sorted((whole.folder / "checkpoints").iterdir())[-1])["own"]["numbers"]
     begun, loaded = {}, []
     train_on, load = Session._trainer_of, DelayCompensation.load
 
@@ -415,7 +415,7 @@ def test_what_corrections_have_learnt_is_resumed(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Session, "_trainer_of", training)
     monkeypatch.setattr(DelayCompensation, "load", loading)
     World(5).run(lambda comm: helpers.quiet_train(comm, job, resume=whole.folder))
-    assert begun == {rank: counters[f"clip of worker {rank}"] for rank in range(3)}
+    assert begun == {rank: numbers[rank]["clip"] for rank in range(3)}
     assert len({mean for mean, _ in begun.values()}) == 3
     assert all(seen > 2 for _, seen in begun.values())
     assert (np.concatenate(loaded) == squares.numpy()).all()
