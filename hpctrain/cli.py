@@ -32,7 +32,7 @@ SHOW = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's mistake, 130 after an interruption.
 
-    1: `doctor` found what keeps a run from working.
+    1: `doctor` found what keeps a run from working, or `test-strategy` a broken promise.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:2] == EXPORT.split():  # a command of two words beside `trace RUN`
@@ -107,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--job", metavar="FILE", help="check also whether this job would run")
     doctor.add_argument("overrides", metavar="key=value", nargs="*", help="keys of that job to change")
     doctor.set_defaults(command=_doctor)
+    test = commands.add_parser("test-strategy", help="test a strategy against everything that strategies must keep")
+    test.add_argument("name", metavar="NAME", help="as in a job: all_reduce, or my_module:MyStrategy")
+    test.add_argument("options", metavar="key=value", nargs="*", help="its options (default: those it is tested with)")
+    test.set_defaults(command=_test_strategy)
     job = commands.add_parser("job", help="about job files")
     about = job.add_subparsers(required=True, metavar="ACTION")
     explain = about.add_parser("explain", help="list every key of a job with its type, default and meaning")
@@ -318,6 +322,12 @@ def _doctor(options: argparse.Namespace) -> int:
                 raise  # else there is no launcher: what is wrong with it is told below
     load = (lambda: Job.load(options.job, options.overrides)) if options.job is not None else None
     return doctor.main(options.json, options.job, load)
+
+
+def _test_strategy(options: argparse.Namespace) -> int:
+    from hpctrain.conformance.command import main as test_strategy
+
+    return test_strategy(options.name, options.options)
 
 
 def _explain(options: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from hpctrain.errors import JobError
 
 STRATEGIES = {
     "all_reduce": "hpctrain.strategies.all_reduce:AllReduce",
+    "local_sgd": "hpctrain.strategies.local_sgd:LocalSGD",
     "parameter_server": "hpctrain.strategies.parameter_server:ParameterServer",
     "switch": "hpctrain.jobtables:Switch",
 }

@@ -14,11 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from hpctrain.comm.base import Communicator, Tag
 from hpctrain.comm.virtual import Compute, World
-from hpctrain.data.order import Order
+from hpctrain.conformance.checks import Counted as Counted
+from hpctrain.conformance.task import SAMPLES as SAMPLES
+from hpctrain.conformance.task import STEPS as STEPS
+from hpctrain.conformance.task import Sometimes as Sometimes
+from hpctrain.conformance.task import Tables as Tables
+from hpctrain.conformance.task import Vector, distance, one_process
+from hpctrain.conformance.task import forget_after as forget_after
+from hpctrain.conformance.task import net as net
+from hpctrain.conformance.task import points as points
+from hpctrain.conformance.task import some_count as some_count
+from hpctrain.conformance.task import vector as vector
 from hpctrain.data.splits import Splits
 from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
@@ -28,9 +38,7 @@ from hpctrain.runfolder import Narrator
 from hpctrain.trace.recorder import Recorder
 from hpctrain.trace.schema import KIND_CODES, KINDS
 
-STEPS = 24  # of a run that is compared with one process
-SAMPLES = 103  # prime: the last round of an epoch is uneven for every number of workers
-Tables = dict[str, Any]
+difference = distance
 
 # How replicas may agree synchronously: [strategy], and how many ranks are servers.
 SYNCHRONOUS: dict[str, tuple[Tables, int]] = {
@@ -60,26 +68,12 @@ RECIPES: dict[str, tuple[Tables, Tables]] = {
 
 
 # -- what a job can name -----------------------------------------------------------------------------------------
-def net() -> nn.Module:
-    """Small, smooth, of shapes that fill no cache line."""
-    return nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
 def noisy_net() -> nn.Module:
     """With batch norm and dropout, for images (1, 8, 8)."""
     norm = nn.BatchNorm2d(3)
     return nn.Sequential(
         nn.Conv2d(1, 3, 3), norm, nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(108, 3)
     )
-
-
-def points(samples: int = SAMPLES, nan: int = -1) -> TensorDataset:
-    """Inputs (7,) float32 and classes 0..2; sample `nan`, if any, is not finite."""
-    generator = torch.Generator().manual_seed(5)
-    inputs = torch.randn(samples, 7, generator=generator)
-    if nan >= 0:
-        inputs[nan] = torch.nan
-    return TensorDataset(inputs, torch.randint(3, (samples,), generator=generator))
 
 
 def pictures(samples: int = 75) -> Splits:
@@ -92,41 +86,6 @@ def pictures(samples: int = 75) -> Splits:
         for n in (samples, 11, 13)
     ]
     return Splits(*parts)
-
-
-class Sometimes(nn.Module):
-    """`never` takes no part, `seldom` where a sample of the batch has a large first feature."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.never, self.seldom, self.last = (nn.Linear(7, n) for n in (7, 5, 7, 3))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        hidden = torch.tanh(self.first(inputs))
-        large = inputs[:, :1] > 1.2
-        if large.any():
-            hidden = hidden + self.seldom(inputs) * large
-        return self.last(hidden)
-
-
-def some_count() -> TensorDataset:
-    """Of the targets of `points` about a third counts; in some batches none does."""
-    inputs, targets = points().tensors
-    drawn = torch.rand(len(targets), generator=torch.Generator().manual_seed(3))
-    return TensorDataset(inputs, torch.where(drawn < 0.35, targets, -100))
-
-
-class Counted(Dataset[Any]):
-    """Sample i says that it is i."""
-
-    def __init__(self, samples: int) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return torch.full((1,), float(index)), torch.zeros(1)
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------
@@ -175,16 +134,6 @@ def quiet_train(comm: Communicator, job: Job, **arguments: Any) -> Result:
     return train(job, comm=comm, out=Narrator(enabled=False), **arguments)
 
 
-def vector(model: nn.Module) -> np.ndarray[Any, Any]:
-    """The trainable parameters, flat, in float64."""
-    return torch.nn.utils.parameters_to_vector(model.parameters()).detach().double().numpy()
-
-
-def difference(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
-    """Relative error in the norm."""
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-
-
 def plain(
     job: Job,
     workers: int,
@@ -193,50 +142,20 @@ def plain(
     loss: Callable[..., Tensor] = nn.functional.cross_entropy,
     cursor: int = 0,
     steps: int | None = None,
-) -> np.ndarray[Any, Any]:
-    """The same training by one process with `workers` times the batch, in torch alone; `data`: `points`. Or `steps` of
-    it, from a `cursor` on."""
+) -> Vector:
+    """As `one_process`, remembering what it gave: all ranks and many tests ask for the same."""
     tensors = (data or points()).tensors
     key = repr((job.train, job.optimizer, job.seed, workers, cursor, steps)), build, loss, _bytes(tensors)
     if key not in _KNOWN:
-        _KNOWN[key] = _trained(job, workers, build, tensors, loss, cursor, steps)
+        _KNOWN[key] = one_process(job, workers, build, data, loss, cursor, steps)
     return _KNOWN[key].copy()
 
 
-_KNOWN: dict[Any, np.ndarray[Any, Any]] = {}  # all ranks and many tests ask for the same
+_KNOWN: dict[Any, Vector] = {}
 
 
 def _bytes(tensors: Sequence[Tensor]) -> bytes:
     return b"".join(tensor.numpy().tobytes() for tensor in tensors)
-
-
-def _trained(
-    job: Job,
-    workers: int,
-    build: Callable[[], nn.Module],
-    tensors: Sequence[Tensor],
-    loss: Callable[..., Tensor],
-    cursor: int,
-    steps: int | None,
-) -> np.ndarray[Any, Any]:
-    dtype = getattr(torch, job.train.precision)
-    torch.manual_seed(job.seed)
-    model = build().to(dtype)
-    options = dict(job.optimizer.options)
-    optimizer = getattr(torch.optim, job.optimizer.name)(model.parameters(), lr=job.optimizer.lr, **options)
-    inputs, targets = tensors
-    order = Order(len(targets), job.seed)
-    size = job.train.batch_size * job.train.accumulate * workers
-    for _ in range(job.train.steps or 0 if steps is None else steps):
-        stop = min(cursor + size, order.epoch_end(cursor))
-        chosen = torch.from_numpy(order.indices(cursor, stop))
-        optimizer.zero_grad()
-        loss(model(inputs[chosen].to(dtype)), targets[chosen]).backward()
-        if job.train.clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), job.train.clip_norm)
-        optimizer.step()
-        cursor = stop
-    return vector(model)
 
 
 # -- bodies ------------------------------------------------------------------------------------------------------
@@ -297,13 +216,6 @@ def resumed_bits(
         assert model.read_bytes() == first
 
 
-def forget_after(folder: Path, index: int) -> None:
-    """Put a finished run back to its checkpoint of that index, as if it had been killed after it."""
-    (folder / "model.safetensors").unlink()
-    for path in sorted((folder / "checkpoints").iterdir())[index + 1 :]:
-        path.unlink()
-
-
 def every_sample_once(
     comm: Communicator, folder: Path | str, epochs: int = 3, samples: int = 29, **tables: Any
 ) -> None:
@@ -333,7 +245,7 @@ def no_metric(outputs: Tensor, targets: Tensor) -> float:
 def nan_told(comm: Communicator, folder: Path | str, strategy: Tables) -> str:
     """A sample that is not finite in the third round: the error that every rank raises."""
     job = make_job(
-        folder, data={"name": "tests.helpers:points", "nan": 12 * comm.size, "shuffle": False}, strategy=strategy
+        folder, data={"name": "tests.helpers:points", "bad": 12 * comm.size, "shuffle": False}, strategy=strategy
     )
     try:
         quiet_train(comm, job)
@@ -347,7 +259,7 @@ def nan_skipped(comm: Communicator, folder: Path | str, strategy: Tables) -> Non
     """With train.nan = "skip" that round is left out, and the parameters stay finite and equal."""
     job = make_job(
         folder,
-        data={"name": "tests.helpers:points", "nan": 12, "shuffle": False},
+        data={"name": "tests.helpers:points", "bad": 12, "shuffle": False},
         strategy=strategy,
         train={"nan": "skip"},
     )

@@ -44,6 +44,16 @@ class AllReduce(RoundStrategy):
 
     Options = AllReduceOptions
     options: AllReduceOptions
+    exact = True
+    tested_with = (
+        {"exchange": "shared"},
+        {"exchange": "message"},
+        {"exchange": "message", "algorithm": "ring"},
+        {"exchange": "message", "algorithm": "halving_doubling"},
+        {"exchange": "message", "algorithm": "tree"},
+        {"algorithm": "hierarchical"},
+        {"exchange": "message", "overlap": True, "bucket_mb": 0.0005},
+    )
 
     def __init__(self, options: AllReduceOptions) -> None:
         super().__init__(options)

@@ -118,6 +118,9 @@ class Strategy:
     Options: ClassVar[type[BaseModel]]
     Server: ClassVar[type[Server] | None] = None
     needs: Needs = Needs()
+    exact: bool = False  # N workers with batch b give the parameters of one process with batch N*b
+    deterministic: bool = True  # on virtual ranks, or where sums have an order, the same job gives the same bits
+    tested_with: ClassVar[Sequence[dict[str, Any]]] = ({},)  # options that `hpctrain test-strategy` tries
     version: int = 0  # updates so far in the phase
 
     def __init__(self, options: Any) -> None:

@@ -395,9 +395,19 @@ class ParameterServer(Strategy):
     Options = ParameterServerOptions
     Server = ParameterServerServer
     options: ParameterServerOptions
+    tested_with = (
+        {"mode": "sync"},
+        {"mode": "sync", "servers": 2},
+        {"mode": "sync", "servers": 2, "colocated": True},
+        {"mode": "sync", "backup_workers": 1, "colocated": True},
+        {},
+        {"servers": 2, "colocated": True, "delay_compensation": "adaptive"},
+        {"mode": "bounded", "bound": 1},
+    )
 
     def __init__(self, options: ParameterServerOptions) -> None:
         super().__init__(options)
+        self.exact = self.deterministic = options.lockstep and not options.backup_workers
         self.needs = Needs(lockstep=options.lockstep, queue=not options.lockstep)
 
     @staticmethod

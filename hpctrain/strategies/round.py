@@ -56,8 +56,7 @@ class Round:
     start: int  # the run's clock where it began, in samples
     steps: int  # how many each worker took
     samples: int  # of all workers
-    own: float  # this worker's weight: its samples, unless the loss says otherwise
-    weight: float  # of all workers: averages are weighted by own / weight
+    share: float  # this worker's in averages: by samples, unless the loss says otherwise
     divisor: float  # makes of the sum of the gradient arenas the mean gradient (rounds of one step)
     rate: float  # the factor of the learning rate
     momentum: float  # the factor of the momentum
@@ -258,7 +257,8 @@ class RoundStrategy(Strategy):
         from hpctrain.replica import sum_of_squares
 
         phase, gradient = self.phase, self.phase.replica.gradient
-        if part.weight and part.finite and not add_up([gradient], gradient, part.weight / phase.batch):
+        mean = part.weight / phase.batch or 1.0
+        if part.samples and part.finite and not add_up([gradient], gradient, mean):
             part = replace(part, bad=phase.replica.first_not_finite())
         if not part.finite:
             if phase.nan == "stop":
@@ -266,10 +266,10 @@ class RoundStrategy(Strategy):
                 error.everywhere = False
                 raise error
             part = Contribution.nothing(part.wish, len(phase.replica.layout.slots))
-        if part.weight and phase.clip_norm is not None:
+        if part.samples and phase.clip_norm is not None:
             gradient.mul_(clip_factor(sum_of_squares(gradient), phase.clip_norm))
         rate, momentum = phase.rate(phase.cursor), phase.momentum(phase.cursor)
-        skip = not part.weight
+        skip = not part.samples
         local(Step(phase.step, len(self._parts), part.samples, rate, momentum, skip, part.used))
         return part
 
@@ -299,8 +299,7 @@ class RoundStrategy(Strategy):
             start=self._start,
             steps=len(self._parts),
             samples=found.samples,
-            own=own.weight,
-            weight=found.weight,
+            share=own.weight / found.weight if found.weight else own.samples / max(1, found.samples),
             divisor=found.divisor(phase.batch),
             rate=phase.rate(self._start),
             momentum=phase.momentum(self._start),

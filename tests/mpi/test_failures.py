@@ -110,7 +110,7 @@ MPI.COMM_WORLD.Barrier()
 run("truncated", [], str(made))
 run("no checkpoint", [], str(folder / "nowhere"))
 sync = ["strategy.name=parameter_server", "strategy.mode=sync", f"output={folder}/nan"]
-run("loss", [*sync, "data.name=tests.helpers:points", "data.nan=30", "data.shuffle=false"])
+run("loss", [*sync, "data.name=tests.helpers:points", "data.bad=30", "data.shuffle=false"])
 same = sorted(map(str, made.rglob("*"))) == before
 everybody = MPI.COMM_WORLD.gather([found, same], 0)
 if rank == 0:

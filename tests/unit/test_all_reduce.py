@@ -28,19 +28,13 @@ def _distance(folder: Path, agree: str, recipe: str, precision: str, size: int, 
     return max(found)
 
 
-@pytest.mark.parametrize("recipe", list(helpers.RECIPES))
-@pytest.mark.parametrize("agree", ["shared", "message"])
-def test_equals_one_process_in_float64(tmp_path: Path, agree: str, recipe: str):
-    assert _distance(tmp_path, agree, recipe, "float64", 4) < 1e-10
-
-
-@pytest.mark.parametrize("recipe", ["momentum", "clip", "accumulate"])
+@pytest.mark.parametrize("recipe", ["momentum", slow("clip"), slow("accumulate")])
 @pytest.mark.parametrize("agree", ["shared", "message", "overlap"])
 def test_sgd_equals_one_process_in_float32(tmp_path: Path, agree: str, recipe: str):
     assert _distance(tmp_path, agree, recipe, "float32", 4) < 1e-5
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, slow(5), slow(8)])
+@pytest.mark.parametrize("size", [2, slow(1), slow(3), slow(5), slow(8)])
 @pytest.mark.parametrize("agree", ["shared", *MESSAGES])
 def test_any_number_of_ranks(tmp_path: Path, agree: str, size: int):
     assert _distance(tmp_path, agree, "all", "float64", size) < 1e-10
@@ -77,21 +71,12 @@ def test_an_optimizer_that_is_not_elementwise_runs_replicated(tmp_path: Path):
     assert helpers.difference(run(4, 6)[3], run(1, 24)[0]) < 1e-9
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-@pytest.mark.parametrize(("agree", "nodes"), [("shared", (0, 0, 0)), ("shared", (0, 0, 1, 1)), ("overlap", (0, 0))])
+@pytest.mark.parametrize("optimizer", ["SGD", slow("Adam")])
+@pytest.mark.parametrize(("agree", "nodes"), [("shared", (0, 0, 0)), slow("overlap", (0, 0))])
 def test_a_resumed_run_has_the_same_bits(tmp_path: Path, agree: str, nodes: tuple[int, ...], optimizer: str):
     keys = {"name": optimizer, "lr": 0.01} | ({"momentum": 0.9} if optimizer == "SGD" else {})
     strategy, _ = helpers.SYNCHRONOUS[agree]
     World(len(nodes), nodes=nodes).run(lambda comm: helpers.resumed_bits(comm, tmp_path, strategy, keys))
-
-
-@pytest.mark.parametrize("size", [1, 2, 5])
-@pytest.mark.parametrize("agree", ["shared", "message"])
-def test_every_sample_once_per_epoch(tmp_path: Path, agree: str, size: int):
-    strategy, _ = helpers.SYNCHRONOUS[agree]
-    World(size).run(
-        lambda comm: helpers.every_sample_once(comm, tmp_path, strategy=strategy, train={"accumulate": 2})
-    )
 
 
 @pytest.mark.parametrize("agree", ["shared", "message", "overlap"])
@@ -100,12 +85,6 @@ def test_a_loss_that_is_not_finite_names_rank_and_step(tmp_path: Path, agree: st
     told = World(3).run(lambda comm: helpers.nan_told(comm, tmp_path, strategy))
     assert len(set(told)) == 1
     assert "loss is nan on rank 0 in step 2 " in told[0]
-
-
-@pytest.mark.parametrize("agree", ["shared", "message", "overlap"])
-def test_such_a_step_can_be_skipped(tmp_path: Path, agree: str):
-    strategy, _ = helpers.SYNCHRONOUS[agree]
-    World(3).run(lambda comm: helpers.nan_skipped(comm, tmp_path, strategy))
 
 
 def test_a_gradient_that_is_not_finite_is_noticed_when_clipping(tmp_path: Path):

@@ -315,7 +315,7 @@ def test_a_loss_that_is_not_finite_is_told_on_every_rank(tmp_path: Path, servers
 @pytest.mark.parametrize("servers", list(SERVERS))
 def test_so_it_is_while_the_others_wait(tmp_path: Path, servers: str, slow: int):
     """The last stretch of an epoch is bad, and all others are held back until it is done."""
-    data = {"name": "tests.helpers:points", "samples": 36, "nan": 6 * slow, "shuffle": False, "queue": "static"}
+    data = {"name": "tests.helpers:points", "samples": 36, "bad": 6 * slow, "shuffle": False, "queue": "static"}
     job = helpers.make_job(tmp_path, data=data, strategy=served(**SERVERS[servers][0]), train={"epochs": 2})
     told: list[str] = []
 
@@ -334,7 +334,7 @@ def test_so_it_is_while_the_others_wait(tmp_path: Path, servers: str, slow: int)
 @pytest.mark.parametrize("servers", list(SERVERS))
 def test_such_an_update_can_be_skipped(tmp_path: Path, servers: str):
     """It alone is left out: versions count the others."""
-    data = {"name": "tests.helpers:points", "nan": 12, "shuffle": False}
+    data = {"name": "tests.helpers:points", "bad": 12, "shuffle": False}
     keys, alone = SERVERS[servers]
     job = helpers.make_job(
         tmp_path, data=data, strategy=served(**keys), train={"epochs": 3, "nan": "skip", "precision": "float64"}

@@ -29,13 +29,6 @@ def _strategy(agree: str, size: int) -> helpers.Tables:
     return {**strategy, "servers": size} if strategy["servers"] == -1 else strategy
 
 
-@pytest.mark.parametrize("recipe", list(helpers.RECIPES))
-@pytest.mark.parametrize("agree", SERVED)
-def test_equals_one_process_in_float64(tmp_path: Path, agree: str, recipe: str):
-    found = World(4).run(lambda comm: helpers.equivalence(comm, tmp_path, agree, recipe, "float64"))
-    assert max(found) < 1e-10
-
-
 @pytest.mark.parametrize("agree", SERVED)
 def test_sgd_equals_one_process_in_float32(tmp_path: Path, agree: str):
     found = World(4).run(lambda comm: helpers.equivalence(comm, tmp_path, agree, "momentum", "float32"))
@@ -95,21 +88,11 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, agree: str, optimizer: 
 
 
 @pytest.mark.parametrize("agree", SERVED)
-def test_every_sample_once_per_epoch(tmp_path: Path, agree: str):
-    World(4).run(lambda comm: helpers.every_sample_once(comm, tmp_path, strategy=_strategy(agree, 4)))
-
-
-@pytest.mark.parametrize("agree", SERVED)
 def test_a_loss_that_is_not_finite_is_told_on_every_rank(tmp_path: Path, agree: str):
     told = World(5).run(lambda comm: helpers.nan_told(comm, tmp_path, _strategy(agree, 5)))
     assert len(set(told)) == 1
     assert "loss is nan on rank " in told[0]
     assert "in step " in told[0]
-
-
-@pytest.mark.parametrize("agree", SERVED)
-def test_such_a_step_can_be_skipped(tmp_path: Path, agree: str):
-    World(4).run(lambda comm: helpers.nan_skipped(comm, tmp_path, _strategy(agree, 4)))
 
 
 # -- backup workers ----------------------------------------------------------------------------------------------
@@ -169,6 +152,6 @@ def test_at_least_one_worker_is_waited_for(tmp_path: Path):
 
 
 def test_a_late_loss_that_is_not_finite_does_no_harm(tmp_path: Path):
-    job = _backup_job(tmp_path).override(["data.nan=7", "data.shuffle=false", "train.nan=skip"])
+    job = _backup_job(tmp_path).override(["data.bad=7", "data.shuffle=false", "train.nan=skip"])
     results = World(4, compute=_slow).run(lambda comm: helpers.quiet_train(comm, job))
     assert np.isfinite(helpers.vector(results[0].model)).all()

@@ -1,0 +1,350 @@
+"""What every strategy must keep, whatever it does: one function per promise.
+
+Each runs on all ranks of a communicator, virtual or real, and raises BrokenPromiseError where the promise is broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from hpctrain.comm.base import Communicator
+from hpctrain.conformance import task
+from hpctrain.conformance.task import Subject, Tables, Vector, distance, one_process, quietly, vector
+from hpctrain.errors import HpctrainError, NanError
+from hpctrain.launch import Result, session
+from hpctrain.runfolder import Narrator
+from hpctrain.strategies.round import RoundStrategy
+from hpctrain.trace.schema import KINDS, Kind, Outcome, is_communication
+
+MOMENTUM = {"name": "SGD", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+ADAM = {"name": "Adam", "lr": 0.01}
+
+
+class BrokenPromiseError(HpctrainError):
+    """A strategy does not keep what every strategy must."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A promise. `function(comm, subject, folder)` is collective; `left_out(subject, workers)` says why it does not
+    apply to a strategy, or None. `ends_all`: it ends with NanError, on one rank alone in long rounds: then it can be
+    tested over virtual ranks only."""
+
+    name: str
+    function: Callable[[Communicator, Subject, Path], None]
+    left_out: Callable[[Subject, int], str | None]
+    ends_all: bool = False
+
+
+# -- to whom a promise applies -------------------------------------------------------------------------------------
+def always(subject: Subject, workers: int) -> str | None:
+    """To all strategies."""
+    return None
+
+
+def if_exact(subject: Subject, workers: int) -> str | None:
+    """To synchronous ones; with one worker, to all."""
+    if subject.strategy().exact or workers == 1:
+        return None
+    return "it does not promise the parameters of one process"
+
+
+def if_deterministic(subject: Subject, workers: int) -> str | None:
+    """Not where the order of updates is chance, or which gradients count."""
+    if subject.strategy().deterministic or workers == 1:
+        return None
+    return "its numbers depend on who comes first"
+
+
+def if_rounds_are_long(subject: Subject, workers: int) -> str | None:
+    """To strategies whose workers train by themselves within a round."""
+    strategy = subject.strategy()
+    return None if isinstance(strategy, RoundStrategy) and strategy.length() > 1 else "its rounds have one step"
+
+
+# -- what the promises are made of ---------------------------------------------------------------------------------
+def hold(condition: bool, sentence: str) -> None:
+    """Raise BrokenPromiseError with the sentence unless the condition holds."""
+    if not condition:
+        raise BrokenPromiseError(sentence)
+
+
+def _equal(comm: Communicator, result: Result) -> Vector:
+    """The final parameters, of which all ranks must have the same bits. Collective."""
+    found = vector(result.model)
+    table = comm.gather_rows(found)
+    hold(bool((table == table[0]).all()), "the ranks end with different parameters")
+    return found
+
+
+def _workers(comm: Communicator, subject: Subject) -> int:
+    return len(subject.roles(comm.nodes).workers)
+
+
+def _trained(comm: Communicator, subject: Subject, folder: Path, **tables: Any) -> Vector:
+    return _equal(comm, quietly(comm, subject.job(folder, **tables)))
+
+
+# -- equivalence ---------------------------------------------------------------------------------------------------
+def equals_one_process(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """N workers end where one process with N times the batch ends: Nesterov's momentum, weight decay, accumulation,
+    clipping, uneven ends of epochs."""
+    recipes: list[tuple[Tables, Tables]] = [
+        ({**MOMENTUM, "nesterov": True}, {"accumulate": 2, "batch_size": 3}),
+        ({"name": "AdamW", "lr": 0.01, "weight_decay": 0.1}, {"clip_norm": 0.1}),
+    ]
+    for optimizer, keys in recipes:
+        job = subject.job(folder, optimizer=optimizer, train={"steps": task.STEPS, **keys})
+        found = _equal(comm, quietly(comm, job))
+        off = distance(found, one_process(job, _workers(comm, subject)))
+        hold(off < 1e-10, f"{optimizer['name']} ends {off:.1e} away from one process with the whole batch")
+
+
+def equals_one_process_unevenly(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """The same where some targets do not count, and some parameters get no gradient in some steps on some workers."""
+    optimizer = {"name": "AdamW", "lr": 0.02, "weight_decay": 0.3}
+    data = (task.some_count(), task.points(11))
+    train = {"steps": task.STEPS, "batch_size": 3}
+    job = subject.job(folder, model=task.Sometimes, data=data, optimizer=optimizer, train=train)
+    found = _equal(comm, quietly(comm, job))
+    off = distance(found, one_process(job, _workers(comm, subject), task.Sometimes, task.some_count()))
+    hold(off < 1e-10, f"with targets that do not count it ends {off:.1e} away from one process")
+
+
+def leaves_parameters_without_a_gradient(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """They are not updated, nor do they decay."""
+    optimizer = {"name": "AdamW", "lr": 0.02, "weight_decay": 0.3}
+    job = subject.job(folder, model=task.Sometimes, optimizer=optimizer, train={"steps": task.STEPS})
+    result = quietly(comm, job)
+    _equal(comm, result)
+    torch.manual_seed(job.seed)
+    begun = task.Sometimes().double().never.weight
+    hold(torch.equal(result.model.never.weight, begun), "a parameter without a gradient was changed")  # type: ignore[union-attr,arg-type]
+
+
+def takes_optimizers_of_whole_parameters(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """Adafactor looks at a whole parameter: none may be cut."""
+    found = _trained(comm, subject, folder, optimizer={"name": "Adafactor", "lr": 0.01})
+    hold(bool(np.isfinite(found).all()), "Adafactor ends with parameters that are not finite")
+
+
+# -- keys of the job ------------------------------------------------------------------------------------------------
+def honours_clip_norm(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """No update is longer than train.clip_norm times the learning rate."""
+    begun, limit, steps = _begun(subject, folder), 1e-5, task.STEPS
+    free = _trained(comm, subject, folder, optimizer={"name": "SGD", "lr": 1.0}, train={"steps": steps})
+    clipped = _trained(
+        comm, subject, folder, optimizer={"name": "SGD", "lr": 1.0}, train={"steps": steps, "clip_norm": limit}
+    )
+    most = 1.01 * limit * steps * _workers(comm, subject)
+    hold(float(np.linalg.norm(free - begun)) > 10 * most, "it hardly trains")
+    hold(0.0 < float(np.linalg.norm(clipped - begun)) <= most, "train.clip_norm has no effect")
+
+
+def honours_the_learning_rate(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """With a schedule that is 0 nothing changes."""
+    optimizer = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "schedule": _nothing}
+    found = _trained(comm, subject, folder, optimizer=optimizer)
+    hold(bool((found == _begun(subject, folder)).all()), "optimizer.schedule has no effect")
+
+
+def _nothing(progress: float) -> float:
+    return 0.0
+
+
+def _begun(subject: Subject, folder: Path) -> Vector:
+    job = subject.job(folder)
+    return one_process(job, 1, steps=0)
+
+
+def honours_accumulate(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """Two micro-batches of 3 are one batch of 6."""
+    whole = _trained(comm, subject, folder, optimizer=MOMENTUM, train={"batch_size": 6})
+    halves = _trained(comm, subject, folder, optimizer=MOMENTUM, train={"batch_size": 3, "accumulate": 2})
+    hold(distance(halves, whole) < 1e-10, "train.accumulate changes what is learnt")
+
+
+def stops_for_nan(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """A loss that is not finite ends the run with NanError, which names rank and step."""
+    _expect_nan(comm, subject.job(folder, data=_bad_data(comm)), "loss is nan on rank ")
+
+
+def stops_for_nan_in_a_gradient(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """So does a gradient that is not finite, deep in a large model, where the loss is finite."""
+    job = subject.job(folder, model=task.Deep, data=_bad_data(comm, 9.0))
+    _expect_nan(comm, job, "the gradient of parameter late")
+
+
+def _expect_nan(comm: Communicator, job: Any, words: str) -> None:
+    try:
+        quietly(comm, job)
+    except NanError as error:
+        hold(words in str(error), f"NanError says: {error}")
+        raise
+    raise BrokenPromiseError('with train.nan = "stop" training went on')
+
+
+def skips_nan(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """With train.nan = "skip" such steps are left out, and training goes on, with finite and equal parameters."""
+    for model, value in ((task.net, torch.nan), (task.Deep, 9.0)):
+        keys = {"steps": task.STEPS, "nan": "skip"}
+        found = _trained(comm, subject, folder, model=model, data=_bad_data(comm, value), train=keys)
+        hold(bool(np.isfinite(found).all()), 'with train.nan = "skip" it ends with parameters that are not finite')
+
+
+def _bad_data(comm: Communicator, value: float = torch.nan) -> Any:
+    return task.points(bad=7 * comm.size, value=value), task.points(11)
+
+
+# -- samples, evaluation, ends ----------------------------------------------------------------------------------
+class Counted(Dataset[Any]):
+    """Sample i is i."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((1,), float(index)), torch.zeros(1)
+
+
+def takes_every_sample_once(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """In every epoch all ranks together take each sample once, through evaluations and phases before and after."""
+    epochs, samples = 3, 29
+    phases = _between(subject, 20, 55)
+    for keys in ({"strategy": subject.table}, {"phases": phases}):
+        seen = _samples_taken(comm, folder, epochs, samples, keys)
+        together = sorted(pair for own in comm.gather_json(seen) for pair in own)
+        if subject.strategy().needs.queue:  # a worker may be dealt samples of the next epoch already
+            together = sorted([0, index] for _, index in together)
+            wanted = sorted([0, index] for index in range(samples) for _ in range(epochs))
+        else:
+            wanted = [[epoch, index] for epoch in range(epochs) for index in range(samples)]
+        hold(together == wanted, "samples of an epoch were left out or repeated")
+
+
+def _samples_taken(comm: Communicator, folder: Path, epochs: int, samples: int, keys: Tables) -> list[list[int]]:
+    """(epoch, index) of this rank's. Collective."""
+    train = {"epochs": epochs, "batch_size": 3, "evaluate_every": {"samples": 17}, "precision": "float32"}
+    job = task.small_job(
+        folder, model=nn.Linear(1, 1), loss="mse", metric=_no_metric, data=(Counted(samples), Counted(5)),
+        train=train, **keys,
+    )  # fmt: skip
+    seen: list[list[int]] = []
+    with session(job, comm, out=Narrator(enabled=False)) as running:
+        for batch in running.batches():
+            epoch = running.books.cursor // samples
+            seen += [[epoch, int(value)] for value in batch.inputs[:, 0]]
+            running.step(running.loss(running.model(batch.inputs / samples), batch.targets))
+    hold(running.result.samples == epochs * samples, f"the run ended after {running.result.samples} samples")
+    return seen
+
+
+def _no_metric(outputs: Any, targets: Any) -> float:
+    return 0.0
+
+
+def _between(subject: Subject, begin: int, end: int, **enter: Any) -> list[Tables]:
+    """All-reduce, the strategy from sample `begin` on, all-reduce from sample `end` on."""
+    plain = {"name": "all_reduce"}
+    return [
+        {"strategy": plain, "until": {"rule": "after", "samples": begin}},
+        {"strategy": subject.table, "until": {"rule": "after", "samples": end - begin}, "enter": enter},
+        {"strategy": plain, "enter": enter},
+    ]
+
+
+def evaluates_without_a_trace(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """Evaluations and checkpoints do not change what is learnt."""
+    keys = {"steps": task.STEPS}
+    often = {**keys, "evaluate_every": {"samples": 10}, "checkpoint_every": {"samples": 25}}
+    plain, watched = (_trained(comm, subject, folder, optimizer=ADAM, train=train) for train in (keys, often))
+    hold(bool((plain == watched).all()), "evaluations or checkpoints change the parameters")
+
+
+def may_be_left_by_all(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """Workers that leave the training loop after the same number of steps end the run, without an error."""
+    taken = 0
+    with session(subject.job(folder), comm, out=Narrator(enabled=False)) as running:
+        for batch in running.batches():
+            if taken == 3:
+                break
+            running.step(running.loss(running.model(batch.inputs), batch.targets))
+            taken += 1
+
+
+# -- state ----------------------------------------------------------------------------------------------------------
+def resumes(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """A run that goes on from a checkpoint in mid-epoch ends with the bits of the uninterrupted one: momentum and Adam,
+    dropout, batch norm."""
+    for optimizer in (MOMENTUM, ADAM):
+        train = {"steps": 20, "batch_size": 4, "checkpoint_every": {"steps": 4}, "keep_checkpoints": 9}
+        data = task.points(108), task.points(11)  # no worker gets a single sample, which batch norm could not take
+        keys = {**train, "accumulate": 2}
+        job = subject.job(folder, model=task.noisy_net, data=data, optimizer=optimizer, train=keys)
+        whole = quietly(comm, job)
+        wanted = _equal(comm, whole)
+        if comm.rank == 0:
+            task.forget_after(whole.folder, 1)
+        comm.barrier()
+        again = _equal(comm, quietly(comm, job, resume=whole.folder))
+        hold(bool((again == wanted).all()), f"a resumed run with {optimizer['name']} ends with other parameters")
+
+
+def hands_its_state_over(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """enter.momentum decides whether the optimizer's state is taken over, by the strategy and by the one after it."""
+    found = []
+    for policy in ("keep", "reset"):
+        phases = _between(subject, 60, 150, momentum=policy)
+        job = task.small_job(folder, optimizer=MOMENTUM, train={"steps": task.STEPS}, phases=phases)
+        found.append(_equal(comm, quietly(comm, job)))
+    hold(not (found[0] == found[1]).all(), "enter.momentum keep and reset give the same parameters")
+    job = task.small_job(folder, optimizer=MOMENTUM, train={"steps": task.STEPS})
+    if if_exact(subject, _workers(comm, subject)) is None and _workers(comm, subject) == comm.size:
+        off = distance(found[0], one_process(job, comm.size))
+        hold(off < 1e-10, f"with phases before and after it ends {off:.1e} away from one process")
+
+
+def exchanges_nothing_within_a_round(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """Between the ends of long rounds no message is sent, and nothing is waited for. Needs a communicator that is
+    traced."""
+    comm.recorder.drain()
+    quietly(comm, subject.job(folder, train={"steps": task.STEPS, "evaluate_every": {"fraction": 1.0}}))
+    found = comm.recorder.drain()
+    rows, spans = found["steps"], found["spans"]
+    within = rows["step"][rows["outcome"] == Outcome.LOCAL]
+    hold(len(within) > 0, "no step was traced as a step within a round")
+    spans = spans[np.flatnonzero(spans["kind"] == Kind.DATA)[0] :]  # training has begun
+    busy = spans[is_communication(spans["kind"], spans["id"]) & np.isin(spans["step"], within)]
+    kinds = ", ".join(sorted({KINDS[kind - 1] for kind in busy["kind"]}))
+    hold(len(busy) == 0, f"within rounds it communicates: {kinds}")
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("equals one process", equals_one_process, if_exact),
+    Check("equals one process where workers' shares differ", equals_one_process_unevenly, if_exact),
+    Check("leaves parameters without a gradient alone", leaves_parameters_without_a_gradient, always),
+    Check("takes optimizers of whole parameters", takes_optimizers_of_whole_parameters, always),
+    Check("honours train.clip_norm", honours_clip_norm, always),
+    Check("honours optimizer.schedule", honours_the_learning_rate, always),
+    Check("honours train.accumulate", honours_accumulate, if_deterministic),
+    Check("stops for a loss that is NaN", stops_for_nan, always, ends_all=True),
+    Check("stops for a gradient that is NaN", stops_for_nan_in_a_gradient, always, ends_all=True),
+    Check("skips steps that are NaN", skips_nan, always),
+    Check("takes every sample once", takes_every_sample_once, always),
+    Check("is not changed by evaluations and checkpoints", evaluates_without_a_trace, if_deterministic),
+    Check("may be left by all workers together", may_be_left_by_all, always),
+    Check("resumes with the same bits", resumes, if_deterministic),
+    Check("hands the optimizer's state over", hands_its_state_over, always),
+    Check("exchanges nothing within a round", exchanges_nothing_within_a_round, if_rounds_are_long),
+)

@@ -1,0 +1,38 @@
+"""Local SGD (Stich 2019, algorithm 1): workers train by themselves and average their parameters now and then."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from hpctrain.jobspec import Options
+from hpctrain.strategies.round import Round, RoundStrategy, Step
+
+
+class LocalSGDOptions(Options):
+    """The keys of strategy.name = "local_sgd"."""
+
+    every: int = Field(8, ge=1, description="steps that each worker takes between two averagings")
+
+
+class LocalSGD(RoundStrategy):
+    """Each worker has an optimizer of its own; a round of `every` steps ends with the mean of what they changed,
+    weighted by samples."""
+
+    Options = LocalSGDOptions
+    options: LocalSGDOptions
+    tested_with = ({"every": 1}, {"every": 3}, {})
+
+    def length(self) -> int:
+        return self.options.every
+
+    def begin(self) -> None:
+        self.anchor = self.phase.replica.values.clone()
+
+    def local(self, step: Step) -> None:
+        self.optimize(self.phase.replica.gradient, step)
+
+    def apply(self, round: Round) -> None:
+        values, change = self.phase.replica.values, self.phase.replica.gradient
+        change.copy_(values).sub_(self.anchor).mul_(round.share)
+        self.anchor.add_(self.exchange.reduce(1.0))
+        values.copy_(self.anchor)

@@ -1,0 +1,98 @@
+"""Strategies that forget what they owe are found out, each by the check of what it forgets."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hpctrain.conformance import CHECKS, Subject, over_virtual_ranks
+from hpctrain.jobspec import Options
+from hpctrain.state import Own
+from hpctrain.strategies.local_sgd import LocalSGD
+from hpctrain.strategies.round import Round, RoundStrategy, Step
+
+NODES = (0, 0, 1, 1)
+
+
+class NoOptions(Options):
+    """None."""
+
+
+class ByHand(RoundStrategy):
+    """Updates the parameters itself instead of by the job's optimizer."""
+
+    Options = NoOptions
+    exact = True
+
+    def apply(self, round: Round) -> None:
+        self.phase.replica.values.sub_(self.exchange.reduce(round.divisor), alpha=0.1)
+
+
+class Unweighted(RoundStrategy):
+    """Divides by the number of workers, whatever they bring."""
+
+    Options = NoOptions
+    exact = True
+
+    def apply(self, round: Round) -> None:
+        self.optimize(self.exchange.reduce(self.comm.size), round)
+
+
+class Alone(RoundStrategy):
+    """Does not exchange."""
+
+    Options = NoOptions
+
+    def apply(self, round: Round) -> None:
+        self.optimize(self.phase.replica.gradient, round)
+
+
+class Forgetful(LocalSGD):
+    """Forgets what is the worker's own."""
+
+    def own(self) -> Own:
+        return Own()
+
+
+class Talkative(LocalSGD):
+    """Sends messages within rounds."""
+
+    def local(self, step: Step) -> None:
+        super().local(step)
+        self.comm.all_reduce(np.zeros(1))
+
+
+BROKEN = [
+    (ByHand, "equals one process", "SGD ends"),
+    (ByHand, "honours train.clip_norm", "train.clip_norm has no effect"),
+    (ByHand, "honours optimizer.schedule", "optimizer.schedule has no effect"),
+    (ByHand, "hands the optimizer's state over", "ends .* away from one process"),
+    (ByHand, "leaves parameters without a gradient alone", None),
+    (Unweighted, "equals one process where workers' shares differ", "with targets that do not count it ends"),
+    (Alone, "takes optimizers of whole parameters", "the ranks end with different parameters"),
+    (Forgetful, "resumes with the same bits", "a resumed run with SGD ends with other parameters"),
+    (Talkative, "exchanges nothing within a round", "within rounds it communicates: recv"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("kind", "check", "says"), BROKEN)
+def test_a_broken_promise_is_found(
+    tmp_path: Path, kind: type[RoundStrategy], check: str, says: str | None
+) -> None:
+    subject = Subject(f"{__name__}:{kind.__name__}", dict(kind.tested_with[-1]))
+    [wanted] = [each for each in CHECKS if each.name == check]
+    verdict = over_virtual_ranks(subject, wanted, NODES, tmp_path)
+    if says is None:
+        assert verdict.broken is None
+    else:
+        assert verdict.broken is not None
+        assert re.search(says, verdict.broken), verdict.broken

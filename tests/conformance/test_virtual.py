@@ -1,0 +1,45 @@
+"""Every registered strategy keeps every promise, over virtual ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hpctrain.conformance import CHECKS, Check, Nodes, Subject, over_virtual_ranks, registered, why_left_out, worlds
+from tests.marks import mostly_slow
+
+Case = tuple[Subject, Check, Nodes]
+SUBJECTS = registered()
+CASES: list[Case] = [
+    (subject, check, nodes)
+    for subject in SUBJECTS
+    for check in CHECKS
+    for nodes in worlds(subject, check)
+    if why_left_out(subject, check, nodes) is None
+]
+FIRST = [subject for subject in SUBJECTS if [s for s in SUBJECTS if s.name == subject.name].index(subject) < 2]
+
+
+def _is_quick(case: Case) -> bool:
+    """All of it with two sets of options of each strategy; with the others, equality on two nodes."""
+    subject, check, nodes = case
+    return subject in FIRST or (check is CHECKS[0] and len(nodes) == 4)
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, Subject):
+        return value.label
+    return value.name if isinstance(value, Check) else f"{len(value)} ranks"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("subject", "check", "nodes"), mostly_slow(CASES, list(filter(_is_quick, CASES))), ids=_name)
+def test_every_promise(tmp_path: Path, subject: Subject, check: Check, nodes: Nodes) -> None:
+    assert over_virtual_ranks(subject, check, nodes, tmp_path).broken is None

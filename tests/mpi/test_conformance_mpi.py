@@ -1,0 +1,31 @@
+"""Every registered strategy keeps every promise on real ranks: all of it on four, less on other numbers of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpctrain.conformance import CHECKS, Check, Subject, over_real_ranks, registered
+from tests.helpers_mpi import Join
+
+pytestmark = pytest.mark.mpi
+SUBJECTS = registered()
+FIRST = [subject for subject in SUBJECTS if [s for s in SUBJECTS if s.name == subject.name].index(subject) < 2]
+CASES = [(s, check) for s in SUBJECTS for check in CHECKS if s in FIRST or check is CHECKS[0]]
+EVERYWHERE = ("equals one process", "stops for a loss that is NaN", "resumes with the same bits")
+
+
+def _name(value: Subject | Check) -> str:
+    return value.label if isinstance(value, Subject) else value.name
+
+
+@pytest.mark.parametrize(("subject", "check"), CASES, ids=_name)
+def test_every_promise(join: Join, folder: Path, subject: Subject, check: Check) -> None:
+    comm = join()
+    if comm.size != 4 and check.name not in EVERYWHERE:
+        pytest.skip("on 4 ranks")
+    verdict = over_real_ranks(subject, check, comm, folder)
+    if verdict.left_out is not None:
+        pytest.skip(verdict.left_out)
+    assert verdict.broken is None
