@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,9 +97,11 @@ def over_real_ranks(subject: Subject, check: Check, comm: Communicator, folder: 
             return "it ends the MPI job; it is tested over virtual ranks"
         left_out = why_left_out(subject, check, comm.nodes)
         if left_out is None:
-            check.function(comm, subject, folder)
+            check.function(traced, subject, folder)
         return left_out
 
+    traced = copy(comm)
+    traced.recorder = Recorder()
     return _verdict(subject, check, comm.size, run)
 
 

@@ -23,12 +23,14 @@ def code_blocks(document: str) -> list[str]:
 
 
 def test_the_strategy_of_the_architecture_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_strategies.py").write_text(code_blocks("ARCHITECTURE.md")[0])
+    text = code_blocks("ARCHITECTURE.md")[0]
+    assert text == (ROOT / "hpctrain/strategies/local_sgd.py").read_text()
+    (tmp_path / "my_strategies.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_strategies", raising=False)
     job = Job(
         model={"name": "mlp", "inputs": 64, "outputs": 10, "hidden": [32]},
-        strategy={"name": "my_strategies:PeriodicAverage", "every": 4},
+        strategy={"name": "my_strategies:LocalSGD", "every": 4},
         train={"epochs": 6, "batch_size": 16},
         output=str(tmp_path / "runs"),
     )
