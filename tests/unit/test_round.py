@@ -22,7 +22,6 @@ from hpctrain.launch import session, train
 from hpctrain.runfolder import Narrator
 from hpctrain.schedule import Ask
 from hpctrain.strategies.contribution import Contribution, RoundTotals
-from hpctrain.strategies.coordinator import Decision, Header, Kind, What
 from tests import helpers
 from tests.marks import slow
 from tests.unit.test_losses import pair
@@ -472,15 +471,7 @@ def test_rows_say_what_was_put_into_them():
         Contribution(5, 2.5, 0.25, Ask.INTERRUPT | Ask.CHECKPOINT, 7, used),
         Contribution(0, 0.0, float("inf"), Ask.NOTHING, 0, None),
     ):
-        header = Header(Kind.STEP, 2**40, 2**41, 3, part)
-        decision = Decision(What.UPDATE, (1, 2), (0,), 9, 3, 1.5, 0.5, 0.9, 4, part.used)
-        for thing, found in (
-            (part, Contribution.decode(part.encode(70), 70)),
-            (header.part, Header.decode(header.encode(70), 70).part),
-            (decision, Decision.decode(decision.encode(3, 70), 3, 70)),
-        ):
-            assert repr(found) == repr(thing)
-        assert Header.decode(header.encode(70), 70).version == 2**40
+        assert repr(Contribution.decode(part.encode(70), 70)) == repr(part)
 
 
 def test_a_round_is_what_its_rows_come_to():

@@ -28,8 +28,8 @@ from hpctrain.runfolder import Narrator
 from hpctrain.state import State
 from hpctrain.strategies.all_reduce import AllReduce
 from hpctrain.strategies.base import Phase, Strategy
-from hpctrain.strategies.corrections import MEAN_SQUARE, DelayCompensation
 from hpctrain.strategies.parameter_server import ParameterServer, ParameterServerServer
+from hpctrain.strategies.parameter_server.corrections import MEAN_SQUARE, DelayCompensation
 from hpctrain.trainer import Trainer
 from tests import helpers
 from tests.helpers import jitter, served

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from hpctrain.comm.base import Buffer
-    from hpctrain.strategies.parameter_server import ParameterServerOptions
+    from hpctrain.strategies.parameter_server.options import ParameterServerOptions
 
 MEAN_SQUARE = "mean square of the gradient"
 

@@ -1,0 +1,322 @@
+"""What decides in a parameter server: the coordinator, which lives on the first server.
+
+Workers send it a header with each push. It decides, for all shards, which gradients are applied in what order and
+who gets parameters when. Its decisions reach the other servers as one ordered stream, so every shard makes the same
+updates in the same order: the versions that a worker pulls, and the snapshots that are evaluated or saved, are the
+same on all shards.
+
+It is pure: it is given headers and the time, and returns replies and decisions, in the order in which they are to be
+sent. `server` does the sending. A decision is carried out before what follows it is sent.
+
+`Rounds` closes rounds (synchronous, with backup workers: Chen et al. 2016). `Asynchronous` applies each gradient as it
+comes (Dean et al. 2012), and deals out the samples. `Bounded` lets no worker run more than `bound` steps ahead of the
+slowest (stale-synchronous: Ho et al. 2013, section 3).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from hpctrain.data.queue import SharedQueue, StaticQueue, Stretch
+from hpctrain.schedule import Ask
+from hpctrain.strategies.parameter_server.wire import Decision, Header, Kind, NotFinite, Reply, What
+from hpctrain.strategies.round import Round
+
+if TYPE_CHECKING:
+    from hpctrain.data.queue import Queue
+    from hpctrain.schedule import Conductor
+    from hpctrain.strategies.parameter_server.options import ParameterServerOptions
+
+ENDS = Ask.STOP | Ask.END_PHASE | Ask.INTERRUPT
+Message = Reply | Decision
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a coordinator must know of its phase."""
+
+    workers: int  # how many
+    options: ParameterServerOptions
+    conductor: Conductor
+    cursor: int  # the run's clock where the phase begins, in samples
+    batch: int  # samples per worker and round at most
+    nan: Literal["stop", "skip"]  # what to do about a loss or gradient that is not finite
+    rate: Callable[[int], float]  # the learning rate's factor at a cursor
+    momentum: Callable[[int], float]  # the momentum's
+    per_update: Callable[[int], float]  # the learning rate's factor for one worker's gradient of a staleness
+    queue: Literal["static", "shared"]  # how samples are dealt where workers do not step together
+    epoch: int | None  # samples per epoch; needed there only
+    ahead: int  # how many stretches a worker is dealt besides the one it is at
+
+
+class Coordinator(ABC):
+    """Decides for one phase.
+
+    `left`: the workers that no header is to be expected from any more. Once they are all workers, the last decision
+    (END, or NAN) has been returned. `nan`: why the phase ends with NanError, if it does. `version`: updates so far;
+    `dropped`: gradients that came too late for their round.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.workers = setting, setting.workers
+        self.version = self.dropped = 0
+        self.cursor = setting.cursor
+        self.ask, self.why = Ask.NOTHING, ""
+        self.nan: NotFinite | None = None
+        self.left: set[int] = set()
+        self._withdrawn: set[int] = set()  # whose programs have left the training loop
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Go on from a checkpoint of this phase."""
+        self.version, self.dropped = int(state.get("version", 0)), int(state.get("dropped", 0))
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint must keep."""
+        return {"version": self.version, "dropped": self.dropped}
+
+    def begin(self, now: int) -> list[Message]:
+        """The first replies, before the workers' first steps; they have the parameters already. `now`: nanoseconds."""
+        return [self._first(worker) for worker in range(self.workers)]
+
+    def receive(self, worker: int, header: Header, now: int) -> list[Message]:
+        """What follows from a worker's header; its gradient, if any, has come. `now`: nanoseconds."""
+        messages = list(self._answer(worker, header, now))
+        if len(self.left) == self.workers:
+            messages.append(Decision(What.END) if self.nan is None else Decision(What.NAN, nan=self.nan))
+        return messages
+
+    def _answer(self, worker: int, header: Header, now: int) -> Iterator[Message]:
+        if header.kind is Kind.LEAVE:
+            self.left.add(worker)
+        elif header.kind is Kind.STATE:
+            yield Decision(What.STATE)
+        elif self.nan is not None:
+            yield self._reply(worker)
+            yield Decision(What.DROP, take=(worker,) if header.kind is Kind.STEP else (), give=(worker,))
+        elif header.kind is Kind.WITHDRAW:
+            self._withdrawn.add(worker)
+            yield from self._withdraw(worker, now)
+        else:
+            yield from self._step(worker, header, now)
+
+    def _first(self, worker: int) -> Reply:
+        return self._reply(worker)
+
+    @abstractmethod
+    def _step(self, worker: int, header: Header, now: int) -> Iterator[Message]:
+        """A worker has pushed a gradient."""
+
+    @abstractmethod
+    def _withdraw(self, worker: int, now: int) -> Iterator[Message]:
+        """A worker's program has left the training loop: its gradients are not waited for any more."""
+
+    def _dismiss(self, waiting: tuple[int, ...], take: tuple[int, ...]) -> Iterator[Message]:
+        """Once each worker has withdrawn or waits for one that has: answer all, so that they agree on what to do about
+        it, and give them the parameters. `waiting`: who waits; gradients of `take` are to be dropped."""
+        if not self._withdrawn or len(self._withdrawn) + len(waiting) < self.workers:
+            return
+        self.ask, self._withdrawn = Ask.LEAVE, set()
+        for worker in range(self.workers):
+            yield self._reply(worker, result="dropped")
+        yield Decision(What.DROP, take=take, give=tuple(range(self.workers)))
+
+    def _reply(self, worker: int, **fields: Any) -> Reply:
+        """With what is so by now, and `fields`. Where `nan` is set the worker raises NanError: it sends no more."""
+        if self.nan is not None:
+            self.left.add(worker)
+        known = Reply(worker, self.cursor, self.version, self.ask, why=self.why, nan=self.nan)
+        return known._replace(**fields)
+
+    def _observe(self, samples_end: int, loss: float, wish: Ask) -> Ask:
+        """Move the clock on; what is asked of the trainers there."""
+        conductor = self.setting.conductor
+        before, self.cursor = self.cursor, samples_end
+        ask = conductor.decide(before, self.cursor, loss, wish)
+        if ask & Ask.END_PHASE and not self.why:
+            self.why = conductor.why
+        return ask
+
+
+class Rounds(Coordinator):
+    """Synchronous: one update per round, with the gradients of all workers but the slowest `backup_workers`."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._waiting: dict[int, Header] = {}
+        self._backup = setting.options.backup_workers
+        self._needed = self.workers - self._backup
+
+    def _step(self, worker: int, header: Header, now: int) -> Iterator[Message]:
+        if header.version < self.version:
+            yield from self._release(worker, header.part.samples)
+            return
+        self._waiting[worker] = header
+        yield from self._go_on()
+
+    def _withdraw(self, worker: int, now: int) -> Iterator[Message]:
+        if self._backup:  # nor do the others wait for it: they may be about to leave as well
+            self._needed = min(self._needed, self.workers - len(self._withdrawn))
+        yield from self._go_on()
+
+    def _go_on(self) -> Iterator[Message]:
+        if len(self._waiting) >= max(1, self._needed):
+            yield from self._close_round()
+        waiting = tuple(sorted(self._waiting))
+        yield from self._dismiss(waiting, take=waiting)
+
+    def _release(self, worker: int, samples: int) -> Iterator[Message]:
+        """Too late for its round: its gradient is dropped, and it goes on with the parameters of now."""
+        self.dropped += 1
+        yield self._reply(worker, result="dropped", samples=samples, staleness=1)
+        yield Decision(What.DROP, take=(worker,), give=(worker,))
+
+    def _close_round(self) -> Iterator[Message]:
+        setting, accepted = self.setting, tuple(sorted(self._waiting))
+        headers = [self._waiting.pop(worker) for worker in accepted]
+        found, step = Round.of([header.part for header in headers]), headers[0].step
+        if found.faulty is not None and setting.nan == "stop":
+            part = headers[found.faulty].part
+            self.nan = NotFinite(accepted[found.faulty], part.loss, step, part.bad)
+        rate, momentum = setting.rate(self.cursor), setting.momentum(self.cursor)
+        self.version += 1
+        self.ask = self._observe(max(header.round_end for header in headers), found.loss, found.wish)
+        if self.ask and self._withdrawn:  # what all workers are to do together these cannot
+            self.ask |= Ask.LEAVE
+        withdrawn = tuple(self._withdrawn) if self.ask else ()
+        for worker in withdrawn:
+            yield self._reply(worker)
+        result = "skipped" if found.skip else "applied"
+        for worker in accepted:
+            yield self._reply(worker, result=result, loss=found.loss, samples=found.samples)
+        what, weight = What.DROP if found.skip else What.UPDATE, found.divisor(setting.batch)
+        yield Decision(what, accepted, accepted + withdrawn, self.version, step, weight, rate, momentum, found.used)
+
+
+class Asynchronous(Coordinator):
+    """Every gradient is applied as it comes. Deals out the samples; where something is asked of the trainers, lets
+    the workers finish what they were dealt first, so that what has been consumed is a prefix of the run, and answers
+    all of them with the same parameters."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        assert setting.epoch is not None
+        kind = SharedQueue if setting.queue == "shared" else StaticQueue
+        self._queue: Queue = kind(setting.cursor, setting.epoch, setting.batch, self.workers)
+        self._limit = self._next_limit()
+        self._dealt = [0] * self.workers  # stretches that a worker has been dealt and not pushed yet
+        self._done = [0] * self.workers  # steps since all were last together
+        self._idle: dict[int, tuple[dict[str, Any], int]] = {}  # replies held back, and since when
+        self._losses: deque[float] = deque(maxlen=self.workers)
+
+    def _first(self, worker: int) -> Reply:
+        return self._reply(worker, slices=self._deal(worker))
+
+    def _step(self, worker: int, header: Header, now: int) -> Iterator[Message]:
+        part, samples = header.part, header.part.samples
+        if not part.finite and self.setting.nan == "stop":
+            yield from self._stop_for_nan(worker, header)
+            return
+        staleness = self.version - header.version
+        if samples:
+            self._dealt[worker] -= 1
+            self._done[worker] += 1
+        decision = self._decision(worker, header, staleness)
+        asked = self._observe(self.cursor + samples, part.loss, part.wish) if samples else part.wish
+        if asked & ~self.ask:
+            self.ask |= asked
+            self._limit = min(self._limit, self._queue.stop_at(self._queue.furthest))
+        mean = sum(self._losses) / max(1, len(self._losses))
+        result = "applied" if decision.what is What.UPDATE else "skipped"
+        self._idle[worker] = {"result": result, "loss": mean, "samples": samples, "staleness": staleness}, now
+        yield from self._go_on(decision, now)
+
+    def _withdraw(self, worker: int, now: int) -> Iterator[Message]:
+        """What it was dealt nobody will push; who waited for it may go on."""
+        self._dealt[worker] = 0
+        yield from self._go_on(Decision(What.DROP, version=self.version), now)
+
+    def _decision(self, worker: int, header: Header, staleness: int) -> Decision:
+        """What becomes of the gradient: an update, unless it is of no samples or not finite."""
+        part, setting = header.part, self.setting
+        if not part.samples or not part.finite:
+            return Decision(What.DROP, take=(worker,), version=self.version, step=header.step)
+        self.version += 1
+        self._losses.append(part.loss)
+        return Decision(
+            What.UPDATE,
+            take=(worker,),
+            version=self.version,
+            step=header.step,
+            weight=Round.of([part]).divisor(setting.batch),
+            rate=setting.rate(self.cursor) * setting.per_update(staleness),
+            momentum=setting.momentum(self.cursor),
+            used=part.used,
+        )
+
+    def _go_on(self, decision: Decision, now: int) -> Iterator[Message]:
+        """Answer the workers for which there is something to do; then comes the decision."""
+        asked, slices = Ask.NOTHING, self._deal_out()
+        released = [worker for worker in slices if self._dealt[worker]]
+        if len(self._idle) == self.workers and not any(self._dealt):
+            asked, self.ask = self.ask, Ask.NOTHING
+            released, self._done = sorted(self._idle), [0] * self.workers
+            if not asked & ENDS:
+                self._limit = self._next_limit()
+                slices = self._deal_out()
+        for worker in released:
+            fields, since = self._idle.pop(worker)
+            yield self._reply(worker, **fields, ask=asked, slices=slices.get(worker, ()), held=now - since)
+        yield decision._replace(give=tuple(released))
+        if not any(self._dealt):
+            yield from self._dismiss(tuple(sorted(self._idle)), take=())
+
+    def _deal_out(self) -> dict[int, tuple[Stretch, ...]]:
+        """What the waiting workers get that may go on, if there is anything before the limit; see `Bounded._may_go`."""
+        found = {}
+        for worker in sorted(self._idle, key=lambda worker: (self._done[worker], worker)):
+            if self._may_go(worker):
+                found[worker] = self._deal(worker)
+        return found
+
+    def _next_limit(self) -> int:
+        return self._queue.stop_at(self.setting.conductor.due(self.cursor))
+
+    def _deal(self, worker: int) -> tuple[Stretch, ...]:
+        """Stretches for a worker, until it knows of `ahead` besides the next; fewer, or none, near the limit."""
+        found: list[Stretch] = []
+        while self._dealt[worker] <= self.setting.ahead:
+            stretch = self._queue.take(worker, self._limit)
+            if stretch is None:
+                break
+            found.append(stretch)
+            self._dealt[worker] += 1
+        return tuple(found)
+
+    def _may_go(self, worker: int) -> bool:
+        """Whether a worker may begin another step now."""
+        return True
+
+    def _stop_for_nan(self, worker: int, header: Header) -> Iterator[Message]:
+        self.nan = NotFinite(worker, header.part.loss, header.step, header.part.bad)
+        answered = (worker, *self._idle)
+        for each in answered:
+            yield self._reply(each)
+        yield Decision(What.DROP, take=(worker,), give=answered)
+
+
+class Bounded(Asynchronous):
+    """Asynchronous, but a worker waits while it has done more than `bound` steps more than the slowest, counted from
+    where all were last together (they need not have equally many stretches from there to the next such point)."""
+
+    def _may_go(self, worker: int) -> bool:
+        """Workers that have done less were asked about, and dealt samples, before: who has none now is out of the
+        race until all are drained."""
+        others = (self._done[other] for other in range(self.workers) if other != worker and self._dealt[other])
+        return self._done[worker] - min(others, default=self._done[worker]) <= self.setting.options.bound
+
+
+MODES: dict[str, type[Coordinator]] = {"sync": Rounds, "async": Asynchronous, "bounded": Bounded}

@@ -1,0 +1,104 @@
+"""The keys of strategy.name = "parameter_server"."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from hpctrain.jobspec import Options
+
+
+class ParameterServerOptions(Options):
+    """The keys of strategy.name = "parameter_server"."""
+
+    mode: Literal["async", "bounded", "sync"] = Field(
+        "async",
+        description="async: one update per gradient, as it comes; bounded: the same, but no worker runs more than "
+        "`bound` steps ahead of the slowest; sync: one update per round, of all workers' gradients summed in rank "
+        "order",
+    )
+    servers: int = Field(1, ge=1, description="how many ranks own a shard of the parameters")
+    colocated: bool = Field(
+        False, description="put the servers beside workers (a thread of their ranks) instead of on ranks of their own"
+    )
+    bound: int = Field(
+        3,
+        ge=0,
+        le=10**6,
+        description="steps that the fastest worker may be ahead of the slowest, counted from where all were last "
+        "together, as at an evaluation (mode bounded)",
+    )
+    lr_per_update: Literal["auto", "workers", "staleness", "none"] = Field(
+        "auto",
+        description="what the learning rate is divided by for one worker's gradient (modes async and bounded): the "
+        "number of workers, the gradient's staleness (at least 1), or nothing; auto: the number of workers, for Adam "
+        "and its like to the power of 0.75",
+    )
+    momentum_correction: bool = Field(
+        True,
+        description="keep SGD's velocity per worker, with Nesterov's momentum (DANA-Slim: Hakimi et al. 2019): one "
+        "velocity of all workers' late gradients becomes unstable (modes async and bounded)",
+    )
+    clip_pushes: float | None = Field(
+        None,
+        gt=1,
+        le=1e9,
+        description="a gradient longer than so many times the running mean of its worker's is scaled down to that "
+        "(modes async and bounded); left out: 2 where updates grow with gradients (SGD), never for Adam and its like",
+    )
+    delay_compensation: Literal["none", "constant", "adaptive"] = Field(
+        "none",
+        description="correct stale gradients for what changed meanwhile, to first order (DC-ASGD, Zheng et al. 2017)",
+    )
+    delay_lambda: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="strength of delay_compensation; left out: 0.04 for constant, 2.0 for adaptive, as published",
+    )
+    backup_workers: int = Field(
+        0,
+        ge=0,
+        description="close a round without waiting for so many of the slowest workers, and drop their late gradients "
+        "(mode sync)",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        defaults = type(self).model_fields
+        for key, modes in MODE_KEYS.items():
+            if self.mode not in modes and getattr(self, key) != defaults[key].default:
+                needed = " or ".join(f'"{mode}"' for mode in modes)
+                raise ValueError(f'has {key} with mode = "{self.mode}", where it has no effect; set mode = {needed}')
+        if self.delay_lambda is not None and self.delay_compensation == "none":
+            raise ValueError('has delay_lambda with delay_compensation = "none", where it has no effect')
+        return self
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether all workers take every step together."""
+        return self.mode == "sync"
+
+    def per_update(self, workers: int, adaptive: bool, staleness: int) -> float:
+        """The learning rate's factor for a gradient of one of so many workers. `staleness`: its, in versions;
+        `adaptive`: whether the optimizer's updates do not grow with gradients."""
+        if self.lr_per_update == "none":
+            return 1.0
+        if self.lr_per_update == "staleness":
+            return 1.0 / max(1, staleness)
+        adapts = self.lr_per_update == "auto" and adaptive
+        return workers ** -(ADAPTIVE_POWER if adapts else 1.0)
+
+
+# One worker's gradient is noisier than a round's, so Adam takes shorter steps along it by itself: a smaller batch wants
+# the rate's root (Malladi et al. 2022), late gradients less. Between the two; docs/asynchrony.md has what came of it.
+ADAPTIVE_POWER = 0.75
+MODE_KEYS = {
+    "bound": ("bounded",),
+    "backup_workers": ("sync",),
+    "lr_per_update": ("async", "bounded"),
+    "momentum_correction": ("async", "bounded"),
+    "clip_pushes": ("async", "bounded"),
+    "delay_compensation": ("async", "bounded"),
+}

@@ -1,0 +1,400 @@
+"""The server half of a parameter server: a server owns a shard of the parameters and of the optimizer.
+
+The first server is also the coordinator's: it hands headers to it, and sends and carries out what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hpctrain.comm.base import Tag
+from hpctrain.strategies.base import Phase, Server, clip_factor
+from hpctrain.strategies.parameter_server.coordinator import MODES, Coordinator, Message, Setting
+from hpctrain.strategies.parameter_server.corrections import DelayCompensation
+from hpctrain.strategies.parameter_server.options import ParameterServerOptions
+from hpctrain.strategies.parameter_server.wire import (
+    Decision,
+    DecisionRecord,
+    Header,
+    HeaderRecord,
+    Kind,
+    NotFinite,
+    Reply,
+    ReplyRecord,
+    What,
+)
+from hpctrain.strategies.round import nan_error, sum_error
+
+if TYPE_CHECKING:
+    import torch
+
+    from hpctrain.comm.base import Arena, Buffer, Communicator, Request
+    from hpctrain.errors import NanError
+    from hpctrain.optimizer import Update
+    from hpctrain.state import State
+
+
+class Wiring:
+    """Who owns which shard, and the communicators between workers and servers. Construction is collective."""
+
+    def __init__(self, phase: Phase, options: ParameterServerOptions) -> None:
+        from hpctrain.optimizer import slice_bounds
+
+        comm = phase.comm
+        self.workers, self.servers = phase.roles.workers, phase.roles.servers
+        service = comm.split(0, comm.rank)
+        assert service is not None
+        self.service: Communicator = service
+        self.between_servers = comm.split(0 if comm.rank in self.servers else None, comm.rank)
+        self.slots = len(phase.replica.layout.slots)
+        self.bounds = slice_bounds(phase.replica.layout, len(self.servers), phase.elementwise)
+        ahead = np.array([phase.ahead], np.int64)  # a rank's own wish: the coordinator's counts
+        comm.broadcast(ahead, self.coordinator)
+        self.ahead = int(ahead[0])
+        assert phase.replica.value_arena is not None
+        if not phase.equal:
+            comm.broadcast(phase.replica.value_arena.mine)
+
+    @property
+    def coordinator(self) -> int:
+        return self.servers[0]
+
+    def shards(self) -> list[tuple[int, int, int]]:
+        """(server's rank, low, high) of every shard that is not empty."""
+        cuts = zip(self.servers, self.bounds, self.bounds[1:], strict=False)
+        return [(server, low, high) for server, low, high in cuts if low < high]
+
+    def shard(self, phase: Phase) -> Buffer:
+        """The part of this rank's parameters that it serves; for servers."""
+        index = self.servers.index(phase.comm.rank)
+        assert phase.replica.value_arena is not None
+        return phase.replica.value_arena.mine[self.bounds[index] : self.bounds[index + 1]]
+
+    def keepers(self) -> list[tuple[int, int, int]]:
+        """Who has a part of the strategy's state: the owners of shards, and the coordinator."""
+        shards = self.shards()
+        if shards and shards[0][0] != self.coordinator:
+            shards.insert(0, (self.coordinator, 0, 0))
+        return shards
+
+    def reply_record(self) -> ReplyRecord:
+        """Memory for a reply."""
+        return ReplyRecord(self.ahead + 1)
+
+    def free(self) -> None:
+        """Collective over the phase's ranks."""
+        if self.between_servers is not None:
+            self.between_servers.free()
+        self.service.free()
+
+
+class ParameterServerServer(Server):
+    """Owns one shard: takes gradients, updates, gives parameters, as the coordinator decides."""
+
+    options: ParameterServerOptions
+
+    def join(self, phase: Phase, state: State | None = None) -> None:
+        self.wiring = Wiring(phase, self.options)
+        self.attach(phase, self.wiring, self.wiring.shard(phase), lane=0)  # no replica is trained here
+        deal_state(phase, self.wiring, state, self)
+
+    def attach(self, phase: Phase, wiring: Wiring, shard: Buffer, lane: int) -> None:
+        """Own `shard`, by now rank 0's parameters, and allocate what is received into. Not collective."""
+        from hpctrain.replica import as_tensor
+
+        self.phase, self.wiring, self._lane = phase, wiring, lane
+        self.comm = wiring.service.lane(lane)
+        self.between = wiring.between_servers.lane(lane) if wiring.between_servers is not None else None
+        index = wiring.servers.index(phase.comm.rank)
+        self.low, self.high = wiring.bounds[index], wiring.bounds[index + 1]
+        self._shard, self.values = shard, as_tensor(shard)
+        self.update: Update = phase.make_update(self.values, self.low, self.high)
+        self._gradients = [self._buffer() for _ in wiring.workers]
+        self.pushes: list[Request | None] = [None] * len(wiring.workers)
+        self._sum = as_tensor(self._buffer().mine)
+        self._copies = {worker: self._buffer() for worker in self._copied()}
+        self._direct: list[Request] = []
+        self._sending: list[Request] = []
+        self._compensation = DelayCompensation.of(self.options, self.values)
+        self._corrects = not self.options.lockstep and self.options.momentum_correction and len(wiring.workers) > 1
+        leads = phase.comm.rank == wiring.coordinator
+        self.coordinator = MODES[self.options.mode](_setting(phase, self.options)) if leads else None
+
+    def _buffer(self) -> Arena:
+        return self.phase.comm.arena(self.high - self.low, self.phase.replica.layout.dtype, "rank")
+
+    def _copied(self) -> list[int]:
+        """Workers that get a copy of the parameters as they are now: those that the next update must not wait for,
+        being far away, and those whose gradients are compensated for what changed since."""
+        if self.options.lockstep or self.low == self.high:
+            return []
+        here, nodes = self.comm.nodes[self.comm.rank], self.comm.nodes
+        everybody = self.options.delay_compensation != "none"
+        return [worker for worker, rank in enumerate(self.wiring.workers) if everybody or nodes[rank] != here]
+
+    def load(self, state: State) -> None:
+        """Take over this server's part of a checkpoint, or of the phase before."""
+        own = state.take_own()
+        if self._compensation is not None:
+            self._compensation.load(own)
+        self.update.load_in_place(state)
+        if self.coordinator is not None:
+            self.coordinator.load(state.counters)
+
+    def serve(self) -> None:
+        """Until every worker has left. Raises NanError (as the workers do) if a loss is not finite."""
+        self._remember_all()
+        for worker in range(len(self.wiring.workers)):
+            self._expect(worker)
+        try:
+            if self.coordinator is not None:
+                Driver(self, self.coordinator).run()
+            else:
+                self._follow()
+        finally:
+            for request in self.pushes:
+                if request is not None:
+                    request.cancel()
+        self.comm.wait_all(self._direct + self._sending)
+        if self._lane == 0:
+            self.wiring.free()
+
+    def _follow(self) -> None:
+        record = DecisionRecord(len(self.wiring.workers), self.wiring.slots)
+        while True:
+            self.comm.recv(record.bytes, self.wiring.coordinator, Tag.DECISION)
+            decision = record.read()
+            if decision.what is What.END:
+                return
+            if decision.nan is not None:
+                raise self.error(decision.nan)
+            self.execute(decision)
+
+    def error(self, nan: NotFinite) -> NanError:
+        """The error that all ranks raise for it."""
+        return nan_error(self.phase, self.wiring.workers[nan.worker], nan.loss, nan.step, nan.bad)
+
+    def execute(self, decision: Decision) -> None:
+        """Do what the coordinator decided."""
+        if self._lane == 0:
+            self.phase.tick()
+        if decision.what is What.STATE:
+            self._send_state()
+            if self._lane == 0:
+                self.phase.saving()
+            return
+        if self.low == self.high:
+            if decision.what is What.UPDATE and self._clips:
+                self._clip(self._sum)
+            return
+        for worker in decision.take:
+            push = self.pushes[worker]
+            assert push is not None
+            push.wait()
+        if decision.what is What.UPDATE:
+            self._apply(decision)
+        for worker in decision.take:
+            self._expect(worker)
+        for worker in decision.give:
+            self._give(worker)
+
+    def _apply(self, decision: Decision) -> None:
+        alone = len(decision.take) == 1
+        peer = self.comm.members[self.wiring.workers[decision.take[0]]] if alone else -1
+        self.comm.recorder.step = decision.step
+        gradient = self._gradient(decision)
+        if self._clips:
+            gradient.mul_(self._clip(gradient))
+        self.comm.wait_all(self._direct)  # nobody shall read half an update
+        self._direct = []
+        with self.comm.span("update", gradient.nbytes, peer, decision.version, flops=float(gradient.numel())):
+            whose = decision.take[0] if self._corrects else None
+            self.update.apply(gradient, decision.rate, decision.momentum, whose, decision.used)
+
+    def _gradient(self, decision: Decision) -> torch.Tensor:
+        """The mean of the gradients taken, summed in rank order; one alone lies where it came. Raises NanError."""
+        from hpctrain.blocks import add_up
+        from hpctrain.replica import as_tensor
+
+        parts = [as_tensor(self._gradients[worker].mine) for worker in decision.take]
+        if len(parts) == 1:
+            finite, whole = add_up(parts, parts[0], decision.weight), parts[0]
+        else:
+            whole = self._sum
+            with self.comm.span("reduce", whole.nbytes * len(parts), flops=float(whole.numel() * len(parts))):
+                finite = add_up(parts, whole, decision.weight)
+        if not finite:
+            raise self._gradient_error(decision, whole)
+        if len(parts) == 1 and self._compensation is not None:
+            self._compensation.correct(whole, self.values, as_tensor(self._copies[decision.take[0]].mine))
+        return whole
+
+    def _gradient_error(self, decision: Decision, whole: torch.Tensor) -> NanError:
+        """Whose gradient of which parameter it was. The server alone raises it: the workers have their replies."""
+        from hpctrain.replica import as_tensor
+
+        layout, phase = self.phase.replica.layout, self.phase
+        error = sum_error(phase, layout.first_not_finite(whole, self.low), decision.step)
+        for worker in decision.take:
+            if bad := layout.first_not_finite(as_tensor(self._gradients[worker].mine), self.low):
+                error = nan_error(phase, self.wiring.workers[worker], 0.0, decision.step, bad)
+                break
+        error.everywhere = False
+        return error
+
+    @property
+    def _clips(self) -> bool:
+        """Whether the sum is clipped here; a worker's own gradient is clipped by the worker."""
+        return self.phase.clip_norm is not None and self.options.lockstep
+
+    def _clip(self, gradient: torch.Tensor) -> float:
+        """The factor for all shards. Collective over the servers."""
+        from hpctrain.replica import sum_of_squares
+
+        assert self.between is not None and self.phase.clip_norm is not None
+        squares = np.array([sum_of_squares(gradient)])
+        return clip_factor(float(self.between.gather_rows(squares).sum()), self.phase.clip_norm)
+
+    def _expect(self, worker: int) -> None:
+        if self.low < self.high:
+            rank = self.wiring.workers[worker]
+            self.pushes[worker] = self.comm.start_recv(self._gradients[worker].mine, rank, Tag.PUSH)
+
+    def _give(self, worker: int) -> None:
+        rank = self.wiring.workers[worker]
+        if worker not in self._copies:
+            self._direct.append(self.comm.start_send(self._shard, rank, Tag.PULL))
+            return
+        self._remember(worker)  # its last pull has arrived: it has pushed since
+        self._sending = [request for request in self._sending if not request.test()]
+        self._sending.append(self.comm.start_send(self._copies[worker].mine, rank, Tag.PULL))
+
+    def _remember(self, worker: int) -> None:
+        from hpctrain.replica import as_tensor
+
+        as_tensor(self._copies[worker].mine).copy_(self.values)
+
+    def _remember_all(self) -> None:
+        """What the workers begin with."""
+        for worker in self._copies:
+            self._remember(worker)
+
+    def _send_state(self) -> None:
+        from hpctrain.state import send_state
+
+        if self.coordinator is None and self.low == self.high:
+            return
+        with self.update.common_velocity(len(self.wiring.workers)):
+            state = self.update.view()
+            if self._compensation is not None:
+                state.add_own(self._compensation.view())
+            if self.coordinator is not None:
+                state.counters = self.coordinator.state()
+                if self.phase.conductor.rule is not None:
+                    state.rule = self.phase.conductor.rule.state()
+            send_state(self.comm, state, 0)
+
+
+class Driver:
+    """Hands headers to the coordinator as they come, and sends and carries out what it returns, in that order."""
+
+    def __init__(self, server: ParameterServerServer, coordinator: Coordinator) -> None:
+        wiring = server.wiring
+        self._server, self._coordinator = server, coordinator
+        self._comm, self._workers = server.comm, wiring.workers
+        self._others = wiring.servers[1:]
+        self._headers = [HeaderRecord(wiring.slots) for _ in wiring.workers]
+        self._reply = wiring.reply_record()
+        self._decision = DecisionRecord(len(wiring.workers), wiring.slots)
+
+    def run(self) -> None:
+        """Until every worker has left. Raises NanError where the phase ends with it, as the workers do."""
+        comm, coordinator = self._comm, self._coordinator
+        self._carry_out(coordinator.begin(comm.now()))
+        arrived: dict[int, Header] = {}  # headers whose gradient is still on its way
+        requests: dict[int, Request] = {worker: self._listen(worker) for worker in range(len(self._workers))}
+        while requests:
+            senders = list(requests)
+            worker = senders[comm.wait_any([requests[sender] for sender in senders])]
+            header = arrived.pop(worker, None)
+            if header is None:
+                header = self._headers[worker].read()
+                push = self._server.pushes[worker]
+                if header.kind is Kind.STEP and push is not None and not push.test():
+                    arrived[worker], requests[worker] = header, push
+                    continue
+            del requests[worker]  # behind the others, or those of high rank never have their turn where this is busy
+            requests[worker] = self._listen(worker)
+            self._carry_out(coordinator.receive(worker, header, comm.now()))
+            for gone in coordinator.left & set(requests):
+                requests.pop(gone).cancel()
+        if coordinator.nan is not None:
+            raise self._server.error(coordinator.nan)
+
+    def _listen(self, worker: int) -> Request:
+        return self._comm.start_recv(self._headers[worker].bytes, self._workers[worker], Tag.CONTROL)
+
+    def _carry_out(self, messages: Iterable[Message]) -> None:
+        for message in messages:
+            if isinstance(message, Reply):
+                self._reply.write(message)
+                self._comm.send(self._reply.bytes, self._workers[message.worker], Tag.REPLY)
+            else:
+                self._decide(message)
+
+    def _decide(self, decision: Decision) -> None:
+        """Send it to the other servers, then do the same here."""
+        if self._others:
+            self._decision.write(decision)
+        sends = [self._comm.start_send(self._decision.bytes, server, Tag.DECISION) for server in self._others]
+        if decision.what not in (What.END, What.NAN):
+            self._server.execute(decision)
+        self._comm.wait_all(sends)
+
+
+def _setting(phase: Phase, options: ParameterServerOptions) -> Setting:
+    """What the phase's coordinator must know of it."""
+    workers = len(phase.roles.workers)
+    scaled = partial(options.per_update, workers, phase.adaptive)
+    return Setting(
+        workers=workers,
+        options=options,
+        conductor=phase.conductor,
+        cursor=phase.cursor,
+        batch=phase.batch,
+        nan=phase.nan,
+        rate=phase.rate,
+        momentum=phase.momentum,
+        per_update=scaled if phase.per_update else lambda staleness: 1.0,
+        queue=phase.queue,
+        epoch=phase.epoch,
+        ahead=phase.ahead,
+    )
+
+
+def deal_state(
+    phase: Phase, wiring: Wiring, state: State | None, server: ParameterServerServer | None
+) -> dict[str, Any]:
+    """Give every server its part of the optimizer state, from rank 0; all get its counters. Collective over the phase's
+    ranks."""
+    from hpctrain.state import recv_state, send_state
+
+    comm = phase.comm
+    counters: dict[str, Any] | None = comm.broadcast_json(state.counters if state is not None else None)
+    if counters is None:
+        return {}
+    if comm.rank == 0:
+        assert state is not None
+        for rank, low, high in wiring.keepers():
+            part = state.cut(low, high, [slot.name for slot in phase.replica.layout.slots_in(low, high)])
+            if rank != 0:
+                send_state(comm, part, rank)
+            elif server is not None:
+                server.load(part)
+    elif server is not None and comm.rank in [rank for rank, _, _ in wiring.keepers()]:
+        server.load(recv_state(comm, 0))
+    return counters

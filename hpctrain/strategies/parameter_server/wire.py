@@ -1,0 +1,246 @@
+"""The records that workers, the coordinator and the servers send each other, besides gradients and parameters.
+
+Each kind of record has one structured dtype. Its size follows from numbers that are equal on all ranks of a phase, so a
+rank allocates its records when it joins. The communicator is given their bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+import numpy as np
+
+from hpctrain.schedule import Ask
+from hpctrain.strategies.base import Result
+from hpctrain.strategies.round import Contribution, Used, pack, unpack, words
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from hpctrain.comm.base import Buffer
+    from hpctrain.data.queue import Stretch
+
+WHY = 512  # bytes of a reply's `why` at most, as UTF-8
+RESULTS: tuple[Result | None, ...] = (None, *get_args(Result))  # by their code on the wire
+NO_STEP = Contribution(0, 0.0, 0.0, Ask.NOTHING)
+DType = np.dtype[Any]
+
+
+class Kind(IntEnum):
+    """What a worker's header is about."""
+
+    STEP = 1
+    STATE = 2
+    LEAVE = 3
+    WITHDRAW = 4
+
+
+class What(IntEnum):
+    """What all servers do with the gradients of `Decision.take`."""
+
+    UPDATE = 1
+    DROP = 2
+    STATE = 3
+    END = 4
+    NAN = 5
+
+
+class NotFinite(NamedTuple):
+    """The loss or gradient that ends the phase, where nan = "stop"."""
+
+    worker: int  # whose it is, as its place among the workers
+    loss: float
+    step: int
+    bad: int  # as in its `Contribution`
+
+
+@dataclass(frozen=True)
+class Header:
+    """From a worker to the coordinator, with each push."""
+
+    kind: Kind
+    version: int = 0  # of the parameters that the gradient was computed on
+    round_end: int = 0  # the run's clock after the step, in samples, where all workers step together
+    step: int = 0
+    part: Contribution = NO_STEP
+
+
+class Reply(NamedTuple):
+    """From the coordinator to a worker: what became of its push."""
+
+    worker: int  # to which it goes, as its place among the workers
+    cursor: int  # the run's clock, in samples
+    version: int  # of the parameters that come with it
+    ask: Ask = Ask.NOTHING
+    result: Result | None = None  # None: there was no push
+    loss: float = 0.0
+    samples: int = 0
+    staleness: int = 0  # versions
+    held: int = 0  # for how long it was held back, in nanoseconds
+    slices: tuple[Stretch, ...] = ()  # samples dealt to the worker, besides those it knows of
+    why: str = ""  # why the phase ends
+    nan: NotFinite | None = None  # raise NanError: no other reply follows
+
+
+class Decision(NamedTuple):
+    """From the coordinator to all servers, in one order: consume the gradients of the workers `take`, then send
+    parameters to the workers `give`.
+
+    UPDATE: apply the sum of the gradients divided by `weight`, with `rate` times the learning rate and `momentum` times
+    the momentum, as version `version`, to the parameters that are `used`. NAN: raise NanError for `nan`.
+    """
+
+    what: What
+    take: tuple[int, ...] = ()
+    give: tuple[int, ...] = ()
+    version: int = 0
+    step: int = 0
+    weight: float = 1.0
+    rate: float = 1.0
+    momentum: float = 1.0
+    used: Used = None
+    nan: NotFinite | None = None
+
+
+NOT_FINITE: DType = np.dtype([("worker", "i8"), ("loss", "f8"), ("step", "i8"), ("bad", "i8")])  # worker -1: none
+
+
+def header_dtype(slots: int) -> DType:
+    """Of a header, for a layout of `slots` parameters."""
+    numbers = [("kind", "i8"), ("version", "i8"), ("round_end", "i8"), ("step", "i8")]
+    return np.dtype([*numbers, ("part", "f8", (Contribution.length(slots),))])
+
+
+def reply_dtype(stretches: int) -> DType:
+    """Of a reply, which deals out `stretches` stretches of samples at most."""
+    numbers = [("worker", "i8"), ("cursor", "i8"), ("version", "i8"), ("ask", "i8"), ("result", "i8"), ("loss", "f8")]
+    numbers += [("samples", "i8"), ("staleness", "i8"), ("held", "i8")]
+    dealt: list[Any] = [("dealt", "i8"), ("slices", "i8", (stretches, 2))]
+    return np.dtype([*numbers, *dealt, ("nan", NOT_FINITE), ("why", "S", WHY)])
+
+
+def decision_dtype(workers: int, slots: int) -> DType:
+    """Of a decision, for so many workers and a layout of `slots` parameters."""
+    numbers = [("what", "i8"), ("version", "i8"), ("step", "i8"), ("weight", "f8"), ("rate", "f8"), ("momentum", "f8")]
+    sets: list[Any] = [("take", "?", (workers,)), ("give", "?", (workers,))]
+    return np.dtype([*numbers, ("nan", NOT_FINITE), ("used", "f8", (words(slots),)), *sets])
+
+
+class Record:
+    """Memory for one record. Not to be written while its bytes are being sent."""
+
+    def __init__(self, dtype: DType) -> None:
+        self._array = np.zeros(1, dtype)
+        self.bytes: Buffer = self._array.view(np.uint8)  # what is sent, or received into
+
+    def _fields(self) -> tuple[Any, ...]:
+        """In the dtype's order, as Python's numbers; fields of several elements as arrays."""
+        fields: tuple[Any, ...] = self._array.item()
+        return fields
+
+
+class HeaderRecord(Record):
+    """For a layout of `slots` parameters."""
+
+    def __init__(self, slots: int) -> None:
+        super().__init__(header_dtype(slots))
+        self._slots = slots
+
+    def write(self, header: Header) -> None:
+        """Put a header into the bytes."""
+        part = header.part.encode(self._slots)
+        self._array[0] = (header.kind, header.version, header.round_end, header.step, part)
+
+    def read(self) -> Header:
+        """The header in the bytes. It shares no memory with them."""
+        kind, version, round_end, step, part = self._fields()
+        return Header(Kind(kind), version, round_end, step, Contribution.decode(part, self._slots))
+
+
+class ReplyRecord(Record):
+    """For `stretches` stretches at most; a reply with more raises ValueError."""
+
+    def __init__(self, stretches: int) -> None:
+        super().__init__(reply_dtype(stretches))
+        self._blank = np.zeros((stretches, 2), np.int64)
+
+    def write(self, reply: Reply) -> None:
+        """Put a reply into the bytes; its `why` is cut where it is longer than WHY bytes."""
+        result, slices, dealt = RESULTS.index(reply.result), self._blank, len(reply.slices)
+        if dealt:
+            slices = self._blank.copy()
+            slices[:dealt] = reply.slices
+        numbers = (*reply[:4], result, *reply[5:9])
+        self._array[0] = (*numbers, dealt, slices, _nan_fields(reply.nan), bounded(reply.why, WHY))
+
+    def read(self) -> Reply:
+        """The reply in the bytes."""
+        worker, cursor, version, ask, result, loss, samples, staleness, held, dealt, slices, nan, why = self._fields()
+        return Reply(
+            worker,
+            cursor,
+            version,
+            Ask(ask),
+            RESULTS[result],
+            loss,
+            samples,
+            staleness,
+            held,
+            tuple((start, stop) for start, stop in slices[:dealt].tolist()),
+            why.decode(),
+            _nan_of(nan),
+        )
+
+
+class DecisionRecord(Record):
+    """For so many workers and a layout of `slots` parameters."""
+
+    def __init__(self, workers: int, slots: int) -> None:
+        super().__init__(decision_dtype(workers, slots))
+        self._workers, self._slots = workers, slots
+
+    def write(self, decision: Decision) -> None:
+        """Put a decision into the bytes: `take` and `give` as sets."""
+        what, take, give, *numbers, used, nan = decision
+        members = self._members(take), self._members(give)
+        self._array[0] = (what, *numbers, _nan_fields(nan), pack(used, self._slots), *members)
+
+    def read(self) -> Decision:
+        """The decision in the bytes, with `take` and `give` in rank order. It shares no memory with them."""
+        what, version, step, weight, rate, momentum, nan, used, take, give = self._fields()
+        return Decision(
+            What(what),
+            tuple(np.flatnonzero(take).tolist()),
+            tuple(np.flatnonzero(give).tolist()),
+            version,
+            step,
+            weight,
+            rate,
+            momentum,
+            unpack(used, self._slots),
+            _nan_of(nan),
+        )
+
+    def _members(self, workers: tuple[int, ...]) -> NDArray[np.bool_]:
+        members = np.zeros(self._workers, np.bool_)
+        members[list(workers)] = True
+        return members
+
+
+def bounded(text: str, length: int) -> bytes:
+    """As UTF-8 of at most `length` bytes: what is longer is cut between two characters and ends with an ellipsis."""
+    data = text.encode(errors="replace")
+    if len(data) <= length:
+        return data
+    ellipsis = "…".encode()
+    return data[: length - len(ellipsis)].decode(errors="ignore").encode() + ellipsis
+
+
+def _nan_fields(nan: NotFinite | None) -> tuple[int, float, int, int]:
+    return nan if nan is not None else (-1, 0.0, 0, 0)
+
+
+def _nan_of(fields: tuple[int, float, int, int]) -> NotFinite | None:
+    return NotFinite(*fields) if fields[0] >= 0 else None

@@ -1,0 +1,181 @@
+"""The worker half of a parameter server: push a gradient, pull parameters (Li et al. 2014)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hpctrain.comm.base import Tag
+from hpctrain.errors import ClusterError
+from hpctrain.schedule import Ask
+from hpctrain.strategies.base import Needs, Outcome, Phase, Strategy, clip_factor
+from hpctrain.strategies.parameter_server.corrections import RunningClip
+from hpctrain.strategies.parameter_server.options import ParameterServerOptions
+from hpctrain.strategies.parameter_server.server import ParameterServerServer, Wiring, deal_state
+from hpctrain.strategies.parameter_server.wire import Header, HeaderRecord, Kind, Reply
+from hpctrain.strategies.round import Contribution, nan_error
+
+if TYPE_CHECKING:
+    from hpctrain.cluster import Roles
+    from hpctrain.comm.base import Thread
+    from hpctrain.data.queue import Stretch
+    from hpctrain.state import State
+
+CLIP = "clip of worker {}"  # among a state's counters
+
+
+class ParameterServer(Strategy):
+    """A worker computes on the parameters that it pulled, and pushes its gradient to the servers."""
+
+    Options = ParameterServerOptions
+    Server = ParameterServerServer
+    options: ParameterServerOptions
+
+    def __init__(self, options: ParameterServerOptions) -> None:
+        super().__init__(options)
+        self.needs = Needs(lockstep=options.lockstep)
+
+    @staticmethod
+    def roles(options: ParameterServerOptions) -> tuple[int, bool]:
+        return options.servers, options.colocated
+
+    @staticmethod
+    def check(options: ParameterServerOptions, roles: Roles) -> None:
+        if options.backup_workers >= (workers := len(roles.workers)):
+            raise ClusterError(
+                f"strategy.backup_workers = {options.backup_workers}: of {workers} workers at least one must be waited "
+                "for; lower strategy.backup_workers or start more ranks"
+            )
+
+    @staticmethod
+    def fills(options: ParameterServerOptions, roles: Roles, rank: int) -> float:
+        """Everybody parameters of its own, and what the phase before has; rank 0 the optimizer's state, as it comes and
+        goes; a server its workers' gradients and velocities, their sum, the state, and what an update takes."""
+        shards = (2 * len(roles.workers) + 5) / len(roles.servers) if rank in roles.servers else 0.0
+        return 2.0 + 3.0 * (rank == 0) + shards
+
+    def join(self, phase: Phase, state: State | None = None) -> None:
+        self.phase = phase
+        self.wiring = Wiring(phase, self.options)
+        self.comm = self.wiring.service
+        beside = phase.comm.rank in phase.roles.servers
+        self._server = ParameterServerServer(self.options) if beside else None
+        if self._server is not None:
+            part = self.wiring.shard(phase)
+            shard = phase.comm.arena(part.size, part.dtype, "rank").mine
+            shard[...] = part
+            self._server.attach(phase, self.wiring, shard, lane=1)
+        counters = deal_state(phase, self.wiring, state, self._server)
+        self._thread: Thread | None = phase.comm.spawn(self._server.serve) if self._server else None
+        self._slices: list[Stretch] = []
+        self._running = self._running_clip()
+        if self._running is not None and (clip := counters.get(CLIP.format(phase.worker_index))) is not None:
+            self._running.load(clip)
+        self._header = HeaderRecord(len(phase.replica.layout.slots))
+        self._reply = self.wiring.reply_record()
+        self.comm.recv(self._reply.bytes, self.wiring.coordinator, Tag.REPLY)
+        self._take()
+
+    def slices(self) -> list[Stretch] | None:
+        return None if self.options.lockstep else self._slices
+
+    def step(self, samples: int, loss: float) -> Outcome:
+        phase, wiring = self.phase, self.wiring
+        values, gradient = phase.replica.value_arena, phase.replica.gradient_arenas[0]
+        assert values is not None
+        self._slices = self._slices[1:]
+        if samples and not self.options.lockstep:
+            self._clip(samples)
+        part = Contribution.of(phase, samples, loss)
+        self._header.write(Header(Kind.STEP, self.version, phase.round_end, phase.step, part))
+        requests = [self.comm.start_recv(self._reply.bytes, wiring.coordinator, Tag.REPLY)]
+        for server, low, high in wiring.shards():
+            requests.append(self.comm.start_recv(values.mine[low:high], server, Tag.PULL))
+        requests.append(self.comm.start_send(self._header.bytes, wiring.coordinator, Tag.CONTROL))
+        for server, low, high in wiring.shards():
+            requests.append(self.comm.start_send(gradient.mine[low:high], server, Tag.PUSH))
+        self.comm.wait_all(requests)
+        return self._outcome(self._take())
+
+    def _running_clip(self) -> RunningClip | None:
+        """Where gradients come late, as they do not from a worker that is alone."""
+        longest = self.options.clip_pushes or (None if self.phase.adaptive else 2.0)
+        alone = len(self.phase.roles.workers) == 1
+        return RunningClip(longest) if longest is not None and not alone else None
+
+    def _clip(self, samples: int) -> None:
+        """This worker's own gradient, as the mean over its samples: nobody else's is at hand."""
+        limit, running = self.phase.clip_norm, self._running
+        if limit is None and running is None:
+            return
+        from hpctrain.blocks import is_finite
+        from hpctrain.replica import sum_of_squares
+
+        gradient, weight = self.phase.replica.gradient, self.phase.weight or samples
+        squares = sum_of_squares(gradient) * (self.phase.batch / weight) ** 2
+        if squares - squares != 0.0 and not is_finite(gradient):  # left to the server, which names the parameter
+            return
+        factor = clip_factor(squares, limit) if limit is not None else 1.0
+        if running is not None:
+            factor *= running.factor(factor * squares**0.5)
+        if factor < 1.0:
+            gradient.mul_(factor)
+
+    def _take(self) -> Reply:
+        """The coordinator's reply, which has come. Raises NanError if the phase ends with it."""
+        reply = self._reply.read()
+        if (nan := reply.nan) is not None:
+            raise nan_error(self.phase, self.wiring.workers[nan.worker], nan.loss, nan.step, nan.bad)
+        self.version, self.phase.cursor = reply.version, reply.cursor
+        self._slices += reply.slices
+        return reply
+
+    def _outcome(self, reply: Reply) -> Outcome:
+        assert reply.result is not None
+        return Outcome(
+            reply.result,
+            reply.cursor,
+            reply.loss,
+            reply.samples,
+            reply.ask,
+            reply.version,
+            (reply.staleness, reply.staleness),
+            reply.why,
+            reply.held,
+        )
+
+    def state(self) -> State | None:
+        assert self.phase.workers is not None
+        whole = None
+        if self.comm.rank == 0:
+            from hpctrain.state import State, collect_state
+
+            self._send(Kind.STATE)
+            servers = [server for server, _, _ in self.wiring.keepers()]
+            whole = collect_state(self.comm, State(0, 0), servers, self.phase.replica.layout.length)
+        clips = self.phase.workers.gather_json(self._running.counters() if self._running is not None else None)
+        if whole is not None:
+            whole.counters |= {CLIP.format(worker): clip for worker, clip in enumerate(clips) if clip is not None}
+        return whole
+
+    def leave(self) -> State | None:
+        state = self.state()
+        self._send(Kind.LEAVE)
+        if self._thread is not None:
+            self._thread.join()
+        self.wiring.free()
+        return state
+
+    def withdraw(self) -> Ask:
+        values = self.phase.replica.value_arena
+        assert values is not None
+        requests = [self.comm.start_recv(self._reply.bytes, self.wiring.coordinator, Tag.REPLY)]
+        for server, low, high in self.wiring.shards():
+            requests.append(self.comm.start_recv(values.mine[low:high], server, Tag.PULL))
+        self._send(Kind.WITHDRAW)
+        self.comm.wait_all(requests)
+        return self._take().ask
+
+    def _send(self, kind: Kind) -> None:
+        """A header without a push."""
+        self._header.write(Header(kind))
+        self.comm.send(self._header.bytes, self.wiring.coordinator, Tag.CONTROL)

@@ -1,0 +1,570 @@
+"""The coordinator of a parameter server by itself: headers in, replies and decisions out. The records on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpctrain.data.queue import Stretch
+from hpctrain.schedule import Ask, Conductor, Rule, RunClock
+from hpctrain.strategies.parameter_server.coordinator import (
+    ENDS,
+    MODES,
+    Message,
+    Setting,
+)
+from hpctrain.strategies.parameter_server.options import ParameterServerOptions
+from hpctrain.strategies.parameter_server.wire import (
+    RESULTS,
+    WHY,
+    Decision,
+    DecisionRecord,
+    Header,
+    HeaderRecord,
+    Kind,
+    NotFinite,
+    Reply,
+    ReplyRecord,
+    What,
+)
+from hpctrain.strategies.round import Contribution
+from tests.marks import slow
+
+BATCH = 4
+NAN = float("nan")
+QUEUES = ["shared", "static"]
+LEAVE, STATE, WITHDRAW = Header(Kind.LEAVE), Header(Kind.STATE), Header(Kind.WITHDRAW)
+
+
+def coordinator(mode: str, workers: int = 3, **keys: Any) -> Any:
+    """Of a run of 10,000 samples in epochs of 1,000, in which nothing is asked before the end. `keys`: options of the
+    strategy, and fields of the `Setting`."""
+    fields: dict[str, Any] = {
+        "conductor": Conductor(10_000, 0, 0, None),
+        "cursor": 0,
+        "batch": BATCH,
+        "nan": "stop",
+        "rate": lambda cursor: 1.0,
+        "momentum": lambda cursor: 1.0,
+        "per_update": lambda staleness: 1.0,
+        "queue": "static",
+        "epoch": 1000,
+        "ahead": 0,
+    }
+    fields |= {key: keys.pop(key) for key in list(keys) if key in fields}
+    options = ParameterServerOptions.model_validate({"mode": mode, **keys})
+    return MODES[mode](Setting(workers=workers, options=options, **fields))
+
+
+def evaluating(every: int, total: int = 10_000) -> Conductor:
+    return Conductor(total, every, 0, None)
+
+
+def step(
+    version: int = 0, loss: float = 1.0, samples: int = BATCH, *, end: int = 0, step: int = 0, **part: Any
+) -> Header:
+    """A push of a gradient, computed on that version; `end`: of its round."""
+    wish = part.pop("wish", Ask.NOTHING)
+    contribution = Contribution(samples, float(part.pop("weight", samples)), loss, wish, **part)
+    return Header(Kind.STEP, version, end, step, contribution)
+
+
+def replies(messages: Iterable[Message]) -> list[Reply]:
+    return [message for message in messages if isinstance(message, Reply)]
+
+
+def decisions(messages: Iterable[Message]) -> list[Decision]:
+    return [message for message in messages if isinstance(message, Decision)]
+
+
+def some(message: Any, *names: str) -> tuple[Any, ...]:
+    """These fields of it."""
+    return tuple(getattr(message, name) for name in names)
+
+
+# -- whatever the mode -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mode", list(MODES))
+def test_the_last_worker_that_leaves_ends_the_phase(mode: str):
+    tested = coordinator(mode)
+    assert len(tested.begin(0)) == 3
+    assert tested.receive(2, LEAVE, 0) == tested.receive(0, LEAVE, 0) == []
+    assert tested.left == {0, 2}
+    assert tested.receive(1, LEAVE, 0) == [Decision(What.END)]
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_state_is_asked_of_all_servers(mode: str):
+    tested = coordinator(mode)
+    tested.begin(0)
+    assert tested.receive(0, STATE, 0) == [Decision(What.STATE)]
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_checkpoint_keeps_version_and_dropped(mode: str):
+    tested = coordinator(mode)
+    tested.load({"version": 7.0, "dropped": 2.0, "clip of worker 0": 1.0})
+    assert tested.state() == {"version": 7, "dropped": 2}
+    assert [reply.version for reply in tested.begin(0)] == [7, 7, 7]
+
+
+def test_the_reason_why_a_rule_ends_the_phase_is_in_the_replies():
+    class Flat(Rule):
+        def observe(self, cursor: int, loss: float) -> str | None:
+            return "loss is flat"
+
+    conductor = Conductor(10_000, 0, 0, Flat(None, RunClock(1000, 12, 10_000), 0))
+    tested = coordinator("sync", 1, conductor=conductor)
+    assert [reply.why for reply in tested.begin(0)] == [""]
+    (reply,) = replies(tested.receive(0, step(end=4), 0))
+    assert (reply.ask, reply.why) == (Ask.END_PHASE, "loss is flat")
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------
+def test_a_round_closes_when_all_workers_have_pushed():
+    tested = coordinator("sync", rate=lambda cursor: 0.5 + cursor, momentum=lambda cursor: 0.25 + cursor, cursor=12)
+    assert tested.begin(0) == [Reply(worker, 12, 0) for worker in range(3)]
+    bits = [np.array([True, False, False]), np.array([False, True, False]), np.array([False, True, False])]
+    headers = [step(0, 1.0 + worker, end=24, step=9, used=bits[worker]) for worker in range(3)]
+    assert tested.receive(2, headers[2], 0) == tested.receive(0, headers[0], 0) == []
+    *answers, decision = tested.receive(1, headers[1], 0)
+    assert answers == [Reply(worker, 24, 1, result="applied", loss=2.0, samples=12) for worker in range(3)]
+    assert some(decision, "what", "take", "give", "version", "step") == (What.UPDATE, (0, 1, 2), (0, 1, 2), 1, 9)
+    assert some(decision, "weight", "rate", "momentum", "nan") == (3.0, 12.5, 12.25, None)  # as the round began
+    assert decision.used.tolist() == [True, True, False]
+
+
+def test_what_is_asked_after_a_round_is_asked_of_all():
+    tested = coordinator("sync", conductor=evaluating(24))
+    asked = []
+    for number in range(1, 5):
+        for worker in range(3):
+            wish = Ask.CHECKPOINT if (number, worker) == (3, 1) else Ask.NOTHING
+            messages = tested.receive(worker, step(number - 1, end=12 * number, wish=wish), 0)
+        asked.append([reply.ask for reply in replies(messages)])
+    assert asked == [[Ask.NOTHING] * 3, [Ask.EVALUATE] * 3, [Ask.CHECKPOINT] * 3, [Ask.EVALUATE] * 3]
+
+
+@pytest.mark.parametrize(("loss", "bad"), [(NAN, 0), (1.0, 2)])
+def test_a_round_with_nan_ends_the_phase_on_all_ranks(loss: float, bad: int):
+    tested = coordinator("sync")
+    tested.receive(0, step(end=12, step=5), 0)
+    tested.receive(1, step(0, loss, end=12, step=5, bad=bad), 0)
+    *answers, decision, last = tested.receive(2, step(end=12, step=5), 0)
+    fault = tested.nan
+    assert fault is not None
+    assert repr(fault) == repr(NotFinite(1, loss, 5, bad))
+    assert [(reply.worker, reply.nan) for reply in answers] == [(0, fault), (1, fault), (2, fault)]
+    assert some(decision, "what", "take") == (What.DROP, (0, 1, 2))
+    assert last == Decision(What.NAN, nan=fault)
+    assert tested.left == {0, 1, 2}
+
+
+def test_a_round_with_nan_can_be_skipped():
+    tested = coordinator("sync", nan="skip")
+    tested.receive(0, step(end=12), 0)
+    tested.receive(1, step(0, NAN, end=12), 0)
+    *answers, decision = tested.receive(2, step(end=12), 0)
+    assert [(reply.result, reply.cursor, reply.version, reply.nan) for reply in answers] == [
+        ("skipped", 12, 1, None)
+    ] * 3
+    assert some(decision, "what", "take", "give") == (What.DROP, (0, 1, 2), (0, 1, 2))
+    for worker in range(3):
+        messages = tested.receive(worker, step(1, end=24), 0)
+    assert decisions(messages)[0].what is What.UPDATE
+
+
+def test_backup_workers_are_not_waited_for_and_their_late_gradients_are_dropped():
+    tested = coordinator("sync", backup_workers=1)
+    assert tested.receive(0, step(end=12), 0) == []
+    messages = tested.receive(2, step(end=12), 0)
+    assert [(reply.worker, reply.result, reply.samples) for reply in replies(messages)] == [
+        (0, "applied", 8), (2, "applied", 8)
+    ]  # fmt: skip
+    assert some(decisions(messages)[0], "what", "take", "give", "weight") == (What.UPDATE, (0, 2), (0, 2), 2.0)
+    late, decision = tested.receive(1, step(end=12), 0)
+    assert late == Reply(1, 12, 1, result="dropped", samples=BATCH, staleness=1)
+    assert decision == Decision(What.DROP, take=(1,), give=(1,))
+    assert tested.state() == {"version": 1, "dropped": 1}
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_late_loss_that_is_nan_does_no_harm(policy: str):
+    tested = coordinator("sync", backup_workers=1, nan=policy)
+    tested.receive(0, step(end=12), 0)
+    tested.receive(2, step(end=12), 0)
+    late, _ = tested.receive(1, step(0, NAN, end=12), 0)
+    assert (late.result, late.nan) == ("dropped", None)
+
+
+def test_a_late_worker_gets_the_nan_of_the_others():
+    tested = coordinator("sync", backup_workers=1)
+    tested.receive(0, step(0, NAN, end=12), 0)
+    messages = tested.receive(2, step(end=12), 0)
+    assert tested.left == {0, 2}
+    assert decisions(messages)[-1].what is What.DROP  # not the end yet
+    late, decision, last = tested.receive(1, step(end=12), 0)
+    assert (late.worker, late.nan) == (1, tested.nan)
+    assert decision == Decision(What.DROP, take=(1,), give=(1,))
+    assert last == Decision(What.NAN, nan=tested.nan)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_all_are_dismissed_where_a_worker_has_withdrawn_and_the_others_wait_for_it(first: int):
+    tested = coordinator("sync")
+    steps: list[tuple[int, Header]] = [(1, step(end=12)), (2, step(end=12))]
+    steps.insert(first, (0, WITHDRAW))
+    assert [tested.receive(worker, header, 0) for worker, header in steps[:2]] == [[], []]
+    *answers, decision = tested.receive(*steps[2], 0)
+    assert answers == [Reply(worker, 0, 0, Ask.LEAVE, "dropped") for worker in range(3)]
+    assert decision == Decision(What.DROP, take=(1, 2), give=(0, 1, 2))
+
+
+def test_a_round_goes_on_without_a_backup_worker_that_has_withdrawn_until_something_is_asked():
+    tested = coordinator("sync", backup_workers=1, conductor=evaluating(24))
+    assert tested.receive(1, WITHDRAW, 0) == []
+    tested.receive(0, step(end=12), 0)
+    assert [reply.ask for reply in replies(tested.receive(2, step(end=12), 0))] == [Ask.NOTHING] * 2
+    tested.receive(0, step(1, end=24), 0)
+    messages = tested.receive(2, step(1, end=24), 0)
+    assert [(reply.worker, reply.ask) for reply in replies(messages)] == [
+        (worker, Ask.EVALUATE | Ask.LEAVE) for worker in (1, 0, 2)
+    ]  # fmt: skip
+    assert some(decisions(messages)[0], "take", "give") == ((0, 2), (0, 2, 1))
+
+
+def test_workers_that_all_withdraw_are_dismissed():
+    tested = coordinator("sync", 2)
+    assert tested.receive(0, WITHDRAW, 0) == []
+    *answers, decision = tested.receive(1, WITHDRAW, 0)
+    assert [reply.ask for reply in answers] == [Ask.LEAVE] * 2
+    assert some(decision, "take", "give") == ((), (0, 1))
+
+
+# -- asynchronous ------------------------------------------------------------------------------------------------
+def test_a_static_queue_deals_to_each_worker_its_share_of_a_round():
+    tested = coordinator("async", cursor=100)
+    assert [reply.slices for reply in tested.begin(0)] == [((100, 104),), ((104, 108),), ((108, 112),)]
+    assert [reply.slices for reply in replies(tested.receive(1, step(), 0))] == [((116, 120),)]
+    assert [reply.slices for reply in replies(tested.receive(1, step(1), 0))] == [((128, 132),)]
+
+
+def test_a_shared_queue_deals_the_next_samples_to_whoever_pushes():
+    tested = coordinator("async", queue="shared")
+    assert [reply.slices for reply in tested.begin(0)] == [((0, 4),), ((4, 8),), ((8, 12),)]
+    assert [reply.slices for reply in replies(tested.receive(1, step(), 0))] == [((12, 16),)]
+    assert [reply.slices for reply in replies(tested.receive(1, step(1), 0))] == [((16, 20),)]
+    assert [reply.slices for reply in replies(tested.receive(0, step(), 0))] == [((20, 24),)]
+
+
+@pytest.mark.parametrize("queue", QUEUES)
+def test_workers_are_dealt_so_many_stretches_ahead(queue: str):
+    tested = coordinator("async", queue=queue, ahead=2)
+    assert [len(reply.slices) for reply in tested.begin(0)] == [3, 3, 3]
+    assert [len(reply.slices) for reply in replies(tested.receive(1, step(), 0))] == [1]
+
+
+def test_every_gradient_is_an_update_as_it_comes():
+    tested = coordinator(
+        "async", rate=lambda cursor: 100.0 + cursor, momentum=lambda cursor: 200.0 + cursor,
+        per_update=lambda staleness: 2.0**staleness,
+    )  # fmt: skip
+    tested.begin(0)
+    used = np.array([True, False])
+    found = [
+        tested.receive(2, step(0, 3.0, step=7), 10),
+        tested.receive(2, step(1, 5.0, weight=2.0), 11),
+        tested.receive(0, step(0, 1.0, 3, used=used), 12),
+    ]
+    assert [[type(message) for message in messages] for messages in found] == [[Reply, Decision]] * 3
+    assert [
+        some(reply, "worker", "cursor", "version", "result", "loss", "samples", "staleness", "ask", "held")
+        for reply, _ in found
+    ] == [
+        (2, 4, 1, "applied", 3.0, 4, 0, Ask.NOTHING, 0),
+        (2, 8, 2, "applied", 4.0, 4, 0, Ask.NOTHING, 0),  # the mean of as many losses as there are workers
+        (0, 11, 3, "applied", 3.0, 3, 2, Ask.NOTHING, 0),
+    ]
+    names = "what", "take", "give", "version", "step", "weight", "rate", "momentum"
+    assert [some(decision, *names) for _, decision in found] == [
+        (What.UPDATE, (2,), (2,), 1, 7, 1.0, 100.0, 200.0),
+        (What.UPDATE, (2,), (2,), 2, 0, 0.5, 104.0, 204.0),
+        (What.UPDATE, (0,), (0,), 3, 0, 0.75, 4 * 108.0, 208.0),
+    ]
+    assert found[2][1].used is used
+
+
+@pytest.mark.parametrize("queue", QUEUES)
+def test_before_an_evaluation_replies_are_held_back_until_all_have_come(queue: str):
+    tested = coordinator("async", conductor=evaluating(12), queue=queue)
+    tested.begin(0)
+    assert tested.receive(1, step(), 1000) == [
+        Decision(What.UPDATE, (1,), (), 1, weight=1.0)
+    ]  # its gradient is applied, but no parameters are sent
+    assert decisions(tested.receive(0, step(), 1500))[0].give == ()
+    *answers, decision = tested.receive(2, step(1), 1800)
+    found = [(reply.worker, reply.cursor, reply.version, reply.ask, reply.held) for reply in answers]
+    assert found == [(worker, 12, 3, Ask.EVALUATE, held) for worker, held in enumerate((300, 800, 0))]
+    assert [(reply.samples, reply.staleness) for reply in answers] == [(4, 1), (4, 0), (4, 1)]
+    assert [reply.slices for reply in answers] == [((12, 16),), ((16, 20),), ((20, 24),)]
+    assert some(decision, "take", "give", "version") == ((2,), (0, 1, 2), 3)
+
+
+def test_a_wish_is_asked_of_all_as_soon_as_what_was_dealt_is_done():
+    tested = coordinator("async", queue="shared")
+    tested.begin(0)
+    for worker in range(3):  # each has another stretch by now
+        tested.receive(worker, step(), 0)
+    assert replies(tested.receive(1, step(wish=Ask.INTERRUPT), 0)) == []
+    assert replies(tested.receive(0, step(), 0)) == []
+    answers = replies(tested.receive(2, step(), 0))
+    assert [(reply.ask, reply.cursor, reply.slices) for reply in answers] == [(Ask.INTERRUPT, 24, ())] * 3
+
+
+@pytest.mark.parametrize("mode", ["async", "bounded"])
+def test_nan_ends_the_phase_on_the_workers_that_wait_and_on_the_others_as_they_push(mode: str):
+    tested = coordinator(mode, 4, conductor=evaluating(16))
+    tested.begin(0)
+    assert replies(tested.receive(2, step(), 0)) == []  # held back until the evaluation
+    messages = tested.receive(1, step(0, NAN, step=6), 0)
+    fault = tested.nan
+    assert fault is not None
+    assert repr(fault) == repr(NotFinite(1, NAN, 6, 0))
+    assert [(reply.worker, reply.nan) for reply in replies(messages)] == [(1, fault), (2, fault)]
+    assert decisions(messages) == [Decision(What.DROP, take=(1,), give=(1, 2))]
+    assert tested.left == {1, 2}
+    reply, decision = tested.receive(0, step(), 0)
+    assert (reply.worker, reply.nan, decision) == (0, fault, Decision(What.DROP, take=(0,), give=(0,)))
+    reply, decision, last = tested.receive(3, WITHDRAW, 0)
+    assert (reply.worker, reply.nan, decision) == (3, fault, Decision(What.DROP, give=(3,)))
+    assert last == Decision(What.NAN, nan=fault)
+
+
+@pytest.mark.parametrize(("loss", "bad"), [(NAN, 0), (1.0, 2)])
+def test_an_update_that_is_nan_can_be_skipped(loss: float, bad: int):
+    tested = coordinator("async", nan="skip")
+    tested.begin(0)
+    tested.receive(0, step(0, 2.0), 0)
+    reply, decision = tested.receive(1, step(0, loss, bad=bad), 0)
+    assert (reply.result, reply.cursor, reply.version, reply.loss, reply.nan) == ("skipped", 8, 1, 2.0, None)
+    assert some(decision, "what", "take", "give", "version") == (What.DROP, (1,), (1,), 1)
+
+
+@pytest.mark.parametrize("mode", ["async", "bounded"])
+def test_workers_finish_what_they_were_dealt_and_are_dismissed_where_one_has_withdrawn(mode: str):
+    tested = coordinator(mode, conductor=evaluating(24))
+    tested.begin(0)
+    assert decisions(tested.receive(1, WITHDRAW, 0)) == [Decision(What.DROP)]
+    for worker in (0, 2, 0):
+        tested.receive(worker, step(), 0)
+    *_, decision = messages = tested.receive(2, step(), 0)
+    answers = replies(messages)
+    assert [(reply.worker, reply.ask, reply.result) for reply in answers] == [
+        (worker, Ask.LEAVE, "dropped") for worker in range(3)
+    ]  # fmt: skip
+    assert some(decision, "what", "take", "give") == (What.DROP, (), (0, 1, 2))
+    assert [some(each, "what", "take", "give") for each in decisions(messages)[:-1]] == [(What.UPDATE, (2,), ())]
+
+
+@pytest.mark.parametrize("bound", [0, 1, 3])
+def test_a_worker_waits_that_is_too_far_ahead_of_the_slowest(bound: int):
+    tested = coordinator("bounded", 2, bound=bound)
+    tested.begin(0)
+    for ahead in range(1, bound + 1):
+        assert replies(tested.receive(0, step(), 0)) != [], ahead
+    assert replies(tested.receive(0, step(), 100)) == []
+    held = {reply.worker: reply.held for reply in replies(tested.receive(1, step(), 250))}
+    assert held == {0: 150, 1: 0}
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------
+class Play:
+    """Workers that push what they are dealt until the phase ends; `choose` says which of them is next."""
+
+    def __init__(self, tested: Any, choose: Callable[[list[int]], int]) -> None:
+        self.tested, self.choose = tested, choose
+        self.known: list[list[Stretch]] = [[] for _ in range(tested.workers)]
+        self.versions = [0] * tested.workers
+        self.asks: list[Ask] = [Ask.NOTHING] * tested.workers
+        self.busy: set[int] = set()  # have their reply
+        self.consumed: list[Stretch] = []
+        self.ends: list[tuple[int, Ask]] = []  # cursor and what is asked of all there
+        self.done, self.lead = [0] * tested.workers, 0  # since all were last together
+
+    def run(self) -> None:
+        self._take(self.tested.begin(0))
+        over = False
+        while not over:
+            worker = self.choose(sorted(self.busy - self.tested.left))
+            over = self._take(self.tested.receive(worker, self._next(worker), 0))
+        assert self.tested.left == set(range(self.tested.workers))
+
+    def _next(self, worker: int) -> Header:
+        self.busy.remove(worker)
+        if self.asks[worker] & ENDS:
+            return LEAVE
+        if not self.known[worker]:
+            return step(self.versions[worker], 0.0, 0)
+        start, stop = stretch = self.known[worker].pop(0)
+        self.consumed.append(stretch)
+        self.done[worker] += 1
+        return step(self.versions[worker], 1.0, stop - start)
+
+    def _take(self, messages: list[Message]) -> bool:
+        answers = replies(messages)
+        for reply in answers:
+            assert reply.worker not in self.busy  # one reply to each push
+            assert reply.version == self.tested.version  # the parameters that are sent
+            assert len(reply.slices) <= self.tested.setting.ahead + 1  # what fits into a record
+            self.busy.add(reply.worker)
+            self.known[reply.worker] += reply.slices
+            self.versions[reply.worker], self.asks[reply.worker] = reply.version, reply.ask
+        if answers and answers[0].ask:
+            self._check_ask(answers)
+        ahead = [done for worker, done in enumerate(self.done) if self.known[worker] and worker in self.busy]
+        self.lead = max(self.lead, max(ahead, default=0) - min(ahead, default=0))
+        found = decisions(messages)
+        if found and found[0].what is not What.END:
+            assert sorted(found[0].give) == sorted(reply.worker for reply in answers)
+        return bool(found) and found[-1].what is What.END
+
+    def _check_ask(self, answers: list[Reply]) -> None:
+        """All are asked the same, at one cursor, up to which each sample was consumed once."""
+        assert [reply.worker for reply in answers] == list(range(self.tested.workers))
+        assert len({(reply.ask, reply.cursor, reply.version) for reply in answers}) == 1
+        stretches = sorted(self.consumed)
+        assert [start for start, _ in stretches] == [0, *(stop for _, stop in stretches[:-1])]
+        assert stretches[-1][1] == answers[0].cursor
+        self.ends.append((answers[0].cursor, answers[0].ask))
+        self.done = [0] * self.tested.workers
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    workers=st.integers(1, 5), batch=st.integers(1, 4), epoch=st.integers(1, 30), ahead=st.integers(0, 3),
+    every=st.integers(1, 40), bound=st.none() | st.integers(0, 3), queue=st.sampled_from(QUEUES), data=st.data(),
+)  # fmt: skip
+def test_each_sample_once_and_a_prefix_of_them_wherever_something_is_asked(
+    workers: int, batch: int, epoch: int, ahead: int, every: int, bound: int | None, queue: str, data: st.DataObject
+):
+    keys: Any = {"mode": "async"} if bound is None else {"mode": "bounded", "bound": bound}
+    tested = coordinator(
+        **keys, workers=workers, batch=batch, epoch=epoch, ahead=ahead, queue=queue,
+        conductor=evaluating(every, 2 * epoch),
+    )  # fmt: skip
+    play = Play(tested, lambda able: data.draw(st.sampled_from(able)))
+    play.run()
+    assert play.ends[-1][0] == 2 * epoch
+    assert play.ends[-1][1] & Ask.STOP
+    if bound is not None:
+        assert play.lead <= bound
+    if queue == "shared":  # stops at the first stretch's end at or behind the mark
+        assert all(end % every < batch for end, ask in play.ends if ask & Ask.EVALUATE)
+
+
+@pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
+@pytest.mark.parametrize("queue", QUEUES)
+@pytest.mark.parametrize("bound", [0, 1, 3])
+def test_a_bound_is_used_and_never_exceeded(bound: int, queue: str, seed: int):
+    random = np.random.default_rng(seed)
+    tested = coordinator("bounded", 4, bound=bound, queue=queue, conductor=evaluating(0, 400))
+    weights = np.array([8.0, 4.0, 4.0, 1.0])  # how quick they are
+
+    def choose(able: list[int]) -> int:
+        return int(random.choice(able, p=weights[able] / weights[able].sum()))
+
+    play = Play(tested, choose)
+    play.run()
+    assert play.lead == bound
+
+
+# -- records -----------------------------------------------------------------------------------------------------
+NUMBERS = st.integers(0, 2**62)
+FLOATS = st.floats(allow_nan=False) | st.just(float("inf"))
+ASKS = st.builds(Ask, st.integers(0, 63))
+NANS = st.builds(NotFinite, st.integers(0, 9), st.floats(), NUMBERS, NUMBERS)
+WORKERS, STRETCHES = 9, 3
+
+
+def sent(source: Any, target: Any) -> Any:
+    """What is read from `target` once the bytes of `source` have come."""
+    for record in (source, target):
+        assert (record.bytes.dtype, record.bytes.ndim) == (np.uint8, 1)
+    target.bytes[:] = source.bytes
+    found = target.read()
+    target.bytes[:] = 255  # the next one may come before this is dealt with
+    return found
+
+
+@given(
+    slots=st.integers(1, 70), kind=st.sampled_from(Kind), numbers=st.tuples(NUMBERS, NUMBERS, NUMBERS), data=st.data()
+)
+def test_a_header_survives_the_wire(slots: int, kind: Kind, numbers: tuple[int, int, int], data: st.DataObject):
+    used = data.draw(
+        st.none() | st.lists(st.booleans(), min_size=slots, max_size=slots).filter(lambda bits: not all(bits))
+    )
+    bits = None if used is None else np.array(used)
+    part = Contribution(
+        data.draw(st.integers(0, 2**52)), data.draw(FLOATS), data.draw(st.floats()), data.draw(ASKS), 3, bits
+    )
+    header, record = Header(kind, *numbers, part), HeaderRecord(slots)
+    record.write(header)
+    assert repr(sent(record, HeaderRecord(slots))) == repr(header)
+
+
+@given(
+    data=st.data(), text=st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=100),
+    slices=st.lists(st.tuples(NUMBERS, NUMBERS), max_size=STRETCHES),
+)  # fmt: skip
+def test_a_reply_survives_the_wire(data: st.DataObject, text: str, slices: list[Stretch]):
+    record = ReplyRecord(STRETCHES)
+    record.write(
+        Reply(
+            8, 7, 6, Ask.STOP, "applied", 0.5, 4, 3, 2, ((1, 2),) * STRETCHES, "an earlier one", NotFinite(1, 2.0, 3, 4)
+        )
+    )
+    reply = Reply(
+        data.draw(st.integers(0, WORKERS)), data.draw(NUMBERS), data.draw(NUMBERS), data.draw(ASKS),
+        data.draw(st.sampled_from(RESULTS)), data.draw(st.floats()), data.draw(NUMBERS), data.draw(NUMBERS),
+        data.draw(NUMBERS), tuple(slices), text, data.draw(st.none() | NANS),
+    )  # fmt: skip
+    record.write(reply)
+    assert repr(sent(record, ReplyRecord(STRETCHES))) == repr(reply)
+
+
+@given(slots=st.integers(1, 70), what=st.sampled_from(What), data=st.data())
+def test_a_decision_survives_the_wire(slots: int, what: What, data: st.DataObject):
+    workers = st.sets(st.integers(0, WORKERS - 1)).map(lambda chosen: tuple(sorted(chosen)))
+    used = data.draw(
+        st.none() | st.lists(st.booleans(), min_size=slots, max_size=slots).filter(lambda bits: not all(bits))
+    )
+    decision = Decision(
+        what, data.draw(workers), data.draw(workers), data.draw(NUMBERS), data.draw(NUMBERS), data.draw(FLOATS),
+        data.draw(FLOATS), data.draw(FLOATS), None if used is None else np.array(used), data.draw(st.none() | NANS),
+    )  # fmt: skip
+    record = DecisionRecord(WORKERS, slots)
+    record.write(Decision(What.NAN, (1, 2), (3,), nan=NotFinite(1, 2.0, 3, 4)))
+    record.write(decision)
+    assert repr(sent(record, DecisionRecord(WORKERS, slots))) == repr(decision)
+
+
+@pytest.mark.parametrize("character", ["a", "é", "訓", "🚂"])
+def test_a_long_reason_is_cut_between_two_characters(character: str):
+    record, fits = ReplyRecord(1), character * (WHY // len(character.encode()))
+    for text in (fits, fits + character, 3 * fits):
+        record.write(Reply(0, 0, 0, why=text))
+        found = record.read().why
+        if text == fits:
+            assert found == text
+        else:
+            assert WHY - 6 <= len(found.encode()) <= WHY
+            assert found == character * (len(found) - 1) + "…"
+
+
+def test_more_stretches_than_were_agreed_on_are_refused():
+    with pytest.raises(ValueError, match="broadcast"):
+        ReplyRecord(1).write(Reply(0, 0, 0, slices=((0, 1), (1, 2))))
