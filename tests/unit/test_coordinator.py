@@ -237,6 +237,19 @@ def test_a_round_goes_on_without_a_backup_worker_that_has_withdrawn_until_someth
     assert some(decisions(messages)[0], "take", "give") == ((0, 2), (0, 2, 1))
 
 
+def test_nan_ends_the_phase_also_on_a_backup_worker_that_has_withdrawn():
+    tested = coordinator("sync", backup_workers=1)
+    tested.receive(1, WITHDRAW, 0)
+    tested.receive(0, step(end=12), 0)
+    messages = tested.receive(2, step(0, NAN, end=12), 0)
+    assert [(reply.worker, reply.nan, reply.ask) for reply in replies(messages)] == [
+        (worker, tested.nan, Ask.NOTHING) for worker in (1, 0, 2)
+    ]
+    assert [some(decision, "what", "take", "give") for decision in decisions(messages)] == [
+        (What.DROP, (0, 2), (0, 2, 1)), (What.NAN, (), ())
+    ]  # fmt: skip
+
+
 def test_workers_that_all_withdraw_are_dismissed():
     tested = coordinator("sync", 2)
     assert tested.receive(0, WITHDRAW, 0) == []
@@ -342,6 +355,16 @@ def test_nan_ends_the_phase_on_the_workers_that_wait_and_on_the_others_as_they_p
     reply, decision, last = tested.receive(3, WITHDRAW, 0)
     assert (reply.worker, reply.nan, decision) == (3, fault, Decision(What.DROP, give=(3,)))
     assert last == Decision(What.NAN, nan=fault)
+
+
+@pytest.mark.parametrize("mode", ["async", "bounded"])
+def test_nan_ends_the_phase_also_on_a_worker_that_has_withdrawn(mode: str):
+    tested = coordinator(mode, 2)
+    tested.begin(0)
+    tested.receive(1, WITHDRAW, 0)
+    messages = tested.receive(0, step(0, NAN), 0)
+    assert [(reply.worker, reply.nan) for reply in replies(messages)] == [(0, tested.nan), (1, tested.nan)]
+    assert decisions(messages) == [Decision(What.DROP, take=(0,), give=(0, 1)), Decision(What.NAN, nan=tested.nan)]
 
 
 @pytest.mark.parametrize(("loss", "bad"), [(NAN, 0), (1.0, 2)])

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
-from hpctrain.errors import HpctrainError, LeftError
+from hpctrain.errors import HpctrainError, LeftError, NanError
 from hpctrain.job import Job
 from hpctrain.launch import Session, session
 from hpctrain.runfolder import Narrator
@@ -161,6 +161,26 @@ def test_a_rank_that_leaves_alone_is_named(tmp_path: Path, what: str):
     with pytest.raises(LeftError, match=r"^rank 1 left .* at step 3 while .*\(break or return\)$") as one:
         left_by(4, job, lambda rank, steps: rank == 1 and steps == 3)
     assert one.value.status == 1
+
+
+@pytest.mark.parametrize("what", ["async", "bounded", "backup"])
+def test_nan_on_another_rank_meanwhile_ends_all_of_them(tmp_path: Path, what: str):
+    """The rank that has left waits for a reply, which must come."""
+    job = helpers.make_job(tmp_path, strategy=STRATEGIES[what])
+    errors = []
+
+    def body(comm: Communicator) -> None:
+        with pytest.raises(NanError) as caught, session(job, comm, out=QUIET) as running:
+            for step, batch in enumerate(running.batches()):
+                if comm.rank == 0 and step == 1:
+                    break
+                loss = running.loss(running.model(batch.inputs), batch.targets)
+                running.step(loss * float("nan") if comm.rank == 1 and step == 2 else loss)
+        errors.append(str(caught.value))
+
+    World(5, compute=helpers.jitter(1, 0.1, {1: 2.0})).run(body)
+    assert len(errors) == 5
+    assert len(set(errors)) == 1
 
 
 def test_two_that_leave_are_both_named(tmp_path: Path):

@@ -186,7 +186,7 @@ class Rounds(Coordinator):
         self.ask = self._observe(max(header.round_end for header in headers), found.loss, found.wish)
         if self.ask and self._withdrawn:  # what all workers are to do together these cannot
             self.ask |= Ask.LEAVE
-        withdrawn = tuple(self._withdrawn) if self.ask else ()
+        withdrawn = tuple(sorted(self._withdrawn)) if self.ask or self.nan is not None else ()
         for worker in withdrawn:
             yield self._reply(worker)
         result = "skipped" if found.skip else "applied"
@@ -302,7 +302,7 @@ class Asynchronous(Coordinator):
 
     def _stop_for_nan(self, worker: int, header: Header) -> Iterator[Message]:
         self.nan = NotFinite(worker, header.part.loss, header.step, header.part.bad)
-        answered = (worker, *self._idle)
+        answered = (worker, *self._idle, *sorted(self._withdrawn))
         for each in answered:
             yield self._reply(each)
         yield Decision(What.DROP, take=(worker,), give=answered)
