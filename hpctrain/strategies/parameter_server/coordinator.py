@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hpctrain.data.queue import SharedQueue, StaticQueue, Stretch
 from hpctrain.schedule import Ask
-from hpctrain.strategies.parameter_server.wire import Decision, Header, Kind, NotFinite, Reply, What
+from hpctrain.strategies.parameter_server.wire import Decision, Header, HeaderKind, NotFinite, Reply, What
 from hpctrain.strategies.round import Round
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ Message = Reply | Decision
 
 
 @dataclass(frozen=True)
-class Setting:
+class Terms:
     """What a coordinator must know of its phase."""
 
     workers: int  # how many
@@ -50,21 +50,21 @@ class Setting:
     per_update: Callable[[int], float]  # the learning rate's factor for one worker's gradient of a staleness
     queue: Literal["static", "shared"]  # how samples are dealt where workers do not step together
     epoch: int | None  # samples per epoch; needed there only
-    ahead: int  # how many stretches a worker is dealt besides the one it is at
+    ahead: int  # how many stretches a worker is dealt besides its next one
 
 
 class Coordinator(ABC):
     """Decides for one phase.
 
-    `left`: the workers that no header is to be expected from any more. Once they are all workers, the last decision
-    (END, or NAN) has been returned. `nan`: why the phase ends with NanError, if it does. `version`: updates so far;
-    `dropped`: gradients that came too late for their round.
+    `left`: workers that send no more headers; when all have left, the last decision has been returned (END or NAN).
+    `nan`: set if the phase ends with NanError. `version`: updates so far. `dropped`: gradients that came too late for
+    their round.
     """
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting, self.workers = setting, setting.workers
+    def __init__(self, terms: Terms) -> None:
+        self.terms, self.workers = terms, terms.workers
         self.version = self.dropped = 0
-        self.cursor = setting.cursor
+        self.cursor = terms.cursor
         self.ask, self.why = Ask.NOTHING, ""
         self.nan: NotFinite | None = None
         self.left: set[int] = set()
@@ -79,25 +79,25 @@ class Coordinator(ABC):
         return {"version": self.version, "dropped": self.dropped}
 
     def begin(self, now: int) -> list[Message]:
-        """The first replies, before the workers' first steps; they have the parameters already. `now`: nanoseconds."""
+        """The replies before the workers' first steps; the workers have the parameters. `now`: nanoseconds."""
         return [self._first(worker) for worker in range(self.workers)]
 
     def receive(self, worker: int, header: Header, now: int) -> list[Message]:
-        """What follows from a worker's header; its gradient, if any, has come. `now`: nanoseconds."""
+        """What to send after a worker's header. If it announces a push, that has arrived too. `now`: nanoseconds."""
         messages = list(self._answer(worker, header, now))
         if len(self.left) == self.workers:
             messages.append(Decision(What.END) if self.nan is None else Decision(What.NAN, nan=self.nan))
         return messages
 
     def _answer(self, worker: int, header: Header, now: int) -> Iterator[Message]:
-        if header.kind is Kind.LEAVE:
+        if header.kind is HeaderKind.LEAVE:
             self.left.add(worker)
-        elif header.kind is Kind.STATE:
+        elif header.kind is HeaderKind.STATE:
             yield Decision(What.STATE)
         elif self.nan is not None:
             yield self._reply(worker)
-            yield Decision(What.DROP, take=(worker,) if header.kind is Kind.STEP else (), give=(worker,))
-        elif header.kind is Kind.WITHDRAW:
+            yield Decision(What.DROP, take=(worker,) if header.kind is HeaderKind.STEP else (), give=(worker,))
+        elif header.kind is HeaderKind.WITHDRAW:
             self._withdrawn.add(worker)
             yield from self._withdraw(worker, now)
         else:
@@ -112,11 +112,11 @@ class Coordinator(ABC):
 
     @abstractmethod
     def _withdraw(self, worker: int, now: int) -> Iterator[Message]:
-        """A worker's program has left the training loop: its gradients are not waited for any more."""
+        """A worker's program has left the training loop: no gradient of it is waited for."""
 
     def _dismiss(self, waiting: tuple[int, ...], take: tuple[int, ...]) -> Iterator[Message]:
-        """Once each worker has withdrawn or waits for one that has: answer all, so that they agree on what to do about
-        it, and give them the parameters. `waiting`: who waits; gradients of `take` are to be dropped."""
+        """Once each worker has withdrawn or waits for one that has: answer all of them, so that they leave together,
+        and give them the parameters. `waiting`: the workers that wait; gradients of `take` are dropped."""
         if not self._withdrawn or len(self._withdrawn) + len(waiting) < self.workers:
             return
         self.ask, self._withdrawn = Ask.LEAVE, set()
@@ -125,7 +125,8 @@ class Coordinator(ABC):
         yield Decision(What.DROP, take=take, give=tuple(range(self.workers)))
 
     def _reply(self, worker: int, **fields: Any) -> Reply:
-        """With what is so by now, and `fields`. Where `nan` is set the worker raises NanError: it sends no more."""
+        """With the clock, the version and so on as they are now, and `fields`. If `nan` is set, the worker raises
+        NanError and sends nothing more."""
         if self.nan is not None:
             self.left.add(worker)
         known = Reply(worker, self.cursor, self.version, self.ask, why=self.why, nan=self.nan)
@@ -133,7 +134,7 @@ class Coordinator(ABC):
 
     def _observe(self, samples_end: int, loss: float, wish: Ask) -> Ask:
         """Move the clock on; what is asked of the trainers there."""
-        conductor = self.setting.conductor
+        conductor = self.terms.conductor
         before, self.cursor = self.cursor, samples_end
         ask = conductor.decide(before, self.cursor, loss, wish)
         if ask & Ask.END_PHASE and not self.why:
@@ -144,10 +145,10 @@ class Coordinator(ABC):
 class Rounds(Coordinator):
     """Synchronous: one update per round, with the gradients of all workers but the slowest `backup_workers`."""
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
+    def __init__(self, terms: Terms) -> None:
+        super().__init__(terms)
         self._waiting: dict[int, Header] = {}
-        self._backup = setting.options.backup_workers
+        self._backup = terms.options.backup_workers
         self._needed = self.workers - self._backup
 
     def _step(self, worker: int, header: Header, now: int) -> Iterator[Message]:
@@ -158,7 +159,7 @@ class Rounds(Coordinator):
         yield from self._go_on()
 
     def _withdraw(self, worker: int, now: int) -> Iterator[Message]:
-        if self._backup:  # nor do the others wait for it: they may be about to leave as well
+        if self._backup:  # a round may close without this worker; the others may be about to leave as well
             self._needed = min(self._needed, self.workers - len(self._withdrawn))
         yield from self._go_on()
 
@@ -169,22 +170,22 @@ class Rounds(Coordinator):
         yield from self._dismiss(waiting, take=waiting)
 
     def _release(self, worker: int, samples: int) -> Iterator[Message]:
-        """Too late for its round: its gradient is dropped, and it goes on with the parameters of now."""
+        """A gradient that came too late for its round is dropped; its worker goes on with the current parameters."""
         self.dropped += 1
         yield self._reply(worker, result="dropped", samples=samples, staleness=1)
         yield Decision(What.DROP, take=(worker,), give=(worker,))
 
     def _close_round(self) -> Iterator[Message]:
-        setting, accepted = self.setting, tuple(sorted(self._waiting))
+        terms, accepted = self.terms, tuple(sorted(self._waiting))
         headers = [self._waiting.pop(worker) for worker in accepted]
         found, step = Round.of([header.part for header in headers]), headers[0].step
-        if found.faulty is not None and setting.nan == "stop":
+        if found.faulty is not None and terms.nan == "stop":
             part = headers[found.faulty].part
             self.nan = NotFinite(accepted[found.faulty], part.loss, step, part.bad)
-        rate, momentum = setting.rate(self.cursor), setting.momentum(self.cursor)
+        rate, momentum = terms.rate(self.cursor), terms.momentum(self.cursor)
         self.version += 1
         self.ask = self._observe(max(header.round_end for header in headers), found.loss, found.wish)
-        if self.ask and self._withdrawn:  # what all workers are to do together these cannot
+        if self.ask and self._withdrawn:  # they cannot do what all workers are asked to do together
             self.ask |= Ask.LEAVE
         withdrawn = tuple(sorted(self._withdrawn)) if self.ask or self.nan is not None else ()
         for worker in withdrawn:
@@ -192,7 +193,7 @@ class Rounds(Coordinator):
         result = "skipped" if found.skip else "applied"
         for worker in accepted:
             yield self._reply(worker, result=result, loss=found.loss, samples=found.samples)
-        what, weight = What.DROP if found.skip else What.UPDATE, found.divisor(setting.batch)
+        what, weight = What.DROP if found.skip else What.UPDATE, found.divisor(terms.batch)
         yield Decision(what, accepted, accepted + withdrawn, self.version, step, weight, rate, momentum, found.used)
 
 
@@ -201,11 +202,11 @@ class Asynchronous(Coordinator):
     the workers finish what they were dealt first, so that what has been consumed is a prefix of the run, and answers
     all of them with the same parameters."""
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        assert setting.epoch is not None
-        kind = SharedQueue if setting.queue == "shared" else StaticQueue
-        self._queue: Queue = kind(setting.cursor, setting.epoch, setting.batch, self.workers)
+    def __init__(self, terms: Terms) -> None:
+        super().__init__(terms)
+        assert terms.epoch is not None
+        kind = SharedQueue if terms.queue == "shared" else StaticQueue
+        self._queue: Queue = kind(terms.cursor, terms.epoch, terms.batch, self.workers)
         self._limit = self._next_limit()
         self._dealt = [0] * self.workers  # stretches that a worker has been dealt and not pushed yet
         self._done = [0] * self.workers  # steps since all were last together
@@ -217,7 +218,7 @@ class Asynchronous(Coordinator):
 
     def _step(self, worker: int, header: Header, now: int) -> Iterator[Message]:
         part, samples = header.part, header.part.samples
-        if not part.finite and self.setting.nan == "stop":
+        if not part.finite and self.terms.nan == "stop":
             yield from self._stop_for_nan(worker, header)
             return
         staleness = self.version - header.version
@@ -235,13 +236,13 @@ class Asynchronous(Coordinator):
         yield from self._go_on(decision, now)
 
     def _withdraw(self, worker: int, now: int) -> Iterator[Message]:
-        """What it was dealt nobody will push; who waited for it may go on."""
+        """Nobody will push what it was dealt; workers that waited for it may go on."""
         self._dealt[worker] = 0
         yield from self._go_on(Decision(What.DROP, version=self.version), now)
 
     def _decision(self, worker: int, header: Header, staleness: int) -> Decision:
         """What becomes of the gradient: an update, unless it is of no samples or not finite."""
-        part, setting = header.part, self.setting
+        part, terms = header.part, self.terms
         if not part.samples or not part.finite:
             return Decision(What.DROP, take=(worker,), version=self.version, step=header.step)
         self.version += 1
@@ -251,14 +252,14 @@ class Asynchronous(Coordinator):
             take=(worker,),
             version=self.version,
             step=header.step,
-            weight=Round.of([part]).divisor(setting.batch),
-            rate=setting.rate(self.cursor) * setting.per_update(staleness),
-            momentum=setting.momentum(self.cursor),
+            weight=Round.of([part]).divisor(terms.batch),
+            rate=terms.rate(self.cursor) * terms.per_update(staleness),
+            momentum=terms.momentum(self.cursor),
             used=part.used,
         )
 
     def _go_on(self, decision: Decision, now: int) -> Iterator[Message]:
-        """Answer the workers for which there is something to do; then comes the decision."""
+        """Answer the workers that have something to do; then comes the decision, which gives them parameters."""
         asked, slices = Ask.NOTHING, self._deal_out()
         released = [worker for worker in slices if self._dealt[worker]]
         if len(self._idle) == self.workers and not any(self._dealt):
@@ -275,7 +276,7 @@ class Asynchronous(Coordinator):
             yield from self._dismiss(tuple(sorted(self._idle)), take=())
 
     def _deal_out(self) -> dict[int, tuple[Stretch, ...]]:
-        """What the waiting workers get that may go on, if there is anything before the limit; see `Bounded._may_go`."""
+        """Stretches for the waiting workers that may go on, fewest steps first; see `Bounded._may_go`."""
         found = {}
         for worker in sorted(self._idle, key=lambda worker: (self._done[worker], worker)):
             if self._may_go(worker):
@@ -283,12 +284,12 @@ class Asynchronous(Coordinator):
         return found
 
     def _next_limit(self) -> int:
-        return self._queue.stop_at(self.setting.conductor.due(self.cursor))
+        return self._queue.stop_at(self.terms.conductor.due(self.cursor))
 
     def _deal(self, worker: int) -> tuple[Stretch, ...]:
-        """Stretches for a worker, until it knows of `ahead` besides the next; fewer, or none, near the limit."""
+        """Stretches for a worker, until it has `ahead` besides its next one; fewer, or none, near the limit."""
         found: list[Stretch] = []
-        while self._dealt[worker] <= self.setting.ahead:
+        while self._dealt[worker] <= self.terms.ahead:
             stretch = self._queue.take(worker, self._limit)
             if stretch is None:
                 break
@@ -313,10 +314,10 @@ class Bounded(Asynchronous):
     where all were last together (they need not have equally many stretches from there to the next such point)."""
 
     def _may_go(self, worker: int) -> bool:
-        """Workers that have done less were asked about, and dealt samples, before: who has none now is out of the
-        race until all are drained."""
+        """Workers with fewer steps came first, and were dealt samples if there were any: one that has none now does
+        not count until all are drained."""
         others = (self._done[other] for other in range(self.workers) if other != worker and self._dealt[other])
-        return self._done[worker] - min(others, default=self._done[worker]) <= self.setting.options.bound
+        return self._done[worker] - min(others, default=self._done[worker]) <= self.terms.options.bound
 
 
 MODES: dict[str, type[Coordinator]] = {"sync": Rounds, "async": Asynchronous, "bounded": Bounded}

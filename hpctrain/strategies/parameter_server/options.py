@@ -81,8 +81,8 @@ class ParameterServerOptions(Options):
         return self.mode == "sync"
 
     def per_update(self, workers: int, adaptive: bool, staleness: int) -> float:
-        """The learning rate's factor for a gradient of one of so many workers. `staleness`: its, in versions;
-        `adaptive`: whether the optimizer's updates do not grow with gradients."""
+        """The learning rate's factor for one gradient, by its staleness in versions, among `workers` workers.
+        `adaptive`: whether the optimizer's updates do not grow with gradients (Adam and its like)."""
         if self.lr_per_update == "none":
             return 1.0
         if self.lr_per_update == "staleness":

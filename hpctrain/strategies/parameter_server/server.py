@@ -1,6 +1,6 @@
 """The server half of a parameter server: a server owns a shard of the parameters and of the optimizer.
 
-The first server is also the coordinator's: it hands headers to it, and sends and carries out what it returns.
+The first server also drives the coordinator: it passes on the headers, and sends and carries out what is decided.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy as np
 
 from hpctrain.comm.base import Tag
 from hpctrain.strategies.base import Phase, Server, clip_factor
-from hpctrain.strategies.parameter_server.coordinator import MODES, Coordinator, Message, Setting
+from hpctrain.strategies.parameter_server.coordinator import MODES, Coordinator, Message, Terms
 from hpctrain.strategies.parameter_server.corrections import DelayCompensation
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions
 from hpctrain.strategies.parameter_server.wire import (
     Decision,
     DecisionRecord,
     Header,
+    HeaderKind,
     HeaderRecord,
-    Kind,
     NotFinite,
     Reply,
     ReplyRecord,
@@ -52,7 +52,7 @@ class Wiring:
         self.between_servers = comm.split(0 if comm.rank in self.servers else None, comm.rank)
         self.slots = len(phase.replica.layout.slots)
         self.bounds = slice_bounds(phase.replica.layout, len(self.servers), phase.elementwise)
-        ahead = np.array([phase.ahead], np.int64)  # a rank's own wish: the coordinator's counts
+        ahead = np.array([phase.ahead], np.int64)  # ranks may differ: the coordinator's is in force
         comm.broadcast(ahead, self.coordinator)
         self.ahead = int(ahead[0])
         assert phase.replica.value_arena is not None
@@ -82,7 +82,7 @@ class Wiring:
         return shards
 
     def reply_record(self) -> ReplyRecord:
-        """Memory for a reply."""
+        """Memory for a reply; of equal size on all ranks."""
         return ReplyRecord(self.ahead + 1)
 
     def free(self) -> None:
@@ -122,7 +122,7 @@ class ParameterServerServer(Server):
         self._compensation = DelayCompensation.of(self.options, self.values)
         self._corrects = not self.options.lockstep and self.options.momentum_correction and len(wiring.workers) > 1
         leads = phase.comm.rank == wiring.coordinator
-        self.coordinator = MODES[self.options.mode](_setting(phase, self.options)) if leads else None
+        self.coordinator = MODES[self.options.mode](_terms(phase, self.options)) if leads else None
 
     def _buffer(self) -> Arena:
         return self.phase.comm.arena(self.high - self.low, self.phase.replica.layout.dtype, "rank")
@@ -175,7 +175,7 @@ class ParameterServerServer(Server):
             self.execute(decision)
 
     def error(self, nan: NotFinite) -> NanError:
-        """The error that all ranks raise for it."""
+        """The error for all ranks to raise."""
         return nan_error(self.phase, self.wiring.workers[nan.worker], nan.loss, nan.step, nan.bad)
 
     def execute(self, decision: Decision) -> None:
@@ -300,7 +300,7 @@ class ParameterServerServer(Server):
 
 
 class Driver:
-    """Hands headers to the coordinator as they come, and sends and carries out what it returns, in that order."""
+    """Passes headers to the coordinator as they arrive; sends and carries out what it returns, in that order."""
 
     def __init__(self, server: ParameterServerServer, coordinator: Coordinator) -> None:
         wiring = server.wiring
@@ -312,7 +312,7 @@ class Driver:
         self._decision = DecisionRecord(len(wiring.workers), wiring.slots)
 
     def run(self) -> None:
-        """Until every worker has left. Raises NanError where the phase ends with it, as the workers do."""
+        """Until every worker has left. Raises NanError if the phase ends with it, as the workers do."""
         comm, coordinator = self._comm, self._coordinator
         self._carry_out(coordinator.begin(comm.now()))
         arrived: dict[int, Header] = {}  # headers whose gradient is still on its way
@@ -324,10 +324,10 @@ class Driver:
             if header is None:
                 header = self._headers[worker].read()
                 push = self._server.pushes[worker]
-                if header.kind is Kind.STEP and push is not None and not push.test():
+                if header.kind is HeaderKind.STEP and push is not None and not push.test():
                     arrived[worker], requests[worker] = header, push
                     continue
-            del requests[worker]  # behind the others, or those of high rank never have their turn where this is busy
+            del requests[worker]  # to the end of the line: `wait_any` prefers those in front
             requests[worker] = self._listen(worker)
             self._carry_out(coordinator.receive(worker, header, comm.now()))
             for gone in coordinator.left & set(requests):
@@ -356,11 +356,11 @@ class Driver:
         self._comm.wait_all(sends)
 
 
-def _setting(phase: Phase, options: ParameterServerOptions) -> Setting:
+def _terms(phase: Phase, options: ParameterServerOptions) -> Terms:
     """What the phase's coordinator must know of it."""
     workers = len(phase.roles.workers)
     scaled = partial(options.per_update, workers, phase.adaptive)
-    return Setting(
+    return Terms(
         workers=workers,
         options=options,
         conductor=phase.conductor,

@@ -28,23 +28,23 @@ NO_STEP = Contribution(0, 0.0, 0.0, Ask.NOTHING)
 DType = np.dtype[Any]
 
 
-class Kind(IntEnum):
-    """What a worker's header is about."""
+class HeaderKind(IntEnum):
+    """What a worker's header announces."""
 
-    STEP = 1
-    STATE = 2
-    LEAVE = 3
-    WITHDRAW = 4
+    STEP = 1  # the push of a gradient
+    STATE = 2  # servers are to send rank 0 their state
+    LEAVE = 3  # the worker's phase is over
+    WITHDRAW = 4  # the worker's program has left the training loop
 
 
 class What(IntEnum):
     """What all servers do with the gradients of `Decision.take`."""
 
-    UPDATE = 1
-    DROP = 2
-    STATE = 3
-    END = 4
-    NAN = 5
+    UPDATE = 1  # apply them
+    DROP = 2  # forget them
+    STATE = 3  # there are none: send rank 0 the shard's state
+    END = 4  # there are none: the phase is over
+    NAN = 5  # there are none: the phase ends with NanError
 
 
 class NotFinite(NamedTuple):
@@ -58,9 +58,9 @@ class NotFinite(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """From a worker to the coordinator, with each push."""
+    """From a worker to the coordinator: with each push, and without one."""
 
-    kind: Kind
+    kind: HeaderKind
     version: int = 0  # of the parameters that the gradient was computed on
     round_end: int = 0  # the run's clock after the step, in samples, where all workers step together
     step: int = 0
@@ -122,7 +122,7 @@ def reply_dtype(stretches: int) -> DType:
 
 
 def decision_dtype(workers: int, slots: int) -> DType:
-    """Of a decision, for so many workers and a layout of `slots` parameters."""
+    """Of a decision, for `workers` workers and a layout of `slots` parameters."""
     numbers = [("what", "i8"), ("version", "i8"), ("step", "i8"), ("weight", "f8"), ("rate", "f8"), ("momentum", "f8")]
     sets: list[Any] = [("take", "?", (workers,)), ("give", "?", (workers,))]
     return np.dtype([*numbers, ("nan", NOT_FINITE), ("used", "f8", (words(slots),)), *sets])
@@ -156,7 +156,7 @@ class HeaderRecord(Record):
     def read(self) -> Header:
         """The header in the bytes. It shares no memory with them."""
         kind, version, round_end, step, part = self._fields()
-        return Header(Kind(kind), version, round_end, step, Contribution.decode(part, self._slots))
+        return Header(HeaderKind(kind), version, round_end, step, Contribution.decode(part, self._slots))
 
 
 class ReplyRecord(Record):
@@ -164,16 +164,15 @@ class ReplyRecord(Record):
 
     def __init__(self, stretches: int) -> None:
         super().__init__(reply_dtype(stretches))
-        self._blank = np.zeros((stretches, 2), np.int64)
+        self._slices = np.zeros((stretches, 2), np.int64)
 
     def write(self, reply: Reply) -> None:
         """Put a reply into the bytes; its `why` is cut where it is longer than WHY bytes."""
-        result, slices, dealt = RESULTS.index(reply.result), self._blank, len(reply.slices)
-        if dealt:
-            slices = self._blank.copy()
-            slices[:dealt] = reply.slices
+        result, dealt = RESULTS.index(reply.result), len(reply.slices)
+        if dealt:  # what is behind them counts for nothing
+            self._slices[:dealt] = reply.slices
         numbers = (*reply[:4], result, *reply[5:9])
-        self._array[0] = (*numbers, dealt, slices, _nan_fields(reply.nan), bounded(reply.why, WHY))
+        self._array[0] = (*numbers, dealt, self._slices, _nan_fields(reply.nan), bounded(reply.why, WHY))
 
     def read(self) -> Reply:
         """The reply in the bytes."""
@@ -195,7 +194,7 @@ class ReplyRecord(Record):
 
 
 class DecisionRecord(Record):
-    """For so many workers and a layout of `slots` parameters."""
+    """For `workers` workers and a layout of `slots` parameters."""
 
     def __init__(self, workers: int, slots: int) -> None:
         super().__init__(decision_dtype(workers, slots))

@@ -11,7 +11,7 @@ from hpctrain.strategies.base import Needs, Outcome, Phase, Strategy, clip_facto
 from hpctrain.strategies.parameter_server.corrections import RunningClip
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions
 from hpctrain.strategies.parameter_server.server import ParameterServerServer, Wiring, deal_state
-from hpctrain.strategies.parameter_server.wire import Header, HeaderRecord, Kind, Reply
+from hpctrain.strategies.parameter_server.wire import Header, HeaderKind, HeaderRecord, Reply
 from hpctrain.strategies.round import Contribution, nan_error
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class ParameterServer(Strategy):
         if samples and not self.options.lockstep:
             self._clip(samples)
         part = Contribution.of(phase, samples, loss)
-        self._header.write(Header(Kind.STEP, self.version, phase.round_end, phase.step, part))
+        self._header.write(Header(HeaderKind.STEP, self.version, phase.round_end, phase.step, part))
         requests = [self.comm.start_recv(self._reply.bytes, wiring.coordinator, Tag.REPLY)]
         for server, low, high in wiring.shards():
             requests.append(self.comm.start_recv(values.mine[low:high], server, Tag.PULL))
@@ -149,7 +149,7 @@ class ParameterServer(Strategy):
         if self.comm.rank == 0:
             from hpctrain.state import State, collect_state
 
-            self._send(Kind.STATE)
+            self._send(HeaderKind.STATE)
             servers = [server for server, _, _ in self.wiring.keepers()]
             whole = collect_state(self.comm, State(0, 0), servers, self.phase.replica.layout.length)
         clips = self.phase.workers.gather_json(self._running.counters() if self._running is not None else None)
@@ -159,7 +159,7 @@ class ParameterServer(Strategy):
 
     def leave(self) -> State | None:
         state = self.state()
-        self._send(Kind.LEAVE)
+        self._send(HeaderKind.LEAVE)
         if self._thread is not None:
             self._thread.join()
         self.wiring.free()
@@ -171,11 +171,11 @@ class ParameterServer(Strategy):
         requests = [self.comm.start_recv(self._reply.bytes, self.wiring.coordinator, Tag.REPLY)]
         for server, low, high in self.wiring.shards():
             requests.append(self.comm.start_recv(values.mine[low:high], server, Tag.PULL))
-        self._send(Kind.WITHDRAW)
+        self._send(HeaderKind.WITHDRAW)
         self.comm.wait_all(requests)
         return self._take().ask
 
-    def _send(self, kind: Kind) -> None:
+    def _send(self, kind: HeaderKind) -> None:
         """A header without a push."""
         self._header.write(Header(kind))
         self.comm.send(self._header.bytes, self.wiring.coordinator, Tag.CONTROL)
