@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hpctrain.data.queue import Stretch
 from hpctrain.schedule import Ask, Conductor, Rule, RunClock
+from hpctrain.strategies.contribution import Contribution
 from hpctrain.strategies.parameter_server.coordinator import (
     ENDS,
     MODES,
@@ -32,7 +33,6 @@ from hpctrain.strategies.parameter_server.wire import (
     ReplyRecord,
     What,
 )
-from hpctrain.strategies.round import Contribution
 
 BATCH = 4
 NAN = float("nan")

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hpctrain.data.queue import SharedQueue, StaticQueue, Stretch
 from hpctrain.schedule import Ask
+from hpctrain.strategies.contribution import RoundTotals
 from hpctrain.strategies.parameter_server.wire import Decision, Header, HeaderKind, NotFinite, Reply, What
-from hpctrain.strategies.round import Round
 
 if TYPE_CHECKING:
     from hpctrain.data.queue import Queue
@@ -178,7 +178,7 @@ class Rounds(Coordinator):
     def _close_round(self) -> Iterator[Message]:
         terms, accepted = self.terms, tuple(sorted(self._waiting))
         headers = [self._waiting.pop(worker) for worker in accepted]
-        found, step = Round.of([header.part for header in headers]), headers[0].step
+        found, step = RoundTotals.of([header.part for header in headers]), headers[0].step
         if found.faulty is not None and terms.nan == "stop":
             part = headers[found.faulty].part
             self.nan = NotFinite(accepted[found.faulty], part.loss, step, part.bad)
@@ -252,7 +252,7 @@ class Asynchronous(Coordinator):
             take=(worker,),
             version=self.version,
             step=header.step,
-            weight=Round.of([part]).divisor(terms.batch),
+            weight=RoundTotals.of([part]).divisor(terms.batch),
             rate=terms.rate(self.cursor) * terms.per_update(staleness),
             momentum=terms.momentum(self.cursor),
             used=part.used,

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hpctrain.comm.base import Tag
+from hpctrain.state import STRATEGY, State, recv_state, send_state
 from hpctrain.strategies.base import Phase, Server, clip_factor
+from hpctrain.strategies.contribution import nan_error, sum_error
 from hpctrain.strategies.parameter_server.coordinator import MODES, Coordinator, Message, Terms
 from hpctrain.strategies.parameter_server.corrections import DelayCompensation
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions
@@ -27,7 +29,6 @@ from hpctrain.strategies.parameter_server.wire import (
     ReplyRecord,
     What,
 )
-from hpctrain.strategies.round import nan_error, sum_error
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from hpctrain.comm.base import Arena, Buffer, Communicator, Request
     from hpctrain.errors import NanError
     from hpctrain.optimizer import Update
-    from hpctrain.state import State
 
 
 class Wiring:
@@ -138,9 +138,8 @@ class ParameterServerServer(Server):
 
     def load(self, state: State) -> None:
         """Take over this server's part of a checkpoint, or of the phase before."""
-        own = state.take_own()
         if self._compensation is not None:
-            self._compensation.load(own)
+            self._compensation.load(state.section(STRATEGY).flat)
         self.update.load_in_place(state)
         if self.coordinator is not None:
             self.coordinator.load(state.counters)
@@ -284,14 +283,12 @@ class ParameterServerServer(Server):
             self._remember(worker)
 
     def _send_state(self) -> None:
-        from hpctrain.state import send_state
-
         if self.coordinator is None and self.low == self.high:
             return
         with self.update.common_velocity(len(self.wiring.workers)):
             state = self.update.view()
             if self._compensation is not None:
-                state.add_own(self._compensation.view())
+                state.section(STRATEGY).flat |= self._compensation.view()
             if self.coordinator is not None:
                 state.counters = self.coordinator.state()
                 if self.phase.conductor.rule is not None:
@@ -378,15 +375,11 @@ def _terms(phase: Phase, options: ParameterServerOptions) -> Terms:
 
 def deal_state(
     phase: Phase, wiring: Wiring, state: State | None, server: ParameterServerServer | None
-) -> dict[str, Any]:
-    """Give every server its part of the optimizer state, from rank 0; all get its counters. Collective over the phase's
-    ranks."""
-    from hpctrain.state import recv_state, send_state
-
+) -> None:
+    """Give every server its part of the state, from rank 0. Collective over the phase's ranks."""
     comm = phase.comm
-    counters: dict[str, Any] | None = comm.broadcast_json(state.counters if state is not None else None)
-    if counters is None:
-        return {}
+    if not comm.broadcast_json(state is not None):
+        return
     if comm.rank == 0:
         assert state is not None
         for rank, low, high in wiring.keepers():
@@ -397,4 +390,3 @@ def deal_state(
                 server.load(part)
     elif server is not None and comm.rank in [rank for rank, _, _ in wiring.keepers()]:
         server.load(recv_state(comm, 0))
-    return counters

@@ -14,7 +14,7 @@ import numpy as np
 
 from hpctrain.schedule import Ask
 from hpctrain.strategies.base import Result
-from hpctrain.strategies.round import Contribution, Used, pack, unpack, words
+from hpctrain.strategies.contribution import Contribution, Used, pack, unpack, words
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

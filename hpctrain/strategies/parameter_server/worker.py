@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 from hpctrain.comm.base import Tag
 from hpctrain.errors import ClusterError
 from hpctrain.schedule import Ask
+from hpctrain.state import Own, State, collect_state
 from hpctrain.strategies.base import Needs, Outcome, Phase, Strategy, clip_factor
+from hpctrain.strategies.contribution import Contribution, nan_error
 from hpctrain.strategies.parameter_server.corrections import RunningClip
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions
 from hpctrain.strategies.parameter_server.server import ParameterServerServer, Wiring, deal_state
 from hpctrain.strategies.parameter_server.wire import Header, HeaderKind, HeaderRecord, Reply
-from hpctrain.strategies.round import Contribution, nan_error
 
 if TYPE_CHECKING:
     from hpctrain.cluster import Roles
     from hpctrain.comm.base import Thread
     from hpctrain.data.queue import Stretch
-    from hpctrain.state import State
 
-CLIP = "clip of worker {}"  # among a state's counters
+CLIP = "clip"  # among a worker's own numbers
 
 
 class ParameterServer(Strategy):
@@ -29,10 +29,20 @@ class ParameterServer(Strategy):
     Options = ParameterServerOptions
     Server = ParameterServerServer
     options: ParameterServerOptions
+    tested_with = (
+        {"mode": "sync"},
+        {},
+        {"mode": "sync", "servers": 2},
+        {"mode": "sync", "servers": 2, "colocated": True},
+        {"mode": "sync", "backup_workers": 1, "colocated": True},
+        {"servers": 2, "colocated": True, "delay_compensation": "adaptive"},
+        {"mode": "bounded", "bound": 1},
+    )
 
     def __init__(self, options: ParameterServerOptions) -> None:
         super().__init__(options)
-        self.needs = Needs(lockstep=options.lockstep)
+        self.needs = Needs(lockstep=options.lockstep, queue=not options.lockstep)
+        self.exact = self.deterministic = options.lockstep and not options.backup_workers
 
     @staticmethod
     def roles(options: ParameterServerOptions) -> tuple[int, bool]:
@@ -64,12 +74,10 @@ class ParameterServer(Strategy):
             shard = phase.comm.arena(part.size, part.dtype, "rank").mine
             shard[...] = part
             self._server.attach(phase, self.wiring, shard, lane=1)
-        counters = deal_state(phase, self.wiring, state, self._server)
+        deal_state(phase, self.wiring, state, self._server)
         self._thread: Thread | None = phase.comm.spawn(self._server.serve) if self._server else None
         self._slices: list[Stretch] = []
         self._running = self._running_clip()
-        if self._running is not None and (clip := counters.get(CLIP.format(phase.worker_index))) is not None:
-            self._running.load(clip)
         self._header = HeaderRecord(len(phase.replica.layout.slots))
         self._reply = self.wiring.reply_record()
         self.comm.recv(self._reply.bytes, self.wiring.coordinator, Tag.REPLY)
@@ -144,18 +152,18 @@ class ParameterServer(Strategy):
         )
 
     def state(self) -> State | None:
-        assert self.phase.workers is not None
-        whole = None
-        if self.comm.rank == 0:
-            from hpctrain.state import State, collect_state
+        if self.comm.rank != 0:
+            return None
+        self._send(HeaderKind.STATE)
+        servers = [server for server, _, _ in self.wiring.keepers()]
+        return collect_state(self.comm, State(0, 0), servers, self.phase.replica.layout.length)
 
-            self._send(HeaderKind.STATE)
-            servers = [server for server, _, _ in self.wiring.keepers()]
-            whole = collect_state(self.comm, State(0, 0), servers, self.phase.replica.layout.length)
-        clips = self.phase.workers.gather_json(self._running.counters() if self._running is not None else None)
-        if whole is not None:
-            whole.counters |= {CLIP.format(worker): clip for worker, clip in enumerate(clips) if clip is not None}
-        return whole
+    def own(self) -> Own:
+        return Own(numbers={CLIP: self._running.counters()} if self._running is not None else {})
+
+    def load_own(self, own: Own) -> None:
+        if self._running is not None and CLIP in own.numbers:
+            self._running.load(own.numbers[CLIP])
 
     def leave(self) -> State | None:
         state = self.state()
