@@ -31,6 +31,7 @@ from hpctrain.replica import Layout, as_array
 from hpctrain.runfiles import RunFiles
 from hpctrain.state import Own, Section, State, recv_state, send_state
 from hpctrain.strategies.base import Phase
+from hpctrain.trace.events import CheckpointWritten
 from hpctrain.untrained import from_raw, raw
 from hpctrain.wrappers import named_parameters, plain_name, plain_state
 
@@ -83,7 +84,7 @@ class Keeper:
         keep = self.prepared.job.train.keep_checkpoints
         save = partial(self._save_finite, checkpoint, keep, failure)
         if self.files.write(CHECKPOINTS, save, "training goes on without this checkpoint"):
-            self.comm.recorder.event("checkpoint", checkpoint_path(self.folder, cursor).name)
+            self.comm.recorder.event(CheckpointWritten(checkpoint_path(self.folder, cursor).name))
 
     def _save_own(self, phase: Phase, own: Own, cursor: int) -> tuple[list[dict[str, Any]], bool, str | None]:
         """Every worker's plain numbers; whether workers have files of arrays; what went wrong with one. Collective over

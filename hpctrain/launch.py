@@ -35,7 +35,7 @@ from hpctrain.runfolder import Narrator, PhaseSummary
 from hpctrain.schedule import Ask, Progress
 from hpctrain.state import Own, State
 from hpctrain.strategies.base import Outcome, Phase, Strategy
-from hpctrain.trace.roles import Entry
+from hpctrain.trace.events import Failure, PhaseEntered, Switch
 from hpctrain.trace.writer import next_attempt
 from hpctrain.tracing import Tracing
 from hpctrain.trainer import Trainer, fit
@@ -328,7 +328,7 @@ class Session:
                     raise
 
     def _note_failure(self, error: Exception) -> None:
-        self.comm.recorder.event("failure", f"{type(error).__name__}: {error}")
+        self.comm.recorder.event(Failure(type(error).__name__, str(error)))
 
     def _headline(self) -> str:
         layout, nodes = self.replica.layout, len(set(self.comm.nodes))
@@ -402,7 +402,7 @@ class Session:
             saving=self._saving,
         )
         name = runfolder.name_of(self.job.schedule[index].strategy)
-        recorder.event("role", str(Entry(index, roles.of(comm.rank).value, name)))
+        recorder.event(PhaseEntered(index, roles.of(comm.rank).value, name))
         if len(self.job.schedule) > 1:
             self.out.say(f"phase {index}: {name}, {runfolder.describe_roles(roles)}")
         self._phase = phase
@@ -515,7 +515,7 @@ class Session:
             return False
         self.books.phase, self.books.phase_start = phase.index + 1, self.books.cursor
         self.out.say(f"switched at sample {self.books.cursor:,}: {self._why}")
-        self.comm.recorder.event("switch", self._why)
+        self.comm.recorder.event(Switch(self._why))
         return True
 
     def _hand_over(self) -> None:
@@ -757,8 +757,8 @@ class Session:
             if workers is not None:
                 workers.free()
             comm.free()
-        self.tracing.finish()
-        unwritten = self.comm.broadcast_json(self._close_files() if self._files is not None else None)
+        untraced = self.tracing.finish()
+        unwritten = self.comm.broadcast_json(self._close_files(untraced) if self._files is not None else None)
         self._over = True
         if self._left:
             self.out.say(f"left at sample {self.books.cursor:,} (step {self.books.step}); run folder {self.folder}")
@@ -780,10 +780,10 @@ class Session:
             error.everywhere, error.result = True, self._result
             raise error
 
-    def _close_files(self) -> str | None:
+    def _close_files(self, untraced: str | None) -> str | None:
         assert self._files is not None
         self._files.write_rows()
-        return self._files.unwritten()
+        return "; ".join(text for text in (self._files.unwritten(), untraced) if text is not None) or None
 
     def _tell_interruption(self, unwritten: str | None) -> None:
         told = "" if unwritten is None else f"not all of it was saved: {unwritten}; "

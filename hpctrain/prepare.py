@@ -30,6 +30,7 @@ from hpctrain.replica import Replica
 from hpctrain.schedule import Conductor, Course, Pace, RateCourse, Rule, RunClock, SteppedCourse, interval, run_total
 from hpctrain.schedulers import stepped_course
 from hpctrain.strategies.base import Strategy, roles_of
+from hpctrain.trace.events import Event
 from hpctrain.untrained import Untrained
 from hpctrain.wrappers import check_model
 
@@ -110,8 +111,8 @@ class Prepared(Measurable):
         sizes = [spec.strategy.resolve().fills(spec.strategy.options, roles, rank) for spec, roles in later]
         return int(max(sizes, default=0.0) * self.replica.layout.length * self.replica.layout.dtype.itemsize)
 
-    def conductor(self, phase: int, start: int, tell: Callable[[str, str], None]) -> Conductor:
-        """What decides in that phase, which began at the cursor `start`; `tell` hears what its rule computes."""
+    def conductor(self, phase: int, start: int, tell: Callable[[Event], None]) -> Conductor:
+        """What decides in that phase, which began at the cursor `start`; `tell` gets what its rule computes."""
         clock, train = self.clock(phase), self.job.train
         evaluate_every, every = interval(clock, train.evaluate_every), train.checkpoint_every
         checkpoint_every = interval(clock, every) if every else 0

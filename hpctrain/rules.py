@@ -19,6 +19,7 @@ from hpctrain.errors import JobError
 from hpctrain.jobspec import Options, bound
 from hpctrain.registry import describe, shown
 from hpctrain.schedule import Rule, RunClock
+from hpctrain.trace.events import RuleStatistic
 
 ROUNDS = 10  # that a function's losses are averaged over
 
@@ -91,10 +92,9 @@ class LossRule(Rule, ABC):
             return None
         value = self.statistic(first)
         fires = value <= self.options.threshold
-        text = f"{self.name} {_number(value)} {'<=' if fires else '>'} {self.options.threshold:g}"
-        against = self.unready(loss, first)
-        self.news = text + (f", {against}" if against else "")
-        return text if fires and not against else None
+        sign, unready = "<=" if fires else ">", self.unready(loss, first) or ""
+        self.news = RuleStatistic(self.name, value, sign, self.options.threshold, unready=unready)
+        return str(self.news) if self.news.fired else None
 
     name: ClassVar[str]
 
@@ -121,10 +121,6 @@ class LossRule(Rule, ABC):
     def load(self, state: dict[str, Any]) -> None:
         self.intervals.load(state["intervals"])
         self.losses, self.first = list(state["losses"]), state["first"]
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if value >= 0.001 else f"{value:.2g}"
 
 
 def _changes(losses: list[float]) -> list[float]:
@@ -227,9 +223,8 @@ class Target(Rule):
         sign = ">=" if higher_is_better else "<="
         if not reached:
             sign = "<" if higher_is_better else ">"
-        text = f"target: metric {metric:.4f} {sign if not math.isnan(metric) else 'against'} {target:g}"
-        self.news = text
-        return text if reached else None
+        self.news = RuleStatistic("target", metric, "against" if math.isnan(metric) else sign, target, of="metric")
+        return str(self.news) if reached else None
 
     def unfit(self, evaluates: bool) -> str | None:
         if evaluates:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from hpctrain.errors import JobError
 from hpctrain.jobspec import Options
+from hpctrain.trace.events import Event, RuleStatistic
 
 
 class Ask(IntFlag):
@@ -107,12 +108,12 @@ class Rule:
     """Ends a phase. Sees only what all ranks agree on, so that no rank decides alone.
 
     A rule class has `Options` (pydantic), and is built once per phase with them, the clock (whose rounds are the
-    phase's) and the cursor at which the phase begins. `news`: a statistic that was just computed, as text; whoever
+    phase's) and the cursor at which the phase begins. `news`: what was just compared with the threshold; whoever
     reads it sets it to None.
     """
 
     Options: ClassVar[type[BaseModel]]
-    news: str | None = None
+    news: RuleStatistic | None = None
 
     def __init__(self, options: Any, clock: RunClock, start: int) -> None:
         self.options, self.clock, self.start = options, clock, start
@@ -194,7 +195,7 @@ class After(Rule):
 
 
 # -- decisions ---------------------------------------------------------------------------------------------------
-def _untold(kind: str, text: str) -> None:
+def _untold(event: Event) -> None:
     """Nobody is told."""
 
 
@@ -202,8 +203,8 @@ def _untold(kind: str, text: str) -> None:
 class Conductor:
     """Turns agreed numbers into what is asked of the trainer: wherever it runs, it answers the same.
 
-    `evaluate_every`, `checkpoint_every`: samples (0: never), or rounds. `tell(kind, text)` hears what the rule
-    computed (kind "rule"). `higher_is_better`: how values of the metric compare. `why`: the rule's reason, once
+    `evaluate_every`, `checkpoint_every`: samples (0: never), or rounds. `tell` is called with what the rule
+    computed. `higher_is_better`: how values of the metric compare. `why`: the rule's reason, once
     it has ended the phase.
     """
 
@@ -212,7 +213,7 @@ class Conductor:
     checkpoint_every: int | Every
     rule: Rule | None
     why: str = ""
-    tell: Callable[[str, str], None] = field(default=_untold)
+    tell: Callable[[Event], None] = field(default=_untold)
     higher_is_better: bool = True
 
     def decide(self, before: int, after: int, loss: float, wish: Ask) -> Ask:
@@ -252,7 +253,7 @@ class Conductor:
     def _ruled(self, rule: Rule, why: str | None) -> Ask:
         news, rule.news = rule.news, None
         if news is not None:
-            self.tell("rule", news)
+            self.tell(news)
         if why is None:
             return Ask.NOTHING
         self.why = why

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import socket
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 from hpctrain.comm.base import Communicator, Tag
 from hpctrain.comm.pingpong import follow, lead
 from hpctrain.errors import TraceError
+from hpctrain.trace.events import Link
 from hpctrain.trace.resources import Sampler
 from hpctrain.trace.writer import TraceWriter, link_ranks, trace_files, trace_path
 
@@ -58,19 +58,27 @@ class Tracing:
         if self._writer is not None:
             self._writer.maybe_flush(self._comm.now())
 
-    def finish(self) -> None:
-        """Measure clocks once more and join the ranks' files in trace.h5. Collective."""
+    def finish(self) -> str | None:
+        """Measure clocks once more and join the ranks' files in trace.h5. Collective.
+
+        Returns, on all ranks, which traces ended before the run did, and why; None if none did.
+        """
         if self._writer is None:
-            return
+            return None
         measure_clock(self._comm)
         self.close()
-        self._comm.barrier()
+        stopped = self._comm.gather_json(self._writer.stopped)  # all have closed their files now
         if self._comm.rank == 0 and trace_files(self._folder):  # else the run folder was removed meanwhile
             try:
                 link_ranks(self._folder)
             except TraceError as error:
                 with suppress(OSError):
                     print(f"hpctrain: {error}", file=sys.stderr, flush=True)
+        ranks = [rank for rank, text in enumerate(stopped) if text is not None]
+        if not ranks:
+            return None
+        others = f" (and those of {len(ranks) - 1} other ranks)" if len(ranks) > 1 else ""
+        return f"{stopped[ranks[0]]}{others}"
 
     def close(self) -> None:
         """Write what there is and close the file; harmless if it is closed. Not collective."""
@@ -108,15 +116,13 @@ def measure_clock(comm: Communicator) -> None:
 def measure_links(comm: Communicator) -> None:
     """Record latency and bandwidth between neighbouring ranks, every second pair at a time. Collective.
 
-    What a run achieves is compared with it: events of kind "network", JSON with peer, same_node, latency_s (seconds one
-    way), bytes_per_s.
+    What a run achieves is compared with it.
     """
     for turn in (0, 1):
         if comm.rank % 2 == turn and comm.rank + 1 < comm.size:
             peer = comm.rank + 1
             latency, bandwidth, _ = lead(comm, peer, LINK_SECONDS)
-            told = {"peer": peer, "same_node": comm.nodes[comm.rank] == comm.nodes[peer]}
-            comm.recorder.event("network", json.dumps({**told, "latency_s": latency, "bytes_per_s": bandwidth}))
+            comm.recorder.event(Link(peer, comm.nodes[comm.rank] == comm.nodes[peer], latency, bandwidth))
         elif comm.rank % 2 != turn and comm.rank > 0:
             follow(comm, comm.rank - 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -66,7 +67,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         comm = self.phase.comm
-        self._data, self._forward, self._backward = (comm.span(kind) for kind in ("data", "forward", "backward"))
+        self._span = cache(lambda kind, samples: comm.span(kind, items=samples))
         if self.strategy.bucket_bytes:
             self._buckets = Buckets(self.phase.replica, self.strategy.bucket_bytes, self._send)
 
@@ -149,7 +150,7 @@ class Trainer:
         return [(bounds[-1] - 1, bounds[-1])] * (most - own)
 
     def _take(self, start: int, stop: int, ahead: list[Stretch], counts: bool) -> Batch:
-        with self._data:
+        with self._span("data", stop - start):
             batch = self.move(self.loader.take(start, stop))
             if self.norms is not None:
                 self.norms.counted = counts
@@ -158,6 +159,7 @@ class Trainer:
                 self.loader.request(*piece)
         self._batch = batch
         self._started = self.phase.comm.now()
+        self._forward, self._backward = self._span("forward", stop - start), self._span("backward", stop - start)
         self._forward.__enter__()
         return batch
 
@@ -266,5 +268,3 @@ def fit_batch(session: Session, batch: Batch) -> None:
     with session.autocast(), explained(batch):
         loss = session.loss(session.model(batch.inputs), batch.targets)
     session.step(loss)
-
-

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.trace import Recorder, TraceWriter, link_ranks, trace_path
+from hpctrain.trace.events import PhaseEntered
+from hpctrain.trace.versions import parsed
 
 if TYPE_CHECKING:
     from hpctrain.job import Job
@@ -55,12 +57,13 @@ class HandMadeRank:
         self.recorder.step_done(columns.pop("epoch", 0.0), loss, samples, columns.pop("lr", 0.1), **columns)
 
     def event(self, at: float, kind: str, text: str = "") -> None:
+        """The event that is told by this sentence."""
         self._at(at)
-        self.recorder.event(kind, text)
+        self.recorder.event(parsed(kind, text))
 
     def phase(self, at: float, index: int, role: str, strategy: str) -> None:
         """The event that every rank leaves where a phase begins."""
-        self.event(at, "role", f"phase {index}: {role} of {strategy}")
+        self.event(at, PhaseEntered.kind, str(PhaseEntered(index, role, strategy)))
 
     def resource(self, at: float, cpu: float, resident: int, *rest: Any) -> None:
         self._at(at)

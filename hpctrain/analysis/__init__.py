@@ -119,7 +119,7 @@ class Analysis:
 
     @cached_property
     def rules(self) -> pd.DataFrame:
-        """Columns t_s, samples, rule, statistic, threshold, fired, text."""
+        """Columns t_s, samples, rule, statistic, threshold, unready, fired, text."""
         from hpctrain.analysis.convergence import rules
 
         return rules(self.run)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hpctrain.trace.events import Link, chosen
 from hpctrain.trace.schema import Kind
 
 if TYPE_CHECKING:
@@ -81,16 +81,7 @@ def links(run: Run) -> pd.DataFrame:
     """Columns rank, peer, same_node, latency_s, bytes_per_s: measured when the run began."""
     import pandas as pd
 
-    rows = []
-    events = run.events()
-    events = events[events["kind"] == "network"]
-    for rank, text in zip(events["rank"].tolist(), events["text"].tolist(), strict=True):
-        try:
-            told = json.loads(text)
-            row = (rank, int(told["peer"]), bool(told["same_node"]), float(told["latency_s"]))
-            rows.append((*row, float(told["bytes_per_s"])))
-        except (ValueError, KeyError, TypeError):
-            continue
+    rows = [(rank, *vars(link).values()) for rank, _, _, link in chosen(run.events(), Link)]
     frame = pd.DataFrame(rows, columns=["rank", "peer", "same_node", "latency_s", "bytes_per_s"])
     return frame.drop_duplicates(["rank", "peer"], ignore_index=True)
 

@@ -8,12 +8,12 @@ ranks in these: messages, what they gave to collectives, and what they summed ou
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hpctrain.trace.events import RuleStatistic, Switch
 from hpctrain.trace.schema import KIND_CODES
 
 if TYPE_CHECKING:
@@ -27,10 +27,6 @@ Interval = tuple[int, int]
 CLOCKS = ("step", "samples", "t_s", "seconds", "bytes")
 PAUSES = (KIND_CODES["evaluate"], KIND_CODES["checkpoint"])
 END = (1 << 63) - 1
-COMPUTED = re.compile(
-    r"(?P<name>\S+?):? +(?:metric +)?(?P<statistic>[-+.\w]+) +(?P<sign><=|>=|<|>|against) +(?P<threshold>[-+.\w]+)"
-    r"(?P<unready>, .*)?"
-)
 
 
 def losses(run: Run, phases: pd.DataFrame) -> pd.DataFrame:
@@ -82,23 +78,29 @@ def staleness(run: Run) -> pd.DataFrame:
 
 
 def rules(run: Run) -> pd.DataFrame:
-    """What rules computed, and the ends of phases: t_s, samples, rule, statistic, threshold, fired, text; in order.
+    """What rules computed, and the ends of phases: t_s, samples, rule, statistic, threshold, unready, fired, text.
 
-    What several ranks told alike is one row, of the moment that the first told it; `samples`: where the run stood
-    after that step (-1: not known). An end of a phase whose rule computes no statistic is a row too, its statistic and
-    threshold NaN.
+    In order. What several ranks recorded alike is one row, of the moment that the first recorded it; `samples`: where
+    the run stood after that step (-1: not known); `unready`: why the rule does not fire yet although its comparison
+    holds. An end of a phase whose rule computes no statistic is a row too, its statistic and threshold NaN.
     """
-    told = _told(run)
-    found = told["text"].astype(str).str.extract(f"^{COMPUTED.pattern}$")
-    for name in ("statistic", "threshold"):
-        told[name] = _numbers(found[name]).where(told["kind"] == "rule")
-    told["rule"] = found["name"].where(told["statistic"].notna(), "")
-    holds = found["sign"].isin(["<=", ">="]) & found["unready"].isna()
-    told["fired"] = holds | (told["kind"] == "switch")
-    reported = set(told.loc[(told["kind"] == "rule") & told["fired"], "text"])
-    told = told[(told["kind"] == "rule") | ~told["text"].isin(reported)]
-    told = told.assign(samples=_samples_after(run, told["t_s"].to_numpy(np.float64)))
-    return told[["t_s", "samples", "rule", "statistic", "threshold", "fired", "text"]].reset_index(drop=True)
+    rows = _recorded(run)
+    reported = {str(event) for event in rows["event"] if isinstance(event, RuleStatistic) and event.fired}
+    told_twice = [isinstance(event, Switch) and str(event) in reported for event in rows["event"]]
+    rows = rows[~np.array(told_twice, bool)]
+    known = [event if isinstance(event, RuleStatistic) else None for event in rows["event"]]
+    rows = rows.assign(
+        samples=_samples_after(run, rows["t_s"].to_numpy(np.float64)),
+        rule=[event.rule if event else "" for event in known],
+        statistic=np.array([event.value if event else np.nan for event in known], np.float64),
+        threshold=np.array([event.threshold if event else np.nan for event in known], np.float64),
+        unready=[event.unready if event else "" for event in known],
+        fired=np.array(
+            [isinstance(e, Switch) or (isinstance(e, RuleStatistic) and e.fired) for e in rows["event"]], bool
+        ),
+    )
+    columns = ["t_s", "samples", "rule", "statistic", "threshold", "unready", "fired", "text"]
+    return rows[columns].reset_index(drop=True)
 
 
 # -- updates ---------------------------------------------------------------------------------------------------
@@ -232,25 +234,19 @@ def _until(t: NDArray[np.int64], start: int, end: int) -> NDArray[np.int64]:
 
 
 # -- rules -----------------------------------------------------------------------------------------------------
-def _told(run: Run) -> pd.DataFrame:
+def _recorded(run: Run) -> pd.DataFrame:
     """Events of rules and ends of phases, once each, without those that a resumed run went back behind: t_s, kind,
-    text."""
+    text, event."""
     events = run.events()
-    events = events[events["kind"].isin(["rule", "switch"])]
+    events = events[events["kind"].isin([RuleStatistic.kind, Switch.kind])]
     if len(run.attempts) > 1:
         last = run.steps().groupby("attempt")["t_s"].max()
         last[run.attempts[-1]] = np.inf
         events = events[events["t_s"] <= events["attempt"].map(last)]
     alike = ["attempt", "kind", "text"]
     events = events.assign(number=events.groupby(["rank", *alike]).cumcount())
-    once = events.groupby([*alike, "number"], as_index=False).agg(t_s=("t_s", "min"))
-    return once.sort_values(["t_s", "kind"], kind="stable", ignore_index=True)[["t_s", "kind", "text"]]
-
-
-def _numbers(texts: pd.Series[str]) -> pd.Series[float]:
-    import pandas as pd
-
-    return pd.to_numeric(texts, errors="coerce").astype("float64")
+    once = events.drop_duplicates([*alike, "number"])
+    return once.sort_values(["t_s", "kind"], kind="stable", ignore_index=True)[["t_s", "kind", "text", "event"]]
 
 
 def _samples_after(run: Run, t_s: Numbers) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpctrain.trace.roles import entries
+from hpctrain.trace.events import PhaseEntered, chosen
 from hpctrain.trace.schema import KIND_CODES
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def find_phases(run: Run) -> pd.DataFrame:
     """Each rank's training in each phase: from its first batch to the end of its last step.
 
     A server's is that of the phase's workers. What comes before (dealing out state) and after (the last evaluation,
-    writing the model) is no training. Phases are known by the events of kind "role"; a run without them is one phase
+    writing the model) is no training. Phases are known by the events PhaseEntered; a run without them is one phase
     of unknown strategy.
     """
     import pandas as pd
@@ -46,7 +46,7 @@ def find_phases(run: Run) -> pd.DataFrame:
 def _entered(run: Run) -> dict[Key, tuple[str, str, int]]:
     """(strategy, role, when) of each rank's entry into each phase."""
     found: dict[Key, tuple[str, str, int]] = {}
-    for rank, attempt, t_ns, entry in entries(run.events()):
+    for rank, attempt, t_ns, entry in chosen(run.events(), PhaseEntered):
         found[attempt, entry.phase, rank] = entry.strategy, entry.role, t_ns
     known = {(attempt, rank) for attempt, _, rank in found}
     for rank, attempt, block in run.blocks("steps"):

@@ -250,13 +250,14 @@ class Communicator(ABC):
 
     @abstractmethod
     def span(
-        self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0
+        self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0, items: int = 0
     ) -> AbstractContextManager[Any]:
         """Trace the block as a span; in virtual time it also advances the clock by what the block would cost.
 
         What is returned may be entered again and again, though not within itself.
-        `peer` is a rank of the whole run. The verbs above trace themselves: a span around one of them is cut
-        where it waits.
+        `peer` is a rank of the whole run; `items`: samples that are loaded or computed on; `flops`: floating-point
+        operations, 0 if they are not known. The verbs above trace themselves: a span around one of them is cut where
+        it waits.
         """
 
     @abstractmethod

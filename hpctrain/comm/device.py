@@ -204,9 +204,9 @@ class DeviceCommunicator(Communicator):
         self.inner.sleep(seconds)
 
     def span(
-        self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0
+        self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0, items: int = 0
     ) -> AbstractContextManager[Any]:
-        return self.inner.span(kind, bytes, peer, id, flops)
+        return self.inner.span(kind, bytes, peer, id, flops, items)
 
     def spawn(self, function: Callable[[], Any]) -> Thread:
         def body() -> Any:

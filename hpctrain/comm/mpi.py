@@ -306,9 +306,9 @@ class MpiCommunicator(Communicator):
         time.sleep(seconds)
 
     def span(
-        self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0
+        self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0, items: int = 0
     ) -> AbstractContextManager[Any]:
-        return self.recorder.span(kind, bytes, peer, id)
+        return self.recorder.span(kind, bytes, peer, id, items, flops)
 
     def lane(self, number: int) -> Self:
         other = super().lane(number)

@@ -493,15 +493,15 @@ class VirtualCommunicator(Communicator):
             world.block("the end of a sleep")
 
     def span(
-        self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0
+        self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0, items: int = 0
     ) -> AbstractContextManager[Any]:
         if self.traced or self.world.compute is not None:
-            return _VirtualSpan(self, kind, bytes, peer, id, flops)
+            return _VirtualSpan(self, kind, bytes, peer, id, items, flops)
         return UNTRACED
 
     def _own_span(self, kind: str, nbytes: int = 0, id: int = -1) -> AbstractContextManager[Any]:
         """Of a verb, which takes the time that its messages take and no more."""
-        return _VirtualSpan(self, kind, nbytes, -1, id, None) if self.traced else UNTRACED
+        return _VirtualSpan(self, kind, nbytes, -1, id, 0, None) if self.traced else UNTRACED
 
     def spawn(self, function: Callable[[], Any]) -> Thread:
         world = self.world
@@ -591,13 +591,13 @@ class _VirtualSpan:
     def __enter__(self) -> None:
         comm = self._comm
         if comm.traced:
-            kind, nbytes, peer, id, _ = self._arguments
-            comm.recorder.open(kind, comm.world.time, nbytes, peer, id)
+            kind, nbytes, peer, id, items, flops = self._arguments
+            comm.recorder.open(kind, comm.world.time, nbytes, peer, id, items, flops or 0.0)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         comm = self._comm
         compute = comm.world.compute
-        name, nbytes, _, _, flops = self._arguments
+        name, nbytes, _, _, _, flops = self._arguments
         if compute is not None and kind is None and flops is not None:
             comm.pass_time(compute(comm.members[comm.rank], name, nbytes, flops))
         if comm.traced:

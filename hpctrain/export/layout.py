@@ -12,7 +12,7 @@ import numpy as np
 from hpctrain.export.selection import Rows, Selection
 from hpctrain.export.traceformat import Numbers, name_process, name_thread
 from hpctrain.trace import Run
-from hpctrain.trace.roles import entries
+from hpctrain.trace.events import PhaseEntered, chosen
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,6 +94,6 @@ class Layout:
 
 def _entries(events: pd.DataFrame) -> dict[tuple[int, int], list[Entry]]:
     found: dict[tuple[int, int], list[Entry]] = {}
-    for rank, attempt, t_ns, entry in entries(events):
-        found.setdefault((rank, attempt), []).append(Entry(t_ns, *entry))
+    for rank, attempt, t_ns, entry in chosen(events, PhaseEntered):
+        found.setdefault((rank, attempt), []).append(Entry(t_ns, entry.phase, entry.role, entry.strategy))
     return found

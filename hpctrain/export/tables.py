@@ -1,6 +1,7 @@
 """A run's tables as CSV or Parquet files, streamed: columns as in the frames of `hpctrain.trace.Run`.
 
-Steps that a resumed run did again are there twice, with different values of `attempt`.
+Events have their JSON besides their sentence. Steps that a resumed run did again are there twice, with different values
+of `attempt`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from hpctrain.export.selection import Rows, Selection
 from hpctrain.filenames import METRICS
 from hpctrain.output import make_folder, output_file, output_text
 from hpctrain.progress import Progress
+from hpctrain.registry import escaped
 from hpctrain.trace import Run
-from hpctrain.trace.files import text_of
+from hpctrain.trace.files import event_of
 from hpctrain.trace.schema import KINDS, OUTCOMES, TABLES
 
 if TYPE_CHECKING:
@@ -90,6 +92,8 @@ def _frame(run: Run, table: str, rank: int, attempt: int, rows: Rows) -> pd.Data
     }
     seconds = {}
     for name in rows.dtype.names or ():
+        if (table, name) == ("events", "json"):  # for people, too
+            columns["text"] = pd.array([str(event_of(*row)) for row in rows[["kind", "json"]].tolist()], dtype="str")
         columns[name] = _values(rows[name], NAMES.get((table, name)))
         if name.endswith("_ns"):
             seconds[f"{name.removesuffix('_ns')}_s"] = (rows[name] - run.start_ns) / 1e9
@@ -103,7 +107,7 @@ def _values(column: Rows, names: tuple[str, ...] | None) -> Any:
         codes = np.where(column <= len(names), column.astype(np.int64) - 1, -1)
         return pd.Categorical.from_codes(codes, categories=pd.Index(list(names)))
     if column.dtype.kind == "S":
-        return pd.array([text_of(value) for value in column], dtype="str")
+        return pd.array([escaped(value.decode(errors="replace")) for value in column], dtype="str")
     return column
 
 

@@ -34,7 +34,7 @@ def draw(analysis: Analysis) -> Figure:
     for i, (name, mine) in enumerate(rules.groupby("rule", sort=False)):
         colour = look(i)["color"]
         upper.plot(mine["samples"], mine["statistic"], "-o", color=colour, linewidth=1.0, markersize=4, label=name)
-        early = mine[mine["text"].str.contains(",")]
+        early = mine[mine["unready"] != ""]
         if len(early):
             upper.plot(early["samples"], early["statistic"], "o", markerfacecolor="white", color=colour, markersize=4,
                        label="may not fire yet")  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hpctrain.trace import Run
-from hpctrain.trace.roles import entries
+from hpctrain.trace.events import PhaseEntered, chosen
 
 # kind of event -> (Bokeh's marker, colour). Roles are shown as phases; what a rule computed and
 # what the links were measured to be have figures of their own.
@@ -35,7 +35,7 @@ def collect_phases(run: Run, phases: Any) -> list[dict[str, Any]]:
 
 def _phases_of_events(run: Run) -> list[dict[str, Any]]:
     found: dict[tuple[int, str], dict[str, Any]] = {}
-    for _, attempt, t_ns, entry in entries(run.events()):
+    for _, attempt, t_ns, entry in chosen(run.events(), PhaseEntered):
         text = f"phase {entry.phase}: {entry.strategy}"
         found.setdefault((attempt, text), {"start": (t_ns - run.start_ns) / 1e9, "end": None, "text": text})
     phases = list(found.values())

@@ -14,8 +14,10 @@ import numpy as np
 
 from hpctrain.errors import TraceError
 from hpctrain.registry import escaped, shown
-from hpctrain.trace.schema import OLDER_VERSIONS, SCHEMA_VERSION, TABLES
-from hpctrain.trace.soundness import FARTHEST_NS, LONGEST_NS, made_ns, sound_attribute, sound_rows
+from hpctrain.trace.events import Event, from_json
+from hpctrain.trace.schema import SCHEMA_VERSION, TABLES
+from hpctrain.trace.soundness import FARTHEST_NS, LONGEST_NS, MOST_RANKS, made_ns, sound_attribute, sound_rows
+from hpctrain.trace.versions import OLDER_VERSIONS, layout, upgraded
 
 Rows = np.ndarray[Any, Any]
 # What h5py raises on damaged files.
@@ -51,6 +53,16 @@ class TraceFile:
     shift: int = 0
     made_ns: int = 0
     faults: tuple[str, ...] = ()
+
+    @property
+    def version(self) -> int:
+        """Of its schema."""
+        return int(self.attributes["schema_version"])
+
+    def sound(self, table: str, rows: Rows, ranks: int = MOST_RANKS) -> Rows:
+        """The rows, as they are in the file, that a rank of a run of so many `ranks` can have written: as rows of
+        `schema.TABLES`, whatever the file's version is."""
+        return sound_rows(table, upgraded(table, rows, self.version), self.made_ns, ranks)
 
     def correct(self, t_ns: Rows) -> Rows:
         """Times (int64) of this rank's clock on the run's: linear between the measured offsets."""
@@ -105,7 +117,7 @@ def _open_file(path: Path, rank: int, attempt: int) -> TraceFile:
             advice = f"this hpctrain reads version {SCHEMA_VERSION}; read it with the hpctrain that wrote it"
             raise UnreadableTrace(path, rank, f"has schema version {version}: {advice}")
         for name in TABLES:
-            if fault := _layout_fault(h5, name):
+            if fault := _layout_fault(h5, name, layout(version)[name]):
                 raise UnreadableTrace(path, rank, f"{fault} in /{name}")
         counts = {name: _count(h5[name], path) for name in TABLES}
         claimed, rows = ({name: count[i] for name, count in counts.items()} for i in (0, 1))
@@ -130,7 +142,7 @@ def _attributes(h5: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
     return found, tuple(faults)
 
 
-def _layout_fault(h5: Any, name: str) -> str | None:
+def _layout_fault(h5: Any, name: str, dtype: np.dtype[Any]) -> str | None:
     """What about a table is not as a trace has it. All of it has to lie in the file itself, not in others that it
     names, and to be readable without anything that files can ask for: a filter, say."""
     import h5py
@@ -139,7 +151,7 @@ def _layout_fault(h5: Any, name: str) -> str | None:
     if link is not None and not isinstance(link, h5py.HardLink):
         return "leads into another place"
     table = h5[name]
-    if not isinstance(table, h5py.Dataset) or table.ndim != 1 or table.dtype != TABLES[name]:
+    if not isinstance(table, h5py.Dataset) or table.ndim != 1 or table.dtype != dtype:
         return "does not have the columns of its schema"
     if table.chunks is None or not 1 <= table.chunks[0] <= LONGEST_CHUNK or table.id.get_create_plist().get_nfilters():
         return "is not laid out as traces are"
@@ -167,9 +179,9 @@ def why(error: Exception) -> str:
     return text[text.index("(") + 1 :].rstrip(")") if "(" in text else text
 
 
-def text_of(value: bytes) -> str:
-    """Text out of a trace, fit for a terminal."""
-    return escaped(value.decode(errors="replace"))
+def event_of(kind: bytes, json: bytes) -> Event:
+    """Of a row of /events."""
+    return from_json(kind.decode(errors="replace"), json.decode(errors="replace"))
 
 
 def _plain(value: Any, name: str) -> Any:

@@ -26,15 +26,16 @@ from hpctrain.trace.files import (
     TraceFile,
     UnreadableTrace,
     align,
+    event_of,
     open_file,
     open_h5,
     read_regular,
     read_rows,
     strays,
-    text_of,
 )
-from hpctrain.trace.schema import KIND_CODES, KINDS, OLDER_VERSIONS, OUTCOMES, TABLES
-from hpctrain.trace.soundness import TIMES, sound_rows
+from hpctrain.trace.schema import KIND_CODES, KINDS, OUTCOMES, TABLES
+from hpctrain.trace.soundness import TIMES
+from hpctrain.trace.versions import SAID
 from hpctrain.trace.writer import trace_files
 
 if TYPE_CHECKING:
@@ -98,9 +99,9 @@ class Run:
         return {number: [file for file in self._files if file.attempt == number] for number in self.attempts}
 
     def _note_gaps(self) -> None:
-        for version in sorted({int(file.attributes["schema_version"]) for file in self._files} & set(OLDER_VERSIONS)):
+        for version in sorted({int(file.attributes["schema_version"]) for file in self._files} & set(SAID)):
             ranks = sorted({file.rank for file in self._files if file.attributes["schema_version"] == version})
-            self._note(f"{name_ranks(ranks)}: written in schema version {version}: {OLDER_VERSIONS[version]}")
+            self._note(f"{name_ranks(ranks)}: written in schema version {version}: {SAID[version]}")
         present = trace_files(self.folder)
         for attempt, files in self._by_attempt().items():
             size = size_of(files)
@@ -228,7 +229,7 @@ class Run:
         with open_h5(file.path) as h5:
             for start in range(0, whole, rows):
                 stop = min(start + rows, whole)
-                block = sound_rows(table, read_rows(h5[table], start, stop), file.made_ns, self.size)
+                block = file.sound(table, read_rows(h5[table], start, stop), self.size)
                 lost += stop - start - len(block)
                 block = keep(block) if keep else block
                 if len(block):
@@ -248,7 +249,8 @@ class Run:
         steps: range | tuple[int, int] | None = None,
         columns: Iterable[str] | None = None,
     ) -> pd.DataFrame:
-        """Columns rank, attempt, step, kind, lane, piece, start_ns, end_ns, bytes, peer, id, start_s, end_s.
+        """Columns rank, attempt, step, kind, lane, piece, start_ns, end_ns, bytes, peer, id, items, flops, start_s,
+        end_s.
 
         `kind`: one or several of `schema.KINDS`; `steps`: (first, one past the last), or a range. `columns`: only
         these of `schema.SPANS`, besides rank and attempt, for a smaller frame; `..._s` come with their `..._ns`.
@@ -295,10 +297,15 @@ class Run:
         return self._frame("resources", rank)
 
     def events(self, rank: Ranks = None) -> pd.DataFrame:
-        """Columns rank, attempt, t_ns, kind, text, t_s, in the order of time."""
+        """Columns rank, attempt, t_ns, kind, text, event, t_s, in the order of time.
+
+        `event`: one of the classes of `hpctrain.trace.events`; `text`: its sentence.
+        """
         frame = self._frame("events", rank)
-        for name in ("kind", "text"):
-            frame[name] = [text_of(value) for value in frame[name]]
+        found = [event_of(kind, json) for kind, json in zip(frame["kind"], frame.pop("json"), strict=True)]
+        frame["kind"] = [event.kind for event in found]
+        frame.insert(4, "text", list(map(str, found)))
+        frame.insert(5, "event", np.fromiter(found, object, len(found)))
         return frame.sort_values("t_ns", kind="stable", ignore_index=True)
 
     def clock(self, rank: Ranks = None) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from hpctrain.trace.events import SamplingStopped
 from hpctrain.trace.recorder import Recorder
 
 Gpu = Callable[[], tuple[float, int]]
@@ -52,7 +53,7 @@ class Sampler:
                     return
                 self._ended.wait(self.seconds)
         except Exception as error:  # a measurement that fails must not end a training, nor pass unseen
-            self.recorder.event("resources", f"sampling stopped: {type(error).__name__}: {error}")
+            self.recorder.event(SamplingStopped(type(error).__name__, str(error)))
 
     def _prepare(self) -> Callable[[], None]:
         """What takes a sample."""

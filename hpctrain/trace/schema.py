@@ -1,8 +1,12 @@
-"""The layout of a trace file, version 2: span kinds, row types, codes. No h5py here.
+"""The layout of a trace file, version 3: span kinds, row types, codes. No h5py here.
 
 A file is `trace/rank_RRRRR.h5` (attempt 1) or `trace/rank_RRRRR.A.h5` (the run resumed for the A-th time). It
 has one one-dimensional dataset per entry of `TABLES`. Codes start at 1, so that a row of zeros is a row that
 never reached the file (a truncated one, say). All times are nanoseconds of the rank's own clock.
+
+A number that its column cannot hold is written as the nearest that it can: no run ends because of its trace. Which
+columns a job can bring there is said beside them; the others are far wider than any run. `versions` has the layouts of
+older files.
 """
 
 from __future__ import annotations
@@ -13,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-SCHEMA_VERSION = 2
-# Read, too, with what they lack: of version 1 only messages and barriers that were waited for left spans.
-OLDER_VERSIONS = {1: "messages and barriers that nobody waited for are not in it"}
+from hpctrain.trace.events import JSON_BYTES, KIND_BYTES
+
+SCHEMA_VERSION = 3
 
 
 class Kind(IntEnum):
@@ -75,8 +79,9 @@ def is_communication(kind: Any, id: Any) -> Any:
 
 
 # A span. Spans of one lane never overlap: one that another opens inside of is cut there, and `piece` counts
-# its pieces (0 the first, which carries the bytes; later ones carry none; 255 stands for 255 and more).
-# lane: 0 the rank's own course, 1 a colocated server's thread. peer: rank of the whole run, -1 none.
+# its pieces (0 the first, which carries bytes, items and flops; later ones carry none; 255 stands for 255 and more).
+# lane: 0 the rank's own course, 1 a colocated server's thread. peer: rank of the whole run, -1 none. items: samples
+# that were loaded or computed on, flops: floating-point operations; 0 where they have no meaning or are not known.
 SPAN_FIELDS = (
     ("step", "<i8", "q"),
     ("kind", "u1", "B"),
@@ -87,12 +92,15 @@ SPAN_FIELDS = (
     ("bytes", "<i8", "q"),
     ("peer", "<i4", "i"),
     ("id", "<i8", "q"),
+    ("items", "<i8", "q"),
+    ("flops", "<f8", "d"),
 )
 SPANS = np.dtype([(name, code) for name, code, _ in SPAN_FIELDS])
 SPAN_STRUCT = struct.Struct("<" + "".join(letter for _, _, letter in SPAN_FIELDS))
 
 # One row per step of a worker. samples: what this rank consumed in it; cursor: samples that the whole run had
-# consumed after it (-1 unknown); staleness in versions, -1 where it has no meaning; t_ns: the step's end.
+# consumed after it (-1 unknown); staleness in versions, -1 where it has no meaning (2^31 - 1 stands for that and more);
+# phase: its number in the job; t_ns: the step's end.
 STEPS = np.dtype(
     [
         ("step", "<i8"),
@@ -103,7 +111,7 @@ STEPS = np.dtype(
         ("outcome", "u1"),
         ("staleness_min", "<i4"),
         ("staleness_max", "<i4"),
-        ("phase", "u1"),
+        ("phase", "<i4"),
         ("cursor", "<i8"),
         ("t_ns", "<i8"),
     ]
@@ -123,8 +131,10 @@ RESOURCES = np.dtype(
     ]
 )
 
-# kind: role, switch, rebalance, failure, checkpoint ... Both are UTF-8, cut to fit (text: with an ellipsis).
-EVENTS = np.dtype([("t_ns", "<i8"), ("kind", "S24"), ("text", "S240")])
+# What happened, as `events` writes it: kind, and a JSON object. Both are UTF-8. Of fixed length, because strings of
+# variable length do not survive kill -9 in a file that is read while it is written; what is longer is shortened by
+# `events` so that it stays JSON.
+EVENTS = np.dtype([("t_ns", "<i8"), ("kind", f"S{KIND_BYTES}"), ("json", f"S{JSON_BYTES}")])
 
 # This rank's clock + offset_ns = rank 0's clock, give or take error_ns; measured at t_ns of this rank's.
 CLOCK = np.dtype([("t_ns", "<i8"), ("offset_ns", "<i8"), ("error_ns", "<i8")])
@@ -136,11 +146,3 @@ TABLES: dict[str, np.dtype[Any]] = {
     "events": EVENTS,
     "clock": CLOCK,
 }
-
-
-def fit_text(text: str, size: int) -> bytes:
-    """`text` in UTF-8, in at most `size` bytes; a cut one ends in an ellipsis."""
-    data = text.encode(errors="replace")
-    if len(data) <= size:
-        return data
-    return data[: size - 3].decode(errors="ignore").encode() + "…".encode()

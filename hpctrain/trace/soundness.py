@@ -32,6 +32,8 @@ LIMITS: dict[str, dict[str, Limits]] = {
         "bytes": (-1, MOST),
         "peer": (-1, MOST_RANKS - 1),
         "id": (-1, LATEST_NS),
+        "items": (0, MOST),
+        "flops": (0, 1e30),
     },
     "steps": {
         "step": (-1, MOST),
@@ -40,6 +42,7 @@ LIMITS: dict[str, dict[str, Limits]] = {
         "outcome": (1, len(OUTCOMES)),
         "staleness_min": (-1, 2**31),
         "staleness_max": (-1, 2**31),
+        "phase": (0, 2**31),
         "cursor": (-1, MOST),
     },
     "resources": {

@@ -22,7 +22,7 @@ from hpctrain.trace.recorder import Recorder
 from hpctrain.trace.schema import SCHEMA_VERSION, TABLES, Kind
 
 # Rows per chunk. A flush writes the last chunk anew, so rows that come slowly get small ones.
-CHUNK_ROWS = {"spans": 4096, "steps": 512, "resources": 256, "events": 64, "clock": 128}
+CHUNK_ROWS = {"spans": 4096, "steps": 512, "resources": 256, "events": 32, "clock": 128}
 _FILE_NAME = re.compile(r"rank_([0-9]{5,6})(?:\.([0-9]{1,4}))?\.h5")
 
 
@@ -53,8 +53,8 @@ class TraceWriter:
 
     `attributes`: rank, size, host, node, role, device, job (TOML text), attempt, library versions: str, int,
     float or bool. The file bears its name only once it can be read. Raises TraceError if it cannot be made.
-    If it cannot be written later (a full disk), one line goes to stderr, `stopped` says why, and the run goes
-    on untraced. Not collective; call every method from the thread of lane 0.
+    Whatever goes wrong later (a full disk, say) ends the trace and not the run: one line goes to stderr, `stopped`
+    says what happened, and no method raises. Not collective; call every method from the thread of lane 0.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class TraceWriter:
         self.path = Path(path)
         self.recorder = recorder
         self.stopped: str | None = None
+        self._rank = attributes.get("rank", 0)
         self._interval = int(flush_seconds * 1e9)
         self._due = recorder.now() + self._interval
         self._file: Any = None
@@ -124,15 +125,15 @@ class TraceWriter:
         if self._file is not None:
             try:
                 self._file.close()
-            except (OSError, RuntimeError) as error:
+            except Exception as error:
                 self._stop(error)
             self._file, self._tables = None, {}
 
     def _append(self) -> None:
-        rows = self.recorder.drain()  # even when stopped: memory must not grow
-        if self._file is None:
-            return
         try:
+            rows = self.recorder.drain()  # even when stopped: memory must not grow
+            if self._file is None:
+                return
             for name, table in self._tables.items():
                 block = rows[name]
                 if len(block):
@@ -140,13 +141,15 @@ class TraceWriter:
                     table.resize(end + len(block), axis=0)
                     table[end:] = block
                     table.flush()
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # no fault of tracing ends a run
             self._stop(error)
 
     def _stop(self, error: Exception) -> None:
-        self.stopped = f"{self.path}: the trace ends here ({_reason(error)}); the run goes on without it"
-        with contextlib.suppress(OSError):
-            print(f"hpctrain: {self.stopped}", file=sys.stderr, flush=True)
+        if self.stopped is None:
+            self.stopped = f"rank {self._rank}: the trace {self.path} ends here ({_reason(error)})"
+            with contextlib.suppress(OSError):
+                text = f"{self.stopped}; the run goes on, and what this rank does from now on is missing from its trace"
+                print(f"hpctrain: warning: {text}", file=sys.stderr, flush=True)
         self._abandon()
 
     def _abandon(self) -> None:
@@ -161,7 +164,7 @@ class TraceWriter:
             os.dup2(sink, file.id.get_vfd_handle())
             os.close(sink)
             file.close()
-        except (OSError, RuntimeError, ValueError):
+        except Exception:
             pass  # already said that the trace has ended
 
 
@@ -175,7 +178,10 @@ def _reason(error: Exception) -> str:
     if number is None:
         match = re.search(r"errno = (\d+)", str(error))
         number = int(match[1]) if match else None
-    return os.strerror(number) if number else str(error).splitlines()[0]
+    if number:
+        return os.strerror(number)
+    text = str(error).partition("\n")[0]
+    return text if text and isinstance(error, (OSError, RuntimeError)) else f"{type(error).__name__}: {text}"
 
 
 def link_ranks(folder: Path | str) -> Path:

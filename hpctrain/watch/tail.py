@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain.trace.files import Rows, TraceFile, open_file, open_h5, read_rows, rows_there
-from hpctrain.trace.schema import TABLES
-from hpctrain.trace.soundness import TIMES, sound_rows
+from hpctrain.trace.soundness import TIMES
 
 MOST_ROWS = 1 << 15  # of one table in one look
 STRETCHES, STRETCH_ROWS = 64, 16
@@ -90,7 +89,7 @@ class Tail:
             self.damaged += sum(there[name] - self._seen[name] for name in seen)
         for name, rows in blocks.items():
             table = "steps" if name == "sampled" else name
-            blocks[name] = sound_rows(table, rows, self.file.made_ns)
+            blocks[name] = self.file.sound(table, rows)
             self.damaged += len(rows) - len(blocks[name])
         for rows in blocks.values():
             for column in set(TIMES) & set(rows.dtype.names or ()):
@@ -111,4 +110,4 @@ def _sample(table: Any, start: int, stop: int) -> Rows:
     """A few rows here and there of start to stop."""
     begins = np.linspace(start, stop, STRETCHES, endpoint=False, dtype=np.int64) if stop > start else np.zeros(0, int)
     parts = [_new_rows(table, begin, min(begin + STRETCH_ROWS, stop)) for begin in begins.tolist()]
-    return np.concatenate([np.zeros(0, TABLES["steps"]), *parts])
+    return np.concatenate([np.zeros(0, table.dtype), *parts])

@@ -15,9 +15,9 @@ import numpy as np
 from hpctrain.errors import TraceError
 from hpctrain.filenames import JOB, METRICS, MODEL
 from hpctrain.registry import escaped
-from hpctrain.trace.files import UNREADABLE, Rows, text_of, why
+from hpctrain.trace.events import Event, PhaseEntered
+from hpctrain.trace.files import UNREADABLE, Rows, event_of, why
 from hpctrain.trace.reader import name_ranks, size_of
-from hpctrain.trace.roles import parse_entry
 from hpctrain.trace.writer import trace_files
 from hpctrain.watch.evaluations import read_evaluations
 from hpctrain.watch.history import History
@@ -138,7 +138,7 @@ class Watcher:
     def _take(self, rank: _Rank, news: News) -> None:
         attempt = self._attempt
         for event in news.events:
-            self._hear(rank, int(event["t_ns"]), *(text_of(event[name]) for name in ("kind", "text")))
+            self._note_event(rank, int(event["t_ns"]), event_of(event["kind"], event["json"]))
         rank.recent.add(news.spans, news.steps, takes_steps=rank.role == "worker", cut=news.cut)
         rank.sums = rank.recent.sums()
         ends = [news.spans["end_ns"], news.steps["t_ns"], news.events["t_ns"]]
@@ -151,16 +151,17 @@ class Watcher:
                 attempt.cursor, attempt.epoch = int(steps["cursor"][-1]), float(steps["epoch"][-1])
         self._keep_pace(rank, news.steps)
 
-    def _hear(self, rank: _Rank, t_ns: int, kind: str, text: str) -> None:
+    def _note_event(self, rank: _Rank, t_ns: int, event: Event) -> None:
         attempt = self._attempt
-        if kind in TOLD:
-            attempt.told[kind] = max(attempt.told.get(kind, (t_ns, text)), (t_ns, text))
-        if (entry := parse_entry(kind, text)) is None:
+        if event.kind in TOLD:
+            newest = t_ns, str(event)
+            attempt.told[event.kind] = max(attempt.told.get(event.kind, newest), newest)
+        if not isinstance(event, PhaseEntered):
             return
-        rank.phase, rank.role = entry.phase, entry.role
+        rank.phase, rank.role = event.phase, event.role
         rank.recent.begin(t_ns)
         if rank.phase > attempt.phase:
-            attempt.phase, attempt.strategy = rank.phase, entry.strategy
+            attempt.phase, attempt.strategy = rank.phase, event.strategy
             attempt.pace.clear()
 
     def _keep_pace(self, rank: _Rank, steps: Rows) -> None:

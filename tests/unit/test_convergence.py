@@ -238,7 +238,7 @@ def test_the_moment_a_rule_fired_is_known_and_told_once(tmp_path):
         ("target: metric 0.9700 >= 0.97", 0.97, 0.97, True),
         ("target: metric 0.5000 < 0.97", 0.5, 0.97, False),
         ("target: metric nan against 0.97", None, 0.97, False),
-        ("loss_stable_published 1.2e-05 <= 1e-4", 1.2e-5, 1e-4, True),
+        ("loss_stable_published 1.2e-05 <= 0.0001", 1.2e-5, 1e-4, True),
         ("loss_stable -0.1 > 0.01, never armed: the first loss, -3, is negative", -0.1, 0.01, False),
         ("my rule says: the moon is full", None, None, False),
         ("", None, None, False),

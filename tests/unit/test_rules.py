@@ -15,6 +15,7 @@ from hpctrain.errors import JobError
 from hpctrain.job import Job
 from hpctrain.jobtables import RuleSpec
 from hpctrain.schedule import Ask, Conductor, Rule, RunClock
+from hpctrain.trace.events import Event
 
 CLOCK = RunClock(epoch=100, round=10, total=10_000)
 HERE = __name__
@@ -39,7 +40,7 @@ def observed(
     for index, loss in enumerate(losses):
         why = made.observe(start + (index + 1) * samples, loss)
         if made.news is not None:
-            news.append(made.news)
+            news.append(str(made.news))
             made.news = None
         if why is not None:
             return index + 1, why, news
@@ -148,13 +149,13 @@ def test_the_published_statistic_is_relative_to_the_loss_before() -> None:
 
 # -- target -----------------------------------------------------------------------------------------------------
 def test_target_ends_the_phase_at_an_evaluation_that_reaches_it() -> None:
-    told: list[tuple[str, str]] = []
-    conductor = Conductor(1000, 10, 0, rule({"rule": "target", "metric": 0.9}), tell=lambda *what: told.append(what))
+    told: list[Event] = []
+    conductor = Conductor(1000, 10, 0, rule({"rule": "target", "metric": 0.9}), tell=told.append)
     assert conductor.decide(0, 10, 0.1, Ask.NOTHING) == Ask.EVALUATE and told == []
     assert conductor.evaluated(10, 0.89) == Ask.NOTHING
     assert conductor.evaluated(10, math.nan) == Ask.NOTHING
     assert conductor.evaluated(10, 0.9) == Ask.END_PHASE and conductor.why == "target: metric 0.9000 >= 0.9"
-    assert [text for _, text in told] == [
+    assert list(map(str, told)) == [
         "target: metric 0.8900 < 0.9",
         "target: metric nan against 0.9",
         "target: metric 0.9000 >= 0.9",

@@ -31,6 +31,7 @@ from hpctrain.schedule import (
     run_total,
     step,
 )
+from hpctrain.trace.events import Event, RuleStatistic
 
 
 def cursors(epoch: int, round_size: int, start: int, count: int) -> list[int]:
@@ -220,7 +221,7 @@ class Talkative(Rule):
     """Has news of every step, and ends the phase at a loss or a metric under 0."""
 
     def observe(self, cursor: int, loss: float) -> str | None:
-        self.news = f"saw {loss:g}"
+        self.news = RuleStatistic("talkative", loss, "against", 0.0)
         return "seen enough" if loss < 0 else None
 
     def evaluated(self, cursor: int, metric: float, higher_is_better: bool) -> str | None:
@@ -228,12 +229,12 @@ class Talkative(Rule):
 
 
 def test_news_of_a_rule_are_told_once() -> None:
-    told: list[tuple[str, str]] = []
-    conductor = Conductor(1000, 0, 0, Talkative(None, CLOCK, 0), tell=lambda kind, text: told.append((kind, text)))
+    told: list[Event] = []
+    conductor = Conductor(1000, 0, 0, Talkative(None, CLOCK, 0), tell=told.append)
     assert conductor.decide(0, 32, 1.0, Ask.NOTHING) == Ask.NOTHING
     assert conductor.evaluated(32, 1.0) == Ask.NOTHING
     assert conductor.decide(32, 64, -1.0, Ask.NOTHING) == Ask.END_PHASE and conductor.why == "seen enough"
-    assert told == [("rule", "saw 1"), ("rule", "saw -1")]
+    assert told == [RuleStatistic("talkative", loss, "against", 0.0) for loss in (1.0, -1.0)]
 
 
 def test_a_rule_may_end_the_phase_after_an_evaluation() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from hpctrain.cli import main
 from hpctrain.errors import TraceError
 from hpctrain.trace import SCHEMA_VERSION, Recorder, TraceWriter, format_totals, open_run, sum_times, trace_path
+from hpctrain.trace.events import Switch
 from hpctrain.trace.files import TraceFile
 from hpctrain.trace.schema import CLOCK
 
@@ -90,7 +92,7 @@ def test_frames_select_ranks_kinds_and_steps(tmp_path):
             writing.span("forward", 100 * step, 100 * step + 10, step=step)
             writing.span("send", 100 * step + 10, 100 * step + 30, 64, 1, step)
         writing.span("update", 30, 40, step=1, lane=1)
-        writing.recorder.event("switch", "loss 0.1 <= 0.2")
+        writing.recorder.event(Switch("loss 0.1 <= 0.2"))
         writing.recorder.resource(50.0, 1000)
         writing.close()
     run = open_run(tmp_path)
@@ -212,12 +214,14 @@ def test_ranks_of_another_schema_version_are_left_out_and_said(tmp_path):
 
 
 def test_older_schema_versions_are_read_with_what_they_lack(tmp_path):
-    write(tmp_path, ranks=3, steps=1)
+    """Version 1 has the layout of version 2."""
+    shutil.copytree(Path(__file__).parents[1] / "fixtures" / "runs_0.1" / "all_reduce", tmp_path, dirs_exist_ok=True)
     for rank in (0, 2):
         set_version(tmp_path, rank, 1)
     run = open_run(tmp_path)
     assert run.ranks == [0, 1, 2] and set(run.spans()["rank"]) == {0, 1, 2}
-    lacks = "messages and barriers that nobody waited for are not in it"
+    assert not run.spans()[["items", "flops"]].to_numpy().any() and set(run.steps()["phase"]) == {0}
+    lacks = "messages and barriers that nobody waited for are not in it, nor are items and operations of spans"
     assert run.notes == [f"ranks 0, 2: written in schema version 1: {lacks}"]
 
 

@@ -1,0 +1,95 @@
+"""How older versions of the schema look, and their rows as rows of today's. Nothing else knows of them.
+
+Version 1 and 2 have the same layout. Their events are sentences, which are parsed here; a phase is one byte.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from hpctrain.trace.events import (
+    CheckpointWritten,
+    Event,
+    Failure,
+    Link,
+    PhaseEntered,
+    PlainEvent,
+    RuleStatistic,
+    Switch,
+    from_json,
+    written,
+)
+from hpctrain.trace.schema import SCHEMA_VERSION, TABLES
+
+Rows = np.ndarray[Any, Any]
+
+# Versions that are read, too, with what they lack.
+OLDER_VERSIONS = {
+    1: "messages and barriers that nobody waited for are not in it, nor are items and operations of spans",
+    2: "items and operations of spans are not in it",
+}
+SAID = {1: OLDER_VERSIONS[1]}  # what a reader of the figures has to know of
+
+_OTHERWISE = {("steps", "phase"): "u1"}
+_ABSENT = {("spans", "items"), ("spans", "flops")}
+
+
+def _before(table: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    names = [name for name in dtype.names or () if (table, name) not in _ABSENT]
+    return np.dtype([(name, _OTHERWISE.get((table, name), dtype[name].str)) for name in names])
+
+
+_TABLES_2 = {table: _before(table, dtype) for table, dtype in TABLES.items()}
+_TABLES_2["events"] = np.dtype([("t_ns", "<i8"), ("kind", "S24"), ("text", "S240")])
+
+_ENTRY = re.compile(r"phase (\d{1,9}): (\w+) of (.+)")
+_COMPUTED = re.compile(
+    r"(?P<rule>\S+?):? +(?P<of>metric +)?(?P<value>[-+.\w]+) +(?P<sign><=|>=|<|>|against) +(?P<threshold>[-+.\w]+)"
+    r"(?:, (?P<unready>.*))?"
+)
+
+
+def layout(version: int) -> dict[str, np.dtype[Any]]:
+    """The tables of files of that version."""
+    return TABLES if version == SCHEMA_VERSION else _TABLES_2
+
+
+def upgraded(table: str, rows: Rows, version: int) -> Rows:
+    """`rows` of a file of `version` as rows of `schema.TABLES`; what it does not say is 0."""
+    if rows.dtype == TABLES[table]:
+        return rows
+    found: Rows = np.zeros(len(rows), TABLES[table])
+    for name in set(TABLES[table].names or ()) & set(rows.dtype.names or ()):
+        found[name] = rows[name]
+    if table == "events":
+        found["json"] = [
+            written(parsed(kind.decode(errors="replace"), text.decode(errors="replace")))[1]
+            for kind, text in zip(rows["kind"].tolist(), rows["text"].tolist(), strict=True)
+        ]
+    return found
+
+
+def parsed(kind: str, text: str) -> Event:
+    """The event that a version before 3 wrote as this sentence."""
+    if kind == PhaseEntered.kind and (entry := _ENTRY.fullmatch(text)):
+        return PhaseEntered(int(entry[1]), entry[2], entry[3])
+    if kind == RuleStatistic.kind and (found := _COMPUTED.fullmatch(text)):
+        try:
+            value, threshold = float(found["value"]), float(found["threshold"])
+        except ValueError:
+            return PlainEvent(kind, text)
+        return RuleStatistic(
+            found["rule"], value, found["sign"], threshold, (found["of"] or "").strip(), found["unready"] or ""
+        )
+    if kind == Link.kind:
+        return from_json(kind, text)
+    if kind == Switch.kind:
+        return Switch(text)
+    if kind == CheckpointWritten.kind:
+        return CheckpointWritten(text)
+    if kind == Failure.kind:
+        return Failure(*text.split(": ", 1)) if ": " in text else PlainEvent(kind, text)
+    return PlainEvent(kind, text)

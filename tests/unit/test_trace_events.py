@@ -1,0 +1,122 @@
+"""Typed events: what is written is read again, whatever texts hold; foreign events are carried; old sentences parse."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpctrain.registry import escaped
+from hpctrain.trace import events
+from hpctrain.trace.events import (
+    CheckpointWritten,
+    Event,
+    Failure,
+    Link,
+    PhaseEntered,
+    PlainEvent,
+    RuleStatistic,
+    SamplingStopped,
+    Switch,
+    from_json,
+    written,
+)
+from hpctrain.trace.files import event_of
+from hpctrain.trace.versions import parsed
+
+VALUES = {"int": st.integers(0, 2**31), "float": st.floats(), "bool": st.booleans(), "str": st.text(max_size=600)}
+# What each says, and what version 2 wrote for it where that can be told from the sentence.
+WITHOUT_SENTENCE = [Link(1, True, 1e-6, 2e9), SamplingStopped("OSError", "no such file")]
+SENTENCES: list[tuple[Event, str]] = [
+    (PhaseEntered(3, "server", "parameter_server (async)"), "phase 3: server of parameter_server (async)"),
+    (RuleStatistic("loss_stable", 0.0293, "<=", 0.03), "loss_stable 0.0293 <= 0.03"),
+    (RuleStatistic("loss_stable", 0.00021, ">", 1e-05), "loss_stable 0.00021 > 1e-05"),
+    (
+        RuleStatistic("loss_stable", 0.0, "<=", 0.01, unready="not armed: loss 2.3 of first 2.3"),
+        "loss_stable 0 <= 0.01, not armed: loss 2.3 of first 2.3",
+    ),
+    (RuleStatistic("target", 0.975, ">=", 0.97, of="metric"), "target: metric 0.9750 >= 0.97"),
+    (Switch("after 192 >= 192 samples"), "after 192 >= 192 samples"),
+    (CheckpointWritten("000000000096.safetensors"), "000000000096.safetensors"),
+    (Failure("ValueError", "no: not this"), "ValueError: no: not this"),
+    (PlainEvent("rebalance", "shards moved"), "shards moved"),
+]
+
+
+def made(kind: type[Event]) -> st.SearchStrategy[Event]:
+    return st.builds(kind, **{field.name: VALUES[str(field.type)] for field in fields(kind)})
+
+
+@pytest.mark.parametrize(
+    "event", [event for event, _ in SENTENCES] + [Link(1, True, 1e-6, 2e9), SamplingStopped("A", "b")]
+)
+def test_a_short_event_comes_back_as_it_was(event: Event) -> None:
+    assert event_of(*written(event)) == event
+
+
+@given(st.one_of([made(kind) for kind in events.KINDS.values()]))
+def test_any_event_fits_its_columns_and_keeps_its_kind_and_numbers(event: Event) -> None:
+    kind, data = written(event)
+    assert len(kind) <= events.KIND_BYTES and len(data) <= events.JSON_BYTES
+    found = from_json(kind.decode(), data.decode())
+    assert type(found) is type(event)
+    for field in fields(event):
+        before, after = getattr(event, field.name), getattr(found, field.name)
+        if isinstance(before, str):
+            shown = escaped(before.encode(errors="replace").decode())
+            assert after == shown or shown.startswith(after.removesuffix("…")) or "\\" in shown
+        else:
+            assert after == before or (math.isnan(after) and math.isnan(before))
+    json.loads(data, parse_constant=pytest.fail)  # no NaN, which is no JSON
+
+
+@given(st.text(), st.text())
+def test_whatever_stands_in_a_file_is_read(kind: str, text: str) -> None:
+    found = from_json(kind, text)
+    assert str(found) == escaped(str(found)) and found.kind == escaped(kind)
+
+
+@pytest.mark.parametrize(
+    "data",
+    ['{"phase":"3","role":"worker","strategy":"a"}', '{"phase":true,"role":"worker","strategy":"a"}', '{"phase":1}',
+     '{"phase":1e3,"role":"a","strategy":"b"}', "[1]", "3", "{", f'{{"phase":{2**70},"role":"a","strategy":"b"}}'],
+)  # fmt: skip
+def test_fields_that_are_not_those_of_the_kind_make_a_plain_event(data: str) -> None:
+    assert from_json("role", data) == PlainEvent("role", data)
+
+
+def test_fields_of_a_newer_version_are_passed_over() -> None:
+    found = from_json("role", '{"phase":1,"role":"worker","strategy":"a","island":7}')
+    assert found == PhaseEntered(1, "worker", "a")
+
+
+def test_a_kind_that_is_not_known_is_carried_as_it_is() -> None:
+    assert from_json("rewind", '{"to":12}') == PlainEvent("rewind", '{"to":12}')
+
+
+def test_control_characters_do_not_reach_a_terminal() -> None:
+    kind, data = written(Switch("\x1b[2J"))
+    assert "\x1b" not in str(event_of(kind, data))
+
+
+@pytest.mark.parametrize(("event", "sentence"), SENTENCES)
+def test_sentences_for_people_and_those_of_version_2(event: Event, sentence: str) -> None:
+    assert str(event) == sentence
+    assert parsed(event.kind, sentence) == event
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("role", "phase 999999999999999999999999: worker of x"),
+        ("role", "%s{}"),
+        ("rule", "saw 3"),
+        ("rule", "a b <= c"),
+    ],
+)
+def test_other_sentences_of_version_2_are_plain(kind: str, text: str) -> None:
+    assert parsed(kind, text) == PlainEvent(kind, text)
