@@ -43,6 +43,12 @@ def find_phases(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS).sort_values(["attempt", "phase", "rank"], ignore_index=True)
 
 
+def longest(phases: pd.DataFrame, most: int) -> list[int]:
+    """The phases of `Analysis.phases` to show where there is room for `most`: those that took longest, in order."""
+    took = (phases["end_ns"] - phases["start_ns"]).groupby(phases["phase"]).max()
+    return sorted(took.nlargest(most).index.tolist())
+
+
 def _entered(run: Run) -> dict[Key, tuple[str, str, int]]:
     """(strategy, role, when) of each rank's entry into each phase."""
     found: dict[Key, tuple[str, str, int]] = {}

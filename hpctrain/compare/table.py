@@ -92,7 +92,8 @@ def _row(letter: str, run: RunSummary, targets: Targets) -> Row:
 
 def _by_phase(counts: Sequence[int]) -> str:
     """(4, 4, 3) -> "4, 3"."""
-    return ", ".join(str(n) for i, n in enumerate(counts) if i == 0 or n != counts[i - 1]) or "0"
+    changes = [str(n) for i, n in enumerate(counts) if i == 0 or n != counts[i - 1]]
+    return ", ".join(changes[:4] + ["..."] * (len(changes) > 4)) or "0"
 
 
 # -- text ----------------------------------------------------------------------------------------------------

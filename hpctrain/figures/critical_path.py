@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from hpctrain.analysis import Analysis
 from hpctrain.figures import NothingToShow
 from hpctrain.figures.script import main
-from hpctrain.figures.style import look, mark_share, new_figure, phase_names
+from hpctrain.figures.style import look, mark_share, new_figure, phase_names, shown_phases
+
+MOST = 6  # phases
 
 
 def draw(analysis: Analysis) -> Figure:
@@ -20,9 +22,10 @@ def draw(analysis: Analysis) -> Figure:
     path = analysis.critical_path
     if path.empty or path["rank"].nunique() < 2 or not path["steps"].sum():
         raise NothingToShow("there are no synchronous steps of several workers, so no rank was the last of one")
-    phases, ranks = sorted(path["phase"].unique()), sorted(path["rank"].unique())
+    phases, fewer = shown_phases(analysis, path["phase"], MOST)
+    ranks = sorted(path.loc[path["phase"].isin(phases), "rank"].unique())
     inches = float(np.clip(3 + 0.35 * len(ranks), 7, 14))
-    figure = new_figure(analysis, "Last to arrive in synchronous steps", inches, 3.5)
+    figure = new_figure(analysis, f"Last to arrive in synchronous steps{fewer}", inches, 3.5)
     axes, names = figure.subplots(), phase_names(analysis)
     width = 0.8 / len(phases)
     for i, phase in enumerate(phases):

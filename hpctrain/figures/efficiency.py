@@ -15,8 +15,19 @@ from matplotlib.figure import Figure
 from hpctrain.analysis import Analysis
 from hpctrain.figures import NothingToShow
 from hpctrain.figures.script import main
-from hpctrain.figures.style import BLUE, GREEN, KIND_COLOURS, ORANGE, legend, name_rows, new_figure, rows_height
+from hpctrain.figures.style import (
+    BLUE,
+    GREEN,
+    KIND_COLOURS,
+    ORANGE,
+    legend,
+    name_rows,
+    new_figure,
+    rows_height,
+    shown_phases,
+)
 
+MOST = 12  # phases
 TERMS = {"parallel_efficiency": BLUE, "load_balance": GREEN, "communication_efficiency": ORANGE}
 
 
@@ -25,8 +36,10 @@ def draw(analysis: Analysis) -> Figure:
     terms, times = analysis.efficiency, analysis.times
     if terms.empty:
         raise NothingToShow("no worker has finished a step, so there is no efficiency to show")
+    phases, fewer = shown_phases(analysis, terms["phase"], MOST)
+    terms = terms[terms["phase"].isin(phases)]
     above, below = 0.4 + 0.5 * len(terms), max(2.0, rows_height(len(times.groupby(["rank", "lane"]))))
-    figure = new_figure(analysis, "Efficiency by the POP model", 9, 1.4 + above + below)
+    figure = new_figure(analysis, f"Efficiency by the POP model{fewer}", 9, 1.4 + above + below)
     upper, lower = figure.subplots(2, height_ratios=[above, below])
     _draw_terms(upper, terms)
     _draw_times(lower, times)

@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from hpctrain.analysis import Analysis
 from hpctrain.figures import NothingToShow
 from hpctrain.figures.script import main
-from hpctrain.figures.style import GREEN, VERMILLION, name_rows, new_figure, phase_names, rows_height
+from hpctrain.figures.style import GREEN, VERMILLION, name_rows, new_figure, phase_names, rows_height, shown_phases
+
+MOST = 6  # phases: a panel each
 
 
 def draw(analysis: Analysis) -> Figure:
@@ -20,9 +22,10 @@ def draw(analysis: Analysis) -> Figure:
     overlap = analysis.overlap[analysis.overlap["in_flight_s"] > 0]
     if overlap.empty:
         raise NothingToShow("nothing was in flight between two ranks")
-    phases, names = sorted(overlap["phase"].unique()), phase_names(analysis)
+    phases, fewer = shown_phases(analysis, overlap["phase"], MOST)
+    names, overlap = phase_names(analysis), overlap[overlap["phase"].isin(phases)]
     rows = int(overlap.groupby("phase").size().max())
-    about = "Overlap of communication and computation"
+    about = f"Overlap of communication and computation{fewer}"
     figure = new_figure(analysis, about, 4.5 + 3.5 * len(phases), 1.6 + rows_height(rows))
     for axes, phase in zip(figure.subplots(1, len(phases), squeeze=False)[0], phases, strict=True):
         mine = overlap[overlap["phase"] == phase].sort_values("rank")

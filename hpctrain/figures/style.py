@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hpctrain.analysis.phases import longest
 from hpctrain.registry import escaped
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ LINES = tuple(colour for colour in COLOURS if colour != YELLOW)  # yellow is too
 STYLES = ("-", "--", ":", "-.")
 GREY = "#999999"
 MANY = 8  # more lines than this cannot be told apart
+MOST_PHASES = 60  # that are marked by lines; more would hide what is drawn
 
 # In the order in which they are stacked. Computing is blue to green, communication orange to red, waiting light.
 KIND_COLOURS = {
@@ -118,7 +120,10 @@ def mark_share(axes: Axes, share: float, colour: str) -> None:
 
 
 def mark_phases(axes: Axes, starts: Mapping[int, float], names: Mapping[int, str] | None = None) -> None:
-    """A line where each phase but the first begins; `names` are written above the axes."""
+    """A line where each phase but the first begins; `names` are written above the axes. Nothing where there are more
+    than MOST_PHASES."""
+    if len(starts) > MOST_PHASES:
+        return
     for x in sorted(starts.values())[1:]:
         axes.axvline(x, color=BLACK, linestyle=(0, (4, 3)), linewidth=0.9, zorder=3)
     if names and len(starts) > 1:
@@ -133,6 +138,15 @@ def phase_names(analysis: Analysis) -> dict[int, str]:
     found = analysis.phases.drop_duplicates("phase").sort_values("phase")
     pairs = zip(found["phase"], found["strategy"], strict=True)
     return {int(phase): literal(f"phase {phase}: {name}") for phase, name in pairs}
+
+
+def shown_phases(analysis: Analysis, having: pd.Series[Any], most: int) -> tuple[list[int], str]:
+    """(phases to show of those that are in the column `having`, what to say of the others in a title: "" if none)."""
+    own = analysis.phases[analysis.phases["phase"].isin(having)]
+    count = own["phase"].nunique()
+    if count <= most:
+        return sorted(having.unique().tolist()), ""
+    return longest(own, most), f", the {most} longest of {count:,} phases"
 
 
 def phase_starts(analysis: Analysis) -> dict[int, float]:

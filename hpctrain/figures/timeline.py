@@ -2,7 +2,7 @@
 
 A row per rank, and one per colocated server's thread. Time is cut into 1,200 columns; where several kinds share a
 column their heights in the row are their shares of it. White is time that no span covers. Dashed lines are where
-phases begin, triangles are events.
+phases begin, triangles are events; neither is drawn where there are very many.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from hpctrain.figures.style import (
 from hpctrain.trace.schema import KINDS
 
 COLUMNS = 1200
+MOST_MARKS = 200  # of a kind of event; more would be a bar across the figure
 MARKS = {"switch": "v", "checkpoint": "s", "rebalance": "D", "failure": "X"}
 
 
@@ -77,7 +78,7 @@ def _mark_events(events: pd.DataFrame, axes: Axes) -> list[Any]:
     handles: list[Any] = []
     for kind, mark in MARKS.items():
         at = events.loc[events["kind"] == kind, "t_s"]
-        if len(at):
+        if 0 < len(at) <= MOST_MARKS:
             handles += axes.plot(at, np.full(len(at), -0.5), mark, color=VERMILLION, markeredgecolor="black",
                                  clip_on=False, label=f"{kind} (event)", zorder=5)  # fmt: skip
     return handles

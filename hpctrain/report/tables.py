@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from hpctrain.trace import Run
 
 MOST_CELLS = 16  # ranks up to which the matrix of waiting is a table, and times are told by rank
+MOST_NAMED = 8  # phases, among the facts
+MOST_PHASES = 40  # in a table
 LIBRARIES = ("torch", "mpi4py", "numpy")
 
 
@@ -60,11 +62,14 @@ def _strategies(phases: pd.DataFrame | None) -> list[str]:
         return []
     found = []
     last = phases[phases["attempt"] == phases.groupby("phase")["attempt"].transform("max")]
+    shown = set(sorted(last["phase"].unique())[:MOST_NAMED])
+    others = last["phase"].nunique() - len(shown)
+    last = last[last["phase"].isin(shown)]
     for phase, part in last.groupby("phase"):
         roles = part.groupby("role")["rank"].nunique().sort_index(ascending=False)  # workers before servers
         who = " and ".join(f"{count} {role}{'s' * (count > 1)}" for role, count in roles.items())
         found.append(f"phase {phase}: {part['strategy'].iloc[0]}, {who}")
-    return found
+    return [*found, f"and {others:,} more phases"] if others else found
 
 
 def _work(run: Run) -> list[tuple[str, str]]:
@@ -90,22 +95,28 @@ TERMS = ("parallel_efficiency", "load_balance", "communication_efficiency")
 
 
 def efficiency(frame: pd.DataFrame) -> Table | None:
-    """A row per phase, in percent."""
+    """A row per phase, in percent; of very many the longest."""
     if not len(frame):
         return None
+    longest = frame.nlargest(MOST_PHASES, "seconds").sort_values("phase")
+    note = f"The {len(longest)} longest of {len(frame):,} phases." if len(longest) < len(frame) else ""
     rows = [
         [f"{row['phase']}", str(row["strategy"]), f"{int(row['workers'])}", f"{row['seconds']:.2f}"]
         + [percent(row[term]) for term in TERMS]
-        for row in frame.to_dict("records")
+        for row in longest.to_dict("records")
     ]
     heads = ["phase", "strategy", "workers", "seconds", *(term.replace("_", " ") for term in TERMS)]
-    return Table(heads, rows, texts=(1,))
+    return Table(heads, rows, note=note, texts=(1,))
 
 
 def times(frame: pd.DataFrame) -> Table | None:
-    """A row per phase and rank: its seconds by span kind. Where there are many ranks: per phase and role, means."""
+    """A row per phase and rank: its seconds by span kind. Where there are many ranks: per phase and role, means. Of
+    very many phases the longest."""
     if not len(frame):
         return None
+    took, all_phases = frame.groupby("phase")["total_s"].max(), frame["phase"].nunique()
+    frame = frame[frame["phase"].isin(took.nlargest(MOST_PHASES).index)]
+    note = f"The {MOST_PHASES} longest of {all_phases:,} phases." if all_phases > MOST_PHASES else ""
     kinds = [kind for kind in KINDS if kind in frame and (frame[kind] > 0).any()]
     numbers = [*kinds, "total_s"]
     many = frame["rank"].nunique() > MOST_CELLS
@@ -124,7 +135,7 @@ def times(frame: pd.DataFrame) -> Table | None:
         [0.0] * 3 + [row[kind] / row["total_s"] if row["total_s"] > 0 else 0.0 for kind in kinds] + [0.0]
         for row in frame.to_dict("records")
     ]
-    return Table(["phase", "rank", "role", *kinds, "total"], rows, shades, texts=(2,))
+    return Table(["phase", "rank", "role", *kinds, "total"], rows, shades, note, texts=(2,))
 
 
 def percent(share: float) -> str:
