@@ -356,13 +356,13 @@ def test_what_the_rule_says_and_the_switch_are_shown(going):
     run = going(2, SWITCH)
     begin(run)
     run.steps(0, 10)
-    run[0].event(0.5 * SECOND, "rule", "loss_stable 0.2 > 0.01")
-    run[0].event(1.0 * SECOND, "rule", "loss_stable 0.009 <= 0.01")
-    run[1].event(1.1 * SECOND, "switch", "loss_stable 0.009 <= 0.01")
+    run[0].event(0.5 * SECOND, "rule", "loss_stable 0.2000 > 0.01")
+    run[0].event(1.0 * SECOND, "rule", "loss_stable 0.0090 <= 0.01")
+    run[1].event(1.1 * SECOND, "switch", "loss_stable 0.0090 <= 0.01")
     run.show()
     text = drawn(run.watcher().look())
-    assert "rule       at 0:00:01: loss_stable 0.009 <= 0.01" in text
-    assert "switch     at 0:00:01: loss_stable 0.009 <= 0.01" in text
+    assert "rule       at 0:00:01: loss_stable 0.0090 <= 0.01" in text
+    assert "switch     at 0:00:01: loss_stable 0.0090 <= 0.01" in text
     assert "0.2 >" not in text
 
 
