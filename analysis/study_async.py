@@ -28,7 +28,7 @@ import torch
 from hpctrain import launcher
 from hpctrain.comm.virtual import World
 from hpctrain.job import Job
-from hpctrain.launch import Result, train
+from hpctrain.run.api import Result, train
 from hpctrain.runfolder import Narrator
 
 ROOT = Path(__file__).parent.parent

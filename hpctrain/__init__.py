@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpctrain.errors import HpctrainError
     from hpctrain.job import Job
-    from hpctrain.launch import Result, Session, session, train
     from hpctrain.resume import Resume
+    from hpctrain.run.api import Result, Session, session, train
 
 __version__ = "0.1.0"
 __all__ = ["HpctrainError", "Job", "Result", "Resume", "Session", "session", "train"]
@@ -19,11 +19,11 @@ __all__ = ["HpctrainError", "Job", "Result", "Resume", "Session", "session", "tr
 _WHERE = {
     "HpctrainError": "hpctrain.errors",
     "Job": "hpctrain.job",
-    "Result": "hpctrain.launch",
+    "Result": "hpctrain.run.api",
     "Resume": "hpctrain.resume",
-    "Session": "hpctrain.launch",
-    "session": "hpctrain.launch",
-    "train": "hpctrain.launch",
+    "Session": "hpctrain.run.api",
+    "session": "hpctrain.run.api",
+    "train": "hpctrain.run.api",
 }
 
 

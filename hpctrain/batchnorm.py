@@ -10,7 +10,8 @@ whose share of a round has fewer micro-batches than another's runs over a borrow
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from queue import SimpleQueue
 from typing import Any, cast
 
@@ -22,16 +23,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpctrain.comm.base import Communicator
+from hpctrain.coupling import Coupling
 from hpctrain.errors import ModelError
 
 
-class BatchNorms:
+class BatchNorms(Coupling):
     """All batch norm layers of one model, which normalise together between `join` and `leave`.
 
     Before, after and in evaluation mode they are torch's own; names in the state_dict do not change. `counted`: whether
     the samples that go through the model now count. Raises ModelError if the model has no such layer, or one whose
     class has a `forward` of its own.
     """
+
+    waits_in_forward = True
 
     def __init__(self, model: nn.Module) -> None:
         self.counted = True
@@ -65,6 +69,14 @@ class BatchNorms:
         if workers.size > 1:
             self._comm = workers.split(0, workers.rank)
             self._ferry = None if workers.concurrent else _Ferry()
+
+    def idle(self, bounds: Sequence[int], size: int, own: int) -> int:
+        """As many as are missing to those of the worker that has most."""
+        return max(-(-(b - a) // size) for a, b in pairwise(bounds)) - own
+
+    def before(self, counts: bool) -> None:
+        """Whether the samples that go through the model next count."""
+        self.counted = counts
 
     def leave(self) -> None:
         """Each by itself again. Collective, like `join`."""

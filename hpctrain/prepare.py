@@ -15,6 +15,7 @@ from hpctrain.batchnorm import BatchNorms
 from hpctrain.cluster import Roles, device_for, threads_for
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.gpu import usable_gpus
+from hpctrain.coupling import Coupling
 from hpctrain.data.generators import seed_run
 from hpctrain.data.loader import Batch, Loader, fetches_ahead
 from hpctrain.data.moving import casts, move
@@ -63,7 +64,8 @@ class Measurable:
 
 @dataclass
 class Prepared(Measurable):
-    """The parts of a run, the same on all ranks. `roles[i]`: of phase i; `batch`: samples per worker and round."""
+    """The parts of a run, the same on all ranks. `roles[i]`: of phase i; `batch`: samples per worker and round;
+    `coupling`: what couples the workers' models within a step."""
 
     order: Order
     replica: Replica
@@ -73,7 +75,7 @@ class Prepared(Measurable):
     batch: int
     total: int
     course: RateCourse
-    norms: BatchNorms | None = None
+    coupling: Coupling
 
     def notes(self) -> Iterator[str]:
         """What the user should know before the run begins, though nothing is wrong: a sentence each."""
@@ -171,13 +173,13 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     roles = roles_of(job, comm.nodes)
     parts = prepare_evaluation(job, comm)
     device, splits, model = parts.device, parts.splits, parts.model
-    norms = BatchNorms(model) if job.train.sync_batchnorm else None
+    coupling = BatchNorms(model) if job.train.sync_batchnorm else Coupling()
     groups = job.optimizer.groups
     replica = Replica(model, groups.bind(positional=1)(model) if groups is not None else None)
     untrained = Untrained(model, job.train.buffer_policies)
     optimizer = _optimizer(job, device)
     optimizer.check(replica.layout, device)
-    _check_strategies(job, norms is not None, optimizer)
+    _check_strategies(job, optimizer)
     order = make_order(splits.train, job.seed, job.data.shuffle)
     batch = job.train.batch_size * job.train.accumulate
     if job.data.last == "drop":
@@ -198,21 +200,20 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     )
     prepared = Prepared(
         job, device, splits, model, parts.loss, parts.metric, order, replica, untrained, optimizer, roles, batch, total,
-        course,
-        norms,
+        course, coupling,
     )  # fmt: skip
     _check_schedule(prepared)
     check_batchnorm(prepared)
     return prepared
 
 
-def _check_strategies(job: Job, sync_batchnorm: bool, optimizer: OptimizerChoice) -> None:
+def _check_strategies(job: Job, optimizer: OptimizerChoice) -> None:
     """Refuse strategies that do not suit the model's and the optimizer's keys."""
     if len(job.schedule) > 1:
         optimizer.check_movable()
     for spec in [phase.strategy for phase in job.schedule]:
         needs = spec.resolve()(spec.options).needs
-        if sync_batchnorm and not needs.lockstep:
+        if job.train.sync_batchnorm and not needs.lockstep:
             raise ModelError(
                 f"train.sync_batchnorm = true: under strategy {spec.name} workers do not take their steps together, "
                 "so they have no batch in common; leave the key out"

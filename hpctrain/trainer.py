@@ -1,69 +1,57 @@
-"""A worker's loop in one phase: batches, gradients, the strategy's step, and what the step asks for."""
+"""A worker's steps in one phase: batches, gradients, and the strategy's step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
-from hpctrain.batchnorm import BatchNorms
 from hpctrain.blocks import is_finite
+from hpctrain.coupling import Coupling
 from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.order import round_bounds
 from hpctrain.data.queue import Stretch
 from hpctrain.errors import HpctrainError
-from hpctrain.evaluate import explained
 from hpctrain.losses import check_differentiable, weigh
 from hpctrain.replica import Buckets
 from hpctrain.schedule import Ask
 from hpctrain.strategies.base import Outcome, Phase, Strategy
 
-if TYPE_CHECKING:
-    from hpctrain.launch import Session
-
-
 INSPECTED = 2**14  # elements of a gradient, or of a bucket of it, that every step looks at before it is exchanged
-
-
-class Attendant(Protocol):
-    """Who carries out what steps ask for, and keeps the books (the session)."""
-
-    def stepped(self, trainer: Trainer, outcome: Outcome, loss: float, samples: int) -> bool:
-        """After every step. True if the phase ends here."""
-
-    def warn(self, text: str) -> None:
-        """Say something that the user should know of, once per run."""
 
 
 @dataclass
 class Trainer:
-    """Built per phase on every worker. `slow`: how many times slower this rank is to pretend to be. `inside`: a step is
-    being taken, which the other workers take part in; else the program may leave."""
+    """Built per phase on every worker: its step's micro-batches come from `batches`, their losses go to `step`.
+
+    `coupling`: what couples the workers' models. `warn` is called with what the user should know of, a sentence.
+    `slow`: how many times slower this rank is to pretend to be. `check_gradient`: look at every element of the
+    gradient. `steps`: how many have been taken in the run. `inside`: a step is being taken, which the other workers
+    take part in; else the program may leave. `samples`: this worker's, of the step in progress.
+    """
 
     phase: Phase
     strategy: Strategy
     loader: Loader
-    attendant: Attendant
     batch_size: int
     move: Callable[[Batch], Batch]
+    warn: Callable[[str], None]
+    coupling: Coupling = field(default_factory=Coupling)
     slow: float = 1.0
     check_gradient: bool = False
-    norms: BatchNorms | None = None
     steps: int = 0
     inside: bool = False
-    _ended: bool = False
+    samples: int = 0
     _batch: Batch | None = None
     _left: int = 0
-    _samples: int = 0
     _loss: float = 0.0
     _weight: float = 0.0
     _started: int = 0
     _looked: bool = False  # whether the first step's loss has been examined
-    _buckets: Buckets | None = field(default=None)
+    _buckets: Buckets | None = None
 
     def __post_init__(self) -> None:
         comm = self.phase.comm
@@ -71,36 +59,71 @@ class Trainer:
         if self.strategy.bucket_bytes:
             self._buckets = Buckets(self.phase.replica, self.strategy.bucket_bytes, self._send)
 
-    def batches(self) -> Iterator[Batch]:
-        """This worker's micro-batches until the phase ends; `step` must be called once for each."""
-        while not self._ended:
-            pieces, following, own = self._next_step()
-            self.inside = True
-            self.strategy.before()
-            self.inside = False
-            self.phase.replica.clear()
-            self._left, self._samples, self._loss, self._weight = len(pieces), 0, 0.0, 0.0
-            self.phase.bad = 0
-            for index, (start, stop) in enumerate(pieces):
-                ahead = pieces[index + 1 :] or following
-                yield self._take(start, stop, ahead, counts=index < own)
-                if self._batch is not None:
-                    raise HpctrainError("step(loss) was not called for the last batch; call it once per batch")
-            if not pieces:
-                self.inside = True
-                self._finish()
-                self.inside = False
-        if self._buckets is not None:
-            self._buckets.remove()
-
-    def end(self) -> None:
-        """There is nothing (more) to do in this phase."""
-        self._ended = True
-
     @property
-    def ended(self) -> bool:
-        """Whether there is nothing more to do in this phase."""
-        return self._ended
+    def loss(self) -> float:
+        """The mean loss of this worker's samples in the step in progress, or the one just taken; 0 without samples."""
+        return self._loss / self._weight if self._weight else 0.0
+
+    def batches(self) -> Iterator[Batch]:
+        """This worker's micro-batches of the next step; `step` must be called once for each. There may be none: then
+        call `finish`."""
+        pieces, following, own = self._next_step()
+        self.inside = True
+        self.strategy.before()
+        self.inside = False
+        self.phase.replica.clear()
+        self._left, self.samples, self._loss, self._weight = len(pieces), 0, 0.0, 0.0
+        self.phase.bad = 0
+        for index, (start, stop) in enumerate(pieces):
+            ahead = pieces[index + 1 :] or following
+            yield self._take(start, stop, ahead, counts=index < own)
+            if self._batch is not None:
+                raise HpctrainError("step(loss) was not called for the last batch; call it once per batch")
+
+    def step(self, loss: Tensor | tuple[Tensor, Any]) -> Outcome | None:
+        """Backward of a micro-batch's loss, a mean or (sum, weight); after a round's last one the strategy's step, of
+        which the outcome is returned; else None."""
+        batch, self._batch = self._batch, None
+        if batch is None:
+            raise HpctrainError("step(loss) was called without a batch; call it once for each of batches()")
+        self.inside = True
+        self._forward.__exit__(None, None, None)
+        self._left -= 1
+        if self._buckets is not None and self._left == 0:
+            self._buckets.arm()
+        weighed = weigh(loss, batch.size)
+        check_differentiable(weighed)
+        if not self._looked:
+            self._find_foreign(weighed.term)
+        with self._backward:
+            scale = weighed.share / self.phase.batch
+            self.coupling.backward(weighed.term if scale == 1.0 else weighed.term * scale)
+        self.samples += batch.size
+        self._weight += weighed.weight
+        self._loss += weighed.mean * weighed.weight
+        self._dawdle()
+        outcome = self.finish() if self._left == 0 else None
+        self.inside = False
+        return outcome
+
+    def finish(self) -> Outcome:
+        """The strategy's step, once this worker's gradient is complete. Collective over the workers."""
+        self.inside = True
+        phase = self.phase
+        phase.replica.check()
+        loss = self.loss
+        if self._buckets is not None:
+            self._buckets.flush()
+        else:
+            self._inspect(0, phase.replica.layout.length)
+        if self.samples and not self._looked:
+            self._looked = True
+            self._tell_unused()
+        phase.step, phase.weight = self.steps, self._weight
+        outcome = self.strategy.step(self.samples, loss)
+        self.steps += 1
+        self.inside = False
+        return outcome
 
     def withdraw(self) -> Ask:
         """The program has left the loop: give up the batch in progress, and say so where the others take their next
@@ -114,11 +137,13 @@ class Trainer:
         phase.wish, phase.round_end, phase.step = Ask.LEAVE, phase.cursor, self.steps
         if self._buckets is not None:
             self._buckets.flush()
-        ask = self.strategy.withdraw()
+        return self.strategy.withdraw()
+
+    def close(self) -> None:
+        """No step follows in this phase: take the hooks off the model. Harmless if that is done."""
         if self._buckets is not None:
             self._buckets.remove()
-        self._ended = True
-        return ask
+            self._buckets = None
 
     def _next_step(self) -> tuple[list[Stretch], list[Stretch], int]:
         """(micro-batches of the next step, those after it as far as one can tell, how many of the first count)."""
@@ -142,19 +167,15 @@ class Trainer:
         return [(a, min(stop, a + self.batch_size)) for a in range(start, stop, self.batch_size)]
 
     def _borrowed(self, bounds: list[int], own: int) -> list[Stretch]:
-        """Batch norm over all workers needs equally many micro-batches of each: where this one has fewer than
-        another, it runs over the round's last sample instead, which counts nothing (its batch is of size 0)."""
-        if self.norms is None:
-            return []
-        most = max(-(-(b - a) // self.batch_size) for a, b in pairwise(bounds))
-        return [(bounds[-1] - 1, bounds[-1])] * (most - own)
+        """Micro-batches that count nothing, for what couples the models: of the round's last sample. (Their batches are
+        of size 0.)"""
+        return [(bounds[-1] - 1, bounds[-1])] * self.coupling.idle(bounds, self.batch_size, own)
 
     def _take(self, start: int, stop: int, ahead: list[Stretch], counts: bool) -> Batch:
         with self._span("data", stop - start):
             batch = self.move(self.loader.take(start, stop))
-            if self.norms is not None:
-                self.norms.counted = counts
-                batch = batch if counts else Batch(batch.inputs, batch.targets, 0)
+            self.coupling.before(counts)
+            batch = batch if counts else Batch(batch.inputs, batch.targets, 0)
             for piece in ahead:
                 self.loader.request(*piece)
         self._batch = batch
@@ -162,35 +183,6 @@ class Trainer:
         self._forward, self._backward = self._span("forward", stop - start), self._span("backward", stop - start)
         self._forward.__enter__()
         return batch
-
-    def step(self, loss: Tensor | tuple[Tensor, Any]) -> None:
-        """Backward of a micro-batch's loss, a mean or (sum, weight); after a round's last one the strategy's step."""
-        batch, self._batch = self._batch, None
-        if batch is None:
-            raise HpctrainError("step(loss) was called without a batch; call it once for each of batches()")
-        self.inside = True
-        self._forward.__exit__(None, None, None)
-        self._left -= 1
-        if self._buckets is not None and self._left == 0:
-            self._buckets.arm()
-        weighed = weigh(loss, batch.size)
-        check_differentiable(weighed)
-        if not self._looked:
-            self._find_foreign(weighed.term)
-        with self._backward:
-            scale = weighed.share / self.phase.batch
-            scaled = weighed.term if scale == 1.0 else weighed.term * scale
-            if self.norms is not None:
-                self.norms.backward(scaled)
-            else:
-                scaled.backward()
-        self._samples += batch.size
-        self._weight += weighed.weight
-        self._loss += weighed.mean * weighed.weight
-        self._dawdle()
-        if self._left == 0:
-            self._finish()
-        self.inside = False
 
     def _dawdle(self) -> None:
         """Pretend to compute more slowly; the trace is to show it as computation. (`span` would cost virtual time.)"""
@@ -200,22 +192,6 @@ class Trainer:
             comm.recorder.open("backward", comm.now())
             comm.sleep((self.slow - 1.0) * took)
             comm.recorder.close(comm.now())
-
-    def _finish(self) -> None:
-        phase, samples = self.phase, self._samples
-        phase.replica.check()
-        loss = self._loss / self._weight if self._weight else 0.0
-        if self._buckets is not None:
-            self._buckets.flush()
-        else:
-            self._inspect(0, phase.replica.layout.length)
-        if samples and not self._looked:
-            self._looked = True
-            self._tell_unused()
-        phase.step, phase.weight = self.steps, self._weight
-        outcome = self.strategy.step(samples, loss)
-        self.steps += 1
-        self._ended = self.attendant.stepped(self, outcome, loss, samples)
 
     def _send(self, low: int, high: int) -> None:
         """A stretch of the gradient is final: it is inspected before others' gradients are added to it."""
@@ -235,7 +211,7 @@ class Trainer:
         used = replica.used()
         if used is not None:
             names = [slot.name for slot, has in zip(replica.layout.slots, used.tolist(), strict=True) if not has]
-            self.attendant.warn(
+            self.warn(
                 f"{some_of(names)} took no part in the loss of the first step; what gets no gradient is not updated, "
                 "nor does it decay"
             )
@@ -244,7 +220,7 @@ class Trainer:
         """Warn of parameters that the loss depends on and nobody trains: those of modules that are not the model's."""
         shapes = self.phase.replica.foreign_parameters(loss)
         if shapes:
-            self.attendant.warn(
+            self.warn(
                 f"the loss depends on {some_of([f'of shape {shape}' for shape in shapes])} of no module in the model; "
                 "hpctrain does not train what the model does not contain"
             )
@@ -255,16 +231,3 @@ def some_of(parameters: list[str], most: int = 3) -> str:
     rest = len(parameters) - most
     more = f" and {rest} more" if rest > 0 else ""
     return f"parameter{'s' * (len(parameters) > 1)} {', '.join(parameters[:most])}{more}"
-
-
-def fit(session: Session) -> None:
-    """The standard loop."""
-    for batch in session.batches():
-        fit_batch(session, batch)
-
-
-def fit_batch(session: Session, batch: Batch) -> None:
-    """What the standard loop does with a batch."""
-    with session.autocast(), explained(batch):
-        loss = session.loss(session.model(batch.inputs), batch.targets)
-    session.step(loss)

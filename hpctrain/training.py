@@ -55,7 +55,7 @@ def main(load: Callable[[], tuple[Job, Resume | Path | str | None]]) -> int:
         check_alike(comm, [job_topic(job.plain())])
         roles_of(job, comm.nodes)
         with _imports_kept():
-            from hpctrain.launch import train
+            from hpctrain.run.api import train
 
             import_module("torch._dynamo")  # as torch's optimizers do in their first step
 

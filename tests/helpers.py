@@ -33,7 +33,7 @@ from hpctrain.data.splits import Splits
 from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
 from hpctrain.jobtables import Enter
-from hpctrain.launch import Result, session, train
+from hpctrain.run.api import Result, session, train
 from hpctrain.runfolder import Narrator
 from hpctrain.trace.recorder import Recorder
 from hpctrain.trace.schema import KIND_CODES, KINDS
@@ -229,7 +229,7 @@ def every_sample_once(
     seen: list[list[int]] = []
     with session(job, comm, out=Narrator(enabled=False)) as running:
         for batch in running.batches():
-            epoch = running.books.cursor // samples
+            epoch = running.totals.cursor // samples
             seen += [[epoch, int(value)] for value in batch.inputs[:, 0]]
             running.step(running.loss(running.model(batch.inputs / samples), batch.targets))
     together = sorted(pair for own in comm.gather_json(seen) for pair in own)
@@ -356,7 +356,7 @@ def beginnings(comm: Communicator, job: Job) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     with session(job, comm, out=Narrator(enabled=False)) as running:
         for batch in running.batches():
-            phase = str(running.books.phase)
+            phase = str(running.totals.phase)
             if phase not in found:
                 found[phase] = vector(running.model).tolist()
             running.step(running.loss(running.model(batch.inputs), batch.targets))
@@ -460,7 +460,7 @@ def record(size: int, job: Job, **arguments: Any) -> Recording:
     def body(comm: Communicator) -> Result:
         with session(job, comm, out=Narrator(enabled=False)) as running:
             for batch in running.batches():
-                batches.setdefault((comm.rank, running.books.step), []).append((batch.inputs, batch.targets))
+                batches.setdefault((comm.rank, running.totals.step), []).append((batch.inputs, batch.targets))
                 running.step(running.loss(running.model(batch.inputs), batch.targets))
         return running.result
 

@@ -18,10 +18,9 @@ from hpctrain.comm.base import Communicator
 from hpctrain.data.loader import Batch
 from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
-from hpctrain.launch import Session
 from hpctrain.models.mlp import mlp
 from hpctrain.models.resnet18 import resnet18
-from hpctrain.trainer import fit_batch
+from hpctrain.run.api import Session, fit_batch
 
 TURN = 2  # steps
 EARLY = 4  # pairs of turns that do not count

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from hpctrain.comm.base import Communicator
 from hpctrain.job import Job
-from hpctrain.launch import Session, session
+from hpctrain.run.api import Session, session
 from hpctrain.runfolder import Narrator
 
 

@@ -19,10 +19,10 @@ from hpctrain.bench.workload import HIDDEN
 from hpctrain.comm.base import Buffer, Communicator
 from hpctrain.errors import ClusterError
 from hpctrain.job import Job
+from hpctrain.run.api import fit
 from hpctrain.trace.recorder import Recorder
 from hpctrain.trace.schema import KIND_CODES
 from hpctrain.tracing import measure_clock
-from hpctrain.trainer import fit
 
 Progress = Callable[[str], None]
 ALLOWANCE_MS, BROADCASTS = 50.0, 2  # a switch takes at most so long, plus so many broadcasts of the model

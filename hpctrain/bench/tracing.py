@@ -20,11 +20,11 @@ from hpctrain.bench.runs import quiet_session
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
+from hpctrain.run.api import fit_batch
 from hpctrain.trace.reader import Run, open_run
 from hpctrain.trace.recorder import Recorder
 from hpctrain.trace.resources import measure_sample_cost
 from hpctrain.trace.schema import TABLES
-from hpctrain.trainer import fit_batch
 
 JOB = Path(__file__).with_name("tracing.toml")  # jobs/tracing.toml links to it
 TURN = 2  # steps: of longer turns fewer pairs come together, which differ by as much
@@ -82,7 +82,7 @@ def measure_tracing(comm: Communicator, progress: Callable[[str], None]) -> Tabl
         traced = Training(stack, comm, job.override([flush]), traced=True)
         total = plain.session.prepared.total
         pairs = _take_turns(plain, traced, progress)
-        done = all(training.session.books.cursor == total for training in (plain, traced))
+        done = all(training.session.totals.cursor == total for training in (plain, traced))
         written = _account(open_run(traced.session.folder), comm.rank) if done else None
     if written is None:
         raise HpctrainError("hpctrain bench tracing: interrupted before all was measured; start it again")

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpctrain.cluster import Role, assign_roles
+from hpctrain.cluster import assign_roles
 from hpctrain.comm.base import Communicator
 from hpctrain.models.mlp import mlp
 from hpctrain.models.resnet18 import resnet18
-from hpctrain.optimizer import OptimizerChoice, make_update
+from hpctrain.optimizer import OptimizerChoice
 from hpctrain.replica import Replica
+from hpctrain.run.phase import Dealing, Members, Updating, build_phase, split_by_role
 from hpctrain.schedule import Conductor
 from hpctrain.strategies.base import Phase, Strategy
 
@@ -52,29 +53,18 @@ class Workload:
     def begin(self, strategy: Strategy, total: int = ENDLESS) -> Phase:
         """A phase of `total` samples with this strategy, which is to join it; the arenas are placed. Collective."""
         replica = self.replica
-        comm = self.comm.split(0, self.comm.rank)
-        assert comm is not None
-        roles = assign_roles(comm.nodes, *type(strategy).roles(strategy.options))
+        roles = assign_roles(self.comm.nodes, *type(strategy).roles(strategy.options))
+        comm, workers = split_by_role(self.comm, roles)
         # Otherwise the strategy would exchange by messages where it was asked to share.
         shared = strategy.needs.parameters == "node" and comm.can_share(2 * replica.layout.length * 4) is None
         replica.place(comm, shared)
-        return Phase(
-            index=0,
-            comm=comm,
-            roles=roles,
-            workers=comm.split(0 if roles.of(comm.rank) is Role.WORKER else None, comm.rank),
-            replica=replica,
-            shared=shared,
-            elementwise=True,
-            make_update=lambda values, low, high: make_update(self.choice, replica.layout, values, low, high),
-            rate=lambda cursor: 1.0,
-            conductor=Conductor(total, 0, 0, None),
-            batch=self.load.batch,
-            clip_norm=None,
-            nan="stop",
-            cursor=0,
-            queue="shared",
-            epoch=total,
+        return build_phase(
+            0,
+            Members(comm, workers, roles, shared),
+            replica,
+            Updating(self.choice),
+            Dealing(self.load.batch, queue="shared", epoch=total),
+            Conductor(total, 0, 0, None),
         )
 
     def end(self, phase: Phase) -> None:

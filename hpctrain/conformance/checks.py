@@ -19,7 +19,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.conformance import task
 from hpctrain.conformance.task import Subject, Tables, Vector, distance, one_process, quietly, vector
 from hpctrain.errors import HpctrainError, NanError
-from hpctrain.launch import Result, session
+from hpctrain.run.api import Result, session
 from hpctrain.runfolder import Narrator
 from hpctrain.strategies.round import RoundStrategy
 from hpctrain.trace.schema import KINDS, Kind, Outcome, is_communication
@@ -243,7 +243,7 @@ def _samples_taken(comm: Communicator, folder: Path, epochs: int, samples: int, 
     seen: list[list[int]] = []
     with session(job, comm, out=Narrator(enabled=False)) as running:
         for batch in running.batches():
-            epoch = running.books.cursor // samples
+            epoch = running.totals.cursor // samples
             seen += [[epoch, int(value)] for value in batch.inputs[:, 0]]
             running.step(running.loss(running.model(batch.inputs / samples), batch.targets))
     hold(running.result.samples == epochs * samples, f"the run ended after {running.result.samples} samples")

@@ -16,7 +16,7 @@ from hpctrain.cluster import Roles
 from hpctrain.comm.base import Communicator
 from hpctrain.data.order import Order
 from hpctrain.job import Job
-from hpctrain.launch import Result, train
+from hpctrain.run.api import Result, train
 from hpctrain.runfolder import Narrator
 from hpctrain.strategies.base import Strategy, roles_of
 from hpctrain.strategies.round import RoundStrategy

@@ -15,9 +15,8 @@ from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import connect
 from hpctrain.comm.device import StagedCommunicator
 from hpctrain.job import Job
-from hpctrain.launch import session
+from hpctrain.run.api import fit, session
 from hpctrain.runfolder import Narrator
-from hpctrain.trainer import fit
 from tests import helpers
 
 AGREE = ["message", "ring", "overlap", "server", "colocated", "all_serve"]

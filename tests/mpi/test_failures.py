@@ -202,7 +202,7 @@ comm = connect(job)
 with hpctrain.session(job, comm) as s:
     for batch in s.batches():
         loss = s.loss(s.model(batch.inputs), batch.targets)
-        if s.books.step == 1 and (sys.argv[2] == "all" or comm.rank == 1):
+        if s.totals.step == 1 and (sys.argv[2] == "all" or comm.rank == 1):
             s.model.zero_grad()
         s.step(loss)
 """

@@ -17,7 +17,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.comm.network import LinkNetwork
 from hpctrain.comm.virtual import World
 from hpctrain.errors import NanError
-from hpctrain.launch import Result
+from hpctrain.run.api import Result
 from hpctrain.trace.schema import OUTCOME_CODES
 from tests import helpers
 from tests.helpers import MILLISECOND, jitter, served

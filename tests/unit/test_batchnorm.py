@@ -19,7 +19,7 @@ from hpctrain.batchnorm import BatchNorms
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.errors import HpctrainError, ModelError
-from hpctrain.launch import session, train
+from hpctrain.run.api import session, train
 from hpctrain.runfolder import Narrator
 from tests.marks import slow
 

@@ -29,7 +29,7 @@ from hpctrain.checkpoint import (
 from hpctrain.comm.base import BFLOAT16
 from hpctrain.comm.virtual import World
 from hpctrain.errors import CheckpointError
-from hpctrain.launch import train
+from hpctrain.run.api import train
 from hpctrain.runfolder import Narrator
 from hpctrain.state import Section, State
 from hpctrain.untrained import Untrained

@@ -11,8 +11,8 @@ import torch
 
 from hpctrain.comm.virtual import World
 from hpctrain.job import Job
-from hpctrain.launch import train
 from hpctrain.resume import FIXED, FREE
+from hpctrain.run.api import train
 from hpctrain.runfolder import Narrator
 
 ROOT = Path(__file__).resolve().parents[2]

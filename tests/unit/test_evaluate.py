@@ -21,7 +21,7 @@ from hpctrain.comm.virtual import World
 from hpctrain.errors import DataError
 from hpctrain.evaluate import evaluate
 from hpctrain.job import Job
-from hpctrain.launch import session
+from hpctrain.run.api import session
 from hpctrain.runfolder import COLUMNS, Narrator
 from hpctrain.training import evaluate_run
 from hpctrain.watch.evaluations import read_evaluations

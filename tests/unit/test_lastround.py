@@ -14,7 +14,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.data.order import Order
 from hpctrain.errors import DataError, ModelError
-from hpctrain.launch import session
+from hpctrain.run.api import session
 from hpctrain.runfolder import Narrator
 from tests import helpers
 
@@ -93,7 +93,7 @@ def test_dropped_samples_are_others_in_every_epoch(tmp_path: Path, strategy: hel
         seen: list[list[int]] = []
         with session(job, comm, out=Narrator(enabled=False)) as running:
             for batch in running.batches():
-                seen += [[running.books.cursor // 24, int(value)] for value in batch.inputs[:, 0]]
+                seen += [[running.totals.cursor // 24, int(value)] for value in batch.inputs[:, 0]]
                 running.step(running.loss(running.model(batch.inputs / 29), batch.targets))
         return seen, running.result.samples
 

@@ -33,12 +33,11 @@ from hpctrain.errors import (
     TraceError,
 )
 from hpctrain.job import Job
-from hpctrain.launch import Result, session, train
 from hpctrain.resume import Resume
 from hpctrain.rules import TargetOptions
+from hpctrain.run.api import Result, fit, session, train
 from hpctrain.runfolder import Narrator
 from hpctrain.schedule import Ask, Conductor, Rule
-from hpctrain.trainer import fit
 from tests import helpers
 from tests.marks import mostly_slow, slow
 from tests.unit.test_runlock import leave
@@ -263,7 +262,7 @@ def test_workers_that_were_servers_take_the_buffers_of_rank_0(tmp_path: Path):
         )
         with session(job, comm, out=QUIET) as running:
             for batch in running.batches():
-                if running.books.phase == 1 and comm.rank not in seen:
+                if running.totals.phase == 1 and comm.rank not in seen:
                     seen[comm.rank] = running.model.get_buffer("1.running_mean").clone()
                 running.step(running.loss(running.model(batch.inputs), batch.targets))
 
@@ -367,7 +366,7 @@ def test_an_interruption_saves_and_the_resumed_run_has_the_same_bits(tmp_path: P
                 count += 1
                 signals = Signals(told)
                 signals.asked = 2 * (comm.rank == 1 and count == 4)  # a signal comes, to one rank alone
-                running._signals = signals  # type: ignore[assignment]
+                running.run.signals = signals  # type: ignore[assignment]
         return running.result
 
     left = World(4).run(body)[0]

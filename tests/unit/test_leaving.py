@@ -16,7 +16,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.errors import HpctrainError, LeftError, NanError
 from hpctrain.job import Job
-from hpctrain.launch import Session, session
+from hpctrain.run.api import Session, session
 from hpctrain.runfolder import Narrator
 from tests import helpers
 
@@ -89,9 +89,9 @@ def test_in_the_middle_of_a_round_and_in_a_later_phase(tmp_path: Path):
             for batch in running.batches():
                 loss = running.loss(running.model(batch.inputs), batch.targets)
                 running.step(loss)
-                if running.books.phase == 1:
+                if running.totals.phase == 1:
                     break
-        return running.books.phase
+        return running.totals.phase
 
     assert World(3).run(body) == [1, 1, 1]
 
@@ -105,7 +105,7 @@ def test_what_is_left_where_it_ends_by_itself_has_ended(tmp_path: Path, strategy
         with session(job, comm, out=QUIET) as running:
             for batch in running.batches():
                 running.step(running.loss(running.model(batch.inputs), batch.targets))
-                if running.books.cursor == running.prepared.total:
+                if running.totals.cursor == running.prepared.total:
                     break
         return running
 
@@ -122,7 +122,7 @@ def test_a_loop_left_by_all_after_a_phases_last_step(tmp_path: Path, strategy: h
         with session(job, comm, out=QUIET) as running:
             for batch in running.batches():
                 running.step(running.loss(running.model(batch.inputs), batch.targets))
-                if running.books.step == 2 and (comm.rank == 1 or not lone):
+                if running.totals.step == 2 and (comm.rank == 1 or not lone):
                     break
         return running
 

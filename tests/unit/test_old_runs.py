@@ -13,8 +13,8 @@ from torch import Tensor
 from hpctrain import compare
 from hpctrain.analysis import Analysis
 from hpctrain.comm.virtual import World
-from hpctrain.launch import train
 from hpctrain.report import write_report
+from hpctrain.run.api import train
 from hpctrain.runfolder import Narrator
 from hpctrain.trace import open_run
 from tests import old_runs

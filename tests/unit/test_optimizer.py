@@ -17,7 +17,6 @@ from torch.utils.data import TensorDataset
 from hpctrain import Job
 from hpctrain.comm.virtual import World
 from hpctrain.errors import HpctrainError, ModelError
-from hpctrain.launch import train
 from hpctrain.optimizer import (
     ELEMENTWISE,
     OptimizerChoice,
@@ -27,6 +26,7 @@ from hpctrain.optimizer import (
     slice_bounds,
 )
 from hpctrain.replica import Layout, Replica
+from hpctrain.run.api import train
 from hpctrain.runfolder import Narrator
 from hpctrain.state import State, merge
 

@@ -15,9 +15,9 @@ from hpctrain.cli import main
 from hpctrain.comm.virtual import World
 from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
-from hpctrain.launch import train
 from hpctrain.launcher import _Pump
 from hpctrain.output import output_file, output_text
+from hpctrain.run.api import train
 from hpctrain.runfolder import Narrator
 from tests.traces import HandMade
 

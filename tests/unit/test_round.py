@@ -18,7 +18,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.errors import ModelError, NanError
 from hpctrain.job import Job
-from hpctrain.launch import session, train
+from hpctrain.run.api import session, train
 from hpctrain.runfolder import Narrator
 from hpctrain.schedule import Ask
 from hpctrain.strategies.contribution import Contribution, RoundTotals

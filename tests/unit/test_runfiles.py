@@ -21,7 +21,7 @@ from hpctrain.comm.virtual import World
 from hpctrain.errors import CheckpointError, UnwrittenError
 from hpctrain.filenames import JOB, METRICS, MODEL
 from hpctrain.job import Job
-from hpctrain.launch import Result, session, train
+from hpctrain.run.api import Result, session, train
 from hpctrain.runfiles import RunFiles
 from hpctrain.runfolder import Narrator
 from tests import helpers
@@ -135,7 +135,7 @@ def test_a_run_folder_that_is_removed_is_made_anew(tmp_path: Path):
             with pytest.raises(UnwrittenError) as caught:
                 for batch in running.batches():
                     running.step(running.loss(running.model(batch.inputs), batch.targets))
-                    if running.books.step == 3 and comm.rank == 0:
+                    if running.totals.step == 3 and comm.rank == 0:
                         texts.append((running.folder / JOB).read_text())
                         shutil.rmtree(running.folder)
             assert "was removed while the run went on" in str(caught.value)

@@ -19,8 +19,8 @@ from hpctrain.comm.virtual import World
 from hpctrain.data.order import Order
 from hpctrain.errors import JobError
 from hpctrain.job import Job
-from hpctrain.launch import train
 from hpctrain.optimizer import OptimizerChoice
+from hpctrain.run.api import train
 from hpctrain.runfolder import Narrator
 from hpctrain.schedule import Pace, RunClock, SteppedCourse
 from hpctrain.schedulers import Factors, stepped_course

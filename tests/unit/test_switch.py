@@ -22,15 +22,17 @@ from hpctrain.comm.base import Buffer, Communicator
 from hpctrain.comm.virtual import VirtualCommunicator, World
 from hpctrain.errors import CheckpointError, ClusterError, DataError, HpctrainError, JobError, ModelError
 from hpctrain.job import Job
-from hpctrain.launch import Result, Session, session, train
 from hpctrain.resume import Resume
+from hpctrain.run.active import ActiveRun
+from hpctrain.run.api import Result, session, train
+from hpctrain.run.entrance import Entrance
+from hpctrain.run.milestones import Milestones
 from hpctrain.runfolder import Narrator
 from hpctrain.state import State
 from hpctrain.strategies.all_reduce import AllReduce
 from hpctrain.strategies.base import Phase, Strategy
 from hpctrain.strategies.parameter_server import ParameterServer, ParameterServerServer
 from hpctrain.strategies.parameter_server.corrections import MEAN_SQUARE, DelayCompensation
-from hpctrain.trainer import Trainer
 from tests import helpers
 from tests.helpers import jitter, served
 from tests.marks import mostly_slow, slow
@@ -141,19 +143,19 @@ def test_the_model_is_broadcast_where_ranks_may_differ(
 ):
     """Where all ranks were workers of the phase before, on one node, they hold the same parameters: no need then."""
     phase, broadcast = [-1], VirtualCommunicator.broadcast
-    enter, rounds = Session._enter, []
+    enter, rounds = Entrance.enter, []
 
     def counted(comm: VirtualCommunicator, buffer: Buffer, root: int = 0) -> None:
         if buffer.dtype == np.float32 and comm.rank == 0:
             rounds.append(phase[0])
         broadcast(comm, buffer, root)
 
-    def entered(self: Session, index: int) -> Phase:
-        phase[0] = index
-        return enter(self, index)
+    def entered(self: Entrance) -> Phase:
+        phase[0] = self._run.totals.phase
+        return enter(self)
 
     monkeypatch.setattr(VirtualCommunicator, "broadcast", counted)
-    monkeypatch.setattr(Session, "_enter", entered)
+    monkeypatch.setattr(Entrance, "enter", entered)
     message = {**AR, "exchange": "message"}
     schedule = phases((message, 24), (served(), 24), (message, 24), (served(), 24), (message, 0))
     job = helpers.make_job(tmp_path, phases=schedule, train={"steps": 30})
@@ -186,18 +188,18 @@ def test_a_phase_leaves_no_memory_behind(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(ParameterServerServer, "attach", attached)
     for kind in (AllReduce, ParameterServer):
         watch(kind)
-    enter, train_on = Session._enter, Session._trainer_of
+    enter, train_on = Entrance.enter, Milestones.__init__
 
-    def entered(self: Session, index: int) -> Phase:
-        checked.append([ref() for ref in joined[self.comm.rank]])
-        return enter(self, index)
+    def entered(self: Entrance) -> Phase:
+        checked.append([ref() for ref in joined[self._run.comm.rank]])
+        return enter(self)
 
-    def training(self: Session, phase: Phase, strategy: Strategy) -> Trainer:
-        checked.append([ref() for ref in states[self.comm.rank]])
-        return train_on(self, phase, strategy)
+    def training(self: Milestones, run: ActiveRun, phase: Phase, strategy: Strategy) -> None:
+        checked.append([ref() for ref in states[run.comm.rank]])
+        train_on(self, run, phase, strategy)
 
-    monkeypatch.setattr(Session, "_enter", entered)
-    monkeypatch.setattr(Session, "_trainer_of", training)
+    monkeypatch.setattr(Entrance, "enter", entered)
+    monkeypatch.setattr(Milestones, "__init__", training)
     schedule = phases((AR, 24), (served(), 24), (AR, 24), (served(servers=2, colocated=True), 24), (AR, 0))
     job = helpers.make_job(tmp_path, phases=schedule, train={"steps": 30}, optimizer=ADAM)
     gc.disable()
@@ -400,19 +402,19 @@ def test_what_corrections_have_learnt_is_resumed(tmp_path: Path, monkeypatch: py
     (squares,) = moments(whole.folder)
     numbers = head_of(sorted((whole.folder / "checkpoints").iterdir())[-1])["own"]["numbers"]
     begun, loaded = {}, []
-    train_on, load = Session._trainer_of, DelayCompensation.load
+    train_on, load = Milestones.__init__, DelayCompensation.load
 
-    def training(self: Session, phase: Phase, strategy: Strategy) -> Trainer:
+    def training(self: Milestones, run: ActiveRun, phase: Phase, strategy: Strategy) -> None:
         if isinstance(strategy, ParameterServer):
             assert strategy._running is not None
-            begun[self.comm.rank] = strategy._running.counters()
-        return train_on(self, phase, strategy)
+            begun[run.comm.rank] = strategy._running.counters()
+        train_on(self, run, phase, strategy)
 
     def loading(self: DelayCompensation, moments: dict[str, Buffer]) -> None:
         load(self, moments)
         loaded.append(self.view()[MEAN_SQUARE].copy())
 
-    monkeypatch.setattr(Session, "_trainer_of", training)
+    monkeypatch.setattr(Milestones, "__init__", training)
     monkeypatch.setattr(DelayCompensation, "load", loading)
     World(5).run(lambda comm: helpers.quiet_train(comm, job, resume=whole.folder))
     assert begun == {rank: numbers[rank]["clip"] for rank in range(3)}
@@ -503,7 +505,7 @@ def test_an_interruption_loses_no_sample(tmp_path: Path, mode: str, queue: str):
             for batch in running.batches():
                 seen.extend(int(value) for value in batch.inputs[:, 0])
                 count += 1
-                running._signals = Signals(comm.rank == 0 and count == 4 and resume is None)  # type: ignore[assignment]
+                running.run.signals = Signals(comm.rank == 0 and count == 4 and resume is None)  # type: ignore[assignment]
                 running.step(running.loss(running.model(batch.inputs / samples), batch.targets))
         return running.result
 

@@ -19,7 +19,7 @@ from hpctrain.comm.virtual import World
 from hpctrain.errors import CheckpointError, JobError, ModelError
 from hpctrain.job import Job
 from hpctrain.jobtables import Policy
-from hpctrain.launch import session
+from hpctrain.run.api import session
 from hpctrain.runfolder import Narrator
 from hpctrain.untrained import Untrained
 from tests import helpers
@@ -243,7 +243,7 @@ def test_workers_that_were_servers_take_what_is_frozen_too(tmp_path: Path) -> No
         job = helpers.make_job(tmp_path, model=Teacher, phases=phases, train={"steps": 6, "batch_size": 4})
         with session(job, comm, out=QUIET) as running:
             for batch in running.batches():
-                if running.books.phase == 1 and not seen:
+                if running.totals.phase == 1 and not seen:
                     seen = untrained(running.model, ("line",))
                 running.step(running.loss(running.model(batch.inputs), batch.targets))
         return seen

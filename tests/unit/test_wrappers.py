@@ -17,8 +17,8 @@ from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.errors import ModelError
 from hpctrain.job import Job
-from hpctrain.launch import Result
 from hpctrain.replica import Replica
+from hpctrain.run.api import Result
 from hpctrain.training import evaluate_run
 from hpctrain.wrappers import check_model, load_plain_state, plain_name, plain_state
 from tests import helpers

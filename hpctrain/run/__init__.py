@@ -1,0 +1,1 @@
+"""A run in progress: how it begins, walks through its phases, and ends."""

@@ -1,0 +1,119 @@
+"""What a run has on this rank between its beginning and its end."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpctrain.claim import Claim
+from hpctrain.comm.base import Communicator
+from hpctrain.data.loader import Batch
+from hpctrain.evaluate import Evaluation, evaluate
+from hpctrain.interrupt import StopSignals
+from hpctrain.job import Job
+from hpctrain.keeper import Keeper
+from hpctrain.prepare import Prepared
+from hpctrain.run.totals import Totals
+from hpctrain.runfiles import RunFiles
+from hpctrain.runfolder import Narrator, metrics_row
+from hpctrain.state import Own, State
+from hpctrain.trace.events import Failure
+from hpctrain.tracing import Tracing
+
+
+@dataclass
+class ActiveRun:
+    """A run in progress, as `begin` makes it.
+
+    `comm`: all ranks. `out`: writes on rank 0 only. `claim`, `files`: on rank 0 only. `signals`: None where stop
+    signals are not caught. `closing`: what is undone when the session ends, however it ends. `state`: what the phase
+    that is entered next takes over, whole on rank 0. `own`: what this worker's strategy goes on from in a phase that is
+    resumed.
+    """
+
+    job: Job
+    comm: Communicator
+    prepared: Prepared
+    folder: Path
+    totals: Totals
+    out: Narrator
+    claim: Claim | None
+    files: RunFiles | None
+    keeper: Keeper
+    tracing: Tracing
+    signals: StopSignals | None
+    closing: ExitStack
+    state: State | None
+    own: Own = field(default_factory=Own)
+    _warned: set[str] = field(default_factory=set)
+
+    def take_state(self) -> State | None:
+        """What the phase takes over: it is not kept beyond that, being as large as the model or larger."""
+        state, self.state = self.state, None
+        return state
+
+    def take_own(self) -> Own:
+        """What this worker's strategy goes on from, once."""
+        own, self.own = self.own, Own()
+        return own
+
+    def tick(self) -> None:
+        """This rank has taken a step, or served one."""
+        self.tracing.tick()
+        self.works()
+
+    def works(self) -> None:
+        """This rank is not stuck."""
+        if self.signals is not None:
+            self.signals.stepped()
+
+    def saving(self) -> None:
+        """Until the next step ends, this rank or one that it waits for writes files."""
+        if self.signals is not None:
+            self.signals.saving()
+
+    def asked_to_stop(self) -> bool:
+        """Whether a stop signal came to this rank."""
+        return self.signals is not None and bool(self.signals.asked)
+
+    def check_hold(self) -> None:
+        """Raise RunInUseError, on rank 0, if the run folder has become another process's meanwhile."""
+        if self.claim is not None:
+            self.claim.lock.check()
+
+    def warn(self, text: str) -> None:
+        """Say it once, on rank 0."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.out.say(f"warning: {text}")
+
+    def note_failure(self, error: Exception) -> None:
+        """Into the trace."""
+        self.comm.recorder.event(Failure(type(error).__name__, str(error)))
+
+    def measure(
+        self, workers: Communicator, name: str, dataset: Any, buffers: AbstractContextManager[Any]
+    ) -> Evaluation:
+        """Evaluate on `dataset`, with all ranks' `buffers` as they are to be; a row of metrics.csv, and a line.
+
+        `name`: of the part of the data. Collective over the workers.
+        """
+        prepared, totals, job = self.prepared, self.totals, self.job
+        self.works()  # the checkpoint before, if there was one, is written
+        with workers.span("evaluate"), buffers:
+            found = evaluate(
+                prepared.model, dataset, prepared.loss, prepared.metric, workers, job.train.evaluation_batch,
+                self._move_measured, prepared.autocast, job.metric.name,
+            )  # fmt: skip
+        epoch = totals.cursor / prepared.epoch
+        if self.files is not None:
+            self.files.add_row(metrics_row(totals.step, totals.cursor, epoch, totals.seconds, name, found.plain()))
+        first, *others = found.text(name, job.metric.name)
+        self.out.say(f"epoch {epoch:.2f}: {', '.join([first, *(text.removeprefix(f'{name} ') for text in others)])}")
+        return found
+
+    def _move_measured(self, batch: Batch) -> Batch:
+        self.works()
+        return self.prepared.move(batch)

@@ -1,0 +1,194 @@
+"""How a run begins: what is built alike on all ranks, its folder, a checkpoint to go on from, its trace."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from hpctrain import claim, leaving, runfolder
+from hpctrain.agreement import agreed
+from hpctrain.alike import check_alike, data_topic, job_topic, model_topic
+from hpctrain.batchnorm import sync_layers
+from hpctrain.claim import Claim
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.connect import place_arenas
+from hpctrain.data.generators import seed_run
+from hpctrain.errors import CheckpointError
+from hpctrain.interrupt import StopSignals
+from hpctrain.job import Job
+from hpctrain.keeper import Keeper
+from hpctrain.prepare import Prepared, prepare
+from hpctrain.reserve import reserve
+from hpctrain.resume import Resume
+from hpctrain.run.active import ActiveRun
+from hpctrain.run.totals import Ending, Totals
+from hpctrain.runfiles import RunFiles
+from hpctrain.runfolder import Narrator
+from hpctrain.schedule import Ask, Progress
+from hpctrain.trace.writer import next_attempt
+from hpctrain.tracing import Tracing
+
+
+@contextmanager
+def begun(job: Job, comm: Communicator, resume: Resume | None, out: Narrator | None) -> Iterator[ActiveRun]:
+    """Begin a run; of one that cannot begin nothing is left. Closes it when it is left, however. Collective over all
+    ranks. Raises HpctrainErrors, on all ranks."""
+    with ExitStack() as undo, ExitStack() as closing:
+        told = (out or Narrator()) if comm.rank == 0 else Narrator(enabled=False)
+        try:
+            run = _begin(job, comm, resume, told, closing, undo)
+        except SystemExit as error:
+            if comm.size == 1:
+                raise
+            raise leaving.ended_alone(error) from error
+        undo.pop_all()
+        yield run
+
+
+def _begin(
+    job: Job, comm: Communicator, resume: Resume | None, out: Narrator, closing: ExitStack, undo: ExitStack
+) -> ActiveRun:
+    """`undo`: what is to be done besides if the run cannot begin."""
+    check_alike(comm, [job_topic(job.plain())])
+    old, note = _find_run(job, comm, resume)
+    if old is not None:
+        closing.callback(old.release)
+    resumed: bool = comm.broadcast_json(old is not None)
+    prepared: Prepared = agreed(comm, lambda: prepare(job, comm))
+    _check_built_alike(comm, prepared)
+    closing.callback(prepared.coupling.restore)
+    comm, how = place_arenas(job, comm, prepared.device)
+    seed_run(job.seed + 1 + comm.rank, prepared.device)
+    held = old if resumed else _new_run(job, comm, closing, undo)
+    folder = Path(comm.broadcast_json(str(held.folder) if held is not None else None))
+    files = RunFiles(folder, out) if comm.rank == 0 else None
+    run = ActiveRun(
+        job,
+        comm,
+        prepared,
+        folder,
+        _totals(job),
+        out,
+        held,
+        files,
+        Keeper(prepared, comm, folder, files),
+        Tracing(comm, folder),
+        None,
+        closing,
+        None,
+    )
+    if resumed:
+        _restore(run, resume)
+    else:
+        prepared.untrained.share(comm)
+    _open(run)
+    _tell(run, how, note)
+    if resumed:
+        _tell_resumed(run, resume)
+    return run
+
+
+def _find_run(job: Job, comm: Communicator, resume: Resume | None) -> tuple[Claim | None, str]:
+    """On rank 0, whose `resume` counts, the run to go on with, now this one's (None: a new run), and what is to be said
+    of it. Collective."""
+    first = comm.rank == 0
+    found = agreed(comm, lambda: claim.run_to_resume(job, resume) if first and resume is not None else "")
+    return (None, found) if isinstance(found, str) else (found, "")
+
+
+def _new_run(job: Job, comm: Communicator, closing: ExitStack, undo: ExitStack) -> Claim | None:
+    """On rank 0, a folder of its own. Collective."""
+    made: Claim | None = agreed(comm, lambda: claim.new_run(job) if comm.rank == 0 else None)
+    if made is not None:
+        closing.callback(made.release)
+        undo.callback(runfolder.discard, made.folder)
+    return made
+
+
+def _check_built_alike(comm: Communicator, prepared: Prepared) -> None:
+    """All ranks have the same model and equally long data. Collective."""
+    untrained = prepared.untrained
+    model = model_topic(prepared.replica.layout, untrained.frozen(), untrained.buffers())
+    check_alike(comm, [data_topic(prepared.splits), model])
+
+
+def _totals(job: Job) -> Totals:
+    train = job.train
+    return Totals(Progress(train.target, train.patience, train.min_delta, job.metric.goal == "max"))
+
+
+def _restore(run: ActiveRun, resume: Resume | None) -> None:
+    """Take up the newest checkpoint of the run folder. Collective."""
+    head, run.state, own = run.keeper.restore(resume.optimizer if resume is not None else "keep")
+    run.totals.take(head["account"])
+    if run.totals.ending is Ending.NOTHING:  # else it belongs to the phase that has ended
+        run.own = own
+
+
+def _open(run: ActiveRun) -> None:
+    """Catch signals, open the trace, and touch the memory of later phases. Collective."""
+    comm, job, prepared, tracing = run.comm, run.job, run.prepared, run.tracing
+    if comm.concurrent and threading.current_thread() is threading.main_thread():
+        signals = StopSignals(comm.rank, job.train.stop_seconds, before_end=tracing.tick)
+        run.signals = run.closing.enter_context(signals)
+    if run.claim is not None:  # let go before a held launcher is, which then kills this process
+        run.closing.callback(run.claim.release)
+    run.closing.callback(tracing.close)
+    attempt = comm.broadcast_json(next_attempt(run.folder) if comm.rank == 0 else 0)
+    agreed(comm, lambda: tracing.open(job, prepared, attempt))
+    tracing.begin()
+    if prepared.device.type == "cpu":
+        reserve(prepared.later_bytes(run.totals.phase, comm.rank))
+
+
+def _tell(run: ActiveRun, how: str | None, note: str) -> None:
+    """What people should know of the run as it begins. `how`: it computes; `note`: of other runs."""
+    run.out.say(_headline(run))
+    if how is not None:
+        run.out.say(how)
+    if not run.job.train.sync_batchnorm and run.comm.size > 1 and (layers := sync_layers(run.prepared.model)):
+        run.out.say(
+            f"{layers[0]} is a SyncBatchNorm layer, which normalises over each worker's own samples as long as "
+            "train.sync_batchnorm is false"
+        )
+    for text in [*run.prepared.notes(), *([note] if note else [])]:
+        run.out.say(f"note: {text}")
+
+
+def _headline(run: ActiveRun) -> str:
+    layout, nodes = run.prepared.replica.layout, len(set(run.comm.nodes))
+    name = runfolder.title(run.job.name, run.claim.overrides if run.claim is not None else ())
+    return (
+        f"{name}: {run.comm.size} rank{'s' * (run.comm.size > 1)} on {nodes} "
+        f"node{'s' * (nodes > 1)}, {layout.parameters:,} parameters ({run.job.train.precision}), "
+        f"{run.prepared.total:,} samples to train on; run folder {run.folder}"
+    )
+
+
+def _tell_resumed(run: ActiveRun, resume: Resume | None) -> None:
+    """And write down, on rank 0, what changes from here on. Collective."""
+    totals = run.totals
+
+    def record() -> list[str]:
+        if run.claim is None or resume is None:
+            return []
+        return run.claim.record(run.job, resume, totals.cursor)
+
+    def forget() -> None:
+        if run.comm.rank == 0:
+            _forget_metrics(run)
+
+    told = agreed(run.comm, record)
+    agreed(run.comm, forget)
+    run.out.say("\n".join([f"resumed at sample {totals.cursor:,} (step {totals.step})", *told]))
+
+
+def _forget_metrics(run: ActiveRun) -> None:
+    try:
+        runfolder.forget_metrics(run.folder, run.totals.cursor, owed=bool(run.totals.owed & Ask.EVALUATE))
+    except OSError as error:
+        raise CheckpointError(
+            f"{run.folder}: its metrics.csv cannot be written ({error.strerror}); free space or mend permissions"
+        ) from None

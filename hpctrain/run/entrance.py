@@ -1,0 +1,110 @@
+"""How a run enters its phases: communicators and arenas of their own, and what decides in them."""
+
+from __future__ import annotations
+
+from hpctrain import runfolder
+from hpctrain.cluster import Roles
+from hpctrain.comm.base import Communicator
+from hpctrain.run.active import ActiveRun
+from hpctrain.run.phase import Dealing, Members, Updating, Watching, build_phase, split_by_role
+from hpctrain.schedule import Conductor
+from hpctrain.strategies.base import Phase, Strategy
+from hpctrain.trace.events import PhaseEntered
+
+
+class Entrance:
+    """Enters phases one after the other, and keeps what is used again until the run ends."""
+
+    def __init__(self, run: ActiveRun) -> None:
+        self._run = run
+        self._before: Roles | None = None  # of the phase before
+        self._split: dict[Roles, tuple[Communicator, Communicator | None]] = {}
+
+    def enter(self) -> Phase:
+        """The phase that the run's totals name. Collective over all ranks."""
+        run, index, prepared = self._run, self._run.totals.phase, self._run.prepared
+        members = self._place(prepared.roles[index], prepared.strategy(index))
+        self._before = members.roles
+        conductor = self._conductor(members.comm)
+        job, pace = run.job, prepared.pace(index, run.totals.phase_start)
+        phase = build_phase(
+            index,
+            members,
+            prepared.replica,
+            Updating(
+                prepared.optimizer, pace.rate, pace.momentum_factor, pace.per_update, job.train.clip_norm, job.train.nan
+            ),
+            Dealing(
+                batch=prepared.batch,
+                cursor=run.totals.cursor,
+                queue="static" if job.data.queue == "static" else "shared",
+                epoch=prepared.order.length,
+                ahead=prepared.ahead,
+            ),
+            conductor,
+            Watching(run.tick, run.saving),
+        )
+        self._tell(phase)
+        return phase
+
+    def release(self) -> None:
+        """Free the communicators of all phases. Collective over all ranks."""
+        for comm, workers in self._split.values():
+            if workers is not None:
+                workers.free()
+            comm.free()
+
+    def _place(self, roles: Roles, strategy: Strategy) -> Members:
+        """Give the replica its arenas, and couple the workers' models. Collective over all ranks."""
+        run, prepared, before = self._run, self._run.prepared, self._before
+        comm, workers = self._communicators(roles)
+        shared = self._may_share(comm, strategy)
+        with comm.span("switch"):
+            prepared.replica.place(comm, shared)
+            if workers is not None:
+                prepared.coupling.join(workers)
+        if before is not None:
+            prepared.untrained.share(run.comm, set(roles.workers) - set(before.workers))
+        equal = before is not None and len(before.workers) == comm.size and len(set(comm.nodes)) == 1
+        return Members(comm, workers, roles, shared, equal)
+
+    def _communicators(self, roles: Roles) -> tuple[Communicator, Communicator | None]:
+        """Of all ranks and of the workers; kept for later phases of the same roles: to split takes milliseconds."""
+        if roles not in self._split:
+            self._split[roles] = split_by_role(self._run.comm, roles)
+        return self._split[roles]
+
+    def _may_share(self, comm: Communicator, strategy: Strategy) -> bool:
+        if not self._shares(strategy):  # the same on all ranks
+            return False
+        replica = self._run.prepared.replica
+        layout = replica.layout
+        if replica.keeps_shared(comm):
+            return True
+        why = comm.can_share(layout.length * layout.dtype.itemsize * 2)
+        if why is not None:
+            self._run.out.say(f"not sharing memory between the ranks of a node: {why}")
+        return comm.gather_json(why is None).count(False) == 0
+
+    def _shares(self, strategy: Strategy) -> bool:
+        """Whether this phase wants node-shared arenas."""
+        prepared = self._run.prepared
+        elementwise, on_cpu = prepared.optimizer.elementwise, prepared.device.type == "cpu"
+        allowed = self._run.job.communicator.shared and on_cpu
+        return strategy.needs.parameters == "node" and elementwise and allowed
+
+    def _conductor(self, comm: Communicator) -> Conductor:
+        """What decides in the phase; of a resumed one, its rule goes on. Collective over all ranks."""
+        totals, state = self._run.totals, self._run.state
+        conductor = self._run.prepared.conductor(totals.phase, totals.phase_start, comm.recorder.event)
+        known = comm.broadcast_json(state.rule if state is not None else None)
+        if known and conductor.rule is not None:
+            conductor.rule.load(known)
+        return conductor
+
+    def _tell(self, phase: Phase) -> None:
+        schedule = self._run.job.schedule
+        name = runfolder.name_of(schedule[phase.index].strategy)
+        phase.comm.recorder.event(PhaseEntered(phase.index, phase.roles.of(phase.comm.rank).value, name))
+        if len(schedule) > 1:
+            self._run.out.say(f"phase {phase.index}: {name}, {runfolder.describe_roles(phase.roles)}")

@@ -1,0 +1,147 @@
+"""What follows a step: the totals, and what it asks for: evaluate, checkpoint, end the phase, stop, interrupt."""
+
+from __future__ import annotations
+
+from hpctrain import leaving
+from hpctrain.comm.base import Communicator
+from hpctrain.run.active import ActiveRun
+from hpctrain.run.totals import Ending, TrainingClock
+from hpctrain.runfolder import PhaseSummary
+from hpctrain.schedule import Ask
+from hpctrain.strategies.base import Outcome, Phase, Strategy
+
+
+class Milestones:
+    """On a worker, for one phase, whose summary is the newest of the run's totals."""
+
+    def __init__(self, run: ActiveRun, phase: Phase, strategy: Strategy) -> None:
+        self._run, self._phase, self._strategy = run, phase, strategy
+        self._last = run.totals.phase + 1 >= len(run.job.schedule)
+        self._version = strategy.version
+        self._clock = TrainingClock(run.comm.now, self._summary)
+
+    # -- after a step ----------------------------------------------------------------------------------------
+    def after(self, outcome: Outcome, step: int, loss: float, samples: int) -> bool:
+        """Add a step to the totals, and do what it asks for. True if the phase ends here.
+
+        `step`: how many have been taken. `loss`, `samples`: this worker's. Collective over the workers.
+        """
+        run, phase, totals = self._run, self._phase, self._run.totals
+        self._count(outcome, step, loss, samples)
+        run.tick()
+        if outcome.ask & Ask.LEAVE:
+            leaving.agree_to_leave(phase, totals.step, leaves=False)
+        if run.asked_to_stop():
+            phase.wish = Ask.INTERRUPT
+        if run.out.due():
+            self._tell_progress(outcome.loss)
+        return self._heed(outcome.ask, outcome.why, outcome.held) if outcome.ask else False
+
+    def pay(self) -> bool:
+        """Do what an interruption left to be done, as the run would have that was not interrupted. True if the phase
+        ends here. Collective over the workers."""
+        totals = self._run.totals
+        owed, totals.owed = totals.owed, Ask.NOTHING
+        if not owed:
+            return False
+        return self._heed(owed | Ask.STOP if totals.cursor >= self._run.prepared.total else owed, totals.why)
+
+    @property
+    def _summary(self) -> PhaseSummary:
+        return self._run.totals.summaries[-1]
+
+    def _count(self, outcome: Outcome, step: int, loss: float, samples: int) -> None:
+        run, phase, totals, summary = self._run, self._phase, self._run.totals, self._summary
+        before, totals.cursor = totals.cursor, outcome.cursor
+        totals.step = step
+        summary.steps += self._updates_until(outcome)
+        summary.samples += outcome.cursor - before
+        summary.loss = outcome.loss
+        recorder, rate = phase.comm.recorder, run.job.optimizer.lr or 0.0
+        recorder.step_done(
+            outcome.cursor / run.prepared.epoch, loss, samples, rate * phase.rate(before), outcome.result,
+            *outcome.staleness, phase.index, outcome.cursor,
+        )  # fmt: skip
+        recorder.step = step
+
+    def _updates_until(self, outcome: Outcome) -> int:
+        """How many there were since this worker's last step: where workers do not step together, those of all."""
+        before, self._version = self._version, outcome.version
+        return max(1, outcome.version - before)
+
+    def _tell_progress(self, loss: float) -> None:
+        run, totals, seconds = self._run, self._run.totals, self._clock.seconds
+        rate = self._summary.samples / seconds if seconds > 0 else 0.0
+        share, epoch = 100 * totals.cursor / run.prepared.total, totals.cursor / run.prepared.epoch
+        run.out.update(f"{share:3.0f} %  epoch {epoch:.2f}  step {totals.step}  loss {loss:.4f}  {rate:,.0f} samples/s")
+
+    # -- what is asked ---------------------------------------------------------------------------------------
+    def _heed(self, ask: Ask, why: str, held: int = 0) -> bool:
+        """Do what is asked for at this cursor. True if the phase ends here."""
+        with self._clock.stopped(0 if ask & (Ask.STOP | Ask.END_PHASE) else held):
+            if ask & Ask.INTERRUPT:
+                self._interrupt(ask, why)
+                return True
+            return self._carry_out(ask, why)
+
+    def _interrupt(self, ask: Ask, why: str) -> None:
+        """Save and leave, quickly: what else is due at this cursor is owed by the run that goes on from here."""
+        totals = self._run.totals
+        totals.interrupted = True
+        self._run.saving()
+        totals.owed, totals.why, totals.ending = ask & (Ask.EVALUATE | Ask.END_PHASE), why, Ending.NOTHING
+        self._checkpoint(Ending.NOTHING)
+
+    def _carry_out(self, ask: Ask, why: str) -> bool:
+        totals, reason = self._run.totals, None
+        stops = bool(ask & Ask.STOP) or (self._last and bool(ask & Ask.END_PHASE))
+        if ask & Ask.EVALUATE:
+            reason, ruled = self._evaluate(stops)
+            if ruled is not None:
+                ask, why, stops = ask | Ask.END_PHASE, ruled, stops or self._last
+        ends = bool(ask & (Ask.STOP | Ask.END_PHASE)) or reason is not None
+        if stops or reason is not None:
+            totals.ending = Ending.RUN
+        elif ask & Ask.END_PHASE:
+            totals.ending, totals.why = Ending.PHASE, why
+        if reason is not None:
+            self._run.out.say(f"stopped at sample {totals.cursor:,}: {reason}")
+        if ask & Ask.CHECKPOINT or (ends and totals.ending is Ending.RUN):
+            self._checkpoint(totals.ending if ends and not ask & Ask.STOP else Ending.NOTHING)
+        return ends
+
+    def _evaluate(self, stops: bool) -> tuple[str | None, str | None]:
+        """On the validation samples (else the test samples). Why training should stop, and why the phase should, or
+        None. Collective over the workers.
+
+        Not where the run stops anyway and ends with just that evaluation.
+        """
+        run, conductor = self._run, self._phase.conductor
+        splits, untrained = run.prepared.splits, run.prepared.untrained
+        name, dataset = ("validation", splits.validation) if splits.validation is not None else ("test", splits.test)
+        if dataset is None or (stops and (splits.validation is None or splits.test is None)):
+            return None, None
+        with self._strategy.settled():
+            metric = run.measure(self._workers, name, dataset, untrained.agreed(self._workers)).metric
+        ruled = conductor.evaluated(run.totals.cursor, metric)
+        return run.totals.stopping.judge(metric), conductor.why if ruled else None
+
+    def _checkpoint(self, ending: Ending) -> None:
+        """`ending`: what ends here before the run's samples are used up.
+
+        Collective over the workers; the servers take part.
+        """
+        run, totals = self._run, self._run.totals
+        run.check_hold()
+        run.saving()
+        own = self._strategy.own()
+        with self._workers.span("checkpoint"), self._strategy.settled():
+            account = {**totals.plain(), "ending": ending.value}
+            run.keeper.save(self._phase, self._strategy.state(), own, account, totals.cursor)
+        if run.comm.rank == 0 and not totals.interrupted:
+            run.works()  # it has written; the others may have to wait for that still
+
+    @property
+    def _workers(self) -> Communicator:
+        assert self._phase.workers is not None
+        return self._phase.workers

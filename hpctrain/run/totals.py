@@ -1,0 +1,94 @@
+"""What a run adds up as it goes, and what of that a checkpoint keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hpctrain.runfolder import PhaseSummary
+from hpctrain.schedule import Ask, Progress
+
+
+class Ending(Enum):
+    """What ends at a cursor, before the run's samples are used up. The values are those in checkpoints."""
+
+    NOTHING = "on"
+    PHASE = "phase"
+    RUN = "stop"
+
+
+@dataclass
+class Totals:
+    """The counters of a run, the same on all workers of a phase.
+
+    `cursor`: samples consumed. `step`: steps taken. `phase`: the index of the phase, which began at the cursor
+    `phase_start`. `stopping`: early stopping. `ending`: what ends with the phase in progress, and `why`. `owed`: what
+    an interruption left to be done at `cursor`. `interrupted`, `left`: how this process ends the run before its end; a
+    checkpoint does not keep these.
+    """
+
+    stopping: Progress
+    cursor: int = 0
+    step: int = 0
+    phase: int = 0
+    phase_start: int = 0
+    summaries: list[PhaseSummary] = field(default_factory=list)
+    ending: Ending = Ending.NOTHING
+    why: str = ""
+    owed: Ask = Ask.NOTHING
+    interrupted: bool = False
+    left: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Of training in all phases, without evaluations and checkpoints."""
+        return sum(summary.seconds for summary in self.summaries)
+
+    def plain(self, newest: int | None = None) -> dict[str, Any]:
+        """As plain values: what the ranks of the next phase and a checkpoint must know. `newest`: with so many summaries
+        only, for ranks that have those of the phases before."""
+        summaries = self.summaries if newest is None else self.summaries[-newest:]
+        counters = {name: getattr(self, name) for name in ("cursor", "step", "phase", "phase_start")}
+        books = {**counters, "summaries": [vars(summary) for summary in summaries]}
+        ending = {"ending": self.ending.value, "why": self.why, "owed": int(self.owed)}
+        return {"books": books, "stopping": vars(self.stopping), **ending}
+
+    def take(self, plain: dict[str, Any]) -> None:
+        """Go on from these values, which `plain` gave on another rank or in another process."""
+        books = plain["books"]
+        self.cursor, self.step = books["cursor"], books["step"]
+        self.phase, self.phase_start = books["phase"], books["phase_start"]
+        summaries = [PhaseSummary(**row) for row in books["summaries"]]
+        before = [summary for summary in self.summaries if summaries and summary.index < summaries[0].index]
+        self.summaries = before + summaries
+        self.stopping = Progress(**plain["stopping"])
+        self.ending, self.why = Ending(plain["ending"]), plain["why"]
+        self.owed = Ask(plain.get("owed", 0))  # version 0.1 began without
+
+
+class TrainingClock:
+    """Adds a phase's time to its summary. It stands still during evaluations and checkpoints. `now`: in nanoseconds."""
+
+    def __init__(self, now: Callable[[], int], summary: PhaseSummary) -> None:
+        self._now, self._summary = now, summary
+        self._since = now()
+
+    @property
+    def seconds(self) -> float:
+        """Trained in this phase until now."""
+        return (self._now() - self._since) / 1e9 + self._summary.seconds
+
+    @contextmanager
+    def stopped(self, held: int) -> Iterator[None]:
+        """Neither what is done inside counts as training time, nor the `held` nanoseconds before, in which this worker
+        waited for the others to come to it."""
+        summary, began = self._summary, self._now() - held
+        summary.seconds += (began - self._since) / 1e9
+        try:
+            yield
+        finally:
+            self._since = self._now()
+            summary.pauses += (self._since - began) / 1e9
