@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from hpctrain.alike import check_alike, job_topic
 from hpctrain.cluster import launched_rank
 from hpctrain.comm.connect import report
+from hpctrain.comm.ending import end_all_ranks
 from hpctrain.errors import CheckpointError, HpctrainError
 from hpctrain.filenames import JOB, MODEL
 from hpctrain.strategies.base import roles_of
@@ -42,6 +43,7 @@ def main(load: Callable[[], tuple[Job, Resume | Path | str | None]]) -> int:
     except HpctrainError as mistake:
         error = mistake
     rank = launched_rank(os.environ)
+    comm: Communicator | None = None
     try:
         from hpctrain.comm.connect import connect
 
@@ -62,6 +64,10 @@ def main(load: Callable[[], tuple[Job, Resume | Path | str | None]]) -> int:
         result = train(job, comm, resume)
     except HpctrainError as mistake:
         return _exit(report(mistake, rank))
+    except Exception as failure:
+        if comm is not None and comm.size > 1:
+            end_all_ranks(rank, failure)
+        raise
     except KeyboardInterrupt:
         return INTERRUPTED
     return _exit(INTERRUPTED if result.interrupted and rank == 0 else 0)

@@ -33,6 +33,7 @@ from hpctrain.comm.base import (
     Thread,
     barrier_id,
 )
+from hpctrain.comm.ending import end_all_ranks
 from hpctrain.comm.node import PrivateArena, SharedArena, why_not_shared
 from hpctrain.comm.start import MPI
 from hpctrain.errors import ClusterError
@@ -131,11 +132,6 @@ def try_on_self(out: Buffer, into: Buffer) -> None:
     MPI.COMM_SELF.Sendrecv(out, 0, recvbuf=into, source=0)
     MPI.SUM.Reduce_local(out, into)
     MPI.COMM_SELF.Allreduce(MPI.IN_PLACE, into)
-
-
-def abort(status: int) -> None:
-    """End all ranks at once."""
-    MPI.COMM_WORLD.Abort(status)
 
 
 class MpiCommunicator(Communicator):
@@ -316,7 +312,7 @@ class MpiCommunicator(Communicator):
         return other
 
     def spawn(self, function: Callable[[], Any]) -> Thread:
-        return _MpiThread(function)
+        return _MpiThread(function, self.members[self.rank])
 
     def free(self) -> None:
         self.node.Free()
@@ -479,20 +475,22 @@ class _MpiCounter(Counter):
 
 
 class _MpiThread(Thread):
-    def __init__(self, function: Callable[[], Any]) -> None:
+    """Of rank `rank`. What `function` raises ends all ranks, unless they raise it too: nobody may ever come to join."""
+
+    def __init__(self, function: Callable[[], Any], rank: int) -> None:
         self._result: Any = None
         self._error: BaseException | None = None
 
         def body() -> None:
             try:
-                self._result = function()
-            except SystemExit as error:  # Python ends a thread for it without a word
-                self._error = RuntimeError("sys.exit() was called in a server's thread")
-                raise self._error from error
+                self._result = _without_exit(function)
             except BaseException as error:
                 self._error = error
-                if not getattr(error, "everywhere", False):
-                    raise  # nobody may ever come to join: see `connect`
+                if getattr(error, "everywhere", False):
+                    return
+                if MPI.COMM_WORLD.size > 1:
+                    end_all_ranks(rank, error)
+                raise
 
         self._thread = threading.Thread(target=body, daemon=True)
         self._thread.start()
@@ -502,3 +500,11 @@ class _MpiThread(Thread):
         if self._error is not None:
             raise self._error
         return self._result
+
+
+def _without_exit(function: Callable[[], Any]) -> Any:
+    """`function()`. Python ends a thread without a word where it calls sys.exit(): so that is an error."""
+    try:
+        return function()
+    except SystemExit as error:
+        raise RuntimeError("sys.exit() was called in a server's thread") from error

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hpctrain.comm.base import Communicator
+from hpctrain.comm.connect import connect, tell_once
+from hpctrain.comm.ending import end_all_ranks
 from hpctrain.data.loader import Batch
 from hpctrain.errors import HpctrainError
 from hpctrain.evaluate import explained
@@ -52,8 +54,6 @@ def session(
     run ends there, without a result. One that leaves alone ends the job, and is named (LeftError).
     """
     if comm is None:
-        from hpctrain.comm.connect import connect
-
         comm = connect(job)
     with (
         _whole_job_fails_together(comm),
@@ -65,17 +65,18 @@ def session(
 
 @contextmanager
 def _whole_job_fails_together(comm: Communicator) -> Iterator[None]:
-    """What this rank raises and the others cannot know of ends them too; told first."""
+    """What this rank raises and the others cannot know of ends them too; told first. What all raise is told once, if
+    nothing catches it."""
     try:
         yield
     except (GeneratorExit, SystemExit):  # all ranks leave the loop, or another error would have come of it
         raise
     except BaseException as error:
-        known = isinstance(error, HpctrainError) and error.everywhere
-        if comm.concurrent and comm.size > 1 and not known:
-            from hpctrain.comm.connect import end_all_ranks
-
-            end_all_ranks(comm, error)
+        if comm.concurrent:  # virtual ranks share one process
+            if isinstance(error, HpctrainError) and (error.everywhere or comm.size == 1):
+                tell_once(error, comm.rank)
+            elif comm.size > 1:
+                end_all_ranks(comm.rank, error)
         raise
 
 

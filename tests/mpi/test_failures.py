@@ -221,6 +221,65 @@ def test_a_users_mistake_in_mid_training(mpi: launcher.Mpi, tmp_path: Path, who:
     assert "Traceback" not in ended.err
 
 
+OUTSIDE = """
+import gc
+import sys
+import threading
+import hpctrain
+from hpctrain.comm.connect import connect
+from tests import helpers
+
+hooks = sys.excepthook, threading.excepthook
+def as_they_were():
+    gc.collect()
+    return (sys.excepthook, threading.excepthook) == hooks
+
+comm = connect()
+assert as_they_were()
+hpctrain.train(helpers.make_job(sys.argv[1]), comm)
+assert as_they_were()
+try:
+    hpctrain.train(helpers.make_job(sys.argv[1], data={"name": "mnist", "path": "nowhere"}), comm)
+except hpctrain.HpctrainError as error:
+    assert error.everywhere
+    assert not as_they_were()
+assert as_they_were()
+if comm.rank == 1:
+    1 / 0
+comm.barrier()
+"""
+
+
+def test_a_rank_that_fails_outside_of_a_session(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    """It ends the others. The program's exception hooks stay its own, except for an error that all ranks raise."""
+    program = tmp_path / "program.py"
+    program.write_text(OUTSIDE)
+    ended = launch([*mpi.command(3), sys.executable, str(program), str(tmp_path / "runs")], mpi, timeout=40)
+    assert ended.status == 1, ended
+    assert ended.err.count("ZeroDivisionError") == 1, ended.err
+    assert "AssertionError" not in ended.err
+
+
+ALL_RAISE = """
+import sys
+import hpctrain
+from tests import helpers
+
+with hpctrain.session(helpers.make_job(sys.argv[1], data={"name": "mnist", "path": "nowhere"})):
+    pass
+"""
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_mistake_that_all_ranks_of_a_program_raise(mpi: launcher.Mpi, tmp_path: Path, count: int) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(ALL_RAISE)
+    ended = launch([*mpi.command(count), sys.executable, str(program), str(tmp_path / "runs")], mpi, timeout=40)
+    assert ended.status == 2, ended
+    assert ended.err.count("hpctrain: ") == 1, ended.err
+    assert "Traceback" not in ended.err
+
+
 LEAVING = """
 import sys
 import hpctrain
