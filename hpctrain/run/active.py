@@ -43,9 +43,9 @@ class ActiveRun:
     files: RunFiles | None
     keeper: Keeper
     tracing: Tracing
-    signals: StopSignals | None
     closing: ExitStack
-    state: State | None
+    signals: StopSignals | None = None
+    state: State | None = None
     own: Own = field(default_factory=Own)
     _warned: set[str] = field(default_factory=set)
 

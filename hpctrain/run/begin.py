@@ -69,15 +69,13 @@ def _begin(
         comm,
         prepared,
         folder,
-        _totals(job),
-        out,
-        held,
-        files,
-        Keeper(prepared, comm, folder, files),
-        Tracing(comm, folder),
-        None,
-        closing,
-        None,
+        totals=_totals(job),
+        out=out,
+        claim=held,
+        files=files,
+        keeper=Keeper(prepared, comm, folder, files),
+        tracing=Tracing(comm, folder),
+        closing=closing,
     )
     if resumed:
         _restore(run, resume)

@@ -48,8 +48,8 @@ class Totals:
         return sum(summary.seconds for summary in self.summaries)
 
     def plain(self, newest: int | None = None) -> dict[str, Any]:
-        """As plain values: what the ranks of the next phase and a checkpoint must know. `newest`: with so many summaries
-        only, for ranks that have those of the phases before."""
+        """As plain values: what the ranks of the next phase and a checkpoint must know. `newest`: only so many of the
+        summaries, for ranks that have the earlier ones."""
         summaries = self.summaries if newest is None else self.summaries[-newest:]
         counters = {name: getattr(self, name) for name in ("cursor", "step", "phase", "phase_start")}
         books = {**counters, "summaries": [vars(summary) for summary in summaries]}
