@@ -245,16 +245,18 @@ except hpctrain.HpctrainError as error:
     assert not as_they_were()
 assert as_they_were()
 if comm.rank == 1:
-    1 / 0
+    FAILING
 comm.barrier()
 """
 
 
-def test_a_rank_that_fails_outside_of_a_session(mpi: launcher.Mpi, tmp_path: Path) -> None:
-    """It ends the others. The program's exception hooks stay its own, except for an error that all ranks raise."""
+@pytest.mark.parametrize("failing", ["1 / 0", "comm.spawn(lambda: 1 / 0) and comm.sleep(50)"])
+def test_a_rank_that_fails_outside_of_a_session(mpi: launcher.Mpi, tmp_path: Path, failing: str) -> None:
+    """It ends the others, as does a thread such as a server's, which nobody joins. The program's exception hooks stay
+    its own, except for an error that all ranks raise."""
     program = tmp_path / "program.py"
-    program.write_text(OUTSIDE)
-    ended = launch([*mpi.command(3), sys.executable, str(program), str(tmp_path / "runs")], mpi, timeout=40)
+    program.write_text(OUTSIDE.replace("FAILING", failing))
+    ended = launch([*mpi.command(3), sys.executable, str(program), str(tmp_path / "runs")], mpi, timeout=60)
     assert ended.status == 1, ended
     assert ended.err.count("ZeroDivisionError") == 1, ended.err
     assert "AssertionError" not in ended.err
@@ -274,7 +276,7 @@ with hpctrain.session(helpers.make_job(sys.argv[1], data={"name": "mnist", "path
 def test_a_mistake_that_all_ranks_of_a_program_raise(mpi: launcher.Mpi, tmp_path: Path, count: int) -> None:
     program = tmp_path / "program.py"
     program.write_text(ALL_RAISE)
-    ended = launch([*mpi.command(count), sys.executable, str(program), str(tmp_path / "runs")], mpi, timeout=40)
+    ended = launch([*mpi.command(count), sys.executable, str(program), str(tmp_path / "runs")], mpi, timeout=60)
     assert ended.status == 2, ended
     assert ended.err.count("hpctrain: ") == 1, ended.err
     assert "Traceback" not in ended.err
