@@ -20,14 +20,14 @@ def trainer_of(prepared: Prepared, comm: Communicator, coupling: Coupling) -> Tr
     """Of the job's first phase. Collective."""
     strategy, roles = prepared.strategy(0), prepared.roles[0]
     everybody, workers = split_by_role(comm, roles)
-    prepared.replica.place(everybody, True, strategy.needs.gradients)
+    prepared.replica.place(everybody, True)
     phase = build_phase(
         0,
         Members(everybody, workers, roles, shared=True),
         prepared.replica,
         Updating(prepared.optimizer),
         Dealing(prepared.batch, epoch=prepared.order.length),
-        prepared.conductor(0, 0, lambda kind, text: None),
+        prepared.conductor(0, 0, lambda event: None),
     )
     strategy.join(phase)
     loader = prepared.loader(0, 0, workers)
