@@ -30,7 +30,7 @@ from hpctrain.prepare import Prepared
 from hpctrain.replica import Layout, as_array
 from hpctrain.runfiles import RunFiles
 from hpctrain.state import Own, Section, State, recv_state, send_state
-from hpctrain.strategies.base import Phase
+from hpctrain.strategies.phase import Phase
 from hpctrain.trace.events import CheckpointWritten
 from hpctrain.untrained import from_raw, raw
 from hpctrain.wrappers import named_parameters, plain_name, plain_state

@@ -14,7 +14,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.errors import LeftError
 
 if TYPE_CHECKING:
-    from hpctrain.strategies.base import Phase
+    from hpctrain.strategies.phase import Phase
 
 PATIENCE = 30.0  # seconds until a rank that waits for the others says so, or gives up where they cannot be asked
 

@@ -18,7 +18,8 @@ from hpctrain.errors import HpctrainError
 from hpctrain.losses import check_differentiable, weigh
 from hpctrain.replica import Buckets
 from hpctrain.schedule import Ask
-from hpctrain.strategies.base import Outcome, Phase, Strategy
+from hpctrain.strategies.base import Outcome, Strategy
+from hpctrain.strategies.phase import Phase
 
 INSPECTED = 2**14  # elements of a gradient, or of a bucket of it, that every step looks at before it is exchanged
 
@@ -73,7 +74,7 @@ class Trainer:
         self.inside = False
         self.phase.replica.clear()
         self._left, self.samples, self._loss, self._weight = len(pieces), 0, 0.0, 0.0
-        self.phase.bad = 0
+        self.phase.step.bad = 0
         for index, (start, stop) in enumerate(pieces):
             ahead = pieces[index + 1 :] or following
             yield self._take(start, stop, ahead, counts=index < own)
@@ -96,7 +97,7 @@ class Trainer:
         if not self._looked:
             self._find_foreign(weighed.term)
         with self._backward:
-            scale = weighed.share / self.phase.batch
+            scale = weighed.share / self.phase.dealing.batch
             self.coupling.backward(weighed.term if scale == 1.0 else weighed.term * scale)
         self.samples += batch.size
         self._weight += weighed.weight
@@ -119,7 +120,7 @@ class Trainer:
         if self.samples and not self._looked:
             self._looked = True
             self._tell_unused()
-        phase.step, phase.weight = self.steps, self._weight
+        phase.step.number, phase.step.weight = self.steps, self._weight
         outcome = self.strategy.step(self.samples, loss)
         self.steps += 1
         self.inside = False
@@ -133,8 +134,8 @@ class Trainer:
             self._forward.__exit__(None, None, None)
             self._batch = None
         phase.replica.clear()
-        phase.weight, phase.bad = None, 0
-        phase.wish, phase.round_end, phase.step = Ask.LEAVE, phase.cursor, self.steps
+        phase.step.weight, phase.step.bad = None, 0
+        phase.step.wish, phase.step.round_end, phase.step.number = Ask.LEAVE, phase.cursor, self.steps
         if self._buckets is not None:
             self._buckets.flush()
         return self.strategy.withdraw()
@@ -156,11 +157,11 @@ class Trainer:
 
     def _next_round(self) -> tuple[list[Stretch], list[Stretch], int]:
         phase, worker, workers = self.phase, self.phase.worker_index, len(self.phase.roles.workers)
-        size = phase.batch * workers
+        size = phase.dealing.batch * workers
         bounds = self.loader.bounds(phase.cursor, size, workers)
-        phase.round_end = bounds[-1]
+        phase.step.round_end = bounds[-1]
         own = self._pieces(bounds[worker], bounds[worker + 1])
-        later = round_bounds(phase.round_end, self.loader.length, size, workers)
+        later = round_bounds(phase.step.round_end, self.loader.length, size, workers)
         return own + self._borrowed(bounds, len(own)), self._pieces(later[worker], later[worker + 1]), len(own)
 
     def _pieces(self, start: int, stop: int) -> list[Stretch]:
@@ -202,8 +203,8 @@ class Trainer:
         """Note a parameter whose gradient is not finite. With nan = "stop" the strategy looks at every element that it
         has just summed, where that costs little, and then names the rank if it can; so here a part is enough."""
         part = self.phase.replica.gradient[low : high if self.check_gradient else min(high, low + INSPECTED)]
-        if not self.phase.bad and not is_finite(part):
-            self.phase.bad = self.phase.replica.layout.first_not_finite(part, low)
+        if not self.phase.step.bad and not is_finite(part):
+            self.phase.step.bad = self.phase.replica.layout.first_not_finite(part, low)
 
     def _tell_unused(self) -> None:
         """Once per phase: what is left alone because no loss depends on it."""

@@ -19,8 +19,8 @@ from hpctrain.comm.base import Communicator
 from hpctrain.errors import ClusterError
 from hpctrain.job import Job
 from hpctrain.models.mlp import mlp
-from hpctrain.strategies.base import Phase
 from hpctrain.strategies.parameter_server import ParameterServer, ParameterServerOptions, ParameterServerServer
+from hpctrain.strategies.phase import Phase
 
 Progress = Callable[[str], None]
 

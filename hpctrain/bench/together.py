@@ -15,7 +15,8 @@ from hpctrain.bench.workload import LOADS, Alone, Load, Workload
 from hpctrain.comm.base import Arena, Communicator
 from hpctrain.optimizer import slice_bounds
 from hpctrain.replica import Layout, as_tensor
-from hpctrain.strategies.base import Phase, Strategy
+from hpctrain.strategies.base import Strategy
+from hpctrain.strategies.phase import Phase
 
 Progress = Callable[[str], None]
 SIZES = {"64 KiB": 2**16, "1 MiB": 2**20, "8 MiB": 2**23, "64 MiB": 2**26}
@@ -171,7 +172,7 @@ class StepBench:
 
     def _step(self, phase: Phase, strategy: Strategy) -> float:
         batch, start = self.load.batch, self.comm.now()
-        phase.round_end = phase.cursor + batch * self.comm.size
+        phase.step.round_end = phase.cursor + batch * self.comm.size
         strategy.before()
         strategy.step(batch, self.workload.compute())
         return (self.comm.now() - start) / 1e9

@@ -15,9 +15,10 @@ from hpctrain.models.mlp import mlp
 from hpctrain.models.resnet18 import resnet18
 from hpctrain.optimizer import OptimizerChoice
 from hpctrain.replica import Replica
-from hpctrain.run.phase import Dealing, Members, Updating, build_phase, split_by_role
+from hpctrain.run.phase import split_by_role, updating
 from hpctrain.schedule import Conductor
-from hpctrain.strategies.base import Phase, Strategy
+from hpctrain.strategies.base import Strategy
+from hpctrain.strategies.phase import Dealing, Members, Phase
 
 MLP, RESNET = "mlp, 10.0 M, batch 32", "resnet18 at 32x32, 11.2 M, batch 16"
 HIDDEN = [2048, 2048, 2048]
@@ -58,11 +59,11 @@ class Workload:
         # Otherwise the strategy would exchange by messages where it was asked to share.
         shared = strategy.needs.parameters == "node" and comm.can_share(2 * replica.layout.length * 4) is None
         replica.place(comm, shared)
-        return build_phase(
+        return Phase(
             0,
             Members(comm, workers, roles, shared),
             replica,
-            Updating(self.choice),
+            updating(self.choice, replica.layout),
             Dealing(self.load.batch, queue="shared", epoch=total),
             Conductor(total, 0, 0, None),
         )
@@ -87,7 +88,7 @@ class Alone(Strategy):
 
     def join(self, phase: Phase, state: Any = None) -> None:
         self.replica = phase.replica
-        self.update = phase.make_update(phase.replica.values, 0, phase.replica.layout.length)
+        self.update = phase.updating.make(phase.replica.values, 0, phase.replica.layout.length)
 
     def step(self, samples: int, loss: float) -> Any:
         self.update.apply(self.replica.gradient, 1.0)

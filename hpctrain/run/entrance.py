@@ -6,9 +6,10 @@ from hpctrain import runfolder
 from hpctrain.cluster import Roles
 from hpctrain.comm.base import Communicator
 from hpctrain.run.active import ActiveRun
-from hpctrain.run.phase import Dealing, Members, Updating, Watching, build_phase, split_by_role
+from hpctrain.run.phase import split_by_role, updating
 from hpctrain.schedule import Conductor
-from hpctrain.strategies.base import Phase, Strategy
+from hpctrain.strategies.base import Strategy
+from hpctrain.strategies.phase import Dealing, Members, Phase, Watching
 from hpctrain.trace.events import PhaseEntered
 
 
@@ -27,21 +28,27 @@ class Entrance:
         self._before = members.roles
         conductor = self._conductor(members.comm)
         job, pace = run.job, prepared.pace(index, run.totals.phase_start)
-        phase = build_phase(
+        phase = Phase(
             index,
             members,
             prepared.replica,
-            Updating(
-                prepared.optimizer, pace.rate, pace.momentum_factor, pace.per_update, job.train.clip_norm, job.train.nan
+            updating(
+                prepared.optimizer,
+                prepared.replica.layout,
+                rate=pace.rate,
+                momentum=pace.momentum_factor,
+                per_update=pace.per_update,
+                clip_norm=job.train.clip_norm,
+                nan=job.train.nan,
             ),
             Dealing(
                 batch=prepared.batch,
-                cursor=run.totals.cursor,
                 queue="static" if job.data.queue == "static" else "shared",
                 epoch=prepared.order.length,
                 ahead=prepared.ahead,
             ),
             conductor,
+            run.totals.cursor,
             Watching(run.tick, run.saving),
         )
         self._tell(phase)

@@ -11,7 +11,7 @@ from hpctrain.errors import HpctrainError, UnwrittenError
 from hpctrain.run.active import ActiveRun
 from hpctrain.run.entrance import Entrance
 from hpctrain.run.result import Result
-from hpctrain.strategies.base import Phase
+from hpctrain.strategies.phase import Phase
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from hpctrain.run.active import ActiveRun
 from hpctrain.run.totals import Ending, TrainingClock
 from hpctrain.runfolder import PhaseSummary
 from hpctrain.schedule import Ask
-from hpctrain.strategies.base import Outcome, Phase, Strategy
+from hpctrain.strategies.base import Outcome, Strategy
+from hpctrain.strategies.phase import Phase
 
 
 class Milestones:
@@ -32,7 +33,7 @@ class Milestones:
         if outcome.ask & Ask.LEAVE:
             leaving.agree_to_leave(phase, totals.step, leaves=False)
         if run.asked_to_stop():
-            phase.wish = Ask.INTERRUPT
+            phase.step.wish = Ask.INTERRUPT
         if run.out.due():
             self._tell_progress(outcome.loss)
         return self._heed(outcome.ask, outcome.why, outcome.held) if outcome.ask else False
@@ -59,7 +60,7 @@ class Milestones:
         summary.loss = outcome.loss
         recorder, rate = phase.comm.recorder, run.job.optimizer.lr or 0.0
         recorder.step_done(
-            outcome.cursor / run.prepared.epoch, loss, samples, rate * phase.rate(before), outcome.result,
+            outcome.cursor / run.prepared.epoch, loss, samples, rate * phase.updating.rate(before), outcome.result,
             *outcome.staleness, phase.index, outcome.cursor,
         )  # fmt: skip
         recorder.step = step

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from hpctrain.errors import ClusterError
 from hpctrain.run.active import ActiveRun
-from hpctrain.strategies.base import Phase, Server
+from hpctrain.strategies.base import Server
+from hpctrain.strategies.phase import Phase
 
 
 def serve(run: ActiveRun, phase: Phase) -> None:

@@ -24,7 +24,7 @@ from hpctrain.run.result import Result
 from hpctrain.run.serve import serve
 from hpctrain.run.totals import Ending, Totals
 from hpctrain.run.work import Work
-from hpctrain.strategies.base import Phase
+from hpctrain.strategies.phase import Phase
 from hpctrain.trace.events import Switch
 
 LEAVING = GeneratorExit, SystemExit, KeyboardInterrupt  # with which a program ends that has not failed

@@ -12,7 +12,8 @@ from hpctrain.data.loader import Batch, Loader
 from hpctrain.run.active import ActiveRun
 from hpctrain.run.milestones import Milestones
 from hpctrain.runfolder import PhaseSummary
-from hpctrain.strategies.base import Outcome, Phase, Strategy
+from hpctrain.strategies.base import Outcome, Strategy
+from hpctrain.strategies.phase import Phase
 from hpctrain.trainer import Trainer
 
 

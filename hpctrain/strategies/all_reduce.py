@@ -62,7 +62,7 @@ class AllReduce(RoundStrategy):
     def make_exchange(self) -> Exchange:
         from hpctrain.strategies.exchange import MessageExchange, OverlappedExchange, SharedExchange
 
-        if self.phase.shared:
+        if self.phase.members.shared:
             return SharedExchange(self.phase, self.options.algorithm)
         if self.options.overlap:
             return OverlappedExchange(self.phase, int(self.options.bucket_mb * 2**20))

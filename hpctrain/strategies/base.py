@@ -5,9 +5,9 @@ This file imports neither torch nor a communicator, so that a job can be checked
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel
@@ -15,16 +15,13 @@ from pydantic import BaseModel
 from hpctrain.cluster import Roles, assign_roles
 from hpctrain.errors import ClusterError
 from hpctrain.job import Job, check_ranks
-from hpctrain.schedule import Ask, Conductor
+from hpctrain.schedule import Ask
 from hpctrain.state import Own
 
 if TYPE_CHECKING:
-    import torch
 
-    from hpctrain.comm.base import Communicator
-    from hpctrain.optimizer import Update
-    from hpctrain.replica import Replica
     from hpctrain.state import State
+    from hpctrain.strategies.phase import Phase
 
 Result = Literal["applied", "dropped", "local", "skipped"]
 
@@ -52,61 +49,6 @@ class Outcome(NamedTuple):
     staleness: tuple[int, int] = (0, 0)
     why: str = ""
     held: int = 0
-
-
-@dataclass
-class Phase:
-    """All that a strategy gets: its place in the run, its ranks, its replica, and how to update.
-
-    `comm`: all ranks of the phase, servers included; `workers`: the workers alone, in rank order (None on a
-    dedicated server). `shared`: whether the replica's arenas are node-shared. `batch`: samples per worker and
-    round at most; gradients arrive as the sum over a worker's samples divided by `batch`, so a full batch
-    weighs 1. `weight`: what the mean loss of the step in progress is taken over (None: its samples), and `bad`: 1 + the
-    index of a parameter whose gradient in it is not finite (0: none was found), both set by the trainer. `cursor`: the
-    run's clock, in samples; `round_end`: where it will stand after the step in progress
-    (both kept by trainer and strategy). `wish`: what this rank asks of all (set by the trainer, sent with the
-    next step). `rate`, `momentum`: factors of the learning rate and the momentum at a cursor; `per_update`: whether
-    the strategy may scale the rate of one worker's update; `adaptive`: whether updates do not grow with gradients
-    (Adam and its like). `equal`: whether all ranks of `comm` hold the same parameters already, as where all were
-    workers of the phase before (on one node: unlike processors may round unlike). `queue`: how samples are dealt where
-    workers do not step together; `epoch`: samples per epoch; `ahead`: how many stretches of samples a worker likes to
-    know of besides the one it is at. `tick`: what a dedicated server calls now and then, as trainers do after every
-    step: its trace is written. `saving`: what it calls when the workers write a checkpoint, which may take long.
-    """
-
-    index: int
-    comm: Communicator
-    roles: Roles
-    workers: Communicator | None
-    replica: Replica
-    shared: bool
-    elementwise: bool
-    make_update: Callable[[torch.Tensor, int, int], Update]
-    rate: Callable[[int], float]
-    conductor: Conductor
-    batch: int
-    clip_norm: float | None
-    nan: Literal["stop", "skip"]
-    cursor: int
-    round_end: int = 0
-    wish: Ask = Ask.NOTHING
-    step: int = 0
-    weight: float | None = None
-    bad: int = 0
-    momentum: Callable[[int], float] = field(default=lambda cursor: 1.0)
-    per_update: bool = True
-    adaptive: bool = False
-    queue: Literal["static", "shared"] = "static"
-    epoch: int | None = None
-    ahead: int = 0
-    equal: bool = False
-    tick: Callable[[], None] = field(default=lambda: None)
-    saving: Callable[[], None] = field(default=lambda: None)
-
-    @property
-    def worker_index(self) -> int:
-        """This rank's place among the workers."""
-        return self.roles.workers.index(self.comm.rank)
 
 
 class Strategy:
@@ -188,8 +130,8 @@ class Strategy:
         return self.state()
 
     def withdraw(self) -> Ask:
-        """This worker's program has left the training loop: wish for `Ask.LEAVE`, as `phase.wish` does by now, where
-        the others take their next step or do the same. What is asked of all of them then."""
+        """This worker's program has left the training loop: send the wish `Ask.LEAVE`, which is in `phase.step.wish`,
+        where the others take their next step or do the same. Returns what is asked of all of them then."""
         return self.step(0, 0.0).ask
 
 

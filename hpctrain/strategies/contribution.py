@@ -18,7 +18,7 @@ from hpctrain.schedule import Ask
 
 if TYPE_CHECKING:
     from hpctrain.comm.base import Buffer
-    from hpctrain.strategies.base import Phase
+    from hpctrain.strategies.phase import Phase
 
 Used = NDArray[np.bool_] | None
 """Which of the layout's parameters the loss depends on, in its order; None: all of them."""
@@ -45,9 +45,9 @@ class Contribution:
     @classmethod
     def of(cls, phase: Phase, samples: int, loss: float) -> Contribution:
         """This worker's, of the step that it has just computed."""
-        weight = float(samples) if phase.weight is None else phase.weight
+        weight = float(samples) if phase.step.weight is None else phase.step.weight
         used = phase.replica.used() if samples else np.zeros(len(phase.replica.layout.slots), np.bool_)
-        return cls(samples, weight, loss if samples else 0.0, phase.wish, phase.bad, used)
+        return cls(samples, weight, loss if samples else 0.0, phase.step.wish, phase.step.bad, used)
 
     @classmethod
     def nothing(cls, wish: Ask, slots: int) -> Contribution:

@@ -23,7 +23,7 @@ from hpctrain.strategies.contribution import Contribution, nan_error, sum_error
 if TYPE_CHECKING:
     from hpctrain.comm.base import Buffer, Communicator, Request
     from hpctrain.errors import NanError
-    from hpctrain.strategies.base import Phase
+    from hpctrain.strategies.phase import Phase
 
 
 class Exchange(ABC):
@@ -168,8 +168,8 @@ class SharedExchange(Exchange):
         table = self.comm.gather_rows(np.array([self.replica.first_not_finite(), self._bad], np.int64))
         guilty = np.flatnonzero(table[:, 0])
         if guilty.size:
-            return nan_error(phase, phase.roles.workers[guilty[0]], 0.0, phase.step, int(table[guilty[0], 0]))
-        return sum_error(phase, int(table[:, 1].max()), phase.step)
+            return nan_error(phase, phase.roles.workers[guilty[0]], 0.0, phase.step.number, int(table[guilty[0], 0]))
+        return sum_error(phase, int(table[:, 1].max()), phase.step.number)
 
     def stretches(self) -> list[tuple[int, int]]:
         nodes, parts = self.comm.nodes, len(self._bounds) - 1
@@ -200,7 +200,7 @@ class MessageExchange(Exchange):
 
     def synchronise(self) -> None:
         assert self.replica.value_arena is not None
-        if not self.phase.equal:
+        if not self.phase.members.equal:
             self.comm.broadcast(self.replica.value_arena.mine)
 
     def gather(self, row: Buffer) -> Buffer:
@@ -221,7 +221,7 @@ class MessageExchange(Exchange):
     def publish(self) -> None:
         """All workers raise alike, as all have the same."""
         if self._bad:
-            raise sum_error(self.phase, self._bad, self.phase.step)
+            raise sum_error(self.phase, self._bad, self.phase.step.number)
 
     def stretches(self) -> list[tuple[int, int]]:
         return [(self.low, self.high)] * self.comm.size

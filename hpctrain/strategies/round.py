@@ -25,8 +25,9 @@ from hpctrain.state import (
     send_state,
     start_send_state,
 )
-from hpctrain.strategies.base import Outcome, Phase, Strategy, clip_factor
+from hpctrain.strategies.base import Outcome, Strategy, clip_factor
 from hpctrain.strategies.contribution import Contribution, RoundTotals, Used, nan_error
+from hpctrain.strategies.phase import Phase
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,7 @@ class RoundStrategy(Strategy):
         if part.skip:
             return
         finite = isinstance(part, Step) or self.exchange.check(gradient)
-        limit = self.phase.clip_norm
+        limit = self.phase.updating.clip_norm
         if isinstance(part, Round) and limit is not None:
             gradient.mul_(clip_factor(self.exchange.squares(gradient), limit))
         if finite:
@@ -140,7 +141,7 @@ class RoundStrategy(Strategy):
         self.phase, self.comm, self.version = phase, phase.workers, 0
         self.exchange = exchange = self.make_exchange()
         values = phase.replica.values[exchange.low : exchange.high]
-        self.update = phase.make_update(values, exchange.low, exchange.high)
+        self.update = phase.updating.make(values, exchange.low, exchange.high)
         self._updating = self.comm.span("update", values.nbytes, flops=float(values.numel()))
         exchange.synchronise()
         part = self._dealt(state)
@@ -240,9 +241,9 @@ class RoundStrategy(Strategy):
         if self.local is not None:
             part = self._step_locally(self.local, part)
         self._parts.append(part)
-        if len(self._parts) >= self._length or phase.round_end >= self._foreseen:
+        if len(self._parts) >= self._length or phase.step.round_end >= self._foreseen:
             return self._close()
-        phase.cursor = phase.round_end
+        phase.cursor = phase.step.round_end
         skipped = bool(samples) and not part.samples
         return Outcome("skipped" if skipped else "local", phase.cursor, part.loss, samples, version=self.version)
 
@@ -257,20 +258,20 @@ class RoundStrategy(Strategy):
         from hpctrain.replica import sum_of_squares
 
         phase, gradient = self.phase, self.phase.replica.gradient
-        mean = part.weight / phase.batch or 1.0
+        mean = part.weight / phase.dealing.batch or 1.0
         if part.samples and part.finite and not add_up([gradient], gradient, mean):
             part = replace(part, bad=phase.replica.first_not_finite())
         if not part.finite:
-            if phase.nan == "stop":
-                error = nan_error(phase, phase.comm.rank, part.loss, phase.step, part.bad)
+            if phase.updating.nan == "stop":
+                error = nan_error(phase, phase.comm.rank, part.loss, phase.step.number, part.bad)
                 error.everywhere = False
                 raise error
             part = Contribution.nothing(part.wish, len(phase.replica.layout.slots))
-        if part.samples and phase.clip_norm is not None:
-            gradient.mul_(clip_factor(sum_of_squares(gradient), phase.clip_norm))
-        rate, momentum = phase.rate(phase.cursor), phase.momentum(phase.cursor)
+        if part.samples and phase.updating.clip_norm is not None:
+            gradient.mul_(clip_factor(sum_of_squares(gradient), phase.updating.clip_norm))
+        rate, momentum = phase.updating.rate(phase.cursor), phase.updating.momentum(phase.cursor)
         skip = not part.samples
-        local(Step(phase.step, len(self._parts), part.samples, rate, momentum, skip, part.used))
+        local(Step(phase.step.number, len(self._parts), part.samples, rate, momentum, skip, part.used))
         return part
 
     def _close(self) -> Outcome:
@@ -280,9 +281,9 @@ class RoundStrategy(Strategy):
         table = self.exchange.gather(own.encode(slots))
         parts = [Contribution.decode(row, slots) for row in table]
         found = RoundTotals.of(parts)
-        if found.faulty is not None and phase.nan == "stop":
+        if found.faulty is not None and phase.updating.nan == "stop":
             part = parts[found.faulty]
-            raise nan_error(phase, phase.roles.workers[found.faulty], part.loss, phase.step, part.bad)
+            raise nan_error(phase, phase.roles.workers[found.faulty], part.loss, phase.step.number, part.bad)
         round = self._round(own, found)
         if round.skip:
             self.skipped(round)
@@ -300,10 +301,10 @@ class RoundStrategy(Strategy):
             steps=len(self._parts),
             samples=found.samples,
             share=own.weight / found.weight if found.weight else own.samples / max(1, found.samples),
-            divisor=found.divisor(phase.batch),
-            rate=phase.rate(self._start),
-            momentum=phase.momentum(self._start),
-            last=phase.round_end >= self._foreseen,
+            divisor=found.divisor(phase.dealing.batch),
+            rate=phase.updating.rate(self._start),
+            momentum=phase.updating.momentum(self._start),
+            last=phase.step.round_end >= self._foreseen,
             skip=found.skip,
             used=found.used,
         )
@@ -311,7 +312,7 @@ class RoundStrategy(Strategy):
     def _end(self, found: RoundTotals) -> Outcome:
         """Move the clock to the round's end; what is asked there is the same for every worker."""
         phase = self.phase
-        phase.cursor = phase.round_end
+        phase.cursor = phase.step.round_end
         ask = phase.conductor.decide(self._start, phase.cursor, found.loss, found.wish)
         self._start_round()
         result: Any = "skipped" if found.skip else "applied"

@@ -30,9 +30,10 @@ from hpctrain.run.milestones import Milestones
 from hpctrain.runfolder import Narrator
 from hpctrain.state import State
 from hpctrain.strategies.all_reduce import AllReduce
-from hpctrain.strategies.base import Phase, Strategy
+from hpctrain.strategies.base import Strategy
 from hpctrain.strategies.parameter_server import ParameterServer, ParameterServerServer
 from hpctrain.strategies.parameter_server.corrections import MEAN_SQUARE, DelayCompensation
+from hpctrain.strategies.phase import Phase
 from tests import helpers
 from tests.helpers import jitter, served
 from tests.marks import mostly_slow, slow

@@ -10,8 +10,9 @@ from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.coupling import Coupling
 from hpctrain.prepare import Prepared, prepare
-from hpctrain.run.phase import Dealing, Members, Updating, build_phase, split_by_role
+from hpctrain.run.phase import split_by_role, updating
 from hpctrain.strategies.base import Outcome
+from hpctrain.strategies.phase import Dealing, Members, Phase
 from hpctrain.trainer import Trainer
 from tests import helpers
 
@@ -21,11 +22,11 @@ def trainer_of(prepared: Prepared, comm: Communicator, coupling: Coupling) -> Tr
     strategy, roles = prepared.strategy(0), prepared.roles[0]
     everybody, workers = split_by_role(comm, roles)
     prepared.replica.place(everybody, True)
-    phase = build_phase(
+    phase = Phase(
         0,
         Members(everybody, workers, roles, shared=True),
         prepared.replica,
-        Updating(prepared.optimizer),
+        updating(prepared.optimizer, prepared.replica.layout),
         Dealing(prepared.batch, epoch=prepared.order.length),
         prepared.conductor(0, 0, lambda event: None),
     )

@@ -13,7 +13,7 @@ import numpy as np
 
 from hpctrain.comm.base import Tag
 from hpctrain.state import STRATEGY, State, recv_state, send_state
-from hpctrain.strategies.base import Phase, Server, clip_factor
+from hpctrain.strategies.base import Server, clip_factor
 from hpctrain.strategies.contribution import nan_error, sum_error
 from hpctrain.strategies.parameter_server.coordinator import MODES, Coordinator, Message, Terms
 from hpctrain.strategies.parameter_server.corrections import DelayCompensation
@@ -29,6 +29,7 @@ from hpctrain.strategies.parameter_server.wire import (
     ReplyRecord,
     What,
 )
+from hpctrain.strategies.phase import Phase
 
 if TYPE_CHECKING:
     import torch
@@ -51,12 +52,12 @@ class Wiring:
         self.service: Communicator = service
         self.between_servers = comm.split(0 if comm.rank in self.servers else None, comm.rank)
         self.slots = len(phase.replica.layout.slots)
-        self.bounds = slice_bounds(phase.replica.layout, len(self.servers), phase.elementwise)
-        ahead = np.array([phase.ahead], np.int64)  # ranks may differ: the coordinator's is in force
+        self.bounds = slice_bounds(phase.replica.layout, len(self.servers), phase.updating.elementwise)
+        ahead = np.array([phase.dealing.ahead], np.int64)  # ranks may differ: the coordinator's is in force
         comm.broadcast(ahead, self.coordinator)
         self.ahead = int(ahead[0])
         assert phase.replica.value_arena is not None
-        if not phase.equal:
+        if not phase.members.equal:
             comm.broadcast(phase.replica.value_arena.mine)
 
     @property
@@ -112,7 +113,7 @@ class ParameterServerServer(Server):
         index = wiring.servers.index(phase.comm.rank)
         self.low, self.high = wiring.bounds[index], wiring.bounds[index + 1]
         self._shard, self.values = shard, as_tensor(shard)
-        self.update: Update = phase.make_update(self.values, self.low, self.high)
+        self.update: Update = phase.updating.make(self.values, self.low, self.high)
         self._gradients = [self._buffer() for _ in wiring.workers]
         self.pushes: list[Request | None] = [None] * len(wiring.workers)
         self._sum = as_tensor(self._buffer().mine)
@@ -180,11 +181,11 @@ class ParameterServerServer(Server):
     def execute(self, decision: Decision) -> None:
         """Do what the coordinator decided."""
         if self._lane == 0:
-            self.phase.tick()
+            self.phase.watching.tick()
         if decision.what is What.STATE:
             self._send_state()
             if self._lane == 0:
-                self.phase.saving()
+                self.phase.watching.saving()
             return
         if self.low == self.high:
             if decision.what is What.UPDATE and self._clips:
@@ -248,15 +249,15 @@ class ParameterServerServer(Server):
     @property
     def _clips(self) -> bool:
         """Whether the sum is clipped here; a worker's own gradient is clipped by the worker."""
-        return self.phase.clip_norm is not None and self.options.lockstep
+        return self.phase.updating.clip_norm is not None and self.options.lockstep
 
     def _clip(self, gradient: torch.Tensor) -> float:
         """The factor for all shards. Collective over the servers."""
         from hpctrain.replica import sum_of_squares
 
-        assert self.between is not None and self.phase.clip_norm is not None
+        assert self.between is not None and self.phase.updating.clip_norm is not None
         squares = np.array([sum_of_squares(gradient)])
-        return clip_factor(float(self.between.gather_rows(squares).sum()), self.phase.clip_norm)
+        return clip_factor(float(self.between.gather_rows(squares).sum()), self.phase.updating.clip_norm)
 
     def _expect(self, worker: int) -> None:
         if self.low < self.high:
@@ -356,20 +357,20 @@ class Driver:
 def _terms(phase: Phase, options: ParameterServerOptions) -> Terms:
     """What the phase's coordinator must know of it."""
     workers = len(phase.roles.workers)
-    scaled = partial(options.per_update, workers, phase.adaptive)
+    scaled = partial(options.per_update, workers, phase.updating.adaptive)
     return Terms(
         workers=workers,
         options=options,
         conductor=phase.conductor,
         cursor=phase.cursor,
-        batch=phase.batch,
-        nan=phase.nan,
-        rate=phase.rate,
-        momentum=phase.momentum,
-        per_update=scaled if phase.per_update else lambda staleness: 1.0,
-        queue=phase.queue,
-        epoch=phase.epoch,
-        ahead=phase.ahead,
+        batch=phase.dealing.batch,
+        nan=phase.updating.nan,
+        rate=phase.updating.rate,
+        momentum=phase.updating.momentum,
+        per_update=scaled if phase.updating.per_update else lambda staleness: 1.0,
+        queue=phase.dealing.queue,
+        epoch=phase.dealing.epoch,
+        ahead=phase.dealing.ahead,
     )
 
 

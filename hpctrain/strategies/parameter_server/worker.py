@@ -8,12 +8,13 @@ from hpctrain.comm.base import Tag
 from hpctrain.errors import ClusterError
 from hpctrain.schedule import Ask
 from hpctrain.state import Own, State, collect_state
-from hpctrain.strategies.base import Needs, Outcome, Phase, Strategy, clip_factor
+from hpctrain.strategies.base import Needs, Outcome, Strategy, clip_factor
 from hpctrain.strategies.contribution import Contribution, nan_error
 from hpctrain.strategies.parameter_server.corrections import RunningClip
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions
 from hpctrain.strategies.parameter_server.server import ParameterServerServer, Wiring, deal_state
 from hpctrain.strategies.parameter_server.wire import Header, HeaderKind, HeaderRecord, Reply
+from hpctrain.strategies.phase import Phase
 
 if TYPE_CHECKING:
     from hpctrain.cluster import Roles
@@ -94,7 +95,7 @@ class ParameterServer(Strategy):
         if samples and not self.options.lockstep:
             self._clip(samples)
         part = Contribution.of(phase, samples, loss)
-        self._header.write(Header(HeaderKind.STEP, self.version, phase.round_end, phase.step, part))
+        self._header.write(Header(HeaderKind.STEP, self.version, phase.step.round_end, phase.step.number, part))
         requests = [self.comm.start_recv(self._reply.bytes, wiring.coordinator, Tag.REPLY)]
         for server, low, high in wiring.shards():
             requests.append(self.comm.start_recv(values.mine[low:high], server, Tag.PULL))
@@ -106,20 +107,20 @@ class ParameterServer(Strategy):
 
     def _running_clip(self) -> RunningClip | None:
         """Where gradients come late, as they do not from a worker that is alone."""
-        longest = self.options.clip_pushes or (None if self.phase.adaptive else 2.0)
+        longest = self.options.clip_pushes or (None if self.phase.updating.adaptive else 2.0)
         alone = len(self.phase.roles.workers) == 1
         return RunningClip(longest) if longest is not None and not alone else None
 
     def _clip(self, samples: int) -> None:
         """This worker's own gradient, as the mean over its samples: nobody else's is at hand."""
-        limit, running = self.phase.clip_norm, self._running
+        limit, running = self.phase.updating.clip_norm, self._running
         if limit is None and running is None:
             return
         from hpctrain.blocks import is_finite
         from hpctrain.replica import sum_of_squares
 
-        gradient, weight = self.phase.replica.gradient, self.phase.weight or samples
-        squares = sum_of_squares(gradient) * (self.phase.batch / weight) ** 2
+        gradient, weight = self.phase.replica.gradient, self.phase.step.weight or samples
+        squares = sum_of_squares(gradient) * (self.phase.dealing.batch / weight) ** 2
         if squares - squares != 0.0 and not is_finite(gradient):  # left to the server, which names the parameter
             return
         factor = clip_factor(squares, limit) if limit is not None else 1.0
