@@ -15,7 +15,7 @@ import numpy as np
 
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import DataError, HpctrainError, JobError, ModelError
-from hpctrain.registry import shown
+from hpctrain.text import shown
 
 if TYPE_CHECKING:
     from torch import Tensor

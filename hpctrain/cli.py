@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from hpctrain import __version__
 from hpctrain.errors import HpctrainError
 from hpctrain.filenames import JOB
-from hpctrain.registry import escaped, shown_path
+from hpctrain.text import escaped, shown_path
 
 if TYPE_CHECKING:
     from hpctrain.job import Job

@@ -22,9 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-from hpctrain import jobfile, registry
+from hpctrain import jobfile
 from hpctrain.errors import ClusterError, JobError
-from hpctrain.jobspec import RECORDED, Choice, Named, Options, Table
+from hpctrain.jobspec import RECORDED, Choice, Named
 from hpctrain.jobtables import (
     Amount,
     Communicator,
@@ -41,7 +41,9 @@ from hpctrain.jobtables import (
     Trace,
     Train,
 )
+from hpctrain.options import Options, Table
 from hpctrain.sentences import LARGEST, FaultyJobError, fail, faults, job_error, raise_all, unwritable
+from hpctrain.text import shown_path
 
 __all__ = ["Amount", "Job", "Options", "Phase", "check_ranks"]
 
@@ -111,7 +113,7 @@ class Job(Table):
 
         See `jobfile.override`. Raises JobError.
         """
-        job = cls._checked(jobfile.read(path), overrides, registry.shown_path(path))
+        job = cls._checked(jobfile.read(path), overrides, shown_path(path))
         job._file = os.path.abspath(path)
         return job
 
@@ -122,7 +124,7 @@ class Job(Table):
         What is not built in keeps its name, "<...>" included, and its options as they stand. Whoever resolves it
         gets a JobError, also in a job that is made from this one by `override`. Raises JobError, as `load`.
         """
-        return cls._checked(jobfile.read(path), overrides, registry.shown_path(path), recorded=True)
+        return cls._checked(jobfile.read(path), overrides, shown_path(path), recorded=True)
 
     @property
     def unchecked(self) -> list[str]:

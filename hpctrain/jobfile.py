@@ -14,9 +14,10 @@ from pydantic import BaseModel
 
 from hpctrain.errors import JobError
 from hpctrain.filenames import JOB
-from hpctrain.jobspec import Choice, Named, Table
-from hpctrain.registry import shown, shown_path
+from hpctrain.jobspec import Choice, Named
+from hpctrain.options import Table
 from hpctrain.sentences import Place, dotted, model_at, value_text
+from hpctrain.text import shown, shown_path
 
 LONGEST = 2**20  # bytes of a job file
 _DEFAULT = object()

@@ -22,36 +22,12 @@ from pydantic_core import InitErrorDetails
 
 from hpctrain import registry
 from hpctrain.errors import JobError
-from hpctrain.registry import did_you_mean
+from hpctrain.options import Options, Table
 from hpctrain.sentences import fail, faults, is_plain, raise_all, unwritable, wrong
+from hpctrain.text import did_you_mean, shown
 
 # The context of a validation that must import nothing of the user's: see `Job.recorded`.
 RECORDED = {"recorded": True}
-
-
-class Table(BaseModel):
-    """A table with fixed keys: unknown ones are refused, nothing is converted (but 1 to 1.0) or changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
-
-    EXCLUSIVE: ClassVar[tuple[frozenset[str], ...]] = ()  # keys of which one may be given at most
-
-    def plain(self) -> dict[str, Any]:
-        """As nested dicts and lists for a job file, every default written out; what is None is left out."""
-        pairs = ((name, getattr(self, name)) for name in type(self).model_fields)
-        return {name: _plain(value) for name, value in pairs if value is not None}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (Table, Choice)):
-        return value.plain()
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
-
-
-class Options(Table):
-    """What a strategy or rule can be told: the base of their `Options` classes."""
 
 
 class Composite(Options):
@@ -77,7 +53,7 @@ def _stays(info: ValidationInfo, kind: str, name: object) -> bool:
 
 
 def _not_imported(kind: str, name: str) -> JobError:
-    return JobError(f'{kind} "{registry.shown(name)}" is not imported where a job is only read')
+    return JobError(f'{kind} "{shown(name)}" is not imported where a job is only read')
 
 
 def _name_of(kind: str, thing: object) -> str:
@@ -285,7 +261,7 @@ class Choice(BaseModel):
                 return handler({"name": name, "options": Unchecked.model_validate(table)})
             chosen = cls._class_of(registry.resolve(cls.KIND, name) if thing is None else thing)
         except JobError as error:
-            prefix = f'{cls.KIND} "{registry.shown(name)}"'
+            prefix = f'{cls.KIND} "{shown(name)}"'
             fail((cls.KEY,), name, str(error).removeprefix(prefix).lstrip(": "))
         options = _options(cls, name, chosen, table, info.context)
         spec = handler({"name": str(name), "options": options})

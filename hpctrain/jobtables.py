@@ -10,7 +10,8 @@ from pydantic import Field, PlainValidator, field_validator, model_validator
 
 from hpctrain import registry
 from hpctrain.errors import JobError
-from hpctrain.jobspec import Choice, Composite, Named, Table, names_of
+from hpctrain.jobspec import Choice, Composite, Named, names_of
+from hpctrain.options import Table
 from hpctrain.sentences import fail
 
 MANY = 10**12

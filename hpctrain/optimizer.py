@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from hpctrain.errors import ModelError
-from hpctrain.registry import did_you_mean
 from hpctrain.replica import Layout, Slot, as_array, as_tensor
 from hpctrain.state import OPTIMIZER, Section, State
+from hpctrain.text import did_you_mean
 
 ELEMENTWISE = frozenset(
     ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]

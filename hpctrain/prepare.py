@@ -12,6 +12,10 @@ from torch import nn
 
 from hpctrain import losses, metrics, registry
 from hpctrain.batchnorm import BatchNorms
+from hpctrain.clock.decisions import Conductor
+from hpctrain.clock.rates import FunctionCourse, Pace, RateCourse, SteppedCourse
+from hpctrain.clock.rules import Rule
+from hpctrain.clock.samples import RunClock, interval, run_total
 from hpctrain.cluster import Roles, device_for, threads_for
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.gpu import usable_gpus
@@ -28,7 +32,6 @@ from hpctrain.lastround import check_batchnorm, whole_rounds
 from hpctrain.optimizer import OptimizerChoice
 from hpctrain.precision import bring
 from hpctrain.replica import Replica
-from hpctrain.schedule import Conductor, Course, Pace, RateCourse, Rule, RunClock, SteppedCourse, interval, run_total
 from hpctrain.schedulers import stepped_course
 from hpctrain.strategies.base import Strategy, roles_of
 from hpctrain.trace.events import Event
@@ -195,7 +198,7 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     schedule = job.optimizer.schedule
     clock = RunClock(epoch or total, batch * len(roles[0].workers), total)
     warmup = clock.samples(schedule.warmup) if schedule.warmup is not None else 0
-    course = stepped_course(job, optimizer, clock, warmup, counts_epochs=epoch is not None) or Course(
+    course = stepped_course(job, optimizer, clock, warmup, counts_epochs=epoch is not None) or FunctionCourse(
         schedule.bind(positional=1), {}, warmup, total
     )
     prepared = Prepared(

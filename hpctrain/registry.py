@@ -5,17 +5,16 @@ Nothing is imported before it is asked for, so a job can be read and checked wit
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable
 from types import FunctionType, ModuleType
 from typing import Any
 
 from hpctrain.errors import JobError
+from hpctrain.text import did_you_mean, shown
 
 STRATEGIES = {
     "all_reduce": "hpctrain.strategies.all_reduce:AllReduce",
@@ -36,12 +35,12 @@ AUGMENTATIONS = {"shift": "hpctrain.data.augment:shift", "flip": "hpctrain.data.
 SCHEDULES = {name: f"hpctrain.schedule:{name}" for name in ("constant", "linear", "cosine", "step")}
 GROUPS = {"decay": "hpctrain.optimizer:decay"}
 RULES = {
-    "after": "hpctrain.schedule:After",
-    "loss_stable": "hpctrain.rules:LossStable",
-    "loss_stable_published": "hpctrain.rules:LossStablePublished",
-    "target": "hpctrain.rules:Target",
+    "after": "hpctrain.clock.rules:After",
+    "loss_stable": "hpctrain.clock.rules:LossStable",
+    "loss_stable_published": "hpctrain.clock.rules:LossStablePublished",
+    "target": "hpctrain.clock.rules:Target",
 }
-FUNCTION_AS_RULE = "hpctrain.rules:FunctionAsRule"
+FUNCTION_AS_RULE = "hpctrain.clock.rules:FunctionAsRule"
 # torch.optim's classes with the learning rate a job gets that names none: torch's own, but 0.1 for SGD.
 LEARNING_RATES = {
     "SGD": 0.1,
@@ -76,31 +75,6 @@ TABLES: dict[str, dict[str, str]] = {
     "optimizer": OPTIMIZERS,
 }
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The known word nearest to `word` as " (did you mean ...?)"; "" where none is near."""
-    lowered = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word[:100].lower(), lowered, n=1, cutoff=0.6)
-    return f" (did you mean {lowered[near[0]]}?)" if near else ""
-
-
-def shown(name: str, most: int = 80) -> str:
-    """`name` for a message: at most so many characters, on one line, control characters escaped."""
-    text = name if len(name) <= most else name[: most - 3] + "..."
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
-def escaped(text: str) -> str:
-    """`text` from a file, for a terminal: what would steer it, or cannot be shown, as escapes. Line ends stay."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-
-
-def shown_path(path: object) -> str:
-    """A file for a message, whole: it is to be found by that."""
-    return shown(str(path), 4096)
 
 
 def check(kind: str, name: str) -> None:

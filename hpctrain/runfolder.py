@@ -19,7 +19,7 @@ from hpctrain.errors import CheckpointError, JobError
 from hpctrain.filenames import HISTORY, JOB, METRICS
 from hpctrain.job import Job
 from hpctrain.jobtables import StrategySpec
-from hpctrain.registry import shown
+from hpctrain.text import shown
 
 COLUMNS = ("step", "samples", "epoch", "seconds", "split", "loss", "metric")
 

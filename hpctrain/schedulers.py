@@ -18,10 +18,11 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from hpctrain.clock.rates import SteppedCourse
+from hpctrain.clock.samples import RunClock
 from hpctrain.errors import JobError
 from hpctrain.job import Job
 from hpctrain.optimizer import OptimizerChoice, momentum_of
-from hpctrain.schedule import RunClock, SteppedCourse
 
 TAKE_OBJECTS = (ChainedScheduler, LambdaLR, MultiplicativeLR, SequentialLR)
 BY_BATCH = (CyclicLR, OneCycleLR)  # which torch's documentation steps after every batch, the others after every epoch

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from hpctrain.errors import JobError
-from hpctrain.registry import did_you_mean, shown
+from hpctrain.text import did_you_mean, shown
 
 LARGEST = 2**63 - 1  # of an integer in TOML
 DEEPEST = 16

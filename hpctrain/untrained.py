@@ -24,7 +24,7 @@ from hpctrain.alike import Topic, check_alike
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import ModelError
 from hpctrain.jobtables import Policy
-from hpctrain.registry import shown
+from hpctrain.text import shown
 from hpctrain.wrappers import named_parameters, plain_name
 
 STATISTICS = ("running_mean", "running_var")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hpctrain.clock.decisions import Conductor
 from hpctrain.cluster import assign_roles
 from hpctrain.comm.base import Communicator
 from hpctrain.models.mlp import mlp
@@ -16,7 +17,6 @@ from hpctrain.models.resnet18 import resnet18
 from hpctrain.optimizer import OptimizerChoice
 from hpctrain.replica import Replica
 from hpctrain.run.phase import split_by_role, updating
-from hpctrain.schedule import Conductor
 from hpctrain.strategies.base import Strategy
 from hpctrain.strategies.phase import Dealing, Members, Phase
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpctrain.errors import HpctrainError, TraceError
-from hpctrain.registry import escaped, shown_path
+from hpctrain.text import escaped, shown_path
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,7 +17,7 @@ from hpctrain.compare.table import clip, number
 from hpctrain.compare.targets import Targets
 from hpctrain.errors import HpctrainError
 from hpctrain.figures.style import GREY, LINES, literal, look
-from hpctrain.registry import escaped
+from hpctrain.text import escaped
 
 if TYPE_CHECKING:
     import pandas as pd

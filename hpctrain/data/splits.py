@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from hpctrain.data.memory import known_targets
 from hpctrain.data.order import Order, permutation
 from hpctrain.errors import DataError
-from hpctrain.registry import did_you_mean
+from hpctrain.text import did_you_mean
 
 if TYPE_CHECKING:
     from hpctrain.job import Job

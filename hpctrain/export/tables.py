@@ -19,7 +19,7 @@ from hpctrain.export.selection import Rows, Selection
 from hpctrain.filenames import METRICS
 from hpctrain.output import make_folder, output_file, output_text
 from hpctrain.progress import Progress
-from hpctrain.registry import escaped
+from hpctrain.text import escaped
 from hpctrain.trace import Run
 from hpctrain.trace.files import event_of
 from hpctrain.trace.schema import KINDS, OUTCOMES, TABLES

@@ -26,7 +26,7 @@ from hpctrain.figures.style import (
     new_figure,
     smoothed,
 )
-from hpctrain.registry import escaped
+from hpctrain.text import escaped
 
 SPLITS = {"validation": VERMILLION, "test": GREEN}
 CLOCKS = {"step": "updates", "samples": "samples", "seconds": "training time (s)", "bytes": "bytes exchanged ({})"}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpctrain.analysis.phases import longest
-from hpctrain.registry import escaped
+from hpctrain.text import escaped
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,11 +14,11 @@ from markupsafe import Markup
 from hpctrain import __version__
 from hpctrain.errors import HpctrainError
 from hpctrain.figures.style import KIND_COLOURS
-from hpctrain.registry import escaped
 from hpctrain.report import tables
 from hpctrain.report.pictures import draw_pictures, inline
 from hpctrain.report.spans import collect_spans
 from hpctrain.report.timeline import row_pixels, timeline_data, timeline_plot
+from hpctrain.text import escaped
 from hpctrain.trace.schema import KIND_CODES
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from hpctrain.agreement import agreed
 from hpctrain.alike import check_alike, data_topic, job_topic, model_topic
 from hpctrain.batchnorm import sync_layers
 from hpctrain.claim import Claim
+from hpctrain.clock.decisions import Ask, EarlyStopping
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import place_arenas
 from hpctrain.data.generators import seed_run
@@ -26,7 +27,6 @@ from hpctrain.run.active import ActiveRun
 from hpctrain.run.totals import Ending, Totals
 from hpctrain.runfiles import RunFiles
 from hpctrain.runfolder import Narrator
-from hpctrain.schedule import Ask, Progress
 from hpctrain.trace.writer import next_attempt
 from hpctrain.tracing import Tracing
 
@@ -114,7 +114,7 @@ def _check_built_alike(comm: Communicator, prepared: Prepared) -> None:
 
 def _totals(job: Job) -> Totals:
     train = job.train
-    return Totals(Progress(train.target, train.patience, train.min_delta, job.metric.goal == "max"))
+    return Totals(EarlyStopping(train.target, train.patience, train.min_delta, job.metric.goal == "max"))
 
 
 def _restore(run: ActiveRun, resume: Resume | None) -> None:

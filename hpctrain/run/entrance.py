@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from hpctrain import runfolder
+from hpctrain.clock.decisions import Conductor
 from hpctrain.cluster import Roles
 from hpctrain.comm.base import Communicator
 from hpctrain.run.active import ActiveRun
 from hpctrain.run.phase import split_by_role, updating
-from hpctrain.schedule import Conductor
 from hpctrain.strategies.base import Strategy
 from hpctrain.strategies.phase import Dealing, Members, Phase, Watching
 from hpctrain.trace.events import PhaseEntered

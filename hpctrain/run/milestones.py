@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from hpctrain import leaving
+from hpctrain.clock.decisions import Ask
 from hpctrain.comm.base import Communicator
 from hpctrain.run.active import ActiveRun
 from hpctrain.run.totals import Ending, TrainingClock
 from hpctrain.runfolder import PhaseSummary
-from hpctrain.schedule import Ask
 from hpctrain.strategies.base import Outcome, Strategy
 from hpctrain.strategies.phase import Phase
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
+from hpctrain.clock.decisions import Ask, EarlyStopping
 from hpctrain.runfolder import PhaseSummary
-from hpctrain.schedule import Ask, Progress
 
 
 class Ending(Enum):
@@ -30,7 +30,7 @@ class Totals:
     checkpoint does not keep these.
     """
 
-    stopping: Progress
+    stopping: EarlyStopping
     cursor: int = 0
     step: int = 0
     phase: int = 0
@@ -64,7 +64,8 @@ class Totals:
         summaries = [PhaseSummary(**row) for row in books["summaries"]]
         before = [summary for summary in self.summaries if summaries and summary.index < summaries[0].index]
         self.summaries = before + summaries
-        self.stopping = Progress(**plain["stopping"])
+        known = {item.name for item in fields(EarlyStopping)}  # version 0.1 kept one more
+        self.stopping = EarlyStopping(**{key: value for key, value in plain["stopping"].items() if key in known})
         self.ending, self.why = Ending(plain["ending"]), plain["why"]
         self.owed = Ask(plain.get("owed", 0))  # version 0.1 began without
 

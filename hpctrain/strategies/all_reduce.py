@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from hpctrain.jobspec import Options
+from hpctrain.options import Options
 from hpctrain.strategies.base import Needs
 from hpctrain.strategies.round import Round, RoundStrategy
 

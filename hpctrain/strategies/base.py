@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel
 
+from hpctrain.clock.decisions import Ask
 from hpctrain.cluster import Roles, assign_roles
 from hpctrain.errors import ClusterError
 from hpctrain.job import Job, check_ranks
-from hpctrain.schedule import Ask
 from hpctrain.state import Own
 
 if TYPE_CHECKING:

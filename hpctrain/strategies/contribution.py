@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from hpctrain.clock.decisions import Ask
 from hpctrain.errors import NanError
-from hpctrain.schedule import Ask
 
 if TYPE_CHECKING:
     from hpctrain.comm.base import Buffer

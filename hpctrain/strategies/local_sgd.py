@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from hpctrain.jobspec import Options
+from hpctrain.options import Options
 from hpctrain.strategies.round import Round, RoundStrategy, Step
 
 

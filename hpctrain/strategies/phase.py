@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from hpctrain.clock.decisions import Ask, Conductor
 from hpctrain.cluster import Roles
-from hpctrain.schedule import Ask, Conductor
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hpctrain.clock.decisions import Ask
 from hpctrain.errors import HpctrainError
-from hpctrain.schedule import Ask
 from hpctrain.state import (
     OPTIMIZER,
     STRATEGY,

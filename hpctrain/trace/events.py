@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from hpctrain.registry import escaped
+from hpctrain.text import escaped
 
 if TYPE_CHECKING:
     import pandas as pd

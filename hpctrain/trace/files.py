@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain.errors import TraceError
-from hpctrain.registry import escaped, shown
+from hpctrain.text import escaped, shown
 from hpctrain.trace.events import Event, from_json
 from hpctrain.trace.schema import SCHEMA_VERSION, TABLES
 from hpctrain.trace.soundness import FARTHEST_NS, LONGEST_NS, MOST_RANKS, made_ns, sound_attribute, sound_rows

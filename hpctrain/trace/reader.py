@@ -20,7 +20,7 @@ import numpy as np
 from hpctrain.errors import HpctrainError, TraceError
 from hpctrain.filenames import JOB, METRICS
 from hpctrain.jobfile import LONGEST
-from hpctrain.registry import escaped, shown
+from hpctrain.text import escaped, shown
 from hpctrain.trace.files import (
     Rows,
     TraceFile,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from hpctrain.registry import shown
+from hpctrain.text import shown
 from hpctrain.trace.files import read_regular
 from hpctrain.trace.reader import LONGEST_METRICS
 from hpctrain.watch.snapshot import Evaluation

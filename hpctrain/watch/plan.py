@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpctrain.clock.samples import run_total
 from hpctrain.cluster import Role
 from hpctrain.errors import HpctrainError, TraceError
 from hpctrain.filenames import JOB
 from hpctrain.job import Job
-from hpctrain.schedule import run_total
 from hpctrain.strategies.base import roles_of
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from hpctrain.errors import TraceError
 from hpctrain.filenames import JOB, METRICS, MODEL
-from hpctrain.registry import escaped
+from hpctrain.text import escaped
 from hpctrain.trace.events import Event, PhaseEntered
 from hpctrain.trace.files import UNREADABLE, Rows, event_of, why
 from hpctrain.trace.reader import name_ranks, size_of

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpctrain.clock.decisions import Ask, Conductor
+from hpctrain.clock.rules import Rule
+from hpctrain.clock.samples import RunClock
 from hpctrain.data.queue import Stretch
-from hpctrain.schedule import Ask, Conductor, Rule, RunClock
 from hpctrain.strategies.contribution import Contribution
 from hpctrain.strategies.parameter_server.coordinator import (
     ENDS,

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from hpctrain import jobspec, registry
+from hpctrain import options, registry
 from hpctrain.errors import ClusterError, JobError
 from hpctrain.explain import as_markdown, as_text, explain
 from hpctrain.job import Amount, Job, Phase, check_ranks
-from hpctrain.jobspec import Table
+from hpctrain.options import Table
 from hpctrain.sentences import table_of
 
 HERE = __name__
@@ -26,7 +26,7 @@ HERE = __name__
 class Tiny:
     """A strategy as far as a job looks at it."""
 
-    class Options(jobspec.Options):
+    class Options(options.Options):
         servers: int = Field(default=1, ge=1, le=64, description="how many")
         mode: typing.Literal["sync", "async"] = Field(default="sync", description="which way")
         shares: tuple[float, ...] = Field(default=(), description="a tuple, which TOML has not")
@@ -45,14 +45,14 @@ class Loose:
 class Later:
     """A strategy with an option that has the name of a table of a switch."""
 
-    class Options(jobspec.Options):
+    class Options(options.Options):
         until: str = Field(default="end", description="text")
 
 
 class Until:
     """A rule."""
 
-    class Options(jobspec.Options):
+    class Options(options.Options):
         steps: int = Field(ge=1, description="required")
 
 

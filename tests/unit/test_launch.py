@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from hpctrain.agreement import agreed
+from hpctrain.clock.decisions import Ask, Conductor
+from hpctrain.clock.rules import Rule, TargetOptions
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.data.splits import Splits
@@ -34,10 +36,8 @@ from hpctrain.errors import (
 )
 from hpctrain.job import Job
 from hpctrain.resume import Resume
-from hpctrain.rules import TargetOptions
 from hpctrain.run.api import Result, fit, session, train
 from hpctrain.runfolder import Narrator
-from hpctrain.schedule import Ask, Conductor, Rule
 from tests import helpers
 from tests.marks import mostly_slow, slow
 from tests.unit.test_runlock import leave

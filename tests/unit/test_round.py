@@ -14,13 +14,13 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
+from hpctrain.clock.decisions import Ask
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.errors import ModelError, NanError
 from hpctrain.job import Job
 from hpctrain.run.api import session, train
 from hpctrain.runfolder import Narrator
-from hpctrain.schedule import Ask
 from hpctrain.strategies.contribution import Contribution, RoundTotals
 from tests import helpers
 from tests.marks import slow

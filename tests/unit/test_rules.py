@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpctrain.clock.decisions import Ask, Conductor
+from hpctrain.clock.rules import Rule
+from hpctrain.clock.samples import RunClock
 from hpctrain.errors import JobError
 from hpctrain.job import Job
 from hpctrain.jobtables import RuleSpec
-from hpctrain.schedule import Ask, Conductor, Rule, RunClock
 from hpctrain.trace.events import Event
 
 CLOCK = RunClock(epoch=100, round=10, total=10_000)

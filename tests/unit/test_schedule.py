@@ -10,27 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from hpctrain.clock.decisions import Ask, Conductor, EarlyStopping
+from hpctrain.clock.rates import FunctionCourse, Pace, constant, cosine, linear, step
+from hpctrain.clock.rules import After, AfterOptions, Rule
+from hpctrain.clock.samples import Every, RunClock, interval, run_total
 from hpctrain.data.order import round_bounds
 from hpctrain.errors import JobError
 from hpctrain.job import Amount, Job
-from hpctrain.schedule import (
-    After,
-    AfterOptions,
-    Ask,
-    Conductor,
-    Course,
-    Every,
-    Pace,
-    Progress,
-    Rule,
-    RunClock,
-    constant,
-    cosine,
-    interval,
-    linear,
-    run_total,
-    step,
-)
 from hpctrain.trace.events import Event, RuleStatistic
 
 
@@ -245,31 +231,31 @@ def test_a_rule_may_end_the_phase_after_an_evaluation() -> None:
 
 # -- stopping -------------------------------------------------------------------------------------------------
 def test_target() -> None:
-    progress = Progress(0.9, None, 0.0)
+    progress = EarlyStopping(0.9, None, 0.0)
     assert progress.judge(0.89) is None
     assert progress.judge(0.9) == "target 0.9 reached: 0.9000"
-    lower = Progress(0.5, None, 0.0, higher_is_better=False)
+    lower = EarlyStopping(0.5, None, 0.0, higher_is_better=False)
     assert lower.judge(0.6) is None
     assert lower.judge(0.4) is not None
 
 
 def test_patience_and_min_delta() -> None:
-    progress = Progress(None, 2, 0.1)
+    progress = EarlyStopping(None, 2, 0.1)
     assert [progress.judge(value) is None for value in (0.5, 0.55, 0.65, 0.7, 0.74)] == [True, True, True, True, False]
     assert (progress.best, progress.waited) == (0.65, 2)
-    lower = Progress(None, 1, 0.0, higher_is_better=False)
+    lower = EarlyStopping(None, 1, 0.0, higher_is_better=False)
     assert [lower.judge(value) is None for value in (0.5, 0.4, 0.4)] == [True, True, False]
 
 
 def test_progress_survives_a_checkpoint() -> None:
-    progress = Progress(0.9, 3, 0.1)
+    progress = EarlyStopping(0.9, 3, 0.1)
     progress.judge(0.5)
     progress.judge(0.5)
-    assert Progress(**vars(progress)) == progress
+    assert EarlyStopping(**vars(progress)) == progress
 
 
 def test_a_metric_that_is_not_a_number_never_improves() -> None:
-    progress = Progress(0.9, 2, 0.0)
+    progress = EarlyStopping(0.9, 2, 0.0)
     assert progress.judge(0.5) is None
     assert progress.judge(math.nan) is None
     assert progress.judge(math.nan) is not None
@@ -277,7 +263,7 @@ def test_a_metric_that_is_not_a_number_never_improves() -> None:
 
 
 def test_a_first_metric_that_is_not_a_number() -> None:
-    progress = Progress(None, 2, 0.0)
+    progress = EarlyStopping(None, 2, 0.0)
     assert progress.judge(math.nan) is None
     assert progress.judge(0.5) is None
     assert progress.best == 0.5
@@ -293,11 +279,11 @@ def test_courses() -> None:
 
 
 def test_warmup_then_course() -> None:
-    course = Course(linear, {}, warmup=4, total=14)
+    course = FunctionCourse(linear, {}, warmup=4, total=14)
     assert [course.factor(cursor) for cursor in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert [course.factor(cursor) for cursor in (4, 9, 14, 20)] == pytest.approx([1, 0.5, 0, 0])
-    assert Course(linear, {}, warmup=20, total=10).factor(9) == pytest.approx(10 / 21)
-    assert Course(linear, {}, warmup=10, total=10).factor(10) == 1
+    assert FunctionCourse(linear, {}, warmup=20, total=10).factor(9) == pytest.approx(10 / 21)
+    assert FunctionCourse(linear, {}, warmup=10, total=10).factor(10) == 1
 
 
 @pytest.mark.parametrize(
@@ -313,11 +299,11 @@ def test_warmup_then_course() -> None:
 )
 def test_courses_that_are_refused(function: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(JobError, match=message):
-        Course(function, options, 0, 100)
+        FunctionCourse(function, options, 0, 100)
 
 
 # -- how a phase begins ---------------------------------------------------------------------------------------
-COURSE = Course(linear, {}, warmup=10, total=110)
+COURSE = FunctionCourse(linear, {}, warmup=10, total=110)
 
 
 def pace(learning_rate: str, momentum: str = "keep", ramp: int = 0) -> Pace:

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torchs
 from torch.optim.lr_scheduler import LRScheduler
 
+from hpctrain.clock.rates import Pace, SteppedCourse
+from hpctrain.clock.samples import RunClock
 from hpctrain.comm.virtual import World
 from hpctrain.data.order import Order
 from hpctrain.errors import JobError
@@ -22,7 +24,6 @@ from hpctrain.job import Job
 from hpctrain.optimizer import OptimizerChoice
 from hpctrain.run.api import train
 from hpctrain.runfolder import Narrator
-from hpctrain.schedule import Pace, RunClock, SteppedCourse
 from hpctrain.schedulers import Factors, stepped_course
 from tests import helpers
 

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from hpctrain.clock.decisions import Ask, EarlyStopping
 from hpctrain.run.totals import Ending, Totals, TrainingClock
 from hpctrain.runfolder import PhaseSummary
-from hpctrain.schedule import Ask, Progress
 
 # As version 0.1 wrote it, before it knew "owed".
 ACCOUNT = """{"books": {"cursor": 60, "step": 5, "phase": 1, "phase_start": 40, "summaries": [
@@ -23,7 +23,7 @@ ACCOUNT = """{"books": {"cursor": 60, "step": 5, "phase": 1, "phase_start": 40, 
 
 def test_what_version_0_1_kept_is_read_and_kept_alike() -> None:
     account = json.loads(ACCOUNT)
-    totals = Totals(Progress(None, None, 0.0))
+    totals = Totals(EarlyStopping(None, None, 0.0))
     totals.take(account)
     assert (totals.cursor, totals.step, totals.phase, totals.phase_start) == (60, 5, 1, 40)
     assert totals.ending is Ending.PHASE
@@ -36,14 +36,14 @@ def test_what_version_0_1_kept_is_read_and_kept_alike() -> None:
 
 @pytest.mark.parametrize(("ending", "stored"), [(Ending.NOTHING, "on"), (Ending.PHASE, "phase"), (Ending.RUN, "stop")])
 def test_endings_are_stored_as_version_0_1_stored_them(ending: Ending, stored: str) -> None:
-    assert Totals(Progress(None, None, 0.0), ending=ending).plain()["ending"] == stored
+    assert Totals(EarlyStopping(None, None, 0.0), ending=ending).plain()["ending"] == stored
 
 
 def test_interrupted_and_left_are_this_process_alone() -> None:
-    totals = Totals(Progress(None, None, 0.0), owed=Ask.EVALUATE | Ask.END_PHASE, interrupted=True, left=True)
-    other = Totals(Progress(None, None, 0.0))
+    totals = Totals(EarlyStopping(None, None, 0.0), owed=Ask.EVALUATE | Ask.END_PHASE, interrupted=True, left=True)
+    other = Totals(EarlyStopping(None, None, 0.0))
     other.take(totals.plain())
-    assert other == Totals(Progress(None, None, 0.0), owed=Ask.EVALUATE | Ask.END_PHASE)
+    assert other == Totals(EarlyStopping(None, None, 0.0), owed=Ask.EVALUATE | Ask.END_PHASE)
 
 
 def test_the_training_clock_stands_still() -> None:

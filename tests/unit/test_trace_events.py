@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpctrain.registry import escaped
+from hpctrain.text import escaped
 from hpctrain.trace import events
 from hpctrain.trace.events import (
     CheckpointWritten,

@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from hpctrain.clock.decisions import Ask
 from hpctrain.data.queue import SharedQueue, StaticQueue, Stretch
-from hpctrain.schedule import Ask
 from hpctrain.strategies.contribution import RoundTotals
 from hpctrain.strategies.parameter_server.wire import Decision, Header, HeaderKind, NotFinite, Reply, What
 
 if TYPE_CHECKING:
+    from hpctrain.clock.decisions import Conductor
     from hpctrain.data.queue import Queue
-    from hpctrain.schedule import Conductor
     from hpctrain.strategies.parameter_server.options import ParameterServerOptions
 
 ENDS = Ask.STOP | Ask.END_PHASE | Ask.INTERRUPT

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from hpctrain.jobspec import Options
+from hpctrain.options import Options
 
 
 class ParameterServerOptions(Options):

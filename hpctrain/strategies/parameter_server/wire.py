@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 
-from hpctrain.schedule import Ask
+from hpctrain.clock.decisions import Ask
 from hpctrain.strategies.base import Result
 from hpctrain.strategies.contribution import Contribution, Used, pack, unpack, words
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hpctrain.clock.decisions import Ask
 from hpctrain.comm.base import Tag
 from hpctrain.errors import ClusterError
-from hpctrain.schedule import Ask
 from hpctrain.state import Own, State, collect_state
 from hpctrain.strategies.base import Needs, Outcome, Strategy, clip_factor
 from hpctrain.strategies.contribution import Contribution, nan_error

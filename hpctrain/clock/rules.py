@@ -1,7 +1,4 @@
-"""Rules that end a phase by what was observed in it: losses, evaluations, or a function of the user's.
-
-Pure, like `hpctrain.schedule`, which has the rule "after".
-"""
+"""Rules that end a phase: after an amount, by losses, by evaluations, or by a function of the user's. Pure."""
 
 from __future__ import annotations
 
@@ -9,17 +6,111 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hpctrain.clock.samples import RunClock
 from hpctrain.errors import JobError
-from hpctrain.jobspec import Options, bound
-from hpctrain.registry import describe, shown
-from hpctrain.schedule import Rule, RunClock
+from hpctrain.jobspec import bound
+from hpctrain.options import Options
+from hpctrain.registry import describe
+from hpctrain.text import shown
 from hpctrain.trace.events import RuleStatistic
+
+
+class Rule:
+    """Ends a phase. Sees only what all ranks agree on, so that no rank decides alone.
+
+    A rule class has `Options` (pydantic), and is built once per phase with them, the clock (whose rounds are the
+    phase's) and the cursor at which the phase begins. `news`: what was just compared with the threshold; whoever
+    reads it sets it to None.
+    """
+
+    Options: ClassVar[type[BaseModel]]
+    news: RuleStatistic | None = None
+
+    def __init__(self, options: Any, clock: RunClock, start: int) -> None:
+        self.options, self.clock, self.start = options, clock, start
+
+    def observe(self, cursor: int, loss: float) -> str | None:
+        """After every agreed step: why the phase ends here, or None.
+
+        `cursor`: samples consumed so far. `loss`: the mean of what was consumed since the last call: in synchronous
+        phases a round's, of all workers; in asynchronous ones (on the coordinator, after every update) a batch's,
+        of one worker. Not finite, or 0, where the step was skipped.
+        """
+        raise NotImplementedError
+
+    def evaluated(self, cursor: int, metric: float, higher_is_better: bool) -> str | None:
+        """After every evaluation in the phase, on all workers alike: why the phase ends here, or None."""
+        return None
+
+    def due(self, cursor: int) -> int | None:
+        """Where beyond `cursor` the phase will end whatever is observed; None if that cannot be foreseen."""
+        return None
+
+    def unfit(self, evaluates: bool) -> str | None:
+        """Why this rule can never end its phase, and what to do, as the end of a sentence; None if it can.
+
+        `evaluates`: whether there are evaluations in the phase.
+        """
+        return None
+
+    def too_short(self) -> str | None:
+        """Why this run is too short for the rule ever to end its phase, as a clause; None if it is long enough.
+
+        A run that was shortened is no mistake: the phase then lasts to its end.
+        """
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep, as plain values: with it a new rule goes on as this one would have."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take it over."""
+
+
+class AfterOptions(Options):
+    """The keys of rule = "after"; exactly one."""
+
+    epochs: float | None = Field(None, gt=0, description="end after so many epochs of this phase")
+    steps: int | None = Field(None, gt=0, description="end after so many rounds")
+    samples: int | None = Field(None, gt=0, description="end after so many samples")
+    fraction: float | None = Field(None, gt=0, le=1, description="end after this share of the whole run")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if len(self.plain()) != 1:
+            raise ValueError("must have exactly one of epochs, steps, samples and fraction")
+        return self
+
+
+class After(Rule):
+    """Ends a phase when it has consumed a given amount, counted from its own start."""
+
+    Options = AfterOptions
+
+    def observe(self, cursor: int, loss: float) -> str | None:
+        done, limit = cursor - self.start, self._end - self.start
+        return f"after {done} >= {limit} samples" if done >= limit else None
+
+    def due(self, cursor: int) -> int | None:
+        return max(self._end, cursor + 1)
+
+    def too_short(self) -> str | None:
+        if self._end < self.clock.total:
+            return None
+        return f"it ends a phase at sample {self._end:,} at the earliest, and the run has {self.clock.total:,}"
+
+    @cached_property
+    def _end(self) -> int:
+        return self.clock.until(self.start, self.options)
+
 
 ROUNDS = 10  # that a function's losses are averaged over
 
