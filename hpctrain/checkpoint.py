@@ -173,6 +173,8 @@ def load_checkpoint(
         if head["format"] == FORMAT_0_1:
             head = _of_0_1(head)
         state = State.of_head(head["state"])
+        kept = state.optimizer
+        kept.numbers = {plain_name(name): numbers for name, numbers in kept.numbers.items()}
         for name, tensor in _below(tensors, "state/").items():
             state.place(name, as_array(tensor))
         own = head["own"]
@@ -187,11 +189,10 @@ def load_checkpoint(
 def _of_0_1(head: dict[str, Any]) -> dict[str, Any]:
     """The header of a checkpoint of version 0.1, as it would be written now."""
     state, workers = head["state"], range(head["workers"])
-    groups = {plain_name(name): group for name, group in state["groups"].items()}
     counters = dict(state["counters"])
     clips = [counters.pop(f"clip of worker {worker}", None) for worker in workers]
     numbers = [{} if clip is None else {"clip": clip} for clip in clips]
-    now = {"bounds": [0, state["high"]], "numbers": {OPTIMIZER: groups}, "counters": counters, "rule": state["rule"]}
+    now = {"bounds": [0, state["high"]], "numbers": {OPTIMIZER: state["groups"]}, "counters": counters, "rule": state["rule"]}
     return {**head, "state": now, "own": {"numbers": numbers, "files": False}}
 
 

@@ -32,7 +32,7 @@ DATASETS = {"digits": "hpctrain.data.digits:digits", "mnist": "hpctrain.data.mni
 LOSSES = {"cross_entropy": "torch.nn.functional:cross_entropy", "mse": "torch.nn.functional:mse_loss"}
 METRICS = {"accuracy": "hpctrain.metrics:accuracy"}
 AUGMENTATIONS = {"shift": "hpctrain.data.augment:shift", "flip": "hpctrain.data.augment:flip"}
-SCHEDULES = {name: f"hpctrain.schedule:{name}" for name in ("constant", "linear", "cosine", "step")}
+SCHEDULES = {name: f"hpctrain.clock.rates:{name}" for name in ("constant", "linear", "cosine", "step")}
 GROUPS = {"decay": "hpctrain.optimizer:decay"}
 RULES = {
     "after": "hpctrain.clock.rules:After",

@@ -34,6 +34,7 @@ from hpctrain.strategies.base import Strategy
 from hpctrain.strategies.parameter_server import ParameterServer, ParameterServerServer
 from hpctrain.strategies.parameter_server.corrections import MEAN_SQUARE, DelayCompensation
 from hpctrain.strategies.phase import Phase
+from hpctrain.trace.events import from_json
 from tests import helpers
 from tests.helpers import jitter, served
 from tests.marks import mostly_slow, slow
@@ -214,11 +215,17 @@ def test_a_phase_leaves_no_memory_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 # -- rules -------------------------------------------------------------------------------------------------------
+def event_of(row: Any) -> tuple[str, str]:
+    """A row of the trace: (its kind, its sentence)."""
+    kind = row["kind"].decode()
+    return kind, str(from_json(kind, row["json"].decode()))
+
+
 def told(size: int, job: Job, **world: Any) -> tuple[str, list[Result], list[list[tuple[str, str]]]]:
     """(what the run said, its results, every rank's events as (kind, text))."""
     out = io.StringIO()
     results, traces = helpers.traced(size, lambda comm: train(job, comm, out=Narrator(out=out)), **world)
-    events = [[(row["kind"].decode(), row["text"].decode()) for row in trace["events"]] for trace in traces]
+    events = [[event_of(row) for row in trace["events"]] for trace in traces]
     return out.getvalue(), results, events
 
 
@@ -447,7 +454,7 @@ def test_a_rule_goes_on_where_it_was(tmp_path: Path):
     for index in (5, 1):
         helpers.forget_after(folder, index)
         _, again = helpers.traced(2, lambda comm: helpers.quiet_train(comm, job, resume=folder))
-        told_again = [row["text"].decode() for row in again[1]["events"] if row["kind"] == b"rule"]
+        told_again = [text for kind, text in map(event_of, again[1]["events"]) if kind == "rule"]
         assert 0 < len(told_again) < len(news)
         assert told_again == news[-len(told_again) :]
 
