@@ -1,1 +1,1 @@
-../hpctrain/figures/communication.py
+../hpctrain/views/figures/communication.py

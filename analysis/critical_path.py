@@ -1,1 +1,1 @@
-../hpctrain/figures/critical_path.py
+../hpctrain/views/figures/critical_path.py

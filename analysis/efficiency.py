@@ -1,1 +1,1 @@
-../hpctrain/figures/efficiency.py
+../hpctrain/views/figures/efficiency.py

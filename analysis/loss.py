@@ -1,1 +1,1 @@
-../hpctrain/figures/loss.py
+../hpctrain/views/figures/loss.py

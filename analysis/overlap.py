@@ -1,1 +1,1 @@
-../hpctrain/figures/overlap.py
+../hpctrain/views/figures/overlap.py

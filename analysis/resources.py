@@ -1,1 +1,1 @@
-../hpctrain/figures/resources.py
+../hpctrain/views/figures/resources.py

@@ -1,1 +1,1 @@
-../hpctrain/figures/staleness.py
+../hpctrain/views/figures/staleness.py

@@ -29,7 +29,7 @@ from hpctrain import launcher
 from hpctrain.comm.virtual import World
 from hpctrain.job import Job
 from hpctrain.run.api import Result, train
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
 
 ROOT = Path(__file__).parent.parent
 RESULTS, DOCUMENT = ROOT / "docs" / "asynchrony.csv", ROOT / "docs" / "asynchrony.md"

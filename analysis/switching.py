@@ -1,1 +1,1 @@
-../hpctrain/figures/switching.py
+../hpctrain/views/figures/switching.py

@@ -1,1 +1,1 @@
-../hpctrain/figures/throughput.py
+../hpctrain/views/figures/throughput.py

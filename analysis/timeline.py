@@ -1,1 +1,1 @@
-../hpctrain/figures/timeline.py
+../hpctrain/views/figures/timeline.py

@@ -1,1 +1,1 @@
-../hpctrain/figures/waiting.py
+../hpctrain/views/figures/waiting.py

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpctrain.errors import HpctrainError
     from hpctrain.job import Job
-    from hpctrain.resume import Resume
     from hpctrain.run.api import Result, Session, session, train
+    from hpctrain.run.resume import Resume
 
 __version__ = "0.1.0"
 __all__ = ["HpctrainError", "Job", "Result", "Resume", "Session", "session", "train"]
@@ -20,7 +20,7 @@ _WHERE = {
     "HpctrainError": "hpctrain.errors",
     "Job": "hpctrain.job",
     "Result": "hpctrain.run.api",
-    "Resume": "hpctrain.resume",
+    "Resume": "hpctrain.run.resume",
     "Session": "hpctrain.run.api",
     "session": "hpctrain.run.api",
     "train": "hpctrain.run.api",

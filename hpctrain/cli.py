@@ -18,7 +18,7 @@ from hpctrain.text import escaped, shown_path
 
 if TYPE_CHECKING:
     from hpctrain.job import Job
-    from hpctrain.resume import Resume
+    from hpctrain.run.resume import Resume
 
 DESCRIPTION = "Train PyTorch models on MPI and Slurm clusters with whichever way of synchronising is fastest there."
 EXPORT = "trace export"
@@ -191,7 +191,7 @@ def _load(options: argparse.Namespace) -> tuple[Job, Resume | None]:
     """The job, and what to go on with."""
     from hpctrain.errors import JobError
     from hpctrain.job import Job
-    from hpctrain.resume import LATEST, Resume
+    from hpctrain.run.resume import LATEST, Resume
 
     resume, path = options.resume, options.job
     if path is None and resume not in (None, "here", LATEST):
@@ -214,7 +214,7 @@ def _load(options: argparse.Namespace) -> tuple[Job, Resume | None]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from hpctrain.training import main
+    from hpctrain.run.command import main
 
     status = main(lambda: _load(options))
     try:
@@ -239,7 +239,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from hpctrain.training import evaluate_run
+    from hpctrain.run.command import evaluate_run
 
     print("\n".join(evaluate_run(options.run)))
     return 0
@@ -254,7 +254,7 @@ def _trace(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from hpctrain.export import export_run, parse_ranks, parse_steps
+    from hpctrain.views.export import export_run, parse_ranks, parse_steps
 
     ranks = parse_ranks(options.ranks) if options.ranks is not None else None
     steps = parse_steps(options.steps) if options.steps is not None else None
@@ -263,7 +263,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from hpctrain.report import write_report
+    from hpctrain.views.report import write_report
 
     path, headline = write_report(options.run, options.output)
     print(f"{headline}\nwrote {shown_path(path)}")
@@ -271,7 +271,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from hpctrain import compare
+    from hpctrain.views import compare
 
     return compare.main(
         options.runs, options.baseline, options.target_loss, options.target_metric, options.csv, options.output
@@ -279,7 +279,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _watch(options: argparse.Namespace) -> int:
-    from hpctrain.watch import watch
+    from hpctrain.views.watch import watch
 
     return watch(options.run, options.every, options.once)
 
@@ -331,7 +331,7 @@ def _test_strategy(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from hpctrain.explain import as_markdown, as_text, explain
+    from hpctrain.job.explain import as_markdown, as_text, explain
 
     rows = [row for row in explain() if row.key.startswith(options.key)]
     print((as_markdown(rows) if options.markdown else as_text(rows)).rstrip("\n"))

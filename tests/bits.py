@@ -30,7 +30,7 @@ import hpctrain
 from hpctrain.cluster import launched_rank
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
 
 Tables = dict[str, Any]
 

@@ -32,9 +32,9 @@ from hpctrain.conformance.task import vector as vector
 from hpctrain.data.splits import Splits
 from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
-from hpctrain.jobtables import Enter
+from hpctrain.job.tables import Enter
 from hpctrain.run.api import Result, session, train
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
 from hpctrain.trace.recorder import Recorder
 from hpctrain.trace.schema import KIND_CODES, KINDS
 

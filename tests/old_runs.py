@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 
 import hpctrain
 from hpctrain.comm.connect import connect
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
 from hpctrain.trace import writer
 
 SAMPLES, BATCH = 48, 4

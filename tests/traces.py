@@ -121,7 +121,7 @@ def train_traced(folder: Path, job: Job, size: int, **world: Any) -> Run:
     """Train over virtual ranks (arguments of `World`), whose traces go to `folder` in virtual time."""
     from hpctrain.comm.virtual import World
     from hpctrain.run.api import train
-    from hpctrain.runfolder import Narrator
+    from hpctrain.run.folder import Narrator
     from hpctrain.trace import open_run
 
     ranks = World(size, **world)

@@ -10,10 +10,10 @@ from statistics import median
 import numpy as np
 
 from hpctrain import blocks
-from hpctrain.alike import check_alike, data_topic, job_topic, model_topic
 from hpctrain.bench.report import Sample, Table
 from hpctrain.bench.runs import quiet_session, random_samples
 from hpctrain.bench.workload import HIDDEN, MLP, RESNET, Load
+from hpctrain.comm.alike import check_alike, data_topic, job_topic, model_topic
 from hpctrain.comm.base import Communicator
 from hpctrain.data.loader import Batch
 from hpctrain.errors import HpctrainError

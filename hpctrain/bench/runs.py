@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from hpctrain.comm.base import Communicator
 from hpctrain.job import Job
 from hpctrain.run.api import Session, session
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from hpctrain.comm.base import Buffer, Communicator
 from hpctrain.errors import ClusterError
 from hpctrain.job import Job
 from hpctrain.run.api import fit
+from hpctrain.run.tracing import measure_clock
 from hpctrain.trace.recorder import Recorder
 from hpctrain.trace.schema import KIND_CODES
-from hpctrain.tracing import measure_clock
 
 Progress = Callable[[str], None]
 ALLOWANCE_MS, BROADCASTS = 50.0, 2  # a switch takes at most so long, plus so many broadcasts of the model

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpctrain import registry
 from hpctrain.bench.report import Sample, Table
 from hpctrain.bench.workload import LOADS, Alone, Load, Workload
 from hpctrain.comm.base import Arena, Communicator
+from hpctrain.job import registry
 from hpctrain.optimizer import slice_bounds
 from hpctrain.replica import Layout, as_tensor
 from hpctrain.strategies.base import Strategy

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hpctrain.clock.samples import RunClock
 from hpctrain.errors import JobError
-from hpctrain.jobspec import bound
+from hpctrain.job.registry import describe
+from hpctrain.job.spec import bound
 from hpctrain.options import Options
-from hpctrain.registry import describe
 from hpctrain.text import shown
 from hpctrain.trace.events import RuleStatistic
 

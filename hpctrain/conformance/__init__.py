@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from hpctrain import registry
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.conformance.checks import CHECKS, BrokenPromiseError, Check, if_exact
 from hpctrain.conformance.task import Subject
 from hpctrain.errors import ClusterError, HpctrainError, JobError, NanError
+from hpctrain.job import registry
 from hpctrain.strategies.base import Strategy
 from hpctrain.trace.recorder import Recorder
 

@@ -20,7 +20,7 @@ from hpctrain.conformance import task
 from hpctrain.conformance.task import Subject, Tables, Vector, distance, one_process, quietly, vector
 from hpctrain.errors import HpctrainError, NanError
 from hpctrain.run.api import Result, session
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
 from hpctrain.strategies.round import RoundStrategy
 from hpctrain.trace.schema import KINDS, Kind, Outcome, is_communication
 

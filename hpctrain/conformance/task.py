@@ -16,9 +16,10 @@ from hpctrain.cluster import Roles
 from hpctrain.comm.base import Communicator
 from hpctrain.data.order import Order
 from hpctrain.job import Job
+from hpctrain.job.roles import roles_of
 from hpctrain.run.api import Result, train
-from hpctrain.runfolder import Narrator
-from hpctrain.strategies.base import Strategy, roles_of
+from hpctrain.run.folder import Narrator
+from hpctrain.strategies.base import Strategy
 from hpctrain.strategies.round import RoundStrategy
 
 STEPS = 24  # of a run that is compared with one process

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hpctrain.registry import resolve
+from hpctrain.job.registry import resolve
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 

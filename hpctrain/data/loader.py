@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from hpctrain.alike import check_alike, stream_topic
+from hpctrain.comm.alike import check_alike, stream_topic
 from hpctrain.comm.base import Communicator
 from hpctrain.data.augment import Augmentation, draws_only_from_its_own
 from hpctrain.data.collate import collate, tensor_of

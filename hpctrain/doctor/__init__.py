@@ -88,8 +88,8 @@ def _diagnose(
     comm: Communicator, mpi: MpiFacts, path: str | None, load: Callable[[], Job] | None, watch: Watch
 ) -> Facts:
     """Collective. Raises HpctrainError, on all ranks, if the job cannot be read."""
-    from hpctrain.agreement import agreed
     from hpctrain.doctor.gather import collect
+    from hpctrain.run.agreement import agreed
 
     watch.stage("reading the job")
     job = agreed(comm, load) if load is not None else None

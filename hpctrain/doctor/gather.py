@@ -145,7 +145,7 @@ def look_at_job(comm: Communicator, job: Job, path: str) -> JobFacts:
     """Whether it would begin on these ranks: its roles, then its data, model and optimizer, as a run builds them."""
     facts = JobFacts(path, job.output, job.threads)
     try:
-        from hpctrain.strategies.base import roles_of
+        from hpctrain.job.roles import roles_of
 
         roles = roles_of(job, comm.nodes)
         names = [phase.strategy.name for phase in job.schedule]
@@ -153,7 +153,7 @@ def look_at_job(comm: Communicator, job: Job, path: str) -> JobFacts:
             {"strategy": name, "workers": list(role.workers), "servers": list(role.servers)}
             for name, role in zip(names, roles, strict=True)
         ])  # fmt: skip
-        from hpctrain.prepare import prepare
+        from hpctrain.run.prepare import prepare
 
         prepared = prepare(job, comm)
         layout = prepared.replica.layout

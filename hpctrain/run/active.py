@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpctrain.claim import Claim
 from hpctrain.comm.base import Communicator
 from hpctrain.data.loader import Batch
-from hpctrain.evaluate import Evaluation, evaluate
 from hpctrain.interrupt import StopSignals
 from hpctrain.job import Job
-from hpctrain.keeper import Keeper
-from hpctrain.prepare import Prepared
+from hpctrain.run.claim import Claim
+from hpctrain.run.evaluate import Evaluation, evaluate
+from hpctrain.run.files import RunFiles
+from hpctrain.run.folder import Narrator, metrics_row
+from hpctrain.run.keeper import Keeper
+from hpctrain.run.prepare import Prepared
 from hpctrain.run.totals import Totals
-from hpctrain.runfiles import RunFiles
-from hpctrain.runfolder import Narrator, metrics_row
+from hpctrain.run.tracing import Tracing
 from hpctrain.state import Own, State
 from hpctrain.trace.events import Failure
-from hpctrain.tracing import Tracing
 
 
 @dataclass

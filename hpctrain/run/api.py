@@ -11,13 +11,13 @@ from hpctrain.comm.connect import connect, tell_once
 from hpctrain.comm.ending import end_all_ranks
 from hpctrain.data.loader import Batch
 from hpctrain.errors import HpctrainError
-from hpctrain.evaluate import explained
 from hpctrain.job import Job
-from hpctrain.resume import Resume
 from hpctrain.run.begin import begun
+from hpctrain.run.evaluate import explained
+from hpctrain.run.folder import Narrator
 from hpctrain.run.result import Result
+from hpctrain.run.resume import Resume
 from hpctrain.run.session import Session
-from hpctrain.runfolder import Narrator
 
 __all__ = ["Result", "Session", "fit", "fit_batch", "session", "train"]
 

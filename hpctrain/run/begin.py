@@ -7,28 +7,29 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from hpctrain import claim, leaving, runfolder
-from hpctrain.agreement import agreed
-from hpctrain.alike import check_alike, data_topic, job_topic, model_topic
 from hpctrain.batchnorm import sync_layers
-from hpctrain.claim import Claim
 from hpctrain.clock.decisions import Ask, EarlyStopping
+from hpctrain.comm.alike import check_alike, data_topic, job_topic, model_topic
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import place_arenas
 from hpctrain.data.generators import seed_run
 from hpctrain.errors import CheckpointError
 from hpctrain.interrupt import StopSignals
 from hpctrain.job import Job
-from hpctrain.keeper import Keeper
-from hpctrain.prepare import Prepared, prepare
-from hpctrain.reserve import reserve
-from hpctrain.resume import Resume
+from hpctrain.run import claim, leaving
+from hpctrain.run import folder as runfolder
 from hpctrain.run.active import ActiveRun
+from hpctrain.run.agreement import agreed
+from hpctrain.run.claim import Claim
+from hpctrain.run.files import RunFiles
+from hpctrain.run.folder import Narrator
+from hpctrain.run.keeper import Keeper
+from hpctrain.run.prepare import Prepared, prepare
+from hpctrain.run.reserve import reserve
+from hpctrain.run.resume import Resume
 from hpctrain.run.totals import Ending, Totals
-from hpctrain.runfiles import RunFiles
-from hpctrain.runfolder import Narrator
+from hpctrain.run.tracing import Tracing
 from hpctrain.trace.writer import next_attempt
-from hpctrain.tracing import Tracing
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hpctrain import runfolder
 from hpctrain.clock.decisions import Conductor
 from hpctrain.cluster import Roles
 from hpctrain.comm.base import Communicator
+from hpctrain.run import folder as runfolder
 from hpctrain.run.active import ActiveRun
 from hpctrain.run.phase import split_by_role, updating
 from hpctrain.strategies.base import Strategy

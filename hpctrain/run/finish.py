@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from hpctrain import runfolder
-from hpctrain.agreement import agreed
 from hpctrain.errors import HpctrainError, UnwrittenError
+from hpctrain.run import folder as runfolder
 from hpctrain.run.active import ActiveRun
+from hpctrain.run.agreement import agreed
 from hpctrain.run.entrance import Entrance
 from hpctrain.run.result import Result
 from hpctrain.strategies.phase import Phase
@@ -107,7 +107,7 @@ def _tell_end(run: ActiveRun, measured: str, result: Result) -> None:
 def _report(run: ActiveRun) -> None:
     """Collective: the others wait, so that their launcher does not end before it is written."""
     if run.comm.rank == 0:
-        from hpctrain.report import write_report
+        from hpctrain.views.report import write_report
 
         try:
             path, headline = write_report(run.folder)

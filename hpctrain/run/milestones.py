@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hpctrain import leaving
 from hpctrain.clock.decisions import Ask
 from hpctrain.comm.base import Communicator
+from hpctrain.run import leaving
 from hpctrain.run.active import ActiveRun
+from hpctrain.run.folder import PhaseSummary
 from hpctrain.run.totals import Ending, TrainingClock
-from hpctrain.runfolder import PhaseSummary
 from hpctrain.strategies.base import Outcome, Strategy
 from hpctrain.strategies.phase import Phase
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from hpctrain.runfolder import PhaseSummary
+from hpctrain.run.folder import PhaseSummary
 
 
 @dataclass

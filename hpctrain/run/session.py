@@ -9,17 +9,16 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from hpctrain import leaving
 from hpctrain.cluster import Role
 from hpctrain.comm.base import Communicator
 from hpctrain.data.loader import Batch
 from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
-from hpctrain.prepare import Prepared
 from hpctrain.replica import Replica
-from hpctrain.run import finish
+from hpctrain.run import finish, leaving
 from hpctrain.run.active import ActiveRun
 from hpctrain.run.entrance import Entrance
+from hpctrain.run.prepare import Prepared
 from hpctrain.run.result import Result
 from hpctrain.run.serve import serve
 from hpctrain.run.totals import Ending, Totals

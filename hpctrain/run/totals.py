@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 from hpctrain.clock.decisions import Ask, EarlyStopping
-from hpctrain.runfolder import PhaseSummary
+from hpctrain.run.folder import PhaseSummary
 
 
 class Ending(Enum):

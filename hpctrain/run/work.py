@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from hpctrain import leaving, runfolder
 from hpctrain.data.loader import Batch, Loader
+from hpctrain.run import folder as runfolder
+from hpctrain.run import leaving
 from hpctrain.run.active import ActiveRun
+from hpctrain.run.folder import PhaseSummary
 from hpctrain.run.milestones import Milestones
-from hpctrain.runfolder import PhaseSummary
+from hpctrain.run.trainer import Trainer
 from hpctrain.strategies.base import Outcome, Strategy
 from hpctrain.strategies.phase import Phase
-from hpctrain.trainer import Trainer
 
 
 class Work:

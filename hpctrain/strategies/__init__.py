@@ -1,1 +1,1 @@
-"""One strategy, one file. `hpctrain.registry.STRATEGIES` lists them."""
+"""One strategy, one file. `hpctrain.job.registry.STRATEGIES` lists them."""

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel
 
 from hpctrain.clock.decisions import Ask
-from hpctrain.cluster import Roles, assign_roles
-from hpctrain.errors import ClusterError
-from hpctrain.job import Job, check_ranks
+from hpctrain.cluster import Roles
 from hpctrain.state import Own
 
 if TYPE_CHECKING:
@@ -148,24 +146,6 @@ class Server:
     def serve(self) -> None:
         """Push, pull, snapshot, state; returns when all workers have left."""
         raise NotImplementedError
-
-
-def roles_of(job: Job, nodes: Sequence[int]) -> list[Roles]:
-    """Who does what in each phase, on ranks whose node indices are `nodes`.
-
-    Raises ClusterError or JobError where the job does not suit them.
-    """
-    check_ranks(job, len(nodes))
-    found = []
-    for index, phase in enumerate(job.schedule):
-        strategy, options = phase.strategy.resolve(), phase.strategy.options
-        try:
-            roles = assign_roles(nodes, *strategy.roles(options))
-            strategy.check(options, roles)
-        except ClusterError as error:
-            raise ClusterError(str(error).replace("strategy.", job.key(index, "strategy") + ".")) from None
-        found.append(roles)
-    return found
 
 
 def clip_factor(squares: float, limit: float) -> float:

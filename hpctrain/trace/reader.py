@@ -19,7 +19,7 @@ import numpy as np
 
 from hpctrain.errors import HpctrainError, TraceError
 from hpctrain.filenames import JOB, METRICS
-from hpctrain.jobfile import LONGEST
+from hpctrain.job.file import LONGEST
 from hpctrain.text import escaped, shown
 from hpctrain.trace.files import (
     Rows,

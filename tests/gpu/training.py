@@ -16,7 +16,7 @@ from hpctrain.comm.connect import connect
 from hpctrain.comm.device import StagedCommunicator
 from hpctrain.job import Job
 from hpctrain.run.api import fit, session
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
 from tests import helpers
 
 AGREE = ["message", "ring", "overlap", "server", "colocated", "all_serve"]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from hpctrain import launcher
-from hpctrain.runlock import Lock
+from hpctrain.run.lock import Lock
 from hpctrain.trace import open_run
 from tests.conftest import ROOT, Mpirun, launch
 from tests.helpers_mpi import RUN, TRAIN, Started, write_job
@@ -69,8 +69,8 @@ import glob, io, json, os, pathlib, shutil, sys, time
 from contextlib import redirect_stderr
 import torch
 from hpctrain.job import Job
-from hpctrain.resume import Resume
-from hpctrain.training import main
+from hpctrain.run.resume import Resume
+from hpctrain.run.command import main
 
 folder, job = pathlib.Path(sys.argv[1]), sys.argv[2]
 rank = int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", 0)))

@@ -14,7 +14,7 @@ PROGRAM = """
 import json, sys
 import hpctrain
 from hpctrain.comm.connect import connect
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
 
 job = hpctrain.Job.load(sys.argv[1], [f"output={sys.argv[2]}", "train.evaluate_every.fraction=1", "trace.report=false"])
 comm = connect(job)

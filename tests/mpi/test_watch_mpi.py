@@ -21,7 +21,7 @@ pytestmark = pytest.mark.launch
 WATCH = """
 import signal, sys
 from pathlib import Path
-from hpctrain.watch import watch
+from hpctrain.views.watch import watch
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background of a shell ignore
 sys.exit(watch(Path(sys.argv[1]), every=0.3))
 """

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from hpctrain.alike import Topic, check_alike
+from hpctrain.comm.alike import Topic, check_alike
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.data.loader import Loader

@@ -20,7 +20,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.errors import HpctrainError, ModelError
 from hpctrain.run.api import session, train
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
 from tests.marks import slow
 
 QUIET = Narrator(enabled=False)

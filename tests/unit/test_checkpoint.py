@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from hpctrain import Job
-from hpctrain.checkpoint import (
+from hpctrain.comm.base import BFLOAT16
+from hpctrain.comm.virtual import World
+from hpctrain.errors import CheckpointError
+from hpctrain.run.api import train
+from hpctrain.run.checkpoint import (
     FORMAT,
     Checkpoint,
     list_checkpoints,
@@ -26,13 +30,9 @@ from hpctrain.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from hpctrain.comm.base import BFLOAT16
-from hpctrain.comm.virtual import World
-from hpctrain.errors import CheckpointError
-from hpctrain.run.api import train
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
+from hpctrain.run.untrained import Untrained
 from hpctrain.state import Section, State
-from hpctrain.untrained import Untrained
 
 NAMES = {"a.weight": (2, 3), "b": (), "h": (4,)}
 
@@ -196,7 +196,7 @@ def test_a_failed_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hpctrain.checkpoint.os.fsync", full)
+    monkeypatch.setattr("hpctrain.run.checkpoint.os.fsync", full)
     with pytest.raises(CheckpointError, match="No space left"):
         save_checkpoint(tmp_path, checkpoint(), keep=1)
     assert list((tmp_path / "checkpoints").iterdir()) == [path]

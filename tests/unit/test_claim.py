@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.claim import Claim, new_run, run_to_resume
 from hpctrain.cli import main
 from hpctrain.errors import CheckpointError, JobError, RunInUseError
-from hpctrain.explain import explain
 from hpctrain.filenames import HISTORY, JOB, LOCK, MODEL, RUN
-from hpctrain.identity import Identity
 from hpctrain.job import Job
-from hpctrain.resume import FIXED, FREE, Change, Resume, binding, differences
+from hpctrain.job.explain import explain
+from hpctrain.run.claim import Claim, new_run, run_to_resume
+from hpctrain.run.identity import Identity
+from hpctrain.run.resume import FIXED, FREE, Change, Resume, binding, differences
 from tests.unit.test_runlock import leave
 
 LATEST = Resume("latest")
@@ -278,7 +278,7 @@ def test_the_command_line_says_what_to_resume(folder: Path, monkeypatch: pytest.
         seen.append(load())
         return 0
 
-    monkeypatch.setattr("hpctrain.training.main", train)
+    monkeypatch.setattr("hpctrain.run.command.main", train)
     run = interrupted(job("seed=4"))
     for words, resume in (
         (["digits.toml"], None),

@@ -7,15 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hpctrain import compare
 from hpctrain.analysis import Analysis
-from hpctrain.compare.differences import job_notes, spread
-from hpctrain.compare.scaling import curves, scaling
-from hpctrain.compare.summary import RunSummary, summarise
-from hpctrain.compare.table import WIDTH, as_text, comparison_frame
-from hpctrain.compare.targets import choose_targets
 from hpctrain.errors import HpctrainError, TraceError
 from hpctrain.trace import open_run
+from hpctrain.views import compare
+from hpctrain.views.compare.differences import job_notes, spread
+from hpctrain.views.compare.scaling import curves, scaling
+from hpctrain.views.compare.summary import RunSummary, summarise
+from hpctrain.views.compare.table import WIDTH, as_text, comparison_frame
+from hpctrain.views.compare.targets import choose_targets
 from tests.traces import HandMade
 
 JOB = """name = "t"

@@ -11,9 +11,9 @@ import torch
 
 from hpctrain.comm.virtual import World
 from hpctrain.job import Job
-from hpctrain.resume import FIXED, FREE
 from hpctrain.run.api import train
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
+from hpctrain.run.resume import FIXED, FREE
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from hpctrain import losses, metrics
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.errors import DataError
-from hpctrain.evaluate import evaluate
 from hpctrain.job import Job
+from hpctrain.models import losses, metrics
 from hpctrain.run.api import session
-from hpctrain.runfolder import COLUMNS, Narrator
-from hpctrain.training import evaluate_run
-from hpctrain.watch.evaluations import read_evaluations
+from hpctrain.run.command import evaluate_run
+from hpctrain.run.evaluate import evaluate
+from hpctrain.run.folder import COLUMNS, Narrator
+from hpctrain.views.watch.evaluations import read_evaluations
 from tests import helpers
 
 
@@ -171,7 +171,7 @@ def test_a_run_on_a_gpu_is_evaluated_where_there_is_none(tmp_path: Path, monkeyp
     result = World(1).run(lambda comm: helpers.quiet_train(comm, job))[0]
     text = (result.folder / "job.toml").read_text()
     (result.folder / "job.toml").write_text(text.replace('device = "auto"', 'device = "cuda"'))
-    monkeypatch.setattr("hpctrain.prepare.usable_gpus", lambda: (0, "there is no GPU"))
+    monkeypatch.setattr("hpctrain.run.prepare.usable_gpus", lambda: (0, "there is no GPU"))
     assert evaluate_run(result.folder)[0] == f"test loss {result.metrics['loss']:.4f}"
 
 

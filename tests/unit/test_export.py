@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpctrain import export, progress
 from hpctrain.errors import HpctrainError
-from hpctrain.export import export_run, messages, parse_ranks, parse_steps
-from hpctrain.export.messages import Ids
-from hpctrain.export.traceformat import microseconds
 from hpctrain.trace import Run, open_run
+from hpctrain.views import export, progress
+from hpctrain.views.export import export_run, messages, parse_ranks, parse_steps
+from hpctrain.views.export.messages import Ids
+from hpctrain.views.export.traceformat import microseconds
 from tests.traces import HandMade
 
 REQUIRED = {

@@ -15,11 +15,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from hpctrain.analysis import Analysis
-from hpctrain.figures import FIGURES, NothingToShow
-from hpctrain.figures.raster import kind_shares, paint
-from hpctrain.figures.script import main
 from hpctrain.trace import Run
 from hpctrain.trace.schema import KINDS
+from hpctrain.views.figures import FIGURES, NothingToShow
+from hpctrain.views.figures.raster import kind_shares, paint
+from hpctrain.views.figures.script import main
 from tests.marks import slow
 from tests.traces import HandMade
 
@@ -134,7 +134,7 @@ def bare(tmp_path_factory):
 @cache
 def drawn(name: str, analysis: Analysis) -> Figure:
     """Drawn and laid out, and a picture of it below $FIGURES, if that is set, to look at."""
-    figure = import_module(f"hpctrain.figures.{name}").draw(analysis)
+    figure = import_module(f"hpctrain.views.figures.{name}").draw(analysis)
     figure.draw_without_rendering()
     if "FIGURES" in os.environ:
         figure.savefig(Path(os.environ["FIGURES"]) / f"{analysis.run.folder.name}_{name}.png", dpi=80)
@@ -298,14 +298,14 @@ def test_resources_have_a_panel_per_quantity_and_a_line_per_node(four):
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_run_with_nothing_to_show_is_said_in_a_sentence(name, bare):
     with pytest.raises(NothingToShow, match=r"^[a-z][^\n]{15,}$"):
-        import_module(f"hpctrain.figures.{name}").draw(bare)
+        import_module(f"hpctrain.views.figures.{name}").draw(bare)
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_run_of_one_rank_is_drawn_or_said_to_have_nothing_to_show(name, single):
     if name in ("waiting", "critical_path", "overlap"):
         with pytest.raises(NothingToShow):
-            import_module(f"hpctrain.figures.{name}").draw(single)
+            import_module(f"hpctrain.views.figures.{name}").draw(single)
     else:
         assert isinstance(drawn(name, single), Figure)
 
@@ -346,7 +346,7 @@ def test_what_cannot_be_drawn_is_one_sentence_and_status_2(figure, output, expec
     with HandMade(tmp_path, 1) as run:
         together(run[0], 0, 1, 3)
     with pytest.raises(SystemExit) as ended:
-        main(import_module(f"hpctrain.figures.{figure}").draw, [str(tmp_path), "-o", str(tmp_path / output)])
+        main(import_module(f"hpctrain.views.figures.{figure}").draw, [str(tmp_path), "-o", str(tmp_path / output)])
     assert ended.value.code == 2
     told = capsys.readouterr().err
     assert expected in told

@@ -7,10 +7,9 @@ import types
 
 import pytest
 
-from hpctrain import registry
 from hpctrain.cli import main
 from hpctrain.errors import JobError
-from hpctrain.job import Job
+from hpctrain.job import Job, registry
 from tests.traces import HandMade
 
 PHASES = """
@@ -144,7 +143,7 @@ def test_what_is_built_in_is_not_looked_for_in_the_current_folder(tmp_path, monk
 
 
 def test_watch_knows_how_much_is_left_with_a_strategy_of_ones_own(tmp_path):
-    from hpctrain.watch.watcher import Watcher
+    from hpctrain.views.watch.watcher import Watcher
 
     run = make_run(tmp_path / "run", PHASES.replace("[[phases]]", "train = {steps = 10}\n[[phases]]", 1))
     shot = Watcher(run).look()

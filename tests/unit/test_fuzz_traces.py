@@ -20,16 +20,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hpctrain import compare
 from hpctrain.analysis import Analysis, analyse
 from hpctrain.errors import HpctrainError
-from hpctrain.export import export_run
-from hpctrain.figures import FIGURES
-from hpctrain.report import write_report
 from hpctrain.trace import format_totals, open_run, trace_path
 from hpctrain.trace.schema import TABLES
-from hpctrain.watch.picture import Picture, line
-from hpctrain.watch.watcher import Watcher
+from hpctrain.views import compare
+from hpctrain.views.export import export_run
+from hpctrain.views.figures import FIGURES
+from hpctrain.views.report import write_report
+from hpctrain.views.watch.picture import Picture, line
+from hpctrain.views.watch.watcher import Watcher
 from tests.marks import mostly_slow
 from tests.traces import HandMade
 
@@ -301,7 +301,7 @@ def draw_figures(folder: Path) -> None:
     analysis = analyse(folder)
     for name in FIGURES:
         try:
-            import_module(f"hpctrain.figures.{name}").draw(analysis).savefig(io.BytesIO(), dpi=50)
+            import_module(f"hpctrain.views.figures.{name}").draw(analysis).savefig(io.BytesIO(), dpi=50)
         except HpctrainError as error:
             assert str(error)
 
@@ -424,7 +424,7 @@ def test_a_run_that_claims_a_million_ranks_has_no_matrix_of_them(originals, tmp_
         with h5py.File(trace_path(tmp_path / "run", rank), "r+") as file:
             file.attrs["size"] = 10**6
     analysis = analyse(tmp_path / "run")
-    for make in (analysis.waiting_matrix, lambda: import_module("hpctrain.figures.communication").draw(analysis)):
+    for make in (analysis.waiting_matrix, lambda: import_module("hpctrain.views.figures.communication").draw(analysis)):
         with pytest.raises(HpctrainError, match=r"a matrix of 1,000,000 ranks is too large"):
             make()
     assert "ranks 3-999999 of 1000000: no trace file" in format_totals(analysis.run)

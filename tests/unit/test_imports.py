@@ -31,7 +31,7 @@ def test_the_command_leaves_the_garbage_collector_on_and_what_was_imported_out()
     """Only in a process of its own: where torch is loaded already nothing changes."""
     code = (
         "import gc, sys\n"
-        "from hpctrain.training import _imports_kept\n"
+        "from hpctrain.run.command import _imports_kept\n"
         "with _imports_kept():\n"
         "    assert not gc.isenabled()\n"
         "assert gc.isenabled() and gc.get_freeze_count() > 1000\n"

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from hpctrain import options, registry
+from hpctrain import options
 from hpctrain.errors import ClusterError, JobError
-from hpctrain.explain import as_markdown, as_text, explain
-from hpctrain.job import Amount, Job, Phase, check_ranks
+from hpctrain.job import Amount, Job, Phase, check_ranks, registry
+from hpctrain.job.explain import as_markdown, as_text, explain
+from hpctrain.job.messages import table_of
 from hpctrain.options import Table
-from hpctrain.sentences import table_of
 
 HERE = __name__
 
@@ -412,7 +412,7 @@ MISTAKES = [
         'strategy = {name = "switch", then = "switch"}',
         'strategy.then.name = "switch": is a schedule of phases itself, so it cannot be one of them; name another',
     ),
-    ('strategy = {name = "switch", first = "hpctrain.jobtables:Switch"}', "is a schedule of phases itself"),
+    ('strategy = {name = "switch", first = "hpctrain.job.tables:Switch"}', "is a schedule of phases itself"),
     (
         'phases = [{strategy = "switch"}]',
         'phases.0.strategy.name = "switch": is a schedule of phases itself, so it cannot be one of them; name another',

@@ -15,7 +15,7 @@ from hpctrain.comm.virtual import World
 from hpctrain.data.order import Order
 from hpctrain.errors import DataError, ModelError
 from hpctrain.run.api import session
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
 from tests import helpers
 
 SYNC, ASYNC = {"name": "all_reduce"}, helpers.served(colocated=True)

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
-from hpctrain.agreement import agreed
 from hpctrain.clock.decisions import Ask, Conductor
 from hpctrain.clock.rules import Rule, TargetOptions
 from hpctrain.comm.base import Communicator
@@ -35,9 +34,10 @@ from hpctrain.errors import (
     TraceError,
 )
 from hpctrain.job import Job
-from hpctrain.resume import Resume
+from hpctrain.run.agreement import agreed
 from hpctrain.run.api import Result, fit, session, train
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
+from hpctrain.run.resume import Resume
 from tests import helpers
 from tests.marks import mostly_slow, slow
 from tests.unit.test_runlock import leave
@@ -567,7 +567,7 @@ def test_the_run_folder_goes_if_the_traces_cannot_be_opened(tmp_path: Path, monk
         if self._comm.rank == 1:
             raise TraceError("no room")
 
-    monkeypatch.setattr("hpctrain.tracing.Tracing.open", no_room)
+    monkeypatch.setattr("hpctrain.run.tracing.Tracing.open", no_room)
     with pytest.raises(TraceError, match="no room"):
         run(3, helpers.make_job(tmp_path / "runs"))
     assert not list((tmp_path / "runs").iterdir())

@@ -17,7 +17,7 @@ from hpctrain.comm.virtual import World
 from hpctrain.errors import HpctrainError, LeftError, NanError
 from hpctrain.job import Job
 from hpctrain.run.api import Session, session
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
 from tests import helpers
 
 QUIET = Narrator(enabled=False)

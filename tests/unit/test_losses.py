@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpctrain import losses
 from hpctrain.comm.virtual import World
 from hpctrain.errors import HpctrainError, ModelError
-from hpctrain.jobtables import Loss
-from hpctrain.losses import weigh
+from hpctrain.job.tables import Loss
+from hpctrain.models import losses
+from hpctrain.models.losses import weigh
 from tests import helpers
 
 CPU = torch.device("cpu")

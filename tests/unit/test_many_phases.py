@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain import compare
 from hpctrain.analysis import Analysis
 from hpctrain.job import Job
-from hpctrain.report import tables, write_report
 from hpctrain.trace import open_run
+from hpctrain.views import compare
+from hpctrain.views.report import tables, write_report
 from tests import old_runs
 from tests.traces import HandMade, train_traced
 

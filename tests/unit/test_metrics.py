@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpctrain import losses, metrics
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.errors import ModelError
 from hpctrain.job import Job
-from hpctrain.metrics import Tally, accuracy, mean
+from hpctrain.models import losses, metrics
+from hpctrain.models.metrics import Tally, accuracy, mean
 
 
 def share(outputs: Tensor, targets: Tensor, **keys: Any) -> float:

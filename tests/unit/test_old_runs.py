@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hpctrain import compare
 from hpctrain.analysis import Analysis
 from hpctrain.comm.virtual import World
-from hpctrain.report import write_report
 from hpctrain.run.api import train
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
 from hpctrain.trace import open_run
+from hpctrain.views import compare
+from hpctrain.views.report import write_report
 from tests import old_runs
 
 FOLDERS = Path(__file__).parents[1] / "fixtures" / "runs_0.1"

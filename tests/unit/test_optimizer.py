@@ -27,7 +27,7 @@ from hpctrain.optimizer import (
 )
 from hpctrain.replica import Layout, Replica
 from hpctrain.run.api import train
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
 from hpctrain.state import State, merge
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {

@@ -18,7 +18,7 @@ from hpctrain.job import Job
 from hpctrain.launcher import _Pump
 from hpctrain.output import output_file, output_text
 from hpctrain.run.api import train
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
 from tests.traces import HandMade
 
 FULL = "/dev/full"
@@ -80,7 +80,7 @@ def test_closed_standard_output_is_no_mistake(run, monkeypatch):
 )
 def test_a_file_that_cannot_be_written_is_a_sentence(run, capsys, monkeypatch, command, what):
     monkeypatch.setattr("hpctrain.bench._measure_alone", lambda what: Report([]))
-    monkeypatch.setattr("hpctrain.report.page.draw_pictures", lambda *_: ([], []))
+    monkeypatch.setattr("hpctrain.views.report.page.draw_pictures", lambda *_: ([], []))
     assert main([word.replace("RUN", str(run)) for word in command.split()]) == 2
     assert what in capsys.readouterr().err
     assert stat.S_ISCHR(os.stat(FULL).st_mode) and not os.path.exists("/dev/.full.part")
@@ -137,7 +137,7 @@ def test_a_narrator_without_standard_output_is_silent(monkeypatch, capsys):
 
 @pytest.mark.parametrize("status", [0, 130])
 def test_train_ends_with_the_status_of_the_run(monkeypatch, status):
-    monkeypatch.setattr("hpctrain.training.main", lambda load: print("x" * 10) or status)
+    monkeypatch.setattr("hpctrain.run.command.main", lambda load: print("x" * 10) or status)
     with standard_output(monkeypatch, open(FULL, "w")):
         assert main(["train", "job.toml"]) == status
 

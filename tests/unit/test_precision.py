@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from hpctrain.comm.virtual import World
 from hpctrain.errors import ModelError
-from hpctrain.precision import bring
+from hpctrain.run.precision import bring
 from tests import helpers
 
 CPU = torch.device("cpu")

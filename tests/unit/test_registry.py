@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain import registry
 from hpctrain.errors import JobError
+from hpctrain.job import registry
 
 NAMES = [(kind, name) for kind, table in registry.TABLES.items() for name in table]
 
@@ -184,7 +184,7 @@ def test_what_the_main_program_defines_is_not_taken_for_importable(tmp_path: Pat
 
 def test_reading_a_job_imports_neither_torch_nor_mpi_nor_hdf5() -> None:
     code = (
-        "import sys\nfrom hpctrain.job import Job\nfrom hpctrain.explain import explain\n"
+        "import sys\nfrom hpctrain.job import Job\nfrom hpctrain.job.explain import explain\n"
         "Job(model='lenet5', optimizer='Adam', strategy='parameter_server').dump(); explain()\n"
         "print([m for m in ('torch', 'mpi4py', 'h5py', 'pandas', 'sklearn') if m in sys.modules])"
     )

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from hpctrain.errors import HpctrainError, TraceError
-from hpctrain.figures.style import KIND_COLOURS
-from hpctrain.report import write_report
-from hpctrain.report.spans import PackedSpans, Spans, SpanStore, collect_spans
 from hpctrain.trace import Kind, open_run
+from hpctrain.views.figures.style import KIND_COLOURS
+from hpctrain.views.report import write_report
+from hpctrain.views.report.spans import PackedSpans, Spans, SpanStore, collect_spans
 from tests.browser import CHROMIUM, MISSING, Page
 from tests.traces import HandMade
 
@@ -71,7 +71,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what does not depend on them: they take most of the time."""
-    monkeypatch.setattr("hpctrain.figures.FIGURES", ())
+    monkeypatch.setattr("hpctrain.views.figures.FIGURES", ())
 
 
 # -- the page ------------------------------------------------------------------------------------------------------
@@ -155,9 +155,9 @@ def test_a_figure_that_has_nothing_to_show_says_why(report: Path) -> None:
 
 
 def test_a_broken_figure_does_not_cost_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hpctrain.figures.efficiency as figure
+    import hpctrain.views.figures.efficiency as figure
 
-    monkeypatch.setattr("hpctrain.figures.FIGURES", ("efficiency",))
+    monkeypatch.setattr("hpctrain.views.figures.FIGURES", ("efficiency",))
     monkeypatch.setattr(figure, "draw", lambda analysis: 1 / 0)
     path, _ = write_report(train(tmp_path / "run", 2, 4))
     assert "efficiency: it could not be drawn (ZeroDivisionError" in section(path, "figures")
@@ -180,7 +180,7 @@ def test_what_the_trace_says_cannot_become_markup(tmp_path: Path) -> None:
 def test_a_page_that_cannot_hold_every_span_says_how_finely_they_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpctrain.report.page.TIMELINE_BYTES", (2000, 2000))
+    monkeypatch.setattr("hpctrain.views.report.page.TIMELINE_BYTES", (2000, 2000))
     path, _ = write_report(train(tmp_path / "run", 2, 300))
     said = re.search(r"Times are drawn to (\d+) µs.*?([\d,]+) spans shorter", section(path, "timeline-section"), re.S)
     assert said and float(said[1]) == pytest.approx(1e6 * payload(path)["data"]["quantum"])

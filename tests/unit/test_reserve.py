@@ -11,8 +11,8 @@ import pytest
 
 from hpctrain.comm.virtual import World
 from hpctrain.launcher import MEMORY
-from hpctrain.prepare import prepare
-from hpctrain.reserve import kept_up_to
+from hpctrain.run.prepare import prepare
+from hpctrain.run.reserve import kept_up_to
 from tests import helpers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +20,7 @@ MIB = 2**20
 PROGRAM = """
 import resource
 import numpy as np
-from hpctrain.reserve import reserve
+from hpctrain.run.reserve import reserve
 
 def touched():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

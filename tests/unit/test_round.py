@@ -20,7 +20,7 @@ from hpctrain.comm.virtual import World
 from hpctrain.errors import ModelError, NanError
 from hpctrain.job import Job
 from hpctrain.run.api import session, train
-from hpctrain.runfolder import Narrator
+from hpctrain.run.folder import Narrator
 from hpctrain.strategies.contribution import Contribution, RoundTotals
 from tests import helpers
 from tests.marks import slow

@@ -15,15 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from hpctrain import checkpoint, keeper, runfiles, runfolder
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.errors import CheckpointError, UnwrittenError
 from hpctrain.filenames import JOB, METRICS, MODEL
 from hpctrain.job import Job
+from hpctrain.run import checkpoint, keeper
+from hpctrain.run import files as runfiles
+from hpctrain.run import folder as runfolder
 from hpctrain.run.api import Result, session, train
-from hpctrain.runfiles import RunFiles
-from hpctrain.runfolder import Narrator
+from hpctrain.run.files import RunFiles
+from hpctrain.run.folder import Narrator
 from tests import helpers
 
 PS = {"name": "parameter_server", "mode": "sync", "servers": 1}

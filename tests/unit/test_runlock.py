@@ -20,11 +20,11 @@ from typing import Any
 
 import pytest
 
-from hpctrain import runlock
 from hpctrain.errors import CheckpointError, HpctrainError, RunInUseError
 from hpctrain.filenames import LOCK
-from hpctrain.identity import slurm_job
-from hpctrain.runlock import STALE, Holder, Lock
+from hpctrain.run import lock as runlock
+from hpctrain.run.identity import slurm_job
+from hpctrain.run.lock import STALE, Holder, Lock
 
 SLURM = {"SLURM_JOB_ID": "123"}
 
@@ -211,7 +211,7 @@ def test_the_end_of_the_process_lets_go_and_its_forked_children_do_not(tmp_path:
     program = """
 import os, pathlib, sys
 from hpctrain.filenames import LOCK
-from hpctrain.runlock import Lock
+from hpctrain.run.lock import Lock
 lock = Lock(pathlib.Path(sys.argv[1]), {})
 if os.fork() == 0:
     lock.release()

@@ -23,8 +23,8 @@ from hpctrain.errors import JobError
 from hpctrain.job import Job
 from hpctrain.optimizer import OptimizerChoice
 from hpctrain.run.api import train
-from hpctrain.runfolder import Narrator
-from hpctrain.schedulers import Factors, stepped_course
+from hpctrain.run.folder import Narrator
+from hpctrain.run.schedulers import Factors, stepped_course
 from tests import helpers
 
 HERE = __name__

@@ -22,12 +22,12 @@ from hpctrain.comm.base import Buffer, Communicator
 from hpctrain.comm.virtual import VirtualCommunicator, World
 from hpctrain.errors import CheckpointError, ClusterError, DataError, HpctrainError, JobError, ModelError
 from hpctrain.job import Job
-from hpctrain.resume import Resume
 from hpctrain.run.active import ActiveRun
 from hpctrain.run.api import Result, session, train
 from hpctrain.run.entrance import Entrance
+from hpctrain.run.folder import Narrator
 from hpctrain.run.milestones import Milestones
-from hpctrain.runfolder import Narrator
+from hpctrain.run.resume import Resume
 from hpctrain.state import State
 from hpctrain.strategies.all_reduce import AllReduce
 from hpctrain.strategies.base import Strategy

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from hpctrain.clock.decisions import Ask, EarlyStopping
+from hpctrain.run.folder import PhaseSummary
 from hpctrain.run.totals import Ending, Totals, TrainingClock
-from hpctrain.runfolder import PhaseSummary
 
 # As version 0.1 wrote it, before it knew "owed".
 ACCOUNT = """{"books": {"cursor": 60, "step": 5, "phase": 1, "phase_start": 40, "summaries": [

@@ -9,11 +9,11 @@ import torch
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.coupling import Coupling
-from hpctrain.prepare import Prepared, prepare
 from hpctrain.run.phase import split_by_role, updating
+from hpctrain.run.prepare import Prepared, prepare
+from hpctrain.run.trainer import Trainer
 from hpctrain.strategies.base import Outcome
 from hpctrain.strategies.phase import Dealing, Members, Phase
-from hpctrain.trainer import Trainer
 from tests import helpers
 
 

@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hpctrain.checkpoint import list_checkpoints
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.errors import CheckpointError, JobError, ModelError
 from hpctrain.job import Job
-from hpctrain.jobtables import Policy
+from hpctrain.job.tables import Policy
 from hpctrain.run.api import session
-from hpctrain.runfolder import Narrator
-from hpctrain.untrained import Untrained
+from hpctrain.run.checkpoint import list_checkpoints
+from hpctrain.run.folder import Narrator
+from hpctrain.run.untrained import Untrained
 from tests import helpers
 
 QUIET = Narrator(enabled=False)

@@ -12,12 +12,12 @@ from rich.console import Console
 from hpctrain.errors import HpctrainError, TraceError
 from hpctrain.trace.files import open_h5
 from hpctrain.trace.schema import STEPS
-from hpctrain.watch import _redraw, watch
-from hpctrain.watch.history import History
-from hpctrain.watch.picture import Picture, duration, line, sparkline
-from hpctrain.watch.snapshot import RankView, Snapshot, Status
-from hpctrain.watch.tail import Tail
-from hpctrain.watch.watcher import Watcher
+from hpctrain.views.watch import _redraw, watch
+from hpctrain.views.watch.history import History
+from hpctrain.views.watch.picture import Picture, duration, line, sparkline
+from hpctrain.views.watch.snapshot import RankView, Snapshot, Status
+from hpctrain.views.watch.tail import Tail
+from hpctrain.views.watch.watcher import Watcher
 from tests.traces import HandMade
 
 JOB = 'model = "mlp"\ndata = "digits"\ntrain.epochs = 10\ntrain.batch_size = 10\n'
@@ -187,7 +187,7 @@ def test_a_step_of_which_a_part_was_flushed_counts_as_a_whole(going):
 
 
 def test_of_a_long_file_only_the_end_is_read_and_the_loss_is_sampled(going, monkeypatch):
-    monkeypatch.setattr("hpctrain.watch.tail.MOST_ROWS", 60)
+    monkeypatch.setattr("hpctrain.views.watch.tail.MOST_ROWS", 60)
     run = going(1)
     begin(run)
     run.steps(0, 3000, loss=4.0)
@@ -604,7 +604,7 @@ def test_elsewhere_than_on_a_terminal_it_tells_a_line_at_a_time_until_the_end(go
             run.show(later=1.0)
             (run.folder / "model.safetensors").touch()
 
-    monkeypatch.setattr("hpctrain.watch.time.sleep", sleep)
+    monkeypatch.setattr("hpctrain.views.watch.time.sleep", sleep)
     assert watch(run.folder, every=3.0) == 0
     lines = capsys.readouterr().out.splitlines()
     assert set(looks) == {3.0}
@@ -624,7 +624,7 @@ def test_ctrl_c_says_whether_there_was_more_to_come(going, capsys, monkeypatch, 
     def interrupt(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hpctrain.watch.time.sleep", interrupt)
+    monkeypatch.setattr("hpctrain.views.watch.time.sleep", interrupt)
     assert watch(run.folder) == status
     assert "a worker" in capsys.readouterr().out
 
@@ -635,7 +635,7 @@ def test_a_run_that_was_killed_long_ago_is_not_waited_for(going, capsys, monkeyp
     run.steps(0, 5)
     run.now -= 1000.0
     run.show()
-    monkeypatch.setattr("hpctrain.watch.time.sleep", lambda seconds: pytest.fail("it waits"))
+    monkeypatch.setattr("hpctrain.views.watch.time.sleep", lambda seconds: pytest.fail("it waits"))
     assert watch(run.folder) == 0
     assert "was killed" in capsys.readouterr().out
 

@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hpctrain import keeper, replica, untrained
+from hpctrain import replica
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual import World
 from hpctrain.errors import ModelError
 from hpctrain.job import Job
 from hpctrain.replica import Replica
+from hpctrain.run import keeper, untrained
 from hpctrain.run.api import Result
-from hpctrain.training import evaluate_run
+from hpctrain.run.command import evaluate_run
 from hpctrain.wrappers import check_model, load_plain_state, plain_name, plain_state
 from tests import helpers
 from tests.marks import mostly_slow

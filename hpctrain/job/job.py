@@ -1,0 +1,297 @@
+"""The job: a typed, serialisable description of one run.
+
+`Job.load` and `Job(...)` raise JobError with one line per mistake, and import no torch (unless a strategy or
+rule of the user's own does). A job never changes; `override` makes another.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    Field,
+    PlainValidator,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from hpctrain.errors import ClusterError, JobError
+from hpctrain.job import file as jobfile
+from hpctrain.job.messages import LARGEST, FaultyJobError, fail, faults, job_error, raise_all, unwritable
+from hpctrain.job.spec import RECORDED, Choice, Named
+from hpctrain.job.tables import (
+    Amount,
+    Communicator,
+    Data,
+    Debug,
+    Enter,
+    Loss,
+    Metric,
+    Model,
+    Optimizer,
+    Phase,
+    StrategySpec,
+    SwitchOptions,
+    Trace,
+    Train,
+)
+from hpctrain.options import Options, Table
+from hpctrain.text import shown_path
+
+__all__ = ["Amount", "Job", "Options", "Phase", "check_ranks"]
+
+_NAME = re.compile(r"\w[\w.+-]*")
+
+
+def _threads(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 4096):
+        return value
+    raise ValueError('must be "auto" or an integer, at least 1 and at most 4096')
+
+
+class Job(Table):
+    """One run. `Job(model=MyNet, data=my_data, train={"epochs": 3})` or `Job.load("job.toml", ["seed=1"])`.
+
+    In place of a table: its name, or (model, data, loss, metric, optimizer) the object itself.
+    """
+
+    EXCLUSIVE = (frozenset({"strategy", "phases"}),)
+    name: str = Field(default="train", description="first part of the run folder's name")
+    seed: Annotated[int, Field(ge=0, le=LARGEST)] = Field(
+        default=0,
+        description="of everything random: initial parameters, the order of samples, augmentation, dropout",
+    )
+    output: str = Field(default="runs", min_length=1, description="folder in which run folders are made")
+    threads: Annotated[int | Literal["auto"], PlainValidator(_threads)] = Field(
+        default="auto",
+        description="torch threads per rank; auto: the rank's share of the node's cores",
+        json_schema_extra={"allowed": "at least 1 and at most 4096"},
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where workers compute; auto: CUDA if usable"
+    )
+    ranks: Annotated[int, Field(ge=1, le=10**6)] | None = Field(
+        default=None, description="how many ranks the job needs; any number if left out"
+    )
+    model: Model = Field(default_factory=Model, description=Model.__doc__)
+    data: Data = Field(default_factory=Data, description=Data.__doc__)
+    loss: Loss = Field(default_factory=Loss, description=Loss.__doc__)
+    metric: Metric = Field(default_factory=Metric, description=Metric.__doc__)
+    optimizer: Optimizer = Field(default_factory=lambda: Optimizer.model_validate({}), description=Optimizer.__doc__)
+    train: Train = Field(default_factory=lambda: Train.model_validate({}), description=Train.__doc__)
+    strategy: StrategySpec | None = Field(
+        default=None,
+        description="how the replicas agree: the strategy's name and its options; not together with phases",
+        json_schema_extra={"default": '{name = "all_reduce"}, or none with phases'},
+    )
+    phases: Annotated[list[Phase], Field(min_length=1, max_length=1000)] | None = Field(
+        default=None, description="a schedule of several phases, each a strategy and the rule that ends it"
+    )
+    trace: Trace = Field(default_factory=Trace, description=Trace.__doc__)
+    communicator: Communicator = Field(default_factory=Communicator, description=Communicator.__doc__)
+    debug: Debug = Field(default_factory=Debug, description=Debug.__doc__)
+    _file: str = PrivateAttr("")
+    _overrides: tuple[str, ...] = PrivateAttr(())
+
+    def __init__(self, /, **keys: Any) -> None:
+        """Raises JobError, one line per mistake."""
+        try:
+            super().__init__(**keys)
+        except ValidationError as error:
+            raise job_error(faults(error, Job)) from None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Job:
+        """The job in a TOML file, with overrides ("a.b=value") applied before it is checked.
+
+        See `jobfile.override`. Raises JobError.
+        """
+        job = cls._checked(jobfile.read(path), overrides, shown_path(path))
+        job._file = os.path.abspath(path)
+        return job
+
+    @classmethod
+    def recorded(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Job:
+        """The job in a file that is only read, a run folder's, say: as `load`, but nothing that it names is imported.
+
+        What is not built in keeps its name, "<...>" included, and its options as they stand. Whoever resolves it
+        gets a JobError, also in a job that is made from this one by `override`. Raises JobError, as `load`.
+        """
+        return cls._checked(jobfile.read(path), overrides, shown_path(path), recorded=True)
+
+    @property
+    def unchecked(self) -> list[str]:
+        """Of a recorded job, the keys that name strategies and rules whose options could not be checked."""
+        return [f"{key}.{spec.KEY}" for key, spec in self._specs() if isinstance(spec, Choice) and spec.unresolved]
+
+    def override(self, overrides: Iterable[str]) -> Job:
+        """Another job with some keys changed: "a.b=value", see `jobfile.override`. Raises JobError."""
+        job = self._checked(self._tables(), overrides, recorded=any(spec.unresolved for _, spec in self._specs()))
+        job._file, job._overrides = self._file, (*self._overrides, *job._overrides)
+        return job
+
+    @property
+    def file(self) -> str:
+        """The file that it was loaded from; "" if from none."""
+        return self._file
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Those that it was made with: by `load`, and then by `override`."""
+        return self._overrides
+
+    def __eq__(self, other: object) -> bool:
+        """By its keys, however it came by their values."""
+        if not isinstance(other, Job):
+            return NotImplemented
+        return all(getattr(self, key) == getattr(other, key) for key in Job.model_fields)
+
+    @classmethod
+    def _checked(
+        cls, tables: dict[str, Any], overrides: Iterable[str], source: str = "", recorded: bool = False
+    ) -> Job:
+        overrides = overrides if isinstance(overrides, str) else tuple(overrides)
+        tables, places = jobfile.override(tables, overrides, cls)
+        try:
+            job = cls._of_record(tables) if recorded else cls(**tables)
+        except FaultyJobError as error:
+            raise job_error(error.found, source, places) from None
+        job._overrides = tuple(overrides)
+        return job
+
+    @classmethod
+    def _of_record(cls, tables: dict[str, Any]) -> Job:
+        job = cls.__new__(cls)
+        try:  # as `__init__` does, which takes no context
+            return cls.__pydantic_validator__.validate_python(tables, self_instance=job, context=RECORDED)
+        except ValidationError as error:
+            raise job_error(faults(error, Job)) from None
+
+    def _specs(self) -> Iterator[tuple[str, Named | Choice]]:
+        """Everything in it that names something, with its key."""
+        yield from _specs_in(self)
+        for index, phase in enumerate(self.phases or []):
+            yield from ((f"phases.{index}.{key}", spec) for key, spec in _specs_in(phase))
+
+    def _tables(self) -> dict[str, Any]:
+        """As `plain`, but with the objects themselves where names cannot be imported."""
+        tables = self.plain()
+        specs = [(tables[name], getattr(self, name)) for name in tables if isinstance(tables[name], dict)]
+        specs += [(tables["optimizer"].get(key), getattr(self.optimizer, key)) for key in ("schedule", "groups")]
+        for table, spec in specs:
+            if isinstance(spec, Named) and spec.thing is not None:
+                table[spec.KEY] = spec.thing
+        if self.strategy is not None:
+            tables["strategy"] = self.strategy.with_objects()
+        for table, phase in zip(tables.get("phases", []), self.phases or [], strict=True):
+            choices = {"strategy": phase.strategy, "until": phase.until}
+            table |= {key: choice.with_objects() for key, choice in choices.items() if choice is not None}
+        return tables
+
+    def dump(self) -> str:
+        """The job as TOML, every default written out, in the order declared; `Job.load` gives an equal job.
+
+        Keys whose value is None are left out: None is always their default, and TOML has none.
+        """
+        return jobfile.write(self.plain())
+
+    @property
+    def schedule(self) -> list[Phase]:
+        """The phases of the run; of a job with `strategy`, one, which ends with the run, or those of a switch.
+
+        All but the last have `until`, all but the first `enter`.
+        """
+        if self.phases is not None:
+            return list(self.phases)
+        strategy = self.strategy or StrategySpec.model_validate({})
+        return strategy.options.phases() if isinstance(strategy.options, SwitchOptions) else [Phase(strategy=strategy)]
+
+    def key(self, phase: int, table: Literal["strategy", "until", "enter"]) -> str:
+        """Where that table of a phase in `schedule` is written, for messages: "phases.1.until", "strategy.then"."""
+        if self.phases is not None:
+            return f"phases.{phase}.{table}"
+        if self.strategy is not None and isinstance(self.strategy.options, SwitchOptions):
+            return f"strategy.{self.strategy.options.key(phase, table)}"
+        return "strategy"
+
+    @field_validator("name", "output")
+    @classmethod
+    def _check_text(cls, value: str, info: ValidationInfo) -> str:
+        if info.field_name == "name" and (not _NAME.fullmatch(value) or len(value.encode()) > 100):
+            raise ValueError(
+                "must be usable as a file name: letters, digits and _ - . +, first a letter, digit or _, "
+                "at most 100 bytes"
+            )
+        raise_all(unwritable(value))
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("strategy") is None and value.get("phases") is None:
+            return {**value, "strategy": {}}
+        if isinstance(value, dict) and isinstance(value.get("phases"), list):
+            phases = value["phases"]
+            return {**value, "phases": [*phases[:1], *map(_entered, phases[1:])]}
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.strategy is not None and self.phases is not None:
+            fail(
+                ("strategy",),
+                None,
+                "phases are given too; put the strategy into a phase, or leave the phases out",
+            )
+        for index, phase in enumerate((self.phases or [])[:-1]):
+            if phase.until is None:
+                fail(
+                    ("phases", index, "until"),
+                    None,
+                    "is missing: only the last phase may go on to the run's end",
+                )
+        if self.phases is not None and self.phases[0].enter is not None:
+            fail(("phases", 0, "enter"), None, "nothing comes before the first phase; leave it out")
+        for rank in self.debug.slow:
+            if self.ranks is not None and rank >= self.ranks:
+                fail(
+                    ("debug", "slow", str(rank)),
+                    None,
+                    f"ranks = {self.ranks}, so ranks are 0 to {self.ranks - 1}",
+                )
+        return self
+
+
+def _specs_in(table: BaseModel) -> Iterator[tuple[str, Named | Choice]]:
+    for name in type(table).model_fields:
+        spec = getattr(table, name)
+        if isinstance(spec, (Named, Choice)):
+            yield name, spec
+            inner = spec.options if isinstance(spec, Choice) else spec
+            yield from ((f"{name}.{key}", below) for key, below in _specs_in(inner))
+
+
+def _entered(phase: Any) -> Any:
+    """A phase that has one before it, with the default of `enter` written out."""
+    if isinstance(phase, dict) and phase.get("enter") is None:
+        return {**phase, "enter": {}}
+    return phase.model_copy(update={"enter": Enter()}) if isinstance(phase, Phase) and phase.enter is None else phase
+
+
+def check_ranks(job: Job, size: int) -> None:
+    """Refuse to run `job` on `size` ranks if it needs another number. Raises ClusterError or JobError."""
+    if job.ranks is not None and job.ranks != size:
+        raise ClusterError(
+            f"ranks = {job.ranks}: a job that needs {job.ranks} ranks was started with {size}; "
+            f"start {job.ranks}, or set ranks={size}"
+        )
+    for rank in job.debug.slow:
+        if rank >= size:
+            raise JobError(f"debug.slow.{rank}: this run has {size} ranks, 0 to {size - 1}; name one of them")

@@ -1,0 +1,520 @@
+"""The tables of a job: what may be said in each, its defaults and its meaning."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import Field, PlainValidator, field_validator, model_validator
+
+from hpctrain.errors import JobError
+from hpctrain.job import registry
+from hpctrain.job.messages import fail
+from hpctrain.job.spec import Choice, Composite, Named, names_of
+from hpctrain.options import Table
+
+MANY = 10**12
+Policy = Literal["rank0", "mean", "own"]
+Unit = Literal["epochs", "steps", "samples", "fraction"]
+Whole = Annotated[int, Field(ge=0, le=MANY)]
+Count = Annotated[int, Field(ge=1, le=MANY)]
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+NotNegative = Annotated[float, Field(ge=0, le=1e12)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Amount(Table):
+    """A stretch of training: {epochs = 1}, {steps = 100}, {samples = 5000} or {fraction = 0.1}."""
+
+    EXCLUSIVE = (frozenset({"epochs", "steps", "samples", "fraction"}),)
+    epochs: Positive | None = Field(default=None, description="passes over the training samples")
+    steps: Count | None = Field(default=None, description="rounds: steps that all workers have taken")
+    samples: Count | None = Field(default=None, description="training samples, of all workers together")
+    fraction: Fraction | None = Field(default=None, description="share of the whole run")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if len(self.plain()) != 1:
+            raise ValueError("must have exactly one of epochs, steps, samples and fraction, such as {epochs = 1}")
+        return self
+
+    @property
+    def unit(self) -> Unit:
+        """Which of the four was given."""
+        units: tuple[Unit, ...] = ("epochs", "steps", "samples", "fraction")
+        return next(unit for unit in units if getattr(self, unit) is not None)
+
+    @property
+    def value(self) -> float:
+        """How much of `unit`; a whole number for steps and samples."""
+        return float(getattr(self, self.unit)) if self.unit in ("epochs", "fraction") else getattr(self, self.unit)
+
+
+class Model(Named):
+    """What is trained."""
+
+    KIND = "model"
+    name: str = Field(default="convnet", description="the model; further keys are its function's keyword arguments")
+
+
+class Data(Named):
+    """What it is trained on, and how samples reach the workers."""
+
+    KIND = "dataset"
+    KEPT = ("validation", "queue", "shuffle", "last", "prefetch", "threads", "augment")
+    name: str = Field(default="digits", description="the data set; further keys are its function's keyword arguments")
+    validation: Share = Field(default=0.0, description="share of the training samples held back for validation")
+    queue: Literal["auto", "static", "shared"] = Field(
+        default="auto",
+        description="in asynchronous phases, static: each worker has its own share of the samples; shared: one queue "
+        "for all, from which a slow worker takes fewer; auto: shared. Synchronous phases deal out every round",
+    )
+    shuffle: bool = Field(default=True, description="another order of the samples in every epoch, drawn from the seed")
+    last: Literal["keep", "drop"] = Field(
+        default="keep",
+        description="the samples that are left for the last round of an epoch, fewer than the others have. keep: a "
+        "smaller round; drop: an epoch ends before them (with shuffle they are others in every epoch)",
+    )
+    prefetch: Annotated[int, Field(ge=0, le=1024)] = Field(default=2, description="batches fetched ahead of their use")
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(
+        default=1,
+        description="threads that fetch and augment, per worker; 0: none, the training loop fetches",
+    )
+    augment: list[str] = Field(default=[], description="augmentations of training samples, in this order")
+
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _check_augment(cls, value: object) -> object:
+        return names_of("augmentation", value)
+
+    @classmethod
+    def _check_object(cls, thing: object) -> None:
+        if not callable(thing) and not any(hasattr(thing, n) for n in ("__getitem__", "__iter__", "train")):
+            fail((), thing, "must be a data set, a pair (train, test), or a function that makes one")
+
+
+class Loss(Named):
+    """What is made small."""
+
+    KIND = "loss"
+    name: str = Field(
+        default="cross_entropy",
+        description="function of (outputs, targets); further keys are its keyword arguments",
+    )
+
+
+class Metric(Named):
+    """What is reported, and what train.target and train.patience look at."""
+
+    KIND = "metric"
+    name: str = Field(
+        default="accuracy",
+        description="function of a batch's (outputs, targets) that returns a number, its mean over the batch; or a "
+        "pair (sum, weight); or a dictionary of these, whose first entry is the metric. Further keys are its keyword "
+        "arguments; accuracy has dim, ignore_index and threshold",
+    )
+    goal: Literal["max", "min"] = Field(default="max", description="whether more of the metric is better, or less")
+
+
+class LearningRate(Named):
+    """The course of the learning rate."""
+
+    KIND = "schedule"
+    KEPT = ("warmup",)
+    name: str = Field(
+        default="constant",
+        description="the course after the warm-up: a function of the share of the run that is done, which returns the "
+        "factor of optimizer.lr; or a class of torch.optim.lr_scheduler; or a function of the optimizer that returns "
+        "such a scheduler. Further keys are its keyword arguments",
+    )
+    warmup: Amount | None = Field(
+        default=None, description="linear rise from 0 to optimizer.lr at the start; none if left out"
+    )
+    unit: Literal["epochs", "steps"] | None = Field(
+        default=None,
+        description="after what a scheduler is stepped, counted from the start of the run: every epoch, or every round "
+        "(of the first phase's workers); left out: the unit in which the run's length is given, but always rounds for "
+        "OneCycleLR and CyclicLR",
+    )
+
+    @classmethod
+    def _check_object(cls, thing: object) -> None:
+        if hasattr(thing, "get_last_lr") and not isinstance(thing, type):
+            fail(
+                (),
+                thing,
+                "must be the scheduler's class, its arguments beside it, or a function of the optimizer that makes it",
+            )
+        super()._check_object(thing)
+
+
+class Groups(Named):
+    """Which parameters the optimizer treats alike."""
+
+    KIND = "groups"
+    name: str = Field(
+        default="decay",
+        description="function of the model that returns parameter groups as torch.optim takes them: dictionaries with "
+        "params and options; decay: weight_decay only on parameters of two or more dimensions",
+        json_schema_extra={"default": "none"},
+    )
+
+
+class Optimizer(Named):
+    """How gradients become updates."""
+
+    KIND = "optimizer"
+    KEPT = ("schedule", "groups")
+    name: str = Field(default="SGD", description="a class of torch.optim; further keys are its keyword arguments")
+    lr: Positive | None = Field(
+        default=None,
+        description="learning rate; left out: 0.1 for SGD, torch's default for its other classes",
+        json_schema_extra={"default": "by optimizer"},
+    )
+    elementwise: bool | None = Field(
+        default=None,
+        description="whether each parameter is updated by itself, so that any slice may be updated alone; "
+        "left out: known for torch's own classes, false for others",
+        json_schema_extra={"default": "by optimizer"},
+    )
+    schedule: LearningRate = Field(default_factory=LearningRate, description="the course of the learning rate")
+    groups: Groups | None = Field(
+        default=None,
+        description="parameter groups with options of their own; left out: all parameters alike",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("lr") is None:
+            rate = registry.LEARNING_RATES.get(str(value.get("name", "SGD")))
+            return value if rate is None else {**value, "lr": rate}
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lr is None:
+            fail(("lr",), None, f'is needed: hpctrain knows no learning rate for optimizer "{self.name}"')
+        if "params" in self.options:
+            fail(("params",), None, "is the model's parameters, which hpctrain gives the optimizer")
+        return self
+
+    @classmethod
+    def _check_object(cls, thing: object) -> None:
+        if hasattr(thing, "param_groups") or not callable(thing):
+            fail(
+                (),
+                thing,
+                "must be the optimizer's class, not an object of it; lr and the rest stand beside it",
+            )
+
+
+def _buffers(value: object) -> object:
+    policies = get_args(Policy)
+    if value in policies if isinstance(value, str) else isinstance(value, dict) and all(
+        isinstance(key, str) and key and policy in policies for key, policy in value.items()
+    ):
+        return value
+    allowed = ", ".join(f'"{policy}"' for policy in policies)
+    raise ValueError(f"must be one of {allowed}, or a table of such by pattern of buffers' names")
+
+
+class Train(Table):
+    """How long and in what steps, and when to evaluate, save and stop."""
+
+    EXCLUSIVE = (frozenset({"epochs", "steps"}),)
+    epochs: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
+        default=None,
+        description="passes over the training samples; not together with train.steps",
+        json_schema_extra={"default": "1.0, or none with train.steps"},
+    )
+    steps: Count | None = Field(
+        default=None, description="rounds (steps of all workers); not together with train.epochs"
+    )
+    batch_size: Annotated[int, Field(ge=1, le=10**9)] = Field(
+        default=32, description="samples per worker and micro-batch"
+    )
+    accumulate: Annotated[int, Field(ge=1, le=10**6)] = Field(
+        default=1, description="micro-batches whose gradients are summed before workers agree"
+    )
+    precision: Literal["float32", "float64", "bfloat16", "mixed_bfloat16"] = Field(
+        default="float32",
+        description="of parameters and arithmetic; mixed: parameters float32, arithmetic bfloat16",
+    )
+    clip_norm: Positive | None = Field(
+        default=None,
+        description="largest norm of the whole gradient; a longer one is scaled down; none if left out",
+    )
+    target: float | None = Field(
+        default=None, description="value of the metric at which training stops; none if left out"
+    )
+    patience: Count | None = Field(
+        default=None,
+        description="evaluations without improvement after which training stops; never if left out",
+    )
+    min_delta: NotNegative = Field(
+        default=0.0, description="what counts as improvement of the metric, for train.patience"
+    )
+    evaluate_every: Amount = Field(
+        default_factory=lambda: Amount(epochs=1.0),
+        description="how often to evaluate; {fraction = 1} for the end only",
+    )
+    evaluate_batch: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
+        default=None,
+        description="samples per worker and forward pass in evaluations; left out: train.batch_size",
+    )
+    checkpoint_every: Amount | None = Field(
+        default=None,
+        description="how often to save a checkpoint; left out: only when the run ends or is interrupted",
+    )
+    keep_checkpoints: Annotated[int, Field(ge=1, le=10**6)] = Field(
+        default=2, description="the newest so many are kept"
+    )
+    stop_seconds: Positive | None = Field(
+        default=None,
+        description="how long a stop signal (Ctrl-C, SIGTERM) waits for the step in progress to end before ranks are "
+        "ended without a checkpoint; left out: twice the longest step so far, and at least 10 s under `hpctrain run`, "
+        "30 s elsewhere",
+    )
+    nan: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="what to do about a loss or gradient that is not finite: end the run, or skip the update",
+    )
+    sync_batchnorm: bool = Field(
+        default=False,
+        description="batch norm over the samples of all workers, not its own alone; in a round that has no sample "
+        "for a worker it runs over one that counts nothing",
+    )
+
+    buffers: Annotated[Policy | dict[str, Policy], PlainValidator(_buffers)] = Field(
+        default="rank0",
+        description="what evaluation and the saved model take of the model's buffers. rank0: those of rank 0; mean: "
+        "the mean over the workers; own: each worker evaluates with its own, rank 0's are saved. A table gives one of "
+        'these by pattern of names, as {"*.bank" = "own"}. The running statistics of batch norm are averaged, unless a '
+        'pattern other than "*" matches them',
+        json_schema_extra={"allowed": '"rank0", "mean", "own"'},
+    )
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Samples per worker and forward pass in evaluations."""
+        return self.batch_size if self.evaluate_batch is None else self.evaluate_batch
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("epochs") is None and value.get("steps") is None:
+            return {**value, "epochs": 1.0}
+        return value
+
+    @property
+    def buffer_policies(self) -> dict[str, Policy]:
+        """By pattern; "*" is for all that are not running statistics of batch norm."""
+        return self.buffers if isinstance(self.buffers, dict) else {"*": self.buffers}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            fail(("steps",), self.steps, f"train.epochs = {self.epochs:g} is given too; use one of the two")
+        if self.min_delta > 0 and self.patience is None:
+            fail(("min_delta",), self.min_delta, "has no effect without train.patience; set that too")
+        return self
+
+
+class StrategySpec(Choice):
+    """A strategy's `name` and its validated `options`."""
+
+    KIND = "strategy"
+    DEFAULT = "all_reduce"
+
+
+class RuleSpec(Choice):
+    """The rule that ends a phase: its `name` (the key is `rule`) and its validated `options`."""
+
+    KIND = "rule"
+    KEY = "rule"
+    DEFAULT = "after"
+
+    @classmethod
+    def _class_of(cls, thing: Any) -> Any:
+        return registry.resolve(cls.KIND, registry.FUNCTION_AS_RULE)(thing) if inspect.isfunction(thing) else thing
+
+    @model_validator(mode="after")
+    def _check_keywords(self) -> Self:
+        if self.unresolved:
+            return self
+        rule = self.resolve()
+        if isinstance(rule, registry.resolve(self.KIND, registry.FUNCTION_AS_RULE)):
+            try:
+                rule.check(self.options)
+            except JobError as error:
+                fail((self.KEY,), self.name, str(error).partition('" ')[2])
+        return self
+
+
+class Enter(Table):
+    """What becomes of learning rate and momentum where the phase before goes over into this one."""
+
+    learning_rate: Literal["auto", "keep", "scale", "reset", "ramp"] = Field(
+        default="auto",
+        description="auto: its course goes on, times what the strategy makes of it (lr_per_update); keep: its course "
+        "goes on, as in the phase before; scale: that times enter.scale; reset: its course begins anew over what "
+        "remains of the run, warm-up included; ramp: auto, times a linear rise over enter.ramp",
+    )
+    momentum: Literal["keep", "scale", "reset", "ramp"] = Field(
+        default="keep",
+        description="keep: as it was; scale: times enter.scale; reset: the optimizer begins afresh (its other state "
+        "too); ramp: a linear rise to what it was over enter.ramp",
+    )
+    scale: Positive | None = Field(
+        default=None,
+        description="the factor of learning_rate = scale and momentum = scale; left out: 1 / the phase's workers",
+    )
+    ramp: Amount = Field(
+        default_factory=lambda: Amount(fraction=0.05),
+        description="how long learning_rate = ramp and momentum = ramp take to rise from 0",
+    )
+
+
+class Phase(Table):
+    """A stretch of the run under one strategy."""
+
+    strategy: StrategySpec = Field(description="how the replicas agree in this phase")
+    until: RuleSpec | None = Field(
+        default=None,
+        description="the rule that ends the phase, a class or a function of the losses (over intervals of 10 rounds); "
+        "left out (in the last phase only): the end of the run",
+    )
+    enter: Enter | None = Field(
+        default=None,
+        description="how learning rate and momentum come into this phase; not in the first",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, value: Any) -> Any:
+        return {**value, "strategy": {}} if isinstance(value, dict) and "strategy" not in value else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _refuse_schedule("strategy", self.strategy)
+        return self
+
+
+def _refuse_schedule(key: str, spec: StrategySpec) -> None:
+    if isinstance(spec.options, Composite):
+        fail((key, spec.KEY), spec.name, "is a schedule of phases itself, so it cannot be one of them; name another")
+
+
+class FirstRule(RuleSpec):
+    """The rule that ends the first phase of a switch."""
+
+    DEFAULT = "loss_stable"
+
+
+class SecondStrategy(StrategySpec):
+    """The strategy of the second phase of a switch."""
+
+    DEFAULT = "parameter_server"
+
+
+class SwitchOptions(Composite):
+    """The keys of strategy.name = "switch"."""
+
+    first: StrategySpec = Field(
+        default_factory=lambda: StrategySpec.model_validate({}), description="the strategy of the first phase"
+    )
+    until: FirstRule = Field(
+        default_factory=lambda: FirstRule.model_validate({}), description="the rule that ends the first phase"
+    )
+    then: SecondStrategy = Field(
+        default_factory=lambda: SecondStrategy.model_validate({}), description="the strategy of the second phase"
+    )
+    enter: Enter = Field(default_factory=Enter, description="how learning rate and momentum come into the second phase")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _refuse_schedule("first", self.first)
+        _refuse_schedule("then", self.then)
+        return self
+
+    def phases(self) -> list[Phase]:
+        """The two phases that it is short for."""
+        return [Phase(strategy=self.first, until=self.until), Phase(strategy=self.then, enter=self.enter)]
+
+    def key(self, phase: int, table: str) -> str:
+        """Where `table` ("strategy", "until", "enter") of that phase is written."""
+        return ("first", "then")[phase] if table == "strategy" else table
+
+
+class Switch:
+    """Strategy-switch (Provatas et al., IEEE Access 13:9510, 2025): one strategy until a rule fires, then another.
+
+    A schedule of two phases under a name of its own: `Job.schedule` has them, and nothing is ever trained by this.
+    """
+
+    Options = SwitchOptions
+
+
+class Trace(Table):
+    """What the ranks write down about themselves."""
+
+    enabled: bool = Field(default=True, description="write traces")
+    flush_seconds: Annotated[float, Field(gt=0, le=86400)] = Field(
+        default=2.0, description="seconds between writes: what a rank that is killed may lose"
+    )
+    resources_seconds: Annotated[float, Field(ge=0.01, le=86400)] = Field(
+        default=1.0, description="seconds between samples of processor, memory, network and GPU use"
+    )
+    report: bool = Field(default=False, description="write report.html into the run folder at the end")
+
+
+class Communicator(Table):
+    """How ranks exchange."""
+
+    wait: Literal["auto", "spin", "nap"] = Field(
+        default="auto",
+        description="waiting ranks spin (fast) or nap (leave the core to others); auto: by the cores",
+    )
+    shared: bool = Field(default=True, description="ranks of a node may exchange through shared memory windows")
+    cuda_aware: Literal["auto", "yes", "no"] = Field(
+        default="auto",
+        description="whether the MPI library takes buffers in GPU memory; no: they pass through pinned host memory; "
+        "auto: the library is asked, and where it does not say, tried out in a process of its own",
+    )
+    ranks_per_node: Count | None = Field(
+        default=None,
+        description="pretend that every so many ranks of a node are a node of their own (for tests and studies)",
+    )
+
+
+class Debug(Table):
+    """For tests and studies."""
+
+    slow: dict[int, Annotated[float, Field(ge=1, le=1e6)]] = Field(
+        default={},
+        description="rank = factor: the rank sleeps factor - 1 times its measured compute time in every step",
+    )
+
+    @field_validator("slow", mode="before")
+    @classmethod
+    def _ranks(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        ranks: dict[int, Any] = {}
+        for key, factor in value.items():
+            rank = _rank(key)
+            if rank is None or rank in ranks:
+                fail((str(key),), None, "must be a rank, each once: a whole number from 0")
+            elif isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 <= factor <= 1e6:
+                fail((str(key),), factor, "must be a number, at least 1 and at most 1000000")
+            else:
+                ranks[rank] = factor
+        return dict(sorted(ranks.items()))
+
+
+def _rank(key: object) -> int | None:
+    text = str(key)
+    return int(text) if re.fullmatch(r"[0-9]{1,7}", text) else None

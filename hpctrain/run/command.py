@@ -1,0 +1,134 @@
+"""What `hpctrain train` and `hpctrain evaluate` do."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpctrain.cluster import launched_rank
+from hpctrain.comm.alike import check_alike, job_topic
+from hpctrain.comm.connect import report
+from hpctrain.comm.ending import end_all_ranks
+from hpctrain.errors import CheckpointError, HpctrainError
+from hpctrain.filenames import JOB, MODEL
+from hpctrain.job.roles import roles_of
+
+if TYPE_CHECKING:
+    from hpctrain.comm.base import Communicator
+    from hpctrain.job import Job
+    from hpctrain.run.resume import Resume
+
+INTERRUPTED = 130
+
+
+def main(load: Callable[[], tuple[Job, Resume | Path | str | None]]) -> int:
+    """Train on the ranks that the launcher started; the exit status of this rank.
+
+    `load` reads the job. What is wrong with it is told after MPI has started, before torch is imported: a rank
+    that ends before MPI_Init while another enters it leaves that one waiting for ever (MPICH's launcher), and
+    one that ends with a status while rank 0 has not spoken has rank 0 killed (Open MPI's).
+    """
+    error: HpctrainError | None = None
+    job: Job | None = None
+    resume: Resume | Path | str | None = None
+    try:
+        job, resume = load()
+    except HpctrainError as mistake:
+        error = mistake
+    rank = launched_rank(os.environ)
+    comm: Communicator | None = None
+    try:
+        from hpctrain.comm.connect import connect
+
+        comm = connect(job)
+        rank = comm.rank
+        errors = comm.gather_json(str(error) if error is not None else None)
+        first = next((text for text in errors if text is not None), None)
+        if first is not None:
+            raise HpctrainError(first)
+        assert job is not None
+        check_alike(comm, [job_topic(job.plain())])
+        roles_of(job, comm.nodes)
+        with _imports_kept():
+            from hpctrain.run.api import train
+
+            import_module("torch._dynamo")  # as torch's optimizers do in their first step
+
+        result = train(job, comm, resume)
+    except HpctrainError as mistake:
+        return _exit(report(mistake, rank))
+    except Exception as failure:
+        if comm is not None and comm.size > 1:
+            end_all_ranks(rank, failure)
+        raise
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return _exit(INTERRUPTED if result.interrupted and rank == 0 else 0)
+
+
+@contextmanager
+def _imports_kept() -> Iterator[None]:
+    """What is imported lives as long as the process. To look through it for garbage, again and again while torch is
+    imported and once more at the end, takes a quarter of the time of a short run. (Not where torch is there already:
+    then the process is somebody else's.)"""
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _exit(status: int) -> int:
+    """Give the others time to end: Open MPI's launcher tells of ranks that end with a status before others do."""
+    if status:
+        time.sleep(0.3)
+    return status
+
+
+def evaluate_run(folder: Path) -> list[str]:
+    """Evaluate a run's saved model as the run did at its end: on the test samples, or else on those for validation.
+
+    On this process alone: of the job's schedule, ranks and device nothing matters here. Returns what came out, as
+    lines of text. Raises HpctrainErrors.
+    """
+    from hpctrain.comm.virtual import World
+    from hpctrain.errors import DataError
+    from hpctrain.job import Job
+    from hpctrain.run.checkpoint import load_model
+    from hpctrain.run.evaluate import evaluate
+    from hpctrain.run.prepare import prepare_evaluation
+    from hpctrain.wrappers import load_plain_state
+
+    job = Job.load(folder / JOB, ["strategy=default", "phases=default"])
+    if job.device == "cuda":
+        job = job.override(["device=auto"])
+    tensors = load_model(folder / MODEL)
+
+    def body(comm: Communicator) -> list[str]:
+        parts = prepare_evaluation(job, comm)
+        try:
+            load_plain_state(parts.model, tensors)
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder / MODEL} is not of the job's model: {error}") from None
+        splits = parts.splits
+        name, dataset = ("test", splits.test) if splits.test is not None else ("validation", splits.validation)
+        if dataset is None:
+            raise DataError(f"data.name = {job.data.name!r} has no test or validation samples to evaluate on")
+        found = evaluate(
+            parts.model, dataset, parts.loss, parts.metric, comm, job.train.evaluation_batch, parts.move,
+            parts.autocast, job.metric.name,
+        )  # fmt: skip
+        return found.text(name, job.metric.name)
+
+    return World(1).run(body)[0]

@@ -1,0 +1,93 @@
+"""What a run writes into its folder while it trains: a full disk or a folder that was removed does not end it."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from hpctrain.errors import CheckpointError
+from hpctrain.filenames import JOB, METRICS, MODEL
+from hpctrain.run.folder import Narrator, append_metrics
+
+PAUSES = 0.0, 1.0, 3.0  # seconds before each attempt to write the model
+
+
+class RunFiles:
+    """Writes what can be written. What cannot is told once, until it works again, and at the end (`unwritten`).
+
+    On rank 0 alone.
+    """
+
+    def __init__(self, folder: Path, out: Narrator) -> None:
+        self.folder, self._out = folder, out
+        self._job = (folder / JOB).read_bytes() if (folder / JOB).is_file() else None
+        self._failed: dict[str, str] = {}
+        self._rows: list[Mapping[str, str]] = []  # all of this run; as many as `_saved` are in the file
+        self._saved = 0
+        self._notes: list[str] = []
+
+    def write(self, name: str, save: Callable[[], object], then: str) -> bool:
+        """Call `save`, which raises CheckpointError or OSError if the file `name` cannot be written, and say so. True
+        if it was. `then`: what becomes of it, to be told."""
+        try:
+            self._make_anew_if_removed()
+            save()
+        except (CheckpointError, OSError) as error:
+            text = str(error) if isinstance(error, CheckpointError) else _sentence(self.folder / name, error)
+            if name not in self._failed:
+                self._out.say(f"warning: {text}; {then}")
+            self._failed[name] = text
+            return False
+        if self._failed.pop(name, None) is not None:
+            self._out.say(f"{self.folder / name} can be written again")
+        return True
+
+    def add_row(self, row: Mapping[str, str]) -> None:
+        """One row of metrics.csv, behind those that could not be written before."""
+        self._rows.append(row)
+        self.write_rows()
+
+    def write_rows(self) -> None:
+        """Those that are not in the file yet."""
+        if self._saved < len(self._rows):
+            self.write(METRICS, self._append, "its rows are kept, and written as soon as that is possible")
+
+    def _append(self) -> None:
+        append_metrics(self.folder, self._rows[self._saved :])
+        self._saved = len(self._rows)
+
+    def write_model(self, save: Callable[[Path], object]) -> None:
+        """Call `save(folder)`, again after a while; where that fails, with a new folder for temporary files."""
+        for pause in PAUSES:
+            time.sleep(pause)
+            if self.write(MODEL, lambda: save(self.folder), "it is tried again"):
+                return
+        with contextlib.suppress(OSError):
+            place = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}-"))
+            try:
+                save(place)
+                self._notes.append(f"the model is {place / MODEL}: move it to where it is safe")
+            except CheckpointError:
+                place.rmdir()
+
+    def unwritten(self) -> str | None:
+        """What the run folder lacks, and why; None if nothing."""
+        return "; ".join([*self._failed.values(), *self._notes]) or None
+
+    def _make_anew_if_removed(self) -> None:
+        """Its job goes into it again: what has none is not known for a run folder."""
+        if self._job is None or (self.folder / JOB).exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / JOB).write_bytes(self._job)
+        self._saved = 0
+        text = f"the run folder {self.folder} was removed while the run went on, and is made anew"
+        self._out.say(f"warning: {text}; what was in it is lost, and the traces are")
+        self._notes.append(f"{text}, without what was in it before and without traces")
+
+
+def _sentence(path: Path, error: OSError) -> str:
+    return f"{path} cannot be written ({error.strerror or error}); free space or mend permissions"

@@ -1,0 +1,276 @@
+"""The lock of a run folder: a file that says which process uses the folder, renewed while that process lives.
+
+Locks of the operating system are not kept by every shared file system, so this needs only what NFS and Lustre keep:
+to link a file to a name that must not exist yet, and to rename one over another, happen at once or not at all.
+
+Whoever finds a lock whose holder is dead may take it over, and must be the only one to do so. To that end it first
+takes a second lock whose name is the dead one's token ("succession"); then it looks whether the dead lock is still
+there, renames its own over it, and lets the succession go. This is right because (1) the name of the succession can be
+held by one process at a time; (2) a lock is replaced by nobody but the holder of its succession, and a dead holder
+does nothing; so (3) what was seen after the succession was taken is still so when the rename happens. A latecomer
+that read the dead lock before finds another one when it looks again, and gives way. The succession is a lock like any
+other: if its holder dies in mid-takeover, it is itself taken over.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from hpctrain.errors import CheckpointError, RunInUseError
+from hpctrain.filenames import LOCK
+from hpctrain.run.identity import slurm_job
+
+BEAT = 10.0  # seconds between two signs of life
+NO_LINKS = frozenset([errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK])  # of a file system without them
+STALE = 60.0  # seconds without one after which a holder on another machine counts as dead
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that holds a lock or wants to. `machine`: boot and PID namespace, "" if not known; `started`: in the
+    kernel's ticks, so that another process of the same PID is told apart; `since`: for people."""
+
+    token: str
+    host: str
+    machine: str
+    pid: int
+    started: int
+    since: str
+    slurm_job: str = ""
+    restarts: int = 0
+
+    @classmethod
+    def here(cls, environment: Mapping[str, str]) -> Self:
+        """This process, with a token of its own."""
+        restarts = environment.get("SLURM_RESTART_COUNT", "")
+        job = slurm_job(environment)
+        return cls(
+            uuid.uuid4().hex,
+            socket.gethostname(),
+            _machine(),
+            os.getpid(),
+            _started(os.getpid()) or -1,
+            time.strftime("%Y-%m-%d %H:%M:%S"),
+            job,
+            int(restarts) if restarts.isdecimal() else 0,
+        )
+
+    def __str__(self) -> str:
+        slurm = f", Slurm job {self.slurm_job}" if self.slurm_job else ""
+        return f"process {self.pid} on {self.host}{slurm}, since {self.since}"
+
+
+class _Found(NamedTuple):
+    """A lock as it lies there. `holder`: None if it cannot be read; `token` is the lock's own also then."""
+
+    token: str
+    holder: Holder | None
+    renewed: float  # by the file system's clock
+
+
+class Lock:
+    """A run folder that this process uses. Let it go by `release`; the process's end does so too, where it can."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        """Take it. Raises RunInUseError while another process uses the folder, CheckpointError if none can be made."""
+        self.path = folder / LOCK
+        self.holder = Holder.here(environment)
+        own = _beside(self.path, f"wanted-{self.holder.token}")
+        try:
+            own.write_text(json.dumps(asdict(self.holder)))  # whole before it bears its name
+            _take(self.path, own, self.holder)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be written ({error.strerror}); a run needs to write into its folder"
+            ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                own.unlink(missing_ok=True)
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+        self._thread.start()
+        atexit.register(self.release)
+
+    def release(self) -> None:
+        """Let the folder go; harmless if that is done already, or if another process has it by now."""
+        if self._released.is_set() or os.getpid() != self.holder.pid:  # not by a forked child
+            return
+        self._released.set()
+        self._thread.join(timeout=BEAT)
+        atexit.unregister(self.release)
+        with contextlib.suppress(OSError):
+            if self._is_mine():
+                self.path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raise RunInUseError if another process has taken the folder over, which it does when this one stood still for
+        long (suspended, its file system gone)."""
+        found = None
+        with contextlib.suppress(OSError):
+            found = _read(self.path)
+        if found is not None and found.token != self.holder.token:
+            raise RunInUseError(
+                f"{self.path.parent} has been taken over by {found.holder or 'another process'}, because this one "
+                f"gave no sign of life for {STALE:.0f} s; it ends here and leaves the folder to that one"
+            )
+
+    def _is_mine(self) -> bool:
+        found = _read(self.path)
+        return found is not None and found.token == self.holder.token
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT):
+            with contextlib.suppress(OSError):
+                if self._is_mine():
+                    os.utime(self.path)  # to the file system's own time
+
+
+def _take(path: Path, own: Path, me: Holder) -> None:
+    """Make `own`, which names `me`, the lock at `path`. Raises RunInUseError if somebody lives who has it."""
+    while not _link(own, path):
+        found = _read(path)
+        if found is None:  # let go meanwhile
+            continue
+        if not _is_dead(found, me, path.parent):
+            raise RunInUseError(
+                f"{path.parent} is in use by {found.holder or 'a process that cannot be named'}; wait for its end, or "
+                f"start a new run without --resume (if it is dead, it is known to be after {STALE:.0f} s at most)"
+            )
+        succession = _beside(path, found.token)
+        _take(succession, own, me)
+        try:
+            now = _read(path)
+            if now is not None and now.token == found.token:
+                _put(own, path)
+                return
+        finally:
+            succession.unlink(missing_ok=True)
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f".{LOCK}-{what}")
+
+
+def _link(own: Path, path: Path) -> bool:
+    """Give `own` the further name `path`; False if that exists."""
+    try:
+        os.link(own, path)
+        return True
+    except FileExistsError:
+        return _same(own, path)  # NFS may repeat a request whose answer was lost
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        try:  # made there, empty for a moment
+            with open(path, "x") as file:
+                file.write(own.read_text())
+            return True
+        except FileExistsError:
+            return False
+
+
+def _same(own: Path, path: Path) -> bool:
+    try:
+        return os.path.samefile(own, path)
+    except FileNotFoundError:
+        return False
+
+
+def _put(own: Path, path: Path) -> None:
+    """Rename a copy of `own` over `path`."""
+    beside = _beside(path, f"taking-{uuid.uuid4().hex}")
+    beside.write_text(own.read_text())
+    os.replace(beside, path)
+
+
+def _read(path: Path) -> _Found | None:
+    """The lock that lies there now, or None. Opened anew, so that NFS asks its server. Raises OSError."""
+    try:
+        with open(path, "rb") as file:
+            status, text = os.fstat(file.fileno()), file.read()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return None
+        raise
+    holder = _parsed(text)
+    token = holder.token if holder is not None else f"{status.st_ino}-{status.st_ctime_ns}"
+    return _Found(token, holder, status.st_mtime)
+
+
+def _parsed(text: bytes) -> Holder | None:
+    """Whom a lock names; None where it is cut short, or no lock of ours."""
+    try:
+        holder = Holder(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    typed = all(type(getattr(holder, part.name)).__name__ == part.type for part in fields(holder))
+    return holder if typed and holder.token.isalnum() and 0 < holder.pid < 2**31 else None
+
+
+def _is_dead(found: _Found, me: Holder, folder: Path) -> bool:
+    """Whether that lock's holder is known to live no more."""
+    holder = found.holder
+    if holder is not None and _ended_by_slurm(holder, me):
+        return True
+    if holder is not None and holder.machine and holder.machine == me.machine:
+        return not _lives(holder.pid, holder.started)
+    return _now(folder) - found.renewed > STALE
+
+
+def _ended_by_slurm(holder: Holder, me: Holder) -> bool:
+    """Slurm has ended all processes of a job before it starts it again."""
+    return bool(me.slurm_job) and holder.slurm_job == me.slurm_job and holder.restarts < me.restarts
+
+
+def _now(folder: Path) -> float:
+    """The time by the clock of the file system, which need not be this machine's."""
+    probe = _beside(folder / LOCK, f"clock-{uuid.uuid4().hex}")
+    try:
+        with open(probe, "wb") as file:
+            return os.fstat(file.fileno()).st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _lives(pid: int, started: int) -> bool:
+    """Whether the process of this machine that was started then is still there."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's, whose /proc may be hidden
+        pass
+    now = _started(pid)
+    return now is None or now == started
+
+
+def _started(pid: int) -> int | None:
+    """When that process was started, in the kernel's ticks since boot; 0 for one that is dead and not yet waited for,
+    None if that is hidden."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return int(fields[19]) if fields[0] not in (b"Z", b"X") else 0
+
+
+def _machine() -> str:
+    """This boot of this machine, and within it the PID namespace (containers have their own); "" if not known."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""

@@ -1,0 +1,284 @@
+"""From a job to what every rank builds alike before the first phase: data, model, replica, optimizer, clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpctrain.batchnorm import BatchNorms
+from hpctrain.clock.decisions import Conductor
+from hpctrain.clock.rates import FunctionCourse, Pace, RateCourse, SteppedCourse
+from hpctrain.clock.rules import Rule
+from hpctrain.clock.samples import RunClock, interval, run_total
+from hpctrain.cluster import Roles, device_for, threads_for
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.gpu import usable_gpus
+from hpctrain.coupling import Coupling
+from hpctrain.data.generators import seed_run
+from hpctrain.data.loader import Batch, Loader, fetches_ahead
+from hpctrain.data.moving import casts, move
+from hpctrain.data.order import Order
+from hpctrain.data.splits import Splits, load_data, make_order
+from hpctrain.errors import ClusterError, DataError, JobError, ModelError
+from hpctrain.job import Job, registry
+from hpctrain.job.roles import roles_of
+from hpctrain.job.tables import Enter
+from hpctrain.models import losses, metrics
+from hpctrain.optimizer import OptimizerChoice
+from hpctrain.replica import Replica
+from hpctrain.run.lastround import check_batchnorm, whole_rounds
+from hpctrain.run.precision import bring
+from hpctrain.run.schedulers import stepped_course
+from hpctrain.run.untrained import Untrained
+from hpctrain.strategies.base import Strategy
+from hpctrain.trace.events import Event
+from hpctrain.wrappers import check_model
+
+MOST_AHEAD = 4
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Measurable:
+    """What an evaluation needs of a job: data, model, loss and metric, and in what arithmetic and where."""
+
+    job: Job
+    device: torch.device
+    splits: Splits
+    model: nn.Module
+    loss: Callable[..., Any]
+    metric: Callable[..., Any]
+
+    def move(self, batch: Batch) -> Batch:
+        """The batch on the device, in dtypes that the job's precision and torch's losses go with; see `casts`."""
+        inputs, targets = casts(DTYPES.get(self.job.train.precision, torch.float32))
+        return Batch(move(batch.inputs, self.device, inputs), move(batch.targets, self.device, targets), batch.size)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic that train.precision asks for."""
+        if self.job.train.precision == "mixed_bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+
+@dataclass
+class Prepared(Measurable):
+    """The parts of a run, the same on all ranks. `roles[i]`: of phase i; `batch`: samples per worker and round;
+    `coupling`: what couples the workers' models within a step."""
+
+    order: Order
+    replica: Replica
+    untrained: Untrained
+    optimizer: OptimizerChoice
+    roles: list[Roles]
+    batch: int
+    total: int
+    course: RateCourse
+    coupling: Coupling
+
+    def notes(self) -> Iterator[str]:
+        """What the user should know before the run begins, though nothing is wrong: a sentence each."""
+        if isinstance(self.course, SteppedCourse) and self.job.optimizer.schedule.unit is None:
+            yield (
+                f"optimizer.schedule is stepped after every {'epoch' if self.course.by_epoch else 'round'}; "
+                f"optimizer.schedule.unit changes that"
+            )
+        for index, phase in enumerate(self.job.schedule):
+            rule = self.rule(index, 0)
+            if rule is not None and (why := rule.too_short()) is not None:
+                yield (
+                    f"{self.job.key(index, 'until')} cannot end phase {index} in this run, so "
+                    f"{phase.strategy.name} trains to the run's end: {why}"
+                )
+
+    def clock(self, phase: int) -> RunClock:
+        """The units of that phase."""
+        return RunClock(self.epoch, self.batch * len(self.roles[phase].workers), self.total)
+
+    @property
+    def epoch(self) -> int:
+        """Samples per epoch (of a stream of unknown length: of the whole run)."""
+        return self.order.length or self.total
+
+    def strategy(self, phase: int) -> Strategy:
+        """The worker half for that phase, fresh."""
+        spec = self.job.schedule[phase].strategy
+        made: Strategy = spec.resolve()(spec.options)
+        return made
+
+    def later_bytes(self, phase: int, rank: int) -> int:
+        """How much memory this rank allocates, roughly, for the most demanding of the phases after that one."""
+        later = zip(self.job.schedule[phase + 1 :], self.roles[phase + 1 :], strict=True)
+        sizes = [spec.strategy.resolve().fills(spec.strategy.options, roles, rank) for spec, roles in later]
+        return int(max(sizes, default=0.0) * self.replica.layout.length * self.replica.layout.dtype.itemsize)
+
+    def conductor(self, phase: int, start: int, tell: Callable[[Event], None]) -> Conductor:
+        """What decides in that phase, which began at the cursor `start`; `tell` gets what its rule computes."""
+        clock, train = self.clock(phase), self.job.train
+        evaluate_every, every = interval(clock, train.evaluate_every), train.checkpoint_every
+        checkpoint_every = interval(clock, every) if every else 0
+        higher = self.job.metric.goal == "max"
+        rule = self.rule(phase, start)
+        return Conductor(self.total, evaluate_every, checkpoint_every, rule, tell=tell, higher_is_better=higher)
+
+    def rule(self, phase: int, start: int) -> Rule | None:
+        """What ends that phase, which began at the cursor `start`; None: the end of the run."""
+        until = self.job.schedule[phase].until
+        made: Rule | None = until.resolve()(until.options, self.clock(phase), start) if until is not None else None
+        return made
+
+    def pace(self, phase: int, start: int) -> Pace:
+        """Learning rate and momentum in that phase, which began at the cursor `start`."""
+        enter, workers = self.job.schedule[phase].enter or Enter(), len(self.roles[phase].workers)
+        scale = enter.scale if enter.scale is not None else 1.0 / workers
+        ramp = self.clock(phase).samples(enter.ramp)
+        return Pace(self.course, start, enter.learning_rate, enter.momentum, scale, ramp)
+
+    @property
+    def ahead(self) -> int:
+        """How many stretches of samples a worker likes to know of besides the one it is at: one for each thread that
+        fetches, but few, since all that were dealt are finished before an evaluation or the end of a phase."""
+        data = self.job.data
+        fetches = fetches_ahead(self.splits.train, data.threads, data.prefetch, data.augment)
+        return min(data.threads, data.prefetch, MOST_AHEAD) if fetches else 0
+
+    def loader(self, phase: int, threads: int | None = None, workers: Communicator | None = None) -> Loader:
+        """Fetches this rank's training batches. `workers`: those of the phase."""
+        data = self.job.data
+        augment = [registry.resolve("augmentation", name) for name in data.augment]
+        return Loader(
+            self.splits.train,
+            self.order,
+            threads=data.threads if threads is None else threads,
+            prefetch=data.prefetch,
+            augment=augment,
+            seed=self.job.seed,
+            workers=workers,
+        )
+
+
+def prepare_evaluation(job: Job, comm: Communicator) -> Measurable:
+    """Build what an evaluation needs, whatever schedule the job has. Not collective; as `prepare` in what it raises."""
+    device = _device(job, comm)
+    seed_run(job.seed, device)  # whatever draws as it builds data or model draws alike on all ranks
+    splits = load_data(job)
+    model = _model(job, device)
+    loss = losses.bind(job.loss, device)
+    return Measurable(job, device, splits, model, loss, metrics.bind(job.metric, loss))
+
+
+def prepare(job: Job, comm: Communicator) -> Prepared:
+    """Build everything. Not collective, but done by all ranks alike; raises HpctrainErrors of every kind."""
+    roles = roles_of(job, comm.nodes)
+    parts = prepare_evaluation(job, comm)
+    device, splits, model = parts.device, parts.splits, parts.model
+    coupling = BatchNorms(model) if job.train.sync_batchnorm else Coupling()
+    groups = job.optimizer.groups
+    replica = Replica(model, groups.bind(positional=1)(model) if groups is not None else None)
+    untrained = Untrained(model, job.train.buffer_policies)
+    optimizer = _optimizer(job, device)
+    optimizer.check(replica.layout, device)
+    _check_strategies(job, optimizer)
+    order = make_order(splits.train, job.seed, job.data.shuffle)
+    batch = job.train.batch_size * job.train.accumulate
+    if job.data.last == "drop":
+        whole = whole_rounds(order.length, batch * max(len(each.workers) for each in roles))
+        order = Order(whole, job.seed, order.shuffle, of=order.length)
+    epoch = order.length
+    if epoch is None and job.train.steps is None:
+        raise DataError(
+            f"data.name = {job.data.name!r} is a stream that does not tell its length, so train.epochs cannot be "
+            "counted; give train.steps, or let the data set define __len__"
+        )
+    total = run_total(job.train, epoch or 2**62, batch * len(roles[0].workers))
+    schedule = job.optimizer.schedule
+    clock = RunClock(epoch or total, batch * len(roles[0].workers), total)
+    warmup = clock.samples(schedule.warmup) if schedule.warmup is not None else 0
+    course = stepped_course(job, optimizer, clock, warmup, counts_epochs=epoch is not None) or FunctionCourse(
+        schedule.bind(positional=1), {}, warmup, total
+    )
+    prepared = Prepared(
+        job, device, splits, model, parts.loss, parts.metric, order, replica, untrained, optimizer, roles, batch, total,
+        course, coupling,
+    )  # fmt: skip
+    _check_schedule(prepared)
+    check_batchnorm(prepared)
+    return prepared
+
+
+def _check_strategies(job: Job, optimizer: OptimizerChoice) -> None:
+    """Refuse strategies that do not suit the model's and the optimizer's keys."""
+    if len(job.schedule) > 1:
+        optimizer.check_movable()
+    for spec in [phase.strategy for phase in job.schedule]:
+        needs = spec.resolve()(spec.options).needs
+        if job.train.sync_batchnorm and not needs.lockstep:
+            raise ModelError(
+                f"train.sync_batchnorm = true: under strategy {spec.name} workers do not take their steps together, "
+                "so they have no batch in common; leave the key out"
+            )
+
+
+def _check_schedule(prepared: Prepared) -> None:
+    """Refuse rules that could never end their phase, and data that cannot be dealt out."""
+    job, schedule = prepared.job, prepared.job.schedule
+    queued = any(prepared.strategy(index).needs.queue for index in range(len(schedule)))
+    if job.data.queue == "shared" and not queued:
+        raise JobError(
+            'data.queue = "shared": all phases are synchronous, and deal out rounds by rank; use "auto" or "static"'
+        )
+    if prepared.order.length is None and queued:
+        raise DataError(
+            f"data.name = {job.data.name!r} is a stream that does not tell its length, so it cannot be dealt out to "
+            "workers that do not step together; let it define __len__, or use synchronous strategies"
+        )
+    for index in range(len(schedule)):
+        rule = prepared.rule(index, 0)
+        if rule is not None and (why := rule.unfit(_evaluates(prepared, index))) is not None:
+            raise JobError(f"{job.key(index, 'until')}: {why}")
+
+
+def _evaluates(prepared: Prepared, phase: int) -> bool:
+    """Whether there are evaluations before the end of the run."""
+    every = interval(prepared.clock(phase), prepared.job.train.evaluate_every)
+    first = every if isinstance(every, int) else every.next(0)
+    splits = prepared.splits
+    return (splits.validation is not None or splits.test is not None) and first < prepared.total
+
+
+def _device(job: Job, comm: Communicator) -> torch.device:
+    gpus, why = usable_gpus() if job.device != "cpu" else (0, None)
+    if job.device == "cuda" and why is not None:
+        raise ClusterError(f'device = "cuda": {why}')
+    device = torch.device(device_for(job.device, comm.local_rank, gpus))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if comm.concurrent:  # virtual ranks share one process, whose owner chooses
+        torch.set_num_threads(threads_for(comm.cores, job.threads))
+    return device
+
+
+def _model(job: Job, device: torch.device) -> nn.Module:
+    seed_run(job.seed, device)
+    given = job.model.resolve()
+    model = given if isinstance(given, nn.Module) else job.model.bind()()
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model.name = {job.model.name!r} gave a {type(model).__name__}; expected a torch.nn.Module")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise ModelError(
+            f"model.name = {job.model.name!r} has lazy parameters whose shapes are not known yet; "
+            "give the layers their sizes"
+        )
+    check_model(f"model.name = {job.model.name!r}", model)
+    return bring(model, device, DTYPES.get(job.train.precision, torch.float32)).train()
+
+
+def _optimizer(job: Job, device: torch.device) -> OptimizerChoice:
+    optimizer = job.optimizer
+    options = {"lr": optimizer.lr, **optimizer.options}
+    return OptimizerChoice.of(optimizer.resolve(), options, optimizer.elementwise, device)

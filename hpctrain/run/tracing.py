@@ -1,0 +1,163 @@
+"""A run's trace on this rank: recorder, file, sampler and clock measurements, begun and ended together."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hpctrain.comm.base import Communicator, Tag
+from hpctrain.comm.pingpong import follow, lead
+from hpctrain.errors import TraceError
+from hpctrain.trace.events import Link
+from hpctrain.trace.resources import Sampler
+from hpctrain.trace.writer import TraceWriter, link_ranks, trace_files, trace_path
+
+if TYPE_CHECKING:
+    from hpctrain.job import Job
+    from hpctrain.run.prepare import Prepared
+
+LIBRARIES = ("torch", "numpy", "mpi4py", "h5py", "cupy")
+PINGS = 8
+LINK_SECONDS = 0.002, 0.01  # for small and for large messages
+
+
+class Tracing:
+    """Open it, begin, tick, finish, close. Without traces every method does nothing."""
+
+    def __init__(self, comm: Communicator, folder: Path) -> None:
+        self._comm, self._folder = comm, folder
+        self._writer: TraceWriter | None = None
+        self._sampler: Sampler | None = None
+
+    def open(self, job: Job, prepared: Prepared, attempt: int) -> None:
+        """Open this rank's file. Not collective; raises TraceError. Virtual ranks only record."""
+        comm = self._comm
+        if job.trace.enabled and comm.concurrent:
+            path = trace_path(self._folder, comm.rank, attempt)
+            attributes = _attributes(job, comm, prepared, attempt)
+            comm.recorder.drain()  # what came before is start-up, most of it torch's import
+            self._writer = TraceWriter(path, comm.recorder, attributes, job.trace.flush_seconds)
+            self._sampler = Sampler(comm.recorder, job.trace.resources_seconds, _gpu(prepared))
+
+    def begin(self) -> None:
+        """Begin sampling, and measure clocks and links. Collective, once all ranks have opened their files."""
+        if self._sampler is not None:
+            self._sampler.start()
+            measure_clock(self._comm)
+            measure_links(self._comm)
+
+    def tick(self) -> None:
+        """Flush if it is due; cheap if not."""
+        if self._writer is not None:
+            self._writer.maybe_flush(self._comm.now())
+
+    def finish(self) -> str | None:
+        """Measure clocks once more and join the ranks' files in trace.h5. Collective.
+
+        Returns, on all ranks, which traces ended before the run did, and why; None if none did.
+        """
+        if self._writer is None:
+            return None
+        measure_clock(self._comm)
+        self.close()
+        stopped = self._comm.gather_json(self._writer.stopped)  # all have closed their files now
+        if self._comm.rank == 0 and trace_files(self._folder):  # else the run folder was removed meanwhile
+            try:
+                link_ranks(self._folder)
+            except TraceError as error:
+                with suppress(OSError):
+                    print(f"hpctrain: {error}", file=sys.stderr, flush=True)
+        ranks = [rank for rank, text in enumerate(stopped) if text is not None]
+        if not ranks:
+            return None
+        others = f" (and those of {len(ranks) - 1} other ranks)" if len(ranks) > 1 else ""
+        return f"{stopped[ranks[0]]}{others}"
+
+    def close(self) -> None:
+        """Write what there is and close the file; harmless if it is closed. Not collective."""
+        if self._sampler is not None:
+            self._sampler.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def measure_clock(comm: Communicator) -> None:
+    """Record this rank's offset to rank 0's clock, by the quickest of a few round trips (Cristian 1989). Collective.
+
+    The ranks of one node have one clock: `now` is the operating system's.
+    """
+    stamp, answer = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    if comm.rank == 0:
+        for rank in [rank for rank in range(comm.size) if comm.nodes[rank] != comm.nodes[0]]:
+            for _ in range(PINGS):
+                comm.recv(stamp, rank, Tag.CLOCK)
+                answer[0] = comm.now()
+                comm.send(answer, rank, Tag.CLOCK)
+    if comm.nodes[comm.rank] == comm.nodes[0]:
+        comm.recorder.clock(0, 0)
+        return
+    best = (2**62, 0)
+    for _ in range(PINGS):
+        before = comm.now()
+        comm.send(stamp, 0, Tag.CLOCK)
+        comm.recv(answer, 0, Tag.CLOCK)
+        after = comm.now()
+        best = min(best, (after - before, int(answer[0]) - (before + after) // 2))
+    comm.recorder.clock(best[1], best[0] // 2)
+
+
+def measure_links(comm: Communicator) -> None:
+    """Record latency and bandwidth between neighbouring ranks, every second pair at a time. Collective.
+
+    What a run achieves is compared with it.
+    """
+    for turn in (0, 1):
+        if comm.rank % 2 == turn and comm.rank + 1 < comm.size:
+            peer = comm.rank + 1
+            latency, bandwidth, _ = lead(comm, peer, LINK_SECONDS)
+            comm.recorder.event(Link(peer, comm.nodes[comm.rank] == comm.nodes[peer], latency, bandwidth))
+        elif comm.rank % 2 != turn and comm.rank > 0:
+            follow(comm, comm.rank - 1)
+
+
+def _attributes(job: Job, comm: Communicator, prepared: Prepared, attempt: int) -> dict[str, Any]:
+    from hpctrain.comm import mpi
+
+    versions = {name: _version(name) for name in LIBRARIES}
+    return {
+        "rank": comm.rank,
+        "size": comm.size,
+        "host": socket.gethostname(),
+        "node": comm.nodes[comm.rank],
+        "role": prepared.roles[0].of(comm.rank).value,
+        "device": str(prepared.device),
+        "parameters": prepared.replica.layout.parameters,
+        "job": job.dump(),
+        "attempt": attempt,
+        "python": platform.python_version(),
+        "mpi": mpi.library(),
+        **{name: text for name, text in versions.items() if text},
+    }
+
+
+def _gpu(prepared: Prepared) -> str | None:
+    """The UUID of this rank's GPU, which CUDA_VISIBLE_DEVICES does not renumber; None on the CPU."""
+    if prepared.device.type == "cpu":
+        return None
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(prepared.device).uuid}"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

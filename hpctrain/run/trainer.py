@@ -1,0 +1,234 @@
+"""A worker's steps in one phase: batches, gradients, and the strategy's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from hpctrain.blocks import is_finite
+from hpctrain.clock.decisions import Ask
+from hpctrain.coupling import Coupling
+from hpctrain.data.loader import Batch, Loader
+from hpctrain.data.order import round_bounds
+from hpctrain.data.queue import Stretch
+from hpctrain.errors import HpctrainError
+from hpctrain.models.losses import check_differentiable, weigh
+from hpctrain.replica import Buckets
+from hpctrain.strategies.base import Outcome, Strategy
+from hpctrain.strategies.phase import Phase
+
+INSPECTED = 2**14  # elements of a gradient, or of a bucket of it, that every step looks at before it is exchanged
+
+
+@dataclass
+class Trainer:
+    """Built per phase on every worker: its step's micro-batches come from `batches`, their losses go to `step`.
+
+    `coupling`: what couples the workers' models. `warn` is called with what the user should know of, a sentence.
+    `slow`: how many times slower this rank is to pretend to be. `check_gradient`: look at every element of the
+    gradient. `steps`: how many have been taken in the run. `inside`: a step is being taken, which the other workers
+    take part in; else the program may leave. `samples`: this worker's, of the step in progress.
+    """
+
+    phase: Phase
+    strategy: Strategy
+    loader: Loader
+    batch_size: int
+    move: Callable[[Batch], Batch]
+    warn: Callable[[str], None]
+    coupling: Coupling = field(default_factory=Coupling)
+    slow: float = 1.0
+    check_gradient: bool = False
+    steps: int = 0
+    inside: bool = False
+    samples: int = 0
+    _batch: Batch | None = None
+    _left: int = 0
+    _loss: float = 0.0
+    _weight: float = 0.0
+    _started: int = 0
+    _looked: bool = False  # whether the first step's loss has been examined
+    _buckets: Buckets | None = None
+
+    def __post_init__(self) -> None:
+        comm = self.phase.comm
+        self._span = cache(lambda kind, samples: comm.span(kind, items=samples))
+        if self.strategy.bucket_bytes:
+            self._buckets = Buckets(self.phase.replica, self.strategy.bucket_bytes, self._send)
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of this worker's samples in the step in progress, or the one just taken; 0 without samples."""
+        return self._loss / self._weight if self._weight else 0.0
+
+    def batches(self) -> Iterator[Batch]:
+        """This worker's micro-batches of the next step; `step` must be called once for each. There may be none: then
+        call `finish`."""
+        pieces, following, own = self._next_step()
+        self.inside = True
+        self.strategy.before()
+        self.inside = False
+        self.phase.replica.clear()
+        self._left, self.samples, self._loss, self._weight = len(pieces), 0, 0.0, 0.0
+        self.phase.step.bad = 0
+        for index, (start, stop) in enumerate(pieces):
+            ahead = pieces[index + 1 :] or following
+            yield self._take(start, stop, ahead, counts=index < own)
+            if self._batch is not None:
+                raise HpctrainError("step(loss) was not called for the last batch; call it once per batch")
+
+    def step(self, loss: Tensor | tuple[Tensor, Any]) -> Outcome | None:
+        """Backward of a micro-batch's loss, a mean or (sum, weight); after a round's last one the strategy's step, of
+        which the outcome is returned; else None."""
+        batch, self._batch = self._batch, None
+        if batch is None:
+            raise HpctrainError("step(loss) was called without a batch; call it once for each of batches()")
+        self.inside = True
+        self._forward.__exit__(None, None, None)
+        self._left -= 1
+        if self._buckets is not None and self._left == 0:
+            self._buckets.arm()
+        weighed = weigh(loss, batch.size)
+        check_differentiable(weighed)
+        if not self._looked:
+            self._find_foreign(weighed.term)
+        with self._backward:
+            scale = weighed.share / self.phase.dealing.batch
+            self.coupling.backward(weighed.term if scale == 1.0 else weighed.term * scale)
+        self.samples += batch.size
+        self._weight += weighed.weight
+        self._loss += weighed.mean * weighed.weight
+        self._dawdle()
+        outcome = self.finish() if self._left == 0 else None
+        self.inside = False
+        return outcome
+
+    def finish(self) -> Outcome:
+        """The strategy's step, once this worker's gradient is complete. Collective over the workers."""
+        self.inside = True
+        phase = self.phase
+        phase.replica.check()
+        loss = self.loss
+        if self._buckets is not None:
+            self._buckets.flush()
+        else:
+            self._inspect(0, phase.replica.layout.length)
+        if self.samples and not self._looked:
+            self._looked = True
+            self._tell_unused()
+        phase.step.number, phase.step.weight = self.steps, self._weight
+        outcome = self.strategy.step(self.samples, loss)
+        self.steps += 1
+        self.inside = False
+        return outcome
+
+    def withdraw(self) -> Ask:
+        """The program has left the loop: give up the batch in progress, and say so where the others take their next
+        step or leave as well. What is asked of all of them then."""
+        phase, self.inside = self.phase, True
+        if self._batch is not None:
+            self._forward.__exit__(None, None, None)
+            self._batch = None
+        phase.replica.clear()
+        phase.step.weight, phase.step.bad = None, 0
+        phase.step.wish, phase.step.round_end, phase.step.number = Ask.LEAVE, phase.cursor, self.steps
+        if self._buckets is not None:
+            self._buckets.flush()
+        return self.strategy.withdraw()
+
+    def close(self) -> None:
+        """No step follows in this phase: take the hooks off the model. Harmless if that is done."""
+        if self._buckets is not None:
+            self._buckets.remove()
+            self._buckets = None
+
+    def _next_step(self) -> tuple[list[Stretch], list[Stretch], int]:
+        """(micro-batches of the next step, those after it as far as one can tell, how many of the first count)."""
+        slices = self.strategy.slices()
+        if slices is None:
+            return self._next_round()
+        pieces = [self._pieces(start, stop) for start, stop in slices]
+        own = pieces[0] if pieces else []
+        return own, [piece for later in pieces[1:] for piece in later], len(own)
+
+    def _next_round(self) -> tuple[list[Stretch], list[Stretch], int]:
+        phase, worker, workers = self.phase, self.phase.worker_index, len(self.phase.roles.workers)
+        size = phase.dealing.batch * workers
+        bounds = self.loader.bounds(phase.cursor, size, workers)
+        phase.step.round_end = bounds[-1]
+        own = self._pieces(bounds[worker], bounds[worker + 1])
+        later = round_bounds(phase.step.round_end, self.loader.length, size, workers)
+        return own + self._borrowed(bounds, len(own)), self._pieces(later[worker], later[worker + 1]), len(own)
+
+    def _pieces(self, start: int, stop: int) -> list[Stretch]:
+        return [(a, min(stop, a + self.batch_size)) for a in range(start, stop, self.batch_size)]
+
+    def _borrowed(self, bounds: list[int], own: int) -> list[Stretch]:
+        """Micro-batches that count nothing, for what couples the models: of the round's last sample. (Their batches are
+        of size 0.)"""
+        return [(bounds[-1] - 1, bounds[-1])] * self.coupling.idle(bounds, self.batch_size, own)
+
+    def _take(self, start: int, stop: int, ahead: list[Stretch], counts: bool) -> Batch:
+        with self._span("data", stop - start):
+            batch = self.move(self.loader.take(start, stop))
+            self.coupling.before(counts)
+            batch = batch if counts else Batch(batch.inputs, batch.targets, 0)
+            for piece in ahead:
+                self.loader.request(*piece)
+        self._batch = batch
+        self._started = self.phase.comm.now()
+        self._forward, self._backward = self._span("forward", stop - start), self._span("backward", stop - start)
+        self._forward.__enter__()
+        return batch
+
+    def _dawdle(self) -> None:
+        """Pretend to compute more slowly; the trace is to show it as computation. (`span` would cost virtual time.)"""
+        if self.slow > 1.0:
+            comm = self.phase.comm
+            took = (comm.now() - self._started) / 1e9
+            comm.recorder.open("backward", comm.now())
+            comm.sleep((self.slow - 1.0) * took)
+            comm.recorder.close(comm.now())
+
+    def _send(self, low: int, high: int) -> None:
+        """A stretch of the gradient is final: it is inspected before others' gradients are added to it."""
+        self._inspect(low, high)
+        self.strategy.ready(low, high)
+
+    def _inspect(self, low: int, high: int) -> None:
+        """Note a parameter whose gradient is not finite. With nan = "stop" the strategy looks at every element that it
+        has just summed, where that costs little, and then names the rank if it can; so here a part is enough."""
+        part = self.phase.replica.gradient[low : high if self.check_gradient else min(high, low + INSPECTED)]
+        if not self.phase.step.bad and not is_finite(part):
+            self.phase.step.bad = self.phase.replica.layout.first_not_finite(part, low)
+
+    def _tell_unused(self) -> None:
+        """Once per phase: what is left alone because no loss depends on it."""
+        replica = self.phase.replica
+        used = replica.used()
+        if used is not None:
+            names = [slot.name for slot, has in zip(replica.layout.slots, used.tolist(), strict=True) if not has]
+            self.warn(
+                f"{some_of(names)} took no part in the loss of the first step; what gets no gradient is not updated, "
+                "nor does it decay"
+            )
+
+    def _find_foreign(self, loss: Tensor) -> None:
+        """Warn of parameters that the loss depends on and nobody trains: those of modules that are not the model's."""
+        shapes = self.phase.replica.foreign_parameters(loss)
+        if shapes:
+            self.warn(
+                f"the loss depends on {some_of([f'of shape {shape}' for shape in shapes])} of no module in the model; "
+                "hpctrain does not train what the model does not contain"
+            )
+
+
+def some_of(parameters: list[str], most: int = 3) -> str:
+    """A few of them, for a sentence: "parameters a, b and 4 more"."""
+    rest = len(parameters) - most
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"parameter{'s' * (len(parameters) > 1)} {', '.join(parameters[:most])}{more}"

@@ -1,0 +1,60 @@
+"""What differs between the jobs of runs, said in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hpctrain.views.compare.summary import RunSummary
+
+# What runs are compared for, or what says nothing about them.
+EXPECTED = ("strategy", "phases", "ranks", "seed", "output", "name")
+TASK = ("model", "data", "loss", "metric")
+SPELLED_OUT = 8  # keys whose values are told; of more than so many the names
+
+
+def job_notes(runs: Mapping[str, RunSummary]) -> list[str]:
+    """A sentence for each key of the job that differs, those of the model and the data first. `runs`: by letter."""
+    jobs = {letter: run.job for letter, run in runs.items() if run.job}
+    notes = [f"{letter}: its job cannot be read, so it is not known what else differs" for letter in runs.keys() - jobs]
+    keys = differing_keys(jobs.values())
+    tasks = sorted({table for key in keys if (table := _table(key)) in TASK}, key=TASK.index)
+    if tasks:
+        notes.append(f"the runs differ in {' and '.join(tasks)}: losses and metrics may not be comparable")
+    notes += [f"job key {key} differs: {_values(jobs, key)}" for key in keys[:SPELLED_OUT]]
+    if len(keys) > SPELLED_OUT:
+        notes.append(f"further job keys that differ: {', '.join(keys[SPELLED_OUT:])}")
+    return notes
+
+
+def differing_keys(jobs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The keys that not all of `jobs` have with the same value, but for those that are expected to differ."""
+    jobs = list(jobs)
+    everything = dict.fromkeys(key for job in jobs for key in job if _table(key) not in EXPECTED)
+    differing = [key for key in everything if any(_value(job, key) != _value(jobs[0], key) for job in jobs)]
+    return sorted(differing, key=lambda key: TASK.index(_table(key)) if _table(key) in TASK else len(TASK))
+
+
+def _table(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _value(job: Mapping[str, Any], key: str) -> str:
+    return repr(job[key]) if key in job else "not set"
+
+
+def _values(jobs: Mapping[str, Mapping[str, Any]], key: str) -> str:
+    """ "0.1 in A, C; 0.05 in B"."""
+    return spread({letter: _value(job, key) for letter, job in jobs.items()})
+
+
+def spread(values: Mapping[str, str]) -> str:
+    """What each letter has, by value: "0.1 in A, C; 0.05 in B"; what more than three have: "0.2 in the others"."""
+    of: dict[str, list[str]] = {}
+    for letter, value in values.items():
+        of.setdefault(value, []).append(letter)
+    most = max(of, key=lambda value: len(of[value]))
+    if len(of[most]) <= 3 or len(of) == 1:
+        return "; ".join(f"{value} in {', '.join(letters)}" for value, letters in of.items())
+    few = [f"{value} in {', '.join(letters)}" for value, letters in of.items() if value != most]
+    return "; ".join([*few, f"{most} in the others"])

@@ -1,0 +1,74 @@
+"""The loss and the metric that runs are compared by: asked for, or what all of them reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hpctrain.views.compare.differences import spread
+from hpctrain.views.compare.summary import NAN, RunSummary
+
+WINDOW = 0.05  # of the samples of the shortest run, over which its training loss is averaged
+Summaries = Mapping[str, RunSummary]  # by letter
+
+
+@dataclass(frozen=True)
+class Targets:
+    """`loss`: training loss, mean over `window` samples. `metric`: of the evaluations while training. NaN: none, since
+    no run says it. `notes`: what they are and where they come from, in sentences."""
+
+    loss: float
+    metric: float
+    window: float
+    notes: tuple[str, ...]
+
+
+def choose_targets(runs: Summaries, loss: float | None = None, metric: float | None = None) -> Targets:
+    """Those given; in place of None what the worst of the runs reached at best, so that all reach it."""
+    lengths = [run.samples for run in runs.values() if run.samples]
+    window = WINDOW * min(lengths, default=0)
+    of_loss, loss = _target_loss(runs, loss, window)
+    of_metric, metric = _target_metric(runs, metric)
+    return Targets(loss, metric, window, (*of_loss, *of_metric))
+
+
+def _target_loss(runs: Summaries, asked: float | None, window: float) -> tuple[list[str], float]:
+    best = {letter: float(run.mean_losses(window)["loss"].min()) for letter, run in runs.items()}
+    target, source = _choose(best, asked, max)
+    if target != target:
+        return ["No run has losses, so there is no time to a loss."], NAN
+    return [
+        f"Target loss {target:.4g} ({source}): training loss, mean over the last {max(1, round(window)):,} samples; "
+        "reached at the first step with at most that."
+    ], target
+
+
+def _target_metric(runs: Summaries, asked: float | None) -> tuple[list[str], float]:
+    kinds = {(run.metric, run.higher_is_better) for run in runs.values() if len(run.course)}
+    if not kinds:
+        return ["No run was evaluated while it trained, so there is no time to a metric."], NAN
+    if len(kinds) > 1:
+        names = " and ".join(sorted(name for name, _ in kinds))
+        return [f"The runs have different metrics ({names}), so there is no time to a metric."], NAN
+    (name, higher), splits = kinds.pop(), sorted({run.split for run in runs.values()} - {""})
+    target, source = _choose({letter: run.best_metric for letter, run in runs.items()}, asked, min if higher else max)
+    notes = [
+        f"Target {name} {target:.4g} ({source}): of the {' or '.join(splits)} samples; reached at the first evaluation "
+        f"with {'at least' if higher else 'at most'} that, not interpolated."
+    ]
+    if len(splits) > 1:
+        which = spread({letter: f"{run.split} samples" for letter, run in runs.items() if run.split})
+        notes.append(f"Times to {name} are not of the same data: {which}.")
+    return notes, target
+
+
+def _choose(best: dict[str, float], asked: float | None, worst: Callable[..., float]) -> tuple[float, str]:
+    """(target, where it comes from)."""
+    known = {letter: value for letter, value in best.items() if value == value}
+    if asked is not None:
+        return (asked, "as asked for") if known else (NAN, "")
+    if not known:
+        return NAN, ""
+    target = worst(known.values())
+    whose = next(letter for letter, value in known.items() if value == target)
+    return target, f"what {whose} reached at best{', the worst of the runs' * (len(known) > 1)}"

@@ -1,0 +1,28 @@
+"""Reads metrics.csv while it is being written."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from hpctrain.text import shown
+from hpctrain.trace.files import read_regular
+from hpctrain.trace.reader import LONGEST_METRICS
+from hpctrain.views.watch.snapshot import Evaluation
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """Its rows; without a line that is not there in full yet, and none if there is no such file."""
+    try:
+        text = read_regular(path, LONGEST_METRICS).decode(errors="replace")
+        table = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+    except (OSError, csv.Error):
+        return []
+    rows = []
+    for row in table:
+        try:
+            epoch, loss, metric = (float(row[name]) for name in ("epoch", "loss", "metric"))
+            rows.append(Evaluation(shown(row["split"], 20), epoch, loss, metric))
+        except (KeyError, TypeError, ValueError):
+            continue
+    return rows
