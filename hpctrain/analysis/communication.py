@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpctrain.trace.events import Link, chosen
+from hpctrain.trace.events import MeasuredLink, chosen
 from hpctrain.trace.schema import Kind
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def links(run: Run) -> pd.DataFrame:
     """Columns rank, peer, same_node, latency_s, bytes_per_s: measured when the run began."""
     import pandas as pd
 
-    rows = [(rank, *vars(link).values()) for rank, _, _, link in chosen(run.events(), Link)]
+    rows = [(rank, *vars(link).values()) for rank, _, _, link in chosen(run.events(), MeasuredLink)]
     frame = pd.DataFrame(rows, columns=["rank", "peer", "same_node", "latency_s", "bytes_per_s"])
     return frame.drop_duplicates(["rank", "peer"], ignore_index=True)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.trace.events import RuleStatistic, Switch
+from hpctrain.trace.events import PhaseSwitch, RuleStatistic
 from hpctrain.trace.schema import KIND_CODES
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def rules(run: Run) -> pd.DataFrame:
     """
     rows = _recorded(run)
     reported = {str(event) for event in rows["event"] if isinstance(event, RuleStatistic) and event.fired}
-    told_twice = [isinstance(event, Switch) and str(event) in reported for event in rows["event"]]
+    told_twice = [isinstance(event, PhaseSwitch) and str(event) in reported for event in rows["event"]]
     rows = rows[~np.array(told_twice, bool)]
     known = [event if isinstance(event, RuleStatistic) else None for event in rows["event"]]
     rows = rows.assign(
@@ -96,7 +96,7 @@ def rules(run: Run) -> pd.DataFrame:
         threshold=np.array([event.threshold if event else np.nan for event in known], np.float64),
         unready=[event.unready if event else "" for event in known],
         fired=np.array(
-            [isinstance(e, Switch) or (isinstance(e, RuleStatistic) and e.fired) for e in rows["event"]], bool
+            [isinstance(e, PhaseSwitch) or (isinstance(e, RuleStatistic) and e.fired) for e in rows["event"]], bool
         ),
     )
     columns = ["t_s", "samples", "rule", "statistic", "threshold", "unready", "fired", "text"]
@@ -238,7 +238,7 @@ def _recorded(run: Run) -> pd.DataFrame:
     """Events of rules and ends of phases, once each, without those that a resumed run went back behind: t_s, kind,
     text, event."""
     events = run.events()
-    events = events[events["kind"].isin([RuleStatistic.kind, Switch.kind])]
+    events = events[events["kind"].isin([RuleStatistic.kind, PhaseSwitch.kind])]
     if len(run.attempts) > 1:
         last = run.steps().groupby("attempt")["t_s"].max()
         last[run.attempts[-1]] = np.inf

@@ -16,7 +16,7 @@ from hpctrain.cluster import SIZE_VARIABLES, launched_rank, threads_for
 from hpctrain.errors import HpctrainError
 
 if TYPE_CHECKING:
-    from hpctrain.bench.report import Report, Table
+    from hpctrain.bench.report import FigureTable, Report
     from hpctrain.comm.base import Communicator
 
 ALONE = {  # need no other ranks
@@ -110,9 +110,9 @@ def _measure_together(what: str, comm: Communicator, path: str | None) -> None:
         comm.sleep(0.05)
 
 
-def _function(place: str) -> Callable[..., Table]:
+def _function(place: str) -> Callable[..., FigureTable]:
     module, name = place.split(":")
-    function: Callable[..., Table] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    function: Callable[..., FigureTable] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     return function
 
 

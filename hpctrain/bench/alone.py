@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hpctrain.bench.report import Sample, Table
+from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.comm.network import FreeNetwork, LinkNetwork, Network
 from hpctrain.comm.virtual import VirtualCommunicator, World
 from hpctrain.trace.recorder import measure_span_cost
@@ -24,9 +24,9 @@ NETWORKS: dict[str, tuple[Callable[[], Network], bool]] = {
 }
 
 
-def measure_virtual(progress: Callable[[str], None]) -> Table:
+def measure_virtual(progress: Callable[[str], None]) -> FigureTable:
     """A ring all-reduce of virtual ranks, with torch's state kept apart."""
-    table = Table(
+    table = FigureTable(
         "virtual",
         f"virtual ranks: ring all-reduce of {RANKS} ranks, {ELEMENTS} float32 each; per second, in thousands",
         ["resumptions", "messages"],
@@ -57,12 +57,12 @@ def ring_rates(ranks: int, network: Network, apart: bool) -> tuple[float, float]
     return world.resumptions / seconds, ROUNDS * 2 * (ranks - 1) * ranks / seconds
 
 
-def measure_trace(progress: Callable[[str], None]) -> Table:
+def measure_trace(progress: Callable[[str], None]) -> FigureTable:
     """What recording a span costs, and a sample of the resources."""
     progress("trace")
     spans = tuple(measure_span_cost(20_000) * 1e6 for _ in range(9))
     samples = tuple(measure_sample_cost() * 1e6 for _ in range(9))
-    table = Table(
+    table = FigureTable(
         "trace", "trace: cost of a span, with its two clock readings and its share of draining; of a sample; us", ["us"]
     )
     table.rows = {"span": {"us": Sample(spans, "us")}, "sample": {"us": Sample(samples, "us")}}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpctrain.bench.report import Sample, Table
+from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.bench.runs import quiet_session, random_samples
 from hpctrain.bench.workload import LARGE, Load, Workload
 from hpctrain.comm.base import Communicator
@@ -33,13 +33,13 @@ PUSHES = 24  # of a worker in a block, in the mean
 UNCOUNTED = 2  # first pushes of a worker, which touch fresh memory
 
 
-def measure_pushes(comm: Communicator, progress: Progress) -> Table:
+def measure_pushes(comm: Communicator, progress: Progress) -> FigureTable:
     """Round trips (push of a gradient, update, pull of the parameters) per second of all workers together."""
     if comm.size < 2:
         raise ClusterError("hpctrain bench pushes: 1 rank was started; a server and a worker are needed: -n 3, say")
     threads, workload = torch.get_num_threads(), Workload(comm, PUSHED, momentum=0.0)
     megabytes = workload.replica.layout.length * 4 / 1e6
-    table = Table(
+    table = FigureTable(
         "pushes",
         f"asynchronous parameter server, {comm.size} ranks of {threads} torch threads, 1 server, model of "
         f"{megabytes:.3g} MB, SGD; round trips per second of all workers",
@@ -116,14 +116,14 @@ MODES: dict[str, tuple[dict[str, Any], float | None]] = {
 }
 
 
-def measure_slow(comm: Communicator, progress: Progress) -> Table:
+def measure_slow(comm: Communicator, progress: Progress) -> FigureTable:
     """Seconds per epoch with one slow worker, by strategy; as a share of all-reduce's."""
     if comm.size != WORKERS + 1:
         raise ClusterError(
             f"hpctrain bench slow: {WORKERS} workers and 1 server were expected, but there "
             f"{'is 1 rank' if comm.size == 1 else f'are {comm.size} ranks'}; start it with -n {WORKERS + 1}"
         )
-    table = Table(
+    table = FigureTable(
         "slow",
         f"an epoch of {SAMPLES:,} samples, {WORKERS} workers of batch {BATCH}, one of them {FACTOR:g} times slower",
         ["seconds", "of all_reduce", "limit"],
@@ -146,7 +146,7 @@ def measure_slow(comm: Communicator, progress: Progress) -> Table:
     return table
 
 
-def _fill_row(table: Table, name: str, taken: dict[str, list[float]], limit: float | None) -> None:
+def _fill_row(table: FigureTable, name: str, taken: dict[str, list[float]], limit: float | None) -> None:
     row = table.rows[name] = {"seconds": Sample(tuple(taken[name]), "s")}
     if limit is None:
         return

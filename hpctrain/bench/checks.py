@@ -10,7 +10,7 @@ from statistics import median
 import numpy as np
 
 from hpctrain import blocks
-from hpctrain.bench.report import Sample, Table
+from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.bench.runs import quiet_session, random_samples
 from hpctrain.bench.workload import HIDDEN, MLP, RESNET, Load
 from hpctrain.comm.alike import check_alike, data_topic, job_topic, model_topic
@@ -35,9 +35,9 @@ _CHECK = blocks._is_finite
 LIMITS = {MLP: 2.0, RESNET: 0.5}  # percent
 
 
-def measure_checks(comm: Communicator, progress: Callable[[str], None]) -> Table:
+def measure_checks(comm: Communicator, progress: Callable[[str], None]) -> FigureTable:
     """Milliseconds per step of `all_reduce` with the check and without, and their ratio. Collective."""
-    table = Table(
+    table = FigureTable(
         "checks",
         f"looking whether gradients are finite: all_reduce, {comm.size} rank{'s' * (comm.size > 1)}, ms per step "
         f"(turns of {TURN} steps)",

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from hpctrain.bench.report import Sample, Table
+from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.errors import TraceError
 from hpctrain.trace.recorder import Recorder
 from hpctrain.trace.schema import SPANS, STEPS
@@ -34,7 +34,7 @@ print(json.dumps([seconds, peak / 1024]))
 """
 
 
-def measure_read(progress: Callable[[str], None]) -> Table:
+def measure_read(progress: Callable[[str], None]) -> FigureTable:
     """Totals per rank and kind of a large run, from the start of Python to the frame.
 
     The run is made in the temporary folder; one of fewer spans where that has no room. Raises TraceError if there is
@@ -99,8 +99,8 @@ def summarise(folder: Path) -> tuple[float, float]:
     return seconds, peak
 
 
-def _table(spans: int, size: float, taken: list[tuple[float, float]]) -> Table:
-    table = Table(
+def _table(spans: int, size: float, taken: list[tuple[float, float]]) -> FigureTable:
+    table = FigureTable(
         "read",
         "read: hpctrain.trace.sum_times of a whole run just written, in a process of its own",
         ["spans, millions", "files, MiB", "seconds", "limit, s", "peak, MiB", "limit, MiB"],

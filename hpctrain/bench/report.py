@@ -39,7 +39,7 @@ class Sample:
 
 
 @dataclass
-class Table:
+class FigureTable:
     """`rows[label][column]`; `title` names the unit of its cells. `notes` stand below."""
 
     name: str
@@ -67,7 +67,7 @@ class Table:
 class Report:
     """Tables, in order."""
 
-    tables: list[Table] = field(default_factory=list)
+    tables: list[FigureTable] = field(default_factory=list)
 
     def text(self) -> str:
         """All tables, with what the machine is."""

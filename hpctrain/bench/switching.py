@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.bench.report import Sample, Table
+from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.bench.runs import quiet_session, random_samples
 from hpctrain.bench.together import seconds_per_call
 from hpctrain.bench.workload import HIDDEN
@@ -35,7 +35,7 @@ STRATEGIES: tuple[dict[str, Any], ...] = ({"name": "all_reduce"}, {"name": "para
 
 
 @dataclass(frozen=True)
-class Model:
+class SwitchedModel:
     """The [model] and [optimizer] of a run, and the shape of an input."""
 
     model: dict[str, Any]
@@ -46,17 +46,17 @@ class Model:
 _LARGE = {"name": "mlp", "inputs": 784, "hidden": HIDDEN}
 _MOMENTUM = {"name": "SGD", "lr": 1e-3, "momentum": 0.9}
 MODELS = {
-    "convnet, SGD with momentum": Model({"name": "convnet"}, _MOMENTUM, (1, 8, 8)),
-    "mlp, 10.0 M, SGD with momentum": Model(_LARGE, _MOMENTUM, (784,)),
-    "mlp, 10.0 M, Adam": Model(_LARGE, {"name": "Adam", "lr": 1e-4}, (784,)),
+    "convnet, SGD with momentum": SwitchedModel({"name": "convnet"}, _MOMENTUM, (1, 8, 8)),
+    "mlp, 10.0 M, SGD with momentum": SwitchedModel(_LARGE, _MOMENTUM, (784,)),
+    "mlp, 10.0 M, Adam": SwitchedModel(_LARGE, {"name": "Adam", "lr": 1e-4}, (784,)),
 }
 
 
-def measure_switch(comm: Communicator, progress: Progress) -> Table:
+def measure_switch(comm: Communicator, progress: Progress) -> FigureTable:
     """All-reduce to an asynchronous parameter server and back, again and again, with one rank as server. Collective."""
     if comm.size < 2:
         raise ClusterError("hpctrain bench switch: 1 rank was started; a server and a worker are needed: -n 4, say")
-    table = Table(
+    table = FigureTable(
         "switch",
         f"a switch between all_reduce on {comm.size} ranks and an asynchronous parameter server "
         f"({comm.size - 1} workers, 1 server): last step's end to first forward, slowest rank, ms",
@@ -77,14 +77,14 @@ def measure_switch(comm: Communicator, progress: Progress) -> Table:
     return table
 
 
-def _fill_row(table: Table, name: str, row: dict[str, Sample]) -> None:
+def _fill_row(table: FigureTable, name: str, row: dict[str, Sample]) -> None:
     limit = ALLOWANCE_MS + BROADCASTS * row[BROADCAST].median
     table.rows[name] = {**row, LIMIT: Sample((limit,), "ms")}
     slowest = max(row[TO_ASYNC].median, row[TO_ALL_REDUCE].median)
     table.notes.append(f"{name}: {slowest:.1f} of {limit:.1f} ms: {'kept' if slowest <= limit else 'not kept'}")
 
 
-def _switch_to_and_fro(comm: Communicator, model: Model) -> tuple[list[float], list[float]]:
+def _switch_to_and_fro(comm: Communicator, model: SwitchedModel) -> tuple[list[float], list[float]]:
     """Seconds of the switches of a run, in their order, and of broadcasts of its model."""
     traced = copy(comm)
     traced.recorder = Recorder(comm.now)
@@ -96,7 +96,7 @@ def _switch_to_and_fro(comm: Communicator, model: Model) -> tuple[list[float], l
     return pauses_between(comm, SWITCHES + 1, traced.recorder.drain()), broadcasts
 
 
-def _job(model: Model, ranks: int) -> Job:
+def _job(model: SwitchedModel, ranks: int) -> Job:
     """Phases of equally many samples, all-reduce first."""
     samples = ROUNDS * ranks * BATCH
     phases: list[dict[str, Any]] = [

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpctrain.bench.report import Sample, Table
+from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.bench.workload import LOADS, Alone, Load, Workload
 from hpctrain.comm.base import Arena, Communicator
 from hpctrain.job import registry
@@ -28,9 +28,9 @@ FEWEST = 5
 
 
 # -- all-reduce ------------------------------------------------------------------------------------------------
-def measure_all_reduce(comm: Communicator, progress: Progress) -> Table:
+def measure_all_reduce(comm: Communicator, progress: Progress) -> FigureTable:
     """By algorithm and size, float32."""
-    table = Table("all_reduce", f"all-reduce of {comm.size} ranks, float32, ms", list(SIZES))
+    table = FigureTable("all_reduce", f"all-reduce of {comm.size} ranks, float32, ms", list(SIZES))
     table.rows = {name: {} for name in (SHARED, *ALGORITHMS)}
     if not _one_node(comm):
         del table.rows[SHARED]
@@ -129,10 +129,11 @@ WAYS: dict[str, tuple[str, dict[str, Any]] | None] = {
 }
 
 
-def measure_step(comm: Communicator, progress: Progress) -> Table:
+def measure_step(comm: Communicator, progress: Progress) -> FigureTable:
     """Forward, backward, strategy and SGD with momentum, by strategy and model."""
     threads = torch.get_num_threads()
-    table = Table("step", f"synchronous step of {comm.size} workers, torch threads of each: {threads}, ms", list(LOADS))
+    title = f"synchronous step of {comm.size} workers, torch threads of each: {threads}, ms"
+    table = FigureTable("step", title, list(LOADS))
     table.rows = {name: {} for name in WAYS}
     table.notes.append("parameter_server has one server beside each worker.")
     for label, load in LOADS.items():

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hpctrain.bench.report import Sample, Table
+from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.bench.runs import quiet_session
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import HpctrainError
@@ -44,7 +44,7 @@ class Written:
     seconds: float
 
 
-class Course(Protocol):
+class Scenario(Protocol):
     """A training that goes on when told to."""
 
     def take_turn(self) -> float | None:
@@ -72,7 +72,7 @@ class Training:
         return (time.perf_counter() - start) / TURN
 
 
-def measure_tracing(comm: Communicator, progress: Callable[[str], None]) -> Table:
+def measure_tracing(comm: Communicator, progress: Callable[[str], None]) -> FigureTable:
     """Milliseconds per step with traces and without, and the cost of tracing as a share. Collective."""
     job = Job.load(JOB)
     # It trains half the time only, and is to write its trace as often as if it trained all the time.
@@ -89,7 +89,7 @@ def measure_tracing(comm: Communicator, progress: Callable[[str], None]) -> Tabl
     if not pairs:
         raise HpctrainError(f"hpctrain bench tracing: {comm.size} ranks need less than {TURN} steps; start fewer")
     model, batch = job.model.name, job.train.batch_size
-    table = Table(
+    table = FigureTable(
         "tracing",
         f"tracing: {model} on {job.data.name}, batch {batch}, {comm.size} rank{'s' * (comm.size > 1)}; ms per step "
         "without and with traces, what recording adds, rows and bytes that a step adds to a rank's file",
@@ -99,7 +99,7 @@ def measure_tracing(comm: Communicator, progress: Callable[[str], None]) -> Tabl
     return table
 
 
-def _take_turns(plain: Course, traced: Course, progress: Callable[[str], None]) -> list[tuple[float, float]]:
+def _take_turns(plain: Scenario, traced: Scenario, progress: Callable[[str], None]) -> list[tuple[float, float]]:
     """(without, with) in seconds per step, of pairs of turns. Who is first changes, so that no drift adds up."""
     pairs: list[tuple[float, float]] = []
     while True:
@@ -122,7 +122,9 @@ def _account(run: Run, rank: int) -> Written:
     return Written(rows["spans"] / rows["steps"], size / rows["steps"], seconds / rows["steps"])
 
 
-def _fill_row(table: Table, name: str, pairs: list[tuple[float, float]], written: Written, sampling: float) -> None:
+def _fill_row(
+    table: FigureTable, name: str, pairs: list[tuple[float, float]], written: Written, sampling: float
+) -> None:
     """`sampling`: share of a thread's time that goes into samples of the resources."""
     ratios = Sample(tuple(traced / plain for plain, traced in pairs), "")
     table.rows[name] = {

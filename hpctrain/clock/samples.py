@@ -20,7 +20,7 @@ class Duration(Protocol):
     def fraction(self) -> float | None: ...
 
 
-class Training(Protocol):
+class RunLength(Protocol):
     """How long a run trains, with one of these set: a job's [train]."""
 
     @property
@@ -95,7 +95,7 @@ def interval(clock: RunClock, amount: Duration) -> int | Every:
     return clock.samples(amount) if amount.steps is None else Every(clock, amount.steps)
 
 
-def run_total(train: Training, epoch: int, round_size: int) -> int:
+def run_total(train: RunLength, epoch: int, round_size: int) -> int:
     """Samples of the whole run, from train.epochs or train.steps (rounds)."""
     clock = RunClock(epoch, round_size, 0)
     if train.steps is not None:

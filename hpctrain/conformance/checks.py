@@ -22,7 +22,7 @@ from hpctrain.errors import HpctrainError, NanError
 from hpctrain.run.api import Result, session
 from hpctrain.run.folder import Narrator
 from hpctrain.strategies.round import RoundStrategy
-from hpctrain.trace.schema import KINDS, Kind, Outcome, is_communication
+from hpctrain.trace.schema import KINDS, Kind, OutcomeCode, is_communication
 
 MOMENTUM = {"name": "SGD", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 ADAM = {"name": "Adam", "lr": 0.01}
@@ -322,7 +322,7 @@ def exchanges_nothing_within_a_round(comm: Communicator, subject: Subject, folde
     quietly(comm, subject.job(folder, train={"steps": task.STEPS, "evaluate_every": {"fraction": 1.0}}))
     found = comm.recorder.drain()
     rows, spans = found["steps"], found["spans"]
-    within = rows["step"][rows["outcome"] == Outcome.LOCAL]
+    within = rows["step"][rows["outcome"] == OutcomeCode.LOCAL]
     hold(len(within) > 0, "no step was traced as a step within a round")
     spans = spans[np.flatnonzero(spans["kind"] == Kind.DATA)[0] :]  # training has begun
     busy = spans[is_communication(spans["kind"], spans["id"]) & np.isin(spans["step"], within)]

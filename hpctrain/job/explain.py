@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 from hpctrain.job import Job, registry
 from hpctrain.job.messages import allowed_text, kind_text, table_of, value_text
 from hpctrain.job.spec import Choice, Named, options_class
-from hpctrain.job.tables import Amount, Phase, StrategySpec
+from hpctrain.job.tables import Amount, PhaseTable, StrategySpec
 
 OWN = '"package.module:attribute"'
 WRITTEN_OUT = {"strategy": "strategy", "rule": "phases.N.until"}  # where the options of each kind are listed
@@ -50,7 +50,7 @@ def _rows(model: type[BaseModel], above: str, prefix: str = "") -> Iterator[Row]
             text = prefix + (field.description or "")
             yield Row(key, _type(field, table), _default(field), allowed, text)
         if model is Job and name == "phases":
-            yield from _rows(Phase, "phases.N.")
+            yield from _rows(PhaseTable, "phases.N.")
     if issubclass(model, Named):
         text = f"{prefix}keyword arguments of what {above}name names"
         yield Row(f"{above}*", "any value", "none", "", text)

@@ -28,15 +28,15 @@ from hpctrain.job.messages import LARGEST, FaultyJobError, fail, faults, job_err
 from hpctrain.job.spec import RECORDED, Choice, Named
 from hpctrain.job.tables import (
     Amount,
-    Communicator,
+    CommunicatorTable,
     Data,
     Debug,
     Enter,
     Loss,
     Metric,
-    Model,
+    ModelTable,
     Optimizer,
-    Phase,
+    PhaseTable,
     StrategySpec,
     SwitchOptions,
     Trace,
@@ -45,7 +45,7 @@ from hpctrain.job.tables import (
 from hpctrain.options import Options, Table
 from hpctrain.text import shown_path
 
-__all__ = ["Amount", "Job", "Options", "Phase", "check_ranks"]
+__all__ = ["Amount", "Job", "Options", "PhaseTable", "check_ranks"]
 
 _NAME = re.compile(r"\w[\w.+-]*")
 
@@ -80,7 +80,7 @@ class Job(Table):
     ranks: Annotated[int, Field(ge=1, le=10**6)] | None = Field(
         default=None, description="how many ranks the job needs; any number if left out"
     )
-    model: Model = Field(default_factory=Model, description=Model.__doc__)
+    model: ModelTable = Field(default_factory=ModelTable, description=ModelTable.__doc__)
     data: Data = Field(default_factory=Data, description=Data.__doc__)
     loss: Loss = Field(default_factory=Loss, description=Loss.__doc__)
     metric: Metric = Field(default_factory=Metric, description=Metric.__doc__)
@@ -91,11 +91,11 @@ class Job(Table):
         description="how the replicas agree: the strategy's name and its options; not together with phases",
         json_schema_extra={"default": '{name = "all_reduce"}, or none with phases'},
     )
-    phases: Annotated[list[Phase], Field(min_length=1, max_length=1000)] | None = Field(
+    phases: Annotated[list[PhaseTable], Field(min_length=1, max_length=1000)] | None = Field(
         default=None, description="a schedule of several phases, each a strategy and the rule that ends it"
     )
     trace: Trace = Field(default_factory=Trace, description=Trace.__doc__)
-    communicator: Communicator = Field(default_factory=Communicator, description=Communicator.__doc__)
+    communicator: CommunicatorTable = Field(default_factory=CommunicatorTable, description=CommunicatorTable.__doc__)
     debug: Debug = Field(default_factory=Debug, description=Debug.__doc__)
     _file: str = PrivateAttr("")
     _overrides: tuple[str, ...] = PrivateAttr(())
@@ -203,7 +203,7 @@ class Job(Table):
         return jobfile.write(self.plain())
 
     @property
-    def schedule(self) -> list[Phase]:
+    def schedule(self) -> list[PhaseTable]:
         """The phases of the run; of a job with `strategy`, one, which ends with the run, or those of a switch.
 
         All but the last have `until`, all but the first `enter`.
@@ -211,7 +211,9 @@ class Job(Table):
         if self.phases is not None:
             return list(self.phases)
         strategy = self.strategy or StrategySpec.model_validate({})
-        return strategy.options.phases() if isinstance(strategy.options, SwitchOptions) else [Phase(strategy=strategy)]
+        if isinstance(strategy.options, SwitchOptions):
+            return strategy.options.phases()
+        return [PhaseTable(strategy=strategy)]
 
     def key(self, phase: int, table: Literal["strategy", "until", "enter"]) -> str:
         """Where that table of a phase in `schedule` is written, for messages: "phases.1.until", "strategy.then"."""
@@ -282,7 +284,8 @@ def _entered(phase: Any) -> Any:
     """A phase that has one before it, with the default of `enter` written out."""
     if isinstance(phase, dict) and phase.get("enter") is None:
         return {**phase, "enter": {}}
-    return phase.model_copy(update={"enter": Enter()}) if isinstance(phase, Phase) and phase.enter is None else phase
+    lacks = isinstance(phase, PhaseTable) and phase.enter is None
+    return phase.model_copy(update={"enter": Enter()}) if lacks else phase
 
 
 def check_ranks(job: Job, size: int) -> None:

@@ -52,7 +52,7 @@ class Amount(Table):
         return float(getattr(self, self.unit)) if self.unit in ("epochs", "fraction") else getattr(self, self.unit)
 
 
-class Model(Named):
+class ModelTable(Named):
     """What is trained."""
 
     KIND = "model"
@@ -378,7 +378,7 @@ class Enter(Table):
     )
 
 
-class Phase(Table):
+class PhaseTable(Table):
     """A stretch of the run under one strategy."""
 
     strategy: StrategySpec = Field(description="how the replicas agree in this phase")
@@ -440,9 +440,9 @@ class SwitchOptions(Composite):
         _refuse_schedule("then", self.then)
         return self
 
-    def phases(self) -> list[Phase]:
+    def phases(self) -> list[PhaseTable]:
         """The two phases that it is short for."""
-        return [Phase(strategy=self.first, until=self.until), Phase(strategy=self.then, enter=self.enter)]
+        return [PhaseTable(strategy=self.first, until=self.until), PhaseTable(strategy=self.then, enter=self.enter)]
 
     def key(self, phase: int, table: str) -> str:
         """Where `table` ("strategy", "until", "enter") of that phase is written."""
@@ -471,7 +471,7 @@ class Trace(Table):
     report: bool = Field(default=False, description="write report.html into the run folder at the end")
 
 
-class Communicator(Table):
+class CommunicatorTable(Table):
     """How ranks exchange."""
 
     wait: Literal["auto", "spin", "nap"] = Field(

@@ -24,7 +24,7 @@ from hpctrain.run.serve import serve
 from hpctrain.run.totals import Ending, Totals
 from hpctrain.run.work import Work
 from hpctrain.strategies.phase import Phase
-from hpctrain.trace.events import Switch
+from hpctrain.trace.events import PhaseSwitch
 
 LEAVING = GeneratorExit, SystemExit, KeyboardInterrupt  # with which a program ends that has not failed
 
@@ -161,7 +161,7 @@ class Session:
             return False
         totals.phase, totals.phase_start = phase.index + 1, totals.cursor
         self.run.out.say(f"switched at sample {totals.cursor:,}: {totals.why}")
-        self.comm.recorder.event(Switch(totals.why))
+        self.comm.recorder.event(PhaseSwitch(totals.why))
         return True
 
     # -- the end ---------------------------------------------------------------------------------------------

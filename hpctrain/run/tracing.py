@@ -15,7 +15,7 @@ import numpy as np
 from hpctrain.comm.base import Communicator, Tag
 from hpctrain.comm.pingpong import follow, lead
 from hpctrain.errors import TraceError
-from hpctrain.trace.events import Link
+from hpctrain.trace.events import MeasuredLink
 from hpctrain.trace.resources import Sampler
 from hpctrain.trace.writer import TraceWriter, link_ranks, trace_files, trace_path
 
@@ -122,7 +122,7 @@ def measure_links(comm: Communicator) -> None:
         if comm.rank % 2 == turn and comm.rank + 1 < comm.size:
             peer = comm.rank + 1
             latency, bandwidth, _ = lead(comm, peer, LINK_SECONDS)
-            comm.recorder.event(Link(peer, comm.nodes[comm.rank] == comm.nodes[peer], latency, bandwidth))
+            comm.recorder.event(MeasuredLink(peer, comm.nodes[comm.rank] == comm.nodes[peer], latency, bandwidth))
         elif comm.rank % 2 != turn and comm.rank > 0:
             follow(comm, comm.rank - 1)
 

@@ -33,7 +33,7 @@ LONGEST = 2**30  # bytes in one message
 
 
 @dataclass(frozen=True)
-class Kind:
+class TensorKind:
     """What a tensor is, without its values. `pieces`: dtype and shape of the dense tensors that hold them."""
 
     dtype: str
@@ -42,7 +42,7 @@ class Kind:
     pieces: tuple[tuple[str, tuple[int, ...]], ...]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Kind:
+    def of(cls, tensor: Tensor) -> TensorKind:
         """Of that tensor."""
         pieces = tuple((_name(piece.dtype), tuple(piece.shape)) for piece in _pieces(tensor))
         return cls(_name(tensor.dtype), tuple(tensor.shape), _name(tensor.layout), pieces)
@@ -124,7 +124,7 @@ class Untrained:
         """
         with torch.no_grad():
             old = self._find(name)
-            if old is not None and value.layout is torch.strided and Kind.of(value).fits(old):
+            if old is not None and value.layout is torch.strided and TensorKind.of(value).fits(old):
                 kept = old.clone()
                 old.copy_(value)
                 return lambda: _copy(old, kept)
@@ -226,7 +226,7 @@ def _broadcast(
             put(name, _put_together(kind, pieces))
 
 
-def _send_all(comm: Communicator, kind: Kind, pieces: list[NDArray[np.uint8]] | None) -> list[NDArray[np.uint8]]:
+def _send_all(comm: Communicator, kind: TensorKind, pieces: list[NDArray[np.uint8]] | None) -> list[NDArray[np.uint8]]:
     sizes = [int(np.prod(shape, dtype=np.int64)) * _dtype(dtype).itemsize for dtype, shape in kind.pieces]
     arrays = [np.empty(size, np.uint8) for size in sizes] if pieces is None else pieces
     for array in arrays:
@@ -242,15 +242,15 @@ def _rows(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
         code = hashlib.sha256()
         for piece in _pieces(tensor):
             code.update(raw(piece).data)
-        kind = Kind.of(tensor)
+        kind = TensorKind.of(tensor)
         pieces = [[dtype, list(shape)] for dtype, shape in kind.pieces]
         rows[name] = [kind.dtype, list(kind.shape), kind.layout, pieces, code.hexdigest()[:32]]
     return rows
 
 
-def _kind(row: list[Any]) -> Kind:
+def _kind(row: list[Any]) -> TensorKind:
     dtype, shape, layout, pieces, _ = row
-    return Kind(dtype, tuple(shape), layout, tuple((name, tuple(size)) for name, size in pieces))
+    return TensorKind(dtype, tuple(shape), layout, tuple((name, tuple(size)) for name, size in pieces))
 
 
 def _pieces(tensor: Tensor) -> list[Tensor]:
@@ -266,7 +266,7 @@ def _pieces(tensor: Tensor) -> list[Tensor]:
     return [*places, tensor.values()]
 
 
-def _put_together(kind: Kind, pieces: list[NDArray[np.uint8]]) -> Tensor:
+def _put_together(kind: TensorKind, pieces: list[NDArray[np.uint8]]) -> Tensor:
     dense = [from_raw(array, *piece) for array, piece in zip(pieces, kind.pieces, strict=True)]
     if kind.layout == "strided":
         return dense[0]

@@ -112,7 +112,7 @@ class SharedExchange(Exchange):
         self._slices = [as_tensor(part)[self.low : self.high] for part in self._arena.parts]
         self.mean = torch.zeros_like(self._slices[0])
         width = Contribution.length(len(self.replica.layout.slots))
-        self._board: NodeBoard | Messages = NodeBoard(comm, width) if len(sizes) == 1 else Messages(comm)
+        self._board: NodeBoard | MessageBoard = NodeBoard(comm, width) if len(sizes) == 1 else MessageBoard(comm)
         self._faults = comm.arena(1, np.dtype(np.float64), "node")  # of each rank: whether its slice is not finite
         nbytes, ranks = self.mean.nbytes, len(self._slices)
         self._reducing = comm.span("reduce", nbytes * ranks, flops=float(self.mean.numel() * ranks))
@@ -274,7 +274,7 @@ class NodeBoard:
         self.arena.free()
 
 
-class Messages:
+class MessageBoard:
     """The same over several nodes."""
 
     def __init__(self, comm: Communicator) -> None:

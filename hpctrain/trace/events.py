@@ -74,7 +74,7 @@ class RuleStatistic(Event):
 
 
 @dataclass(frozen=True)
-class Switch(Event):
+class PhaseSwitch(Event):
     """A phase ends and the next begins. `why`: the reason of the rule that ended it."""
 
     kind = "switch"
@@ -120,7 +120,7 @@ class SamplingStopped(Event):
 
 
 @dataclass(frozen=True)
-class Link(Event):
+class MeasuredLink(Event):
     """The connection to another rank, as measured when the run began: seconds one way, bytes per second."""
 
     kind = "network"
@@ -146,7 +146,16 @@ class PlainEvent(Event):
 
 
 KINDS: dict[str, type[Event]] = {
-    each.kind: each for each in (PhaseEntered, RuleStatistic, Switch, CheckpointWritten, Failure, SamplingStopped, Link)
+    each.kind: each
+    for each in (
+        PhaseEntered,
+        RuleStatistic,
+        PhaseSwitch,
+        CheckpointWritten,
+        Failure,
+        SamplingStopped,
+        MeasuredLink,
+    )
 }
 
 

@@ -42,7 +42,7 @@ class Kind(IntEnum):
     TRACE = 15
 
 
-class Outcome(IntEnum):
+class OutcomeCode(IntEnum):
     """What became of a step's gradient."""
 
     APPLIED = 1
@@ -52,7 +52,7 @@ class Outcome(IntEnum):
 
 
 KINDS: tuple[str, ...] = tuple(kind.name.lower() for kind in Kind)
-OUTCOMES: tuple[str, ...] = tuple(outcome.name.lower() for outcome in Outcome)
+OUTCOMES: tuple[str, ...] = tuple(outcome.name.lower() for outcome in OutcomeCode)
 
 
 class _Codes(dict[Any, int]):
@@ -68,7 +68,7 @@ class _Codes(dict[Any, int]):
 
 
 KIND_CODES = _Codes("span kind", Kind)
-OUTCOME_CODES = _Codes("outcome", Outcome)
+OUTCOME_CODES = _Codes("outcome", OutcomeCode)
 COMMUNICATION = (Kind.SEND, Kind.RECV, Kind.NOTIFY, Kind.WAIT, Kind.REDUCE)
 
 

@@ -14,11 +14,11 @@ from hpctrain.trace.events import (
     CheckpointWritten,
     Event,
     Failure,
-    Link,
+    MeasuredLink,
     PhaseEntered,
+    PhaseSwitch,
     PlainEvent,
     RuleStatistic,
-    Switch,
     from_json,
     written,
 )
@@ -84,10 +84,10 @@ def parsed(kind: str, text: str) -> Event:
         return RuleStatistic(
             found["rule"], value, found["sign"], threshold, (found["of"] or "").strip(), found["unready"] or ""
         )
-    if kind == Link.kind:
+    if kind == MeasuredLink.kind:
         return from_json(kind, text)
-    if kind == Switch.kind:
-        return Switch(text)
+    if kind == PhaseSwitch.kind:
+        return PhaseSwitch(text)
     if kind == CheckpointWritten.kind:
         return CheckpointWritten(text)
     if kind == Failure.kind:

@@ -15,7 +15,7 @@ import torch
 
 from hpctrain import bench, blocks
 from hpctrain.bench import alone, asynchronous, checks, reading, switching, together, tracing, workload
-from hpctrain.bench.report import Report, Sample, Table, number
+from hpctrain.bench.report import FigureTable, Report, Sample, number
 from hpctrain.cli import main
 from hpctrain.comm.network import FreeNetwork, LinkNetwork
 from hpctrain.comm.virtual import World
@@ -42,7 +42,7 @@ def _little(monkeypatch):
     monkeypatch.setattr(asynchronous, "PUSHES", 8)
     monkeypatch.setattr(asynchronous, "REPETITIONS", 1)
     monkeypatch.setattr(asynchronous, "SAMPLES", 2048)
-    model = switching.Model({"name": "mlp", "inputs": 6, "hidden": [5]}, {"name": "Adam"}, (6,))
+    model = switching.SwitchedModel({"name": "mlp", "inputs": 6, "hidden": [5]}, {"name": "Adam"}, (6,))
     monkeypatch.setattr(switching, "MODELS", {"small": model})
     monkeypatch.setattr(switching, "RUNS", 2)
     monkeypatch.setattr(reading, "RANKS", 3)
@@ -75,7 +75,7 @@ def test_numbers_have_three_digits():
 
 
 def test_a_table_is_aligned():
-    table = Table("t", "title, ms", ["a", "bb"])
+    table = FigureTable("t", "title, ms", ["a", "bb"])
     table.rows = {"first": {"a": Sample((1,), "ms"), "bb": Sample((1000,), "ms")}, "no": {"a": Sample((2,), "ms")}}
     assert table.text().splitlines() == [
         "title, ms",
@@ -227,7 +227,7 @@ def test_switches_of_a_run_to_and_fro():
 
 
 def test_a_switch_that_takes_too_long_is_told():
-    table = Table("switch", "", [])
+    table = FigureTable("switch", "", [])
     times = {"to async": (60.0, 60.0), "to all_reduce": (70.0, 90.0), "broadcast": (10.0, 14.0)}
     switching._fill_row(table, "large", {name: Sample(values, "ms") for name, values in times.items()})
     assert table.notes == ["large: 80.0 of 74.0 ms: not kept"]
@@ -319,7 +319,7 @@ WRITTEN = tracing.Written(spans=8.0, bytes=400.0, seconds=0.00002)
 
 
 def test_the_cost_of_tracing_is_a_ratio_of_pairs_and_what_comes_on_top():
-    table = Table("tracing", "", [])
+    table = FigureTable("tracing", "", [])
     pairs = [(0.005, 0.0051), (0.006, 0.006), (0.004, 0.00404), (0.005, 0.006), (0.005, 0.005)]
     tracing._fill_row(table, "x", pairs, WRITTEN, sampling=0.001)
     row = table.rows["x"]
@@ -421,7 +421,7 @@ def test_a_file_that_cannot_be_written_is_known_before(name: str, tmp_path: Path
 
 
 def test_a_report_has_all_its_tables():
-    tables = [Table("a", "A, ms", ["x"]), Table("b", "B, us", ["y"])]
+    tables = [FigureTable("a", "A, ms", ["x"]), FigureTable("b", "B, us", ["y"])]
     report = Report(tables)
     assert "A, ms" in report.text()
     assert set(report.plain()) == {"machine", "a", "b"}

@@ -28,7 +28,7 @@ from hpctrain.views import compare
 from hpctrain.views.export import export_run
 from hpctrain.views.figures import FIGURES
 from hpctrain.views.report import write_report
-from hpctrain.views.watch.picture import Picture, line
+from hpctrain.views.watch.picture import LivePicture, line
 from hpctrain.views.watch.watcher import Watcher
 from tests.marks import mostly_slow
 from tests.traces import HandMade
@@ -293,7 +293,7 @@ def _watch(folder: Path) -> None:
     watcher = Watcher(folder)
     for _ in range(2):
         shot = watcher.look()
-        Console(file=io.StringIO(), width=80).print(Picture(shot))
+        Console(file=io.StringIO(), width=80).print(LivePicture(shot))
         line(shot)
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hpctrain import options
 from hpctrain.errors import ClusterError, JobError
-from hpctrain.job import Amount, Job, Phase, check_ranks, registry
+from hpctrain.job import Amount, Job, PhaseTable, check_ranks, registry
 from hpctrain.job.explain import as_markdown, as_text, explain
 from hpctrain.job.messages import table_of
 from hpctrain.options import Table
@@ -631,7 +631,7 @@ def test_switch_is_dumped_with_every_default_and_comes_back(tmp_path: Path) -> N
 
 def test_later_phases_have_enter_written_out(tmp_path: Path) -> None:
     first, second = {"until": {"rule": "until", "steps": 1}}, {"strategy": "tiny"}
-    job = Job(phases=[Phase.model_validate(first), Phase.model_validate(second)])
+    job = Job(phases=[PhaseTable.model_validate(first), PhaseTable.model_validate(second)])
     assert job == Job(phases=[first, second])
     assert job.phases is not None and job.phases[0].enter is None and job.phases[1].enter is not None
     assert job.dump().count("[phases.enter]") == 1 and load(tmp_path, job.dump()) == job

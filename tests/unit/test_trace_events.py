@@ -16,12 +16,12 @@ from hpctrain.trace.events import (
     CheckpointWritten,
     Event,
     Failure,
-    Link,
+    MeasuredLink,
     PhaseEntered,
+    PhaseSwitch,
     PlainEvent,
     RuleStatistic,
     SamplingStopped,
-    Switch,
     from_json,
     written,
 )
@@ -30,7 +30,7 @@ from hpctrain.trace.versions import parsed
 
 VALUES = {"int": st.integers(0, 2**31), "float": st.floats(), "bool": st.booleans(), "str": st.text(max_size=600)}
 # What each says, and what version 2 wrote for it where that can be told from the sentence.
-WITHOUT_SENTENCE = [Link(1, True, 1e-6, 2e9), SamplingStopped("OSError", "no such file")]
+WITHOUT_SENTENCE = [MeasuredLink(1, True, 1e-6, 2e9), SamplingStopped("OSError", "no such file")]
 SENTENCES: list[tuple[Event, str]] = [
     (PhaseEntered(3, "server", "parameter_server (async)"), "phase 3: server of parameter_server (async)"),
     (RuleStatistic("loss_stable", 0.0293, "<=", 0.03), "loss_stable 0.0293 <= 0.03"),
@@ -40,7 +40,7 @@ SENTENCES: list[tuple[Event, str]] = [
         "loss_stable 0 <= 0.01, not armed: loss 2.3 of first 2.3",
     ),
     (RuleStatistic("target", 0.975, ">=", 0.97, of="metric"), "target: metric 0.9750 >= 0.97"),
-    (Switch("after 192 >= 192 samples"), "after 192 >= 192 samples"),
+    (PhaseSwitch("after 192 >= 192 samples"), "after 192 >= 192 samples"),
     (CheckpointWritten("000000000096.safetensors"), "000000000096.safetensors"),
     (Failure("ValueError", "no: not this"), "ValueError: no: not this"),
     (PlainEvent("rebalance", "shards moved"), "shards moved"),
@@ -52,7 +52,7 @@ def made(kind: type[Event]) -> st.SearchStrategy[Event]:
 
 
 @pytest.mark.parametrize(
-    "event", [event for event, _ in SENTENCES] + [Link(1, True, 1e-6, 2e9), SamplingStopped("A", "b")]
+    "event", [event for event, _ in SENTENCES] + [MeasuredLink(1, True, 1e-6, 2e9), SamplingStopped("A", "b")]
 )
 def test_a_short_event_comes_back_as_it_was(event: Event) -> None:
     assert event_of(*written(event)) == event
@@ -99,7 +99,7 @@ def test_a_kind_that_is_not_known_is_carried_as_it_is() -> None:
 
 
 def test_control_characters_do_not_reach_a_terminal() -> None:
-    kind, data = written(Switch("\x1b[2J"))
+    kind, data = written(PhaseSwitch("\x1b[2J"))
     assert "\x1b" not in str(event_of(kind, data))
 
 

@@ -13,7 +13,7 @@ import pytest
 from hpctrain.cli import main
 from hpctrain.errors import TraceError
 from hpctrain.trace import SCHEMA_VERSION, Recorder, TraceWriter, format_totals, open_run, sum_times, trace_path
-from hpctrain.trace.events import Switch
+from hpctrain.trace.events import PhaseSwitch
 from hpctrain.trace.files import TraceFile
 from hpctrain.trace.schema import CLOCK
 
@@ -92,7 +92,7 @@ def test_frames_select_ranks_kinds_and_steps(tmp_path):
             writing.span("forward", 100 * step, 100 * step + 10, step=step)
             writing.span("send", 100 * step + 10, 100 * step + 30, 64, 1, step)
         writing.span("update", 30, 40, step=1, lane=1)
-        writing.recorder.event(Switch("loss 0.1 <= 0.2"))
+        writing.recorder.event(PhaseSwitch("loss 0.1 <= 0.2"))
         writing.recorder.resource(50.0, 1000)
         writing.close()
     run = open_run(tmp_path)

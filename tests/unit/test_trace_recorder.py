@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpctrain.trace.events import PlainEvent, Switch, from_json
+from hpctrain.trace.events import PhaseSwitch, PlainEvent, from_json
 from hpctrain.trace.recorder import NullRecorder, Recorder, measure_span_cost
 from hpctrain.trace.schema import KINDS, SPAN_STRUCT, SPANS, TABLES, Kind
 
@@ -127,14 +127,14 @@ def test_steps_events_clock_and_resources():
     recorder = Recorder(clock)
     recorder.step = 3
     recorder.step_done(1, 0.5, 32, 0.1, "dropped", 2, 4, 1, 960)
-    recorder.event(Switch("é" * 400))
+    recorder.event(PhaseSwitch("é" * 400))
     recorder.clock(-17, 5)
     recorder.resource(99.5, 1 << 40)
     rows = recorder.drain()
     assert rows["steps"].tolist() == [(3, 1.0, 0.5, 32, 0.1, 2, 2, 4, 1, 960, 42)]
     t_ns, kind, data = rows["events"][0].tolist()
     assert (t_ns, kind) == (42, b"switch")
-    assert from_json(kind.decode(), data.decode()) == Switch("é" * 233 + "…")
+    assert from_json(kind.decode(), data.decode()) == PhaseSwitch("é" * 233 + "…")
     assert rows["clock"].tolist() == [(42, -17, 5)]
     assert rows["resources"].tolist() == [(42, 99.5, 1 << 40, -1, -1, -1.0, -1)]
     assert {name: rows[name].dtype for name in rows} == TABLES

@@ -14,8 +14,8 @@ from hpctrain.trace.files import open_h5
 from hpctrain.trace.schema import STEPS
 from hpctrain.views.watch import _redraw, watch
 from hpctrain.views.watch.history import History
-from hpctrain.views.watch.picture import Picture, duration, line, sparkline
-from hpctrain.views.watch.snapshot import RankView, Snapshot, Status
+from hpctrain.views.watch.picture import LivePicture, duration, line, sparkline
+from hpctrain.views.watch.snapshot import RankView, RunStatus, Snapshot
 from hpctrain.views.watch.tail import Tail
 from hpctrain.views.watch.watcher import Watcher
 from tests.traces import HandMade
@@ -105,7 +105,7 @@ def test_rates_and_shares_of_waiting_are_those_of_the_spans(going):
     assert shot.rate == pytest.approx(200.0)
     assert [view.waiting for view in shot.ranks] == pytest.approx([0.6, 0.2])
     assert [view.sample_seconds for view in shot.ranks] == pytest.approx([0.004, 0.008])
-    assert (shot.phase, shot.strategy, shot.size, shot.status) == (0, "all_reduce", 2, Status.RUNNING)
+    assert (shot.phase, shot.strategy, shot.size, shot.status) == (0, "all_reduce", 2, RunStatus.RUNNING)
     assert [view.role for view in shot.ranks] == ["worker", "worker"]
     assert shot.elapsed == pytest.approx(2.0)
 
@@ -370,11 +370,11 @@ def test_what_the_rule_says_and_the_switch_are_shown(going):
 def test_a_run_that_has_not_begun_to_write_is_waited_for(going):
     run = going(2)
     watcher = run.watcher()
-    assert watcher.look().status is Status.WAITING
+    assert watcher.look().status is RunStatus.WAITING
     begin(run)
     run.steps(0, 5)
     run.show()
-    assert watcher.look().status is Status.RUNNING
+    assert watcher.look().status is RunStatus.RUNNING
 
 
 def test_a_rank_whose_file_comes_late_is_noted_until_it_comes(going):
@@ -416,7 +416,7 @@ def test_of_a_killed_run_it_is_said_since_when_nothing_was_written(going):
     watcher.look()
     run.now += 125.0
     shot = watcher.look()
-    assert shot.status is Status.SILENT and shot.since == pytest.approx(written)
+    assert shot.status is RunStatus.SILENT and shot.since == pytest.approx(written)
     at = time.strftime("%H:%M:%S", time.localtime(written))
     assert f"nothing written since {at} (0:02:05 ago): the run hangs, or was killed" in drawn(shot)
     assert shot.left is None or "left" not in drawn(shot)
@@ -432,10 +432,10 @@ def test_a_run_that_ended_is_finished_if_it_left_its_model(going):
     run.close()
     run.show(later=1.0)
     states = [watcher.look().status for _ in range(2)]
-    assert states[-1] is Status.STOPPED
+    assert states[-1] is RunStatus.STOPPED
     assert f"hpctrain train --resume {run.folder}" in drawn(watcher.look(), width=400)
     (run.folder / "model.safetensors").touch()
-    assert watcher.look().status is Status.FINISHED
+    assert watcher.look().status is RunStatus.FINISHED
     assert watcher.look().ranks[0].rate == pytest.approx(100.0)  # its last summary
 
 
@@ -452,7 +452,7 @@ def test_a_resumed_run_is_followed_into_its_next_attempt(going):
     again.now = run.now
     again.show()
     shot = watcher.look()
-    assert (shot.attempt, shot.cursor, shot.status) == (2, 300, Status.RUNNING)
+    assert (shot.attempt, shot.cursor, shot.status) == (2, 300, RunStatus.RUNNING)
     assert shot.loss == pytest.approx(1.0)
     assert shot.history[0] == pytest.approx(3.0) and shot.history[-1] == pytest.approx(1.0)
     assert sum(loss == pytest.approx(3.0) for loss in shot.history) <= 11  # what was done again is forgotten
@@ -502,7 +502,7 @@ def test_an_interval_of_nothing_is_an_error(going):
 # -- pictures ----------------------------------------------------------------------------------------------------
 def drawn(shot, width=80, height=None, encoding="utf-8"):
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    Console(file=out, width=width, height=height, highlight=False).print(Picture(shot, fit=height is not None))
+    Console(file=out, width=width, height=height, highlight=False).print(LivePicture(shot, fit=height is not None))
     out.flush()
     return out.buffer.getvalue().decode(encoding)
 
@@ -515,7 +515,7 @@ def full(size, **changes):
     ]
     views[2] = RankView(2, "worker", 617.2, 0.0026, 0.05, (9.9, 31), 2.1, None)
     values = {
-        "name": "digits", "folder": "runs/d", "status": Status.RUNNING, "since": 0.0, "silence": 1.0, "attempt": 2,
+        "name": "digits", "folder": "runs/d", "status": RunStatus.RUNNING, "since": 0.0, "silence": 1.0, "attempt": 2,
         "size": size, "nodes": 4, "elapsed": 3725.0, "phase": 0, "phases": 2, "strategy": "all_reduce",
         "epoch": 12.34, "epochs": 90.0, "cursor": 15_812_345, "total": 115_315_200, "left": 100_000.0,
         "may_stop_early": True, "rate": 79_000.0, "loss": 1.2345, "history": tuple(3.0 - 0.03 * i for i in range(60)),
@@ -571,7 +571,7 @@ def test_durations_are_read_like_clocks():
 
 def test_on_a_terminal_the_picture_is_fitted_into_the_screen(monkeypatch):
     views = [*full(64).ranks[:63], RankView(63, "worker", 617.2, 0.0027, 0.05, (9.9, 31), 2.2)]
-    ended = full(64, status=Status.FINISHED)
+    ended = full(64, status=RunStatus.FINISHED)
     monkeypatch.setattr(Watcher, "look", lambda self: ended)
     out = io.StringIO()
     console = Console(file=out, width=80, height=24, force_terminal=True, color_system=None, highlight=False)

@@ -30,7 +30,7 @@ class Entry:
     strategy: str
 
 
-class Layout:
+class TrackLayout:
     """Numbers and names of processes and threads. `run_pid`, `run_tid`: where what concerns all ranks is shown.
 
     `events`: the run's events, of the selected ranks; `entries`: into phases, by (rank, attempt), in the order of time.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpctrain.trace import Run
-from hpctrain.views.export.layout import Entry, Layout
+from hpctrain.views.export.layout import Entry, TrackLayout
 from hpctrain.views.export.selection import Selection, Window
 from hpctrain.views.export.traceformat import complete, counter, instant
 
@@ -23,7 +23,7 @@ GLOBAL_EVENTS = (*SHARED_EVENTS, "checkpoint", "failure")
 Series = tuple[str, str, list[float]]  # name, unit, values (NaN: not known)
 
 
-def draw_events(layout: Layout, selection: Selection) -> Iterator[str]:
+def draw_events(layout: TrackLayout, selection: Selection) -> Iterator[str]:
     """What concerns the whole run as a line across it, the rest as a mark on its rank."""
     told = set()
     for row in layout.events.to_dict("records"):
@@ -41,7 +41,7 @@ def draw_events(layout: Layout, selection: Selection) -> Iterator[str]:
         yield instant(f"{kind}: {text}", _since_start(layout, t_ns), *place, args)
 
 
-def draw_notes(layout: Layout, run: Run, selection: Selection) -> Iterator[str]:
+def draw_notes(layout: TrackLayout, run: Run, selection: Selection) -> Iterator[str]:
     """What is missing, at the beginning, where nobody who opens the timeline can overlook it."""
     windows = selection.windows
     begin = run.start_ns if windows is None else max(run.start_ns, min(after for after, _ in windows.values()))
@@ -49,7 +49,7 @@ def draw_notes(layout: Layout, run: Run, selection: Selection) -> Iterator[str]:
         yield instant(f"note: {note}", _since_start(layout, begin), layout.run_pid, layout.run_tid, "g", {"text": note})
 
 
-def draw_phases(layout: Layout, selection: Selection, ends: dict[int, int]) -> Iterator[str]:
+def draw_phases(layout: TrackLayout, selection: Selection, ends: dict[int, int]) -> Iterator[str]:
     """Each from when its first rank entered it until the first entered the next. `ends`: of attempts, run's clock."""
     for attempt, end in ends.items():
         first: dict[int, Entry] = {}
@@ -62,7 +62,7 @@ def draw_phases(layout: Layout, selection: Selection, ends: dict[int, int]) -> I
             yield from _draw_phase(layout, selection, attempt, entry, until)
 
 
-def _draw_phase(layout: Layout, selection: Selection, attempt: int, entry: Entry, until: int) -> Iterator[str]:
+def _draw_phase(layout: TrackLayout, selection: Selection, attempt: int, entry: Entry, until: int) -> Iterator[str]:
     window = selection.window(attempt)
     if window is None:
         return
@@ -73,7 +73,7 @@ def _draw_phase(layout: Layout, selection: Selection, attempt: int, entry: Entry
         yield complete(name, "phase", begin, length, layout.run_pid, layout.run_tid, args)
 
 
-def draw_resources(layout: Layout, run: Run, selection: Selection, rank: int) -> Iterator[str]:
+def draw_resources(layout: TrackLayout, run: Run, selection: Selection, rank: int) -> Iterator[str]:
     """Samples that tell the mean since the one before (CPU, network, GPU) are shown for just that time."""
     for attempt, samples in run.resources(rank).groupby("attempt"):
         window = selection.window(int(str(attempt)))
@@ -105,7 +105,7 @@ def _known(values: pd.Series[float], recorded: pd.Series[float]) -> list[float]:
 
 
 def _counters(
-    layout: Layout, window: Window | None, rank: int, name: str, unit: str, t_ns: list[int], values: list[float]
+    layout: TrackLayout, window: Window | None, rank: int, name: str, unit: str, t_ns: list[int], values: list[float]
 ) -> Iterator[str]:
     for at, value in zip(t_ns, values, strict=True):
         if math.isfinite(value) and _is_in(window, at):
@@ -116,5 +116,5 @@ def _is_in(window: Window | None, t_ns: int) -> bool:
     return window is not None and window[0] < t_ns <= window[1]
 
 
-def _since_start(layout: Layout, t_ns: int) -> int:
+def _since_start(layout: TrackLayout, t_ns: int) -> int:
     return int(layout.since_start(np.array([t_ns], np.int64))[0])

@@ -20,7 +20,7 @@ from hpctrain.output import output_text
 from hpctrain.trace import Kind, Run
 from hpctrain.trace.reader import name_ranks
 from hpctrain.trace.schema import KINDS
-from hpctrain.views.export.layout import Layout
+from hpctrain.views.export.layout import TrackLayout
 from hpctrain.views.export.marks import draw_events, draw_notes, draw_phases, draw_resources
 from hpctrain.views.export.messages import Messages
 from hpctrain.views.export.selection import Rows, Selection
@@ -42,7 +42,7 @@ def export_perfetto(run: Run, selection: Selection, path: Path, progress: Progre
     with output_text(path) as file:
         progress.begin("matching messages: spans", total)
         messages = Messages(run, selection, progress)
-        layout = Layout(run, selection)
+        layout = TrackLayout(run, selection)
         file.write('{"traceEvents":[')
         write = _Separated(file)
         write(layout.name_all())
@@ -71,7 +71,7 @@ class _Separated:
 
 
 def _write_spans(
-    run: Run, selection: Selection, layout: Layout, messages: Messages, write: _Separated, progress: Progress
+    run: Run, selection: Selection, layout: TrackLayout, messages: Messages, write: _Separated, progress: Progress
 ) -> dict[int, int]:
     """Returns when each attempt's last span ended."""
     ends: dict[int, int] = {}
@@ -86,7 +86,9 @@ def _write_spans(
     return ends
 
 
-def _draw_spans(layout: Layout, rank: int, spans: Rows, details: Iterator[str], messages: Numbers) -> Iterator[str]:
+def _draw_spans(
+    layout: TrackLayout, rank: int, spans: Rows, details: Iterator[str], messages: Numbers
+) -> Iterator[str]:
     """`messages`: number of each span's message, -1 none. A flow's end follows its span: Perfetto binds it to the
     newest of its thread.
     """

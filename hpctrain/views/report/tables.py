@@ -21,7 +21,7 @@ LIBRARIES = ("torch", "mpi4py", "numpy")
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """Headings and rows of text. `shades`: of each cell, how dark (0 to 1), where that says something; `texts`:
     columns (from 0) of words, not numbers.
     """
@@ -94,7 +94,7 @@ def listed(names: list[str]) -> str:
 TERMS = ("parallel_efficiency", "load_balance", "communication_efficiency")
 
 
-def efficiency(frame: pd.DataFrame) -> Table | None:
+def efficiency(frame: pd.DataFrame) -> PageTable | None:
     """A row per phase, in percent; of very many the longest."""
     if not len(frame):
         return None
@@ -106,10 +106,10 @@ def efficiency(frame: pd.DataFrame) -> Table | None:
         for row in longest.to_dict("records")
     ]
     heads = ["phase", "strategy", "workers", "seconds", *(term.replace("_", " ") for term in TERMS)]
-    return Table(heads, rows, note=note, texts=(1,))
+    return PageTable(heads, rows, note=note, texts=(1,))
 
 
-def times(frame: pd.DataFrame) -> Table | None:
+def times(frame: pd.DataFrame) -> PageTable | None:
     """A row per phase and rank: its seconds by span kind. Where there are many ranks: per phase and role, means. Of
     very many phases the longest."""
     if not len(frame):
@@ -135,7 +135,7 @@ def times(frame: pd.DataFrame) -> Table | None:
         [0.0] * 3 + [row[kind] / row["total_s"] if row["total_s"] > 0 else 0.0 for kind in kinds] + [0.0]
         for row in frame.to_dict("records")
     ]
-    return Table(["phase", "rank", "role", *kinds, "total"], rows, shades, note, texts=(2,))
+    return PageTable(["phase", "rank", "role", *kinds, "total"], rows, shades, note, texts=(2,))
 
 
 def percent(share: float) -> str:
@@ -143,7 +143,7 @@ def percent(share: float) -> str:
 
 
 # -- waiting -----------------------------------------------------------------------------------------------------
-def waiting(matrix: pd.DataFrame) -> Table | None:
+def waiting(matrix: pd.DataFrame) -> PageTable | None:
     """Seconds that each rank waited for each; of many ranks the largest entries only."""
     if not matrix.size or not float(np.nansum(matrix.to_numpy())) > 0:
         return None
@@ -156,10 +156,10 @@ def waiting(matrix: pd.DataFrame) -> Table | None:
     ]
     shades = [[0.0, *(line / values.max()), 0.0] for line in values]
     heads = ["waiting ↓ for →", *(_rank(rank).removeprefix("rank ") for rank in matrix.columns), "in all"]
-    return Table(heads, rows, shades)
+    return PageTable(heads, rows, shades)
 
 
-def _largest(matrix: pd.DataFrame) -> Table:
+def _largest(matrix: pd.DataFrame) -> PageTable:
     values = np.nan_to_num(matrix.to_numpy(dtype=float))
     largest = [np.unravel_index(i, values.shape) for i in np.argsort(-values, axis=None)[:MOST_CELLS]]
     rows = [
@@ -167,7 +167,7 @@ def _largest(matrix: pd.DataFrame) -> Table:
         for i, j in largest
         if values[i, j] > 0
     ]
-    return Table(["waiting", "for", "seconds"], rows, note=f"The {len(rows)} largest of {matrix.size:,}.")
+    return PageTable(["waiting", "for", "seconds"], rows, note=f"The {len(rows)} largest of {matrix.size:,}.")
 
 
 def _rank(rank: Any) -> str:
@@ -175,7 +175,7 @@ def _rank(rank: Any) -> str:
 
 
 # -- what came of it -----------------------------------------------------------------------------------------------
-def metrics(run: Run) -> Table | None:
+def metrics(run: Run) -> PageTable | None:
     """metrics.csv: the last evaluations of each split."""
     frame = run.metrics()
     if not len(frame):
@@ -186,7 +186,7 @@ def metrics(run: Run) -> Table | None:
     rows = [[_number(value) for value in row] for row in last.itertuples(index=False)]
     note = f"The last of {len(frame)} evaluations. {best}".strip()
     texts = tuple(i for i, head in enumerate(heads) if head == "split")
-    return Table(heads, rows, note=note, texts=texts)
+    return PageTable(heads, rows, note=note, texts=texts)
 
 
 def _best(run: Run, frame: pd.DataFrame) -> str:

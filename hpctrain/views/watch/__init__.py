@@ -33,7 +33,7 @@ def watch(run: Path, every: float = 2.0, once: bool = False) -> int:
     from rich.console import Console
 
     from hpctrain.trace.reader import run_folder
-    from hpctrain.views.watch.picture import Picture
+    from hpctrain.views.watch.picture import LivePicture
     from hpctrain.views.watch.watcher import Watcher
 
     if not 0.1 <= every <= 3600:
@@ -50,7 +50,7 @@ def watch(run: Path, every: float = 2.0, once: bool = False) -> int:
         except KeyboardInterrupt:
             left = True
         shot = watcher.look()
-    console.print(Picture(shot, fit=redraws and not once))
+    console.print(LivePicture(shot, fit=redraws and not once))
     return 130 if left and shot.status.going else 0
 
 
@@ -58,11 +58,11 @@ def _redraw(console: Console, watcher: Watcher, shot: Snapshot, every: float) ->
     """A picture that fills the terminal, until the run is over."""
     from rich.live import Live
 
-    from hpctrain.views.watch.picture import Picture
+    from hpctrain.views.watch.picture import LivePicture
 
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while not shot.status.over:
-            live.update(Picture(shot, fit=True), refresh=True)
+            live.update(LivePicture(shot, fit=True), refresh=True)
             due = time.monotonic() + every
             while (rest := due - time.monotonic()) > 0:
                 size = console.size

@@ -8,10 +8,10 @@ from pathlib import Path
 from hpctrain.text import shown
 from hpctrain.trace.files import read_regular
 from hpctrain.trace.reader import LONGEST_METRICS
-from hpctrain.views.watch.snapshot import Evaluation
+from hpctrain.views.watch.snapshot import EvaluationRow
 
 
-def read_evaluations(path: Path) -> list[Evaluation]:
+def read_evaluations(path: Path) -> list[EvaluationRow]:
     """Its rows; without a line that is not there in full yet, and none if there is no such file."""
     try:
         text = read_regular(path, LONGEST_METRICS).decode(errors="replace")
@@ -22,7 +22,7 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     for row in table:
         try:
             epoch, loss, metric = (float(row[name]) for name in ("epoch", "loss", "metric"))
-            rows.append(Evaluation(shown(row["split"], 20), epoch, loss, metric))
+            rows.append(EvaluationRow(shown(row["split"], 20), epoch, loss, metric))
         except (KeyError, TypeError, ValueError):
             continue
     return rows

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpctrain.views.watch.recent import SECONDS
-from hpctrain.views.watch.snapshot import Evaluation, RankView, Snapshot, Status
+from hpctrain.views.watch.snapshot import EvaluationRow, RankView, RunStatus, Snapshot
 
 HEIGHTS, ASCII_HEIGHTS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 BAR, ASCII_BAR, BAR_WIDTH = ("█", "░"), ("#", "."), 30
@@ -24,7 +24,7 @@ UNKNOWN = "-"
 
 
 @dataclass
-class Picture:
+class LivePicture:
     """Draws `snapshot` as wide as there is room. `fit`: no higher than the terminal; else all ranks are shown."""
 
     snapshot: Snapshot
@@ -53,8 +53,8 @@ class Picture:
 # -- the lines above the ranks -----------------------------------------------------------------------------------
 def _head(shot: Snapshot, width: int, ascii_only: bool) -> Iterable[Text]:
     yield _title(shot)
-    if shot.status is not Status.RUNNING:
-        yield Text(_explain(shot), style="bold yellow" if shot.status is Status.SILENT else "bold")
+    if shot.status is not RunStatus.RUNNING:
+        yield Text(_explain(shot), style="bold yellow" if shot.status is RunStatus.SILENT else "bold")
     if shot.strategy:
         more = (shot.phases or 0) - shot.phase - 1
         yield Text(f"phase {shot.phase}    {shot.strategy}{f', {more} more to come' if more > 0 else ''}")
@@ -96,11 +96,11 @@ def _plural(count: int, word: str) -> str:
 def _explain(shot: Snapshot) -> str:
     since = f"{time.strftime('%H:%M:%S', time.localtime(shot.since))} ({duration(shot.silence)} ago)"
     match shot.status:
-        case Status.WAITING:
+        case RunStatus.WAITING:
             return f"the run has not begun to write; its folder was made at {since}"
-        case Status.SILENT:
+        case RunStatus.SILENT:
             return f"nothing written since {since}: the run hangs, or was killed"
-        case Status.STOPPED:
+        case RunStatus.STOPPED:
             return f"the run stopped before its end, at {since}; hpctrain train --resume {shot.folder}"
         case _:
             return f"the run finished at {since}"
@@ -145,7 +145,7 @@ def _waits(shot: Snapshot) -> list[float]:
     return sorted(view.waiting for view in shot.ranks if view.waiting is not None and view.role == "worker")
 
 
-def _evaluation(shot: Snapshot, row: Evaluation) -> str:
+def _evaluation(shot: Snapshot, row: EvaluationRow) -> str:
     return f"{shot.metric} {row.metric:.4f}, loss {row.loss:.4f} at epoch {row.epoch:.2f}"
 
 
@@ -212,7 +212,7 @@ def _style(view: RankView) -> str:
 # -- one line ----------------------------------------------------------------------------------------------------
 def line(shot: Snapshot) -> str:
     """The snapshot in a line, for a log."""
-    parts = [time.strftime("%H:%M:%S"), shot.status.value if shot.status is Status.RUNNING else _explain(shot)]
+    parts = [time.strftime("%H:%M:%S"), shot.status.value if shot.status is RunStatus.RUNNING else _explain(shot)]
     if shot.share is not None:
         parts.append(f"{100 * shot.share:.0f} %")
     if shot.strategy:
@@ -225,7 +225,7 @@ def line(shot: Snapshot) -> str:
         parts.append(f"{shot.rate:,.0f} samples/s")
     if waits := _waits(shot):
         parts.append(f"waiting {100 * median(waits):.0f} %")
-    if shot.left is not None and shot.status is Status.RUNNING:
+    if shot.left is not None and shot.status is RunStatus.RUNNING:
         parts.append(f"{duration(shot.left)} left{' at most' if shot.may_stop_early else ''}")
     parts += [f"rank {view.rank} {_mark(view)}" for view in shot.ranks if _style(view)]
     return "  ".join(parts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class Status(Enum):
+class RunStatus(Enum):
     """How a run stands, as far as its folder tells."""
 
     WAITING = "has not begun to write"
@@ -18,12 +18,12 @@ class Status(Enum):
     @property
     def over(self) -> bool:
         """Whether nothing more will come."""
-        return self in (Status.STOPPED, Status.FINISHED)
+        return self in (RunStatus.STOPPED, RunStatus.FINISHED)
 
     @property
     def going(self) -> bool:
         """Whether, as far as one can tell, ranks are at work."""
-        return self in (Status.WAITING, Status.RUNNING)
+        return self in (RunStatus.WAITING, RunStatus.RUNNING)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RankView:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationRow:
     """A row of metrics.csv."""
 
     split: str
@@ -58,7 +58,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Told:
+class Notice:
     """An event worth a line, `seconds` after the first rank began to write."""
 
     seconds: float
@@ -79,7 +79,7 @@ class Snapshot:
 
     name: str
     folder: str
-    status: Status
+    status: RunStatus
     since: float
     silence: float
     attempt: int = 1
@@ -99,9 +99,9 @@ class Snapshot:
     loss: float | None = None
     history: tuple[float, ...] = ()
     metric: str = "metric"
-    evaluations: tuple[Evaluation, ...] = ()
-    best: Evaluation | None = None
-    told: tuple[Told, ...] = ()
+    evaluations: tuple[EvaluationRow, ...] = ()
+    best: EvaluationRow | None = None
+    told: tuple[Notice, ...] = ()
     ranks: tuple[RankView, ...] = ()
     notes: tuple[str, ...] = ()
 

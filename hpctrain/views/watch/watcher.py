@@ -23,7 +23,7 @@ from hpctrain.views.watch.evaluations import read_evaluations
 from hpctrain.views.watch.history import History
 from hpctrain.views.watch.plan import read_plan
 from hpctrain.views.watch.recent import Recent, Sums
-from hpctrain.views.watch.snapshot import Evaluation, RankView, Snapshot, Status, Told
+from hpctrain.views.watch.snapshot import EvaluationRow, Notice, RankView, RunStatus, Snapshot
 from hpctrain.views.watch.tail import News, Tail
 
 STRAGGLER = 1.5  # times the other workers' median: forward and backward pass of a sample
@@ -213,14 +213,14 @@ class Watcher:
             notes=self._notes(),
         )
 
-    def _status(self, silence: float) -> Status:
+    def _status(self, silence: float) -> RunStatus:
         tails = [rank.tail for rank in self._attempt.ranks.values()]
         if not tails:
-            return Status.WAITING
+            return RunStatus.WAITING
         silent = silence > max(map(self._patience, self._attempt.ranks.values()))
         if all(tail.closed for tail in tails) and (len(tails) == self._attempt.size or silent):
-            return Status.FINISHED if (self.folder / MODEL).exists() else Status.STOPPED
-        return Status.SILENT if silent else Status.RUNNING
+            return RunStatus.FINISHED if (self.folder / MODEL).exists() else RunStatus.STOPPED
+        return RunStatus.SILENT if silent else RunStatus.RUNNING
 
     def _patience(self, rank: _Rank) -> float:
         """How many seconds may pass between two of its writings; it writes after steps only."""
@@ -289,10 +289,10 @@ class Watcher:
         seconds = (pace[-1][0] - pace[0][0]) / 1e9
         return max(0, total - self._attempt.cursor) * seconds / (pace[-1][1] - pace[0][1])
 
-    def _told(self) -> tuple[Told, ...]:
+    def _told(self) -> tuple[Notice, ...]:
         begun = self._attempt.begun_ns
         events = sorted((t_ns, kind, text) for kind, (t_ns, text) in self._attempt.told.items())
-        return tuple(Told((t_ns - begun) / 1e9, kind, text) for t_ns, kind, text in events)
+        return tuple(Notice((t_ns - begun) / 1e9, kind, text) for t_ns, kind, text in events)
 
     def _notes(self) -> tuple[str, ...]:
         attempt = self._attempt
@@ -312,7 +312,7 @@ def _begun(folder: Path) -> float:
     return (path if path.exists() else folder).stat().st_mtime
 
 
-def _best(evaluations: list[Evaluation], higher_is_better: bool) -> Evaluation | None:
+def _best(evaluations: list[EvaluationRow], higher_is_better: bool) -> EvaluationRow | None:
     """Of the split that is evaluated during the run, if it was more than once."""
     rows = [row for row in evaluations if row.split == evaluations[0].split]
     if len(rows) < 2:
