@@ -32,7 +32,7 @@ from hpctrain.conformance.task import vector as vector
 from hpctrain.data.splits import Splits
 from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
-from hpctrain.job.tables import Enter
+from hpctrain.job.phases import Enter
 from hpctrain.run.api import Result, session, train
 from hpctrain.run.folder import Narrator
 from hpctrain.trace.recorder import Recorder

@@ -12,8 +12,9 @@ from pydantic_core import PydanticUndefined
 
 from hpctrain.job import Job, registry
 from hpctrain.job.messages import allowed_text, kind_text, table_of, value_text
+from hpctrain.job.phases import PhaseTable, StrategySpec
 from hpctrain.job.spec import Choice, Named, options_class
-from hpctrain.job.tables import Amount, PhaseTable, StrategySpec
+from hpctrain.job.tables import Amount
 
 OWN = '"package.module:attribute"'
 WRITTEN_OUT = {"strategy": "strategy", "rule": "phases.N.until"}  # where the options of each kind are listed

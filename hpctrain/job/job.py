@@ -25,20 +25,17 @@ from pydantic import (
 from hpctrain.errors import ClusterError, JobError
 from hpctrain.job import file as jobfile
 from hpctrain.job.messages import LARGEST, FaultyJobError, fail, faults, job_error, raise_all, unwritable
+from hpctrain.job.phases import Enter, PhaseTable, StrategySpec, SwitchOptions
 from hpctrain.job.spec import RECORDED, Choice, Named
 from hpctrain.job.tables import (
     Amount,
     CommunicatorTable,
     Data,
     Debug,
-    Enter,
     Loss,
     Metric,
     ModelTable,
     Optimizer,
-    PhaseTable,
-    StrategySpec,
-    SwitchOptions,
     Trace,
     Train,
 )

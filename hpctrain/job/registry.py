@@ -20,7 +20,7 @@ STRATEGIES = {
     "all_reduce": "hpctrain.strategies.all_reduce:AllReduce",
     "local_sgd": "hpctrain.strategies.local_sgd:LocalSGD",
     "parameter_server": "hpctrain.strategies.parameter_server:ParameterServer",
-    "switch": "hpctrain.job.tables:Switch",
+    "switch": "hpctrain.job.phases:Switch",
 }
 MODELS = {
     "mlp": "hpctrain.models.mlp:mlp",

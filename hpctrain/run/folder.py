@@ -17,7 +17,7 @@ from hpctrain.cluster import Roles
 from hpctrain.errors import CheckpointError, JobError
 from hpctrain.filenames import HISTORY, JOB, METRICS
 from hpctrain.job import Job
-from hpctrain.job.tables import StrategySpec
+from hpctrain.job.phases import StrategySpec
 from hpctrain.run.checkpoint import list_checkpoints
 from hpctrain.text import shown
 

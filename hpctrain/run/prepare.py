@@ -26,8 +26,8 @@ from hpctrain.data.order import Order
 from hpctrain.data.splits import Splits, load_data, make_order
 from hpctrain.errors import ClusterError, DataError, JobError, ModelError
 from hpctrain.job import Job, registry
+from hpctrain.job.phases import Enter
 from hpctrain.job.roles import roles_of
-from hpctrain.job.tables import Enter
 from hpctrain.models import losses, metrics
 from hpctrain.optimizer import OptimizerChoice
 from hpctrain.replica import Replica

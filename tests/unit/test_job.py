@@ -412,7 +412,7 @@ MISTAKES = [
         'strategy = {name = "switch", then = "switch"}',
         'strategy.then.name = "switch": is a schedule of phases itself, so it cannot be one of them; name another',
     ),
-    ('strategy = {name = "switch", first = "hpctrain.job.tables:Switch"}', "is a schedule of phases itself"),
+    ('strategy = {name = "switch", first = "hpctrain.job.phases:Switch"}', "is a schedule of phases itself"),
     (
         'phases = [{strategy = "switch"}]',
         'phases.0.strategy.name = "switch": is a schedule of phases itself, so it cannot be one of them; name another',

@@ -16,7 +16,7 @@ from hpctrain.clock.rules import Rule
 from hpctrain.clock.samples import RunClock
 from hpctrain.errors import JobError
 from hpctrain.job import Job
-from hpctrain.job.tables import RuleSpec
+from hpctrain.job.phases import RuleSpec
 from hpctrain.trace.events import Event
 
 CLOCK = RunClock(epoch=100, round=10, total=10_000)
