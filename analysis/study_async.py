@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 
 from hpctrain import launcher
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.job import Job
 from hpctrain.run.api import Result, train
 from hpctrain.run.folder import Narrator

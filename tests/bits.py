@@ -29,7 +29,7 @@ from torch.utils.data import TensorDataset
 import hpctrain
 from hpctrain.cluster import launched_rank
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.run.folder import Narrator
 
 Tables = dict[str, Any]

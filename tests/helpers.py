@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from hpctrain.comm.base import Communicator, Tag
-from hpctrain.comm.virtual import Compute, World
+from hpctrain.comm.virtual.platform import Compute
+from hpctrain.comm.virtual.world import World
 from hpctrain.conformance.checks import Counted as Counted
 from hpctrain.conformance.task import SAMPLES as SAMPLES
 from hpctrain.conformance.task import STEPS as STEPS

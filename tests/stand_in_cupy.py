@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.comm.gpu import Gpu
+from hpctrain.comm.device.gpu import Gpu
 
 RUBBISH = 0xA5
 

@@ -119,7 +119,7 @@ class HandMade:
 
 def train_traced(folder: Path, job: Job, size: int, **world: Any) -> Run:
     """Train over virtual ranks (arguments of `World`), whose traces go to `folder` in virtual time."""
-    from hpctrain.comm.virtual import World
+    from hpctrain.comm.virtual.world import World
     from hpctrain.run.api import train
     from hpctrain.run.folder import Narrator
     from hpctrain.trace import open_run

@@ -107,7 +107,7 @@ def _of_straggler(analysis: Analysis, slow: Straggler, share: pd.Series[float], 
 
 
 def _lateness(analysis: Analysis, rank: int) -> str:
-    """"its gradients are 5.2 versions late (the others' 2.0)", where there is such a thing."""
+    """ "its gradients are 5.2 versions late (the others' 2.0)", where there is such a thing."""
     staleness = analysis.staleness
     staleness = staleness[staleness["staleness_max"] >= 0]
     own = staleness.loc[staleness["rank"] == rank, "staleness_max"]

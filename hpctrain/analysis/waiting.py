@@ -78,8 +78,10 @@ def _waits(spans: pd.DataFrame) -> pd.DataFrame:
 def _for_last(inside: pd.DataFrame) -> pd.DataFrame:
     """Collectives: until the last rank has come; a broadcast's receivers until its sender has."""
     key = ["attempt", "id"]
-    arrivals = inside.assign(sends=inside["kind"] == Kind.SEND).groupby([*key, "rank"], as_index=False).agg(
-        came=("start_ns", "min"), sends=("sends", "any")
+    arrivals = (
+        inside.assign(sends=inside["kind"] == Kind.SEND)
+        .groupby([*key, "rank"], as_index=False)
+        .agg(came=("start_ns", "min"), sends=("sends", "any"))
     )
     order = arrivals.sort_values(["sends", "came"])
     last = order.groupby(key, as_index=False).agg(peer=("rank", "last"), came=("came", "last"), ranks=("rank", "size"))

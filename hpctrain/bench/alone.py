@@ -8,8 +8,9 @@ from collections.abc import Callable
 import numpy as np
 
 from hpctrain.bench.report import FigureTable, Sample
-from hpctrain.comm.network import FreeNetwork, LinkNetwork, Network
-from hpctrain.comm.virtual import VirtualCommunicator, World
+from hpctrain.comm.virtual.communicator import VirtualCommunicator
+from hpctrain.comm.virtual.network import FreeNetwork, LinkNetwork, Network
+from hpctrain.comm.virtual.world import World
 from hpctrain.trace.recorder import measure_span_cost
 from hpctrain.trace.resources import measure_sample_cost
 

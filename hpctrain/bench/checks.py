@@ -9,7 +9,6 @@ from statistics import median
 
 import numpy as np
 
-from hpctrain import blocks
 from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.bench.runs import quiet_session, random_samples
 from hpctrain.bench.workload import HIDDEN, MLP, RESNET, Load
@@ -20,6 +19,7 @@ from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
 from hpctrain.models.mlp import mlp
 from hpctrain.models.resnet18 import resnet18
+from hpctrain.replica import blocks
 from hpctrain.run.api import Session, fit_batch
 
 TURN = 2  # steps

@@ -13,8 +13,8 @@ from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.bench.workload import LOADS, Alone, Load, Workload
 from hpctrain.comm.base import Arena, Communicator
 from hpctrain.job import registry
-from hpctrain.optimizer import slice_bounds
-from hpctrain.replica import Layout, as_tensor
+from hpctrain.replica.layout import Layout, slice_bounds
+from hpctrain.replica.tensors import as_tensor
 from hpctrain.strategies.base import Strategy
 from hpctrain.strategies.phase import Phase
 

@@ -14,8 +14,8 @@ from hpctrain.cluster import assign_roles
 from hpctrain.comm.base import Communicator
 from hpctrain.models.mlp import mlp
 from hpctrain.models.resnet18 import resnet18
-from hpctrain.optimizer import OptimizerChoice
-from hpctrain.replica import Replica
+from hpctrain.replica.optimizer import OptimizerChoice
+from hpctrain.replica.replica import Replica
 from hpctrain.run.phase import split_by_role, updating
 from hpctrain.strategies.base import Strategy
 from hpctrain.strategies.phase import Dealing, Members, Phase

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hpctrain.data.splits import Splits
-    from hpctrain.replica import Layout
+    from hpctrain.replica.layout import Layout
 
 FREE = ("output", "threads")  # rank 0 alone makes the run folder; nodes may have unlike processors
 MOST_NAMED = 3

@@ -1,8 +1,9 @@
 """The communicator: MPI's verbs on arenas and their slices, plus clock, spans and threads.
 
-Two implementations: `mpi.MpiCommunicator` (real ranks) and `virtual.VirtualCommunicator` (coroutines on a
-virtual clock). Strategies see only this file. Buffers are one-dimensional, C-contiguous NumPy arrays (or CuPy
-arrays, where a device path is in use) of float16, float32, float64, bfloat16 (`ml_dtypes.bfloat16`) or integers.
+Two implementations: `MpiCommunicator` in `mpi` (real ranks) and `VirtualCommunicator` in `virtual` (coroutines on a
+virtual clock); `DeviceCommunicator` in `device` wraps one of them. Strategies see only this file. Buffers are
+one-dimensional, C-contiguous NumPy arrays (or CuPy arrays, where a device path is in use) of float16, float32,
+float64, bfloat16 (`ml_dtypes.bfloat16`) or integers.
 """
 
 from __future__ import annotations
@@ -13,12 +14,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import ml_dtypes
 import numpy as np
-
-from hpctrain.errors import HpctrainError
 
 if TYPE_CHECKING:
     from hpctrain.trace.recorder import Recorder
@@ -27,7 +26,6 @@ Buffer = Any  # np.ndarray, or a CuPy array on the device path
 Share = Literal["node", "rank"]
 Operation = Literal["sum", "max", "min"]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-ANY_SOURCE = -1
 
 
 class Tag(IntEnum):
@@ -49,34 +47,41 @@ def barrier_id(communicator: int, arena: int) -> int:
     return communicator << 44 | 1 << 43 | (arena & 0x7FF) << 32
 
 
-class NotSupportedError(HpctrainError):
-    """This communicator has no such verb (failure handling, say)."""
-
-
-class Status(NamedTuple):
-    """What a receive got: `source` rank, `tag`, and how many `elements`."""
-
-    source: int
-    tag: int
-    elements: int
-
-
 class Request(ABC):
-    """A started operation. Its buffers belong to the communicator until it is done."""
+    """A started operation. Its buffers belong to the communicator until it is done.
+
+    Strategies use `test`, `wait` and `cancel`; the others are for `Communicator.wait_any`.
+    """
 
     __slots__ = ()
 
     @abstractmethod
     def test(self) -> bool:
-        """True once done; never waits."""
+        """Whether it is done; never waits."""
 
     @abstractmethod
-    def wait(self) -> Status:
-        """Wait until done. Of a send or collective the status' fields are -1."""
+    def wait(self) -> int:
+        """Wait until it is done. Returns how many elements were received; 0 for a send or a collective."""
 
     def cancel(self) -> None:
-        """Withdraw a receive that nobody will ever match (when a server ends)."""
-        raise NotSupportedError("this request cannot be cancelled")
+        """Withdraw a receive that no send will match (when a server ends). Only receives can be cancelled."""
+        raise NotImplementedError("only a receive can be cancelled")
+
+    def over(self) -> bool:
+        """Like `test`, but leaves nothing in the trace."""
+        return self.test()
+
+    def pending(self) -> Request | None:
+        """The operation of the communicator underneath that has to end next: this one, unless it is made of others.
+        None while it waits for something else, such as a copy or a thread."""
+        return self
+
+    def watch(self, waits: bool) -> None:  # noqa: B027 (a rank that polls has nothing to do)
+        """The caller begins to wait for this among other requests, or no longer does (`waits` False). Where ranks are
+        coroutines, the caller is resumed when this may be done."""
+
+    def explain(self) -> None:  # noqa: B027 (most leave the span as it is)
+        """Enter into the caller's open span which message this was, if it is a receive. Only once it is over."""
 
 
 class Arena(ABC):
@@ -93,18 +98,6 @@ class Arena(ABC):
     @abstractmethod
     def free(self) -> None:
         """Give the memory back. Collective over the node's ranks if shared. Views must no longer be used."""
-
-
-class Counter(ABC):
-    """An integer that all ranks of a communicator see (the cursor of a shared sample queue)."""
-
-    @abstractmethod
-    def fetch_add(self, amount: int) -> int:
-        """Add atomically and return the value before."""
-
-    @abstractmethod
-    def free(self) -> None:
-        """Give it back. Collective."""
 
 
 class Thread(ABC):
@@ -141,21 +134,22 @@ class Communicator(ABC):
 
     @abstractmethod
     def start_recv(self, buffer: Buffer, source: int, tag: int) -> Request:
-        """`source` may be ANY_SOURCE. The message may be shorter than the buffer."""
+        """The message may be shorter than the buffer."""
 
     def send(self, buffer: Buffer, dest: int, tag: int) -> None:
         self.start_send(buffer, dest, tag).wait()
 
-    def recv(self, buffer: Buffer, source: int, tag: int) -> Status:
+    def recv(self, buffer: Buffer, source: int, tag: int) -> int:
+        """Returns how many elements were received."""
         return self.start_recv(buffer, source, tag).wait()
 
-    def sendrecv(self, out: Buffer, dest: int, into: Buffer, source: int, tag: int) -> Status:
-        """Send and receive at once; cannot deadlock in a ring."""
+    def sendrecv(self, out: Buffer, dest: int, into: Buffer, source: int, tag: int) -> int:
+        """Send and receive at once; cannot deadlock in a ring. Returns how many elements were received."""
         incoming = self.start_recv(into, source, tag)
         outgoing = self.start_send(out, dest, tag)
-        status = incoming.wait()
+        elements = incoming.wait()
         outgoing.wait()
-        return status
+        return elements
 
     @abstractmethod
     def wait_any(self, requests: Sequence[Request]) -> int:
@@ -179,10 +173,6 @@ class Communicator(ABC):
     @abstractmethod
     def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
         """The library's all-reduce, started; every rank must start the same ones in the same order."""
-
-    @abstractmethod
-    def reduce_scatter(self, buffer: Buffer, bounds: Sequence[int], operation: Operation = "sum") -> None:
-        """After it buffer[bounds[rank]:bounds[rank + 1]] is reduced; the rest of the buffer is undefined."""
 
     @abstractmethod
     def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
@@ -236,10 +226,6 @@ class Communicator(ABC):
     def wait(self, arena: Arena) -> None:
         """Wait until every rank of the node has notified `arena` as often as this rank has: a node barrier."""
 
-    @abstractmethod
-    def counter(self) -> Counter:
-        """A new shared counter, at 0."""
-
     # -- time, threads -----------------------------------------------------------------------------------
     @abstractmethod
     def now(self) -> int:
@@ -269,16 +255,6 @@ class Communicator(ABC):
         other = copy(self)
         other.recorder = self.recorder.lane(number)
         return other
-
-    # -- failures (answered by communicators that can) -----------------------------------------------------
-    def revoke(self) -> None:
-        raise NotSupportedError("this communicator cannot be revoked")
-
-    def agree(self, value: bool) -> bool:
-        raise NotSupportedError("this communicator cannot agree after a failure")
-
-    def shrink(self) -> Communicator:
-        raise NotSupportedError("this communicator cannot shrink")
 
     @abstractmethod
     def free(self) -> None:

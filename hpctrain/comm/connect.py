@@ -26,15 +26,16 @@ def connect(job: Job | None = None) -> Communicator:
     Raises ClusterError where the launcher and the MPI library do not belong together. From then on a program that ends
     with an uncaught exception ends all ranks.
     """
-    from hpctrain.comm import mpi
+    from hpctrain.comm.mpi import library
+    from hpctrain.comm.mpi.communicator import world
     from hpctrain.trace.recorder import NullRecorder, Recorder
 
-    check_singleton(mpi.launched_together(), mpi.library(), os.environ)
+    check_singleton(library.launched_together(), library.name(), os.environ)
     if job is None:
-        comm = mpi.world()
+        comm = world()
     else:
         recorder = Recorder(time.monotonic_ns) if job.trace.enabled else NullRecorder()
-        comm = mpi.world(recorder, job.communicator.ranks_per_node, job.communicator.wait)
+        comm = world(recorder, job.communicator.ranks_per_node, job.communicator.wait)
     if comm.size > 1:
         end_all_ranks_with_this_program()
     return comm
@@ -45,8 +46,8 @@ def place_arenas(job: Job, comm: Communicator, device: torch.device) -> tuple[Co
 
     Raises ClusterError, on all ranks, where some computes on a GPU and others do not.
     """
-    from hpctrain.comm.device import open_device
-    from hpctrain.comm.gpu import usable_gpus
+    from hpctrain.comm.device.choice import open_device
+    from hpctrain.comm.device.gpu import usable_gpus
 
     kinds = comm.gather_json(device.type)
     if len(set(kinds)) > 1:

@@ -67,7 +67,7 @@ def _status(error: BaseException) -> int:
 
 
 def _abort(status: int) -> None:
-    from hpctrain.comm.start import MPI
+    from hpctrain.comm.mpi.start import MPI
 
     world: Any = MPI.COMM_WORLD
     world.Abort(status)

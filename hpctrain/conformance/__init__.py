@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.conformance.checks import CHECKS, BrokenPromiseError, Check, if_exact
 from hpctrain.conformance.task import Subject
 from hpctrain.errors import ClusterError, HpctrainError, JobError, NanError

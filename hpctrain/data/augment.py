@@ -44,6 +44,4 @@ def draws_only_from_its_own(function: Augmentation) -> bool:
 
 def _overlap(move: int, length: int) -> tuple[slice, slice]:
     """(where pixels go, where they come from) along an axis of `length`."""
-    return slice(max(move, 0), max(length + min(move, 0), 0)), slice(
-        max(-move, 0), max(length - max(move, 0), 0)
-    )
+    return slice(max(move, 0), max(length + min(move, 0), 0)), slice(max(-move, 0), max(length - max(move, 0), 0))

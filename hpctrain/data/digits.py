@@ -26,9 +26,7 @@ def digits() -> Splits:
     test = stratified(targets, TEST_IMAGES, 0)
     images = torch.from_numpy((pixels / 16).astype(np.float32).reshape(-1, 1, 8, 8))
     classes = torch.from_numpy(targets)
-    return Splits(
-        TensorDataset(images[~test], classes[~test]), None, TensorDataset(images[test], classes[test])
-    )
+    return Splits(TensorDataset(images[~test], classes[~test]), None, TensorDataset(images[test], classes[test]))
 
 
 def _read() -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -40,9 +38,7 @@ def _read() -> tuple[NDArray[Any], NDArray[np.int64]]:
     """
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
-        raise DataError(
-            'data.name = "digits": scikit-learn, which brings these images, is missing; install it'
-        )
+        raise DataError('data.name = "digits": scikit-learn, which brings these images, is missing; install it')
     path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if path.is_file():
         table = np.loadtxt(path, delimiter=",")

@@ -187,9 +187,7 @@ class Loader:
 
     def _fetch_ahead(self, start: int, stop: int, known: int | None) -> Batch:
         if self._outdated(stop, known):
-            raise ValueError(
-                "behind the end of the stream"
-            )  # never taken, and to read it would lose the place
+            raise ValueError("behind the end of the stream")  # never taken, and to read it would lose the place
         return self._fetch(start, stop)
 
     def _fetch(self, start: int, stop: int) -> Batch:

@@ -52,13 +52,9 @@ def _part(folder: Path, part: str, limit: int | None) -> Images:
     images_path, labels_path = (_find(folder, f"{part}-{kind}") for kind in ("images-idx3", "labels-idx1"))
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim != 3 or images.shape[1:] != (28, 28):
-        raise DataError(
-            f"{images_path} holds an array of shape {images.shape}; (images, 28, 28) was expected"
-        )
+        raise DataError(f"{images_path} holds an array of shape {images.shape}; (images, 28, 28) was expected")
     if labels.ndim != 1:
-        raise DataError(
-            f"{labels_path} holds an array of shape {labels.shape}; one label per image was expected"
-        )
+        raise DataError(f"{labels_path} holds an array of shape {labels.shape}; one label per image was expected")
     if len(images) != len(labels):
         raise DataError(
             f"{images_path} holds {len(images)} images, but {labels_path.name} {len(labels)} labels; "
@@ -78,8 +74,7 @@ def _find(folder: Path, stem: str) -> Path:
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise DataError(
-            f"the MNIST folder {folder} {what}; set data.path, or HPCTRAIN_DATA to the folder that has "
-            "mnist/ in it"
+            f"the MNIST folder {folder} {what}; set data.path, or HPCTRAIN_DATA to the folder that has mnist/ in it"
         )
     names = [f"{name}-ubyte{end}" for name in (stem, stem.replace("-idx", ".idx")) for end in ("", ".gz")]
     places = [folder / "mnist", folder]
@@ -114,10 +109,6 @@ def _parse(file: IO[Any], path: Path) -> NDArray[np.uint8]:
     while len(data) <= expected and (chunk := file.read(_CHUNK)):  # never by the header's word alone
         data += chunk
     if len(data) != expected:
-        what = (
-            f"is truncated: it holds {len(data)}"
-            if len(data) < expected
-            else "is too long: it holds more than the"
-        )
+        what = f"is truncated: it holds {len(data)}" if len(data) < expected else "is too long: it holds more than the"
         raise DataError(f"{path} {what} bytes of data; its header says {expected} {shape}; fetch it again")
     return np.frombuffer(data, np.uint8).reshape(shape)

@@ -70,13 +70,9 @@ class Order:
     def _permutation(self, epoch: int) -> Indices:
         with self._lock:
             if epoch not in self._permutations:
-                while (
-                    len(self._permutations) > 1
-                ):  # the epoch before is still fetched from at an epoch's start
+                while len(self._permutations) > 1:  # the epoch before is still fetched from at an epoch's start
                     del self._permutations[min(self._permutations)]
-                self._permutations[epoch] = permutation(self._of or self.length or 0, self.seed, epoch)[
-                    : self.length
-                ]
+                self._permutations[epoch] = permutation(self._of or self.length or 0, self.seed, epoch)[: self.length]
             return self._permutations[epoch]
 
 

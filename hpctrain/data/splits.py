@@ -40,9 +40,7 @@ def load_data(job: Job) -> Splits:
     if callable(source) and not _is_data(source):
         source = _call(source, options, name)
     elif options:
-        raise DataError(
-            f"data.{next(iter(options))}: the data set was given as an object, which takes no options"
-        )
+        raise DataError(f"data.{next(iter(options))}: the data set was given as an object, which takes no options")
     splits = _as_splits(source, name)
     for part in ("train", "validation", "test"):
         _check(getattr(splits, part), part, name)
@@ -82,9 +80,7 @@ def _call(function: Callable[..., Any], options: dict[str, Any], name: str) -> A
     unknown = [key for key in options if key not in takes]
     if unknown and not any(one.kind == one.VAR_KEYWORD for one in parameters):
         guess = did_you_mean(unknown[0], takes)
-        raise DataError(
-            f"data.{unknown[0]}: {name} has no such option{guess}; it takes {', '.join(takes) or 'none'}"
-        )
+        raise DataError(f"data.{unknown[0]}: {name} has no such option{guess}; it takes {', '.join(takes) or 'none'}")
     try:
         signature.bind(**options)
     except TypeError as error:
@@ -115,9 +111,7 @@ def _check(dataset: Any, part: str, name: str) -> None:
     if dataset is None and part != "train":
         return
     if not _is_dataset(dataset):
-        raise DataError(
-            f"{name}: its {part} part is of type {type(dataset).__name__}, which is no torch data set"
-        )
+        raise DataError(f"{name}: its {part} part is of type {type(dataset).__name__}, which is no torch data set")
     if isinstance(dataset, IterableDataset):
         empty = _stream_length(dataset) == 0
     else:
@@ -153,9 +147,7 @@ def _hold_back(splits: Splits, share: float, seed: int) -> Splits:
     length = len(splits.train)
     count = round(share * length)
     if not 0 < count < length:
-        raise DataError(
-            f"{key}: of {length} training samples that leaves {count} to validate and {length - count}"
-        )
+        raise DataError(f"{key}: of {length} training samples that leaves {count} to validate and {length - count}")
     targets = known_targets(splits.train)
     held = stratified(np.zeros(length) if targets is None else targets, count, seed)
     train = Subset(splits.train, np.flatnonzero(~held).tolist())

@@ -42,7 +42,7 @@ def main(as_json: bool = False, path: str | None = None, load: Callable[[], Job]
 
 def _examine(as_json: bool, path: str | None, load: Callable[[], Job] | None, watch: Watch, rank: int) -> int:
     from hpctrain.comm.connect import report
-    from hpctrain.comm.virtual import World
+    from hpctrain.comm.virtual.world import World
     from hpctrain.doctor.gather import join
     from hpctrain.doctor.machine import remove_segments
 

@@ -31,12 +31,12 @@ def join(known: MpiFacts) -> tuple[Communicator | None, MpiFacts]:
     No communicator where MPI cannot be had, or launcher and library do not belong together: `troubles` says why.
     """
     try:
-        from hpctrain.comm import mpi
         from hpctrain.comm.connect import connect
+        from hpctrain.comm.mpi import library
     except Exception as error:  # mpi4py raises all kinds where there is no library that it can load
         why = f"mpi4py cannot start MPI ({type(error).__name__}: {str(error).splitlines()[0]}); install an MPI library"
         return None, replace(known, troubles=known.troubles or [why])
-    told = replace(known, library=mpi.library(), standard=mpi.standard(), thread_level=mpi.thread_level())
+    told = replace(known, library=library.name(), standard=library.standard(), thread_level=library.thread_level())
     try:
         return connect(), told
     except ClusterError as error:
@@ -85,13 +85,13 @@ def _cuda_aware(comm: Communicator, ranks: list[RankFacts], job: Job | None) -> 
     if not comm.concurrent:
         return None, "MPI is not in use"
     if all(rank.device != "cpu" for rank in ranks):
-        from hpctrain.comm.cuda_aware import cuda_aware
+        from hpctrain.comm.device.cuda_aware import cuda_aware
 
         wanted = job.communicator.cuda_aware if job is not None else "auto"
         return cuda_aware(comm, wanted, int(ranks[comm.rank].device.split(":")[1]))
-    from hpctrain.comm import mpi
+    from hpctrain.comm.mpi import library
 
-    answers = comm.gather_json(mpi.cuda_support())
+    answers = comm.gather_json(library.cuda_support())
     known = None if None in answers else all(answers)
     says = "does not say" if known is None else f"says that it is {'' if known else 'not '}CUDA-aware"
     return known, f"the MPI library {says}"

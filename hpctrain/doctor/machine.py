@@ -128,7 +128,7 @@ def _look_at_torch() -> tuple[int, str | None, str | None, str | None]:
     try:
         import torch
 
-        from hpctrain.comm.gpu import usable_gpus
+        from hpctrain.comm.device.gpu import usable_gpus
 
         return (*usable_gpus(), torch.version.cuda, None)
     except Exception as error:  # whatever a broken installation raises

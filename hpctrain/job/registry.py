@@ -33,7 +33,7 @@ LOSSES = {"cross_entropy": "torch.nn.functional:cross_entropy", "mse": "torch.nn
 METRICS = {"accuracy": "hpctrain.models.metrics:accuracy"}
 AUGMENTATIONS = {"shift": "hpctrain.data.augment:shift", "flip": "hpctrain.data.augment:flip"}
 SCHEDULES = {name: f"hpctrain.clock.rates:{name}" for name in ("constant", "linear", "cosine", "step")}
-GROUPS = {"decay": "hpctrain.optimizer:decay"}
+GROUPS = {"decay": "hpctrain.replica.optimizer:decay"}
 RULES = {
     "after": "hpctrain.clock.rules:After",
     "loss_stable": "hpctrain.clock.rules:LossStable",

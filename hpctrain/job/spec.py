@@ -270,9 +270,7 @@ class Choice(BaseModel):
         return spec
 
 
-def _options(
-    cls: type[Choice], name: str, chosen: Any, table: dict[str, Any], context: Any
-) -> BaseModel | None:
+def _options(cls: type[Choice], name: str, chosen: Any, table: dict[str, Any], context: Any) -> BaseModel | None:
     """The further keys as the `Options` of the chosen class; every fault of theirs at once."""
     model = options_class(chosen)
     if model is None:

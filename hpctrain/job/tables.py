@@ -211,8 +211,11 @@ class Optimizer(Named):
 
 def _buffers(value: object) -> object:
     policies = get_args(Policy)
-    if value in policies if isinstance(value, str) else isinstance(value, dict) and all(
-        isinstance(key, str) and key and policy in policies for key, policy in value.items()
+    if (
+        value in policies
+        if isinstance(value, str)
+        else isinstance(value, dict)
+        and all(isinstance(key, str) and key and policy in policies for key, policy in value.items())
     ):
         return value
     allowed = ", ".join(f'"{policy}"' for policy in policies)

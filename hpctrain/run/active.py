@@ -11,6 +11,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.data.loader import Batch
 from hpctrain.interrupt import StopSignals
 from hpctrain.job import Job
+from hpctrain.replica.state import Own, State
 from hpctrain.run.claim import Claim
 from hpctrain.run.evaluate import Evaluation, evaluate
 from hpctrain.run.files import RunFiles
@@ -19,7 +20,6 @@ from hpctrain.run.keeper import Keeper
 from hpctrain.run.prepare import Prepared
 from hpctrain.run.totals import Totals
 from hpctrain.run.tracing import Tracing
-from hpctrain.state import Own, State
 from hpctrain.trace.events import Failure
 
 

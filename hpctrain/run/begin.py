@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from hpctrain.batchnorm import sync_layers
 from hpctrain.clock.decisions import Ask, EarlyStopping
 from hpctrain.comm.alike import check_alike, data_topic, job_topic, model_topic
 from hpctrain.comm.base import Communicator
@@ -16,6 +15,7 @@ from hpctrain.data.generators import seed_run
 from hpctrain.errors import CheckpointError
 from hpctrain.interrupt import StopSignals
 from hpctrain.job import Job
+from hpctrain.replica.batchnorm import sync_layers
 from hpctrain.run import claim, leaving
 from hpctrain.run import folder as runfolder
 from hpctrain.run.active import ActiveRun

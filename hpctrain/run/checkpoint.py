@@ -19,9 +19,9 @@ from torch import Tensor
 from hpctrain.comm.base import Buffer
 from hpctrain.errors import CheckpointError
 from hpctrain.filenames import CHECKPOINTS, MODEL
-from hpctrain.replica import as_array, as_tensor
+from hpctrain.replica.state import OPTIMIZER, Own, State
+from hpctrain.replica.tensors import as_array, as_tensor
 from hpctrain.run.untrained import digest
-from hpctrain.state import OPTIMIZER, Own, State
 from hpctrain.wrappers import plain_name
 
 FORMAT = "hpctrain-checkpoint-2"

@@ -169,5 +169,5 @@ def _other_job(folder: Path, changes: list[Change]) -> str:
     differ = listed(changes, "{key} is {old} there and {new} in this job")
     return (
         f"{folder} is a run of another job: {differ}; begin a new run without --resume, or change the run itself: "
-        f"hpctrain train --resume {folder} key=value ... (in Python resume=hpctrain.Resume(folder, changes=\"take\"))"
+        f'hpctrain train --resume {folder} key=value ... (in Python resume=hpctrain.Resume(folder, changes="take"))'
     )

@@ -102,7 +102,7 @@ def evaluate_run(folder: Path) -> list[str]:
     On this process alone: of the job's schedule, ranks and device nothing matters here. Returns what came out, as
     lines of text. Raises HpctrainErrors.
     """
-    from hpctrain.comm.virtual import World
+    from hpctrain.comm.virtual.world import World
     from hpctrain.errors import DataError
     from hpctrain.job import Job
     from hpctrain.run.checkpoint import load_model

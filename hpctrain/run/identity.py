@@ -66,4 +66,3 @@ def recorded(folder: Path) -> dict[str, Any]:
         return Job(**tables).plain()
     except JobError:  # it names an object of a program, or what is not there any more
         return tables
-

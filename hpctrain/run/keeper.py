@@ -10,12 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hpctrain.blocks import is_finite
 from hpctrain.comm.base import Communicator
 from hpctrain.data.generators import Generators, restore_texts
 from hpctrain.errors import CheckpointError, NanError
 from hpctrain.filenames import CHECKPOINTS
-from hpctrain.replica import Layout, as_array
+from hpctrain.replica.blocks import is_finite
+from hpctrain.replica.layout import Layout
+from hpctrain.replica.state import Own, Section, State, recv_state, send_state
+from hpctrain.replica.tensors import as_array
 from hpctrain.run import folder as runfolder
 from hpctrain.run.agreement import agreed
 from hpctrain.run.checkpoint import (
@@ -30,7 +32,6 @@ from hpctrain.run.checkpoint import (
 from hpctrain.run.files import RunFiles
 from hpctrain.run.prepare import Prepared
 from hpctrain.run.untrained import from_raw, raw
-from hpctrain.state import Own, Section, State, recv_state, send_state
 from hpctrain.strategies.phase import Phase
 from hpctrain.trace.events import CheckpointWritten
 from hpctrain.wrappers import named_parameters, plain_name, plain_state
@@ -89,14 +90,13 @@ class Keeper:
     def _save_own(self, phase: Phase, own: Own, cursor: int) -> tuple[list[dict[str, Any]], bool, str | None]:
         """Every worker's plain numbers; whether workers have files of arrays; what went wrong with one. Collective over
         the workers."""
-        assert phase.workers is not None
         failure = None
         if own.arrays:
             try:
                 save_own(self.folder, cursor, phase.worker_index, own)
             except CheckpointError as error:
                 failure = f"rank {self.comm.rank}: {error}"
-        rows = phase.workers.gather_json([own.numbers, bool(own.arrays), failure])
+        rows = phase.worker_comm.gather_json([own.numbers, bool(own.arrays), failure])
         failures = [row[2] for row in rows if row[2] is not None]
         return [row[0] for row in rows], any(row[1] for row in rows), failures[0] if failures else None
 

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import IterableDataset
 
-from hpctrain.batchnorm import Synchronised
 from hpctrain.data.generators import kept
 from hpctrain.data.memory import unwrap
 from hpctrain.data.order import round_bounds
 from hpctrain.errors import DataError, ModelError
+from hpctrain.replica.batchnorm import Synchronised
 
 if TYPE_CHECKING:
     from hpctrain.data.loader import Batch

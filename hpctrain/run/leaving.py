@@ -63,8 +63,7 @@ def agree_to_begin(comm: Communicator, how: str | None) -> None:
 
 def agree_to_leave(phase: Phase, step: int, leaves: bool, error: BaseException | None = None) -> None:
     """All workers leave the loop, or LeftError is raised. Collective over the workers."""
-    assert phase.workers is not None
-    told = phase.workers.gather_json([words(error), step, status_of(error)] if leaves else None)
+    told = phase.worker_comm.gather_json([words(error), step, status_of(error)] if leaves else None)
     left = [worker for worker, row in enumerate(told) if row is not None]
     if len(left) < len(told):
         how, at, status = told[left[0]] if left else ("", step, LeftError.status)

@@ -8,8 +8,9 @@ import torch
 
 from hpctrain.cluster import Roles
 from hpctrain.comm.base import Communicator
-from hpctrain.optimizer import OptimizerChoice, Update, make_update
-from hpctrain.replica import Layout
+from hpctrain.replica.layout import Layout
+from hpctrain.replica.optimizer import OptimizerChoice
+from hpctrain.replica.update import Update, make_update
 from hpctrain.strategies.phase import Updating
 
 

@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpctrain.batchnorm import BatchNorms
 from hpctrain.clock.decisions import Conductor
 from hpctrain.clock.rates import FunctionCourse, Pace, RateCourse, SteppedCourse
 from hpctrain.clock.rules import Rule
 from hpctrain.clock.samples import RunClock, interval, run_total
 from hpctrain.cluster import Roles, device_for, threads_for
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.gpu import usable_gpus
-from hpctrain.coupling import Coupling
+from hpctrain.comm.device.gpu import usable_gpus
 from hpctrain.data.generators import seed_run
 from hpctrain.data.loader import Batch, Loader, fetches_ahead
 from hpctrain.data.moving import casts, move
@@ -29,8 +27,10 @@ from hpctrain.job import Job, registry
 from hpctrain.job.phases import Enter
 from hpctrain.job.roles import roles_of
 from hpctrain.models import losses, metrics
-from hpctrain.optimizer import OptimizerChoice
-from hpctrain.replica import Replica
+from hpctrain.replica.batchnorm import BatchNorms
+from hpctrain.replica.coupling import Coupling
+from hpctrain.replica.optimizer import OptimizerChoice
+from hpctrain.replica.replica import Replica
 from hpctrain.run.lastround import check_batchnorm, whole_rounds
 from hpctrain.run.precision import bring
 from hpctrain.run.schedulers import stepped_course

@@ -22,7 +22,7 @@ from hpctrain.clock.rates import SteppedCourse
 from hpctrain.clock.samples import RunClock
 from hpctrain.errors import JobError
 from hpctrain.job import Job
-from hpctrain.optimizer import OptimizerChoice, momentum_of
+from hpctrain.replica.optimizer import OptimizerChoice, momentum_of
 
 TAKE_OBJECTS = (ChainedScheduler, LambdaLR, MultiplicativeLR, SequentialLR)
 BY_BATCH = (CyclicLR, OneCycleLR)  # which torch's documentation steps after every batch, the others after every epoch

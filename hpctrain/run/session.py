@@ -14,7 +14,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.data.loader import Batch
 from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
-from hpctrain.replica import Replica
+from hpctrain.replica.replica import Replica
 from hpctrain.run import finish, leaving
 from hpctrain.run.active import ActiveRun
 from hpctrain.run.entrance import Entrance

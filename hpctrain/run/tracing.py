@@ -128,7 +128,7 @@ def measure_links(comm: Communicator) -> None:
 
 
 def _attributes(job: Job, comm: Communicator, prepared: Prepared, attempt: int) -> dict[str, Any]:
-    from hpctrain.comm import mpi
+    from hpctrain.comm.mpi import library
 
     versions = {name: _version(name) for name in LIBRARIES}
     return {
@@ -142,7 +142,7 @@ def _attributes(job: Job, comm: Communicator, prepared: Prepared, attempt: int) 
         "job": job.dump(),
         "attempt": attempt,
         "python": platform.python_version(),
-        "mpi": mpi.library(),
+        "mpi": library.name(),
         **{name: text for name, text in versions.items() if text},
     }
 

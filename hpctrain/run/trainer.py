@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from hpctrain.blocks import is_finite
 from hpctrain.clock.decisions import Ask
-from hpctrain.coupling import Coupling
 from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.order import round_bounds
 from hpctrain.data.queue import Stretch
 from hpctrain.errors import HpctrainError
 from hpctrain.models.losses import check_differentiable, weigh
-from hpctrain.replica import Buckets
+from hpctrain.replica.blocks import is_finite
+from hpctrain.replica.buckets import Buckets
+from hpctrain.replica.coupling import Coupling
 from hpctrain.strategies.base import Outcome, Strategy
 from hpctrain.strategies.phase import Phase
 

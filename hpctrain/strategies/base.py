@@ -14,11 +14,11 @@ from pydantic import BaseModel
 
 from hpctrain.clock.decisions import Ask
 from hpctrain.cluster import Roles
-from hpctrain.state import Own
+from hpctrain.replica.state import Own
 
 if TYPE_CHECKING:
 
-    from hpctrain.state import State
+    from hpctrain.replica.state import State
     from hpctrain.strategies.phase import Phase
 
 Result = Literal["applied", "dropped", "local", "skipped"]
@@ -148,6 +148,3 @@ class Server:
         raise NotImplementedError
 
 
-def clip_factor(squares: float, limit: float) -> float:
-    """Of clipping by global norm (Pascanu et al. 2013), as torch.nn.utils.clip_grad_norm_ has it."""
-    return min(1.0, limit / (squares**0.5 + 1e-6))

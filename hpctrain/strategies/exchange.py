@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hpctrain.blocks import add_up, is_finite
-from hpctrain.optimizer import slice_bounds
-from hpctrain.replica import as_array, as_tensor, sum_of_squares
+from hpctrain.replica.blocks import add_up, is_finite, sum_of_squares
+from hpctrain.replica.layout import slice_bounds
+from hpctrain.replica.tensors import as_array, as_tensor
 from hpctrain.strategies.contribution import Contribution, nan_error, sum_error
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ class Exchange(ABC):
     _bad: int = 0  # 1 + the index of a parameter of which something not finite was to be applied; 0: none
 
     def __init__(self, phase: Phase) -> None:
-        assert phase.workers is not None
-        self.phase, self.comm, self.replica = phase, phase.workers, phase.replica
+        self.phase, self.comm, self.replica = phase, phase.worker_comm, phase.replica
 
     @abstractmethod
     def synchronise(self) -> None:
@@ -108,7 +107,7 @@ class SharedExchange(Exchange):
         owns = comm.local_rank < parts
         self.low, self.high = self._bounds[comm.local_rank : comm.local_rank + 2] if owns else (0, 0)
         self._across = comm.split(comm.local_rank if owns else None, comm.rank) if len(sizes) > 1 else None
-        self._arena = self.replica.gradient_arenas[0]
+        self._arena = self.replica.gradient_arena
         self._slices = [as_tensor(part)[self.low : self.high] for part in self._arena.parts]
         self.mean = torch.zeros_like(self._slices[0])
         width = Contribution.length(len(self.replica.layout.slots))
@@ -122,7 +121,6 @@ class SharedExchange(Exchange):
         comm, several = self.comm, len(set(self.comm.nodes)) > 1
         leaders = comm.split(0 if comm.local_rank == 0 else None) if several else None
         arena = self.replica.value_arena
-        assert arena is not None
         if leaders is not None:
             leaders.broadcast(arena.parts[0])
             leaders.free()
@@ -155,7 +153,6 @@ class SharedExchange(Exchange):
 
     def publish(self) -> None:
         arena = self.replica.value_arena
-        assert arena is not None
         self._faults.mine[0] = self._bad > 0
         self.comm.notify(arena)
         self.comm.wait(arena)
@@ -199,7 +196,6 @@ class MessageExchange(Exchange):
         self.low, self.high, self.mean = 0, self.replica.layout.length, self.replica.gradient
 
     def synchronise(self) -> None:
-        assert self.replica.value_arena is not None
         if not self.phase.members.equal:
             self.comm.broadcast(self.replica.value_arena.mine)
 
@@ -213,7 +209,7 @@ class MessageExchange(Exchange):
 
     def _sum(self) -> None:
         """Sum the arenas in place. A codec would encode here."""
-        self.comm.all_reduce(self.replica.gradient_arenas[0].mine, algorithm=self._algorithm)
+        self.comm.all_reduce(self.replica.gradient_arena.mine, algorithm=self._algorithm)
 
     def squares(self, part: torch.Tensor) -> float:
         return sum_of_squares(part)
@@ -239,7 +235,7 @@ class OverlappedExchange(MessageExchange):
         self._started: list[Request] = []
 
     def start(self, low: int, high: int) -> None:
-        self._started.append(self.comm.start_all_reduce(self.replica.gradient_arenas[0].mine[low:high]))
+        self._started.append(self.comm.start_all_reduce(self.replica.gradient_arena.mine[low:high]))
 
     def _sum(self) -> None:
         for request in self._started:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from hpctrain.comm.base import Communicator
-    from hpctrain.optimizer import Update
-    from hpctrain.replica import Replica
+    from hpctrain.replica.replica import Replica
+    from hpctrain.replica.update import Update
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,16 @@ class Phase:
     def workers(self) -> Communicator | None:
         """The workers alone, in rank order; None on a dedicated server."""
         return self.members.workers
+
+    @property
+    def worker_comm(self) -> Communicator:
+        """`workers`, for what only workers do. Raises RuntimeError on a dedicated server."""
+        if self.workers is None:
+            raise RuntimeError(
+                f"rank {self.comm.rank} is a dedicated server in phase {self.index}, so it is in no communicator of "
+                "workers; only workers may ask for it"
+            )
+        return self.workers
 
     @property
     def roles(self) -> Roles:

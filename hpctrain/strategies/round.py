@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpctrain.clock.decisions import Ask
 from hpctrain.errors import HpctrainError
-from hpctrain.state import (
+from hpctrain.replica.state import (
     OPTIMIZER,
     STRATEGY,
     Own,
@@ -25,14 +25,15 @@ from hpctrain.state import (
     send_state,
     start_send_state,
 )
-from hpctrain.strategies.base import Outcome, Strategy, clip_factor
+from hpctrain.strategies.base import Outcome, Strategy
+from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import Contribution, RoundTotals, Used, nan_error
 from hpctrain.strategies.phase import Phase
 
 if TYPE_CHECKING:
     import torch
 
-    from hpctrain.optimizer import Update
+    from hpctrain.replica.update import Update
     from hpctrain.strategies.exchange import Exchange
 
 
@@ -137,8 +138,7 @@ class RoundStrategy(Strategy):
 
     # -- the phase ---------------------------------------------------------------------------------------------
     def join(self, phase: Phase, state: State | None = None) -> None:
-        assert phase.workers is not None
-        self.phase, self.comm, self.version = phase, phase.workers, 0
+        self.phase, self.comm, self.version = phase, phase.worker_comm, 0
         self.exchange = exchange = self.make_exchange()
         values = phase.replica.values[exchange.low : exchange.high]
         self.update = phase.updating.make(values, exchange.low, exchange.high)
@@ -254,8 +254,7 @@ class RoundStrategy(Strategy):
 
     def _step_locally(self, local: Callable[[Step], None], part: Contribution) -> Contribution:
         """What counts of this worker's step. Raises NanError, on this worker alone, if that is not finite."""
-        from hpctrain.blocks import add_up
-        from hpctrain.replica import sum_of_squares
+        from hpctrain.replica.blocks import add_up, sum_of_squares
 
         phase, gradient = self.phase, self.phase.replica.gradient
         mean = part.weight / phase.dealing.batch or 1.0

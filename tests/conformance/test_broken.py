@@ -11,7 +11,7 @@ import torch
 
 from hpctrain.conformance import CHECKS, Subject, over_virtual_ranks
 from hpctrain.options import Options
-from hpctrain.state import Own
+from hpctrain.replica.state import Own
 from hpctrain.strategies.local_sgd import LocalSGD
 from hpctrain.strategies.round import Round, RoundStrategy, Step
 

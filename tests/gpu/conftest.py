@@ -14,7 +14,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = [item for item in items if HERE in item.path.parents]
     if not here:
         return
-    from hpctrain.comm.gpu import usable_gpus
+    from hpctrain.comm.device.gpu import usable_gpus
 
     gpus, why = usable_gpus()
     for item in here:

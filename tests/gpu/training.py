@@ -13,7 +13,7 @@ import torch
 
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import connect
-from hpctrain.comm.device import StagedCommunicator
+from hpctrain.comm.device.staged import StagedCommunicator
 from hpctrain.job import Job
 from hpctrain.run.api import fit, session
 from hpctrain.run.folder import Narrator

@@ -70,7 +70,7 @@ def join() -> Join:
     """join(ranks_per_node=None, traced=False): the communicator over all ranks. Collective, as every use of it."""
     import torch
 
-    from hpctrain.comm import mpi
+    from hpctrain.comm.mpi import communicator
 
     torch.set_num_threads(1)
     made: dict[tuple[int | None, bool], Communicator] = {}
@@ -78,7 +78,7 @@ def join() -> Join:
     def world(ranks_per_node: int | None = None, traced: bool = False) -> Communicator:
         key = ranks_per_node, traced
         if key not in made:
-            made[key] = mpi.world(Recorder() if traced else None, ranks_per_node)
+            made[key] = communicator.world(Recorder() if traced else None, ranks_per_node)
         return made[key]
 
     return world

@@ -19,11 +19,11 @@ QUEUES = ["shared", "static"]
 PULLS = """
 import sys
 import torch
-from hpctrain.comm import mpi
+from hpctrain.comm.mpi.communicator import world
 from tests import helpers
 
 torch.set_num_threads(1)
-comm = mpi.world()
+comm = world()
 servers, colocated = int(sys.argv[2]), sys.argv[3] == "beside"
 counts = helpers.whole_pulls(comm, sys.argv[1], helpers.served(servers=servers, colocated=colocated), pulls=5000)
 total = sum(comm.gather_json(counts))

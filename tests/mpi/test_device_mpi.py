@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from hpctrain.comm import mpi
 from hpctrain.comm.base import Tag
-from hpctrain.comm.device import StagedCommunicator
-from hpctrain.comm.gpu import SlotPool
+from hpctrain.comm.device.gpu import SlotPool
+from hpctrain.comm.device.staged import StagedCommunicator
+from hpctrain.comm.mpi.communicator import world
 from tests import helpers
 from tests.stand_in_cupy import Cuda
 
@@ -23,7 +23,7 @@ def staged() -> StagedCommunicator:
     """With slots so small that every message needs several."""
     torch.set_num_threads(1)
     gpu = Cuda().gpu()
-    return StagedCommunicator.around(mpi.world(), gpu, SlotPool(gpu, 64))
+    return StagedCommunicator.around(world(), gpu, SlotPool(gpu, 64))
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from hpctrain.comm import algorithms
 from hpctrain.comm.base import Operation
-from hpctrain.comm.network import FreeNetwork, LinkNetwork, Network
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.network import FreeNetwork, LinkNetwork, Network
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import HpctrainError
 
 NAMES = ["library", *algorithms.ALL_REDUCE]
@@ -96,13 +96,13 @@ def cuts(draw: st.DrawFn) -> list[int]:
 
 @settings(max_examples=60, deadline=None)
 @given(cuts(), networks)
-def test_reduce_scatter_then_all_gather(bounds: list[int], network: Network) -> None:
+def test_ring_reduce_scatter_then_all_gather(bounds: list[int], network: Network) -> None:
     size, length = len(bounds) - 1, bounds[-1]
     values = given_values(size, length, np.float32)
 
     def body(comm):
         buffer = values[comm.rank].copy()
-        comm.reduce_scatter(buffer, bounds)
+        algorithms.ring_reduce_scatter(comm, buffer, bounds, "sum", range(size))
         low, high = bounds[comm.rank : comm.rank + 2]
         own = buffer[low:high].copy()
         buffer[:low], buffer[high:] = np.nan, np.nan

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from hpctrain.comm.alike import Topic, check_alike
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.data.loader import Loader
 from hpctrain.data.order import Order
 from hpctrain.data.splits import Splits

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import JobError, NanError
-from hpctrain.strategies.base import clip_factor
+from hpctrain.strategies.clipping import clip_factor
 from tests import helpers
 from tests.marks import slow
 

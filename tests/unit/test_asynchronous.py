@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.network import LinkNetwork
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.network import LinkNetwork
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import NanError
 from hpctrain.run.api import Result
 from hpctrain.trace.schema import OUTCOME_CODES

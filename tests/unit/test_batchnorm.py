@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from hpctrain import Job
-from hpctrain.batchnorm import BatchNorms
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import HpctrainError, ModelError
+from hpctrain.replica.batchnorm import BatchNorms
 from hpctrain.run.api import session, train
 from hpctrain.run.folder import Narrator
 from tests.marks import slow

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from hpctrain import bench, blocks
+from hpctrain import bench
 from hpctrain.bench import alone, asynchronous, checks, reading, switching, together, tracing, workload
 from hpctrain.bench.report import FigureTable, Report, Sample, number
 from hpctrain.cli import main
-from hpctrain.comm.network import FreeNetwork, LinkNetwork
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.network import FreeNetwork, LinkNetwork
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import ClusterError, HpctrainError
 from hpctrain.job import Job
+from hpctrain.replica import blocks
 from hpctrain.trace import open_run, sum_times
 from hpctrain.trace.schema import CLOCK, KIND_CODES, SPANS, STEPS
 from tests.traces import HandMade

@@ -18,8 +18,9 @@ from torch.utils.data import TensorDataset
 
 from hpctrain import Job
 from hpctrain.comm.base import BFLOAT16
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import CheckpointError
+from hpctrain.replica.state import Section, State
 from hpctrain.run.api import train
 from hpctrain.run.checkpoint import (
     FORMAT,
@@ -32,7 +33,6 @@ from hpctrain.run.checkpoint import (
 )
 from hpctrain.run.folder import Narrator
 from hpctrain.run.untrained import Untrained
-from hpctrain.state import Section, State
 
 NAMES = {"a.weight": (2, 3), "b": (), "h": (4,)}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.data.augment import flip
 from hpctrain.data.collate import collate
 from hpctrain.data.loader import Loader

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.job import Job
 from hpctrain.run.api import train
 from hpctrain.run.folder import Narrator

@@ -17,8 +17,8 @@ import pytest
 
 from hpctrain import launcher
 from hpctrain.cli import main
-from hpctrain.comm.network import LinkNetwork
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.network import LinkNetwork
+from hpctrain.comm.virtual.world import World
 from hpctrain.doctor import gather, links, machine, report
 from hpctrain.doctor.facts import Facts as Found
 from hpctrain.doctor.facts import FolderFacts, JobFacts, Link, MpiFacts, NodeFacts, RankFacts, ranges

@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import DataError
 from hpctrain.job import Job
 from hpctrain.models import losses, metrics

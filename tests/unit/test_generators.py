@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.data.generators import DrewError, Generators, NoDraws, kept, restore_texts, seed_all
 from hpctrain.data.loader import PROBES, Loader
 from hpctrain.data.order import Order, round_bounds

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.data.order import Order
 from hpctrain.errors import DataError, ModelError
 from hpctrain.run.api import session

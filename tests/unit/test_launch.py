@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from hpctrain.clock.decisions import Ask, Conductor
 from hpctrain.clock.rules import Rule, TargetOptions
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.data.splits import Splits
 from hpctrain.errors import (
     CheckpointError,

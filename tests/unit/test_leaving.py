@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import HpctrainError, LeftError, NanError
 from hpctrain.job import Job
 from hpctrain.run.api import Session, session

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import HpctrainError, ModelError
 from hpctrain.job.tables import Loss
 from hpctrain.models import losses

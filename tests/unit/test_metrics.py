@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import ModelError
 from hpctrain.job import Job
 from hpctrain.models import losses, metrics

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpctrain.comm.network import FreeNetwork, LinkNetwork
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.network import FreeNetwork, LinkNetwork
+from hpctrain.comm.virtual.world import World
 
 LATENCY, WIRE = 20_000, 0.8  # ns; ns per byte at 1.25 GB/s
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hpctrain.analysis import Analysis
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.run.api import train
 from hpctrain.run.folder import Narrator
 from hpctrain.trace import open_run

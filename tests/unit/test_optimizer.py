@@ -15,20 +15,15 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from hpctrain import Job
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import HpctrainError, ModelError
-from hpctrain.optimizer import (
-    ELEMENTWISE,
-    OptimizerChoice,
-    Update,
-    decay,
-    make_update,
-    slice_bounds,
-)
-from hpctrain.replica import Layout, Replica
+from hpctrain.replica.layout import Layout, slice_bounds
+from hpctrain.replica.optimizer import ELEMENTWISE, OptimizerChoice, decay
+from hpctrain.replica.replica import Replica
+from hpctrain.replica.state import State, merge
+from hpctrain.replica.update import Update, make_update
 from hpctrain.run.api import train
 from hpctrain.run.folder import Narrator
-from hpctrain.state import State, merge
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "SGD": [

@@ -12,7 +12,7 @@ import pytest
 
 from hpctrain.bench.report import Report
 from hpctrain.cli import main
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
 from hpctrain.launcher import _Pump

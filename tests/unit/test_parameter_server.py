@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import ClusterError
 from hpctrain.job import Job
 from hpctrain.trace.recorder import Recorder

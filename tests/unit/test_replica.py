@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from hpctrain.comm.base import BFLOAT16, Communicator
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import ModelError
-from hpctrain.replica import ALIGNMENT, Buckets, Replica, as_array, as_tensor
+from hpctrain.replica.buckets import Buckets
+from hpctrain.replica.layout import ALIGNMENT
+from hpctrain.replica.replica import Replica
+from hpctrain.replica.tensors import as_array, as_tensor
 
 
 def alone(body: Callable[[Communicator], Any]) -> Any:
@@ -209,11 +212,10 @@ def test_arenas_keep_values_when_placed_anew() -> None:
         model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
         before = [p.detach().clone() for p in model.parameters()]
         replica = Replica(model)
-        for shared, gradients in ((False, 1), (True, 1), (True, 2), (False, 2), (True, 1)):
-            replica.place(comm, shared, gradients)
+        for shared in (False, True, True, False, False, True):
+            replica.place(comm, shared)
             assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
             assert not replica.gradient.any()
-            assert len(replica.gradient_arenas) == gradients
             replica.check()
             model(torch.ones(1, 7)).sum().backward()
             assert replica.gradient.any()
@@ -251,7 +253,8 @@ def test_parameters_exist_once_per_node_when_shared() -> None:
 
 
 def test_shared_arenas_are_kept_for_the_next_time() -> None:
-    """Placed privately in between, values go over and back; only other ranks, or more gradients, need other arenas."""
+    """Placed privately in between, values go over and back; only other ranks need other arenas."""
+
     def body(comm: Communicator) -> None:
         replica = Replica(nn.Linear(3, 2))
         half = comm.split(comm.rank // 2, comm.rank)
@@ -260,11 +263,10 @@ def test_shared_arenas_are_kept_for_the_next_time() -> None:
         replica.place(comm, shared=True)
         shared = replica.value_arena
         assert replica.keeps_shared(comm)
-        assert not replica.keeps_shared(comm, 2)
         assert not replica.keeps_shared(half)
         replica.place(comm, shared=False)
         assert replica.keeps_shared(comm)
-        assert len(replica.gradient_arenas[0].parts) == 1
+        assert len(replica.gradient_arena.parts) == 1
         replica.values.fill_(comm.rank + 1.0)
         replica.gradient.fill_(7.0)
         replica.place(comm, shared=True)
@@ -279,17 +281,19 @@ def test_shared_arenas_are_kept_for_the_next_time() -> None:
     World(4).run(body)
 
 
-def test_two_gradient_buffers() -> None:
+def test_only_a_placed_replica_has_arenas() -> None:
     def body(comm: Communicator) -> None:
-        model = nn.Linear(2, 1, bias=False)
-        replica = Replica(model)
-        replica.place(comm, shared=False, gradients=2)
-        model(torch.ones(1, 2)).sum().backward()
-        replica.use_gradient(1)
-        assert not replica.gradient.any()
-        model(torch.full((1, 2), 2.0)).sum().backward()
-        assert [float(part.mine[0]) for part in replica.gradient_arenas] == [1.0, 2.0]
-        replica.check()
+        replica = Replica(nn.Linear(2, 1))
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="call place"):
+                replica.value_arena  # noqa: B018
+            with pytest.raises(RuntimeError, match="call place"):
+                replica.gradient_arena  # noqa: B018
+            replica.place(comm, shared=False)
+            replica.gradient.fill_(3.0)
+            assert (replica.gradient_arena.mine == 3.0).all()
+            assert as_array(replica.values)[:3].tolist() == replica.value_arena.mine[:3].tolist()
+            replica.release()
 
     alone(body)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.launcher import MEMORY
 from hpctrain.run.prepare import prepare
 from hpctrain.run.reserve import kept_up_to

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from hpctrain.clock.decisions import Ask
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import ModelError, NanError
 from hpctrain.job import Job
 from hpctrain.run.api import session, train

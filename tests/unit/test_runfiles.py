@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import CheckpointError, UnwrittenError
 from hpctrain.filenames import JOB, METRICS, MODEL
 from hpctrain.job import Job

@@ -17,11 +17,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from hpctrain.clock.rates import Pace, SteppedCourse
 from hpctrain.clock.samples import RunClock
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.data.order import Order
 from hpctrain.errors import JobError
 from hpctrain.job import Job
-from hpctrain.optimizer import OptimizerChoice
+from hpctrain.replica.optimizer import OptimizerChoice
 from hpctrain.run.api import train
 from hpctrain.run.folder import Narrator
 from hpctrain.run.schedulers import Factors, stepped_course

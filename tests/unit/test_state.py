@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from hpctrain.comm.base import BFLOAT16, Communicator
-from hpctrain.comm.virtual import World
-from hpctrain.state import Section, State, collect_state, merge, recv_state, send_state, start_send_state
+from hpctrain.comm.virtual.world import World
+from hpctrain.replica.state import Section, State, collect_state, merge, recv_state, send_state, start_send_state
 
 
 def full() -> State:

@@ -19,16 +19,17 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from hpctrain.comm.base import Buffer, Communicator
-from hpctrain.comm.virtual import VirtualCommunicator, World
+from hpctrain.comm.virtual.communicator import VirtualCommunicator
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import CheckpointError, ClusterError, DataError, HpctrainError, JobError, ModelError
 from hpctrain.job import Job
+from hpctrain.replica.state import State
 from hpctrain.run.active import ActiveRun
 from hpctrain.run.api import Result, session, train
 from hpctrain.run.entrance import Entrance
 from hpctrain.run.folder import Narrator
 from hpctrain.run.milestones import Milestones
 from hpctrain.run.resume import Resume
-from hpctrain.state import State
 from hpctrain.strategies.all_reduce import AllReduce
 from hpctrain.strategies.base import Strategy
 from hpctrain.strategies.parameter_server import ParameterServer, ParameterServerServer

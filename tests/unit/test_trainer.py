@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual import World
-from hpctrain.coupling import Coupling
+from hpctrain.comm.virtual.world import World
+from hpctrain.replica.coupling import Coupling
 from hpctrain.run.phase import split_by_role, updating
 from hpctrain.run.prepare import Prepared, prepare
 from hpctrain.run.trainer import Trainer

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hpctrain import replica
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual import World
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import ModelError
 from hpctrain.job import Job
-from hpctrain.replica import Replica
+from hpctrain.replica import replica
+from hpctrain.replica.replica import Replica
 from hpctrain.run import keeper, untrained
 from hpctrain.run.api import Result
 from hpctrain.run.command import evaluate_run

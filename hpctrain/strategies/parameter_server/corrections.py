@@ -24,13 +24,13 @@ class DelayCompensation:
 
     def view(self) -> dict[str, Buffer]:
         """What a checkpoint must keep, as it is, on the CPU: moments of the shard's elements."""
-        from hpctrain.replica import as_array
+        from hpctrain.replica.tensors import as_array
 
         return {} if self._mean_square is None else {MEAN_SQUARE: as_array(self._mean_square.cpu())}
 
     def load(self, moments: dict[str, Buffer]) -> None:
         """Go on from what `view` gave."""
-        from hpctrain.replica import as_tensor
+        from hpctrain.replica.tensors import as_tensor
 
         if self._mean_square is not None and MEAN_SQUARE in moments:
             self._mean_square.copy_(as_tensor(moments[MEAN_SQUARE]))

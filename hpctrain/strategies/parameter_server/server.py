@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpctrain.comm.base import Tag
-from hpctrain.state import STRATEGY, State, recv_state, send_state
-from hpctrain.strategies.base import Server, clip_factor
+from hpctrain.replica.state import STRATEGY, State, recv_state, send_state
+from hpctrain.strategies.base import Server
+from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import nan_error, sum_error
 from hpctrain.strategies.parameter_server.coordinator import MODES, Coordinator, Message, Terms
 from hpctrain.strategies.parameter_server.corrections import DelayCompensation
@@ -36,14 +37,14 @@ if TYPE_CHECKING:
 
     from hpctrain.comm.base import Arena, Buffer, Communicator, Request
     from hpctrain.errors import NanError
-    from hpctrain.optimizer import Update
+    from hpctrain.replica.update import Update
 
 
 class Wiring:
     """Who owns which shard, and the communicators between workers and servers. Construction is collective."""
 
     def __init__(self, phase: Phase, options: ParameterServerOptions) -> None:
-        from hpctrain.optimizer import slice_bounds
+        from hpctrain.replica.layout import slice_bounds
 
         comm = phase.comm
         self.workers, self.servers = phase.roles.workers, phase.roles.servers
@@ -56,7 +57,6 @@ class Wiring:
         ahead = np.array([phase.dealing.ahead], np.int64)  # ranks may differ: the coordinator's is in force
         comm.broadcast(ahead, self.coordinator)
         self.ahead = int(ahead[0])
-        assert phase.replica.value_arena is not None
         if not phase.members.equal:
             comm.broadcast(phase.replica.value_arena.mine)
 
@@ -72,7 +72,6 @@ class Wiring:
     def shard(self, phase: Phase) -> Buffer:
         """The part of this rank's parameters that it serves; for servers."""
         index = self.servers.index(phase.comm.rank)
-        assert phase.replica.value_arena is not None
         return phase.replica.value_arena.mine[self.bounds[index] : self.bounds[index + 1]]
 
     def keepers(self) -> list[tuple[int, int, int]]:
@@ -105,7 +104,7 @@ class ParameterServerServer(Server):
 
     def attach(self, phase: Phase, wiring: Wiring, shard: Buffer, lane: int) -> None:
         """Own `shard`, by now rank 0's parameters, and allocate what is received into. Not collective."""
-        from hpctrain.replica import as_tensor
+        from hpctrain.replica.tensors import as_tensor
 
         self.phase, self.wiring, self._lane = phase, wiring, lane
         self.comm = wiring.service.lane(lane)
@@ -217,8 +216,8 @@ class ParameterServerServer(Server):
 
     def _gradient(self, decision: Decision) -> torch.Tensor:
         """The mean of the gradients taken, summed in rank order; one alone lies where it came. Raises NanError."""
-        from hpctrain.blocks import add_up
-        from hpctrain.replica import as_tensor
+        from hpctrain.replica.blocks import add_up
+        from hpctrain.replica.tensors import as_tensor
 
         parts = [as_tensor(self._gradients[worker].mine) for worker in decision.take]
         if len(parts) == 1:
@@ -235,7 +234,7 @@ class ParameterServerServer(Server):
 
     def _gradient_error(self, decision: Decision, whole: torch.Tensor) -> NanError:
         """Whose gradient of which parameter it was. The server alone raises it: the workers have their replies."""
-        from hpctrain.replica import as_tensor
+        from hpctrain.replica.tensors import as_tensor
 
         layout, phase = self.phase.replica.layout, self.phase
         error = sum_error(phase, layout.first_not_finite(whole, self.low), decision.step)
@@ -253,7 +252,7 @@ class ParameterServerServer(Server):
 
     def _clip(self, gradient: torch.Tensor) -> float:
         """The factor for all shards. Collective over the servers."""
-        from hpctrain.replica import sum_of_squares
+        from hpctrain.replica.blocks import sum_of_squares
 
         assert self.between is not None and self.phase.updating.clip_norm is not None
         squares = np.array([sum_of_squares(gradient)])
@@ -274,7 +273,7 @@ class ParameterServerServer(Server):
         self._sending.append(self.comm.start_send(self._copies[worker].mine, rank, Tag.PULL))
 
     def _remember(self, worker: int) -> None:
-        from hpctrain.replica import as_tensor
+        from hpctrain.replica.tensors import as_tensor
 
         as_tensor(self._copies[worker].mine).copy_(self.values)
 

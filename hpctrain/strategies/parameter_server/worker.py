@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from hpctrain.clock.decisions import Ask
 from hpctrain.comm.base import Tag
 from hpctrain.errors import ClusterError
-from hpctrain.state import Own, State, collect_state
-from hpctrain.strategies.base import Needs, Outcome, Strategy, clip_factor
+from hpctrain.replica.state import Own, State, collect_state
+from hpctrain.strategies.base import Needs, Outcome, Strategy
+from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import Contribution, nan_error
 from hpctrain.strategies.parameter_server.corrections import RunningClip
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions
@@ -89,8 +90,7 @@ class ParameterServer(Strategy):
 
     def step(self, samples: int, loss: float) -> Outcome:
         phase, wiring = self.phase, self.wiring
-        values, gradient = phase.replica.value_arena, phase.replica.gradient_arenas[0]
-        assert values is not None
+        values, gradient = phase.replica.value_arena, phase.replica.gradient_arena
         self._slices = self._slices[1:]
         if samples and not self.options.lockstep:
             self._clip(samples)
@@ -116,8 +116,7 @@ class ParameterServer(Strategy):
         limit, running = self.phase.updating.clip_norm, self._running
         if limit is None and running is None:
             return
-        from hpctrain.blocks import is_finite
-        from hpctrain.replica import sum_of_squares
+        from hpctrain.replica.blocks import is_finite, sum_of_squares
 
         gradient, weight = self.phase.replica.gradient, self.phase.step.weight or samples
         squares = sum_of_squares(gradient) * (self.phase.dealing.batch / weight) ** 2
@@ -176,7 +175,6 @@ class ParameterServer(Strategy):
 
     def withdraw(self) -> Ask:
         values = self.phase.replica.value_arena
-        assert values is not None
         requests = [self.comm.start_recv(self._reply.bytes, self.wiring.coordinator, Tag.REPLY)]
         for server, low, high in self.wiring.shards():
             requests.append(self.comm.start_recv(values.mine[low:high], server, Tag.PULL))

@@ -43,9 +43,9 @@ def draw(analysis: Analysis) -> Figure:
         _draw_courses(axes, frame.dropna(subset=[name]), name, factor, by)
         axes.set_ylabel(label)
         mark_phases(axes, phase_starts(analysis))
-    for axes in grid.flat[len(panels):]:
+    for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    for axes in grid.flat[:len(panels)][-2:]:
+    for axes in grid.flat[: len(panels)][-2:]:
         axes.set_xlabel("time since the first span (s)")
         axes.tick_params(labelbottom=True)
     return figure

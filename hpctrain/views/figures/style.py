@@ -86,9 +86,7 @@ def look(index: int) -> dict[str, Any]:
     return {"color": LINES[index % len(LINES)], "linestyle": STYLES[index // len(LINES) % len(STYLES)]}
 
 
-def rank_lines(
-    axes: Axes, courses: Mapping[int, tuple[Any, Any]], extreme: str = "lowest", what: str = "rank"
-) -> None:
+def rank_lines(axes: Axes, courses: Mapping[int, tuple[Any, Any]], extreme: str = "lowest", what: str = "rank") -> None:
     """A line per rank (or node: `what`): {rank: (x, y)}. Of many, the three with the `extreme` ("lowest", "highest")
     means stand out."""
     shown = len(courses) if len(courses) <= MANY else 3

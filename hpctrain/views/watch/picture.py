@@ -126,7 +126,7 @@ def _loss(shot: Snapshot, width: int, ascii_only: bool) -> Text:
     line = sparkline(shot.history, ASCII_HEIGHTS if ascii_only else HEIGHTS)
     ends = f"  from {shot.history[0]:.4f}"
     room = width - len(f"loss       {now}  {ends}")
-    return Text(f"loss       {now}  {line[-max(0, room):]}{ends}")
+    return Text(f"loss       {now}  {line[-max(0, room) :]}{ends}")
 
 
 def _speed(shot: Snapshot) -> Text:

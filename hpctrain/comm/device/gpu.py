@@ -111,7 +111,7 @@ class DeviceArena(Arena):
         self.mine = None
 
 
-class Slot:
+class PinnedSlot:
     """A stretch of pinned memory. `event`: the last copy to or from it that was started."""
 
     def __init__(self, gpu: Gpu, nbytes: int) -> None:
@@ -139,17 +139,17 @@ class SlotPool:
 
     def __init__(self, gpu: Gpu, nbytes: int = SLOT_BYTES) -> None:
         self.gpu, self.nbytes, self.made = gpu, nbytes, 0
-        self._free: list[Slot] = []
+        self._free: list[PinnedSlot] = []
         self._lock = threading.Lock()
 
-    def take(self, count: int) -> list[Slot]:
+    def take(self, count: int) -> list[PinnedSlot]:
         """`count` of them; what is missing is allocated."""
         with self._lock:
             ready = [self._free.pop() for _ in range(min(count, len(self._free)))]
             self.made += count - len(ready)
-        return ready + [Slot(self.gpu, self.nbytes) for _ in range(count - len(ready))]
+        return ready + [PinnedSlot(self.gpu, self.nbytes) for _ in range(count - len(ready))]
 
-    def give(self, slots: Sequence[Slot]) -> None:
+    def give(self, slots: Sequence[PinnedSlot]) -> None:
         """Back; copies to and from them are waited for."""
         for slot in slots:
             slot.event.synchronize()

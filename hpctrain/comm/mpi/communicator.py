@@ -6,7 +6,6 @@ only while a communicator is set up, and only on integers and strings.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import time
@@ -20,58 +19,27 @@ import numpy as np
 from hpctrain.cluster import share_of_cores
 from hpctrain.comm import algorithms
 from hpctrain.comm.base import (
-    ANY_SOURCE,
     BFLOAT16,
     Arena,
     Buffer,
     Communicator,
-    Counter,
     Operation,
     Request,
     Share,
-    Status,
     Thread,
     barrier_id,
 )
 from hpctrain.comm.ending import end_all_ranks
-from hpctrain.comm.node import PrivateArena, SharedArena, why_not_shared
-from hpctrain.comm.start import MPI
+from hpctrain.comm.mpi.requests import MpiRecv, MpiReduce, MpiSend, Waiting
+from hpctrain.comm.mpi.shared import PrivateArena, SharedArena, why_not_shared
+from hpctrain.comm.mpi.start import MPI
 from hpctrain.errors import ClusterError
 from hpctrain.trace.recorder import NullRecorder, Recorder
 
 OPERATIONS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
-SENT = Status(-1, -1, -1)
-NAP = 50e-6  # seconds between looks where ranks outnumber cores
-LOOKS = 16  # between naps: in each, MPICH moves only one piece (64 KiB or so) of a long message
 
 
-class Waiting:
-    """How to pass the time until something is true: look often at first, then nap or go on looking.
-
-    `naps` lets the cores of waiting ranks to those that compute; without, latency is lowest.
-    """
-
-    def __init__(self, naps: bool) -> None:
-        self.naps = naps
-        self._eager = 20 if naps else 1000
-
-    def until(self, ready: Callable[[], bool]) -> None:
-        looks = self._eager
-        while True:
-            for _ in range(looks):
-                if ready():
-                    return
-            if self.naps:
-                time.sleep(NAP)
-                looks = LOOKS
-            else:
-                os.sched_yield()
-                looks = 1
-
-
-def world(
-    recorder: Recorder | None = None, ranks_per_node: int | None = None, wait: str = "auto"
-) -> MpiCommunicator:
+def world(recorder: Recorder | None = None, ranks_per_node: int | None = None, wait: str = "auto") -> MpiCommunicator:
     """The communicator over all ranks of the MPI job (a copy of COMM_WORLD). Collective.
 
     `ranks_per_node` pretends that a node's ranks sit on several smaller ones, for tests and studies. `wait`: spin,
@@ -93,45 +61,6 @@ def world(
     naps = any(handle.allgather(wait == "nap" or (wait == "auto" and cores < 1)))  # on one rank means on all
     members = tuple(range(handle.size))
     return MpiCommunicator(handle, members, hosts, 1, Waiting(naps), recorder or NullRecorder(), cores)
-
-
-def launched_together() -> int:
-    """How many processes the MPI library knows to have been started together."""
-    return MPI.COMM_WORLD.size
-
-
-def library() -> str:
-    """The MPI library's own name and version, one line."""
-    return MPI.Get_library_version().splitlines()[0].strip("\x00 ")
-
-
-def standard() -> str:
-    """The version of the MPI standard that the library implements: "4.1"."""
-    return ".".join(map(str, MPI.Get_version()))
-
-
-def thread_level() -> str:
-    """What the library grants to threads: "MPI_THREAD_MULTIPLE", which `world` needs, or less."""
-    levels = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
-    return next(f"MPI_THREAD_{name}" for name in levels if getattr(MPI, f"THREAD_{name}") == MPI.Query_thread())
-
-
-def cuda_support() -> bool | None:
-    """What the MPI library says: whether it takes device pointers. None where it does not say."""
-    library = ctypes.CDLL(MPI.__file__)
-    if hasattr(library, "MPIX_Query_cuda_support"):
-        return bool(library.MPIX_Query_cuda_support())
-    info = MPI.COMM_WORLD.Get_info()
-    kinds = info.Get("mpi_memory_alloc_kinds")  # of MPI 4.1: "mpi,system,cuda:device", say
-    info.Free()
-    return None if kinds is None else any(kind.strip().startswith("cuda") for kind in kinds.split(","))
-
-
-def try_on_self(out: Buffer, into: Buffer) -> None:
-    """Send `out` to this process itself, and add it to what arrived, leaving twice `out` in `into`."""
-    MPI.COMM_SELF.Sendrecv(out, 0, recvbuf=into, source=0)
-    MPI.SUM.Reduce_local(out, into)
-    MPI.COMM_SELF.Allreduce(MPI.IN_PLACE, into)
 
 
 class MpiCommunicator(Communicator):
@@ -166,29 +95,25 @@ class MpiCommunicator(Communicator):
 
     # -- point to point ------------------------------------------------------------------------------------
     def start_send(self, buffer: Buffer, dest: int, tag: int) -> Request:
-        id = self.number_of("send", dest, tag)
+        id = self._message_id("send", dest, tag)
         with self.span("send", buffer.nbytes, self.members[dest], id):
             request = self.handle.Isend(_wire(buffer), dest, tag)
-        return _Send(self, request, self.members[dest], id)
+        return MpiSend(self.recorder, self.waiting, request, self.members[dest], id)
 
     def start_recv(self, buffer: Buffer, source: int, tag: int) -> Request:
-        peer = MPI.ANY_SOURCE if source == ANY_SOURCE else source
-        request = self.handle.Irecv(_wire(buffer), peer, tag)
-        return _Recv(self, request, buffer, tag, self.number_of("recv", source, tag))
+        request, id = self.handle.Irecv(_wire(buffer), source, tag), self._message_id("recv", source, tag)
+        return MpiRecv(self.recorder, self.waiting, request, buffer, self.members[source], id)
 
     def wait_any(self, requests: Sequence[Request]) -> int:
-        done = _first_done(requests)
-        if done is None:
+        while True:
+            for index, request in enumerate(requests):
+                if request.test():
+                    return index
             with self.span("wait"):
-                self.waiting.until(lambda: any(_is_over(request) for request in requests))
-                first = next(request for request in requests if _is_over(request))
-                if isinstance(first, _Recv):
-                    self.recorder.learn(0, first.peer, first.id)
-            done = _first_done(requests)
-        assert done is not None
-        return done
+                self.waiting.until(lambda: any(request.over() for request in requests))
+                next(request for request in requests if request.over()).explain()
 
-    def number_of(self, verb: str, peer: int, tag: int) -> int:
+    def _message_id(self, verb: str, peer: int, tag: int) -> int:
         """The number of this message among those to (or from) that peer: equal at both ends."""
         key = (2 * peer + (verb == "recv"), tag)
         self._messages[key] = count = self._messages.get(key, 0) + 1
@@ -197,12 +122,12 @@ class MpiCommunicator(Communicator):
     # -- collectives ---------------------------------------------------------------------------------------
     def barrier(self) -> None:
         with self.span("wait", id=self._collective()):
-            self._settle(self.handle.Ibarrier())
+            self.waiting.settle(self.handle.Ibarrier())
 
     def broadcast(self, buffer: Buffer, root: int = 0) -> None:
         sends = self.rank == root
         with self.span("send" if sends else "recv", buffer.nbytes if sends else 0, id=self._collective()):
-            self._settle(self.handle.Ibcast(_wire(buffer), root))
+            self.waiting.settle(self.handle.Ibcast(_wire(buffer), root))
 
     def all_reduce(self, buffer: Buffer, operation: Operation = "sum", algorithm: str = "library") -> None:
         id = self._collective()
@@ -226,13 +151,7 @@ class MpiCommunicator(Communicator):
         wide = buffer.astype(np.float32) if buffer.dtype == BFLOAT16 else buffer
         with self.span("reduce", buffer.nbytes, id=id):
             request = self.handle.Iallreduce(MPI.IN_PLACE, wide, OPERATIONS[operation])
-        return _StartedReduce(self, request, buffer, wide, id)
-
-    def reduce_scatter(self, buffer: Buffer, bounds: Sequence[int], operation: Operation = "sum") -> None:
-        id = self._collective()
-        self._gather_up(id)
-        with self.span("reduce", id=id):
-            algorithms.ring_reduce_scatter(self, buffer, bounds, operation, self._everybody)
+        return MpiReduce(self.recorder, self.waiting, request, buffer, wide, id)
 
     def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
         id = self._collective()
@@ -259,13 +178,7 @@ class MpiCommunicator(Communicator):
         """Where cores are scarce, wait for the last rank without burning a core, then exchange at full speed."""
         if self.waiting.naps:
             with self.span("wait", id=id):
-                self._settle(self.handle.Ibarrier())
-
-    def _settle(self, request: MPI.Request) -> None:
-        if self.waiting.naps:
-            self.waiting.until(request.Test)
-        else:
-            request.Wait()
+                self.waiting.settle(self.handle.Ibarrier())
 
     def _collective(self) -> int:
         self._count += 1
@@ -291,9 +204,6 @@ class MpiCommunicator(Communicator):
                 if not arena.arrived():
                     self.waiting.until(arena.arrived)
 
-    def counter(self) -> Counter:
-        return _MpiCounter(self.handle)
-
     # -- time, threads -------------------------------------------------------------------------------------
     def now(self) -> int:
         return time.monotonic_ns()
@@ -312,7 +222,7 @@ class MpiCommunicator(Communicator):
         return other
 
     def spawn(self, function: Callable[[], Any]) -> Thread:
-        return _MpiThread(function, self.members[self.rank])
+        return MpiThread(function, self.members[self.rank])
 
     def free(self) -> None:
         self.node.Free()
@@ -328,153 +238,7 @@ def _wire(buffer: Buffer) -> Buffer:
     return buffer.view(np.uint16) if buffer.dtype == BFLOAT16 else buffer
 
 
-def _first_done(requests: Sequence[Request]) -> int | None:
-    for index, request in enumerate(requests):
-        if request.test():
-            return index
-    return None
-
-
-def _is_over(request: Request) -> bool:
-    assert isinstance(request, _Operation)
-    return request.over()
-
-
-class _Operation(Request):
-    """A started MPI operation. `_end` is called once, by whoever first sees that it is over."""
-
-    __slots__ = ("_comm", "_request", "_status", "id")
-
-    def __init__(self, comm: MpiCommunicator, request: MPI.Request, id: int) -> None:
-        self._comm, self._request, self.id = comm, request, id
-        self._status: Status | None = None
-
-    def over(self) -> bool:
-        """Like `test`, but leaves no trace."""
-        return self._status is not None or bool(self._request.Test())
-
-    def test(self) -> bool:
-        if self._status is None and self.over():
-            self._status = self._end()
-        return self._status is not None
-
-    def _end(self) -> Status:
-        return SENT
-
-    def _settle(self) -> None:
-        self._comm._settle(self._request)
-
-
-class _Send(_Operation):
-    """Its bytes were traced when it began; how long its sender waits for its end is a second span, of none."""
-
-    __slots__ = ("_peer",)
-
-    def __init__(self, comm: MpiCommunicator, request: MPI.Request, peer: int, id: int) -> None:
-        super().__init__(comm, request, id)
-        self._peer = peer
-
-    def wait(self) -> Status:
-        if not self.test():
-            with self._comm.span("send", 0, self._peer, self.id):
-                self._settle()
-            self._status = SENT
-        return SENT
-
-
-class _Recv(_Operation):
-    """Traced where it ends: as a span of no length if nobody waited for it."""
-
-    __slots__ = ("_buffer", "_found", "_tag", "peer")
-
-    def __init__(self, comm: MpiCommunicator, request: MPI.Request, buffer: Buffer, tag: int, id: int) -> None:
-        super().__init__(comm, request, id)
-        self._buffer, self._tag = buffer, tag
-        self._found: MPI.Status | None = None
-        self.peer = -1
-
-    def over(self) -> bool:
-        if self._found is None:
-            found = MPI.Status()
-            if not self._request.Test(found):
-                return False
-            self._found = found
-            self.peer = self._comm.members[found.Get_source()]
-        return True
-
-    def wait(self) -> Status:
-        if not self.test():
-            with self._comm.span("recv", id=self.id):
-                if self._comm.waiting.naps:
-                    self._comm.waiting.until(self.over)
-                else:
-                    self._found = MPI.Status()
-                    self._request.Wait(self._found)
-                self._status = self._received()
-        assert self._status is not None
-        return self._status
-
-    def _end(self) -> Status:
-        with self._comm.span("recv", id=self.id):
-            return self._received()
-
-    def _received(self) -> Status:
-        found = self._found
-        assert found is not None
-        nbytes, source = found.Get_count(MPI.BYTE), found.Get_source()
-        self.peer = self._comm.members[source]
-        self._comm.recorder.learn(nbytes, self.peer, self.id)
-        return Status(source, self._tag, nbytes // self._buffer.itemsize)
-
-    def cancel(self) -> None:
-        if self._status is None:
-            self._request.Cancel()
-            self._request.Wait()
-            self._status = SENT
-
-
-class _StartedReduce(_Operation):
-    """Traced like a send: its bytes where it begins, how long it is waited for in a second span."""
-
-    def __init__(
-        self, comm: MpiCommunicator, request: MPI.Request, buffer: Buffer, wide: Buffer, id: int
-    ) -> None:
-        super().__init__(comm, request, id)
-        self._buffer, self._wide = buffer, wide
-
-    def wait(self) -> Status:
-        if not self.test():
-            with self._comm.span("reduce", id=self.id):
-                self._settle()
-            self._status = self._end()
-        return SENT
-
-    def _end(self) -> Status:
-        if self._wide is not self._buffer:
-            self._buffer[...] = self._wide
-        return SENT
-
-
-class _MpiCounter(Counter):
-    def __init__(self, handle: MPI.Intracomm) -> None:
-        self._window = MPI.Win.Allocate(8 if handle.rank == 0 else 0, 8, comm=handle)
-        if handle.rank == 0:
-            np.asarray(self._window.tomemory()).view(np.int64)[0] = 0
-        handle.Barrier()
-        self._window.Lock_all(MPI.MODE_NOCHECK)
-
-    def fetch_add(self, amount: int) -> int:
-        before = np.empty(1, np.int64)
-        self._window.Fetch_and_op(np.array([amount], np.int64), before, 0, 0, MPI.SUM)
-        self._window.Flush(0)
-        return int(before[0])
-
-    def free(self) -> None:
-        self._window.Unlock_all()
-        self._window.Free()
-
-
-class _MpiThread(Thread):
+class MpiThread(Thread):
     """Of rank `rank`. What `function` raises ends all ranks, unless they raise it too: nobody may ever come to join."""
 
     def __init__(self, function: Callable[[], Any], rank: int) -> None:

@@ -1,13 +1,11 @@
-"""The job's torch optimizer, applied to the stretch of the parameters that a rank owns."""
+"""The job's optimizer, applied to the stretch of the parameters that a rank owns."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,180 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hpctrain.errors import ModelError
-from hpctrain.replica import Layout, Slot, as_array, as_tensor
-from hpctrain.state import OPTIMIZER, Section, State
-from hpctrain.text import did_you_mean
-
-ELEMENTWISE = frozenset(
-    ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
-)
-REFUSED = {
-    "LBFGS": "it evaluates the loss several times per step, which no strategy here can do; take SGD or Adam",
-    "SparseAdam": "arenas hold dense gradients; take Adam",
-}
-
+from hpctrain.replica.layout import Layout, Slot
+from hpctrain.replica.optimizer import OptimizerChoice, momentum_of
+from hpctrain.replica.state import OPTIMIZER, Section, State
+from hpctrain.replica.tensors import as_array, as_tensor
 
 _STRETCH = re.compile(r"\d+:\d+:\d+")
-
-
-@dataclass(frozen=True)
-class OptimizerChoice:
-    """A torch.optim class with its keyword arguments. `elementwise`: each element's update depends on no other,
-    so that the arena may be cut anywhere. `adaptive`: updates do not grow with the gradient (Adam and its like)."""
-
-    cls: type[torch.optim.Optimizer]
-    options: dict[str, Any]
-    elementwise: bool
-    adaptive: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        optimizer: type[torch.optim.Optimizer],
-        options: dict[str, Any],
-        elementwise: bool | None = None,
-        device: torch.device | str = "cpu",
-    ) -> OptimizerChoice:
-        """Check the class and its arguments, for parameters on `device`. Raises ModelError."""
-        name, own = optimizer.__name__, _is_torchs(optimizer)
-        for base in optimizer.__mro__:
-            if _is_torchs(base) and base.__name__ in REFUSED:
-                raise ModelError(f"optimizer.name = {name!r} cannot be used: {REFUSED[base.__name__]}")
-        _check_keys(optimizer, options, "optimizer.")
-        if own and elementwise and name not in ELEMENTWISE:
-            raise ModelError(f"optimizer.elementwise = true: {name} looks at whole parameters; leave the key out")
-        if elementwise is None:
-            elementwise = own and name in ELEMENTWISE
-        choice = cls(optimizer, options, elementwise)
-        choice._try(device)
-        return replace(choice, adaptive=choice._normalises(device))
-
-    def check(self, layout: Layout, device: torch.device | str = "cpu") -> None:
-        """Every parameter is one the optimizer takes, with the options of its group. Raises ModelError."""
-        for index, group in enumerate(layout.groups):
-            _check_keys(self.cls, group.options, f"optimizer.groups: group {index} has ")
-            merged = OptimizerChoice(self.cls, {**self.options, **group.options}, self.elementwise)
-            merged._try(device)
-            for slot in layout.slots_in(group.low, group.high) if not self.elementwise else []:
-                try:
-                    merged.cls([torch.nn.Parameter(torch.zeros(()).expand(slot.shape))], **merged.options)
-                except (TypeError, ValueError, RuntimeError) as error:
-                    raise ModelError(
-                        f"optimizer.name = {self.cls.__name__!r}: parameter {slot.name}: {error}; choose another "
-                        "optimizer, or freeze what it does not take"
-                    ) from None
-
-    def check_movable(self) -> None:
-        """What the optimizer remembers of all parameters together (and not in torch's `state`) stays with one rank:
-        ModelError, for schedules of several phases."""
-        optimizer, _ = self._step("cpu")
-        fresh = self.build([torch.nn.Parameter(torch.zeros(2, 2))]).param_groups[0]
-        for key, value in optimizer.param_groups[0].items():
-            if key not in ("params", "lr") and value is not fresh.get(key) and value != fresh.get(key):
-                raise ModelError(
-                    f"optimizer {self.cls.__name__} counts {key} for all parameters together, and that cannot be dealt "
-                    "out anew where a phase ends; train in one phase, or take another optimizer"
-                )
-
-    def moments(self, layout: Layout, device: torch.device | str = "cpu") -> list[list[str]]:
-        """What it keeps between steps for a parameter of each group ("exp_avg", "step" ...), sorted."""
-        choices = [OptimizerChoice(self.cls, {**self.options, **g.options}, self.elementwise) for g in layout.groups]
-        steps = [choice._step(device) for choice in choices]
-        return [sorted(k for k, v in optimizer.state[p].items() if v is not None) for optimizer, p in steps]
-
-    def _try(self, device: torch.device | str = "cpu") -> None:
-        """One step on zeros, so that options that only fail there fail now."""
-        optimizer, parameter = self._step(device)
-        if "lr" not in optimizer.param_groups[0]:
-            raise ModelError(f"optimizer {self.cls.__name__} keeps no lr in its param_groups to be scheduled")
-        for key, value in optimizer.state[parameter].items():
-            self._check_state(key, value, parameter)
-
-    def _normalises(self, device: torch.device | str) -> bool:
-        """Whether a gradient ten times as long gives an update that is hardly longer."""
-        plain = replace(self, options={key: value for key, value in self.options.items() if key != "weight_decay"})
-        short, long = (plain._step(device, size)[1].detach().abs().sum() for size in (1.0, 10.0))
-        return bool(long < 3.0 * short)
-
-    def _step(self, device: torch.device | str, size: float = 0.0) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
-        """One step on parameters of 0 with gradients of `size`."""
-        parameter = torch.nn.Parameter(torch.zeros(4 if self.elementwise else (2, 2), device=device))
-        optimizer = self.build([parameter])
-        parameter.grad = torch.full_like(parameter, size)
-        try:
-            optimizer.step()
-        except Exception as error:
-            raise ModelError(f"{self.words}: {_line(error)}") from error
-        return optimizer, parameter
-
-    def _check_state(self, key: str, value: Any, parameter: torch.Tensor) -> None:
-        """It can be cut, sent and put together again by others."""
-        name = self.cls.__name__
-        if isinstance(value, torch.Tensor) and self.elementwise and value.dim() and value.shape != parameter.shape:
-            raise ModelError(
-                f"optimizer {name} keeps {key} of shape {tuple(value.shape)} for a parameter of shape "
-                f"{tuple(parameter.shape)}, so it is not elementwise; leave optimizer.elementwise out"
-            )
-        if not isinstance(value, (torch.Tensor, int, float, type(None))):
-            raise ModelError(
-                f"optimizer {name} keeps {key}, a {type(value).__name__}, for each parameter, which cannot be moved "
-                "between ranks or saved; its state must be tensors and numbers"
-            )
-
-    @property
-    def words(self) -> str:
-        """The class with its arguments, for messages."""
-        given = ", ".join(f"{key} = {value!r}" for key, value in self.options.items())
-        return f"optimizer {self.cls.__name__} with {given}"
-
-    def build(self, parameters: Any) -> torch.optim.Optimizer:
-        """The optimizer over parameters or groups; ModelError if it does not take its arguments."""
-        try:
-            return self.cls(parameters, **self.options)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{self.words}: {_line(error)}") from error
-
-
-def momentum_of(group: dict[str, Any]) -> float:
-    """The momentum of a torch optimizer's parameter group; 0 where it has none."""
-    return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
-
-
-def _set_momentum(group: dict[str, Any], value: float) -> None:
-    if "betas" in group:
-        group["betas"] = (value, *group["betas"][1:])
-    elif "momentum" in group:
-        group["momentum"] = value
-
-
-def _is_torchs(cls: type) -> bool:
-    return cls.__module__.startswith("torch.optim")
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def _check_keys(optimizer: type[torch.optim.Optimizer], options: Iterable[str], where: str) -> None:
-    parameters = list(inspect.signature(optimizer.__init__).parameters.values())[2:]
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return
-    known = [parameter.name for parameter in parameters]
-    for key in options:
-        if key not in known:
-            raise ModelError(
-                f"{where}{key}: {optimizer.__name__} takes no such argument{did_you_mean(key, known)}; "
-                f"it takes {', '.join(known)}"
-            )
-
-
-def decay(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """optimizer.groups = "decay": weight decay only on parameters of two or more dimensions (matrices and kernels),
-    not on biases and the scales of norms."""
-    parameters = list(model.parameters())
-    flat = [p for p in parameters if p.dim() < 2]
-    return [{"params": [p for p in parameters if p.dim() >= 2]}, {"params": flat, "weight_decay": 0.0}]
 
 
 class Update(ABC):
@@ -502,22 +332,6 @@ def make_update(choice: OptimizerChoice, layout: Layout, values: torch.Tensor, l
     return cls(choice, layout, values, low, high)
 
 
-def slice_bounds(layout: Layout, parts: int, elementwise: bool) -> list[int]:
-    """Cut the arena into `parts` nearly equal stretches: on cache lines, or between parameters if not elementwise.
-
-    Parts may be empty when there are more parts than cache lines (or parameters).
-    """
-    cuts: Sequence[int] = layout.cuts
-    if elementwise:
-        unit = 64 // layout.dtype.itemsize
-        return [layout.length // unit * i // parts * unit for i in range(parts)] + [layout.length]
-    bounds = [0]
-    for part in range(1, parts):
-        ideal = layout.length * part // parts
-        bounds.append(max(bounds[-1], min(cuts, key=lambda cut: abs(cut - ideal))))
-    return [*bounds, layout.length]
-
-
 def _view(flat: torch.Tensor, slot: Slot, low: int) -> torch.Tensor:
     return flat[slot.offset - low : slot.offset - low + slot.size].view(slot.shape)
 
@@ -527,3 +341,10 @@ def _number(value: Any) -> list[Any]:
     if isinstance(value, torch.Tensor):
         return [str(value.dtype).removeprefix("torch."), value.item()]
     return ["number", value]
+
+
+def _set_momentum(group: dict[str, Any], value: float) -> None:
+    if "betas" in group:
+        group["betas"] = (value, *group["betas"][1:])
+    elif "momentum" in group:
+        group["momentum"] = value

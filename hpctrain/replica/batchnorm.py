@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpctrain.comm.base import Communicator
-from hpctrain.coupling import Coupling
 from hpctrain.errors import ModelError
+from hpctrain.replica.coupling import Coupling
 
 
 class BatchNorms(Coupling):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain.comm.base import Arena, Buffer
-from hpctrain.comm.start import MPI
+from hpctrain.comm.mpi.start import MPI
 
 BOARD = 64  # bytes before each rank's part: its epoch, alone on a cache line
 SHARED_MEMORY = "/dev/shm"
@@ -57,15 +57,13 @@ class SharedArena(Arena):
         self._window.Sync()
 
     def publish(self) -> None:
+        """Show the other ranks what this one has written."""
         self._window.Sync()
         self.epoch += 1
         self._epochs[self._rank][0] = self.epoch
 
-    def late(self) -> list[int]:
-        """The local ranks that have not yet published as often as this one."""
-        return [rank for rank, epoch in enumerate(self._epochs) if epoch[0] < self.epoch]
-
     def arrived(self) -> bool:
+        """Whether every rank of the node has published as often as this one."""
         epoch = self.epoch
         for other in self._epochs:
             if other[0] < epoch:

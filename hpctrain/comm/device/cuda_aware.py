@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.gpu import Gpu
+from hpctrain.comm.device.gpu import Gpu
 
 PROBE_SECONDS = 60.0
-TRIAL = "from hpctrain.comm.cuda_aware import trial; trial({index})"
+TRIAL = "from hpctrain.comm.device.cuda_aware import trial; trial({index})"
 LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "PRTE_", "HYDI_", "HYDRA_", "OMPI_COMM_", "OMPI_UNIVERSE", "MPI_LOCAL", "PALS_")
 
 
@@ -30,9 +30,9 @@ def cuda_aware(comm: Communicator, wanted: str, index: int) -> tuple[bool, str]:
         return wanted == "yes", f'communicator.cuda_aware = "{wanted}"'
     if not comm.concurrent:
         return False, "virtual ranks"
-    from hpctrain.comm import mpi
+    from hpctrain.comm.mpi import library
 
-    answers = comm.gather_json(mpi.cuda_support())
+    answers = comm.gather_json(library.cuda_support())
     if None in answers:
         worked = bool(comm.broadcast_json(probe(index) if comm.rank == 0 else None))
         ended = "worked" if worked else "failed"
@@ -44,7 +44,7 @@ def cuda_aware(comm: Communicator, wanted: str, index: int) -> tuple[bool, str]:
 def probe(index: int, program: str = TRIAL, seconds: float = PROBE_SECONDS) -> bool:
     """Whether an MPI process on its own survives sending device memory to itself. It is a child: it may well not."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_PREFIXES)}
-    home = str(Path(__file__).resolve().parents[2])
+    home = str(Path(__file__).resolve().parents[3])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [home, *sys.path]))
     command = [sys.executable, "-c", program.format(index=index)]
     quiet = subprocess.DEVNULL
@@ -60,12 +60,12 @@ def probe(index: int, program: str = TRIAL, seconds: float = PROBE_SECONDS) -> b
 def trial(index: int) -> None:
     """What the child does: send device memory to itself and add it up. Raises, or dies, where that does not work."""
     gpu = Gpu.open(index)
-    from hpctrain.comm import mpi
+    from hpctrain.comm.mpi import library
 
     for length in (16, 1 << 20):  # one message that is sent at once, one that waits for its receiver
         out, into = (gpu.zeros(length, np.dtype(np.float32)) for _ in range(2))
         out.fill(1.0)
         gpu.mark().synchronize()
-        mpi.try_on_self(out, into)
+        library.try_on_self(out, into)
         if float(into.sum()) != 2.0 * length:
             raise SystemExit(1)

@@ -1,0 +1,199 @@
+"""The two ways to move device buffers: staged through the host, or handed to MPI as they are.
+
+NOT YET RUN ON A GPU: tested with stand-ins for CuPy (tests/unit/test_device.py); tests/gpu waits for a GPU.
+
+A `DeviceCommunicator` wraps another communicator. Verbs on NumPy arrays go straight to that one; of CuPy arrays
+`StagedCommunicator` moves copies in pinned memory, `DirectCommunicator` hands over the device pointers, which an MPI
+that is not CUDA-aware answers with a segmentation fault (`cuda_aware` finds out beforehand). Before MPI or a copy
+touches a device buffer, what torch has queued by then is waited for: here, and nowhere else.
+
+A device message longer than a slot travels as several, in order: its receiver must give a device buffer of exactly that
+length. Of a collective all ranks give a device buffer, or none.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from copy import copy
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+
+from hpctrain.comm.base import (
+    Arena,
+    Buffer,
+    Communicator,
+    Operation,
+    Request,
+    Share,
+    Thread,
+)
+from hpctrain.comm.device.gpu import DeviceArena, Gpu, SlotPool
+from hpctrain.comm.device.reducer import Reducer
+
+REDUCE_LANE = 2  # of the thread that runs started all-reduces (0: the rank's own course, 1: a colocated server)
+
+
+class DeviceCommunicator(Communicator):
+    """What both ways have in common: host arrays go to `inner`, private arenas lie on the device.
+
+    `beside`: a second communicator over the same ranks, for what a thread does beside the rank's own course. It cannot
+    be made when it is first needed: that is in a gradient hook, which must not wait for other ranks.
+    """
+
+    def __init__(self, inner: Communicator, beside: Communicator | None, gpu: Gpu, pool: SlotPool) -> None:
+        self.inner, self._beside, self.gpu, self.pool = inner, beside, gpu, pool
+        self.rank, self.size = inner.rank, inner.size
+        self.nodes, self.members = inner.nodes, inner.members
+        self.local_ranks, self.local_rank = inner.local_ranks, inner.local_rank
+        self.concurrent, self.cores = inner.concurrent, inner.cores
+        self.recorder = inner.recorder
+        self._everybody = tuple(range(inner.size))
+        self._reducer: tuple[Reducer, DeviceCommunicator] | None = None
+
+    @classmethod
+    def around(cls, inner: Communicator, gpu: Gpu, pool: SlotPool | None = None) -> Self:
+        """Collective over `inner`."""
+        return cls(inner, inner.split(0, inner.rank), gpu, pool or SlotPool(gpu))
+
+    # -- how device buffers move ---------------------------------------------------------------------------
+    @abstractmethod
+    def _start_send(self, buffer: Buffer, dest: int, tag: int) -> Request: ...
+
+    @abstractmethod
+    def _start_recv(self, buffer: Buffer, source: int, tag: int) -> Request: ...
+
+    @abstractmethod
+    def _send(self, buffer: Buffer, dest: int, tag: int) -> None: ...
+
+    @abstractmethod
+    def _recv(self, buffer: Buffer, source: int, tag: int) -> int: ...
+
+    @abstractmethod
+    def _broadcast(self, buffer: Buffer, root: int) -> None: ...
+
+    @abstractmethod
+    def reduce_when(self, ready: Any, buffer: Buffer, operation: Operation, algorithm: str) -> None:
+        """All-reduce a device buffer once the event `ready` has passed; blocks."""
+
+    @abstractmethod
+    def _all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None: ...
+
+    # -- point to point ------------------------------------------------------------------------------------
+    def start_send(self, buffer: Buffer, dest: int, tag: int) -> Request:
+        start = self.inner.start_send if on_host(buffer) else self._start_send
+        return start(buffer, dest, tag)
+
+    def start_recv(self, buffer: Buffer, source: int, tag: int) -> Request:
+        start = self.inner.start_recv if on_host(buffer) else self._start_recv
+        return start(buffer, source, tag)
+
+    def send(self, buffer: Buffer, dest: int, tag: int) -> None:
+        (self.inner.send if on_host(buffer) else self._send)(buffer, dest, tag)
+
+    def recv(self, buffer: Buffer, source: int, tag: int) -> int:
+        return (self.inner.recv if on_host(buffer) else self._recv)(buffer, source, tag)
+
+    def sendrecv(self, out: Buffer, dest: int, into: Buffer, source: int, tag: int) -> int:
+        if on_host(out) and on_host(into):
+            return self.inner.sendrecv(out, dest, into, source, tag)
+        incoming = self.start_recv(into, source, tag)
+        self.send(out, dest, tag)
+        return incoming.wait()
+
+    def wait_any(self, requests: Sequence[Request]) -> int:
+        while True:
+            for index, request in enumerate(requests):
+                if request.test():
+                    return index
+            pending = [request.pending() for request in requests]
+            if None in pending:  # a copy or a thread, about which MPI cannot be asked
+                self.inner.sleep(20e-6)
+            else:
+                self.inner.wait_any([request for request in pending if request is not None])
+
+    # -- collectives ---------------------------------------------------------------------------------------
+    def barrier(self) -> None:
+        self.inner.barrier()
+
+    def broadcast(self, buffer: Buffer, root: int = 0) -> None:
+        (self.inner.broadcast if on_host(buffer) else self._broadcast)(buffer, root)
+
+    def all_reduce(self, buffer: Buffer, operation: Operation = "sum", algorithm: str = "library") -> None:
+        if on_host(buffer):
+            self.inner.all_reduce(buffer, operation, algorithm)
+        else:
+            self.reduce_when(self.gpu.mark(), buffer, operation, algorithm)
+
+    def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
+        """Of a device buffer: a blocking one, in a thread (Open MPI's Iallreduce cannot read device memory, issue
+        9845), in the order of the starts."""
+        if on_host(buffer):
+            return self.inner.start_all_reduce(buffer, operation)
+        if self._reducer is None:
+            assert self._beside is not None
+            comm: DeviceCommunicator = type(self)(self._beside, None, self.gpu, self.pool)
+            self._reducer = Reducer(comm), comm.lane(REDUCE_LANE)
+        reducer, lane = self._reducer
+        return reducer.start(partial(lane.reduce_when, self.gpu.mark(), buffer, operation, "library"))
+
+    def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
+        (self.inner.all_gather if on_host(buffer) else self._all_gather)(buffer, bounds)
+
+    def split(self, color: int | None, key: int = 0) -> Self | None:
+        part = self.inner.split(color, key)
+        return self.around(part, self.gpu, self.pool) if part is not None else None
+
+    # -- memory --------------------------------------------------------------------------------------------
+    def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
+        """On the device; only memory that the ranks of a node share lies on the host."""
+        return DeviceArena(self.gpu, length, dtype) if share == "rank" else self.inner.arena(length, dtype, share)
+
+    def can_share(self, nbytes: int) -> str | None:
+        return self.inner.can_share(nbytes)
+
+    def notify(self, arena: Arena) -> None:
+        if not isinstance(arena, DeviceArena):
+            self.inner.notify(arena)
+
+    def wait(self, arena: Arena) -> None:
+        if not isinstance(arena, DeviceArena):
+            self.inner.wait(arena)
+
+    # -- time, threads -------------------------------------------------------------------------------------
+    def now(self) -> int:
+        return self.inner.now()
+
+    def sleep(self, seconds: float) -> None:
+        self.inner.sleep(seconds)
+
+    def span(
+        self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0, items: int = 0
+    ) -> AbstractContextManager[Any]:
+        return self.inner.span(kind, bytes, peer, id, flops, items)
+
+    def spawn(self, function: Callable[[], Any]) -> Thread:
+        def body() -> Any:
+            self.gpu.use()
+            return function()
+
+        return self.inner.spawn(body)
+
+    def lane(self, number: int) -> Self:
+        other = copy(self)
+        other.inner = self.inner.lane(number)
+        other.recorder = other.inner.recorder
+        return other
+
+    def free(self) -> None:
+        if self._beside is not None:
+            self._beside.free()
+        self.inner.free()
+
+
+def on_host(buffer: Buffer) -> bool:
+    """Whether it is NumPy's, so that MPI can have it as it is."""
+    return isinstance(buffer, np.ndarray)

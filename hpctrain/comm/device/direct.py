@@ -1,0 +1,51 @@
+"""Device buffers handed to MPI as they are. Not yet run on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hpctrain.comm import algorithms
+from hpctrain.comm.base import BFLOAT16, Buffer, Operation, Request
+from hpctrain.comm.device.communicator import DeviceCommunicator
+
+
+class DirectCommunicator(DeviceCommunicator):
+    """For a CUDA-aware MPI, which takes device pointers. It does not know of streams, so they are waited for here."""
+
+    def _start_send(self, buffer: Buffer, dest: int, tag: int) -> Request:
+        self.gpu.mark().synchronize()
+        return self.inner.start_send(buffer, dest, tag)
+
+    def _start_recv(self, buffer: Buffer, source: int, tag: int) -> Request:
+        self.gpu.mark().synchronize()
+        return self.inner.start_recv(buffer, source, tag)
+
+    def _send(self, buffer: Buffer, dest: int, tag: int) -> None:
+        self.gpu.mark().synchronize()
+        self.inner.send(buffer, dest, tag)
+
+    def _recv(self, buffer: Buffer, source: int, tag: int) -> int:
+        self.gpu.mark().synchronize()
+        return self.inner.recv(buffer, source, tag)
+
+    def _broadcast(self, buffer: Buffer, root: int) -> None:
+        self.gpu.mark().synchronize()
+        self.inner.broadcast(buffer, root)
+
+    def reduce_when(self, ready: Any, buffer: Buffer, operation: Operation, algorithm: str) -> None:
+        ready.synchronize()
+        if buffer.dtype == BFLOAT16:
+            wide = self.gpu.widened(buffer)
+            self.reduce_when(self.gpu.mark(), wide, operation, algorithm)
+            self.gpu.narrow(wide, buffer)
+            self.gpu.mark().synchronize()  # this thread's stream need not be that of the others
+        elif algorithm == "library":
+            self.inner.all_reduce(buffer, operation)
+        else:
+            with self.span("reduce"), self.gpu.stream():  # its messages have the bytes
+                algorithms.all_reduce_by(algorithm)(self, buffer, operation, self._everybody)
+
+    def _all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
+        self.gpu.mark().synchronize()
+        self.inner.all_gather(buffer, bounds)

@@ -1,0 +1,160 @@
+"""Started operations of real ranks, and how their ends are waited for."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from hpctrain.comm.base import Buffer, Request
+from hpctrain.comm.mpi.start import MPI
+from hpctrain.trace.recorder import Recorder
+
+NAP = 50e-6  # seconds between looks where ranks outnumber cores
+LOOKS = 16  # between naps: in each, MPICH moves only one piece (64 KiB or so) of a long message
+
+
+class Waiting:
+    """How to pass the time until something is true: look often at first, then nap or go on looking.
+
+    With `naps` a waiting rank leaves its core to ranks that compute; without, latency is lowest.
+    """
+
+    def __init__(self, naps: bool) -> None:
+        self.naps = naps
+        self._eager = 20 if naps else 1000
+
+    def until(self, ready: Callable[[], bool]) -> None:
+        looks = self._eager
+        while True:
+            for _ in range(looks):
+                if ready():
+                    return
+            if self.naps:
+                time.sleep(NAP)
+                looks = LOOKS
+            else:
+                os.sched_yield()
+                looks = 1
+
+    def settle(self, request: MPI.Request) -> None:
+        """Until that MPI operation is over."""
+        if self.naps:
+            self.until(request.Test)
+        else:
+            request.Wait()
+
+
+class MpiRequest(Request):
+    """A started MPI operation. `_end` is called once, by whichever call first finds that it is over."""
+
+    __slots__ = ("_done", "_recorder", "_request", "_waiting", "id")
+
+    def __init__(self, recorder: Recorder, waiting: Waiting, request: MPI.Request, id: int) -> None:
+        self._recorder, self._waiting, self._request, self.id = recorder, waiting, request, id
+        self._done = False
+
+    def over(self) -> bool:
+        return self._done or bool(self._request.Test())
+
+    def test(self) -> bool:
+        if not self._done and self.over():
+            self._end()
+            self._done = True
+        return self._done
+
+    def _end(self) -> None:
+        """What is left to do when MPI has done its part."""
+
+
+class MpiSend(MpiRequest):
+    """Its bytes were traced when it began; how long its sender waits for its end is a second span, without bytes."""
+
+    __slots__ = ("_peer",)
+
+    def __init__(self, recorder: Recorder, waiting: Waiting, request: MPI.Request, peer: int, id: int) -> None:
+        super().__init__(recorder, waiting, request, id)
+        self._peer = peer
+
+    def wait(self) -> int:
+        if not self.test():
+            with self._recorder.span("send", 0, self._peer, self.id):
+                self._waiting.settle(self._request)
+            self._done = True
+        return 0
+
+
+class MpiRecv(MpiRequest):
+    """Traced where it ends: as a span without length if nobody waited for it. `peer`: the sender, in the whole run."""
+
+    __slots__ = ("_buffer", "_elements", "_found", "_peer")
+
+    def __init__(
+        self, recorder: Recorder, waiting: Waiting, request: MPI.Request, buffer: Buffer, peer: int, id: int
+    ) -> None:
+        super().__init__(recorder, waiting, request, id)
+        self._buffer, self._peer, self._elements = buffer, peer, 0
+        self._found: MPI.Status | None = None
+
+    def over(self) -> bool:
+        if self._found is None and not self._done:
+            found = MPI.Status()
+            if not self._request.Test(found):
+                return False
+            self._found = found
+        return True
+
+    def wait(self) -> int:
+        if not self.test():
+            with self._recorder.span("recv", id=self.id):
+                if self._waiting.naps:
+                    self._waiting.until(self.over)
+                else:
+                    self._found = MPI.Status()
+                    self._request.Wait(self._found)
+                self._received()
+            self._done = True
+        return self._elements
+
+    def explain(self) -> None:
+        self._recorder.learn(0, self._peer, self.id)
+
+    def _end(self) -> None:
+        with self._recorder.span("recv", id=self.id):
+            self._received()
+
+    def _received(self) -> None:
+        assert self._found is not None
+        nbytes = self._found.Get_count(MPI.BYTE)
+        self._elements = nbytes // self._buffer.itemsize
+        self._recorder.learn(nbytes, self._peer, self.id)
+
+    def cancel(self) -> None:
+        if not self._done:
+            self._request.Cancel()
+            self._request.Wait()
+            self._done = True
+
+
+class MpiReduce(MpiRequest):
+    """A started all-reduce. Traced like a send: its bytes where it begins, the wait for its end in a second span."""
+
+    __slots__ = ("_buffer", "_wide")
+
+    def __init__(
+        self, recorder: Recorder, waiting: Waiting, request: MPI.Request, buffer: Buffer, wide: Buffer, id: int
+    ) -> None:
+        super().__init__(recorder, waiting, request, id)
+        self._buffer, self._wide = buffer, wide
+
+    def wait(self) -> int:
+        if not self.test():
+            with self._recorder.span("reduce", id=self.id):
+                self._waiting.settle(self._request)
+            self._end()
+            self._done = True
+        return 0
+
+    def _end(self) -> None:
+        if self._wide is not self._buffer:
+            self._buffer[...] = self._wide

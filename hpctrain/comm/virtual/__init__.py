@@ -1,0 +1,1 @@
+"""Virtual ranks: many ranks as coroutines of one process, on a virtual clock."""

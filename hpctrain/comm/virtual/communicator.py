@@ -1,0 +1,325 @@
+"""The communicator of a virtual rank. Its collectives are built from messages."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy
+from typing import Any, TypeVar
+
+import numpy as np
+
+from hpctrain.comm import algorithms
+from hpctrain.comm.base import (
+    BFLOAT16,
+    Arena,
+    Buffer,
+    Communicator,
+    Operation,
+    Request,
+    Share,
+    Thread,
+    barrier_id,
+)
+from hpctrain.comm.virtual.platform import Platform
+from hpctrain.comm.virtual.requests import (
+    UNTRACED,
+    Boxes,
+    VirtualRecv,
+    VirtualReduce,
+    VirtualSend,
+    join,
+    match,
+    verb_span,
+)
+from hpctrain.comm.virtual.scheduler import Scheduler, Task
+from hpctrain.comm.virtual.shared import Meeting, VirtualArena, VirtualGroup
+from hpctrain.trace.recorder import NullRecorder, Recorder
+
+Made = TypeVar("Made")
+
+
+class VirtualCommunicator(Communicator):
+    """See `Communicator`. Collectives are built from messages and cost what these cost; their sums are free."""
+
+    def __init__(self, world: Platform, group: VirtualGroup, rank: int, recorder: Recorder) -> None:
+        self.world = world
+        self.group = group
+        self.boxes: Boxes = group.boxes
+        self.rank = rank
+        self.size = len(group.members)
+        self.members = group.members
+        self.nodes = group.nodes
+        self.local_ranks = group.local_ranks[group.nodes[rank]]
+        self.local_rank = self.local_ranks.index(rank)
+        self.concurrent = False
+        self.recorder = recorder
+        self.host = world.nodes[group.members[rank]]
+        self.traced = not isinstance(recorder, NullRecorder)
+        self._count = 0
+        self._numbers: dict[tuple[int, int], int] = {}
+
+    # -- point to point ------------------------------------------------------------------------------------
+    def start_send(self, buffer: Buffer, dest: int, tag: int) -> VirtualSend:
+        world, send = self.world, VirtualSend(self, buffer, dest, tag)
+        if self.traced:
+            send.id = self._number(dest, tag, 0)
+            self.recorder.open("send", world.time, buffer.nbytes, self.members[dest], send.id)
+            self.recorder.close(world.time)
+        box = self.boxes[dest, self.rank, tag]
+        if box and isinstance(recv := box[0], VirtualRecv):
+            box.popleft()
+            match(world, send, recv)
+            return send
+        if buffer.nbytes <= world.network.eager_limit:  # it does not wait for its receiver
+            send.buffer = buffer.copy()
+            there = world.nodes[self.members[dest]]
+            send.ends, send.arrives = world.network.transfer(self.host, there, buffer.nbytes, world.time)
+        box.append(send)
+        return send
+
+    def start_recv(self, buffer: Buffer, source: int, tag: int) -> VirtualRecv:
+        recv = VirtualRecv(self, buffer, source, tag)
+        if self.traced:
+            recv.id = self._number(source, tag, 1)
+        box = self.boxes[self.rank, source, tag]
+        if box and isinstance(send := box[0], VirtualSend):
+            box.popleft()
+            match(self.world, send, recv)
+        else:
+            box.append(recv)
+        return recv
+
+    def sendrecv(self, out: Buffer, dest: int, into: Buffer, source: int, tag: int) -> int:
+        incoming = self.start_recv(into, source, tag)
+        outgoing = self.start_send(out, dest, tag)
+        world = self.world
+        if incoming.ends > world.time:
+            incoming.block()
+        elif self.traced:
+            incoming.leave_span()
+        if outgoing.ends > world.time:
+            outgoing.block()
+        return incoming.elements
+
+    def _number(self, peer: int, tag: int, way: int) -> int:
+        """The number of this message among those to (or from) that peer: equal at both ends."""
+        key = (2 * peer + way, tag)
+        self._numbers[key] = count = self._numbers.get(key, 0) + 1
+        return self.group.number << 44 | tag << 36 | count
+
+    def wait_any(self, requests: Sequence[Request]) -> int:
+        while True:
+            for index, request in enumerate(requests):
+                if request.test():
+                    return index
+            for request in requests:
+                request.watch(True)
+            with verb_span(self, "wait"):
+                self.world.block(requests)
+                for request in requests:
+                    if request.over():
+                        request.explain()
+                        break
+            for request in requests:
+                request.watch(False)
+
+    # -- collectives ---------------------------------------------------------------------------------------
+    def barrier(self) -> None:
+        with self._collective("wait"):
+            algorithms.dissemination_barrier(self, self.group.everybody)
+
+    def broadcast(self, buffer: Buffer, root: int = 0) -> None:
+        everybody = self.group.everybody
+        with self._collective("send" if self.rank == root else "recv"):
+            algorithms.tree_broadcast(self, buffer, everybody[root:] + everybody[:root])
+
+    def all_reduce(self, buffer: Buffer, operation: Operation = "sum", algorithm: str = "library") -> None:
+        with self._collective("reduce"):
+            self._all_reduce(buffer, operation, algorithm)
+
+    def _all_reduce(self, buffer: Buffer, operation: Operation, algorithm: str) -> None:
+        if algorithm == "library":
+            algorithm = "tree" if buffer.nbytes <= 2048 else "halving_doubling"
+        reduce = algorithms.all_reduce_by(algorithm)
+        if buffer.dtype == BFLOAT16:
+            wide = buffer.astype(np.float32)
+            reduce(self, wide, operation, self.group.everybody)
+            buffer[:] = wide
+        else:
+            reduce(self, buffer, operation, self.group.everybody)
+
+    def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
+        """Runs in a coroutine beside this rank's own, with messages of its own."""
+        self._count += 1
+        id = self.group.number << 44 | self._count
+        beside = copy(self)
+        beside.boxes = self._shared("started", self.size, lambda: defaultdict(deque))
+        beside.recorder, beside.traced = NullRecorder(), False
+        name = f"a started all-reduce of rank {self.members[self.rank]}"
+        task = self.world.start(name, lambda: beside._all_reduce(buffer, operation, "library"), inside=1)
+        return VirtualReduce(self, task, buffer.nbytes, id)
+
+    def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
+        with self._collective("recv"):
+            algorithms.ring_all_gather(self, buffer, bounds, self.group.everybody)
+
+    def split(self, color: int | None, key: int = 0) -> VirtualCommunicator | None:
+        answers = self._meet("split", self.group.everybody, (color, key))
+        if color is None:
+            return None
+        chosen = [r for _, r in sorted((k, r) for r, (c, k) in enumerate(answers) if c == color)]
+        number = zlib.crc32(f"{self.group.number}/{self._count}/{color}".encode()) & 0x3FFFF
+        members = tuple(self.members[r] for r in chosen)
+        group = self._shared(("group", color), len(chosen), lambda: VirtualGroup(self.world.nodes, members, number))
+        return VirtualCommunicator(self.world, group, chosen.index(self.rank), self.recorder)
+
+    # -- memory --------------------------------------------------------------------------------------------
+    def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
+        mine = np.zeros(length, dtype)
+        if share == "rank":
+            return VirtualArena([mine], 0, [0], [], -1)
+        parts = self._meet("arena", self.local_ranks, mine)
+        id = barrier_id(self.group.number, self._count)
+        name, takers = ("epochs", self.local_ranks[0]), len(parts)
+        board: tuple[list[int], list[Task]] = self._shared(name, takers, lambda: ([0] * len(parts), []))
+        return VirtualArena(parts, self.local_rank, *board, id)
+
+    def can_share(self, nbytes: int) -> str | None:
+        return None
+
+    def notify(self, arena: Arena) -> None:
+        assert isinstance(arena, VirtualArena)
+        arena.epochs[arena.index] += 1
+        tasks, arena.waiting[:] = list(arena.waiting), []
+        for task in tasks:
+            self.world.wake(task)
+
+    def wait(self, arena: Arena) -> None:
+        assert isinstance(arena, VirtualArena)
+        epoch, world = arena.epochs[arena.index], self.world
+        if len(arena.epochs) == 1:
+            return
+        with verb_span(self, "wait", id=arena.id | epoch):  # also of who came last: for whom the others waited
+            while min(arena.epochs) < epoch:
+                late = [self.members[self.local_ranks[i]] for i, e in enumerate(arena.epochs) if e < epoch]
+                assert world.current is not None
+                arena.waiting.append(world.current)
+                world.block(f"notify of epoch {epoch} by ranks {late}")
+
+    def _meet(self, what: str, who: Sequence[int], value: Any) -> list[Any]:
+        """Values of all of `who`, in their order; waits until all have come."""
+        self._count += 1
+        meetings, key = self.group.meetings, (what, self._count, who[0])
+        meeting = meetings.setdefault(key, Meeting())
+        meeting.values[self.rank] = value
+        if len(meeting.values) == len(who):
+            for task in meeting.tasks:
+                self.world.wake(task)
+        while len(meeting.values) < len(who):
+            assert self.world.current is not None
+            meeting.tasks.append(self.world.current)
+            late = [self.members[r] for r in who if r not in meeting.values]
+            self.world.block(f"{what} with ranks {late}")
+        self._take(key, meeting, len(who))
+        return [meeting.values[r] for r in who]
+
+    def _shared(self, name: Any, takers: int, make: Callable[[], Made]) -> Made:
+        """One object for all `takers` ranks that ask for it by the same name at the same place of their course."""
+        meetings, key = self.group.meetings, (name, self._count)
+        meeting = meetings.setdefault(key, Meeting())
+        if not meeting.values:
+            meeting.values[0] = make()
+        self._take(key, meeting, takers)
+        made: Made = meeting.values[0]
+        return made
+
+    def _take(self, key: Any, meeting: Meeting, takers: int) -> None:
+        meeting.taken += 1
+        if meeting.taken == takers:
+            del self.group.meetings[key]
+
+    @contextmanager
+    def _collective(self, kind: str) -> Iterator[None]:
+        """Made of messages, which carry the bytes."""
+        self._count += 1
+        task = self.world.current
+        assert task is not None
+        task.inside += 1
+        try:
+            with verb_span(self, kind, 0, self.group.number << 44 | self._count):
+                yield
+        finally:
+            task.inside -= 1
+            if task.torch is not None and not task.inside:
+                self.world.restore_torch(task)
+
+    # -- time, threads -------------------------------------------------------------------------------------
+    def now(self) -> int:
+        return self.world.time
+
+    def sleep(self, seconds: float) -> None:
+        self.pass_time(int(seconds * 1e9))
+
+    def pass_time(self, nanoseconds: int) -> None:
+        """Let this rank do nothing for so long."""
+        world = self.world
+        task, end = world.current, world.time + nanoseconds
+        assert task is not None
+        if nanoseconds > 0:
+            world.wake_at(end, task)
+        while world.time < end:
+            world.block("the end of a sleep")
+
+    def span(
+        self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0, items: int = 0
+    ) -> AbstractContextManager[Any]:
+        if self.traced or self.world.compute is not None:
+            return ComputeSpan(self, kind, bytes, peer, id, items, flops)
+        return UNTRACED
+
+    def spawn(self, function: Callable[[], Any]) -> Thread:
+        world = self.world
+        return VirtualThread(world, world.start(f"a thread of rank {self.members[self.rank]}", function))
+
+    def free(self) -> None:
+        return None
+
+
+class VirtualThread(Thread):
+    def __init__(self, world: Scheduler, task: Task) -> None:
+        self._world = world
+        self._task = task
+
+    def join(self) -> Any:
+        join(self._world, self._task)
+        if self._task.error is not None:
+            raise self._task.error
+        return self._task.result
+
+
+class ComputeSpan:
+    """Traces its block and lets the time pass that the block costs."""
+
+    __slots__ = ("_arguments", "_comm")
+
+    def __init__(self, comm: VirtualCommunicator, *arguments: Any) -> None:
+        self._comm = comm
+        self._arguments = arguments
+
+    def __enter__(self) -> None:
+        comm = self._comm
+        if comm.traced:
+            kind, nbytes, peer, id, items, flops = self._arguments
+            comm.recorder.open(kind, comm.world.time, nbytes, peer, id, items, flops)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        comm = self._comm
+        compute = comm.world.compute
+        name, nbytes, _, _, _, flops = self._arguments
+        if compute is not None and kind is None:
+            comm.pass_time(compute(comm.members[comm.rank], name, nbytes, flops))
+        if comm.traced:
+            comm.recorder.close(comm.world.time)

@@ -1,0 +1,210 @@
+"""Started operations of virtual ranks, and how a send meets its receive."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from hpctrain.comm.base import Buffer, Request
+from hpctrain.comm.virtual.platform import Platform
+from hpctrain.comm.virtual.scheduler import Scheduler, Task
+from hpctrain.trace.recorder import Recorder
+
+LATER = 2**63
+UNTRACED = nullcontext()
+
+Box = deque["VirtualSend | VirtualRecv"]
+"""What was started and has no counterpart yet: only sends, or only receives."""
+
+Boxes = defaultdict[tuple[int, int, int], Box]
+"""By destination, source and tag."""
+
+
+class Endpoint(Protocol):
+    """What a request needs of the communicator that it was started on."""
+
+    world: Platform
+    rank: int
+    host: int
+    members: tuple[int, ...]
+    boxes: Boxes
+    recorder: Recorder
+    traced: bool
+
+
+class VerbSpan:
+    """Traces a verb of a communicator, which takes the time that its messages take and no more."""
+
+    __slots__ = ("_arguments", "_comm")
+
+    def __init__(self, comm: Endpoint, kind: str, nbytes: int, id: int) -> None:
+        self._comm, self._arguments = comm, (kind, nbytes, id)
+
+    def __enter__(self) -> None:
+        kind, nbytes, id = self._arguments
+        self._comm.recorder.open(kind, self._comm.world.time, nbytes, -1, id)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._comm.recorder.close(self._comm.world.time)
+
+
+def verb_span(comm: Endpoint, kind: str, nbytes: int = 0, id: int = -1) -> AbstractContextManager[None]:
+    """A `VerbSpan`, or nothing where nothing is traced."""
+    return VerbSpan(comm, kind, nbytes, id) if comm.traced else UNTRACED
+
+
+class VirtualRequest(Request):
+    """A send or a receive in progress: over when the clock comes to `ends`, which is LATER until that is known.
+
+    Of a receive: `elements`, how many came. Of a send: `arrives`, when it is there if it set out before its receiver
+    was ready (else -1).
+    """
+
+    __slots__ = ("arrives", "buffer", "comm", "elements", "ends", "id", "peer", "tag", "task")
+    verb = ""
+
+    def __init__(self, comm: Endpoint, buffer: Buffer, peer: int, tag: int) -> None:
+        self.comm = comm
+        self.buffer = buffer
+        self.peer = peer
+        self.tag = tag
+        self.ends = LATER
+        self.task: Task | None = None
+        self.arrives = self.id = -1
+        self.elements = 0
+
+    def test(self) -> bool:
+        return self.ends <= self.comm.world.time
+
+    def watch(self, waits: bool) -> None:
+        world = self.comm.world
+        self.task = world.current if waits else None
+        if self.task is not None and self.ends < LATER:
+            world.wake_at(self.ends, self.task)
+
+    def block(self) -> None:
+        """Wait until it is over. For operations that are not."""
+        comm = self.comm
+        world = comm.world
+        if comm.traced:
+            comm.recorder.open(self.verb, world.time, 0, comm.members[self.peer], self.id)
+        self.watch(True)
+        while self.ends > world.time:
+            world.block(self)
+        if comm.traced:
+            self.learn()
+            comm.recorder.close(world.time)
+
+    def learn(self) -> None:
+        """Before the span of having waited for it is closed."""
+
+    def __str__(self) -> str:
+        peer = self.comm.members[self.peer]
+        return f"{self.verb} rank {peer} (tag {int(self.tag)}, {self.buffer.nbytes} bytes)"
+
+
+class VirtualSend(VirtualRequest):
+    __slots__ = ()
+    verb = "send"
+
+    def wait(self) -> int:
+        if not self.test():
+            self.block()
+        return 0
+
+
+class VirtualRecv(VirtualRequest):
+    __slots__ = ("traced",)
+    verb = "recv"
+
+    def __init__(self, comm: Endpoint, buffer: Buffer, peer: int, tag: int) -> None:
+        super().__init__(comm, buffer, peer, tag)
+        self.traced = not comm.traced
+
+    def test(self) -> bool:
+        if self.ends > self.comm.world.time:
+            return False
+        if not self.traced:
+            self.leave_span()
+        return True
+
+    def over(self) -> bool:
+        return self.ends <= self.comm.world.time
+
+    def explain(self) -> None:
+        if self.comm.traced:
+            self.comm.recorder.learn(0, self.comm.members[self.peer], self.id)
+
+    def leave_span(self) -> None:
+        """Leave a span without length: the message was there before its receiver waited for it."""
+        comm = self.comm
+        comm.recorder.open("recv", comm.world.time, 0, -1, self.id)
+        self.learn()
+        comm.recorder.close(comm.world.time)
+
+    def learn(self) -> None:
+        self.traced = True
+        comm = self.comm
+        comm.recorder.learn(self.elements * self.buffer.itemsize, comm.members[self.peer], self.id)
+
+    def wait(self) -> int:
+        if not self.test():
+            self.block()
+        return self.elements
+
+    def cancel(self) -> None:
+        comm = self.comm
+        box = comm.boxes[comm.rank, self.peer, self.tag]
+        if self in box:
+            box.remove(self)
+            self.ends = comm.world.time
+
+
+def match(world: Platform, send: VirtualSend, recv: VirtualRecv) -> None:
+    """Move the bytes, and let time pass for both ends."""
+    out, into, now = send.buffer, recv.buffer, world.time
+    if out.size == into.size:
+        into[...] = out
+    elif out.size < into.size:
+        into[: out.size] = out
+    else:
+        raise ValueError(f"a message of {out.nbytes} bytes came for a buffer of {into.nbytes}: {recv}")
+    recv.elements = out.size
+    arrives = send.arrives
+    if arrives < 0:
+        send.ends, arrives = world.network.transfer(send.comm.host, recv.comm.host, out.nbytes, now)
+        if send.task is not None:
+            world.wake_at(send.ends, send.task)
+    recv.ends = arrives if arrives > now else now
+    if recv.task is not None:
+        world.wake_at(recv.ends, recv.task)
+
+
+class VirtualReduce(Request):
+    """A started all-reduce."""
+
+    def __init__(self, comm: Endpoint, task: Task, nbytes: int, id: int) -> None:
+        self._comm, self._work, self._nbytes, self._id = comm, task, nbytes, id
+
+    def watch(self, waits: bool) -> None:
+        self._work.joiner = self._comm.world.current if waits else None
+
+    def test(self) -> bool:
+        return self._work.finished
+
+    def wait(self) -> int:
+        if not self._work.finished:
+            with verb_span(self._comm, "reduce", self._nbytes, self._id):
+                join(self._comm.world, self._work)
+        return 0
+
+    def __str__(self) -> str:
+        return self._work.name
+
+
+def join(world: Scheduler, work: Task) -> None:
+    """Wait until the task has ended."""
+    while not work.finished:
+        work.joiner = world.current
+        world.block(work.name)

@@ -1,0 +1,54 @@
+"""What virtual ranks have in common: groups, meetings, and arenas."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import Any
+
+from hpctrain.comm.base import Arena, Buffer
+from hpctrain.comm.virtual.requests import Boxes
+from hpctrain.comm.virtual.scheduler import Task
+
+
+class VirtualGroup:
+    """What the ranks of one communicator share."""
+
+    def __init__(self, nodes_of_run: Sequence[int], members: tuple[int, ...], number: int) -> None:
+        self.members = members
+        self.number = number
+        hosts = [nodes_of_run[rank] for rank in members]
+        order = {host: index for index, host in enumerate(dict.fromkeys(hosts))}
+        self.nodes = tuple(order[host] for host in hosts)
+        on_node: dict[int, list[int]] = {}
+        for rank, node in enumerate(self.nodes):
+            on_node.setdefault(node, []).append(rank)
+        self.local_ranks = {node: tuple(ranks) for node, ranks in on_node.items()}
+        self.everybody = tuple(range(len(members)))
+        self.boxes: Boxes = defaultdict(deque)
+        self.meetings: dict[Any, Meeting] = {}
+
+
+class Meeting:
+    """Something that ranks of a group have in common for a while: forgotten when all of them have taken it."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, Any] = {}
+        self.tasks: list[Task] = []
+        self.taken = 0
+
+
+class VirtualArena(Arena):
+    """`epochs` and `waiting`: how often each rank of the node has notified, and the tasks that wait for others to."""
+
+    def __init__(self, parts: list[Buffer], index: int, epochs: list[int], waiting: list[Task], id: int) -> None:
+        self.parts = parts
+        self.index = index
+        self.mine = parts[index]
+        self.epochs = epochs
+        self.waiting = waiting
+        self.id = id
+
+    def free(self) -> None:
+        self.parts = []
+        self.mine = None

@@ -1,0 +1,50 @@
+"""Running a function on many virtual ranks. Deterministic.
+
+`World(size).run(function)` calls `function(communicator)` once per rank. A rank runs until it must wait; then
+the next one that can, in the order in which they became able to. Time passes only in messages (what the
+`network` says), in spans of the caller (what `compute` says) and in `sleep`. Where no rank can go on and no event
+is to come, `DeadlockError` lists what each of them waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from hpctrain.comm.virtual.communicator import VirtualCommunicator
+from hpctrain.comm.virtual.network import Network
+from hpctrain.comm.virtual.platform import Compute, Platform
+from hpctrain.comm.virtual.shared import VirtualGroup
+from hpctrain.trace.recorder import NullRecorder, Recorder
+
+
+class World(Platform):
+    """`size` virtual ranks on `nodes` (rank -> node index; default: all on one).
+
+    `isolate_torch`: save and restore torch's grad mode, autocast and CPU random state at every change of rank.
+    Attributes after a run: `time` (virtual nanoseconds), `resumptions` (how often one rank gave way to another).
+    """
+
+    def __init__(
+        self,
+        size: int,
+        nodes: Sequence[int] | None = None,
+        network: Network | None = None,
+        compute: Compute | None = None,
+        recorders: Sequence[Recorder] | None = None,
+        isolate_torch: bool = True,
+    ) -> None:
+        super().__init__(nodes if nodes is not None else (0,) * size, network, compute, isolate_torch)
+        self.size = size
+        self.recorders = recorders
+
+    def run(self, function: Callable[[VirtualCommunicator], Any]) -> list[Any]:
+        """Run all ranks to their end; returns their results in rank order.
+
+        Raises the first exception of a rank, or DeadlockError.
+        """
+        group = VirtualGroup(self.nodes, tuple(range(self.size)), 1)
+        recorders = self.recorders or [NullRecorder()] * self.size
+        comms = [VirtualCommunicator(self, group, rank, recorders[rank]) for rank in range(self.size)]
+        return self.run_all([(f"rank {comm.rank}", partial(function, comm)) for comm in comms])

@@ -1,0 +1,164 @@
+"""Which parameter lies where in an arena, and where arenas may be cut."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpctrain.comm.base import BFLOAT16
+from hpctrain.errors import ModelError
+
+ALIGNMENT = 64  # bytes; every parameter begins on a cache line, as vector units and BLAS like it
+
+NUMPY_DTYPES: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.bfloat16: BFLOAT16,
+    torch.float16: np.dtype(np.float16),
+}
+
+ParameterGroups = Sequence[dict[str, Any]]
+"""As torch.optim takes them: dictionaries with "params" and options."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's place in the arena, in elements."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """A stretch [low, high) of the arena whose parameters share optimizer options."""
+
+    low: int
+    high: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which parameter lies where in the arena. The same on all ranks of a run."""
+
+    slots: tuple[Slot, ...]
+    groups: tuple[Group, ...]
+    length: int
+    dtype: np.dtype[Any]
+
+    @property
+    def cuts(self) -> list[int]:
+        """Where the arena may be cut without cutting a parameter, both ends included."""
+        return [slot.offset for slot in self.slots] + [self.length]
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters there are, without padding."""
+        return sum(slot.size for slot in self.slots)
+
+    def fingerprint(self) -> str:
+        """Names, shapes, where parameter groups begin, and dtype, hashed: equal only for the same model."""
+        places = [(slot.name, slot.shape) for slot in self.slots], [group.low for group in self.groups]
+        text = repr(places) + str(self.dtype)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def first_not_finite(self, flat: torch.Tensor, low: int = 0) -> int:
+        """1 + the index of the first parameter that is not finite in `flat`, the arena's stretch from `low` on; else 0.
+
+        Padding counts to the parameter before it.
+        """
+        bad = (~torch.isfinite(flat)).nonzero()
+        if not len(bad):
+            return 0
+        return int(np.searchsorted([slot.offset for slot in self.slots], low + int(bad[0]), side="right"))
+
+    def slots_in(self, low: int, high: int) -> list[Slot]:
+        """The parameters that lie whole in [low, high)."""
+        return [slot for slot in self.slots if low <= slot.offset and slot.offset + slot.size <= high]
+
+
+def lay_out(named: dict[str, nn.Parameter], groups: ParameterGroups | None = None) -> tuple[Layout, list[nn.Parameter]]:
+    """The layout of these parameters, and the parameters in its order. Raises ModelError, see `Replica`."""
+    dtypes = {p.dtype for p in named.values()}
+    if len(dtypes) > 1 or (dtype := dtypes.pop()) not in NUMPY_DTYPES:
+        raise ModelError(
+            "trainable parameters must be of one dtype (float32, float64, bfloat16 or float16); "
+            f"found {', '.join(sorted({str(p.dtype) for p in named.values()}))}"
+        )
+    names = {id(p): name for name, p in named.items()}
+    unit = ALIGNMENT // NUMPY_DTYPES[dtype].itemsize
+    parameters: list[nn.Parameter] = []
+    slots: list[Slot] = []
+    bounds: list[Group] = []
+    offset = 0
+    for group in _checked_groups(named, groups):
+        low = offset
+        for parameter in group["params"]:
+            slots.append(Slot(names[id(parameter)], tuple(parameter.shape), offset, parameter.numel()))
+            parameters.append(parameter)
+            offset += -(-parameter.numel() // unit) * unit
+        options = {key: value for key, value in group.items() if key != "params"}
+        bounds.append(Group(low, offset, options))
+    return Layout(tuple(slots), tuple(bounds), offset, NUMPY_DTYPES[dtype]), parameters
+
+
+def _checked_groups(named: dict[str, nn.Parameter], groups: ParameterGroups | None) -> list[dict[str, Any]]:
+    """The user's groups with their trainable parameters only; checked to cover each exactly once."""
+    if groups is None:
+        return [{"params": list(named.values())}]
+    if isinstance(groups, (str, bytes, dict)) or not isinstance(groups, Iterable):
+        raise ModelError(f"optimizer.groups gave a {type(groups).__name__}; expected a list of dictionaries")
+    names = {id(p): name for name, p in named.items()}
+    chosen = [_trainable(group, index, names) for index, group in enumerate(groups)]
+    times = Counter(id(p) for group in chosen for p in group["params"])
+    for ident, name in names.items():
+        if times[ident] != 1:
+            raise ModelError(
+                f"optimizer.groups: parameter {name} is listed {times[ident]} times; every trainable parameter must be "
+                "in exactly one group (freeze it with requires_grad = False to leave it out)"
+            )
+    return [group for group in chosen if group["params"]]
+
+
+def _trainable(group: Any, index: int, names: dict[int, str]) -> dict[str, Any]:
+    """A group with a list of its trainable parameters; torch takes one tensor, and (name, tensor) pairs, too."""
+    if not isinstance(group, dict) or "params" not in group:
+        raise ModelError(f"optimizer.groups: group {index} is no dictionary with params and options")
+    params = group["params"]
+    listed = [params] if isinstance(params, torch.Tensor) else list(params)
+    tensors = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in listed]
+    for tensor in tensors:
+        if not isinstance(tensor, torch.Tensor):
+            raise ModelError(f"optimizer.groups: group {index} lists a {type(tensor).__name__}, not a parameter")
+        if tensor.requires_grad and id(tensor) not in names:
+            raise ModelError(
+                f"optimizer.groups: group {index} lists a tensor of shape {tuple(tensor.shape)} that is no parameter "
+                "of the model"
+            )
+    return {**group, "params": [p for p in tensors if id(p) in names]}
+
+
+def slice_bounds(layout: Layout, parts: int, elementwise: bool) -> list[int]:
+    """Cut the arena into `parts` nearly equal stretches: on cache lines, or between parameters if not elementwise.
+
+    Parts may be empty when there are more parts than cache lines (or parameters).
+    """
+    cuts: Sequence[int] = layout.cuts
+    if elementwise:
+        unit = ALIGNMENT // layout.dtype.itemsize
+        return [layout.length // unit * i // parts * unit for i in range(parts)] + [layout.length]
+    bounds = [0]
+    for part in range(1, parts):
+        ideal = layout.length * part // parts
+        bounds.append(max(bounds[-1], min(cuts, key=lambda cut: abs(cut - ideal))))
+    return [*bounds, layout.length]

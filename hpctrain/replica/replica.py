@@ -1,0 +1,219 @@
+"""A worker's model with its parameters in one flat arena and its gradients in another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from hpctrain.comm.base import Arena, Communicator
+from hpctrain.errors import ModelError
+from hpctrain.replica.arenas import NodeArenas, OwnPart, Placed
+from hpctrain.replica.layout import ParameterGroups, Slot, lay_out
+from hpctrain.replica.tensors import as_tensor
+from hpctrain.wrappers import named_parameters
+
+
+class Replica:
+    """Puts `model`'s trainable parameters into arenas; tied weights lie there once, frozen ones not at all.
+
+    After `place`, `values` and `gradient` are flat tensors of `layout.length` elements (padding stays zero),
+    whose views the model's parameters and their `.grad` are; `parameters` lists them in the layout's order. Raises
+    ModelError for a model without trainable parameters, of mixed dtypes, or with groups that leave out or repeat a
+    parameter.
+    """
+
+    def __init__(self, model: nn.Module, groups: ParameterGroups | None = None) -> None:
+        self.model = model
+        named = {name: p for name, p in named_parameters(model) if p.requires_grad}
+        if not named:
+            raise ModelError(
+                f"the model {type(model).__name__} has no trainable parameters; "
+                "nothing could be learnt (is requires_grad False everywhere?)"
+            )
+        self.layout, self.parameters = lay_out(named, groups)
+        self.device = self.parameters[0].device
+        self.values: torch.Tensor = torch.empty(0)
+        self.gradient: torch.Tensor = torch.empty(0)
+        self._placed: Placed | None = None
+        self._shared: NodeArenas | None = None
+        self._watched: list[tuple[Slot, nn.Parameter, int, int]] = []
+        self._owners = self._find_owners()
+        self._frozen = [(name, p) for name, p in named_parameters(model) if not p.requires_grad]
+        self._used = bytearray(len(self.parameters))
+        self._hooks: list[RemovableHandle] = []
+
+    def _find_owners(self) -> list[tuple[Mapping[str, nn.Parameter | None], str]]:
+        """For every slot a module's own table of parameters (a scripted module's is no dictionary), and the name in
+        it."""
+        found = {}
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                found[id(parameter)] = (module._parameters, name)
+        return [found[id(parameter)] for parameter in self.parameters]
+
+    # -- arenas --------------------------------------------------------------------------------------------
+    @property
+    def value_arena(self) -> Arena:
+        """Where the parameters lie: `parts[0]` if node-shared, else `mine`. RuntimeError before `place`."""
+        return self._arenas().values
+
+    @property
+    def gradient_arena(self) -> Arena:
+        """Where this rank's gradient lies (`mine`). RuntimeError before `place`."""
+        return self._arenas().gradient
+
+    def _arenas(self) -> Placed:
+        if self._placed is None:
+            raise RuntimeError("the replica has no arenas: call place() first (release() gives them back)")
+        return self._placed
+
+    def place(self, comm: Communicator, shared: bool) -> None:
+        """(Re-)place the arenas, keeping the values. Collective over `comm`.
+
+        `shared`: gradients in node-shared arenas and the parameters once per node (those of the node's first
+        rank are kept); else both private.
+        """
+        old, before = self._owned(), self._placed
+        placed = self._place_shared(comm) if shared else self._place_privately(comm)
+        values = as_tensor(placed.values.parts[0])
+        moved = before is None or placed.values is not before.values
+        if moved and (not shared or comm.local_rank == 0):
+            self._copy_values(values)
+        comm.notify(placed.values)
+        comm.wait(placed.values)
+        self._placed = placed
+        self._point_at(values, as_tensor(placed.gradient.mine))
+        self._notice_use()
+        comm.barrier()
+        kept = self._owned()
+        for arena in old:
+            if arena not in kept:
+                arena.free()
+
+    def _place_shared(self, comm: Communicator) -> Placed:
+        if self._shared is None or not self._shared.fits(comm):
+            self._shared = NodeArenas(comm, self.layout)  # `place` frees the old ones
+        self._shared.clear()
+        return self._shared.placed
+
+    def _place_privately(self, comm: Communicator) -> Placed:
+        """This rank's own part of the shared gradient arena serves as well, while there is one."""
+        values = comm.arena(self.layout.length, self.layout.dtype, "rank")
+        if self._shared is None:
+            return Placed(values, comm.arena(self.layout.length, self.layout.dtype, "rank"))
+        self._shared.clear()
+        return Placed(values, OwnPart(self._shared.placed.gradient))
+
+    def keeps_shared(self, comm: Communicator) -> bool:
+        """Whether a shared placement over `comm` would find its arenas there, from an earlier one.
+
+        Shared arenas are kept until `release`: to touch fresh shared memory takes several times as long as to copy
+        what goes there, and that would be between two phases.
+        """
+        return self._shared is not None and self._shared.fits(comm)
+
+    def _owned(self) -> dict[Arena, None]:
+        """All arenas there are, in the order of their making."""
+        pairs = [self._shared.placed if self._shared is not None else None, self._placed]
+        return dict.fromkeys(arena for pair in pairs if pair is not None for arena in (pair.values, pair.gradient))
+
+    def release(self) -> None:
+        """Move the parameters to memory of the model's own and free the arenas. Collective, like `place`."""
+        for parameter in self.parameters:
+            parameter.data = parameter.data.clone()
+            parameter.grad = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.values = self.gradient = torch.empty(0)
+        self._watched = []
+        old = self._owned()
+        self._placed = self._shared = None
+        for arena in old:
+            arena.free()
+
+    def _point_at(self, values: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Make the model's parameters and their gradients views of these."""
+        self.values, self.gradient = values, gradient
+        self._watched = []
+        for parameter, slot in zip(self.parameters, self.layout.slots, strict=True):
+            here = slice(slot.offset, slot.offset + slot.size)
+            parameter.data = values[here].view(slot.shape)
+            parameter.grad = gradient[here].view(slot.shape)
+            self._watched.append((slot, parameter, parameter.data_ptr(), parameter.grad.data_ptr()))
+
+    def _notice_use(self) -> None:
+        """From now on note which parameters get a gradient."""
+        if not self._hooks:
+            self._hooks = [
+                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._note(index))
+                for index, parameter in enumerate(self.parameters)
+            ]
+
+    def _note(self, index: int) -> None:
+        self._used[index] = 1
+
+    def clear(self) -> None:
+        """Zero the gradient, and forget which parameters had one: a round begins."""
+        self.gradient.zero_()
+        self._used[:] = bytes(len(self._used))
+
+    def used(self) -> NDArray[np.bool_] | None:
+        """Which parameters have had a gradient since `clear`, in the layout's order; None: all of them.
+
+        All count as used where backward was never run, and somebody wrote the gradient.
+        """
+        if 0 not in self._used or 1 not in self._used:
+            return None
+        return np.frombuffer(bytes(self._used), np.bool_)
+
+    def foreign_parameters(self, loss: torch.Tensor) -> list[tuple[int, ...]]:
+        """Shapes of the parameters (nn.Parameter) that `loss` depends on and the arena does not have."""
+        own, found = {id(parameter) for parameter in self.parameters}, {}
+        waiting, seen = [loss.grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+                found[id(leaf)] = tuple(leaf.shape)
+            waiting += [following for following, _ in node.next_functions]
+        return sorted(found.values())
+
+    def first_not_finite(self) -> int:
+        """As `Layout.first_not_finite`, of this rank's whole gradient."""
+        return self.layout.first_not_finite(self.gradient)
+
+    def check(self) -> None:
+        """ModelError if user code broke the views (`model.to()`, `p.data = ...`, `zero_grad()`), or unfroze parameters
+        that were frozen when the run began and so have no place in the arena."""
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise ModelError(
+                    f"parameter {name} was frozen (requires_grad = False) when the run began, so it is not trained; "
+                    "begin with it trainable, freeze it in your loop, and unfreeze it there: parameters without a "
+                    "gradient are left alone"
+                )
+        for (slot, parameter, value, gradient), (owner, name) in zip(self._watched, self._owners, strict=False):
+            if parameter.data_ptr() != value or name not in owner or owner[name] is not parameter:
+                raise ModelError(
+                    f"parameter {slot.name} no longer lies in its arena: something assigned its .data or moved "
+                    "the model (model.to(), .half(), load_state_dict(assign=True)); change it in place instead"
+                )
+            if parameter.grad is None or parameter.grad.data_ptr() != gradient:
+                raise ModelError(
+                    f"the gradient of {slot.name} no longer lies in its arena: something replaced .grad "
+                    "(model.zero_grad() or optimizer.zero_grad()?); hpctrain clears gradients itself"
+                )
+
+    def _copy_values(self, into: torch.Tensor) -> None:
+        with torch.no_grad():
+            for parameter, slot in zip(self.parameters, self.layout.slots, strict=True):
+                into[slot.offset : slot.offset + slot.size].copy_(parameter.reshape(-1))

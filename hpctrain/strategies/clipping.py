@@ -1,0 +1,11 @@
+"""Clipping by global norm."""
+
+from __future__ import annotations
+
+
+def clip_factor(squares: float, limit: float) -> float:
+    """What a vector whose squares add up to `squares` is multiplied by, to be no longer than `limit`.
+
+    Pascanu et al. 2013, as in torch.nn.utils.clip_grad_norm_.
+    """
+    return min(1.0, limit / (squares**0.5 + 1e-6))
