@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hpctrain.cluster import check_singleton
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.ending import end_all_ranks_with_this_program
+from hpctrain.comm.mpi.ending import end_all_ranks_with_this_program
 from hpctrain.errors import ClusterError, HpctrainError
 
 if TYPE_CHECKING:

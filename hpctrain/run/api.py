@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import connect, tell_once
-from hpctrain.comm.ending import end_all_ranks
+from hpctrain.comm.mpi.ending import end_all_ranks
 from hpctrain.data.loader import Batch
 from hpctrain.errors import HpctrainError
 from hpctrain.job import Job

@@ -29,7 +29,7 @@ from hpctrain.comm.base import (
     Thread,
     barrier_id,
 )
-from hpctrain.comm.ending import end_all_ranks
+from hpctrain.comm.mpi.ending import end_all_ranks
 from hpctrain.comm.mpi.requests import MpiRecv, MpiReduce, MpiSend, Waiting
 from hpctrain.comm.mpi.shared import PrivateArena, SharedArena, why_not_shared
 from hpctrain.comm.mpi.start import MPI
