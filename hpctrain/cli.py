@@ -298,9 +298,9 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     from hpctrain import doctor, launcher
-    from hpctrain.cluster import launched_rank, launched_size
     from hpctrain.errors import ClusterError
     from hpctrain.job import Job
+    from hpctrain.launcher.started import launched_rank, launched_size
 
     if options.overrides and options.job is None:
         raise HpctrainError(f"{options.overrides[0]}: keys are changed in a job; name its file with --job")

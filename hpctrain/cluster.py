@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -79,57 +79,3 @@ def device_for(wanted: str, local_rank: int, gpus: int) -> str:
     if gpus == 0:
         raise ClusterError('device = "cuda": this node shows no GPU to torch; use device = "auto" or "cpu"')
     return f"cuda:{local_rank % gpus}"
-
-
-SIZE_VARIABLES = {
-    "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
-    "PMI_SIZE": "an MPICH-like mpiexec, or srun --mpi=pmi2",
-    "SLURM_STEP_NUM_TASKS": "srun",
-}
-RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
-
-
-def launched_rank(environment: Mapping[str, str]) -> int:
-    """The rank that the launcher gave this process, as far as one can know before MPI starts; else 0."""
-    for name in RANK_VARIABLES:
-        if environment.get(name, "").isdigit():
-            return int(environment[name])
-    return 0
-
-
-def launched_size(environment: Mapping[str, str]) -> tuple[int, str]:
-    """(how many ranks the launcher started as far as it says, the launcher in words)."""
-    for name, launcher in SIZE_VARIABLES.items():
-        if environment.get(name, "").isdigit() and int(environment[name]) > 1:
-            return int(environment[name]), launcher
-    return 1, ""
-
-
-def check_singleton(size: int, library: str, environment: Mapping[str, str]) -> None:
-    """ClusterError if this process believes it is alone while its launcher started several."""
-    launched, launcher = launched_size(environment)
-    if size > 1 or launched == 1:
-        return
-    if "OMPI_COMM_WORLD_SIZE" in environment and "Open MPI" not in library:
-        cure = "use the mpiexec that belongs to that library (`hpctrain run` finds it)"
-    elif launcher == "srun":
-        cure = "pass srun --mpi=pmi2 for MPICH, --mpi=pmix for Open MPI"
-    else:
-        cure = "use the mpiexec that belongs to that library (`hpctrain run` finds it), or under srun another --mpi"
-    raise ClusterError(
-        f"{launcher} started {launched} processes, but each is alone for the MPI library that mpi4py loads "
-        f"({library}): launcher and library do not belong together; {cure}"
-    )
-
-
-def netmod_for(library: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """What MPICH has to be told before it starts, so that it always comes up under `srun --mpi=pmi2`.
-
-    `library`: MPICH's long description of itself. Slurm's plug-in reads a PMI request in one piece of at most 1024
-    bytes. What ranks tell each other there of UCX is longer now and then, as it depends on chance, and then all of
-    them wait for ever; of OFI it is always short. Nothing where the user has chosen, or there is no choice.
-    """
-    device = next((line for line in library.splitlines() if line.startswith("MPICH Device")), "")
-    by_srun = {"SLURM_STEP_ID", "PMI_FD"} <= environment.keys() and "MPI_LOCALNRANKS" not in environment
-    choice = "ucx" in device and "ofi" in device and "MPIR_CVAR_CH4_NETMOD" not in environment
-    return {"MPIR_CVAR_CH4_NETMOD": "ofi"} if by_srun and choice else {}

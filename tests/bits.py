@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import hpctrain
-from hpctrain.cluster import launched_rank
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
+from hpctrain.launcher.started import launched_rank
 from hpctrain.run.folder import Narrator
 
 Tables = dict[str, Any]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain import launcher
+from hpctrain.launcher.facts import MARK
 
 ROOT = Path(__file__).resolve().parent.parent
 Mpirun = Callable[..., "Ended"]
@@ -89,7 +90,7 @@ def launch(argv: list[str], mpi: launcher.Mpi, timeout: float, environment: dict
     mark = uuid.uuid4().hex
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     base = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(environment or {})}
-    variables = {**launcher.rank_environment(mpi.library, base), launcher.MARK: mark}
+    variables = {**launcher.rank_environment(mpi.library, base), MARK: mark}
     started, wall = time.monotonic(), time.time()
     with subprocess.Popen(
         argv,

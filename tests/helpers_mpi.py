@@ -21,13 +21,15 @@ from torch.utils.data import TensorDataset
 from hpctrain import launcher
 from hpctrain.comm.base import Communicator
 from hpctrain.job import Job
+from hpctrain.launcher.rankwatch import RANK_VARIABLES
+from hpctrain.launcher.started import launched_rank
 from hpctrain.trace.schema import SPANS, STEPS
 from tests import helpers
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [sys.executable, "-m", "hpctrain", "train"]
 RUN = [sys.executable, "-m", "hpctrain", "run"]
-RANKS = (b"OMPI_COMM_WORLD_RANK=", b"PMI_RANK=")
+RANKS = tuple(f"{name}=".encode() for name in RANK_VARIABLES)
 
 
 Join = Callable[..., Communicator]  # the fixture `join`
@@ -90,7 +92,7 @@ def uneven_net() -> nn.Module:
 
 
 def _rank() -> int:
-    return int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
+    return launched_rank(os.environ)
 
 
 def wide() -> torch.nn.Module:

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from hpctrain.cluster import SIZE_VARIABLES, launched_rank, threads_for
+from hpctrain.cluster import threads_for
 from hpctrain.errors import HpctrainError
+from hpctrain.launcher.started import is_launched, launched_rank
 
 if TYPE_CHECKING:
     from hpctrain.bench.report import FigureTable, Report
@@ -35,13 +36,11 @@ TOGETHER = {
 }
 OF_ANY_RANKS, OF_ONE = ("all_reduce", "step"), ("virtual", "trace")  # what `all` measures of these
 CHOICES = ("all", *TOGETHER, *ALONE)
-STARTED = "HPCTRAIN_LAUNCH"  # what `hpctrain run`'s launcher leaves in the environment of its ranks
 
 
 def wants_ranks(what: str, environment: Mapping[str, str]) -> bool:
     """Whether ranks have to be started first: some are needed, and no launcher has started this process."""
-    launched = any(name in environment for name in (STARTED, *SIZE_VARIABLES))
-    return what not in ALONE and not launched
+    return what not in ALONE and not is_launched(environment)
 
 
 def check_path(path: str | None) -> None:

@@ -9,10 +9,10 @@ import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hpctrain.cluster import check_singleton
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.mpi.ending import end_all_ranks_with_this_program
 from hpctrain.errors import ClusterError, HpctrainError
+from hpctrain.launcher.started import check_singleton
 
 if TYPE_CHECKING:
     import torch

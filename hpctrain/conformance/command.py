@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from hpctrain.cluster import launched_rank, launched_size
 from hpctrain.errors import HpctrainError
+from hpctrain.launcher.started import launched_rank, launched_size
 
 
 def main(name: str, overrides: Sequence[str]) -> int:

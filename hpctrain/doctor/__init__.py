@@ -12,13 +12,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hpctrain.cluster import launched_rank
 from hpctrain.errors import HpctrainError
+from hpctrain.launcher.facts import OPEN_MPI
+from hpctrain.launcher.started import has_rank, launched_rank
 
 if TYPE_CHECKING:
     from hpctrain.comm.base import Communicator
     from hpctrain.doctor.facts import Facts, MpiFacts
-    from hpctrain.doctor.watch import Watch
+    from hpctrain.doctor.guard import Guard
     from hpctrain.job import Job
 
 PARTING = 0.3  # seconds; Open MPI's launcher tells of ranks that end with a status before others do
@@ -30,35 +31,35 @@ def main(as_json: bool = False, path: str | None = None, load: Callable[[], Job]
     `path`: of the job to check against them, which `load` reads. Collective. Returns the exit status of this rank:
     on rank 0 1 if a run would not work and 2 if the job cannot be read, else 0.
     """
-    from hpctrain.doctor.watch import Watch
+    from hpctrain.doctor.guard import Guard
 
     rank = launched_rank(os.environ)
-    watch = Watch(f"rank {rank} on {socket.gethostname()}", tells=rank == 0)
+    guard = Guard(f"rank {rank} on {socket.gethostname()}", tells=rank == 0)
     try:
-        return _examine(as_json, path, load, watch, rank)
+        return _examine(as_json, path, load, guard, rank)
     finally:
-        watch.close()
+        guard.close()
 
 
-def _examine(as_json: bool, path: str | None, load: Callable[[], Job] | None, watch: Watch, rank: int) -> int:
+def _examine(as_json: bool, path: str | None, load: Callable[[], Job] | None, guard: Guard, rank: int) -> int:
     from hpctrain.comm.connect import report
     from hpctrain.comm.virtual.world import World
     from hpctrain.doctor.gather import join
     from hpctrain.doctor.machine import remove_segments
 
     start = time.monotonic()
-    comm, mpi = None, _before_mpi(watch, rank)
+    comm, mpi = None, _before_mpi(guard, rank)
     if not mpi.troubles:
-        watch.stage("starting MPI")
+        guard.stage("starting MPI")
         comm, mpi = join(mpi)
         if comm is None or comm.size == 1:
             remove_segments()
     try:
         if comm is not None:
-            return _finish(_diagnose(comm, mpi, path, load, watch), comm.rank, as_json, start, comm)
+            return _finish(_diagnose(comm, mpi, path, load, guard), comm.rank, as_json, start, comm)
         if rank != 0:  # each process believes that it is alone: one of them speaks
             return 0
-        facts = World(1).run(lambda alone: _diagnose(alone, mpi, path, load, watch))[0]
+        facts = World(1).run(lambda alone: _diagnose(alone, mpi, path, load, guard))[0]
         return _finish(facts, rank, as_json, start, None)
     except HpctrainError as mistake:
         status = report(mistake, rank if comm is None else comm.rank)
@@ -66,34 +67,32 @@ def _examine(as_json: bool, path: str | None, load: Callable[[], Job] | None, wa
         return status
 
 
-def _before_mpi(watch: Watch, rank: int) -> MpiFacts:
+def _before_mpi(guard: Guard, rank: int) -> MpiFacts:
     """What child processes find out: best before MPI starts, which does not like processes that fork."""
-    from hpctrain.cluster import RANK_VARIABLES
     from hpctrain.doctor import machine
     from hpctrain.doctor.facts import MpiFacts
 
-    if rank != 0 and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+    if rank != 0 and OPEN_MPI.size not in os.environ:
         return MpiFacts()
-    watch.stage("looking for MPI and its launcher")
+    guard.stage("looking for MPI and its launcher")
     mpi = machine.look_at_launchers(os.environ)
-    launched = any(name in os.environ for name in RANK_VARIABLES)
-    if not mpi.troubles and not launched:
-        watch.stage("trying to start MPI")
+    if not mpi.troubles and not has_rank(os.environ):
+        guard.stage("trying to start MPI")
         why = machine.why_mpi_does_not_start(os.environ)
         mpi = replace(mpi, troubles=[why] if why is not None else [])
     return mpi
 
 
 def _diagnose(
-    comm: Communicator, mpi: MpiFacts, path: str | None, load: Callable[[], Job] | None, watch: Watch
+    comm: Communicator, mpi: MpiFacts, path: str | None, load: Callable[[], Job] | None, guard: Guard
 ) -> Facts:
     """Collective. Raises HpctrainError, on all ranks, if the job cannot be read."""
     from hpctrain.doctor.gather import collect
     from hpctrain.run.agreement import agreed
 
-    watch.stage("reading the job")
+    guard.stage("reading the job")
     job = agreed(comm, load) if load is not None else None
-    return collect(comm, mpi, job, path or "", watch.stage)
+    return collect(comm, mpi, job, path or "", guard.stage)
 
 
 def _finish(facts: Facts, rank: int, as_json: bool, start: float, comm: Communicator | None) -> int:

@@ -17,9 +17,11 @@ from importlib import metadata
 from pathlib import Path
 
 from hpctrain import __version__, launcher
-from hpctrain.cluster import RANK_VARIABLES, launched_size, threads_for
+from hpctrain.cluster import threads_for
 from hpctrain.doctor.facts import FolderFacts, MpiFacts, NodeFacts, RankFacts
 from hpctrain.errors import ClusterError, HpctrainError
+from hpctrain.launcher.facts import MPICH_NETMOD, OPEN_MPI, OPEN_MPI_IDLE, SHARED_MEMORY, SLURM
+from hpctrain.launcher.started import has_rank, launched_size
 
 NETWORK_TYPES = frozenset({
     "nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "smbfs", "glusterfs", "afs", "panfs", "pvfs2",
@@ -29,14 +31,9 @@ NETWORK_TYPES = frozenset({
 PACKAGES = ("torch", "mpi4py", "numpy", "h5py", "cupy-cuda12x", "cupy-cuda13x")
 VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY",
-    "KMP_AFFINITY", "CUDA_VISIBLE_DEVICES", "HDF5_USE_FILE_LOCKING", "OMPI_MCA_mpi_yield_when_idle", "UCX_TLS",
+    "KMP_AFFINITY", "CUDA_VISIBLE_DEVICES", "HDF5_USE_FILE_LOCKING", OPEN_MPI_IDLE, "UCX_TLS",
     "UCX_NET_DEVICES", "I_MPI_OFFLOAD", "RDMAV_FORK_SAFE", "IBV_FORK_SAFE", "UCX_IB_FORK_INIT",
-    "MPIR_CVAR_CH4_NETMOD",
-)  # fmt: skip
-SLURM_VARIABLES = (
-    "SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_JOB_NUM_NODES", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE",
-    "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_GPUS_ON_NODE",
-    "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_MPI_TYPE", "SLURM_CPU_BIND", "SLURM_RESTART_COUNT",
+    MPICH_NETMOD,
 )  # fmt: skip
 TRIAL = """
 from mpi4py import MPI
@@ -66,27 +63,26 @@ def look_at_launchers(environment: Mapping[str, str]) -> MpiFacts:
     except ClusterError as error:
         runs_not = str(error)
     wrong = launcher_mismatch(library, environment)
-    belongs = kind == library.kind and (kind != "openmpi" or f"v{major}." in library.version)
     return MpiFacts(
         library=library.version.strip("\0 "), kind=library.kind, launched=launched, launcher=by, mpiexec=path,
-        mpiexec_kind=kind, belongs=belongs, runs_with=runs_with, runs_not=runs_not, srun_needs=library.srun,
-        troubles=[wrong] if wrong is not None else [],
+        mpiexec_kind=kind, belongs=library.fits(kind, major), runs_with=runs_with, runs_not=runs_not,
+        srun_needs=library.srun, troubles=[wrong] if wrong is not None else [],
     )  # fmt: skip
 
 
 def launcher_mismatch(library: launcher.Library, environment: Mapping[str, str]) -> str | None:
     """Why the library would end this process in MPI_Init, as a sentence: it does not know its launcher's language."""
-    if "OMPI_COMM_WORLD_SIZE" not in environment or library.kind == "openmpi":
+    if OPEN_MPI.size not in environment or library.kind == OPEN_MPI.kind:
         return None
     return (
-        f"Open MPI's mpirun has started this, but mpi4py loads another MPI library ({library.version}), which does not "
+        f"{OPEN_MPI.name} has started this, but mpi4py loads another MPI library ({library.version}), which does not "
         "start under it; use the mpiexec that belongs to that library (`hpctrain run` finds it)"
     )
 
 
 def why_mpi_does_not_start(environment: Mapping[str, str], seconds: float = 30.0) -> str | None:
     """Why a process that no launcher started cannot start MPI, as a sentence; tried out in a child, which may die."""
-    if any(name in environment for name in RANK_VARIABLES):
+    if has_rank(environment):
         return None  # only one process may speak to the launcher in a rank's name
     argv = [sys.executable, "-c", TRIAL]
     try:
@@ -105,7 +101,7 @@ def remove_segments() -> None:
     What is mapped stays usable until the process ends.
     """
     for path in set(re.findall(r"(/dev/shm/\S+)", _read(Path("/proc/self/maps")))):
-        if launcher.SHARED_MEMORY.match(Path(path).name):
+        if re.match(SHARED_MEMORY, Path(path).name):
             Path(path).unlink(missing_ok=True)
 
 
@@ -290,9 +286,9 @@ def _try_locking(folder: Path) -> str | None:
 # -- Slurm -----------------------------------------------------------------------------------------------------
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Those that say what was granted and how it was started; empty outside a Slurm job."""
-    if "SLURM_JOB_ID" not in environment:
+    if SLURM.job not in environment:
         return {}
-    return {name: environment[name] for name in SLURM_VARIABLES if name in environment}
+    return {name: environment[name] for name in SLURM.reported if name in environment}
 
 
 def srun_plugins(environment: Mapping[str, str]) -> list[str]:

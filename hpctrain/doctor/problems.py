@@ -9,6 +9,7 @@ from statistics import median
 from typing import Literal
 
 from hpctrain.doctor.facts import GIB, Facts, Link, NodeFacts, RankFacts, named, ranges
+from hpctrain.launcher.facts import OPEN_MPI_IDLE, SLURM
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -310,12 +311,12 @@ def _links(facts: Facts) -> Iterator[Problem]:
     within = [link for link in facts.links if link.within]
     between = [link for link in facts.links if not link.within]
     crowded = [node for node in facts.nodes if len(node.ranks) > _node_cores(facts, node)]
-    idle = facts.ranks[0].environment.get("OMPI_MCA_mpi_yield_when_idle")
+    idle = facts.ranks[0].environment.get(OPEN_MPI_IDLE)
     if crowded and facts.mpi.kind == "openmpi" and idle not in ("1", "true"):
         yield Problem(
             "warning", "MPI", "Open MPI's ranks keep their cores while they wait, and there are more ranks than "
             "cores: an all-reduce takes milliseconds",
-            "export OMPI_MCA_mpi_yield_when_idle=1, or start them by `hpctrain run`",
+            f"export {OPEN_MPI_IDLE}=1, or start them by `hpctrain run`",
         )  # fmt: skip
     if within and not crowded and median(_latencies(within)) > SLOW_NODE_US:
         yield Problem(
@@ -381,7 +382,7 @@ def _slurm(facts: Facts) -> Iterator[Problem]:
         return
     tasks, nodes, per_task = (
         int(text) if (text := granted.get(name, "")).isdigit() else None
-        for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES", "SLURM_CPUS_PER_TASK")
+        for name in (SLURM.tasks, SLURM.nodes, SLURM.cores_per_task)
     )
     plugin = facts.mpi.srun_needs
     if facts.plugins and plugin and not any(name.startswith(plugin) for name in facts.plugins):
@@ -398,7 +399,7 @@ def _slurm(facts: Facts) -> Iterator[Problem]:
         )  # fmt: skip
     elif tasks is not None and tasks != facts.size:
         yield Problem(
-            "warning", "Slurm", f"SLURM_NTASKS is {tasks}, but {_count(facts.size, 'rank')} were started",
+            "warning", "Slurm", f"{SLURM.tasks} is {tasks}, but {_count(facts.size, 'rank')} were started",
             f"start {tasks}, or ask sbatch for --ntasks={facts.size}",
         )  # fmt: skip
     if nodes is not None and facts.size > 1 and nodes > len(facts.nodes):
@@ -409,7 +410,7 @@ def _slurm(facts: Facts) -> Iterator[Problem]:
     few = [rank.rank for rank in facts.ranks if per_task is not None and len(rank.cores) < per_task]
     if few:
         yield Problem(
-            "warning", "Slurm", f"SLURM_CPUS_PER_TASK is {per_task}, but {named(few)} may use "
+            "warning", "Slurm", f"{SLURM.cores_per_task} is {per_task}, but {named(few)} may use "
             f"{_count(len(facts.ranks[few[0]].cores), 'core')}: since Slurm 22.05 srun does not take it from sbatch",
             f"pass srun --cpus-per-task={per_task}, or export SRUN_CPUS_PER_TASK={per_task}",
         )  # fmt: skip

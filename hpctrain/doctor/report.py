@@ -9,6 +9,7 @@ from statistics import median
 
 from hpctrain.doctor.facts import GIB, Facts, FolderFacts, Link, RankFacts, named, ranges
 from hpctrain.doctor.problems import SEVERITIES, Problem, millions, speed
+from hpctrain.launcher.facts import SLURM
 
 WIDTH = 120
 MARGIN = 11
@@ -60,7 +61,7 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     if facts.folders:
         yield "output", [_folder(facts.folders[0])]
     if facts.slurm:
-        yield "Slurm", [", ".join(f"{name.removeprefix('SLURM_')}={value}" for name, value in facts.slurm.items())]
+        yield "Slurm", [", ".join(f"{name.removeprefix(SLURM.prefix)}={value}" for name, value in facts.slurm.items())]
         if facts.plugins:
             yield "", [f"srun --mpi= takes {', '.join(facts.plugins)}; this library needs {facts.mpi.srun_needs}"]
     if facts.job is not None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from hpctrain.comm.base import Communicator
 from hpctrain.data.loader import Batch
-from hpctrain.interrupt import StopSignals
 from hpctrain.job import Job
+from hpctrain.launcher.signals import StopSignals
 from hpctrain.replica.state import Own, State
 from hpctrain.run.claim import Claim
 from hpctrain.run.evaluate import Evaluation, evaluate

@@ -13,8 +13,8 @@ from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import place_arenas
 from hpctrain.data.generators import seed_run
 from hpctrain.errors import CheckpointError
-from hpctrain.interrupt import StopSignals
 from hpctrain.job import Job
+from hpctrain.launcher.signals import StopSignals
 from hpctrain.replica.batchnorm import sync_layers
 from hpctrain.run import claim, leaving
 from hpctrain.run import folder as runfolder

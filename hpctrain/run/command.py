@@ -12,13 +12,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpctrain.cluster import launched_rank
 from hpctrain.comm.alike import check_alike, job_topic
 from hpctrain.comm.connect import report
 from hpctrain.comm.mpi.ending import end_all_ranks
 from hpctrain.errors import CheckpointError, HpctrainError
 from hpctrain.filenames import JOB, MODEL
 from hpctrain.job.roles import roles_of
+from hpctrain.launcher.started import launched_rank
 
 if TYPE_CHECKING:
     from hpctrain.comm.base import Communicator

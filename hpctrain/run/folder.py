@@ -18,6 +18,7 @@ from hpctrain.errors import CheckpointError, JobError
 from hpctrain.filenames import HISTORY, JOB, METRICS
 from hpctrain.job import Job
 from hpctrain.job.phases import StrategySpec
+from hpctrain.launcher.started import has_own_terminal
 from hpctrain.run.checkpoint import list_checkpoints
 from hpctrain.text import shown
 
@@ -202,8 +203,7 @@ class Narrator:
 
     @property
     def _live(self) -> bool:
-        # Open MPI gives every rank a terminal of its own, whatever mpirun itself writes to.
-        return self.out.isatty() and "OMPI_COMM_WORLD_RANK" not in os.environ
+        return self.out.isatty() and not has_own_terminal(os.environ)
 
     def _close_line(self) -> None:
         if self._open:

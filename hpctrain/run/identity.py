@@ -12,19 +12,18 @@ from hpctrain.errors import JobError
 from hpctrain.filenames import JOB, RUN
 from hpctrain.job import Job
 from hpctrain.job import file as jobfile
-
-FEDERATED = 2**26  # Slurm's ids from here on say themselves from which cluster they are
+from hpctrain.launcher.facts import SLURM, SLURM_FEDERATED
 
 
 def slurm_job(environment: Mapping[str, str]) -> str:
     """The Slurm job, and within an array the task, that this process is part of: "123", "123_7", "123_7@cluster"; ""
     outside of Slurm. The same after a requeue, and unlike every other's on the same file system."""
-    job = environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID", "")
+    job = environment.get(SLURM.array_job) or environment.get(SLURM.job, "")
     if not job:
         return ""
-    task = environment.get("SLURM_ARRAY_TASK_ID", "")
-    cluster = environment.get("SLURM_CLUSTER_NAME", "")
-    federated = job.isdecimal() and int(job) >= FEDERATED
+    task = environment.get(SLURM.array_task, "")
+    cluster = environment.get(SLURM.cluster, "")
+    federated = job.isdecimal() and int(job) >= SLURM_FEDERATED
     return job + (f"_{task}" if task else "") + (f"@{cluster}" if cluster and not federated else "")
 
 

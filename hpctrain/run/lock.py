@@ -30,6 +30,7 @@ from typing import NamedTuple, Self
 
 from hpctrain.errors import CheckpointError, RunInUseError
 from hpctrain.filenames import LOCK
+from hpctrain.launcher.facts import SLURM
 from hpctrain.run.identity import slurm_job
 
 BEAT = 10.0  # seconds between two signs of life
@@ -54,7 +55,7 @@ class Holder:
     @classmethod
     def here(cls, environment: Mapping[str, str]) -> Self:
         """This process, with a token of its own."""
-        restarts = environment.get("SLURM_RESTART_COUNT", "")
+        restarts = environment.get(SLURM.restarts, "")
         job = slurm_job(environment)
         return cls(
             uuid.uuid4().hex,

@@ -17,25 +17,20 @@ from pathlib import Path
 import pytest
 
 from hpctrain.comm.base import Communicator
+from hpctrain.launcher.started import launched_rank
 from hpctrain.trace.recorder import Recorder
 from tests.helpers_mpi import Join
-
-RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
-
-
-def _rank() -> int:
-    return next((int(os.environ[name]) for name in RANKS if name in os.environ), 0)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """The reports of the ranks behind the first go into a buffer, their temporary files into folders of their own."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if config.getoption("--with-mpi") and _rank() > 0:
+    if config.getoption("--with-mpi") and launched_rank(os.environ) > 0:
         if reporter is not None:
             reporter._tw._file = io.StringIO()
         # Ranks that tidy up the same folder of old temporary ones remove it under each other's feet.
-        own = Path(tempfile.gettempdir()) / f"hpctrain-tests-rank-{_rank()}"
+        own = Path(tempfile.gettempdir()) / f"hpctrain-tests-rank-{launched_rank(os.environ)}"
         own.mkdir(exist_ok=True)
         os.environ["PYTEST_DEBUG_TEMPROOT"] = str(own)
 
@@ -61,7 +56,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if reporter is None or not isinstance(reporter._tw._file, io.StringIO):
         return
     if reporter.stats.get("failed") or reporter.stats.get("error"):
-        sys.stderr.write(f"---- rank {_rank()} ----\n{reporter._tw._file.getvalue()}\n")
+        sys.stderr.write(f"---- rank {launched_rank(os.environ)} ----\n{reporter._tw._file.getvalue()}\n")
         sys.stderr.flush()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from hpctrain import launcher
+from hpctrain.launcher.started import without_launcher
 from tests.conftest import ROOT, Ended, launch
 from tests.marks import slow
 
@@ -28,7 +29,7 @@ def doctor(mpi: launcher.Mpi, count: int, *arguments: str, environment: dict[str
 
 def alone(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Without a launcher."""
-    clean = {key: value for key, value in os.environ.items() if not launcher.FOREIGN.match(key)}
+    clean = without_launcher(os.environ)
     variables = {**clean, "PYTHONPATH": str(ROOT), **(environment or {})}
     return subprocess.run([*DOCTOR, *arguments], cwd=folder, env=variables, capture_output=True, text=True, timeout=90)
 
@@ -122,7 +123,7 @@ def test_different_environments_and_a_job_that_these_ranks_cannot_run_are_errors
     script = tmp_path / "start.py"
     script.write_text(
         "import os, sys\n"
-        "from hpctrain.cluster import launched_rank\n"
+        "from hpctrain.launcher.started import launched_rank\n"
         "from hpctrain.doctor import machine\n"
         "if launched_rank(os.environ) == 1:\n"
         "    machine.__version__ = '0.0.9'\n"

@@ -33,7 +33,7 @@ folder = sys.argv[1]
 open(f"{folder}/pid.{rank}", "w").write(str(os.getpid()))
 """
 STOPPABLE = """
-from hpctrain.interrupt import StopSignals
+from hpctrain.launcher.signals import StopSignals
 with StopSignals() as stop:
     asked = 0
     comm.Barrier()
@@ -61,9 +61,9 @@ time.sleep(100)
 """
 
 
-RUNNING = "from hpctrain.interrupt import StopSignals\nStopSignals(rank).__enter__()\n"
+RUNNING = "from hpctrain.launcher.signals import StopSignals\nStopSignals(rank).__enter__()\n"
 STUCK = """
-from hpctrain.interrupt import StopSignals
+from hpctrain.launcher.signals import StopSignals
 with StopSignals(rank, limit=1.0) as stop:
     comm.Barrier()
     open(f"{folder}/ready.{rank}", "w").close()
@@ -124,7 +124,7 @@ Start = Callable[..., Started]
 def start(tmp_path: Path, mpi: launcher.Mpi) -> Iterator[Start]:
     """start(count, body, *arguments, plain=False, grace=GRACE): through `run`, or by the bare mpiexec."""
     began = []
-    root = str(Path(launcher.__file__).parent.parent)
+    root = str(Path(launcher.__file__).parents[2])
     mark = f"test-{os.getpid()}-{time.monotonic_ns()}"
 
     def begin(count: int, body: str, *arguments: str, plain: bool = False, grace: float = GRACE) -> Started:

@@ -21,6 +21,7 @@ from hpctrain.comm.virtual.network import FreeNetwork, LinkNetwork
 from hpctrain.comm.virtual.world import World
 from hpctrain.errors import ClusterError, HpctrainError
 from hpctrain.job import Job
+from hpctrain.launcher.facts import MARK
 from hpctrain.replica import blocks
 from hpctrain.trace import open_run, sum_times
 from hpctrain.trace.schema import CLOCK, KIND_CODES, SPANS, STEPS
@@ -390,14 +391,8 @@ def test_which_measurements_need_ranks():
     assert not bench.wants_ranks("trace", {})
     assert not bench.wants_ranks("read", {})
     assert bench.wants_ranks("tracing", {})
-    for launcher in ({"PMI_SIZE": "1"}, {"OMPI_COMM_WORLD_SIZE": "4"}, {bench.STARTED: "x"}):
+    for launcher in ({"PMI_SIZE": "1"}, {"OMPI_COMM_WORLD_SIZE": "4"}, {MARK: "x"}):
         assert not bench.wants_ranks("all", launcher)
-
-
-def test_the_mark_is_the_launchers():
-    from hpctrain import launcher
-
-    assert launcher.MARK == bench.STARTED
 
 
 def test_figures_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -447,7 +442,7 @@ def test_bench_starts_ranks_itself(tmp_path: Path):
 
     code = "import sys; from hpctrain import launcher; sys.exit(launcher.run(2, sys.argv[1:]))"
     path = tmp_path / "figures.json"
-    root = str(Path(launcher.__file__).resolve().parent.parent)
+    root = str(Path(launcher.__file__).resolve().parents[2])
     done = subprocess.run(
         [sys.executable, "-c", code, sys.executable, str(program), str(path)],
         capture_output=True,
@@ -487,7 +482,7 @@ def test_the_cost_of_tracing_is_measured_on_real_ranks(tmp_path: Path):
         capture_output=True,
         text=True,
         timeout=100,
-        env={**os.environ, "PYTHONPATH": str(Path(launcher.__file__).resolve().parent.parent), "TMPDIR": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": str(Path(launcher.__file__).resolve().parents[2]), "TMPDIR": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("bench")]

@@ -11,17 +11,11 @@ from hypothesis import strategies as st
 from hpctrain.cluster import (
     Role,
     assign_roles,
-    check_singleton,
     device_for,
-    launched_rank,
-    launched_size,
-    netmod_for,
     share_of_cores,
     threads_for,
 )
 from hpctrain.errors import ClusterError
-
-MPICH, OPEN_MPI = "MPICH Version: 4.3.0", "Open MPI v5.0.8"
 
 
 @pytest.mark.parametrize(
@@ -106,67 +100,3 @@ def test_devices() -> None:
     assert device_for("cuda", 5, 4) == "cuda:1"
     with pytest.raises(ClusterError, match='device = "cuda": this node shows no GPU'):
         device_for("cuda", 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("environment", "rank", "size", "launcher"),
-    [
-        ({}, 0, 1, ""),
-        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}, 3, 4, "Open MPI's mpirun"),
-        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, 1, 2, "an MPICH-like mpiexec, or srun --mpi=pmi2"),
-        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8"}, 2, 8, "srun"),
-        ({"PMIX_RANK": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5"}, 5, 8, "srun"),
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, 0, 1, ""),  # the batch script
-        ({"PMI_SIZE": "1", "PMI_RANK": "0"}, 0, 1, ""),
-        ({"PMI_SIZE": "many", "PMI_RANK": "-"}, 0, 1, ""),
-        ({"OMPI_COMM_WORLD_SIZE": ""}, 0, 1, ""),
-    ],
-)
-def test_what_launchers_say(environment: dict[str, str], rank: int, size: int, launcher: str) -> None:
-    assert launched_rank(environment) == rank
-    assert launched_size(environment) == (size, launcher)
-    check_singleton(max(2, size), MPICH, environment)  # MPI knows of several: all is well
-    if size == 1:
-        check_singleton(1, MPICH, environment)
-
-
-@pytest.mark.parametrize(
-    ("environment", "library", "cure"),
-    [
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, MPICH, "use the mpiexec that belongs to that library"),
-        ({"OMPI_COMM_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}, MPICH, "use the mpiexec that belongs"),
-        ({"PMI_SIZE": "4"}, OPEN_MPI, "or under srun another --mpi"),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, OPEN_MPI, "--mpi=pmix for Open MPI"),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, MPICH, "--mpi=pmi2 for MPICH"),
-    ],
-)
-def test_processes_that_believe_to_be_alone(environment: dict[str, str], library: str, cure: str) -> None:
-    with pytest.raises(ClusterError, match=cure) as caught:
-        check_singleton(1, library, environment)
-    assert "started 4 processes, but each is alone" in str(caught.value)
-    assert library in str(caught.value)
-
-
-SRUN = {"SLURM_STEP_ID": "0", "PMI_FD": "11"}
-BOTH = "MPICH Version:      5.0.2\nMPICH Device:       ch4:ucx ofi\nMPICH CC:  cc\0"
-
-
-def test_mpich_takes_ofi_under_sruns_pmi2_where_it_has_the_choice() -> None:
-    assert netmod_for(BOTH, SRUN) == {"MPIR_CVAR_CH4_NETMOD": "ofi"}
-
-
-@pytest.mark.parametrize(
-    ("library", "environment"),
-    [
-        (BOTH, {}),
-        (BOTH, {"PMI_FD": "11"}),
-        (BOTH, {"SLURM_STEP_ID": "0"}),  # --mpi=none, pmix
-        (BOTH, {**SRUN, "MPI_LOCALNRANKS": "2"}),  # its own mpiexec, inside a job
-        (BOTH, {**SRUN, "MPIR_CVAR_CH4_NETMOD": "ucx"}),
-        (BOTH.replace("ucx ofi", "ucx"), SRUN),
-        (BOTH.replace("ucx ofi", "ofi"), SRUN),
-        (OPEN_MPI, SRUN),
-    ],
-)
-def test_elsewhere_the_library_chooses(library: str, environment: dict[str, str]) -> None:
-    assert netmod_for(library, environment) == {}

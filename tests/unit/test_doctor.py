@@ -24,6 +24,7 @@ from hpctrain.doctor.facts import Facts as Found
 from hpctrain.doctor.facts import FolderFacts, JobFacts, Link, MpiFacts, NodeFacts, RankFacts, ranges
 from hpctrain.doctor.problems import Problem, problems
 from hpctrain.job import Job
+from hpctrain.launcher.started import without_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -228,7 +229,7 @@ def test_a_model_that_shared_memory_suffices_for_is_shared(monkeypatch: pytest.M
         "print(node.why_not_shared(MPI.COMM_SELF, int(fits * 0.99) * 8) is None,\n"
         "      node.why_not_shared(MPI.COMM_SELF, int(fits * 1.05) * 8) is None)"
     )
-    clean = {k: v for k, v in os.environ.items() if not launcher.FOREIGN.match(k)} | {"PYTHONPATH": str(ROOT)}
+    clean = without_launcher(os.environ) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["True", "False"], done.stderr
 
@@ -475,13 +476,13 @@ def test_bad_usage_is_one_sentence_and_status_2(
 # -- the guard -------------------------------------------------------------------------------------------------
 GUARDED = """
 import ctypes, os, sys, time
-from hpctrain.doctor.watch import Watch
-watch = Watch("rank 3 on n1", tells=True, slow=0.2, limit=0.8)
-watch.stage("importing torch")
+from hpctrain.doctor.guard import Guard
+guard = Guard("rank 3 on n1", tells=True, slow=0.2, limit=0.8)
+guard.stage("importing torch")
 {body}
-watch.close()
+guard.close()
 """
-HANG = "watch.stage('starting MPI'); ctypes.PyDLL(None).sleep(60)  # holds the interpreter, as MPI_Init does"
+HANG = "guard.stage('starting MPI'); ctypes.PyDLL(None).sleep(60)  # holds the interpreter, as MPI_Init does"
 
 
 @pytest.fixture
@@ -495,7 +496,7 @@ def guarded() -> Callable[[str], subprocess.CompletedProcess[str]]:
 
 
 def test_what_takes_long_is_told_and_what_does_not_is_not(guarded: Any) -> None:
-    done = guarded("time.sleep(0.5); watch.stage('quick')")
+    done = guarded("time.sleep(0.5); guard.stage('quick')")
     assert (done.returncode, done.stderr) == (0, "hpctrain doctor: importing torch ...\n")
 
 
@@ -508,6 +509,6 @@ def test_a_process_that_hangs_is_ended_and_says_in_what(guarded: Any) -> None:
 
 
 def test_a_process_that_dies_is_told_of(guarded: Any) -> None:
-    done = guarded("watch.stage('starting MPI'); os._exit(16)")
+    done = guarded("guard.stage('starting MPI'); os._exit(16)")
     assert done.returncode == 16
     assert "rank 3 on n1 died while starting MPI" in done.stderr

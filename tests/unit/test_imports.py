@@ -13,7 +13,7 @@ import hpctrain
 
 HEAVY = {"torch", "mpi4py", "h5py", "cupy", "pandas"}
 PACKAGE = Path(hpctrain.__file__).parent
-LIGHT = ["hpctrain", "hpctrain.cli", "hpctrain.job", "hpctrain.launcher", "hpctrain.interrupt", "hpctrain.trace"]
+LIGHT = ["hpctrain", "hpctrain.cli", "hpctrain.job", "hpctrain.launcher", "hpctrain.launcher.signals", "hpctrain.trace"]
 STRATEGIES = sorted(f"hpctrain.strategies.{path.stem}" for path in (PACKAGE / "strategies").glob("[a-z]*.py"))
 STRATEGIES.remove("hpctrain.strategies.exchange")  # strategies load it when they join a phase
 

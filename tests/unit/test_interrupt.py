@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.interrupt import GRACE, LIMIT, SAVING, SIGNALS, STOPPING, Patience, StopSignals, prte_parent
+from hpctrain.launcher.facts import STOPPING
+from hpctrain.launcher.signals import GRACE, LIMIT, SAVING, SIGNALS, Patience, StopSignals, prte_parent
 from tests.conftest import ROOT
 
 
@@ -114,7 +115,7 @@ class TestPatience:
 
 RANK = """
 import hashlib, os, signal, sys, time
-from hpctrain.interrupt import StopSignals
+from hpctrain.launcher.signals import StopSignals
 what = sys.argv[1]
 limit = 60.0 if what == "twice" else 0.5
 with StopSignals(3, limit=limit, before_end=lambda: os.write(2, b"flushed.")) as stop:

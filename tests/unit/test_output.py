@@ -15,7 +15,7 @@ from hpctrain.cli import main
 from hpctrain.comm.virtual.world import World
 from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
-from hpctrain.launcher import _Pump
+from hpctrain.launcher.output import Pump
 from hpctrain.output import output_file, output_text
 from hpctrain.run.api import train
 from hpctrain.run.folder import Narrator
@@ -144,5 +144,5 @@ def test_train_ends_with_the_status_of_the_run(monkeypatch, status):
 
 def test_the_launcher_passes_on_what_it_can():
     target = os.open(FULL, os.O_WRONLY)
-    _Pump(io.BytesIO(), target)._write(b"the ranks go on")
+    Pump(io.BytesIO(), target)._write(b"the ranks go on")
     os.close(target)

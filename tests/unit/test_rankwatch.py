@@ -11,8 +11,9 @@ import uuid
 
 import pytest
 
-from hpctrain.noise import Told
-from hpctrain.rankwatch import MARK, End, RankWatch, culprits, ranks, verdict
+from hpctrain.launcher.facts import MARK
+from hpctrain.launcher.noise import Told
+from hpctrain.launcher.rankwatch import End, RankWatch, culprits, ranks, verdict
 
 KILLED, SEGMENTATION, BUS = signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS
 

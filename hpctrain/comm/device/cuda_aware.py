@@ -15,10 +15,10 @@ import numpy as np
 
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.device.gpu import Gpu
+from hpctrain.launcher.started import without_launcher
 
 PROBE_SECONDS = 60.0
 TRIAL = "from hpctrain.comm.device.cuda_aware import trial; trial({index})"
-LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "PRTE_", "HYDI_", "HYDRA_", "OMPI_COMM_", "OMPI_UNIVERSE", "MPI_LOCAL", "PALS_")
 
 
 def cuda_aware(comm: Communicator, wanted: str, index: int) -> tuple[bool, str]:
@@ -43,7 +43,7 @@ def cuda_aware(comm: Communicator, wanted: str, index: int) -> tuple[bool, str]:
 
 def probe(index: int, program: str = TRIAL, seconds: float = PROBE_SECONDS) -> bool:
     """Whether an MPI process on its own survives sending device memory to itself. It is a child: it may well not."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_PREFIXES)}
+    environment = without_launcher(os.environ)
     home = str(Path(__file__).resolve().parents[3])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [home, *sys.path]))
     command = [sys.executable, "-c", program.format(index=index)]

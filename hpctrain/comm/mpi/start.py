@@ -6,7 +6,7 @@ import os
 
 import mpi4py
 
-from hpctrain.cluster import netmod_for
+from hpctrain.launcher.started import netmod_for
 
 mpi4py.rc(initialize=False, finalize=True)  # else the import below would, before the library can be asked what it is
 from mpi4py import MPI  # noqa: E402 (mpi4py is configured before this import, and by nothing else)

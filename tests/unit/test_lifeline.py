@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from hpctrain.mpiexec import Lifeline
+from hpctrain.launcher.lifeline import Lifeline
 
 
 def test_connections_outlive_their_process_until_the_lifeline_is_closed() -> None:

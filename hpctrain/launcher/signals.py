@@ -1,11 +1,12 @@
 """Asked to stop: signals become a flag, and neither the launcher nor a stuck rank stands in the way.
 
 SIGINT, SIGTERM, SIGHUP and SIGUSR1 mean the same: finish the step, save, say one line, leave. How much time there is
-depends on the launcher. Hydra (MPICH) forwards all but SIGHUP and waits; SIGHUP it dies of (see `mpiexec`). Open MPI's
-prterun sends SIGTERM 0.25 s after a Ctrl-C and SIGKILL 0.25 s later, and drops whatever the ranks print meanwhile; no
-option changes that. So on SIGTERM a rank below prterun stops it with SIGSTOP, and continues it when the rank is done (a
-watchdog does so when the rank is silent for 10 s, whatever becomes of it). It has to happen within that quarter of a
-second, also while the main thread sits in C code, hence a wake-up pipe and a thread instead of a Python signal handler.
+depends on the launcher. Hydra (MPICH) forwards all but SIGHUP and waits; SIGHUP it dies of (see `launcher.lifeline`).
+Open MPI's prterun sends SIGTERM 0.25 s after a Ctrl-C and SIGKILL 0.25 s later, and drops whatever the ranks print
+meanwhile; no option changes that. So on SIGTERM a rank below prterun stops it with SIGSTOP, and continues it when the
+rank is done (a watchdog does so when the rank is silent for 10 s, whatever becomes of it). It has to happen within that
+quarter of a second, also while the main thread sits in C code, hence a wake-up pipe and a thread instead of a Python
+signal handler.
 
 The same thread ends a rank that nothing else would end: one that is stuck, in a collective or in user code, where the
 main thread never comes to read the flag.
@@ -28,7 +29,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from hpctrain.mpiexec import Lifeline
+from hpctrain.launcher.facts import OPEN_MPI, STOPPING
+from hpctrain.launcher.lifeline import Lifeline
+from hpctrain.launcher.processes import name
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Of these a second one ends the rank at once. A scheduler's SIGUSR1 is an announcement, and may be repeated.
@@ -39,10 +42,6 @@ GRACE = 10.0  # seconds that a launcher is kept waiting before the first step ha
 PATIENCE = 1.0  # seconds beyond twice the longest step
 SAVING = 600.0  # seconds for a checkpoint: how fast the disk is, nobody knows
 LAST_WORDS = 2.0  # seconds that telling and flushing may take when the rank ends itself
-# In the environment: the file whose time a rank renews while the launcher (`hpctrain run`) should wait for it. While a
-# rank is in the middle of a run, there is one of that name with its number.
-STOPPING = "HPCTRAIN_STOPPING"
-PRTE_NAMES = {"mpirun", "mpiexec", "prterun", "prte", "prted"}
 # A process of its own, so that it outlives the rank. Its standard input ends when the rank is done, or gone.
 WATCHDOG = """
 import os, select, signal, sys
@@ -105,10 +104,10 @@ class Patience:
 
 def prte_parent() -> int | None:
     """The PID of the Open MPI daemon that this process is to hold: for the first rank of each node, else None."""
-    if os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK") != "0":
+    if os.environ.get(OPEN_MPI.local_rank) != "0":
         return None
     parent = os.getppid()
-    return parent if _name(parent) in PRTE_NAMES else None
+    return parent if name(parent) in OPEN_MPI.parents else None
 
 
 class StopSignals:
@@ -309,23 +308,18 @@ class StopSignals:
 
 def _has_lost_a_rank(launcher: int) -> bool:
     """Whether a rank below that daemon has ended: then it is about to kill the others, and shall."""
-    wanted = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "0"))
+    wanted = int(os.environ.get(OPEN_MPI.local_size, "0"))
     living = 0
+    sign = f"{OPEN_MPI.local_rank}=".encode()
+    # Not by psutil: it reads a file of every process of the machine, and after each of them this thread waits for the
+    # main one, so that the quarter of a second that there is could pass.
     try:
         for task in os.listdir(f"/proc/{launcher}/task"):
             with open(f"/proc/{launcher}/task/{task}/children") as file:
                 children = file.read().split()
             for child in children:
                 with contextlib.suppress(OSError), open(f"/proc/{child}/environ", "rb") as file:
-                    living += b"OMPI_COMM_WORLD_LOCAL_RANK=" in file.read()  # of a zombie it is empty
+                    living += sign in file.read()  # of a zombie it is empty
     except OSError:  # not every kernel lists children
         return False
     return living < wanted
-
-
-def _name(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm") as file:
-            return file.read().strip()
-    except OSError:
-        return ""

@@ -13,14 +13,15 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from hpctrain.noise import Told, ended_by
+from hpctrain.launcher.facts import LAUNCHERS
+from hpctrain.launcher.noise import Told, ended_by
+from hpctrain.launcher.processes import environments, exit_code, parent
 
-MARK = "HPCTRAIN_LAUNCH"
-RANKS = (b"PMI_RANK=", b"OMPI_COMM_WORLD_RANK=")
+# Slurm's would not do: whatever a batch script starts has inherited the script's own rank.
+RANK_VARIABLES = tuple(dict.fromkeys(launcher.rank for launcher in LAUNCHERS if launcher.kind))
 TOGETHER = 2.0  # seconds within which a launcher kills the other ranks
 LAUNCHERS_OWN = {signal.SIGKILL, signal.SIGTERM}
 ASKED = {signal.SIGUSR1, signal.SIGTERM}
@@ -52,23 +53,10 @@ class End:
         return self.code >> 8 if self.code is not None and not self.signal else None
 
 
-def environments(mark: str) -> dict[int, list[bytes]]:
-    """The living processes of this user, other than this one, whose environment carries the mark: that environment."""
-    sign = f"{MARK}={mark}".encode()
-    found = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                variables = Path(entry.path, "environ").read_bytes().split(b"\0")
-                if sign in variables:
-                    found[int(entry.name)] = variables
-    return found
-
-
 def ranks(mark: str) -> dict[int, int]:
     """The ranks' processes by PID; not what they have started themselves."""
     numbers = {pid: _rank(variables) for pid, variables in environments(mark).items()}
-    return {pid: rank for pid, rank in numbers.items() if rank is not None and numbers.get(_parent(pid)) != rank}
+    return {pid: rank for pid, rank in numbers.items() if rank is not None and numbers.get(parent(pid)) != rank}
 
 
 class RankWatch:
@@ -127,7 +115,7 @@ class RankWatch:
 
     def _note(self, file: int) -> None:
         rank, pid = self._watched.pop(file)
-        self.ends.append(End(rank, pid, _code(pid), time.monotonic(), self._batch))
+        self.ends.append(End(rank, pid, exit_code(pid), time.monotonic(), self._batch))
         self._poll.unregister(file)
         os.close(file)
 
@@ -191,33 +179,6 @@ def _completed(end: End, codes: Sequence[int]) -> End:
     return replace(end, code=codes[end.rank], seen=False) if end.code is None and end.rank < len(codes) else end
 
 
-def _rank(variables: list[bytes]) -> int | None:
-    for variable in variables:
-        for name in RANKS:
-            if variable.startswith(name) and variable[len(name) :].isdigit():
-                return int(variable[len(name) :])
-    return None
-
-
-def _fields(pid: int) -> list[str]:
-    """What /proc/PID/stat says after the name; [] if the process is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def _parent(pid: int) -> int:
-    fields = _fields(pid)
-    return int(fields[1]) if fields else 0
-
-
-def _code(pid: int) -> int | None:
-    fields = _fields(pid)
-    return int(fields[49]) if len(fields) > 49 and fields[0] == "Z" else None
-
-
-def living(pid: int) -> bool:
-    """Whether a process still has files open: it is neither gone nor waiting to be collected."""
-    fields = _fields(pid)
-    return bool(fields) and fields[0] not in "ZX"
+def _rank(variables: Mapping[str, str]) -> int | None:
+    found = (variables.get(name, "") for name in RANK_VARIABLES)
+    return next((int(number) for number in found if number.isdigit()), None)

@@ -17,8 +17,10 @@ import os
 from dataclasses import dataclass, field
 from typing import Self
 
+from hpctrain.launcher.facts import MPICH
+from hpctrain.launcher.processes import name, parent
+
 PIDFD_GETFD = 438  # the number of the system call, on every architecture
-PROXY = "hydra_pmi_proxy"
 
 
 @dataclass
@@ -32,10 +34,10 @@ class Lifeline:
     def of_parent(cls) -> Self | None:
         """Of the mpiexec that started this process; None unless this is the first rank of mpiexec's own node."""
         proxy = os.getppid()
-        if os.environ.get("MPI_LOCALRANKID") != "0" or _stat(proxy)[0] != PROXY:
+        if os.environ.get(MPICH.local_rank) != "0" or name(proxy) not in MPICH.parents:
             return None
-        mpiexec = _stat(proxy)[1]
-        if not _stat(mpiexec)[0].startswith("mpiexec"):  # on other nodes it is the remote shell
+        mpiexec = parent(proxy)
+        if not name(mpiexec).startswith("mpiexec"):  # on other nodes it is the remote shell
             return None
         return cls.of(mpiexec)
 
@@ -73,13 +75,3 @@ def _copy(pidfd: int, number: int) -> int:
     if copied < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return copied
-
-
-def _stat(pid: int) -> tuple[str, int]:
-    """(name, parent) of a process; ("", 0) if it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            before, _, after = file.read().rpartition(")")
-    except OSError:
-        return "", 0
-    return before.partition("(")[2], int(after.split()[1])

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from hpctrain.launcher.facts import LAUNCHERS, Words
+
 SHARED = "/dev/shm"
+RULE = re.compile(rb"(-{60,}|={60,})$")
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,20 @@ class Told:
     number: int
 
 
+def _compiled(pick: Callable[[Words], Sequence[str]]) -> tuple[re.Pattern[bytes], ...]:
+    """That pattern of every launcher that has one."""
+    patterns = dict.fromkeys(pattern for launcher in LAUNCHERS for pattern in pick(launcher.words) if pattern)
+    return tuple(re.compile(pattern.encode()) for pattern in patterns)
+
+
+BLOCK = _compiled(lambda words: [words.block])
+LINE = _compiled(lambda words: words.lines)
+WHO = _compiled(lambda words: [words.who])
+LEFT = _compiled(lambda words: [words.left])
+SIGNAL = _compiled(lambda words: [words.signal])
+CODES = _compiled(lambda words: [words.codes])
+
+
 class NoiseFilter:
     """Takes out of a launcher's output what only says that ranks ended badly: they have said so themselves.
 
@@ -27,21 +45,6 @@ class NoiseFilter:
     as from waitpid, where the launcher gives them all and they were on one host; for ranks that it has killed itself
     they may be wrong. Lines that might begin a block are held until the next one, or `flush`.
     """
-
-    RULE = re.compile(rb"(-{60,}|={60,})$")
-    BLOCK = re.compile(
-        rb"prterun (detected|noticed|has exited)|MPI_ABORT was invoked|=\s+BAD TERMINATION OF ONE OF YOUR APPL"
-    )
-    LINE = re.compile(
-        rb"\[mpiexec@\S+\] (Sending Ctrl-C|Press Ctrl-C)|\[\S+:\d+\] PMIX ERROR: PMIX_ERR_UNREACH"
-        rb"|Abort\(\d+\) on node \d+ \(rank|YOUR APPLICATION TERMINATED WITH THE EXIT STRING"
-        rb"|This typically refers to a problem with your appl|Please see the FAQ page for debugging"
-    )
-    # The PID that hydra gives may be that of a rank that it has killed itself.
-    WHO = re.compile(rb"process rank (\d+) with PID (\d+) on node (\S+)|PID \d+ RUNNING AT (\S+)")
-    LEFT = re.compile(rb"exiting\s+improperly")
-    CODES = re.compile(rb"\[mpiexec@\S+\] Exit codes: \[[^]]+\] ([-\d,]+)(.*)")
-    SIGNAL = re.compile(rb"exited on\s+signal (\d+)|THE EXIT STRING: .*\(signal (\d+)\)")
 
     def __init__(self) -> None:
         self.told: list[Told] = []
@@ -54,21 +57,21 @@ class NoiseFilter:
         """Take one line with its end; returns what may be printed now."""
         line = line.replace(b"\0", b"")  # prterun ends its blocks with one
         text = line.strip()
-        rule = self.RULE.match(text) is not None
+        rule = RULE.match(text) is not None
         if self._block is not None:
             self._block += b" " + text
             if rule:
                 self._end()
             return b""
-        after_rule = bool(self._held) and self.RULE.match(self._held[-1].strip()) is not None
-        if after_rule and self.BLOCK.match(text):
+        after_rule = bool(self._held) and RULE.match(self._held[-1].strip()) is not None
+        if after_rule and any(block.match(text) for block in BLOCK):
             self._held, self._block = [], text
             return b""
-        if codes := self.CODES.match(text):
-            if not codes[2].strip():
-                self.codes = [int(code) for code in codes[1].split(b",") if code]
+        if codes := _search(CODES, text):
+            if not codes["more"].strip():
+                self.codes = [int(code) for code in codes["codes"].split(b",") if code]
             return self.flush()
-        if self.LINE.match(text):
+        if any(line.match(text) for line in LINE):
             self._note_killed(text)
             return self.flush()
         if rule or not text:
@@ -84,19 +87,21 @@ class NoiseFilter:
 
     def _end(self) -> None:
         text, self._block = self._block or b"", None
-        self._who = self.WHO.search(text)
+        self._who = _search(WHO, text)
         self._note_killed(text)
 
     def _note_killed(self, text: bytes) -> None:
         """Who was killed is in the block; by which signal, too (Open MPI), or in a line that follows (hydra)."""
-        number = self.SIGNAL.search(text)
-        if self._who is None or (number is None and not self.LEFT.search(text)):
+        number = _search(SIGNAL, text)
+        if self._who is None or (number is None and not _search(LEFT, text)):
             return
-        (rank, pid, host, other), self._who = self._who.groups(), None
-        value = int(number[1] or number[2]) if number is not None else 0
-        host = (host or other).decode()
-        one = Told(int(rank), int(pid), host, value) if rank is not None else Told(None, None, host, value)
-        self.told.append(one)
+        who, self._who = self._who.groupdict(), None
+        rank, pid = (int(who[key]) if key in who else None for key in ("rank", "pid"))
+        self.told.append(Told(rank, pid, who["host"].decode(), int(number["number"]) if number is not None else 0))
+
+
+def _search(patterns: Sequence[re.Pattern[bytes]], text: bytes) -> re.Match[bytes] | None:
+    return next((found for pattern in patterns if (found := pattern.search(text))), None)
 
 
 def ended_by(where: str, number: int) -> str:

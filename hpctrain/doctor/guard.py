@@ -15,7 +15,7 @@ DONE = "done"
 LAST_WORDS = 1.0  # seconds between telling and killing, for the other ranks to tell theirs
 
 
-class Watch:
+class Guard:
     """Watches over this process until `close`, or its end. Make it before there are threads.
 
     A child and not a thread, because MPI_Init holds the interpreter, and may end the process. `who` names this

@@ -1,0 +1,76 @@
+"""Other processes of this machine: those of one launch, their names, parents and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from hpctrain.launcher.facts import MARK, MPICH
+
+
+def environments(mark: str) -> dict[int, dict[str, str]]:
+    """The living processes of this user, other than this one, whose environment carries the mark: that environment."""
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            variables = process.environ()
+            if variables.get(MARK) == mark and process.pid != os.getpid():
+                found[process.pid] = variables
+    return found
+
+
+def marked(mark: str) -> list[int]:
+    """The PIDs of the living processes of this user, other than this one, whose environment carries the mark."""
+    return list(environments(mark))
+
+
+def name(pid: int) -> str:
+    """The name of a process; "" if it is gone."""
+    try:
+        return psutil.Process(pid).name()
+    except psutil.Error:
+        return ""
+
+
+def parent(pid: int) -> int:
+    """The PID of a process's parent; 0 if the process is gone."""
+    try:
+        return psutil.Process(pid).ppid()
+    except psutil.Error:
+        return 0
+
+
+def living(pid: int) -> bool:
+    """Whether a process may still have files open: it is neither gone nor waiting to be collected."""
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error:
+        return False
+
+
+def exit_code(pid: int) -> int | None:
+    """How a process ended that its parent has not collected yet, as from waitpid; None if nobody knows.
+
+    psutil has this only of children of the process that asks.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return int(fields[49]) if len(fields) > 49 and fields[0] == "Z" else None
+
+
+def used_files() -> Iterator[tuple[set[str], bool]]:
+    """Of each process: the files that it has open or, in shared memory, mapped; whether it is one of hydra's."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            # psutil would read smaps, for which the kernel walks over every page of the process.
+            maps = Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
+            if maps:  # else it belongs to the system itself, or has ended but for closing its files
+                used = set(re.findall(r"(/dev/shm/\S+)", maps)) | {file.path for file in process.open_files()}
+                yield used, process.name() in MPICH.parents

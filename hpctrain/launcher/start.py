@@ -1,0 +1,157 @@
+"""Starting ranks, waiting for them, asking them to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from hpctrain.errors import ClusterError
+from hpctrain.launcher.cleanup import clear, watcher
+from hpctrain.launcher.deadline import Deadline, stopping_file, unfinished
+from hpctrain.launcher.environment import rank_environment
+from hpctrain.launcher.facts import MARK, STOPPING
+from hpctrain.launcher.mpiexec import find_mpiexec
+from hpctrain.launcher.output import Pump
+from hpctrain.launcher.rankwatch import RankWatch, verdict
+
+GRACE = 10.0  # seconds between asking the ranks to stop and killing them, unless they announce that they are about to
+
+
+def run(
+    count: int, command: Sequence[str], *, grace: float = GRACE, environment: Mapping[str, str] | None = None
+) -> int:
+    """Start `command` on `count` ranks, pass their output on line by line, and return the job's exit status.
+
+    SIGINT, SIGTERM or SIGHUP asks the ranks to stop (SIGUSR1); after `grace` seconds (or later, while a step or a
+    checkpoint can be expected to end), or when asked again, they are killed and the status is 137. A rank that was
+    killed or went without a word is named. However it ends, no rank and none of the files of the MPI library are left
+    on this machine. Signals are heeded in the main thread only. Raises ClusterError when no mpiexec fits.
+    """
+    if count < 1:
+        raise ClusterError(f"-n {count}: at least 1 rank is needed")
+    mpi = find_mpiexec()
+    variables = rank_environment(mpi.library, {**os.environ, **(environment or {})})
+    mark = variables[MARK] = uuid.uuid4().hex
+    variables[STOPPING] = str(stopping_file(mark))
+    started = time.time()
+    job = _Job(Deadline(grace, stopping_file(mark)))
+    path, *arguments = mpi.command(count)
+    with (
+        _signals(job),
+        job.start([path, *mpi.tells_codes, *arguments, *command], variables) as process,
+        RankWatch(mark, count) as ranks,
+        watcher(process.pid, mark, started, grace),
+    ):
+        try:
+            status = job.wait()
+            if status != 128 + signal.SIGKILL:
+                job.drain()
+            why = job.why(ranks, unfinished(mark))
+            if why:
+                _say(why)
+            return status or int(bool(why))
+        finally:  # ends also the ranks of a launcher that was killed
+            clear(mark, process.pid, started)
+            job.drain()
+
+
+class _Job:
+    """The started launcher: its output, the asking and the waiting."""
+
+    process: subprocess.Popen[bytes]
+
+    def __init__(self, deadline: Deadline) -> None:
+        self.deadline = deadline
+        self._said = False
+        self._pumps: list[Pump] = []
+
+    @contextlib.contextmanager
+    def start(self, argv: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+        """Start the launcher in a session of its own: a terminal's Ctrl-C must not reach it."""
+        self.process = subprocess.Popen(
+            argv,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        for source, target in ((self.process.stdout, 1), (self.process.stderr, 2)):
+            assert source is not None
+            self._pumps.append(Pump(source, target))
+            self._pumps[-1].start()
+        if self.deadline.asked is not None:  # asked before there was anybody to ask
+            self.process.send_signal(signal.SIGUSR1)
+        with self.process:
+            yield self.process
+
+    def ask(self, number: int, frame: FrameType | None = None) -> None:
+        """A stop signal came: pass it on as SIGUSR1, which both launchers forward without killing anybody."""
+        self.deadline.ask()
+        if hasattr(self, "process") and not self.deadline.again:
+            self.process.send_signal(signal.SIGUSR1)
+
+    def wait(self) -> int:
+        """The job's exit status, once the launcher has ended; 137 when it has not by the deadline."""
+        if not self._ended_in_time():
+            _say("the ranks had not stopped yet and were killed")
+            return 128 + signal.SIGKILL
+        status = self.process.returncode
+        usr1, kill = signal.SIGUSR1, signal.SIGKILL
+        early = (usr1, -usr1, 128 + usr1, usr1 | kill)  # hydra makes one status of those of all ranks, by OR
+        if self.deadline.asked is not None and status in early:  # ended before the ranks could heed the signal
+            return 128 + signal.SIGINT
+        return 128 - status if status < 0 else status
+
+    def why(self, ranks: RankWatch, unfinished: set[int]) -> str:
+        """Which rank's fault it is that the job has ended badly, if it could not say so itself; else ""."""
+        silent = self.deadline.asked is None and not any(pump.passed for pump in self._pumps)
+        told = [one for pump in self._pumps for one in pump.noise.told]
+        codes = [code for pump in self._pumps for code in pump.noise.codes]
+        return verdict(ranks.finish(), told, codes, silent, unfinished)
+
+    def drain(self) -> None:
+        """Wait until all output has been passed on."""
+        for pump in self._pumps:
+            pump.join(5.0)
+
+    def _ended_in_time(self) -> bool:
+        while self.process.poll() is None:
+            if self.deadline.late():
+                return False
+            if self.deadline.long() and not self._said:
+                _say("waiting for the step in progress and its checkpoint; press Ctrl-C again to end at once")
+                self._said = True
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.1)
+        return True
+
+
+@contextlib.contextmanager
+def _signals(job: _Job) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    former: dict[int, Any] = {number: signal.signal(number, job.ask) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"hpctrain run: {text}\n")
+    sys.stderr.flush()

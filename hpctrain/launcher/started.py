@@ -1,0 +1,77 @@
+"""What a process can know before MPI starts about the launcher that started it. Pure functions of the environment."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from hpctrain.errors import ClusterError
+from hpctrain.launcher.facts import LAUNCHERS, MARK, MPICH, MPICH_NETMOD, OPEN_MPI, SLURM, SRUN
+
+PRIVATE = re.compile("|".join(launcher.private for launcher in LAUNCHERS if launcher.private))
+
+
+def launched_rank(environment: Mapping[str, str]) -> int:
+    """The rank that the launcher gave this process, as far as one can know before MPI starts; else 0."""
+    for launcher in LAUNCHERS:
+        if environment.get(launcher.rank, "").isdigit():
+            return int(environment[launcher.rank])
+    return 0
+
+
+def launched_size(environment: Mapping[str, str]) -> tuple[int, str]:
+    """(how many ranks the launcher started as far as it says, the launcher in words)."""
+    for launcher in LAUNCHERS:
+        if environment.get(launcher.size, "").isdigit() and int(environment[launcher.size]) > 1:
+            return int(environment[launcher.size]), launcher.name
+    return 1, ""
+
+
+def has_rank(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher gave this process a rank."""
+    return any(launcher.rank in environment for launcher in LAUNCHERS)
+
+
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher, or `hpctrain run`, started this process, alone or with others."""
+    return MARK in environment or any(launcher.size in environment for launcher in LAUNCHERS)
+
+
+def has_own_terminal(environment: Mapping[str, str]) -> bool:
+    """Whether the launcher gave this rank a terminal that says nothing about where output ends up."""
+    return any(launcher.terminal and launcher.rank in environment for launcher in LAUNCHERS)
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what the launcher of this process said to it: for processes that are not its ranks."""
+    return {key: value for key, value in environment.items() if not PRIVATE.match(key)}
+
+
+def check_singleton(size: int, library: str, environment: Mapping[str, str]) -> None:
+    """ClusterError if this process believes it is alone while its launcher started several."""
+    launched, launcher = launched_size(environment)
+    if size > 1 or launched == 1:
+        return
+    if OPEN_MPI.size in environment and OPEN_MPI.vendor not in library:
+        cure = "use the mpiexec that belongs to that library (`hpctrain run` finds it)"
+    elif launcher == SRUN.name:
+        cure = f"pass srun --mpi={MPICH.srun} for MPICH, --mpi={OPEN_MPI.srun} for Open MPI"
+    else:
+        cure = "use the mpiexec that belongs to that library (`hpctrain run` finds it), or under srun another --mpi"
+    raise ClusterError(
+        f"{launcher} started {launched} processes, but each is alone for the MPI library that mpi4py loads "
+        f"({library}): launcher and library do not belong together; {cure}"
+    )
+
+
+def netmod_for(library: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that MPICH needs before it starts, so that it always comes up under `srun --mpi=pmi2`.
+
+    `library`: MPICH's long description of itself. Slurm's plug-in reads a PMI request in one piece of at most 1024
+    bytes. What ranks publish there about UCX is sometimes longer, by chance, and then all of them wait for ever; about
+    OFI it is always short. Empty where the user has chosen, or there is no choice.
+    """
+    device = next((line for line in library.splitlines() if line.startswith("MPICH Device")), "")
+    by_srun = {SLURM.step, MPICH.connection} <= environment.keys() and MPICH.local_size not in environment
+    choice = "ucx" in device and "ofi" in device and MPICH_NETMOD not in environment
+    return {MPICH_NETMOD: "ofi"} if by_srun and choice else {}
