@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,12 +45,19 @@ from hpctrain.errors import DataError
 class Batch:
     """`size` samples, collated: `inputs` and `targets` are tensors (n, ...), or nests of them.
 
-    Samples that are not pairs are in `inputs` whole, and `targets` is None. An empty batch has neither.
+    Samples that are not pairs, such as mappings, are in `inputs` whole, and `targets` is None. An empty batch has
+    neither.
     """
 
     inputs: Any
     targets: Any
     size: int
+
+    @property
+    def reference(self) -> Any:
+        """What loss and metric compare a model's outputs with: the targets, or the mapping where samples are mappings
+        without a target beside."""
+        return self.inputs if self.targets is None and isinstance(self.inputs, Mapping) else self.targets
 
 
 def fetches_ahead(dataset: Any, threads: int, prefetch: int, augment: Sequence[Any]) -> bool:

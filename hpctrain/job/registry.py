@@ -29,7 +29,11 @@ MODELS = {
     "convnet": "hpctrain.models.convnet:convnet",
 }
 DATASETS = {"digits": "hpctrain.data.digits:digits", "mnist": "hpctrain.data.mnist:mnist"}
-LOSSES = {"cross_entropy": "torch.nn.functional:cross_entropy", "mse": "torch.nn.functional:mse_loss"}
+LOSSES = {
+    "cross_entropy": "torch.nn.functional:cross_entropy",
+    "mse": "torch.nn.functional:mse_loss",
+    "model": "hpctrain.models.losses:ModelLoss",
+}
 METRICS = {"accuracy": "hpctrain.models.metrics:accuracy"}
 AUGMENTATIONS = {"shift": "hpctrain.data.augment:shift", "flip": "hpctrain.data.augment:flip"}
 SCHEDULES = {name: f"hpctrain.clock.rates:{name}" for name in ("constant", "linear", "cosine", "step")}

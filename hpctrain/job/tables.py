@@ -99,7 +99,8 @@ class Loss(Named):
     KIND = "loss"
     name: str = Field(
         default="cross_entropy",
-        description="function of (outputs, targets); further keys are its keyword arguments",
+        description="function of (outputs, targets), or model: the model returns its loss. Further keys are the "
+        "function's keyword arguments",
     )
 
 
@@ -110,10 +111,17 @@ class Metric(Named):
     name: str = Field(
         default="accuracy",
         description="function of a batch's (outputs, targets) that returns a number, its mean over the batch; or a "
-        "pair (sum, weight); or a dictionary of these, whose first entry is the metric. Further keys are its keyword "
-        "arguments; accuracy has dim, ignore_index and threshold",
+        "pair (sum, weight); or a dictionary of these, whose first entry is the metric. Or a class with start, update, "
+        "state, merge and value, for what is no mean over batches. Further keys are keyword arguments of the function, "
+        "or of the class's constructor; accuracy has dim, ignore_index and threshold",
     )
     goal: Literal["max", "min"] = Field(default="max", description="whether more of the metric is better, or less")
+
+    @classmethod
+    def _check_object(cls, thing: object) -> None:
+        if not callable(thing) and hasattr(thing, "update"):
+            fail((), thing, "must be the metric's class, its options beside it, not an object of it")
+        super()._check_object(thing)
 
 
 class LearningRate(Named):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -77,6 +77,58 @@ def check_differentiable(loss: Weighed) -> None:
             "the loss depends on no trainable parameter, so there is nothing to differentiate: it was detached "
             "(.item(), .detach(), torch.no_grad()), or every parameter that it depends on is frozen"
         )
+
+
+class ModelLoss:
+    """The loss that the model computes itself (`loss.name = "model"`), found in what it returned:
+
+    - a scalar tensor, shape (), or a pair of scalars (sum, weight);
+    - the attribute `loss` of an object, or the entry "loss" of a mapping, each of these kinds;
+    - a mapping of nothing but scalar tensors, several losses: their sum.
+    """
+
+    def __call__(self, outputs: Any, targets: Any = None) -> Any:
+        """A scalar or a pair (sum, weight). Raises ModelError where the model returned no loss."""
+        found = self.find(outputs)
+        if found is None:
+            raise ModelError(
+                f'loss.name = "model": the model returned {_shown(outputs)}, in which there is no loss; in training it '
+                "must return a scalar tensor, the mean over the batch's samples, a pair (sum, weight), an object with "
+                "the attribute loss, or a dictionary with the key loss or of losses alone, which are added up"
+            )
+        return found
+
+    def find(self, outputs: Any) -> Any:
+        """As a call, but None where there is no loss, as what a detector returns in evaluation mode."""
+        if _is_scalar(outputs) or (_is_plain_pair(outputs) and _is_scalar(outputs[0])):
+            return outputs
+        if isinstance(outputs, Tensor):
+            return None
+        if isinstance(outputs, Mapping) and "loss" in outputs:
+            return outputs["loss"]
+        if isinstance(outputs, Mapping) and outputs and all(_is_scalar(part) for part in outputs.values()):
+            return torch.stack(list(outputs.values())).sum()
+        return getattr(outputs, "loss", None)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+
+
+def _is_plain_pair(value: Any) -> bool:
+    """Of (sum, weight)."""
+    if type(value) not in (tuple, list) or len(value) != 2:
+        return False
+    return isinstance(value[1], (int, float)) or (isinstance(value[1], Tensor) and value[1].dim() == 0)
+
+
+def _shown(outputs: Any) -> str:
+    if isinstance(outputs, Tensor):
+        return f"a tensor of shape {tuple(outputs.shape)}"
+    if isinstance(outputs, Mapping):
+        return f"a {type(outputs).__name__} with the keys {', '.join(map(str, outputs)) or 'none'}"
+    many = f" of {len(outputs)} items" if isinstance(outputs, (tuple, list)) else ""
+    return f"a {type(outputs).__name__}{many}"
 
 
 def bind(spec: Loss, device: torch.device) -> LossFunction:

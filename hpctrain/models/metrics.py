@@ -1,8 +1,8 @@
-"""Metrics: accuracy, and how what a metric returns of each batch becomes a mean over a data set."""
+"""Metrics: accuracy, and what a job's [metric] stands for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpctrain.comm.base import Communicator
-from hpctrain.errors import ModelError
+from hpctrain.errors import JobError, ModelError
+from hpctrain.job.spec import bound
 from hpctrain.models.losses import ClassLoss, LossFunction
+from hpctrain.models.measures import METHODS, Measure, Tally, UserMeasure
 
 if TYPE_CHECKING:
     from hpctrain.job.tables import Metric
 
-MetricFunction = Callable[..., Any]
-Share = tuple[float, float]  # a sum, and the weight that it is divided by
-_RETURNS = "it must return a number (the mean over the batch), a pair (sum, weight), or a dictionary of these"
 _OWN = 'name a metric of your own: metric.name = "module:function", a function of (outputs, targets)'
 _LOGITS = (nn.BCEWithLogitsLoss, functional.binary_cross_entropy_with_logits)
 _PROBABILITIES = (nn.BCELoss, functional.binary_cross_entropy)
@@ -97,15 +95,35 @@ def _shapes(outputs: Tensor, targets: Tensor) -> str:
     return f"accuracy: outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}"
 
 
-def bind(spec: Metric, loss: LossFunction) -> MetricFunction:
-    """The function of (outputs, targets) that a job's [metric] stands for. Raises JobError.
+def bind(spec: Metric, loss: LossFunction) -> Measure:
+    """What a job's [metric] stands for: a class with the methods of `METHODS`, or a function of (outputs, targets).
+    Raises JobError.
 
     Accuracy learns from the job's `loss` which targets do not count, where the classes are and what means yes.
     """
+    found = spec.resolve()
+    if inspect.isclass(found):
+        return _made(spec, found)
     function = spec.bind(positional=2)
-    if spec.resolve() is not accuracy:
-        return function
-    return partial(accuracy, **{**_implied(loss), **spec.options})
+    if found is accuracy:
+        function = partial(accuracy, **{**_implied(loss), **spec.options})
+    return Tally(spec.name, function)
+
+
+def _made(spec: Metric, cls: type) -> Measure:
+    what = f'metric "{spec.name}"'
+    missing = [name for name in METHODS if not callable(getattr(cls, name, None))]
+    if missing:
+        raise JobError(
+            f"{what} is a class without {' and '.join(f'{name}()' for name in missing)}; a metric is a class with "
+            f"{', '.join(METHODS)}, or a function of (outputs, targets)"
+        )
+    make = bound(what, cls, spec.options, positional=0)
+    try:
+        return UserMeasure(spec.name, make())
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else "no message"
+        raise JobError(f"{what} cannot be made: {type(error).__name__}: {text}") from error
 
 
 def _implied(loss: LossFunction) -> dict[str, Any]:
@@ -122,61 +140,3 @@ def _implied(loss: LossFunction) -> dict[str, Any]:
 
 def _is_one_of(thing: Any, known: tuple[Any, ...]) -> bool:
     return any(thing is one or (isinstance(one, type) and isinstance(thing, one)) for one in known)
-
-
-class Tally:
-    """Adds up what a metric returned of batches: a mean over the batch's samples, a pair (sum, weight), or a dictionary
-    of such. `first`: the sum and the weight of that, or of the dictionary's first entry. `name`: for messages."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._shares: dict[str, Share] = {}
-        self.named = False  # whether there are entries with names
-
-    @property
-    def first(self) -> Share:
-        return next(iter(self._shares.values()), (0.0, 0.0))
-
-    def add(self, measured: Any, samples: int) -> None:
-        """Of a batch of so many samples. Raises ModelError for what is no metric."""
-        given = measured if isinstance(measured, dict) else {"": measured}
-        shares = {key: self._share(value, key, samples) for key, value in given.items()}
-        if not shares or (self._shares and list(shares) != list(self._shares)):
-            raise ModelError(
-                f'metric "{self._name}" returned a dictionary with the keys {list(shares)}, and before with '
-                f"{list(self._shares)}; it must have the same keys, and one at least, for every batch"
-            )
-        self.named = isinstance(measured, dict)
-        for key, (total, weight) in shares.items():
-            before = self._shares.get(key, (0.0, 0.0))
-            self._shares[key] = before[0] + total, before[1] + weight
-
-    def entries(self, comm: Communicator) -> dict[str, float]:
-        """The means of a dictionary's entries, over all ranks' batches. Collective; some may have had no batch."""
-        tables = [table for table in comm.gather_json(self._shares) if table]
-        if any(list(table) != list(tables[0]) for table in tables):
-            raise ModelError(f'metric "{self._name}" returned dictionaries with different keys on different ranks')
-        sums = {key: [sum(table[key][part] for table in tables) for part in (0, 1)] for key in tables[0]}
-        return {key: mean(total, weight) for key, (total, weight) in sums.items()}
-
-    def _share(self, value: Any, key: str, samples: int) -> Share:
-        if not isinstance(key, str):
-            raise ModelError(f'metric "{self._name}" returned a dictionary with the key {key!r}; keys must be texts')
-        if isinstance(value, (tuple, list)) and len(value) == 2:
-            return self._number(value[0], key), self._number(value[1], key)
-        return samples * self._number(value, key), samples
-
-    def _number(self, value: Any, key: str) -> float:
-        try:
-            return float(value)
-        except (TypeError, ValueError, RuntimeError):
-            shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
-            where = f" under {key}" if key else ""
-            raise ModelError(
-                f'metric "{self._name}" returned a {type(value).__name__}{shape}{where}; {_RETURNS}'
-            ) from None
-
-
-def mean(total: float, weight: float) -> float:
-    """NaN where nothing was weighed."""
-    return float(total / weight) if weight else float("nan")

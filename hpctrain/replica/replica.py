@@ -12,10 +12,10 @@ from torch.utils.hooks import RemovableHandle
 
 from hpctrain.comm.base import Arena, Communicator
 from hpctrain.errors import ModelError
+from hpctrain.models.wrappers import named_parameters
 from hpctrain.replica.arenas import NodeArenas, OwnPart, Placed
 from hpctrain.replica.layout import ParameterGroups, Slot, lay_out
 from hpctrain.replica.tensors import as_tensor
-from hpctrain.wrappers import named_parameters
 
 
 class Replica:

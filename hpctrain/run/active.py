@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpctrain.comm.base import Communicator
 from hpctrain.data.loader import Batch
+from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
 from hpctrain.launcher.signals import StopSignals
 from hpctrain.replica.state import Own, State
@@ -102,10 +104,10 @@ class ActiveRun:
         """
         prepared, totals, job = self.prepared, self.totals, self.job
         self.works()  # the checkpoint before, if there was one, is written
-        with workers.span("evaluate"), buffers:
+        with workers.span("evaluate"), buffers, self._known_to(workers):
             found = evaluate(
                 prepared.model, dataset, prepared.loss, prepared.metric, workers, job.train.evaluation_batch,
-                self._move_measured, prepared.autocast, job.metric.name,
+                self._move_measured, prepared.autocast,
             )  # fmt: skip
         epoch = totals.cursor / prepared.epoch
         if self.files is not None:
@@ -113,6 +115,15 @@ class ActiveRun:
         first, *others = found.text(name, job.metric.name)
         self.out.say(f"epoch {epoch:.2f}: {', '.join([first, *(text.removeprefix(f'{name} ') for text in others)])}")
         return found
+
+    @contextmanager
+    def _known_to(self, workers: Communicator) -> Iterator[None]:
+        """What all `workers` raise is not known to servers, if there are some, which would wait for ever."""
+        try:
+            yield
+        except HpctrainError as error:
+            error.everywhere = error.everywhere and workers.size == self.comm.size
+            raise
 
     def _move_measured(self, batch: Batch) -> Batch:
         self.works()

@@ -13,7 +13,6 @@ from hpctrain.data.loader import Batch
 from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
 from hpctrain.run.begin import begun
-from hpctrain.run.evaluate import explained
 from hpctrain.run.folder import Narrator
 from hpctrain.run.result import Result
 from hpctrain.run.resume import Resume
@@ -88,6 +87,7 @@ def fit(session: Session) -> None:
 
 def fit_batch(session: Session, batch: Batch) -> None:
     """What the standard loop does with a batch."""
-    with session.autocast(), explained(batch):
-        loss = session.loss(session.model(batch.inputs), batch.targets)
+    forward = session.prepared.forward
+    with session.autocast(), forward.explained(batch):
+        loss = forward.loss(forward.outputs(batch), batch)
     session.step(loss)

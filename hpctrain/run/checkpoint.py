@@ -19,10 +19,10 @@ from torch import Tensor
 from hpctrain.comm.base import Buffer
 from hpctrain.errors import CheckpointError
 from hpctrain.filenames import CHECKPOINTS, MODEL
+from hpctrain.models.wrappers import plain_name
 from hpctrain.replica.state import OPTIMIZER, Own, State
 from hpctrain.replica.tensors import as_array, as_tensor
 from hpctrain.run.untrained import digest
-from hpctrain.wrappers import plain_name
 
 FORMAT = "hpctrain-checkpoint-2"
 FORMAT_0_1 = "hpctrain-checkpoint-1"  # read, too

@@ -105,10 +105,10 @@ def evaluate_run(folder: Path) -> list[str]:
     from hpctrain.comm.virtual.world import World
     from hpctrain.errors import DataError
     from hpctrain.job import Job
+    from hpctrain.models.wrappers import load_plain_state
     from hpctrain.run.checkpoint import load_model
     from hpctrain.run.evaluate import evaluate
     from hpctrain.run.prepare import prepare_evaluation
-    from hpctrain.wrappers import load_plain_state
 
     job = Job.load(folder / JOB, ["strategy=default", "phases=default"])
     if job.device == "cuda":
@@ -127,7 +127,7 @@ def evaluate_run(folder: Path) -> list[str]:
             raise DataError(f"data.name = {job.data.name!r} has no test or validation samples to evaluate on")
         found = evaluate(
             parts.model, dataset, parts.loss, parts.metric, comm, job.train.evaluation_batch, parts.move,
-            parts.autocast, job.metric.name,
+            parts.autocast,
         )  # fmt: skip
         return found.text(name, job.metric.name)
 

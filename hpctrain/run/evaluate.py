@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,70 +15,58 @@ from hpctrain.data.generators import Generators
 from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.order import Order
 from hpctrain.data.splits import make_order
-from hpctrain.errors import DataError, HpctrainError
+from hpctrain.errors import HpctrainError
+from hpctrain.models.forward import Forward
 from hpctrain.models.losses import weigh
-from hpctrain.models.metrics import Tally, mean
+from hpctrain.models.measures import Measure, mean
+from hpctrain.models.packing import Packed, collect, pack
+from hpctrain.run.agreement import agreed
 
 Loss = Callable[..., Tensor]
-Metric = Callable[..., Any]
 
 
 class Evaluation(NamedTuple):
-    """Means over a data set. `entries`: of a metric that returns a dictionary, whose first `metric` is; else empty."""
+    """Over a data set. `loss`: None where the model is to return it, and returned none in evaluation mode. `entries`:
+    of a metric that returns a dictionary, whose first `metric` is; else empty."""
 
-    loss: float
+    loss: float | None
     metric: float
     entries: dict[str, float]
 
     def text(self, split: str, metric_name: str) -> list[str]:
         """For people: "test loss 0.1234", "test accuracy 0.9876"."""
-        named = self.entries or {metric_name: self.metric}
-        return [f"{split} {name} {value:.4f}" for name, value in {"loss": self.loss, **named}.items()]
+        named = {**self._known_loss, **(self.entries or {metric_name: self.metric})}
+        return [f"{split} {name} {value:.4f}" for name, value in named.items()]
 
     def plain(self) -> dict[str, float]:
-        """By the names of columns: loss, metric, and metric.NAME of each entry."""
+        """By the names of columns: loss (if there is one), metric, and metric.NAME of each entry."""
         entries = {f"metric.{name}": value for name, value in self.entries.items()}
-        return {"loss": self.loss, "metric": self.metric, **entries}
+        return {**self._known_loss, "metric": self.metric, **entries}
 
-
-@contextmanager
-def explained(batch: Batch) -> Iterator[None]:
-    """Where a model or loss fails inside on samples that are not pairs: DataError, which says how to give them."""
-    try:
-        yield
-    except HpctrainError:
-        raise
-    except Exception as error:
-        if batch.targets is not None or not batch.size:
-            raise
-        kind = f"{len(batch.inputs)} items each" if isinstance(batch.inputs, (list, tuple)) else "one item each"
-        raise DataError(
-            f"the data set's samples are of {kind}, not pairs (input, target), so the model was called with all of a "
-            f"sample and the loss with targets None, which raised {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no message'}; return ((x, mask), y) for two inputs, or, "
-            "to train, write a loop of your own (hpctrain.session)"
-        ) from error
+    @property
+    def _known_loss(self) -> dict[str, float]:
+        return {} if self.loss is None else {"loss": self.loss}
 
 
 def evaluate(
     model: nn.Module,
     dataset: Any,
     loss: Loss,
-    metric: Metric,
+    metric: Measure,
     comm: Communicator,
     batch_size: int,
     move: Callable[[Batch], Batch],
     precision: Callable[[], AbstractContextManager[Any]],
-    metric_name: str = "metric",
 ) -> Evaluation:
     """Loss and metric over `dataset`, each worker computing its share. Collective over `comm`.
 
     Samples that draw from global generators are the same in every evaluation, and in every run. Leaves the model's
-    mode, its gradients and the states of Python's, NumPy's and torch's generators as they were. `metric_name`: for
-    messages.
+    mode, its gradients and the states of Python's, NumPy's and torch's generators as they were. Where the metric
+    fails on a rank, all raise its ModelError.
     """
     order = make_order(dataset, shuffle=False)
-    losses, tally = np.zeros(2, np.float64), Tally(metric_name)
+    losses = np.zeros(3, np.float64)  # their sum and weight, and of how many batches there is none
+    fed, forward = _Fed(metric), Forward(model, loss)
     modes = [(module, module.training) for module in model.modules()]
     random = Generators.now()
     model.eval()
@@ -87,21 +75,64 @@ def evaluate(
         with torch.no_grad():
             for start, stop in _share(loader, order, comm, batch_size):
                 batch = move(loader.take(start, stop))
-                with explained(batch):
+                with forward.explained(batch):
                     with precision():
-                        outputs = model(batch.inputs)
-                        weighed = weigh(loss(outputs, batch.targets), batch.size)
-                    tally.add(metric(outputs, batch.targets), batch.size)
-                losses += [weighed.mean * weighed.weight, weighed.weight]
+                        outputs = forward.outputs(batch)
+                        losses += _terms(forward.found_loss(outputs, batch), batch.size)
+                    fed.update(outputs, batch)
+            value = fed.value(comm)
     finally:
         loader.close()
         for module, training in modes:  # not all alike where a user keeps some layers in evaluation mode
             module.training = training
         random.restore()
-    sums = np.array([*losses, *tally.first, tally.named], np.float64)
-    comm.all_reduce(sums)
-    entries = tally.entries(comm) if sums[4] else {}  # a rank that had no batch does not know that there are some
-    return Evaluation(mean(sums[0], sums[1]), mean(sums[2], sums[3]), entries)
+    comm.all_reduce(losses)
+    entries = value if isinstance(value, dict) else {}
+    mean_loss = None if losses[2] else mean(losses[0], losses[1])
+    return Evaluation(mean_loss, next(iter(entries.values())) if isinstance(value, dict) else value, entries)
+
+
+def _terms(loss: Any, samples: int) -> list[float]:
+    if loss is None:
+        return [0.0, 0.0, 1.0]
+    weighed = weigh(loss, samples)
+    return [weighed.mean * weighed.weight, weighed.weight, 0.0]
+
+
+class _Fed:
+    """A metric that takes in this rank's batches. Once it has failed it takes in no more, but the rank goes on: the
+    others meet it in `value`, where all raise what failed."""
+
+    def __init__(self, metric: Measure) -> None:
+        self._metric = metric
+        self._failure: HpctrainError | None = None
+        self._try(metric.start)
+
+    def update(self, outputs: Any, batch: Batch) -> None:
+        self._try(lambda: self._metric.update(outputs, batch.reference, batch.size))
+
+    def value(self, comm: Communicator) -> float | dict[str, float]:
+        """Over all ranks' batches: rank 0 merges and computes, the others get what it found. Collective."""
+        states = collect(comm, agreed(comm, self._state))
+        found = agreed(comm, lambda: self._merged(states) if comm.rank == 0 else None)
+        value: float | dict[str, float] = comm.broadcast_json(found)
+        return value
+
+    def _state(self) -> Packed:
+        if self._failure is not None:
+            raise self._failure
+        return pack(self._metric.state(), f'metric "{self._metric.name}": state() has')
+
+    def _merged(self, states: list[dict[str, Any]]) -> float | dict[str, float]:
+        self._metric.merge(states)
+        return self._metric.value()
+
+    def _try(self, what: Callable[[], None]) -> None:
+        if self._failure is None:
+            try:
+                what()
+            except HpctrainError as error:
+                self._failure = error
 
 
 def _share(loader: Loader, order: Order, comm: Communicator, batch_size: int) -> Iterator[tuple[int, int]]:

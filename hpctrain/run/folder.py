@@ -75,9 +75,10 @@ def newest_checkpoint(folder: Path) -> Path:
 def metrics_row(
     step: int, samples: int, epoch: float, seconds: float, split: str, measured: dict[str, float]
 ) -> dict[str, str]:
-    """One row of metrics.csv, by column; `measured`: loss, metric, and more of the run's own, the same in every row."""
+    """One row of metrics.csv, by column; `measured`: loss, metric, and more of the run's own, the same in every row. An
+    evaluation without a loss has an empty cell."""
     place = {"step": str(step), "samples": str(samples), "epoch": f"{epoch:.4f}", "seconds": f"{seconds:.3f}"}
-    return {**place, "split": split, **{name: f"{value:.6g}" for name, value in measured.items()}}
+    return {**place, "split": split, "loss": "", **{name: f"{value:.6g}" for name, value in measured.items()}}
 
 
 def append_metrics(folder: Path, rows: Sequence[Mapping[str, str]]) -> None:

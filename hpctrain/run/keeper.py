@@ -14,6 +14,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.data.generators import Generators, restore_texts
 from hpctrain.errors import CheckpointError, NanError
 from hpctrain.filenames import CHECKPOINTS
+from hpctrain.models.wrappers import named_parameters, plain_name, plain_state
 from hpctrain.replica.blocks import is_finite
 from hpctrain.replica.layout import Layout
 from hpctrain.replica.state import Own, Section, State, recv_state, send_state
@@ -34,7 +35,6 @@ from hpctrain.run.prepare import Prepared
 from hpctrain.run.untrained import from_raw, raw
 from hpctrain.strategies.phase import Phase
 from hpctrain.trace.events import CheckpointWritten
-from hpctrain.wrappers import named_parameters, plain_name, plain_state
 
 
 @dataclass

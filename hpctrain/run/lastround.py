@@ -88,7 +88,7 @@ def _starved(prepared: Prepared, layers: dict[nn.Module, str]) -> nn.Module | No
     try:
         with kept(), torch.no_grad(), prepared.autocast():
             prepared.model.eval()
-            prepared.model(_one_sample(prepared).inputs)
+            prepared.forward.outputs(_one_sample(prepared))
     except Exception:  # whatever it is, training will run into it as well, and say more
         pass
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from hpctrain.job import Job, registry
 from hpctrain.job.phases import Enter
 from hpctrain.job.roles import roles_of
 from hpctrain.models import losses, metrics
+from hpctrain.models.forward import Forward
+from hpctrain.models.measures import Measure
+from hpctrain.models.wrappers import check_model
 from hpctrain.replica.batchnorm import BatchNorms
 from hpctrain.replica.coupling import Coupling
 from hpctrain.replica.optimizer import OptimizerChoice
@@ -37,7 +41,6 @@ from hpctrain.run.schedulers import stepped_course
 from hpctrain.run.untrained import Untrained
 from hpctrain.strategies.base import Strategy
 from hpctrain.trace.events import Event
-from hpctrain.wrappers import check_model
 
 MOST_AHEAD = 4
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -52,7 +55,12 @@ class Measurable:
     splits: Splits
     model: nn.Module
     loss: Callable[..., Any]
-    metric: Callable[..., Any]
+    metric: Measure
+
+    @cached_property
+    def forward(self) -> Forward:
+        """How the standard loop calls model and loss."""
+        return Forward(self.model, self.loss)
 
     def move(self, batch: Batch) -> Batch:
         """The batch on the device, in dtypes that the job's precision and torch's losses go with; see `casts`."""

@@ -24,8 +24,8 @@ from hpctrain.comm.alike import Topic, check_alike
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import ModelError
 from hpctrain.job.tables import Policy
+from hpctrain.models.wrappers import named_parameters, plain_name
 from hpctrain.text import shown
-from hpctrain.wrappers import named_parameters, plain_name
 
 STATISTICS = ("running_mean", "running_var")
 OTHERS = "*"  # the pattern of all buffers that are no running statistics

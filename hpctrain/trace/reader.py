@@ -326,12 +326,16 @@ class Run:
         except (OSError, ValueError, OverflowError, csv.Error) as error:  # pandas' parser errors are ValueErrors
             self._note(f"metrics.csv cannot be read ({str(error).splitlines()[0]})")
             return pd.DataFrame()
+        without = frame["loss"].isna() if "loss" in frame else None  # evaluations of a model that returned none
         for name in frame.columns.drop("split", errors="ignore"):
             frame[name] = pd.to_numeric(frame[name], errors="coerce")
         if "split" in frame:
             frame["split"] = [shown(name, 20) if isinstance(name, str) else name for name in frame["split"]]
         own = [name for name in frame.columns if name.startswith("metric.")]  # of which each may be NaN
-        known = frame.dropna(subset=frame.columns.drop(own), ignore_index=True)
+        there = frame[frame.columns.drop(own)].notna()
+        if without is not None:
+            there["loss"] |= without
+        known = frame[there.all(axis=1)].reset_index(drop=True)
         if len(known) < len(rows):
             self._note(f"metrics.csv: {len(rows) - len(known)} of {len(rows)} rows cannot be read")
         return known

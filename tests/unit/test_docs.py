@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,3 +45,17 @@ def test_the_strategy_of_the_architecture_page_trains(tmp_path: Path, monkeypatc
 def test_the_page_on_runs_lists_what_may_change_and_what_may_not() -> None:
     rows = re.findall(r"^\| `([\w.]+)` \| (.*) \|$", (ROOT / "docs/runs.md").read_text(), re.MULTILINE)
     assert rows == [*FREE.items(), *FIXED.items()]
+
+
+def test_the_page_on_samples_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, metric = code_blocks("docs/samples.md")
+    (tmp_path / "my_metrics.py").write_text(metric)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_metrics", raising=False)
+    names: dict[str, Any] = {"__name__": "program"}
+    exec(program, names)
+    job = names["job"].override([f"output={tmp_path / 'runs'}", "trace.enabled=false"])
+    found = [World(ranks).run(lambda comm: train(job, comm, out=Narrator(enabled=False)))[0] for ranks in (1, 3)]
+    for result in found:
+        assert result.metrics["metric"] > 0.95
+        assert result.metrics["loss"] < 0.5

@@ -20,6 +20,7 @@ from hpctrain.comm.virtual.world import World
 from hpctrain.errors import DataError
 from hpctrain.job import Job
 from hpctrain.models import losses, metrics
+from hpctrain.models.measures import Tally
 from hpctrain.run.api import session
 from hpctrain.run.command import evaluate_run
 from hpctrain.run.evaluate import evaluate
@@ -57,8 +58,9 @@ def largest(outputs: Tensor, targets: Tensor) -> float:
     return float(outputs.sum() / len(outputs))
 
 
-def measure(model: nn.Module, dataset: Any, comm: Communicator, batch_size: int = 4) -> tuple[float, float]:
-    return evaluate(model, dataset, mse_loss, largest, comm, batch_size, lambda batch: batch, nullcontext)[:2]
+def measure(model: nn.Module, dataset: Any, comm: Communicator, batch_size: int = 4) -> tuple[float | None, float]:
+    metric = Tally("largest", largest)
+    return evaluate(model, dataset, mse_loss, metric, comm, batch_size, lambda batch: batch, nullcontext)[:2]
 
 
 @pytest.mark.parametrize("kind", [in_memory, Numbers, Measured])
@@ -83,7 +85,9 @@ def counts(outputs: Tensor, targets: Tensor) -> dict[str, Any]:
 def test_entries_are_weighed_by_what_they_count(count: int, ranks: int) -> None:
     data = in_memory(count)
     found = World(ranks).run(
-        lambda comm: evaluate(nn.Identity(), data, mse_loss, counts, comm, 4, lambda batch: batch, nullcontext)
+        lambda comm: evaluate(
+            nn.Identity(), data, mse_loss, Tally("m", counts), comm, 4, lambda batch: batch, nullcontext
+        )
     )
     even = range(0, count, 2)
     wanted = {"mean": (count - 1) / 2, "ones": 1.0, "even": sum(even) / len(even)}
@@ -102,13 +106,11 @@ def test_tokens_that_do_not_count_have_no_weight_in_the_accuracy() -> None:
     counted = targets != -100
     wanted = float((outputs.argmax(1) == targets)[counted].double().mean())
     job = Job()
-    metric = metrics.bind(job.metric, losses.bind(job.loss, torch.device("cpu")))
 
     def by_batches(comm: Communicator, batch_size: int) -> Any:
+        metric = metrics.bind(job.metric, losses.bind(job.loss, torch.device("cpu")))
         given = TensorDataset(outputs, targets)
-        return evaluate(
-            nn.Identity(), given, mse_of_first, metric, comm, batch_size, lambda batch: batch, nullcontext
-        )
+        return evaluate(nn.Identity(), given, mse_of_first, metric, comm, batch_size, lambda batch: batch, nullcontext)
 
     for ranks, batch_size in [(1, 1), (1, 23), (3, 2), (4, 5)]:
         found = World(ranks).run(partial(by_batches, batch_size=batch_size))

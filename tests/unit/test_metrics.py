@@ -1,8 +1,9 @@
-"""What metrics return, and accuracy by the shapes of outputs and targets."""
+"""Accuracy by the shapes of outputs and targets, and what it takes from the job's loss."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual.world import World
 from hpctrain.errors import ModelError
 from hpctrain.job import Job
 from hpctrain.models import losses, metrics
-from hpctrain.models.metrics import Tally, accuracy, mean
+from hpctrain.models.measures import Tally, mean
+from hpctrain.models.metrics import accuracy
 
 
 def share(outputs: Tensor, targets: Tensor, **keys: Any) -> float:
@@ -102,62 +102,13 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     ],
 )
 def test_accuracy_learns_from_the_loss(loss: Any, implied: dict[str, Any]) -> None:
-    job = Job(loss=loss)
+    assert keywords(Job(loss=loss)) == implied
+    assert keywords(Job(loss=loss, metric={"name": "accuracy", "ignore_index": 9}))["ignore_index"] == 9
+
+
+def keywords(job: Job) -> dict[str, Any]:
     bound = metrics.bind(job.metric, losses.bind(job.loss, torch.device("cpu")))
-    assert bound.func is accuracy  # type: ignore[attr-defined]
-    assert bound.keywords == implied  # type: ignore[attr-defined]
-    job = Job(loss=loss, metric={"name": "accuracy", "ignore_index": 9})
-    bound = metrics.bind(job.metric, losses.bind(job.loss, torch.device("cpu")))
-    assert bound.keywords["ignore_index"] == 9  # type: ignore[attr-defined]
-
-
-# -- what is added up --------------------------------------------------------------------------------------------
-def test_means_pairs_and_dictionaries() -> None:
-    plain, pairs, named = Tally("m"), Tally("m"), Tally("m")
-    for value, weight in [(1.0, 3), (0.0, 1)]:
-        plain.add(torch.tensor(value), weight)
-        pairs.add((torch.tensor(value * 10), torch.tensor(10 * weight)), 99)
-        named.add({"a": value, "b": (value, weight)}, weight)
-    assert plain.first == (3.0, 4.0)
-    assert pairs.first == (10.0, 40.0)
-    assert named.first == (3.0, 4.0)
-    assert (plain.named, pairs.named, named.named) == (False, False, True)
-    assert World(1).run(named.entries) == [{"a": 0.75, "b": 0.25}]
-
-
-def test_entries_of_ranks_that_had_no_batch() -> None:
-    def body(comm: Communicator) -> dict[str, float]:
-        tally = Tally("m")
-        for _ in range(comm.rank):
-            tally.add({"z": comm.rank, "a": (1.0, 0.0)}, 2)
-        return tally.entries(comm)
-
-    found = World(3).run(body)
-    assert found[0]["z"] == pytest.approx((2 * 1 + 4 * 2) / 6)
-    assert math.isnan(found[0]["a"])  # nothing of it counted
-    assert [list(entries) for entries in found] == [["z", "a"]] * 3
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (torch.zeros(10), r'metric "m" returned a Tensor of shape \(10,\); it must return a number'),
-        (None, "returned a NoneType; it must return a number"),
-        ((1, 2, 3), "returned a tuple"),
-        ((1.0, torch.zeros(2)), r"returned a Tensor of shape \(2,\)"),
-        ({"f1": torch.zeros(3)}, r"returned a Tensor of shape \(3,\) under f1"),
-        ({1: 0.5}, "keys must be texts"),
-        ({}, "it must have the same keys, and one at least"),
-    ],
-)
-def test_what_is_no_metric(value: Any, words: str) -> None:
-    with pytest.raises(ModelError, match=words):
-        Tally("m").add(value, 4)
-
-
-def test_keys_that_change() -> None:
-    tally = Tally("m")
-    tally.add({"a": 1.0, "b": 2.0}, 1)
-    for other in [{"b": 2.0, "a": 1.0}, {"a": 1.0}, 3.0]:
-        with pytest.raises(ModelError, match="the same keys"):
-            tally.add(other, 1)
+    assert isinstance(bound, Tally)
+    assert isinstance(bound.function, partial)
+    assert bound.function.func is accuracy
+    return bound.function.keywords

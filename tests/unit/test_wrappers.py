@@ -16,12 +16,12 @@ from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
 from hpctrain.errors import ModelError
 from hpctrain.job import Job
+from hpctrain.models.wrappers import check_model, load_plain_state, plain_name, plain_state
 from hpctrain.replica import replica
 from hpctrain.replica.replica import Replica
 from hpctrain.run import keeper, untrained
 from hpctrain.run.api import Result
 from hpctrain.run.command import evaluate_run
-from hpctrain.wrappers import check_model, load_plain_state, plain_name, plain_state
 from tests import helpers
 from tests.marks import mostly_slow
 

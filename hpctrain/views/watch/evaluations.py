@@ -21,7 +21,8 @@ def read_evaluations(path: Path) -> list[EvaluationRow]:
     rows = []
     for row in table:
         try:
-            epoch, loss, metric = (float(row[name]) for name in ("epoch", "loss", "metric"))
+            epoch, metric = float(row["epoch"]), float(row["metric"])
+            loss = float(row["loss"]) if row["loss"] else None
             rows.append(EvaluationRow(shown(row["split"], 20), epoch, loss, metric))
         except (KeyError, TypeError, ValueError):
             continue

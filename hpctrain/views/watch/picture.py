@@ -146,7 +146,8 @@ def _waits(shot: Snapshot) -> list[float]:
 
 
 def _evaluation(shot: Snapshot, row: EvaluationRow) -> str:
-    return f"{shot.metric} {row.metric:.4f}, loss {row.loss:.4f} at epoch {row.epoch:.2f}"
+    loss = "" if row.loss is None else f", loss {row.loss:.4f}"
+    return f"{shot.metric} {row.metric:.4f}{loss} at epoch {row.epoch:.2f}"
 
 
 def sparkline(values: Sequence[float], heights: str = HEIGHTS) -> str:

@@ -49,11 +49,11 @@ class RankView:
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """A row of metrics.csv."""
+    """A row of metrics.csv. `loss`: None where the model returned none."""
 
     split: str
     epoch: float
-    loss: float
+    loss: float | None
     metric: float
 
 

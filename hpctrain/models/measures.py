@@ -1,0 +1,191 @@
+"""How a metric is computed over a data set that several ranks share: start, update, merge, value.
+
+A job names a metric in one of two forms: a function of a batch's (outputs, targets), which `Tally` sums up, or a class
+with the methods of `METHODS`, which `UserMeasure` calls. An evaluation sees only `Measure`.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hpctrain.errors import HpctrainError, ModelError
+
+State = Mapping[str, Any]
+Value = float | dict[str, float]
+METHODS = "start", "update", "state", "merge", "value"
+_RETURNS = "it must return a number (the mean over the batch), a pair (sum, weight), or a dictionary of these"
+
+
+class Measure(ABC):
+    """A metric in the course of one evaluation after another. `name`: for messages.
+
+    On each rank: `start`, `update` once per batch (a rank may have none), `state`. On rank 0 then: `merge`, `value`.
+    All raise ModelError for what is no metric.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @abstractmethod
+    def start(self) -> None:
+        """Forget everything: an evaluation begins."""
+
+    @abstractmethod
+    def update(self, outputs: Any, targets: Any, samples: int) -> None:
+        """Take in a batch of so many samples: what the model returned, and what it is compared with."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """What this rank's batches amount to: numbers, tensors, arrays, or lists of tensors or arrays, by name."""
+
+    @abstractmethod
+    def merge(self, states: Sequence[State]) -> None:
+        """Take over the states of all ranks, in rank order, in place of what was taken in."""
+
+    @abstractmethod
+    def value(self) -> Value:
+        """Over all batches; in a dictionary of several the first is the metric."""
+
+
+# -- functions ---------------------------------------------------------------------------------------------------
+class Tally(Measure):
+    """Sums up what a function of (outputs, targets) returns of batches: a mean over the batch's samples, a pair (sum,
+    weight), or a dictionary of these."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        super().__init__(name)
+        self.function = function
+        self._sums: dict[str, list[float]] = {}  # [sum, weight] by key; the key "" is that of a value without one
+
+    def start(self) -> None:
+        self._sums = {}
+
+    def update(self, outputs: Any, targets: Any, samples: int) -> None:
+        measured = self.function(outputs, targets)
+        given = measured if isinstance(measured, dict) else {"": measured}
+        shares = {key: self._share(value, key, samples) for key, value in given.items()}
+        if not shares or (self._sums and list(shares) != list(self._sums)):
+            raise ModelError(
+                f'metric "{self.name}" returned a dictionary with the keys {list(shares)}, and before with '
+                f"{list(self._sums)}; it must have the same keys, and one at least, for every batch"
+            )
+        for key, share in shares.items():
+            before = self._sums.get(key, [0.0, 0.0])
+            self._sums[key] = [before[0] + share[0], before[1] + share[1]]
+
+    def state(self) -> State:
+        return {f"{part} {key}": sums[i] for key, sums in self._sums.items() for i, part in enumerate(_PARTS)}
+
+    def merge(self, states: Sequence[State]) -> None:
+        known = [state for state in states if state]
+        if any(list(state) != list(known[0]) for state in known):
+            raise ModelError(f'metric "{self.name}" returned dictionaries with different keys on different ranks')
+        total = {name: sum(state[name] for state in known) for name in known[0]} if known else {}
+        keys = [name.removeprefix("sum ") for name in total if name.startswith("sum ")]
+        self._sums = {key: [total[f"{part} {key}"] for part in _PARTS] for key in keys}
+
+    def value(self) -> Value:
+        means = {key: mean(*sums) for key, sums in self._sums.items()}
+        return means.get("", mean(0.0, 0.0)) if list(means) in ([], [""]) else means
+
+    def _share(self, value: Any, key: Any, samples: int) -> list[float]:
+        if not isinstance(key, str):
+            raise ModelError(f'metric "{self.name}" returned a dictionary with the key {key!r}; keys must be texts')
+        if isinstance(value, (tuple, list)) and len(value) == 2:
+            return [self._number(value[0], key), self._number(value[1], key)]
+        return [samples * self._number(value, key), samples]
+
+    def _number(self, value: Any, key: str) -> float:
+        where = f" under {key}" if key else ""
+        return _number(value, f'metric "{self.name}" returned a {{}}{where}; {_RETURNS}')
+
+
+_PARTS = "sum", "weight"
+
+
+def mean(total: float, weight: float) -> float:
+    """NaN where nothing was weighed."""
+    return float(total / weight) if weight else float("nan")
+
+
+def _number(value: Any, text: str) -> float:
+    """As a number; `text`, with {} for what it is, is the error where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+        raise ModelError(text.format(f"{type(value).__name__}{shape}")) from None
+
+
+# -- classes -----------------------------------------------------------------------------------------------------
+class UserMeasure(Measure):
+    """Calls an object of the user's class, which has the methods of `METHODS`. What they raise, or return though it is
+    none of what they may return, becomes a ModelError."""
+
+    def __init__(self, name: str, metric: Any) -> None:
+        super().__init__(name)
+        self._metric = metric
+
+    def start(self) -> None:
+        self._call("start")
+
+    def update(self, outputs: Any, targets: Any, samples: int) -> None:
+        self._call("update", outputs, targets)
+
+    def state(self) -> State:
+        found = self._call("state")
+        if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+            raise ModelError(
+                f'metric "{self.name}": state() returned a {type(found).__name__}; it must return a dictionary of '
+                "numbers, tensors, arrays, or lists of tensors or arrays, by name"
+            )
+        return found
+
+    def merge(self, states: Sequence[State]) -> None:
+        first = _kinds(states[0])
+        for rank, state in enumerate(states):
+            if (own := _kinds(state)) != first:
+                raise ModelError(
+                    f'metric "{self.name}": state() returned {_listed(first)} on rank 0, but {_listed(own)} on rank '
+                    f"{rank}; it must return the same names and types on every rank, also on one that had no batch"
+                )
+        self._call("merge", states)
+
+    def value(self) -> Value:
+        found, what = self._call("value"), f'metric "{self.name}": value() returned a {{}}'
+        if not isinstance(found, Mapping):
+            return _number(found, f"{what}; it must return a number, or a dictionary of numbers by name")
+        if not found or not all(isinstance(key, str) and key for key in found):
+            raise ModelError(
+                f"{what.format('dictionary')} with the keys {list(found)}; it must have at least one, and keys must be "
+                "texts"
+            )
+        return {key: _number(value, f"{what} under {key}; it must be a number") for key, value in found.items()}
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._metric, method)(*arguments)
+        except HpctrainError:
+            raise
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = f": {str(error).splitlines()[0]}" if str(error) else ""
+            raise ModelError(
+                f'metric "{self.name}": {method}() failed in {os.path.basename(where.filename)}, line {where.lineno}: '
+                f"{type(error).__name__}{text}"
+            ) from error
+
+
+def _kinds(state: State) -> dict[str, str]:
+    return {
+        name: "number" if isinstance(value, (bool, int, float)) else type(value).__name__
+        for name, value in sorted(state.items())
+    }
+
+
+def _listed(kinds: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "nothing"
