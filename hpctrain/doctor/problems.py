@@ -4,33 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from statistics import median
-from typing import Literal
 
-from hpctrain.doctor.facts import GIB, Facts, Link, NodeFacts, RankFacts, named, ranges
-from hpctrain.launcher.facts import OPEN_MPI_IDLE, SLURM
+from hpctrain.doctor import network
+from hpctrain.doctor.facts import GIB, Facts, NodeFacts, RankFacts, named, ranges
+from hpctrain.doctor.problem import SEVERITIES, Problem, Severity, at, counted, gpus, mib, millions
+from hpctrain.launcher.facts import SLURM
 
-Severity = Literal["error", "warning", "note"]
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 FEW_PARAMETERS = 25_000_000  # about a ResNet-50: if not even that fits into shared memory, it is worth telling
 LITTLE_DISK = GIB  # of a few checkpoints and traces
-SLOW_LINK = 0.06  # GB/s: half of what 1 Gbit/s carries
-SLOW_NODE_US = 1000.0  # within a node; 1 to 50 is common
-FABRIC_US, FABRIC = 15.0, 3.0  # us, GB/s: InfiniBand is below the one and above the other, TCP is not
 BIND_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-FORK_VARIABLES = ("RDMAV_FORK_SAFE", "IBV_FORK_SAFE", "UCX_IB_FORK_INIT")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """`severity`: error (a run will not work), warning (it will be slow or fragile), note. `do`: what helps."""
-
-    severity: Severity
-    where: str
-    what: str
-    do: str
 
 
 def problems(facts: Facts) -> list[Problem]:
@@ -69,7 +52,7 @@ def _cores(facts: Facts) -> Iterator[Problem]:
         yield from crowded or _threads(node, ranks)
         if node.quota is not None and sum(rank.threads for rank in ranks) > node.quota + 0.5:
             yield Problem(
-                "warning", _at(node),
+                "warning", at(node),
                 f"its container or job may use {node.quota:g} cores in the mean, but {named(node.ranks)} would compute "
                 f"with {sum(rank.threads for rank in ranks)} threads in all",
                 "start fewer ranks, set threads = 1 in the job, or raise the limit (--cpus)",
@@ -94,7 +77,7 @@ def _split_hosts(facts: Facts) -> Iterator[Problem]:
         cores, threads = len(set().union(*(rank.cores for rank in ranks))), sum(rank.threads for rank in ranks)
         yield Problem(
             "warning", host, f"MPI counts it as {len(nodes)} nodes: {named([rank.rank for rank in ranks])} do not all "
-            f"share memory, and would compute with {threads} torch threads in all on {_count(cores, 'core')}",
+            f"share memory, and would compute with {threads} torch threads in all on {counted(cores, 'core')}",
             "look whether launcher and library suit each other (srun --mpi=list, another version of PMIx), or start "
             "ranks by the library's own mpiexec; if these are several hosts, give them names of their own",
         )  # fmt: skip
@@ -105,7 +88,7 @@ def _crowded(node: NodeFacts, ranks: list[RankFacts]) -> Iterator[Problem]:
     union = set().union(*(rank.cores for rank in ranks))
     if len(ranks) > len(union):
         yield Problem(
-            "warning", _at(node), f"{len(ranks)} ranks share {len(union)} core{'s' * (len(union) > 1)} "
+            "warning", at(node), f"{len(ranks)} ranks share {len(union)} core{'s' * (len(union) > 1)} "
             f"({ranges(list(union))} of {node.cpus})",
             f"start at most {len(union)} ranks there, or give the job more cores: ranks that compute take turns",
         )  # fmt: skip
@@ -116,7 +99,7 @@ def _crowded(node: NodeFacts, ranks: list[RankFacts]) -> Iterator[Problem]:
         if len(inside) > len(cores) and not told & set(inside):
             told |= set(inside)
             yield Problem(
-                "warning", _at(node), f"{named(inside)} are bound to the same core{'s' * (len(cores) > 1)} "
+                "warning", at(node), f"{named(inside)} are bound to the same core{'s' * (len(cores) > 1)} "
                 f"{ranges(list(cores))}, while the node has {node.cpus}",
                 "let the launcher bind ranks apart (srun --cpu-bind=cores --cpus-per-task=..., mpiexec -bind-to core) "
                 "or not at all (srun --cpu-bind=none, mpirun --bind-to none)",
@@ -128,7 +111,7 @@ def _threads(node: NodeFacts, ranks: list[RankFacts]) -> Iterator[Problem]:
     total = sum(rank.threads for rank in ranks)
     if total > len(union):
         yield Problem(
-            "warning", _at(node), f"its {len(ranks)} rank{'s' * (len(ranks) > 1)} would compute with {total} torch "
+            "warning", at(node), f"its {len(ranks)} rank{'s' * (len(ranks) > 1)} would compute with {total} torch "
             f"threads on {len(union)} cores",
             f'set threads = {len(union) // len(ranks)} in the job, or "auto"',
         )  # fmt: skip
@@ -136,7 +119,7 @@ def _threads(node: NodeFacts, ranks: list[RankFacts]) -> Iterator[Problem]:
     if idle and len(ranks) > 1:
         first = idle[0]
         yield Problem(
-            "warning", _at(node), f"{named([rank.rank for rank in idle])} have {len(first.cores)} cores each to "
+            "warning", at(node), f"{named([rank.rank for rank in idle])} have {len(first.cores)} cores each to "
             f"themselves and would compute with {first.threads} torch thread{'s' * (first.threads > 1)}",
             f"set threads = {len(first.cores)} in the job",
         )  # fmt: skip
@@ -156,14 +139,14 @@ def _thread_variables(facts: Facts) -> Iterator[Problem]:
                 yield Problem("warning", name, f'is "{value}"; a whole number is expected', f"set {name}={share}")
             elif value and int(value) > share:
                 yield Problem(
-                    "warning", name, f"is {value}, but each rank's share of {_at(node)} is {share} "
+                    "warning", name, f"is {value}, but each rank's share of {at(node)} is {share} "
                     f"core{'s' * (share > 1)}: what computes beside torch (NumPy in a data set) makes so many threads",
                     f"set {name}={share} (torch's own threads hpctrain sets itself)",
                 )  # fmt: skip
         bound = [name for name in BIND_VARIABLES if ranks[0].environment.get(name, "").lower() not in ("false", "")]
         if bound and len(ranks) > 1 and len({tuple(rank.cores) for rank in ranks}) == 1:
             yield Problem(
-                "warning", bound[0], f"binds threads to cores, while the ranks of {_at(node)} are not bound: the "
+                "warning", bound[0], f"binds threads to cores, while the ranks of {at(node)} are not bound: the "
                 "threads of all ranks may sit on the same cores",
                 f"unset {', '.join(bound)}, or let the launcher bind ranks",
             )  # fmt: skip
@@ -174,7 +157,7 @@ def _busy(facts: Facts) -> Iterator[Problem]:
         cores = len(set().union(*(rank.cores for rank in facts.on(node))))
         if node.load > cores / 2 + 1:
             yield Problem(
-                "note", _at(node), f"other processes compute there (load {node.load:.1f} on {cores} "
+                "note", at(node), f"other processes compute there (load {node.load:.1f} on {cores} "
                 f"core{'s' * (cores > 1)}): the figures measured are those of a busy node",
                 "repeat on an idle node, or ask for it alone (sbatch --exclusive)",
             )  # fmt: skip
@@ -185,12 +168,12 @@ def _memory(facts: Facts) -> Iterator[Problem]:
         if node.not_shared is not None and len(node.ranks) > 1:
             what, _, do = node.not_shared.rpartition("; ")
             yield Problem(
-                "warning", _at(node), f"its ranks cannot share memory, and exchange by messages: "
+                "warning", at(node), f"its ranks cannot share memory, and exchange by messages: "
                 f"{what or node.not_shared}", do if what else "look at /dev/shm",
             )  # fmt: skip
         elif len(node.ranks) > 1 and node.shared_parameters < FEW_PARAMETERS:
             yield Problem(
-                "warning", _at(node), f"/dev/shm has {_mib(node.shm_free)} free: its {len(node.ranks)} ranks can share "
+                "warning", at(node), f"/dev/shm has {mib(node.shm_free)} free: its {len(node.ranks)} ranks can share "
                 f"models of up to {millions(node.shared_parameters)} parameters; larger ones are exchanged by messages",
                 "give the node or container more (docker run --shm-size, mount -o remount,size=), or delete what is "
                 "left in /dev/shm",
@@ -198,13 +181,13 @@ def _memory(facts: Facts) -> Iterator[Problem]:
         limit = node.memory_limit
         if limit is not None and limit < 0.5 * node.memory_total:
             yield Problem(
-                "note", _at(node), f"the container or job may use {limit / GIB:.1f} of its "
+                "note", at(node), f"the container or job may use {limit / GIB:.1f} of its "
                 f"{node.memory_total / GIB:.0f} GiB; what is in /dev/shm counts",
                 "ask for more (sbatch --mem) if ranks are killed",
             )  # fmt: skip
         if min(node.memory_free, limit or node.memory_free) < GIB * len(node.ranks):
             yield Problem(
-                "warning", _at(node), f"{_mib(node.memory_free)} of memory are free for {len(node.ranks)} ranks; each "
+                "warning", at(node), f"{mib(node.memory_free)} of memory are free for {len(node.ranks)} ranks; each "
                 "takes about 500 once it has imported torch", "start fewer ranks there, or ask for more memory",
             )  # fmt: skip
 
@@ -219,7 +202,7 @@ def _devices(facts: Facts) -> Iterator[Problem]:
         if first.gpu_trouble is not None:
             what, _, do = first.gpu_trouble.rpartition("; ")
             yield Problem(
-                "warning", _at(node), f"its GPUs cannot be used: {what or first.gpu_trouble}",
+                "warning", at(node), f"its GPUs cannot be used: {what or first.gpu_trouble}",
                 do if what else "look at the driver (nvidia-smi)",
             )  # fmt: skip
         elif node.nvidia and not any(rank.gpus for rank in facts.on(node)):
@@ -228,7 +211,7 @@ def _devices(facts: Facts) -> Iterator[Problem]:
                 "this torch is built without CUDA" if first.torch_cuda is None else "torch does not see them"
             )  # fmt: skip
             do = "unset it, or ask for GPUs (srun --gpus-per-node)" if hidden else "install torch for the driver's CUDA"
-            yield Problem("warning", _at(node), f"it has {_gpus(node.nvidia)}, but {why}", do)
+            yield Problem("warning", at(node), f"it has {gpus(node.nvidia)}, but {why}", do)
         yield from _shared_devices(node, facts.on(node))
     with_gpu = [rank.rank for rank in facts.ranks if rank.device != "cpu"]
     if 0 < len(with_gpu) < facts.size:
@@ -253,11 +236,11 @@ def _shared_devices(node: NodeFacts, ranks: list[RankFacts]) -> Iterator[Problem
     if shared:
         device, on = next(iter(shared.items()))
         yield Problem(
-            "warning", _at(node), f"{named(on)} compute on the same GPU ({device})",
-            f"start {_count(ranks[0].gpus, 'rank')} there, one per GPU",
+            "warning", at(node), f"{named(on)} compute on the same GPU ({device})",
+            f"start {counted(ranks[0].gpus, 'rank')} there, one per GPU",
         )  # fmt: skip
     if users and (idle := max(rank.gpus for rank in ranks) - len(users)) > 0:
-        yield Problem("note", _at(node), f"{_gpus(idle)} would be idle", "start a rank per GPU")
+        yield Problem("note", at(node), f"{gpus(idle)} would be idle", "start a rank per GPU")
 
 
 def _versions(facts: Facts) -> Iterator[Problem]:
@@ -277,7 +260,7 @@ def _versions(facts: Facts) -> Iterator[Problem]:
 
 def _folders(facts: Facts) -> Iterator[Problem]:
     for folder in facts.folders:
-        node = _at(facts.nodes[folder.node])
+        node = at(facts.nodes[folder.node])
         if folder.trace is not None:
             what, _, do = folder.trace.rpartition("; ")
             yield Problem("error", folder.path, f"on {node}: {what or folder.trace}", do if what else "see above")
@@ -307,75 +290,6 @@ def _folders(facts: Facts) -> Iterator[Problem]:
         )  # fmt: skip
 
 
-def _links(facts: Facts) -> Iterator[Problem]:
-    within = [link for link in facts.links if link.within]
-    between = [link for link in facts.links if not link.within]
-    crowded = [node for node in facts.nodes if len(node.ranks) > _node_cores(facts, node)]
-    idle = facts.ranks[0].environment.get(OPEN_MPI_IDLE)
-    if crowded and facts.mpi.kind == "openmpi" and idle not in ("1", "true"):
-        yield Problem(
-            "warning", "MPI", "Open MPI's ranks keep their cores while they wait, and there are more ranks than "
-            "cores: an all-reduce takes milliseconds",
-            f"export {OPEN_MPI_IDLE}=1, or start them by `hpctrain run`",
-        )  # fmt: skip
-    if within and not crowded and median(_latencies(within)) > SLOW_NODE_US:
-        yield Problem(
-            "warning", "messages", f"within a node one takes {median(_latencies(within)):,.0f} us; 1 to 50 is common",
-            "look for other processes on these cores, and at what the MPI library uses within a node (UCX_TLS, "
-            "OMPI_MCA_btl)",
-        )  # fmt: skip
-    if not between:
-        return
-    if any(node.infiniband for node in facts.nodes) and not _like_a_fabric(between):
-        names = sorted({name for node in facts.nodes for name in node.infiniband})
-        yield Problem(
-            "warning", "messages", f"nodes have a fast network ({', '.join(names)}), but messages between them take "
-            f"{median(_latencies(between)):.0f} us and {speed(median(_bandwidths(between)))}, like TCP",
-            "use an MPI that is built for it (the site's module), and look at UCX_TLS, UCX_NET_DEVICES and FI_PROVIDER",
-        )  # fmt: skip
-    elif median(_bandwidths(between)) < SLOW_LINK:
-        yield Problem(
-            "warning", "messages", f"between nodes {speed(median(_bandwidths(between)))} pass: exchange may take "
-            "longer than computing",
-            "look whether MPI uses the fastest network there is; exchange less often (train.accumulate)",
-        )  # fmt: skip
-
-
-def _slow_pairs(facts: Facts) -> Iterator[Problem]:
-    """Pairs that lag behind their like: a bad cable, a busy node."""
-    for place, within in (("within a node", True), ("between nodes", False)):
-        links = [link for link in facts.links if link.within == within]
-        if len(links) < 3 or (within and any(len(n.ranks) > _node_cores(facts, n) for n in facts.nodes)):
-            continue
-        usual = median(_bandwidths(links))
-        for link in links:
-            if link.bandwidth_gb_s < usual / 3:
-                hosts = " and ".join(dict.fromkeys(facts.nodes[i].host for i in link.nodes))
-                yield Problem(
-                    "warning", f"{named(list(link.ranks))} ({hosts})", f"{speed(link.bandwidth_gb_s)}, where others "
-                    f"{place} have {speed(usual)}", "repeat; if it stays, leave that node out (sbatch --exclude) and "
-                    "tell the site",
-                )  # fmt: skip
-
-
-def _fork(facts: Facts) -> Iterator[Problem]:
-    for node in facts.nodes:
-        first = facts.ranks[node.ranks[0]]
-        if not node.infiniband or facts.size == 1:
-            continue
-        if not any(name in first.environment for name in FORK_VARIABLES):
-            yield Problem(
-                "note", _at(node), "a process that forks while InfiniBand is in use may crash, or send wrong data",
-                "let data sets use threads (data.threads), or processes that are spawned; or export RDMAV_FORK_SAFE=1",
-            )  # fmt: skip
-        if node.memlock is not None and node.memlock < GIB:
-            yield Problem(
-                "warning", _at(node), f"a process may pin {node.memlock / 2**20:,.0f} MiB (ulimit -l), and InfiniBand "
-                "needs more", "have it set to unlimited, also for Slurm's daemon",
-            )  # fmt: skip
-        return
-
-
 def _slurm(facts: Facts) -> Iterator[Problem]:
     granted = facts.slurm
     if not granted:
@@ -399,19 +313,19 @@ def _slurm(facts: Facts) -> Iterator[Problem]:
         )  # fmt: skip
     elif tasks is not None and tasks != facts.size:
         yield Problem(
-            "warning", "Slurm", f"{SLURM.tasks} is {tasks}, but {_count(facts.size, 'rank')} were started",
+            "warning", "Slurm", f"{SLURM.tasks} is {tasks}, but {counted(facts.size, 'rank')} were started",
             f"start {tasks}, or ask sbatch for --ntasks={facts.size}",
         )  # fmt: skip
     if nodes is not None and facts.size > 1 and nodes > len(facts.nodes):
         yield Problem(
-            "warning", "Slurm", f"the job has {_count(nodes, 'node')}, but ranks are on {len(facts.nodes)}",
+            "warning", "Slurm", f"the job has {counted(nodes, 'node')}, but ranks are on {len(facts.nodes)}",
             "spread them (srun --nodes, --ntasks-per-node), or ask for fewer nodes",
         )  # fmt: skip
     few = [rank.rank for rank in facts.ranks if per_task is not None and len(rank.cores) < per_task]
     if few:
         yield Problem(
             "warning", "Slurm", f"{SLURM.cores_per_task} is {per_task}, but {named(few)} may use "
-            f"{_count(len(facts.ranks[few[0]].cores), 'core')}: since Slurm 22.05 srun does not take it from sbatch",
+            f"{counted(len(facts.ranks[few[0]].cores), 'core')}: since Slurm 22.05 srun does not take it from sbatch",
             f"pass srun --cpus-per-task={per_task}, or export SRUN_CPUS_PER_TASK={per_task}",
         )  # fmt: skip
 
@@ -427,62 +341,20 @@ def _job(facts: Facts) -> Iterator[Problem]:
         wanted, count = 2 * job.nbytes * len(node.ranks), len(node.ranks)
         if count > 1 and job.nbytes and wanted > 0.9 * node.shm_free:
             yield Problem(
-                "warning", job.path, f"{_at(node)}: sharing the arenas of {count} ranks takes {_mib(wanted)}, "
-                f"/dev/shm has {_mib(node.shm_free)} free: ranks will exchange by messages",
+                "warning", job.path, f"{at(node)}: sharing the arenas of {count} ranks takes {mib(wanted)}, "
+                f"/dev/shm has {mib(node.shm_free)} free: ranks will exchange by messages",
                 "give the node or container more shared memory (docker run --shm-size), or start fewer ranks there",
             )  # fmt: skip
         free = min(node.memory_free, node.memory_limit or node.memory_free)
         if job.nbytes * job.arenas * count > 0.8 * free:
             yield Problem(
-                "warning", job.path, f"{_at(node)}: parameters, gradients and optimizer state of {count} ranks take "
-                f"about {_mib(job.nbytes * job.arenas * count)}, and {_mib(free)} are free",
+                "warning", job.path, f"{at(node)}: parameters, gradients and optimizer state of {count} ranks take "
+                f"about {mib(job.nbytes * job.arenas * count)}, and {mib(free)} are free",
                 "start fewer ranks there, or ask for more memory",
             )  # fmt: skip
 
 
 JUDGES = (
-    _mpi, _versions, _devices, _job, _slurm, _split_hosts, _cores, _thread_variables, _memory, _folders, _links,
-    _slow_pairs, _fork, _busy,
+    _mpi, _versions, _devices, _job, _slurm, _split_hosts, _cores, _thread_variables, _memory, _folders, network.links,
+    network.slow_pairs, network.fork, _busy,
 )  # fmt: skip
-
-
-def millions(count: int) -> str:
-    """1.9 million, 1.2 billion."""
-    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
-
-
-def speed(gigabytes: float) -> str:
-    """A bandwidth of so many GB/s."""
-    return f"{gigabytes:.1f} GB/s" if gigabytes >= 1 else f"{gigabytes * 1e3:.3g} MB/s"
-
-
-def _at(node: NodeFacts) -> str:
-    return f"node {node.index} ({node.host})"
-
-
-def _gpus(count: int) -> str:
-    return _count(count, "GPU")
-
-
-def _count(count: int, word: str) -> str:
-    return f"{count} {word}{'s' * (count != 1)}"
-
-
-def _mib(nbytes: float) -> str:
-    return f"{nbytes / 2**20:,.0f} MiB"
-
-
-def _node_cores(facts: Facts, node: NodeFacts) -> int:
-    return len(set().union(*(rank.cores for rank in facts.on(node))))
-
-
-def _like_a_fabric(links: list[Link]) -> bool:
-    return median(_latencies(links)) < FABRIC_US or median(_bandwidths(links)) > FABRIC
-
-
-def _latencies(links: list[Link]) -> list[float]:
-    return [link.latency_us for link in links]
-
-
-def _bandwidths(links: list[Link]) -> list[float]:
-    return [link.bandwidth_gb_s for link in links]

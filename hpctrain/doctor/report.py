@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from hpctrain.doctor.facts import GIB, Facts, FolderFacts, Link, RankFacts, named, ranges
-from hpctrain.doctor.problems import SEVERITIES, Problem, millions, speed
+from hpctrain.doctor.problem import SEVERITIES, Problem, millions, speed
 from hpctrain.launcher.facts import SLURM
 
 WIDTH = 120

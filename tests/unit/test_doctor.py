@@ -22,7 +22,8 @@ from hpctrain.comm.virtual.world import World
 from hpctrain.doctor import gather, links, machine, report
 from hpctrain.doctor.facts import Facts as Found
 from hpctrain.doctor.facts import FolderFacts, JobFacts, Link, MpiFacts, NodeFacts, RankFacts, ranges
-from hpctrain.doctor.problems import Problem, problems
+from hpctrain.doctor.problem import Problem
+from hpctrain.doctor.problems import problems
 from hpctrain.job import Job
 from hpctrain.launcher.started import without_launcher
 

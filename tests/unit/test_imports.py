@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +45,26 @@ def test_the_command_leaves_the_garbage_collector_on_and_what_was_imported_out()
     )
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=True)
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_a_class_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def test_no_file_has_more_than_450_lines() -> None:
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in SOURCES}
+    assert {name: length for name, length in lengths.items() if length > 450} == {}
+
+
+def test_roles_are_branched_on_in_one_place() -> None:
+    """`Role` is compared in the session, and where roles are assigned and shown."""
+    found = [str(path.relative_to(PACKAGE)) for path in SOURCES if re.search(r"is (not )?Role\.", path.read_text())]
+    assert found == ["run/session.py"]

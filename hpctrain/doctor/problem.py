@@ -1,0 +1,51 @@
+"""What a problem is that `hpctrain doctor` found, and how its parts are worded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hpctrain.doctor.facts import NodeFacts
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`severity`: error (a run will not work), warning (it will be slow or fragile), note. `do`: what helps."""
+
+    severity: Severity
+    where: str
+    what: str
+    do: str
+
+
+def millions(count: int) -> str:
+    """1.9 million, 1.2 billion."""
+    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+
+
+def speed(gigabytes: float) -> str:
+    """A bandwidth of so many GB/s."""
+    return f"{gigabytes:.1f} GB/s" if gigabytes >= 1 else f"{gigabytes * 1e3:.3g} MB/s"
+
+
+def at(node: NodeFacts) -> str:
+    """A node for a message."""
+    return f"node {node.index} ({node.host})"
+
+
+def gpus(count: int) -> str:
+    """So many GPUs."""
+    return counted(count, "GPU")
+
+
+def counted(count: int, word: str) -> str:
+    """A number with its noun."""
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
+def mib(nbytes: float) -> str:
+    """So many bytes, in MiB."""
+    return f"{nbytes / 2**20:,.0f} MiB"
