@@ -223,12 +223,12 @@ def test_little_shared_memory_is_told_with_the_model_that_it_suffices_for() -> N
 def test_a_model_that_shared_memory_suffices_for_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The formula is that of `why_not_shared`, which asks for parameters and gradients of each rank."""
     code = (
-        "import os; from mpi4py import MPI; from hpctrain.comm import node\n"
+        "import os; from mpi4py import MPI; from hpctrain.comm.mpi import shared\n"
         "from hpctrain.doctor.facts import NodeFacts\n"
         "status = os.statvfs('/dev/shm'); free = status.f_bavail * status.f_frsize\n"
         "fits = NodeFacts(0, 'n', [0], 1, shm_free=free).shared_parameters\n"
-        "print(node.why_not_shared(MPI.COMM_SELF, int(fits * 0.99) * 8) is None,\n"
-        "      node.why_not_shared(MPI.COMM_SELF, int(fits * 1.05) * 8) is None)"
+        "print(shared.why_not_shared(MPI.COMM_SELF, int(fits * 0.99) * 8) is None,\n"
+        "      shared.why_not_shared(MPI.COMM_SELF, int(fits * 1.05) * 8) is None)"
     )
     clean = without_launcher(os.environ) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=60)

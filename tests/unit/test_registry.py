@@ -173,7 +173,7 @@ def test_objects_that_cannot_be_imported_are_named_by_where_they_stand() -> None
 
 def test_what_the_main_program_defines_is_not_taken_for_importable(tmp_path: Path) -> None:
     script = tmp_path / "train_me.py"
-    script.write_text("from hpctrain import registry\nclass Net: pass\nprint(registry.describe('model', Net))\n")
+    script.write_text("from hpctrain.job import registry\nclass Net: pass\nprint(registry.describe('model', Net))\n")
     where = dict(os.environ, PYTHONPATH=str(Path(registry.__file__).parents[1]))
     for command in ([str(script)], ["-m", "train_me"]):
         out = subprocess.run(
