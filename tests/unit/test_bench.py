@@ -298,7 +298,7 @@ def test_the_run_to_read_is_as_large_as_it_says(tmp_path: Path):
 
 def test_a_run_to_read_that_has_no_room_is_smaller():
     assert reading.spans_that_fit(2**40) == 1600
-    assert reading.spans_that_fit(3 * 1600 * 60) == 800
+    assert reading.spans_that_fit(3 * 1600 * 80) == 800
     assert reading.spans_that_fit(0) == 0
     table = reading._table(800, 1.0, [(31.0, 100.0)])
     assert "these are 800" in table.notes[0]

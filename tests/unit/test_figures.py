@@ -315,7 +315,7 @@ def test_there_is_a_script_for_every_figure_under_a_screen_long():
     for name in FIGURES:
         link = ROOT / "analysis" / f"{name}.py"
         assert link.is_symlink()
-        assert link.resolve() == ROOT / "hpctrain" / "figures" / f"{name}.py"
+        assert link.resolve() == ROOT / "hpctrain" / "views" / "figures" / f"{name}.py"
         text = link.read_text()
         assert len(text.splitlines()) <= 100
         assert f": python analysis/{name}.py RUN -o {name}.png\n\n" in text
@@ -354,5 +354,5 @@ def test_what_cannot_be_drawn_is_one_sentence_and_status_2(figure, output, expec
 
 
 def test_figures_keep_no_state_of_matplotlibs():
-    modules = [ROOT / "hpctrain" / "figures" / f"{name}.py" for name in (*FIGURES, "style", "raster", "script")]
+    modules = [ROOT / "hpctrain" / "views" / "figures" / f"{name}.py" for name in (*FIGURES, "style", "raster", "script")]
     assert not any("pyplot" in module.read_text() for module in modules)
