@@ -227,7 +227,7 @@ def _train(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from hpctrain import launcher
 
-    _load(options)  # a mistake in the job file is told before any rank is started
+    _load(options)  # report a mistake in the job file before any rank is started
     command = [sys.executable, "-m", "hpctrain", "train"]
     if options.job is not None:
         command += [options.job, *options.overrides]
@@ -312,14 +312,14 @@ def _doctor(options: argparse.Namespace) -> int:
             mistake = HpctrainError(f"-n {options.n}: {by} has started {launched} ranks already; leave -n out")
             return report(mistake, launched_rank(os.environ))
         if options.job is not None:
-            Job.load(options.job, options.overrides)  # a mistake in it is told before any rank is started
+            Job.load(options.job, options.overrides)  # report a mistake in it before any rank is started
         command = [sys.executable, "-m", "hpctrain", "doctor", *(["--json"] if options.json else [])]
         command += [f"--job={options.job}", *options.overrides] if options.job is not None else []
         try:
             return launcher.run(options.n, command)
         except ClusterError:
             if options.n < 1:
-                raise  # else there is no launcher: what is wrong with it is told below
+                raise  # else there is no launcher: the problem is reported below
     load = (lambda: Job.load(options.job, options.overrides)) if options.job is not None else None
     return doctor.main(options.json, options.job, load)
 

@@ -14,7 +14,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def shown(name: str, most: int = 80) -> str:
-    """`name` for a message: at most so many characters, on one line, control characters escaped."""
+    """`name` for a message: at most `most` characters, on one line, control characters escaped."""
     text = name if len(name) <= most else name[: most - 3] + "..."
     return text if text.isprintable() else ascii(text)[1:-1]
 

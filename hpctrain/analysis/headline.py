@@ -44,7 +44,7 @@ class Straggler:
 
 
 def headline(analysis: Analysis) -> str:
-    """The largest share of worker time that is not computation, whom it is owed to, and why."""
+    """The largest share of worker time that is not computation, which ranks cause it, and why."""
     times = analysis.times
     workers = times[(times["role"] == "worker") & (times["lane"] == 0)]
     total = float(workers["total_s"].sum())

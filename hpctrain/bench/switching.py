@@ -25,7 +25,7 @@ from hpctrain.trace.recorder import Recorder
 from hpctrain.trace.schema import KIND_CODES
 
 Progress = Callable[[str], None]
-ALLOWANCE_MS, BROADCASTS = 50.0, 2  # a switch takes at most so long, plus so many broadcasts of the model
+ALLOWANCE_MS, BROADCASTS = 50.0, 2  # a switch takes at most this long, plus this many broadcasts of the model
 RUNS = 3  # of each load
 SWITCHES = 6  # of a run
 ROUNDS = 4  # of four workers' batches in a phase

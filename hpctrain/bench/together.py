@@ -45,7 +45,7 @@ def measure_all_reduce(comm: Communicator, progress: Progress) -> FigureTable:
 
 @contextmanager
 def _all_reduces(comm: Communicator, nbytes: int) -> Iterator[dict[str, Callable[[], None]]]:
-    """Name -> one all-reduce of so many bytes. Their values overflow in time, which costs nothing."""
+    """Name -> one all-reduce of `nbytes` bytes. Their values overflow in time, which costs nothing."""
     buffer = np.zeros(nbytes // 4, np.float32)
     ways: dict[str, Callable[[], None]] = {}
     window = SharedSum(comm, nbytes // 4) if _one_node(comm) else None

@@ -28,7 +28,7 @@ class Ask(IntFlag):
 
 
 def _untold(event: Event) -> None:
-    """Nobody is told."""
+    """Record nothing."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Conductor:
     higher_is_better: bool = True
 
     def decide(self, before: int, after: int, loss: float, wish: Ask) -> Ask:
-        """The cursor went from `before` to `after` in one step; `wish` is what any rank wants besides."""
+        """The cursor went from `before` to `after` in one step; `wish` is what any rank asks for besides."""
         ask = wish
         if _crossed(before, after, self.evaluate_every):
             ask |= Ask.EVALUATE

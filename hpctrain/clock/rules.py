@@ -78,9 +78,9 @@ class Rule:
 class AfterOptions(Options):
     """The keys of rule = "after"; exactly one."""
 
-    epochs: float | None = Field(None, gt=0, description="end after so many epochs of this phase")
-    steps: int | None = Field(None, gt=0, description="end after so many rounds")
-    samples: int | None = Field(None, gt=0, description="end after so many samples")
+    epochs: float | None = Field(None, gt=0, description="end after this many epochs of this phase")
+    steps: int | None = Field(None, gt=0, description="end after this many rounds")
+    samples: int | None = Field(None, gt=0, description="end after this many samples")
     fraction: float | None = Field(None, gt=0, le=1, description="end after this share of the whole run")
 
     @model_validator(mode="after")
@@ -221,13 +221,17 @@ def _changes(losses: list[float]) -> list[float]:
 class LossStableOptions(Options):
     """The keys of rule = "loss_stable"."""
 
-    window: int = Field(6, ge=1, le=10**6, description="over how many changes of the loss the mean is taken")
+    window: int = Field(6, ge=1, le=10**6, description="the number of changes of the loss to average")
     threshold: float = Field(
-        0.01, ge=0, le=1e12, description="ends the phase at this mean change, as a share of its first loss, or less"
+        0.01, ge=0, le=1e12,
+        description="end the phase when the mean change, as a share of the phase's first loss, is at most this"
     )
-    rounds: int = Field(10, ge=1, le=10**12, description="rounds that a loss is averaged over, all workers' samples")
+    rounds: int = Field(
+        10, ge=1, le=10**12,
+        description="the number of rounds (samples of all workers) that each loss is averaged over"
+    )
     armed: float = Field(
-        0.5, gt=0, le=1e12, description="does not end the phase before a loss was under this share of its first"
+        0.5, gt=0, le=1e12, description="do not end the phase before a loss was below this share of the first one"
     )
 
 
@@ -242,7 +246,7 @@ class LossStable(LossRule):
 
     Options = LossStableOptions
     name = "loss_stable"
-    extra = 1  # a window of so many changes
+    extra = 1  # a window of n changes has n + 1 losses
 
     def __init__(self, options: LossStableOptions, clock: RunClock, start: int) -> None:
         super().__init__(options, clock, start)
@@ -272,9 +276,13 @@ class LossStable(LossRule):
 class LossStablePublishedOptions(Options):
     """The keys of rule = "loss_stable_published"."""
 
-    window: int = Field(6, ge=2, le=10**6, description="how many losses; their changes are one fewer")
-    threshold: float = Field(0.01, ge=0, le=1e12, description="ends the phase at this mean relative change or less")
-    rounds: int = Field(1, ge=1, le=10**12, description="rounds that a loss is averaged over; as published: 1")
+    window: int = Field(6, ge=2, le=10**6, description="the number of losses to compare")
+    threshold: float = Field(
+        0.01, ge=0, le=1e12, description="end the phase when the mean relative change is at most this"
+    )
+    rounds: int = Field(
+        1, ge=1, le=10**12, description="the number of rounds that each loss is averaged over; as published: 1"
+    )
 
 
 class LossStablePublished(LossRule):
@@ -297,7 +305,9 @@ class LossStablePublished(LossRule):
 class TargetOptions(Options):
     """The keys of rule = "target"."""
 
-    metric: float = Field(description="value of the metric at which the phase ends; metric.goal says which way")
+    metric: float = Field(
+        description="end the phase when the metric reaches this value, in the direction of metric.goal"
+    )
 
 
 class Target(Rule):

@@ -59,7 +59,7 @@ class RunClock:
         return start + rest + self._steps(amount.steps - rounds)
 
     def _steps(self, steps: int) -> int:
-        """Samples of so many rounds from an epoch's start: they do not cross its end, its last one is smaller."""
+        """Samples in this many rounds from the start of an epoch. They do not cross its end; the last is smaller."""
         per_epoch = -(-self.epoch // self.round)
         whole, rest = divmod(steps, per_epoch)
         return whole * self.epoch + rest * self.round
@@ -70,7 +70,7 @@ class RunClock:
         return whole * -(-self.epoch // self.round) + into // self.round
 
     def round_end(self, rounds: int) -> int:
-        """The first cursor at which so many rounds have ended."""
+        """The first cursor at which this many rounds have ended."""
         return self._steps(rounds)
 
 

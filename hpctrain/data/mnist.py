@@ -25,7 +25,7 @@ def mnist(path: str | None = None, limit: int | None = None) -> Splits:
     """60,000 training and 10,000 test images, (1, 28, 28) float32 with mean 0 and deviation 1; int64 classes.
 
     The idx files, plain or .gz, are looked for in the folder `path` and in `mnist/` inside it; without
-    `path`, in the folder that HPCTRAIN_DATA names, else in `data`. `limit`: only the first so many training
+    `path`, in the folder that HPCTRAIN_DATA names, else in `data`. `limit`: only the first `limit` training
     images. Raises DataError for files that are missing or corrupt.
     """
     if path is not None and not isinstance(path, (str, os.PathLike)):

@@ -1,4 +1,4 @@
-"""What `hpctrain doctor` knows, as plain values: told of by the ranks, judged by `problems`, shown by `report`."""
+"""What `hpctrain doctor` knows, as plain values: gathered from the ranks, judged by `problems`, shown by `report`."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def join(known: MpiFacts) -> tuple[Communicator | None, MpiFacts]:
 def collect(comm: Communicator, mpi: MpiFacts, job: Job | None, path: str, stage: Stage) -> Facts:
     """Everything, on all ranks the same. Collective. `mpi`: what is known of the library; of rank 0 it counts.
 
-    `job`: to be checked against these ranks, from the file `path`; `stage` hears what is done.
+    `job`: to be checked against these ranks, from the file `path`; `stage` is called with what is done.
     """
     stage("importing torch")
     environment, threads = os.environ, job.threads if job is not None else "auto"

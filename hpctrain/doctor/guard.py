@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 
-SLOW = 2.0  # seconds after which a stage is told
+SLOW = 2.0  # seconds after which a stage is reported
 LIMIT = 120.0  # seconds that a stage may take
 DONE = "done"
 LAST_WORDS = 1.0  # seconds between telling and killing, for the other ranks to tell theirs
@@ -19,8 +19,8 @@ class Guard:
     """Watches over this process until `close`, or its end. Make it before there are threads.
 
     A child and not a thread, because MPI_Init holds the interpreter, and may end the process. `who` names this
-    process; `tells`: whether slow stages, and its death, are told on stderr. Where a stage takes longer than `limit`
-    seconds every process tells it and is killed.
+    process; `tells`: whether slow stages, and its death, are reported on stderr. If a stage takes longer than `limit`
+    seconds, every process reports it and is killed.
     """
 
     def __init__(self, who: str, tells: bool, slow: float = SLOW, limit: float = LIMIT) -> None:

@@ -36,7 +36,7 @@ def pairs_of(nodes: Sequence[int]) -> tuple[list[list[Pair]], list[Pair], tuple[
 
 
 def _spread(pairs: list[Pair], most: int) -> list[Pair]:
-    """At most so many of them, the first and the last included."""
+    """At most this many of them, including the first and the last."""
     if len(pairs) <= most:
         return pairs
     return [pairs[round(i * (len(pairs) - 1) / (most - 1))] for i in range(most)]

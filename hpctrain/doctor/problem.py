@@ -27,7 +27,7 @@ def millions(count: int) -> str:
 
 
 def speed(gigabytes: float) -> str:
-    """A bandwidth of so many GB/s."""
+    """A bandwidth, given in GB/s, for a message."""
     return f"{gigabytes:.1f} GB/s" if gigabytes >= 1 else f"{gigabytes * 1e3:.3g} MB/s"
 
 

@@ -84,7 +84,7 @@ def _split_hosts(facts: Facts) -> Iterator[Problem]:
 
 
 def _crowded(node: NodeFacts, ranks: list[RankFacts]) -> Iterator[Problem]:
-    """Groups of ranks that may use fewer cores than they are many."""
+    """Groups of ranks that share fewer cores than there are ranks."""
     union = set().union(*(rank.cores for rank in ranks))
     if len(ranks) > len(union):
         yield Problem(

@@ -60,12 +60,12 @@ class Job(Table):
     """
 
     EXCLUSIVE = (frozenset({"strategy", "phases"}),)
-    name: str = Field(default="train", description="first part of the run folder's name")
+    name: str = Field(default="train", description="the first part of the run folder's name")
     seed: Annotated[int, Field(ge=0, le=LARGEST)] = Field(
         default=0,
-        description="of everything random: initial parameters, the order of samples, augmentation, dropout",
+        description="seed of everything random: initial parameters, the order of samples, augmentation, dropout",
     )
-    output: str = Field(default="runs", min_length=1, description="folder in which run folders are made")
+    output: str = Field(default="runs", min_length=1, description="the folder that run folders are created in")
     threads: Annotated[int | Literal["auto"], PlainValidator(_threads)] = Field(
         default="auto",
         description="torch threads per rank; auto: the rank's share of the node's cores",

@@ -51,14 +51,15 @@ class Enter(Table):
 
     learning_rate: Literal["auto", "keep", "scale", "reset", "ramp"] = Field(
         default="auto",
-        description="auto: its course goes on, times what the strategy makes of it (lr_per_update); keep: its course "
-        "goes on, as in the phase before; scale: that times enter.scale; reset: its course begins anew over what "
-        "remains of the run, warm-up included; ramp: auto, times a linear rise over enter.ramp",
+        description="auto: the schedule continues, times the strategy's own factor (lr_per_update); keep: the "
+        "schedule continues as in the phase before; scale: the same times enter.scale; reset: the "
+        "schedule starts again over the rest of the run, including the warm-up; ramp: auto, times a "
+        "linear rise over enter.ramp",
     )
     momentum: Literal["keep", "scale", "reset", "ramp"] = Field(
         default="keep",
-        description="keep: as it was; scale: times enter.scale; reset: the optimizer begins afresh (its other state "
-        "too); ramp: a linear rise to what it was over enter.ramp",
+        description="keep: unchanged; scale: times enter.scale; reset: start with a fresh optimizer (all of its "
+        "state); ramp: a linear rise to the former value over enter.ramp",
     )
     scale: Positive | None = Field(
         default=None,
@@ -66,7 +67,7 @@ class Enter(Table):
     )
     ramp: Amount = Field(
         default_factory=lambda: Amount(fraction=0.05),
-        description="how long learning_rate = ramp and momentum = ramp take to rise from 0",
+        description="how long the rise from 0 takes with learning_rate = ramp or momentum = ramp",
     )
 
 

@@ -69,16 +69,17 @@ class Data(Named):
         description="in asynchronous phases, static: each worker has its own share of the samples; shared: one queue "
         "for all, from which a slow worker takes fewer; auto: shared. Synchronous phases deal out every round",
     )
-    shuffle: bool = Field(default=True, description="another order of the samples in every epoch, drawn from the seed")
+    shuffle: bool = Field(default=True, description="shuffle the samples anew in every epoch, by the seed")
     last: Literal["keep", "drop"] = Field(
         default="keep",
-        description="the samples that are left for the last round of an epoch, fewer than the others have. keep: a "
-        "smaller round; drop: an epoch ends before them (with shuffle they are others in every epoch)",
+        description="what happens to the samples left over at the end of an epoch, too few for a full round. keep: "
+        "a smaller round; drop: the epoch ends without them (with shuffle, different ones in every "
+        "epoch)",
     )
-    prefetch: Annotated[int, Field(ge=0, le=1024)] = Field(default=2, description="batches fetched ahead of their use")
+    prefetch: Annotated[int, Field(ge=0, le=1024)] = Field(default=2, description="batches fetched in advance")
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(
         default=1,
-        description="threads that fetch and augment, per worker; 0: none, the training loop fetches",
+        description="threads per worker that fetch and augment samples; 0: the training loop does it",
     )
     augment: list[str] = Field(default=[], description="augmentations of training samples, in this order")
 
@@ -94,7 +95,7 @@ class Data(Named):
 
 
 class Loss(Named):
-    """What is made small."""
+    """The loss, which training minimises."""
 
     KIND = "loss"
     name: str = Field(
@@ -115,7 +116,9 @@ class Metric(Named):
         "state, merge and value, for what is no mean over batches. Further keys are keyword arguments of the function, "
         "or of the class's constructor; accuracy has dim, ignore_index and threshold",
     )
-    goal: Literal["max", "min"] = Field(default="max", description="whether more of the metric is better, or less")
+    goal: Literal["max", "min"] = Field(
+        default="max", description="whether larger or smaller values of the metric are better"
+    )
 
     @classmethod
     def _check_object(cls, thing: object) -> None:
@@ -131,17 +134,17 @@ class LearningRate(Named):
     KEPT = ("warmup",)
     name: str = Field(
         default="constant",
-        description="the course after the warm-up: a function of the share of the run that is done, which returns the "
-        "factor of optimizer.lr; or a class of torch.optim.lr_scheduler; or a function of the optimizer that returns "
-        "such a scheduler. Further keys are its keyword arguments",
+        description="the learning rate after the warm-up: a function of the completed share of the run that returns "
+        "a factor of optimizer.lr; or a class of torch.optim.lr_scheduler; or a function of the "
+        "optimizer that returns such a scheduler. Further keys are its keyword arguments",
     )
     warmup: Amount | None = Field(
         default=None, description="linear rise from 0 to optimizer.lr at the start; none if left out"
     )
     unit: Literal["epochs", "steps"] | None = Field(
         default=None,
-        description="after what a scheduler is stepped, counted from the start of the run: every epoch, or every round "
-        "(of the first phase's workers); left out: the unit in which the run's length is given, but always rounds for "
+        description="how often a scheduler is stepped, from the start of the run: every epoch, or every round (of "
+        "the first phase's workers); left out: the unit of the run's length, but always rounds for "
         "OneCycleLR and CyclicLR",
     )
 
@@ -181,8 +184,8 @@ class Optimizer(Named):
     )
     elementwise: bool | None = Field(
         default=None,
-        description="whether each parameter is updated by itself, so that any slice may be updated alone; "
-        "left out: known for torch's own classes, false for others",
+        description="whether the update of each element depends on no other element, so that any slice can be "
+        "updated separately; left out: known for torch's own classes, false for others",
         json_schema_extra={"default": "by optimizer"},
     )
     schedule: LearningRate = Field(default_factory=LearningRate, description="the course of the learning rate")
@@ -250,25 +253,25 @@ class Train(Table):
     )
     precision: Literal["float32", "float64", "bfloat16", "mixed_bfloat16"] = Field(
         default="float32",
-        description="of parameters and arithmetic; mixed: parameters float32, arithmetic bfloat16",
+        description="dtype of parameters and arithmetic; mixed: float32 parameters, bfloat16 arithmetic",
     )
     clip_norm: Positive | None = Field(
         default=None,
-        description="largest norm of the whole gradient; a longer one is scaled down; none if left out",
+        description="scale the gradient down if its global norm is larger than this; left out: no clipping",
     )
     target: float | None = Field(
-        default=None, description="value of the metric at which training stops; none if left out"
+        default=None, description="stop training when the metric reaches this value; left out: never"
     )
     patience: Count | None = Field(
         default=None,
-        description="evaluations without improvement after which training stops; never if left out",
+        description="stop training after this many evaluations without improvement; left out: never",
     )
     min_delta: NotNegative = Field(
-        default=0.0, description="what counts as improvement of the metric, for train.patience"
+        default=0.0, description="the smallest change of the metric that counts as an improvement (for train.patience)"
     )
     evaluate_every: Amount = Field(
         default_factory=lambda: Amount(epochs=1.0),
-        description="how often to evaluate; {fraction = 1} for the end only",
+        description="how often to evaluate; {fraction = 1}: only at the end",
     )
     evaluate_batch: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
         default=None,
@@ -279,30 +282,30 @@ class Train(Table):
         description="how often to save a checkpoint; left out: only when the run ends or is interrupted",
     )
     keep_checkpoints: Annotated[int, Field(ge=1, le=10**6)] = Field(
-        default=2, description="the newest so many are kept"
+        default=2, description="how many checkpoints to keep: the newest ones"
     )
     stop_seconds: Positive | None = Field(
         default=None,
-        description="how long a stop signal (Ctrl-C, SIGTERM) waits for the step in progress to end before ranks are "
-        "ended without a checkpoint; left out: twice the longest step so far, and at least 10 s under `hpctrain run`, "
-        "30 s elsewhere",
+        description="how long to wait for the current step to end after a stop signal (Ctrl-C, SIGTERM) before the "
+        "ranks are ended without a checkpoint; left out: twice the longest step so far, and at least 10 "
+        "s under `hpctrain run`, 30 s elsewhere",
     )
     nan: Literal["stop", "skip"] = Field(
         default="stop",
-        description="what to do about a loss or gradient that is not finite: end the run, or skip the update",
+        description="what to do if a loss or gradient is not finite: end the run, or skip the update",
     )
     sync_batchnorm: bool = Field(
         default=False,
-        description="batch norm over the samples of all workers, not its own alone; in a round that has no sample "
-        "for a worker it runs over one that counts nothing",
+        description="batch norm over the samples of all workers instead of each worker's own; a worker without "
+        "samples in a round computes on one that does not count",
     )
 
     buffers: Annotated[Policy | dict[str, Policy], PlainValidator(_buffers)] = Field(
         default="rank0",
-        description="what evaluation and the saved model take of the model's buffers. rank0: those of rank 0; mean: "
-        "the mean over the workers; own: each worker evaluates with its own, rank 0's are saved. A table gives one of "
-        'these by pattern of names, as {"*.bank" = "own"}. The running statistics of batch norm are averaged, unless a '
-        'pattern other than "*" matches them',
+        description="which buffers of the model evaluation uses and the saved model has. rank0: those of rank 0; "
+        "mean: the mean over the workers; own: each worker evaluates with its own, rank 0's are saved. "
+        'A table assigns these to patterns of names: {"*.bank" = "own"}. Running statistics of batch '
+        'norm are averaged unless a pattern other than "*" matches them',
         json_schema_extra={"allowed": '"rank0", "mean", "own"'},
     )
 
@@ -337,7 +340,7 @@ class Trace(Table):
 
     enabled: bool = Field(default=True, description="write traces")
     flush_seconds: Annotated[float, Field(gt=0, le=86400)] = Field(
-        default=2.0, description="seconds between writes: what a rank that is killed may lose"
+        default=2.0, description="seconds between writes: at most this much is lost if a rank is killed"
     )
     resources_seconds: Annotated[float, Field(ge=0.01, le=86400)] = Field(
         default=1.0, description="seconds between samples of processor, memory, network and GPU use"
@@ -350,17 +353,18 @@ class CommunicatorTable(Table):
 
     wait: Literal["auto", "spin", "nap"] = Field(
         default="auto",
-        description="waiting ranks spin (fast) or nap (leave the core to others); auto: by the cores",
+        description="waiting ranks spin (fast) or nap (leave the core to others); auto: depends on the number of "
+        "cores",
     )
     shared: bool = Field(default=True, description="ranks of a node may exchange through shared memory windows")
     cuda_aware: Literal["auto", "yes", "no"] = Field(
         default="auto",
-        description="whether the MPI library takes buffers in GPU memory; no: they pass through pinned host memory; "
-        "auto: the library is asked, and where it does not say, tried out in a process of its own",
+        description="whether the MPI library accepts buffers in GPU memory; no: copy them through pinned host "
+        "memory; auto: query the library, or try it in a separate process if it does not say",
     )
     ranks_per_node: Count | None = Field(
         default=None,
-        description="pretend that every so many ranks of a node are a node of their own (for tests and studies)",
+        description="treat each group of this many ranks of a node as a node of its own (for tests and studies)",
     )
 
 

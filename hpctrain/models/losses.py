@@ -40,7 +40,7 @@ class Weighed(NamedTuple):
 
 
 def weigh(loss: Any, samples: int) -> Weighed:
-    """What a loss function returned for a batch of so many samples; of 0 samples (a batch that is computed, but does
+    """What a loss function returned for a batch of `samples` samples; of 0 samples (a batch that is computed, but does
     not count) it has no weight. Raises ModelError for what is no loss."""
     if isinstance(loss, (tuple, list)):
         found = _weigh_pair(loss)

@@ -36,7 +36,7 @@ class Measure(ABC):
 
     @abstractmethod
     def update(self, outputs: Any, targets: Any, samples: int) -> None:
-        """Take in a batch of so many samples: what the model returned, and what it is compared with."""
+        """Take in a batch of `samples` samples: what the model returned, and what it is compared with."""
 
     @abstractmethod
     def state(self) -> State:

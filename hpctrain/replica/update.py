@@ -89,7 +89,7 @@ class Update(ABC):
 
     @contextmanager
     def common_velocity(self, workers: int) -> Iterator[None]:
-        """Inside, SGD's velocity is the mean of those of so many `workers`: so it is handed on to others."""
+        """Inside, SGD's velocity is the mean over `workers` workers: this is what is handed over."""
         loaded = {}
         for _, parameter, state in self._with_velocity() if self._velocities else ():
             own = [velocities[parameter] for velocities in self._velocities.values() if parameter in velocities]

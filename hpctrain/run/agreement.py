@@ -1,4 +1,4 @@
-"""Ranks failing together: what one cannot do, all hear of."""
+"""Ranks failing together: if one rank fails, all raise an error."""
 
 from __future__ import annotations
 

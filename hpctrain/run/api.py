@@ -64,8 +64,8 @@ def session(
 
 @contextmanager
 def _whole_job_fails_together(comm: Communicator) -> Iterator[None]:
-    """What this rank raises and the others cannot know of ends them too; told first. What all raise is told once, if
-    nothing catches it."""
+    """What this rank raises and the others cannot know of is reported and ends them too. What all raise is reported
+    once, if nothing catches it."""
     try:
         yield
     except (GeneratorExit, SystemExit):  # all ranks leave the loop, or another error would have come of it

@@ -31,7 +31,7 @@ INTERRUPTED = 130
 def main(load: Callable[[], tuple[Job, Resume | Path | str | None]]) -> int:
     """Train on the ranks that the launcher started; the exit status of this rank.
 
-    `load` reads the job. What is wrong with it is told after MPI has started, before torch is imported: a rank
+    `load` reads the job. Mistakes in it are reported after MPI has started, before torch is imported: a rank
     that ends before MPI_Init while another enters it leaves that one waiting for ever (MPICH's launcher), and
     one that ends with a status while rank 0 has not spoken has rank 0 killed (Open MPI's).
     """

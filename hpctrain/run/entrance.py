@@ -94,7 +94,7 @@ class Entrance:
         return comm.gather_json(why is None).count(False) == 0
 
     def _shares(self, strategy: Strategy) -> bool:
-        """Whether this phase wants node-shared arenas."""
+        """Whether this phase uses node-shared arenas, if memory allows."""
         prepared = self._run.prepared
         elementwise, on_cpu = prepared.optimizer.elementwise, prepared.device.type == "cpu"
         allowed = self._run.job.communicator.shared and on_cpu

@@ -16,7 +16,7 @@ PAUSES = 0.0, 1.0, 3.0  # seconds before each attempt to write the model
 
 
 class RunFiles:
-    """Writes what can be written. What cannot is told once, until it works again, and at the end (`unwritten`).
+    """Writes what can be written. A failure is reported once, until writing works again, and at the end (`unwritten`).
 
     On rank 0 alone.
     """

@@ -1,4 +1,4 @@
-"""How a run ends: the final model, its test, files and communicators closed, and what is told of it."""
+"""How a run ends: the final model, its test, files and communicators closed, and what is printed."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class Keeper:
         Strategy.own). Collective.
 
         `optimizer`: whether its state goes on, or begins anew. Raises CheckpointError, on all ranks, where the
-        checkpoint is not of this job's model, schedule, data or optimizer, or not of so many ranks.
+        checkpoint is not of this job's model, schedule, data or optimizer, or of another number of ranks.
         """
         comm = self.comm
         checkpoint: Checkpoint | None = agreed(comm, lambda: self._load(optimizer) if comm.rank == 0 else None)

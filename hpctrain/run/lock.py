@@ -40,8 +40,8 @@ STALE = 60.0  # seconds without one after which a holder on another machine coun
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that holds a lock or wants to. `machine`: boot and PID namespace, "" if not known; `started`: in the
-    kernel's ticks, so that another process of the same PID is told apart; `since`: for people."""
+    """A process that holds a lock or tries to get it. `machine`: boot and PID namespace, "" if not known; `started`: in
+    the kernel's ticks, which distinguishes it from another process of the same PID; `since`: for people."""
 
     token: str
     host: str

@@ -86,7 +86,7 @@ class Milestones:
             return self._carry_out(ask, why)
 
     def _interrupt(self, ask: Ask, why: str) -> None:
-        """Save and leave, quickly: what else is due at this cursor is owed by the run that goes on from here."""
+        """Save and leave, quickly: what else is due at this cursor is left to the run that resumes here."""
         totals = self._run.totals
         totals.interrupted = True
         self._run.saving()

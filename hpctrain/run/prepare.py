@@ -149,7 +149,7 @@ class Prepared(Measurable):
 
     @property
     def ahead(self) -> int:
-        """How many stretches of samples a worker likes to know of besides the one it is at: one for each thread that
+        """How many stretches of samples a worker gets in advance: one for each thread that
         fetches, but few, since all that were dealt are finished before an evaluation or the end of a phase."""
         data = self.job.data
         fetches = fetches_ahead(self.splits.train, data.threads, data.prefetch, data.augment)

@@ -58,7 +58,7 @@ def stepped_course(
 
 
 class Factors:
-    """(factor of the learning rate, factor of the momentum) after so many steps of a scheduler: a table that grows.
+    """(factor of the learning rate, factor of the momentum) after a number of steps of a scheduler: a table that grows.
 
     Raises JobError where the scheduler cannot be made or stepped, or gives what cannot be trained with.
     """

@@ -62,7 +62,7 @@ class Contribution:
 
     @staticmethod
     def length(slots: int) -> int:
-        """Elements of an encoded contribution, for a layout of so many parameters."""
+        """Elements of an encoded contribution, for a layout of `slots` parameters."""
         return _NUMBERS + words(slots)
 
     def encode(self, slots: int) -> Buffer:
@@ -157,7 +157,7 @@ def _everywhere(text: str) -> NanError:
 
 
 def words(slots: int) -> int:
-    """How many float64 hold a bit for each of so many parameters."""
+    """How many float64 values hold one bit for each of `slots` parameters."""
     return -(-slots // _BITS)
 
 

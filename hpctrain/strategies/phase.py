@@ -37,7 +37,7 @@ class Dealing:
     batch: int  # samples per worker and step at most; a gradient is the sum over the samples divided by this
     queue: Literal["static", "shared"] = "static"  # by which queue, where workers do not step together
     epoch: int | None = None  # samples per epoch; None: not known yet
-    ahead: int = 0  # of how many stretches of samples a worker is told besides the one it is at
+    ahead: int = 0  # how many stretches of samples a worker gets in advance
 
 
 @dataclass(frozen=True)

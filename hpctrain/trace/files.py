@@ -60,7 +60,7 @@ class TraceFile:
         return int(self.attributes["schema_version"])
 
     def sound(self, table: str, rows: Rows, ranks: int = MOST_RANKS) -> Rows:
-        """The rows, as they are in the file, that a rank of a run of so many `ranks` can have written: as rows of
+        """The rows, as they are in the file, that a rank can have written in a run of `ranks` ranks: as rows of
         `schema.TABLES`, whatever the file's version is."""
         return sound_rows(table, upgraded(table, rows, self.version), self.made_ns, ranks)
 

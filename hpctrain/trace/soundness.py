@@ -1,4 +1,4 @@
-"""What can stand in a trace: the limits of every number, by which damaged rows and attributes are told from sound ones.
+"""What can stand in a trace: the limits of every number, which distinguish sound rows and attributes from damaged ones.
 
 Whatever reads traces may take them for granted: rows and attributes that are outside are left out where files are
 read (`files`), and noted. They are wide: nothing that a rank has ever written is beyond them.
@@ -79,7 +79,7 @@ def sound_attribute(name: str, value: object) -> bool:
 
 
 def sound_rows(table: str, rows: Rows, made_ns: int, ranks: int = MOST_RANKS) -> Rows:
-    """The `rows` of a table (with the rank's own times) that a rank can have written, of a run of so many `ranks`.
+    """The `rows` of a table (with the rank's own times) that a rank can have written in a run of `ranks` ranks.
 
     `made_ns`: when its file was made, by the same clock.
     """

@@ -83,7 +83,7 @@ def test_every_sample_once_per_epoch(join: Join, folder: Path, server, queue: st
 
 @mpi_only
 @pytest.mark.parametrize("queue", QUEUES)
-def test_so_it_is_where_threads_fetch_ahead(join: Join, folder: Path, queue: str) -> None:
+def test_every_sample_once_where_threads_prefetch(join: Join, folder: Path, queue: str) -> None:
     comm = join()
     keys = {"queue": queue, "threads": 3, "prefetch": 3}
     helpers.every_sample_once(
@@ -94,7 +94,7 @@ def test_so_it_is_where_threads_fetch_ahead(join: Join, folder: Path, queue: str
 @mpi_only
 @pytest.mark.parametrize("queue", QUEUES)
 @pytest.mark.parametrize("server", SERVED)
-def test_so_it_is_through_switches_in_mid_epoch(join: Join, folder: Path, server, queue: str) -> None:
+def test_every_sample_once_through_switches_in_mid_epoch(join: Join, folder: Path, server, queue: str) -> None:
     comm = join()
     helpers.every_sample_once(comm, folder, epochs=4, phases=_there_and_back(comm, server), data_keys={"queue": queue})
 
@@ -173,7 +173,7 @@ def test_a_loss_that_is_not_finite_is_told_on_every_rank(join: Join, folder: Pat
 
 @mpi_only
 @pytest.mark.parametrize("server", SERVED)
-def test_such_an_update_can_be_skipped(join: Join, folder: Path, server) -> None:
+def test_updates_with_a_nan_loss_can_be_skipped(join: Join, folder: Path, server) -> None:
     comm = join()
     helpers.nan_skipped(comm, folder, server(comm))
 

@@ -95,13 +95,13 @@ def test_updates_are_those_of_one_process(tmp_path: Path, optimizer: helpers.Tab
     ],
 )
 @pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["SGD", "Adam"])
-def test_so_they_are_with_corrections(
+def test_corrected_updates_are_those_of_one_process(
     tmp_path: Path, optimizer: helpers.Tables, keys: helpers.Tables, train_keys: helpers.Tables
 ):
     replayed(tmp_path, 6, optimizer, served(servers=2, **keys), train=train_keys)
 
 
-def test_so_they_are_with_a_course_of_the_learning_rate(tmp_path: Path):
+def test_updates_with_a_schedule_are_those_of_one_process(tmp_path: Path):
     replayed(tmp_path, 5, {**SGD, "schedule": "linear"}, served(), data={"queue": "static"})
 
 
@@ -310,7 +310,7 @@ def test_a_loss_that_is_not_finite_is_told_on_every_rank(tmp_path: Path, servers
 
 @pytest.mark.parametrize("slow", [0, 1, 2])
 @pytest.mark.parametrize("servers", list(SERVERS))
-def test_so_it_is_while_the_others_wait(tmp_path: Path, servers: str, slow: int):
+def test_a_nan_loss_ends_workers_that_wait(tmp_path: Path, servers: str, slow: int):
     """The last stretch of an epoch is bad, and all others are held back until it is done."""
     data = {"name": "tests.helpers:points", "samples": 36, "bad": 6 * slow, "shuffle": False, "queue": "static"}
     job = helpers.make_job(tmp_path, data=data, strategy=served(**SERVERS[servers][0]), train={"epochs": 2})
@@ -329,7 +329,7 @@ def test_so_it_is_while_the_others_wait(tmp_path: Path, servers: str, slow: int)
 
 
 @pytest.mark.parametrize("servers", list(SERVERS))
-def test_such_an_update_can_be_skipped(tmp_path: Path, servers: str):
+def test_updates_with_a_nan_loss_can_be_skipped(tmp_path: Path, servers: str):
     """It alone is left out: versions count the others."""
     data = {"name": "tests.helpers:points", "bad": 12, "shuffle": False}
     keys, alone = SERVERS[servers]

@@ -312,7 +312,7 @@ def test_torchs_own_synchronised_layer_is_one_more() -> None:
     assert type(found[0][3]) is nn.SyncBatchNorm
 
 
-def test_torchs_own_synchronised_layer_by_itself_is_told(tmp_path: Path) -> None:
+def test_sync_batch_norm_layers_without_the_key_are_reported(tmp_path: Path) -> None:
     """It would synchronise in torch.distributed, and does not here."""
     said = []
     for tables in ({}, {"sync_batchnorm": True}):

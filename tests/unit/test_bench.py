@@ -228,7 +228,7 @@ def test_switches_of_a_run_to_and_fro():
     assert any(note.startswith("small: ") and note.endswith(": kept") for note in tables[0].notes)
 
 
-def test_a_switch_that_takes_too_long_is_told():
+def test_a_switch_that_takes_too_long_is_reported():
     table = FigureTable("switch", "", [])
     times = {"to async": (60.0, 60.0), "to all_reduce": (70.0, 90.0), "broadcast": (10.0, 14.0)}
     switching._fill_row(table, "large", {name: Sample(values, "ms") for name, values in times.items()})

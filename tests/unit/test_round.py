@@ -345,7 +345,7 @@ def test_it_is_noticed_in_the_step_where_it_arises(tmp_path: Path, agree: str, c
 
 @pytest.mark.parametrize("mode", ["async", "bounded"])
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-def test_so_it_is_where_workers_do_not_step_together(tmp_path: Path, mode: str, optimizer: str):
+def test_a_nan_gradient_is_noticed_in_asynchronous_phases(tmp_path: Path, mode: str, optimizer: str):
     data = one_bad(30)
 
     def body(comm: Communicator) -> None:
@@ -367,7 +367,7 @@ def test_a_quick_look_finds_the_rank_before_anything_is_exchanged(tmp_path: Path
 
 
 @pytest.mark.parametrize("agree", list(helpers.SYNCHRONOUS))
-def test_such_steps_can_be_skipped(tmp_path: Path, agree: str):
+def test_steps_with_nan_gradients_can_be_skipped(tmp_path: Path, agree: str):
     found, _ = trained(
         tmp_path, agree, model=Poisoned, data={"name": one_bad(40), "shuffle": False}, train={"nan": "skip"}
     )

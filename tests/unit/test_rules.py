@@ -238,7 +238,7 @@ def test_a_function_of_the_program_itself_is_kept() -> None:
         ({"rule": f"{HERE}:under"}, 10, "asked every 10 rounds, and the run has 10 from there on; train longer"),
     ],
 )
-def test_a_run_too_short_for_one_window_is_told(keys: dict[str, Any], rounds: int, sentence: str) -> None:
+def test_a_run_too_short_for_one_window_is_reported(keys: dict[str, Any], rounds: int, sentence: str) -> None:
     short = rule(keys, RunClock(100, 10, rounds * 10))
     assert short.unfit(False) is None  # it is told, not refused: the run may merely have been shortened
     assert sentence in (short.too_short() or "")
@@ -257,7 +257,7 @@ def test_target_needs_evaluations() -> None:
     assert rule({"rule": "after", "steps": 3}).unfit(False) is None
 
 
-def test_an_amount_beyond_the_run_is_told() -> None:
+def test_an_amount_beyond_the_run_is_reported() -> None:
     short = rule({"rule": "after", "epochs": 2}, RunClock(100, 10, 200))
     assert short.too_short() == "it ends a phase at sample 200 at the earliest, and the run has 200"
     assert rule({"rule": "after", "epochs": 2}, RunClock(100, 10, 201)).too_short() is None

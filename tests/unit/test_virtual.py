@@ -546,7 +546,7 @@ def test_a_mistake_that_all_learn_of_waits_to_be_joined():
     assert run(2, body) == [10**9] * 2
 
 
-def test_a_deadlock_behind_such_a_mistake_tells_the_mistake():
+def test_a_deadlock_after_a_user_mistake_reports_the_mistake():
     def beside():
         raise Everybodys("the cause")
 

@@ -20,7 +20,7 @@ def end_all_ranks(rank: int, error: BaseException) -> None:
 
     A user's mistake is a sentence, with the error's status; an interruption status 130; anything else is the
     traceback, with this rank's number before every line, status 1. Rank 0 speaks at once, the others in turn a moment
-    later, so that what all of them ran into is told once.
+    later, so that an error that all of them have is reported once.
     """
     if rank > 0:
         time.sleep(min(PATIENCE, 1.0 + 0.05 * rank))

@@ -14,42 +14,44 @@ class ParameterServerOptions(Options):
 
     mode: Literal["async", "bounded", "sync"] = Field(
         "async",
-        description="async: one update per gradient, as it comes; bounded: the same, but no worker runs more than "
-        "`bound` steps ahead of the slowest; sync: one update per round, of all workers' gradients summed in rank "
-        "order",
+        description="async: one update for each gradient, as it arrives; bounded: the same, but no worker is more "
+        "than `bound` steps ahead of the slowest; sync: one update per round, with all workers' "
+        "gradients summed in rank order",
     )
     servers: int = Field(1, ge=1, description="how many ranks own a shard of the parameters")
     colocated: bool = Field(
-        False, description="put the servers beside workers (a thread of their ranks) instead of on ranks of their own"
+        False, description="run the servers in threads of worker ranks instead of on ranks of their own"
     )
     bound: int = Field(
         3,
         ge=0,
         le=10**6,
-        description="steps that the fastest worker may be ahead of the slowest, counted from where all were last "
-        "together, as at an evaluation (mode bounded)",
+        description="how many steps the fastest worker may be ahead of the slowest, counted from the last point "
+        "where all workers were synchronised, such as an evaluation (mode bounded)",
     )
     lr_per_update: Literal["auto", "workers", "staleness", "none"] = Field(
         "auto",
-        description="what the learning rate is divided by for one worker's gradient (modes async and bounded): the "
-        "number of workers, the gradient's staleness (at least 1), or nothing; auto: the number of workers, for Adam "
-        "and its like to the power of 0.75",
+        description="what the learning rate is divided by for the gradient of one worker (modes async and bounded): "
+        "the number of workers, the gradient's staleness (at least 1), or nothing; auto: the number of "
+        "workers, to the power of 0.75 for adaptive optimizers such as Adam",
     )
     momentum_correction: bool = Field(
         True,
-        description="keep SGD's velocity per worker, with Nesterov's momentum (DANA-Slim: Hakimi et al. 2019): one "
-        "velocity of all workers' late gradients becomes unstable (modes async and bounded)",
+        description="keep a separate SGD velocity for each worker, with Nesterov momentum (DANA-Slim: Hakimi et al. "
+        "2019); with a single velocity, late gradients make training unstable (modes async and bounded)",
     )
     clip_pushes: float | None = Field(
         None,
         gt=1,
         le=1e9,
-        description="a gradient longer than so many times the running mean of its worker's is scaled down to that "
-        "(modes async and bounded); left out: 2 where updates grow with gradients (SGD), never for Adam and its like",
+        description="scale a gradient down if its norm is more than this many times the running mean of that "
+        "worker's gradient norms (modes async and bounded); left out: 2 for SGD, no limit for adaptive "
+        "optimizers such as Adam",
     )
     delay_compensation: Literal["none", "constant", "adaptive"] = Field(
         "none",
-        description="correct stale gradients for what changed meanwhile, to first order (DC-ASGD, Zheng et al. 2017)",
+        description="correct stale gradients to first order for the parameters' change since they were read (DC- "
+        "ASGD, Zheng et al. 2017)",
     )
     delay_lambda: float | None = Field(
         None,
@@ -60,8 +62,8 @@ class ParameterServerOptions(Options):
     backup_workers: int = Field(
         0,
         ge=0,
-        description="close a round without waiting for so many of the slowest workers, and drop their late gradients "
-        "(mode sync)",
+        description="close a round without waiting for this many of the slowest workers; their late gradients are "
+        "dropped (mode sync)",
     )
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from hpctrain.views.compare.summary import RunSummary
 # What runs are compared for, or what says nothing about them.
 EXPECTED = ("strategy", "phases", "ranks", "seed", "output", "name")
 TASK = ("model", "data", "loss", "metric")
-SPELLED_OUT = 8  # keys whose values are told; of more than so many the names
+SPELLED_OUT = 8  # up to this many keys are shown with their values; of more, the names only
 
 
 def job_notes(runs: Mapping[str, RunSummary]) -> list[str]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Runs = Mapping[str, RunSummary]  # by letter
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 CLOCK = "training time (s), without evaluation and checkpoints"
-NOTES, LINE = 4, 0.18  # at most so many notes in a picture; inches that a line of text takes
+NOTES, LINE = 4, 0.18  # the most notes in a picture; inches that a line of text takes
 
 
 def write_plots(folder: Path, frame: pd.DataFrame, runs: Runs, targets: Targets, notes: Sequence[str]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Level of detail for timelines: of every lane, which share of each of so many columns of time is of which kind."""
+"""Level of detail for timelines: for every lane, the share of each kind in each column of time."""
 
 from __future__ import annotations
 

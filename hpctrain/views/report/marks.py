@@ -18,7 +18,7 @@ MARKERS = {
 OTHERS = ("circle", "#777777")
 HIDDEN = ("role", "rule", "network")
 MOST_MARKS = 2000
-_TOGETHER_S = 1.0  # the same event on several ranks, within so many seconds, is one
+_TOGETHER_S = 1.0  # events of one kind on several ranks within this many seconds are shown as one
 
 
 def collect_phases(run: Run, phases: Any) -> list[dict[str, Any]]:

@@ -142,7 +142,7 @@ class SpanStore:
 
 
 def collect_spans(run: Run, budget: int, said: Callable[[str], None] = lambda text: None) -> SpanStore:
-    """The spans of all ranks and lanes within `budget` bytes; `said` is told what is being read."""
+    """The spans of all ranks and lanes within `budget` bytes; `said` is called with what is being read."""
     store, origin = SpanStore(budget), run.start_ns
     for place, rank in enumerate(run.ranks, 1):
         said(f"report: reading the spans of rank {rank} of {run.size}")

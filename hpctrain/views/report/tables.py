@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from hpctrain.trace import Run
 
-MOST_CELLS = 16  # ranks up to which the matrix of waiting is a table, and times are told by rank
+MOST_CELLS = 16  # ranks up to which the matrix of waiting is a table, and times are shown by rank
 MOST_NAMED = 8  # phases, among the facts
 MOST_PHASES = 40  # in a table
 LIBRARIES = ("torch", "mpi4py", "numpy")

@@ -10,7 +10,7 @@ from hpctrain.trace.files import Rows
 from hpctrain.trace.schema import SPANS, Kind, is_communication
 
 SECONDS = 10  # how far back "recent" reaches
-STEPS = 5  # ... or so many steps, where they take longer
+STEPS = 5  # ... or this many steps, if they take longer
 _SECOND = 1_000_000_000
 _COMPUTING = np.isin(np.arange(256), (Kind.FORWARD, Kind.BACKWARD))
 

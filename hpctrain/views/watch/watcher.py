@@ -27,16 +27,16 @@ from hpctrain.views.watch.snapshot import EvaluationRow, Notice, RankView, RunSt
 from hpctrain.views.watch.tail import News, Tail
 
 STRAGGLER = 1.5  # times the other workers' median: forward and backward pass of a sample
-STRAGGLER_STEPS = 3  # ... over so many steps at least
+STRAGGLER_STEPS = 3  # ... over at least this many steps
 SILENT_SECONDS = 10.0  # without a new row a rank is silent after so long ...
-SILENT_TIMES = 5  # ... and so many times its interval of writing, and its step
-PACE_SECONDS = 120  # the time left is reckoned from the pace of so many seconds
+SILENT_TIMES = 5  # ... and this many times its flush interval and its step
+PACE_SECONDS = 120  # the time left is computed from the pace of the last seconds
 TOLD = ("rule", "switch", "rebalance", "failure", "checkpoint")
 
 
 @dataclass
 class _Rank:
-    """What has been gathered about a rank. `phase`: -1 until it has told of one; `last_ns`: when its last row ends."""
+    """What has been gathered about a rank. `phase`: -1 until it has reported one; `last_ns`: when its last row ends."""
 
     tail: Tail
     recent: Recent = field(default_factory=Recent)
