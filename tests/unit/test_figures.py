@@ -354,5 +354,6 @@ def test_what_cannot_be_drawn_is_one_sentence_and_status_2(figure, output, expec
 
 
 def test_figures_keep_no_state_of_matplotlibs():
-    modules = [ROOT / "hpctrain" / "views" / "figures" / f"{name}.py" for name in (*FIGURES, "style", "raster", "script")]
+    folder = ROOT / "hpctrain" / "views" / "figures"
+    modules = [folder / f"{name}.py" for name in (*FIGURES, "style", "raster", "script")]
     assert not any("pyplot" in module.read_text() for module in modules)
