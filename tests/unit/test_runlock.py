@@ -150,7 +150,8 @@ def _contend(folder: Path, rounds: int, barrier: Barrier, won: Queue[tuple[int, 
             won.put((index, lock.holder.token))
         except HpctrainError:
             pass
-        barrier.wait(60)  # the winner has it until all have tried
+        barrier.wait(60)  # the winner has it until all have tried,
+        barrier.wait(60)  # and until the test has looked
         if lock is not None:
             lock.release()
         barrier.wait(60)
@@ -170,6 +171,7 @@ def test_of_many_who_take_over_a_dead_lock_one_gets_it(tmp_path: Path):
             barrier.wait(60)
             barrier.wait(60)
             kept = json.loads((tmp_path / LOCK).read_text())["token"]
+            barrier.wait(60)
             barrier.wait(60)
             while not winners[index] or not won.empty():
                 of, token = won.get(timeout=60)
