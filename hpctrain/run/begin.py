@@ -1,4 +1,4 @@
-"""How a run begins: what is built alike on all ranks, its folder, a checkpoint to go on from, its trace."""
+"""How a run begins: parts built alike on all ranks, the run folder, a checkpoint to resume from, the trace."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from hpctrain.trace.writer import next_attempt
 
 @contextmanager
 def begun(job: Job, comm: Communicator, resume: Resume | None, out: Narrator | None) -> Iterator[ActiveRun]:
-    """Begin a run; of one that cannot begin nothing is left. Closes it when it is left, however. Collective over all
-    ranks. Raises HpctrainErrors, on all ranks."""
+    """Begin a run; if it cannot begin, nothing of it is left behind. Closes the run on exit, whatever the reason.
+    Collective over all ranks. Raises HpctrainErrors, on all ranks."""
     with ExitStack() as undo, ExitStack() as closing:
         told = (out or Narrator()) if comm.rank == 0 else Narrator(enabled=False)
         try:
@@ -51,7 +51,7 @@ def begun(job: Job, comm: Communicator, resume: Resume | None, out: Narrator | N
 def _begin(
     job: Job, comm: Communicator, resume: Resume | None, out: Narrator, closing: ExitStack, undo: ExitStack
 ) -> ActiveRun:
-    """`undo`: what is to be done besides if the run cannot begin."""
+    """`undo`: what else to do if the run cannot begin."""
     check_alike(comm, [job_topic(job.plain())])
     old, note = _find_run(job, comm, resume)
     if old is not None:
@@ -90,15 +90,15 @@ def _begin(
 
 
 def _find_run(job: Job, comm: Communicator, resume: Resume | None) -> tuple[Claim | None, str]:
-    """On rank 0, whose `resume` counts, the run to go on with, now this one's (None: a new run), and what is to be said
-    of it. Collective."""
+    """On rank 0, whose `resume` counts: the claim on the run to resume (None: a new run) and a note for the user.
+    Collective."""
     first = comm.rank == 0
     found = agreed(comm, lambda: claim.run_to_resume(job, resume) if first and resume is not None else "")
     return (None, found) if isinstance(found, str) else (found, "")
 
 
 def _new_run(job: Job, comm: Communicator, closing: ExitStack, undo: ExitStack) -> Claim | None:
-    """On rank 0, a folder of its own. Collective."""
+    """On rank 0, claim a new folder. Collective."""
     made: Claim | None = agreed(comm, lambda: claim.new_run(job) if comm.rank == 0 else None)
     if made is not None:
         closing.callback(made.release)
@@ -107,7 +107,7 @@ def _new_run(job: Job, comm: Communicator, closing: ExitStack, undo: ExitStack) 
 
 
 def _check_built_alike(comm: Communicator, prepared: Prepared) -> None:
-    """All ranks have the same model and equally long data. Collective."""
+    """Check that all ranks have the same model and data of equal length. Collective."""
     untrained = prepared.untrained
     model = model_topic(prepared.replica.layout, untrained.frozen(), untrained.buffers())
     check_alike(comm, [data_topic(prepared.splits), model])
@@ -119,10 +119,10 @@ def _totals(job: Job) -> Totals:
 
 
 def _restore(run: ActiveRun, resume: Resume | None) -> None:
-    """Take up the newest checkpoint of the run folder. Collective."""
+    """Restore the newest checkpoint of the run folder. Collective."""
     head, run.state, own = run.keeper.restore(resume.optimizer if resume is not None else "keep")
     run.totals.take(head["account"])
-    if run.totals.ending is Ending.NOTHING:  # else it belongs to the phase that has ended
+    if run.totals.ending is Ending.NOTHING:  # otherwise it belongs to the phase that has ended
         run.own = own
 
 
@@ -132,7 +132,7 @@ def _open(run: ActiveRun) -> None:
     if comm.concurrent and threading.current_thread() is threading.main_thread():
         signals = StopSignals(comm.rank, job.train.stop_seconds, before_end=tracing.tick)
         run.signals = run.closing.enter_context(signals)
-    if run.claim is not None:  # let go before a held launcher is, which then kills this process
+    if run.claim is not None:  # release it before a held launcher is released, which then kills this process
         run.closing.callback(run.claim.release)
     run.closing.callback(tracing.close)
     attempt = comm.broadcast_json(next_attempt(run.folder) if comm.rank == 0 else 0)
@@ -143,7 +143,7 @@ def _open(run: ActiveRun) -> None:
 
 
 def _tell(run: ActiveRun, how: str | None, note: str) -> None:
-    """What people should know of the run as it begins. `how`: it computes; `note`: of other runs."""
+    """Report the start of the run. `how`: how it computes; `note`: about other runs."""
     run.out.say(_headline(run))
     if how is not None:
         run.out.say(how)
@@ -167,7 +167,7 @@ def _headline(run: ActiveRun) -> str:
 
 
 def _tell_resumed(run: ActiveRun, resume: Resume | None) -> None:
-    """And write down, on rank 0, what changes from here on. Collective."""
+    """Report the resume and, on rank 0, record what changes from here on. Collective."""
     totals = run.totals
 
     def record() -> list[str]:

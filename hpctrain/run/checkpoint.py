@@ -1,4 +1,4 @@
-"""Checkpoints and the final model: safetensors files, written beside and renamed, nothing pickled."""
+"""Checkpoints and the final model as safetensors files, written to a temporary name and renamed. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -25,19 +25,18 @@ from hpctrain.replica.tensors import as_array, as_tensor
 from hpctrain.run.untrained import digest
 
 FORMAT = "hpctrain-checkpoint-2"
-FORMAT_0_1 = "hpctrain-checkpoint-1"  # read, too
+FORMAT_0_1 = "hpctrain-checkpoint-1"  # can be read, too
 
 
 @dataclass
 class Checkpoint:
-    """Everything a run needs to go on as if it had never stopped.
+    """Everything a run needs to continue as if it had never stopped.
 
-    `parameters`: flat tensor of the arena, cut by name in the file; `workers[i]`: worker i's own tensors
-    (buffers, random state); `numbers[i]`: what its strategy keeps as plain values (`Own.numbers`), and `files`: whether
-    each worker has written a file of arrays besides; `progress`: plain values (cursor, phase, rule, metrics). `rest`:
-    what else the model holds (`Untrained.rest`); as it seldom changes, it is in a file of its own, written once.
-    Loaded, it is empty if the model that was built now has just the same, and where the checkpoint is from a time
-    before there was such a file.
+    `parameters`: the arena's flat tensor, split by name in the file. `workers[i]`: worker i's own tensors (buffers,
+    random state). `numbers[i]`: its strategy's plain values (`Own.numbers`). `files`: whether each worker has also
+    written a file of arrays. `progress`: plain values (cursor, phase, rule, metrics). `rest`: the model's other tensors
+    (`Untrained.rest`); they rarely change, so they are written once, to a file of their own. After loading, `rest` is
+    empty if the model just built has the same tensors, or if the checkpoint is older than that file.
     """
 
     fingerprint: str
@@ -51,7 +50,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write it to checkpoints/ under its cursor; then remove all but the newest `keep`. On rank 0 alone."""
+    """Write it to checkpoints/, named by its cursor, then remove all but the newest `keep`. On rank 0 only."""
     rest = _dense(checkpoint.rest)
     code = digest(rest) if rest else None
     if code is not None and not (file := _rest_file(folder / "checkpoints", code)).exists():
@@ -72,7 +71,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     }
     path = checkpoint_path(folder, checkpoint.progress["cursor"])
     _write(path, tensors, {"hpctrain": json.dumps(head)})
-    with suppress(OSError):  # what cannot be removed harms nobody
+    with suppress(OSError):  # a leftover file does no harm
         for old in list_checkpoints(folder)[:-keep]:
             old.unlink(missing_ok=True)
     _forget_rests(folder)
@@ -81,14 +80,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def save_own(folder: Path, cursor: int, worker: int, own: Own) -> None:
-    """Write a worker's own arrays beside the checkpoint of that cursor, which counts once that exists. On that worker.
-    Raises CheckpointError."""
+    """Write a worker's own arrays next to the checkpoint with that cursor; they count once that checkpoint exists. On
+    that worker only. Raises CheckpointError."""
     tensors = {quote(name, safe=""): as_tensor(array) for name, array in own.arrays.items()}
     _write(_own_file(folder, cursor, worker), tensors, {})
 
 
 def load_own(folder: Path, cursor: int, worker: int) -> dict[str, Buffer]:
-    """What `save_own` wrote. Raises CheckpointError."""
+    """The arrays that `save_own` wrote. Raises CheckpointError."""
     path = _own_file(folder, cursor, worker)
     if not path.exists():
         raise CheckpointError(
@@ -103,7 +102,7 @@ def _own_file(folder: Path, cursor: int, worker: int) -> Path:
 
 
 def _forget_own(folder: Path) -> None:
-    """Remove the workers' files of checkpoints that are no more, or were never finished."""
+    """Remove the workers' files of checkpoints that no longer exist or were never finished."""
     with suppress(OSError):
         kept = {path.stem for path in list_checkpoints(folder)}
         for file in (folder / CHECKPOINTS).glob("*.worker_*.safetensors"):
@@ -112,7 +111,7 @@ def _forget_own(folder: Path) -> None:
 
 
 def _forget_rests(folder: Path) -> None:
-    """Remove the files of `rest` that no checkpoint is left of; all stay if one cannot be read."""
+    """Remove the `rest` files that no remaining checkpoint uses; if a checkpoint cannot be read, keep all."""
     with suppress(OSError, CheckpointError):
         heads = [_head(path) for path in list_checkpoints(folder)]
         needed = {_rest_file(folder / "checkpoints", str(head.get("rest"))) for head in heads}
@@ -129,23 +128,23 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _storable(tensor: Tensor) -> Tensor:
-    """safetensors knows no complex128."""
+    """The tensor in a form that safetensors supports: it has no complex128."""
     known = tensor.dtype not in (torch.complex128, torch.complex32)
     return tensor.detach() if known else torch.view_as_real(tensor.detach().resolve_conj())
 
 
 def _stored(tensor: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_storable`. A copy: tensors in a file are aligned for their own dtype, not for this one."""
+    """The inverse of `_storable`. A copy, because a file aligns tensors for the stored dtype, not for this one."""
     return torch.view_as_complex(tensor.clone()) if like.is_complex() and not tensor.is_complex() else tensor
 
 
 def checkpoint_path(folder: Path, cursor: int) -> Path:
-    """Where a run folder has the checkpoint of that cursor."""
+    """The path of a run folder's checkpoint with that cursor."""
     return folder / CHECKPOINTS / f"{cursor:012d}.safetensors"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Those of a run folder, oldest first."""
+    """The checkpoints of a run folder, oldest first."""
     found = [path for path in (folder / CHECKPOINTS).glob("*.safetensors") if path.stem.isdecimal()]
     return sorted(found, key=lambda path: int(path.stem))
 
@@ -157,10 +156,10 @@ def load_checkpoint(
     rest: Mapping[str, Tensor] | None = None,
     wrapped: str = "",
 ) -> Checkpoint:
-    """Read one, checking that it is whole and of this model (`names`: parameter shapes; `rest`: what else the model
-    holds, as built now). CheckpointError if not.
+    """Load a checkpoint. Raises CheckpointError unless it is complete and belongs to this model (`names`: parameter
+    shapes; `rest`: the other tensors of the model as built now).
 
-    `wrapped`: the model's fingerprint by the names that torch.compile gives, by which older versions saved it.
+    `wrapped`: the model's fingerprint with the names that torch.compile gives, which older versions used for saving.
     """
     head, saved = _read(path)
     tensors = {plain_name(name): tensor for name, tensor in saved.items()}
@@ -187,7 +186,7 @@ def load_checkpoint(
 
 
 def _of_0_1(head: dict[str, Any]) -> dict[str, Any]:
-    """The header of a checkpoint of version 0.1, as it would be written now."""
+    """The header of a version 0.1 checkpoint, converted to the current format."""
     state, workers = head["state"], range(head["workers"])
     counters = dict(state["counters"])
     clips = [counters.pop(f"clip of worker {worker}", None) for worker in workers]
@@ -214,7 +213,7 @@ def _load_rest(path: Path, code: str | None, own: Mapping[str, Tensor]) -> dict[
 
 
 def save_model(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """model.safetensors: the state_dict, loadable without hpctrain. On rank 0 alone."""
+    """Write the state_dict to model.safetensors, which loads without hpctrain. On rank 0 only."""
     path = folder / MODEL
     _write(path, tensors, dict(metadata))
     return path
@@ -226,7 +225,7 @@ def load_model(path: Path) -> dict[str, Tensor]:
 
 
 def _head(path: Path) -> dict[str, Any]:
-    """Without reading the tensors. Raises CheckpointError."""
+    """A checkpoint's header; does not read the tensors. Raises CheckpointError."""
     try:
         with safe_open(path, framework="pt") as file:
             head = json.loads((file.metadata() or {}).get("hpctrain", "{}"))
@@ -260,7 +259,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
         beside.touch()
         mode = beside.stat().st_mode & 0o777
         save_file(whole, beside, metadata)
-        beside.chmod(mode)  # safetensors lets nobody else read it, whatever the umask says
+        beside.chmod(mode)  # safetensors makes the file private to its owner, whatever the umask
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -272,7 +271,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
 
 
 def _settle(folder: Path) -> None:
-    """Have the new name on the disk as well: else a file of the old name may be gone after a power cut."""
+    """Flush the folder, so that the new name also survives a power failure; otherwise a replaced file could be lost."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

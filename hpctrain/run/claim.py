@@ -1,4 +1,4 @@
-"""Whose run folder it is: made for a new run or found for one that goes on, compared with the job, and locked.
+"""Claims a run folder: creates one for a new run or finds one to resume, compares it with the job, and locks it.
 
 Used on rank 0 only.
 """
@@ -27,7 +27,7 @@ from hpctrain.run.resume import Change, Resume, binding, differences, listed, te
 class Claim:
     """A run folder that this process uses until `release`.
 
-    `overrides`: those that the run was begun with. `changes`: the keys that it takes from another job from now on.
+    `overrides`: those that the run began with. `changes`: the keys that it takes from another job from now on.
     """
 
     folder: Path
@@ -36,13 +36,13 @@ class Claim:
     changes: list[Change] = field(default_factory=list)
 
     def release(self) -> None:
-        """Let others use the folder; harmless if it is done already."""
+        """Let other processes use the folder. Does nothing if already released."""
         self.lock.release()
 
     def record(self, job: Job, resume: Resume, sample: int) -> list[str]:
-        """Write into the folder that from `sample` on the run is one of `job`; says in words what is new.
+        """Record in the folder that the run follows `job` from `sample` on; returns sentences about what is new.
 
-        Raises CheckpointError where it cannot be written.
+        Raises CheckpointError if it cannot be written.
         """
         rows = [{"key": c.key, "old": c.old, "new": c.new} for c in self.changes]
         if resume.optimizer == "reset":
@@ -61,13 +61,13 @@ class Claim:
 
 
 def new_run(job: Job, environment: Mapping[str, str] = os.environ) -> Claim:
-    """A run folder of its own for a run of `job`. JobError if it cannot be made."""
+    """Create a run folder for a new run of `job`. JobError if it cannot be created."""
     folder = runfolder.create(job)
     try:
         lock = Lock(folder, environment)
         try:
             Identity.of(job, environment).write(folder)
-            runfolder.write_job(folder, job, job.overrides)  # last: what lacks it is no run to go on with
+            runfolder.write_job(folder, job, job.overrides)  # last: a folder without it cannot be resumed
             return Claim(folder, lock, job.overrides)
         except BaseException:
             lock.release()
@@ -82,10 +82,10 @@ def new_run(job: Job, environment: Mapping[str, str] = os.environ) -> Claim:
 
 
 def run_to_resume(job: Job, resume: Resume, environment: Mapping[str, str] = os.environ) -> Claim | str:
-    """The run to go on with; or, for "latest", what is to be said of the new one that begins instead.
+    """The run to resume; or, for "latest", a note about the new run that begins instead.
 
-    Raises CheckpointError where there is no checkpoint, or the job is another one than the run's; RunInUseError where
-    another process uses the folder; JobError where the run's job cannot be read.
+    Raises CheckpointError if there is no checkpoint or the job differs from the run's; RunInUseError if another process
+    uses the folder; JobError if the run's job cannot be read.
     """
     if resume.latest:
         return _latest(job, environment)
@@ -100,7 +100,7 @@ def run_to_resume(job: Job, resume: Resume, environment: Mapping[str, str] = os.
 
 
 def _taken(folder: Path, job: Job, resume: Resume) -> list[Change]:
-    """The changes that the run takes from `job`. Raises CheckpointError for those that it does not."""
+    """The changes that the run takes from `job`. Raises CheckpointError for changes that it cannot take."""
     every = differences(recorded(folder), job.plain())
     if resume.changes == "refuse":
         if changes := binding(every):
@@ -116,7 +116,7 @@ def _taken(folder: Path, job: Job, resume: Resume) -> list[Change]:
 
 
 def _latest(job: Job, environment: Mapping[str, str]) -> Claim | str:
-    """Of this Slurm job (or, outside of Slurm, of those made there) the newest unfinished run of an equal job."""
+    """The newest unfinished run of an equal job in this Slurm job (or, outside of Slurm, made outside of Slurm)."""
     me, elsewhere = Identity.of(job, environment), None
     edited: list[tuple[Path, list[Change]]] = []
     for folder in _unfinished(Path(job.output)):
@@ -129,12 +129,12 @@ def _latest(job: Job, environment: Mapping[str, str]) -> Claim | str:
             lock = Lock(folder, environment)
             if list_checkpoints(folder) and not (folder / MODEL).exists():
                 return Claim(folder, lock, identity.overrides)
-            lock.release()  # it died before its first checkpoint, or has just come to its end
+            lock.release()  # it died before its first checkpoint, or has just finished
         elif not changes and not (folder / LOCK).exists():
             elsewhere = elsewhere or folder
         elif identity == me and me.slurm_job and list_checkpoints(folder):
             edited.append((folder, changes))
-    if edited:  # the same command in the same Slurm job, which has come back: the job file was edited meanwhile
+    if edited:  # same command in the same, requeued Slurm job: the job file was edited in the meantime
         raise CheckpointError(_other_job(*edited[0]))
     if elsewhere is None:
         return ""
@@ -147,7 +147,7 @@ def _latest(job: Job, environment: Mapping[str, str]) -> Claim | str:
 
 
 def _unfinished(output: Path) -> list[Path]:
-    """Run folders that have a checkpoint or are in use, and no model yet; the newest first."""
+    """Run folders that have a checkpoint or are in use, but no model yet; newest first."""
     found = []
     with suppress(OSError):
         for folder in output.iterdir():
@@ -158,7 +158,7 @@ def _unfinished(output: Path) -> list[Path]:
 
 
 def _made(folder: Path) -> float:
-    """When the run was begun, by the clock of the file system that all its nodes share."""
+    """When the run began, by the clock of the file system that all its nodes share."""
     file = folder / RUN
     with suppress(OSError):
         return (file if file.exists() else folder / JOB).stat().st_mtime

@@ -1,4 +1,4 @@
-"""The run folder, and what rank 0 tells people. Used on rank 0 only, but for `describe`."""
+"""The run folder, and rank 0's messages to the user. Used on rank 0 only, except `describe_roles`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ COLUMNS = ("step", "samples", "epoch", "seconds", "split", "loss", "metric")
 
 
 def create(job: Job) -> Path:
-    """A new folder `<output>/<name>-<time>`, empty; nobody else gets it. JobError if it cannot be made."""
+    """Create an empty folder `<output>/<name>-<time>` that no other process gets. JobError if it cannot be created."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for attempt in range(1000):
         folder = Path(job.output) / f"{job.name}-{stamp}{f'-{attempt}' if attempt else ''}"
         try:
-            folder.mkdir(parents=True)  # on a shared file system, too, one of those who ask for a name gets it
+            folder.mkdir(parents=True)  # atomic on shared file systems, too: only one process gets a name
             return folder
         except FileExistsError:
             if not Path(job.output).is_dir():
@@ -45,7 +45,7 @@ def create(job: Job) -> Path:
 
 
 def write_job(folder: Path, job: Job, overrides: Sequence[str]) -> None:
-    """Write job.toml: the resolved job, below a line with the overrides that the run was begun with. Raises OSError."""
+    """Write job.toml: the resolved job, below a line with the overrides that the run began with. Raises OSError."""
     beside = folder / f".{JOB}.part"
     changed = f"# changed since, see {HISTORY}\n" if (folder / HISTORY).exists() else ""
     first = f"# {title(job.name, overrides)}\n" if overrides else ""
@@ -54,18 +54,18 @@ def write_job(folder: Path, job: Job, overrides: Sequence[str]) -> None:
 
 
 def title(name: str, overrides: Sequence[str]) -> str:
-    """A job's name with what was overridden in it: "digits with optimizer.lr=0.3, seed=4"."""
+    """A job's name with its overrides: "digits with optimizer.lr=0.3, seed=4"."""
     return f"{name} with {', '.join(map(shown, overrides))}" if overrides else name
 
 
 def discard(folder: Path | None) -> None:
-    """Remove a run folder that was made for a run that could not begin."""
+    """Remove the folder of a run that could not begin."""
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """Raises CheckpointError if there is none."""
+    """The newest checkpoint of a run folder. Raises CheckpointError if there is none."""
     found = list_checkpoints(folder)
     if not found:
         raise CheckpointError(f"{folder} has no checkpoint to resume from; train without --resume")
@@ -75,14 +75,14 @@ def newest_checkpoint(folder: Path) -> Path:
 def metrics_row(
     step: int, samples: int, epoch: float, seconds: float, split: str, measured: dict[str, float]
 ) -> dict[str, str]:
-    """One row of metrics.csv, by column; `measured`: loss, metric, and more of the run's own, the same in every row. An
-    evaluation without a loss has an empty cell."""
+    """One row of metrics.csv, by column. `measured`: loss, metric, and the run's other values, the same ones in every
+    row. An evaluation without a loss has an empty cell."""
     place = {"step": str(step), "samples": str(samples), "epoch": f"{epoch:.4f}", "seconds": f"{seconds:.3f}"}
     return {**place, "split": split, "loss": "", **{name: f"{value:.6g}" for name, value in measured.items()}}
 
 
 def append_metrics(folder: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Rows of metrics.csv, all or none. Raises OSError."""
+    """Append rows to metrics.csv, all or none. Raises OSError."""
     path = folder / METRICS
     before = path.stat().st_size if path.exists() else 0
     head = [] if before else [list(rows[0])]
@@ -91,13 +91,13 @@ def append_metrics(folder: Path, rows: Sequence[Mapping[str, str]]) -> None:
             csv.writer(file).writerows([*head, *(row.values() for row in rows)])
     except OSError:
         with suppress(OSError):
-            os.truncate(path, before)  # half a row is none
+            os.truncate(path, before)  # remove a partial row
         raise
 
 
 def forget_metrics(folder: Path, samples: int, owed: bool = False) -> None:
-    """Take out the rows of metrics.csv from after `samples`, where a resumed run begins anew; with `owed` also those
-    at it, which will be made there once more."""
+    """Remove the rows of metrics.csv after `samples`, where a resumed run continues; with `owed` also those at
+    `samples`, because the run will write them again."""
     path = folder / METRICS
     if not path.exists():
         return
@@ -114,8 +114,8 @@ def forget_metrics(folder: Path, samples: int, owed: bool = False) -> None:
 
 @dataclass
 class PhaseSummary:
-    """What became of a phase; `seconds` without evaluation and checkpoints, which took `pauses` seconds; `steps`:
-    rounds, or where workers do not step together, updates; `dropped`: gradients that came late."""
+    """The summary of a phase. `seconds`: without evaluations and checkpoints, which took `pauses` seconds; `steps`:
+    rounds, or updates if workers do not step together; `dropped`: gradients that arrived too late."""
 
     index: int
     strategy: str
@@ -141,7 +141,7 @@ class PhaseSummary:
 
 
 def table(summaries: list[PhaseSummary]) -> str:
-    """The short table at the end of a run."""
+    """The summary table at the end of a run."""
     rows = [["phase", "strategy", "steps", "samples", "seconds", "samples/s", "paused s", "loss"]]
     rows += [summary.row() for summary in summaries]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -150,13 +150,13 @@ def table(summaries: list[PhaseSummary]) -> str:
 
 
 def name_of(spec: StrategySpec) -> str:
-    """A strategy with its mode, where it has one: "parameter_server (async)"."""
+    """A strategy's name, with its mode if it has one: "parameter_server (async)"."""
     mode = getattr(spec.options, "mode", None)
     return f"{spec.name} ({mode})" if mode else spec.name
 
 
 def describe_roles(roles: Roles) -> str:
-    """How many ranks work and serve: "3 workers, 1 server"."""
+    """The number of workers and servers: "3 workers, 1 server"."""
     counts = [(len(roles.workers), "worker"), (len(roles.servers), "server")]
     beside = " beside workers" if set(roles.servers) & set(roles.workers) else ""
     return ", ".join(f"{n} {word}{'s' * (n > 1)}" for n, word in counts if n) + beside
@@ -164,9 +164,9 @@ def describe_roles(roles: Roles) -> str:
 
 @dataclass
 class Narrator:
-    """Tells how the run goes: a line every few seconds; on a terminal the line is redrawn.
+    """Reports progress: one line every few seconds; on a terminal the line is redrawn.
 
-    Where it cannot be written, on a full disk or to a pipe that nobody reads, stderr says so once, and the run goes on.
+    If a line cannot be written (full disk, closed pipe), this is reported once on stderr and the run continues.
     """
 
     enabled: bool = True
@@ -176,10 +176,10 @@ class Narrator:
     _open: bool = False
 
     def __post_init__(self) -> None:
-        self.enabled = self.enabled and self.out is not None  # it is where standard output was closed
+        self.enabled = self.enabled and self.out is not None  # it is None if standard output was closed
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Write a permanent line."""
         if self.enabled:
             self._close_line()
             self._write(text + "\n")
@@ -192,10 +192,10 @@ class Narrator:
         return True
 
     def update(self, text: str) -> None:
-        """Show a progress line; ask `due` first."""
+        """Show a progress line; check `due` first."""
         if self._live:
             width = 80
-            with suppress(OSError):  # the terminal may have gone
+            with suppress(OSError):  # the terminal may be gone
                 width = os.get_terminal_size(self.out.fileno()).columns
             self._write("\r\x1b[K" + text[: width - 1])
             self._open = True
@@ -215,7 +215,7 @@ class Narrator:
         try:
             self.out.write(text)
             self.out.flush()
-        except (OSError, ValueError) as error:  # ValueError: it was closed
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
             self.enabled = self._open = False
             reason = getattr(error, "strerror", None) or error
             with suppress(OSError, ValueError):

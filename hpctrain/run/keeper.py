@@ -1,4 +1,4 @@
-"""What a run keeps: checkpoints, from which it goes on as if it had never stopped, and the final model."""
+"""Saves and restores a run: checkpoints, from which it continues as if it had never stopped, and the final model."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class Keeper:
 
     # -- checkpoints ---------------------------------------------------------------------------------------
     def save(self, phase: Phase, state: State | None, own_state: Own, account: dict[str, Any], cursor: int) -> None:
-        """Write a checkpoint: `state` as from Strategy.state, `own_state` as from Strategy.own, `account` plain values
-        of the session's.
+        """Write a checkpoint. `state`: from Strategy.state; `own_state`: from Strategy.own; `account`: the session's
+        plain values.
 
-        Collective over the phase's workers. If a file cannot be written a warning says so, and training goes on.
+        Collective over the phase's workers. If a file cannot be written, a warning is issued and training continues.
         """
         workers = phase.workers
         assert workers is not None
@@ -88,8 +88,8 @@ class Keeper:
             self.comm.recorder.event(CheckpointWritten(checkpoint_path(self.folder, cursor).name))
 
     def _save_own(self, phase: Phase, own: Own, cursor: int) -> tuple[list[dict[str, Any]], bool, str | None]:
-        """Every worker's plain numbers; whether workers have files of arrays; what went wrong with one. Collective over
-        the workers."""
+        """Save this worker's own arrays. Returns every worker's plain numbers, whether any worker has a file of arrays,
+        and the first error or None. Collective over the workers."""
         failure = None
         if own.arrays:
             try:
@@ -101,8 +101,8 @@ class Keeper:
         return [row[0] for row in rows], any(row[1] for row in rows), failures[0] if failures else None
 
     def _save_finite(self, checkpoint: Checkpoint, keep: int, failure: str | None) -> None:
-        """Nothing could go on from parameters that are not finite, and the file would displace one of use; nor from
-        one without a worker's arrays (`failure`)."""
+        """Save the checkpoint. Refuses parameters that are not finite, because no run could continue from them and the
+        file would displace a usable one, and a checkpoint that lacks a worker's arrays (`failure`)."""
         if failure is not None:
             raise CheckpointError(failure)
         if (name := self._not_finite()) is not None:
@@ -111,15 +111,15 @@ class Keeper:
         save_checkpoint(self.folder, checkpoint, keep)
 
     def _not_finite(self) -> str | None:
-        """The first parameter that is not."""
+        """The first parameter that is not finite, or None."""
         replica = self.prepared.replica
         if is_finite(replica.values):
             return None
         return replica.layout.slots[replica.layout.first_not_finite(replica.values) - 1].name
 
     def check_model(self) -> list[str]:
-        """The saved buffers that hold NaN, as batch norm's running statistics may after a bad batch. Raises NanError if
-        a parameter is not finite. Not collective."""
+        """The saved buffers that contain NaN, as batch norm's running statistics may after a bad batch. Raises NanError
+        if a parameter is not finite. Not collective."""
         if (name := self._not_finite()) is not None:
             raise NanError(
                 f"parameter {name} is not finite at the end of the run, so no model is saved; lower optimizer.lr, or "
@@ -129,11 +129,11 @@ class Keeper:
         return [name for name, buffer in buffers if buffer.is_floating_point() and bool(buffer.isnan().any())]
 
     def restore(self, optimizer: Literal["keep", "reset"] = "keep") -> tuple[dict[str, Any], State | None, Own]:
-        """Take up the newest checkpoint of the folder: (its head, state as from Strategy.state, own state as from
+        """Load the folder's newest checkpoint: (its head, state as from Strategy.state, own state as from
         Strategy.own). Collective.
 
-        `optimizer`: whether its state goes on, or begins anew. Raises CheckpointError, on all ranks, where the
-        checkpoint is not of this job's model, schedule, data or optimizer, or of another number of ranks.
+        `optimizer`: whether to keep its state or start with a fresh one. Raises CheckpointError, on all ranks, if the
+        checkpoint is for another model, schedule, data set, optimizer or number of ranks.
         """
         comm = self.comm
         checkpoint: Checkpoint | None = agreed(comm, lambda: self._load(optimizer) if comm.rank == 0 else None)
@@ -162,14 +162,14 @@ class Keeper:
         return head, checkpoint.state, own_state
 
     def _load_own(self, head: dict[str, Any], numbers: list[dict[str, Any]], files: bool) -> Own:
-        """This rank's own state, as a worker; with its arrays if there are `files` of them."""
+        """This rank's own state if it is a worker. `files`: whether to load its arrays from a file."""
         if self.comm.rank not in head["workers"]:
             return Own()
         worker = head["workers"].index(self.comm.rank)
         return Own(load_own(self.folder, head["cursor"], worker) if files else {}, numbers[worker])
 
     def _own(self) -> State:
-        """What is this worker's alone: buffers and random state."""
+        """This worker's own state: buffers and random state."""
         own = {"random": torch.get_rng_state()}
         if self.prepared.device.type == "cuda":
             own["random_gpu"] = torch.cuda.get_rng_state(self.prepared.device)
@@ -192,13 +192,13 @@ class Keeper:
         return found
 
     def _optimizer(self) -> dict[str, Any]:
-        """What a checkpoint says of the optimizer whose state it holds."""
+        """The description of the optimizer that is saved in a checkpoint."""
         choice, layout = self.prepared.optimizer, self.prepared.replica.layout
         moments = choice.moments(layout, self.prepared.device)
         return {"name": choice.cls.__name__, "elementwise": choice.elementwise, "moments": moments}
 
     def _fit_moments(self, checkpoint: Checkpoint) -> None:
-        """Refuse the state of another optimizer, or one that lacks what this one keeps; drop what it does not keep."""
+        """Refuse another optimizer's state, or state that lacks moments this one keeps; drop those it does not keep."""
         now, state = self._optimizer(), checkpoint.state
         then = checkpoint.progress.get("optimizer") or _guessed_optimizer(state, now)
         instead = (
@@ -227,7 +227,7 @@ class Keeper:
             state.optimizer.forget(but=set().union(*now["moments"]))
 
     def _wrapped_layout(self) -> Layout:
-        """The layout by the model's own names, which torch.compile changes."""
+        """The layout with the names that the model itself uses, which torch.compile changes."""
         layout = self.prepared.replica.layout
         own = {plain_name(name): name for name, _ in self.prepared.model.named_parameters()}
         return replace(layout, slots=tuple(replace(slot, name=own[slot.name]) for slot in layout.slots))
@@ -272,40 +272,40 @@ class Keeper:
 
     # -- the final model -----------------------------------------------------------------------------------
     def settle_model(self, phase: Phase) -> None:
-        """All ranks get the final model: the buffers that evaluation had for good; servers all of it. Collective."""
+        """Give all ranks the final model: workers get the final buffers, servers the whole model. Collective."""
         self.prepared.untrained.settle(phase.workers, self.comm)
         if len(phase.roles.workers) < self.comm.size:
             self.comm.broadcast(as_array(self.prepared.replica.values))
 
     def save_model(self) -> None:
-        """model.safetensors, from rank 0's model. Not collective."""
+        """Write model.safetensors from rank 0's model. Not collective."""
         if self.files is not None:
-            # One key: safetensors writes several in an order that changes, and equal runs shall give equal files.
+            # One key: safetensors writes several keys in varying order, and equal runs must give equal files.
             tensors, keys = _untied(plain_state(self.prepared.model)), {"format": "pt"}
             self.files.write_model(lambda folder: save_model(folder, tensors, keys))
 
 
 def packed(tensors: dict[str, Tensor]) -> State:
-    """To be sent by `send_state`: copies of the tensors' bytes, whatever their dtype."""
+    """Copies of the tensors' bytes, of any dtype, to be sent with `send_state`."""
     kinds = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
     arrays = {name: raw(t).copy() for name, t in tensors.items()}
     return State(0, 0, {"own": Section(named={"own": arrays})}, counters=kinds)
 
 
 def unpacked(piece: State) -> dict[str, Tensor]:
-    """The tensors that were packed."""
+    """The inverse of `packed`."""
     own = piece.section("own").named.get("own", {})
     return {name: from_raw(own[name], dtype, shape) for name, (dtype, shape) in piece.counters.items()}
 
 
 def _guessed_optimizer(state: State, now: dict[str, Any]) -> dict[str, Any]:
-    """Of a checkpoint that does not say it: by the moments in it. `now`: what this job's optimizer is."""
+    """The optimizer of a checkpoint that does not name it, guessed from its moments. `now`: this job's optimizer."""
     found, keeps = state.optimizer.keys(), set().union(*now["moments"])
     if found:
         now = {**now, "elementwise": not state.optimizer.named}
     if found <= keeps:
         return {**now, "moments": [sorted(found)] * len(now["moments"])}
-    if not now["elementwise"] and found & keeps:  # what such a one keeps may depend on the parameter's shape
+    if not now["elementwise"] and found & keeps:  # the moments of such an optimizer may depend on the parameter's shape
         return now
     return {**now, "name": f"an optimizer that keeps {', '.join(sorted(found))}"}
 

@@ -1,15 +1,15 @@
-"""The lock of a run folder: a file that says which process uses the folder, renewed while that process lives.
+"""The lock of a run folder: a file that names the process using the folder, renewed while that process lives.
 
-Locks of the operating system are not kept by every shared file system, so this needs only what NFS and Lustre keep:
-to link a file to a name that must not exist yet, and to rename one over another, happen at once or not at all.
+Not every shared file system supports operating system locks. This lock needs only what NFS and Lustre guarantee:
+linking a file to a name that must not exist yet, and renaming one file over another, are atomic.
 
-Whoever finds a lock whose holder is dead may take it over, and must be the only one to do so. To that end it first
-takes a second lock whose name is the dead one's token ("succession"); then it looks whether the dead lock is still
-there, renames its own over it, and lets the succession go. This is right because (1) the name of the succession can be
-held by one process at a time; (2) a lock is replaced by nobody but the holder of its succession, and a dead holder
-does nothing; so (3) what was seen after the succession was taken is still so when the rename happens. A latecomer
-that read the dead lock before finds another one when it looks again, and gives way. The succession is a lock like any
-other: if its holder dies in mid-takeover, it is itself taken over.
+A process that finds a lock whose holder is dead may take it over, and only one process may do so. It first takes a
+second lock, the succession, named by the dead lock's token. Then it checks that the dead lock is still there, renames
+its own over it, and releases the succession. This is correct because (1) only one process at a time can hold the
+succession; (2) only the holder of its succession replaces a lock, and a dead holder does nothing; so (3) what was read
+after taking the succession is still true at the rename. A latecomer that read the dead lock earlier finds another one
+when it checks again, and gives way. The succession is a lock like any other: if its holder dies during the takeover, it
+can be taken over, too.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from hpctrain.filenames import LOCK
 from hpctrain.launcher.facts import SLURM
 from hpctrain.run.identity import slurm_job
 
-BEAT = 10.0  # seconds between two signs of life
-NO_LINKS = frozenset([errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK])  # of a file system without them
-STALE = 60.0  # seconds without one after which a holder on another machine counts as dead
+BEAT = 10.0  # seconds between two renewals
+NO_LINKS = frozenset([errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK])  # raised without hard links
+STALE = 60.0  # seconds without renewal after which a holder on another machine counts as dead
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that holds a lock or tries to get it. `machine`: boot and PID namespace, "" if not known; `started`: in
-    the kernel's ticks, which distinguishes it from another process of the same PID; `since`: for people."""
+    """A process that holds a lock or tries to get it. `machine`: boot and PID namespace, "" if unknown. `started`: in
+    kernel ticks, which distinguishes it from another process with the same PID. `since`: for people."""
 
     token: str
     host: str
@@ -54,7 +54,7 @@ class Holder:
 
     @classmethod
     def here(cls, environment: Mapping[str, str]) -> Self:
-        """This process, with a token of its own."""
+        """This process, with a new token."""
         restarts = environment.get(SLURM.restarts, "")
         job = slurm_job(environment)
         return cls(
@@ -74,7 +74,7 @@ class Holder:
 
 
 class _Found(NamedTuple):
-    """A lock as it lies there. `holder`: None if it cannot be read; `token` is the lock's own also then."""
+    """A lock found on disk. `holder`: None if it cannot be read; `token` identifies the lock even then."""
 
     token: str
     holder: Holder | None
@@ -82,15 +82,15 @@ class _Found(NamedTuple):
 
 
 class Lock:
-    """A run folder that this process uses. Let it go by `release`; the process's end does so too, where it can."""
+    """A run folder that this process uses. `release` frees it; so does the end of the process, if it can."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        """Take it. Raises RunInUseError while another process uses the folder, CheckpointError if none can be made."""
+        """Lock the folder. Raises RunInUseError if another process uses it, CheckpointError if no lock can be made."""
         self.path = folder / LOCK
         self.holder = Holder.here(environment)
         own = _beside(self.path, f"wanted-{self.holder.token}")
         try:
-            own.write_text(json.dumps(asdict(self.holder)))  # whole before it bears its name
+            own.write_text(json.dumps(asdict(self.holder)))  # complete before it gets its final name
             _take(self.path, own, self.holder)
         except OSError as error:
             raise CheckpointError(
@@ -105,8 +105,8 @@ class Lock:
         atexit.register(self.release)
 
     def release(self) -> None:
-        """Let the folder go; harmless if that is done already, or if another process has it by now."""
-        if self._released.is_set() or os.getpid() != self.holder.pid:  # not by a forked child
+        """Release the folder. Does nothing if already released, or if another process now holds it."""
+        if self._released.is_set() or os.getpid() != self.holder.pid:  # a forked child must not release it
             return
         self._released.set()
         self._thread.join(timeout=BEAT)
@@ -116,8 +116,8 @@ class Lock:
                 self.path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raise RunInUseError if another process has taken the folder over, which it does when this one stood still for
-        long (suspended, its file system gone)."""
+        """Raise RunInUseError if another process has taken over the folder. It does so if this process stood still for
+        long (suspended, file system unavailable)."""
         found = None
         with contextlib.suppress(OSError):
             found = _read(self.path)
@@ -139,10 +139,10 @@ class Lock:
 
 
 def _take(path: Path, own: Path, me: Holder) -> None:
-    """Make `own`, which names `me`, the lock at `path`. Raises RunInUseError if somebody lives who has it."""
+    """Make `own`, which names `me`, the lock at `path`. Raises RunInUseError if a live process holds it."""
     while not _link(own, path):
         found = _read(path)
-        if found is None:  # let go meanwhile
+        if found is None:  # released in the meantime
             continue
         if not _is_dead(found, me, path.parent):
             raise RunInUseError(
@@ -165,16 +165,16 @@ def _beside(path: Path, what: str) -> Path:
 
 
 def _link(own: Path, path: Path) -> bool:
-    """Give `own` the further name `path`; False if that exists."""
+    """Link `own` to the name `path`, too; False if that exists."""
     try:
         os.link(own, path)
         return True
     except FileExistsError:
-        return _same(own, path)  # NFS may repeat a request whose answer was lost
+        return _same(own, path)  # NFS may repeat a request whose reply was lost
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        try:  # made there, empty for a moment
+        try:  # created in place, and empty for a moment
             with open(path, "x") as file:
                 file.write(own.read_text())
             return True
@@ -197,7 +197,7 @@ def _put(own: Path, path: Path) -> None:
 
 
 def _read(path: Path) -> _Found | None:
-    """The lock that lies there now, or None. Opened anew, so that NFS asks its server. Raises OSError."""
+    """The current lock at `path`, or None. Reopens the file, so that NFS asks its server. Raises OSError."""
     try:
         with open(path, "rb") as file:
             status, text = os.fstat(file.fileno()), file.read()
@@ -211,7 +211,7 @@ def _read(path: Path) -> _Found | None:
 
 
 def _parsed(text: bytes) -> Holder | None:
-    """Whom a lock names; None where it is cut short, or no lock of ours."""
+    """The holder that a lock file names; None if it is truncated or not one of ours."""
     try:
         holder = Holder(**json.loads(text))
     except (ValueError, TypeError, RecursionError):
@@ -221,7 +221,7 @@ def _parsed(text: bytes) -> Holder | None:
 
 
 def _is_dead(found: _Found, me: Holder, folder: Path) -> bool:
-    """Whether that lock's holder is known to live no more."""
+    """Whether the lock's holder is known to be dead."""
     holder = found.holder
     if holder is not None and _ended_by_slurm(holder, me):
         return True
@@ -231,12 +231,12 @@ def _is_dead(found: _Found, me: Holder, folder: Path) -> bool:
 
 
 def _ended_by_slurm(holder: Holder, me: Holder) -> bool:
-    """Slurm has ended all processes of a job before it starts it again."""
+    """Whether Slurm has ended the holder: it ends all processes of a job before restarting it."""
     return bool(me.slurm_job) and holder.slurm_job == me.slurm_job and holder.restarts < me.restarts
 
 
 def _now(folder: Path) -> float:
-    """The time by the clock of the file system, which need not be this machine's."""
+    """The time by the file system's clock, which may differ from this machine's."""
     probe = _beside(folder / LOCK, f"clock-{uuid.uuid4().hex}")
     try:
         with open(probe, "wb") as file:
@@ -246,20 +246,19 @@ def _now(folder: Path) -> float:
 
 
 def _lives(pid: int, started: int) -> bool:
-    """Whether the process of this machine that was started then is still there."""
+    """Whether the process with that PID and start time still runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's, whose /proc may be hidden
+    except PermissionError:  # another user's process, whose /proc may be hidden
         pass
     now = _started(pid)
     return now is None or now == started
 
 
 def _started(pid: int) -> int | None:
-    """When that process was started, in the kernel's ticks since boot; 0 for one that is dead and not yet waited for,
-    None if that is hidden."""
+    """When that process started, in kernel ticks since boot; 0 for a zombie, None if hidden."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
@@ -269,7 +268,7 @@ def _started(pid: int) -> int | None:
 
 
 def _machine() -> str:
-    """This boot of this machine, and within it the PID namespace (containers have their own); "" if not known."""
+    """The current boot of this machine and its PID namespace (containers have their own); "" if unknown."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"

@@ -1,4 +1,4 @@
-"""From a job to what every rank builds alike before the first phase: data, model, replica, optimizer, clock."""
+"""Builds from a job what every rank needs before the first phase: data, model, replica, optimizer, clock."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 @dataclass
 class Measurable:
-    """What an evaluation needs of a job: data, model, loss and metric, and in what arithmetic and where."""
+    """The parts of a job that an evaluation needs: data, model, loss and metric, the arithmetic and the device."""
 
     job: Job
     device: torch.device
@@ -59,16 +59,16 @@ class Measurable:
 
     @cached_property
     def forward(self) -> Forward:
-        """How the standard loop calls model and loss."""
+        """Calls model and loss as the standard loop does."""
         return Forward(self.model, self.loss)
 
     def move(self, batch: Batch) -> Batch:
-        """The batch on the device, in dtypes that the job's precision and torch's losses go with; see `casts`."""
+        """The batch on the device, in dtypes that suit the job's precision and torch's losses; see `casts`."""
         inputs, targets = casts(DTYPES.get(self.job.train.precision, torch.float32))
         return Batch(move(batch.inputs, self.device, inputs), move(batch.targets, self.device, targets), batch.size)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The arithmetic that train.precision asks for."""
+        """A context with the arithmetic that train.precision selects."""
         if self.job.train.precision == "mixed_bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
@@ -76,8 +76,8 @@ class Measurable:
 
 @dataclass
 class Prepared(Measurable):
-    """The parts of a run, the same on all ranks. `roles[i]`: of phase i; `batch`: samples per worker and round;
-    `coupling`: what couples the workers' models within a step."""
+    """The parts of a run, the same on all ranks. `roles[i]`: the roles of phase i; `batch`: samples per worker and
+    round; `coupling`: couples the workers' models within a step."""
 
     order: Order
     replica: Replica
@@ -90,7 +90,7 @@ class Prepared(Measurable):
     coupling: Coupling
 
     def notes(self) -> Iterator[str]:
-        """What the user should know before the run begins, though nothing is wrong: a sentence each."""
+        """Notes for the user before the run begins, one sentence each; none of them is an error."""
         if isinstance(self.course, SteppedCourse) and self.job.optimizer.schedule.unit is None:
             yield (
                 f"optimizer.schedule is stepped after every {'epoch' if self.course.by_epoch else 'round'}; "
@@ -105,28 +105,28 @@ class Prepared(Measurable):
                 )
 
     def clock(self, phase: int) -> RunClock:
-        """The units of that phase."""
+        """The clock of that phase, which converts between units."""
         return RunClock(self.epoch, self.batch * len(self.roles[phase].workers), self.total)
 
     @property
     def epoch(self) -> int:
-        """Samples per epoch (of a stream of unknown length: of the whole run)."""
+        """Samples per epoch; for a stream of unknown length, samples in the whole run."""
         return self.order.length or self.total
 
     def strategy(self, phase: int) -> Strategy:
-        """The worker half for that phase, fresh."""
+        """A new worker half of that phase's strategy."""
         spec = self.job.schedule[phase].strategy
         made: Strategy = spec.resolve()(spec.options)
         return made
 
     def later_bytes(self, phase: int, rank: int) -> int:
-        """How much memory this rank allocates, roughly, for the most demanding of the phases after that one."""
+        """The approximate memory in bytes that the most demanding later phase allocates on this rank."""
         later = zip(self.job.schedule[phase + 1 :], self.roles[phase + 1 :], strict=True)
         sizes = [spec.strategy.resolve().fills(spec.strategy.options, roles, rank) for spec, roles in later]
         return int(max(sizes, default=0.0) * self.replica.layout.length * self.replica.layout.dtype.itemsize)
 
     def conductor(self, phase: int, start: int, tell: Callable[[Event], None]) -> Conductor:
-        """What decides in that phase, which began at the cursor `start`; `tell` gets what its rule computes."""
+        """The conductor of that phase, which began at the cursor `start`; `tell` receives the events of its rule."""
         clock, train = self.clock(phase), self.job.train
         evaluate_every, every = interval(clock, train.evaluate_every), train.checkpoint_every
         checkpoint_every = interval(clock, every) if every else 0
@@ -135,7 +135,7 @@ class Prepared(Measurable):
         return Conductor(self.total, evaluate_every, checkpoint_every, rule, tell=tell, higher_is_better=higher)
 
     def rule(self, phase: int, start: int) -> Rule | None:
-        """What ends that phase, which began at the cursor `start`; None: the end of the run."""
+        """The rule that ends that phase, which began at the cursor `start`; None: it lasts until the end of the run."""
         until = self.job.schedule[phase].until
         made: Rule | None = until.resolve()(until.options, self.clock(phase), start) if until is not None else None
         return made
@@ -149,14 +149,14 @@ class Prepared(Measurable):
 
     @property
     def ahead(self) -> int:
-        """How many stretches of samples a worker gets in advance: one for each thread that
-        fetches, but few, since all that were dealt are finished before an evaluation or the end of a phase."""
+        """How many stretches of samples a worker gets in advance: one per fetching thread, but few, since all samples
+        dealt are finished before an evaluation or the end of a phase."""
         data = self.job.data
         fetches = fetches_ahead(self.splits.train, data.threads, data.prefetch, data.augment)
         return min(data.threads, data.prefetch, MOST_AHEAD) if fetches else 0
 
     def loader(self, phase: int, threads: int | None = None, workers: Communicator | None = None) -> Loader:
-        """Fetches this rank's training batches. `workers`: those of the phase."""
+        """A loader of this rank's training batches. `workers`: the phase's workers."""
         data = self.job.data
         augment = [registry.resolve("augmentation", name) for name in data.augment]
         return Loader(
@@ -171,9 +171,9 @@ class Prepared(Measurable):
 
 
 def prepare_evaluation(job: Job, comm: Communicator) -> Measurable:
-    """Build what an evaluation needs, whatever schedule the job has. Not collective; as `prepare` in what it raises."""
+    """Build what an evaluation needs, for any schedule. Not collective; raises the same errors as `prepare`."""
     device = _device(job, comm)
-    seed_run(job.seed, device)  # whatever draws as it builds data or model draws alike on all ranks
+    seed_run(job.seed, device)  # so that code that draws while building data or model draws the same on all ranks
     splits = load_data(job)
     model = _model(job, device)
     loss = losses.bind(job.loss, device)
@@ -181,7 +181,7 @@ def prepare_evaluation(job: Job, comm: Communicator) -> Measurable:
 
 
 def prepare(job: Job, comm: Communicator) -> Prepared:
-    """Build everything. Not collective, but done by all ranks alike; raises HpctrainErrors of every kind."""
+    """Build everything. Not collective, but all ranks do the same. Raises HpctrainErrors of every kind."""
     roles = roles_of(job, comm.nodes)
     parts = prepare_evaluation(job, comm)
     device, splits, model = parts.device, parts.splits, parts.model
@@ -220,7 +220,7 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
 
 
 def _check_strategies(job: Job, optimizer: OptimizerChoice) -> None:
-    """Refuse strategies that do not suit the model's and the optimizer's keys."""
+    """Refuse strategies that do not fit the options of the model and the optimizer."""
     if len(job.schedule) > 1:
         optimizer.check_movable()
     for spec in [phase.strategy for phase in job.schedule]:
@@ -252,7 +252,7 @@ def _check_schedule(prepared: Prepared) -> None:
 
 
 def _evaluates(prepared: Prepared, phase: int) -> bool:
-    """Whether there are evaluations before the end of the run."""
+    """Whether there is an evaluation before the end of the run."""
     every = interval(prepared.clock(phase), prepared.job.train.evaluate_every)
     first = every if isinstance(every, int) else every.next(0)
     splits = prepared.splits
@@ -266,7 +266,7 @@ def _device(job: Job, comm: Communicator) -> torch.device:
     device = torch.device(device_for(job.device, comm.local_rank, gpus))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if comm.concurrent:  # virtual ranks share one process, whose owner chooses
+    if comm.concurrent:  # virtual ranks share one process, whose owner sets the number of threads
         torch.set_num_threads(threads_for(comm.cores, job.threads))
     return device
 

@@ -1,4 +1,4 @@
-"""A run for the loop that trains: its batches and steps, and the walk through its phases."""
+"""A run as the training loop sees it: batches and steps, phase after phase."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hpctrain.run.work import Work
 from hpctrain.strategies.phase import Phase
 from hpctrain.trace.events import PhaseSwitch
 
-LEAVING = GeneratorExit, SystemExit, KeyboardInterrupt  # with which a program ends that has not failed
+LEAVING = GeneratorExit, SystemExit, KeyboardInterrupt  # raised when a program ends without having failed
 
 
 class Session:
@@ -37,14 +37,14 @@ class Session:
         self._entrance = Entrance(run)
         self._phase: Phase | None = None
         self._work: Work | None = None  # while this rank is a worker
-        self._phase_over = run.totals.ending is not Ending.NOTHING  # the phase that is resumed had ended
+        self._phase_over = run.totals.ending is not Ending.NOTHING  # the phase being resumed had already ended
         self._begun = self._over = False
         self._result: Result | None = None
 
-    # -- what a user's loop uses -----------------------------------------------------------------------------
+    # -- used by a user's loop ---------------------------------------------------------------------------------
     @property
     def job(self) -> Job:
-        """What is run."""
+        """The job being run."""
         return self.run.job
 
     @property
@@ -59,7 +59,7 @@ class Session:
 
     @property
     def totals(self) -> Totals:
-        """Where the run stands: `cursor` (samples), `step`, `phase`. Read only."""
+        """The progress of the run: `cursor` (samples), `step`, `phase`. Read only."""
         return self.run.totals
 
     @property
@@ -69,7 +69,7 @@ class Session:
 
     @property
     def model(self) -> nn.Module:
-        """The model, its parameters in the arena."""
+        """The model; its parameters are in the arena."""
         return self.prepared.model
 
     @property
@@ -79,34 +79,34 @@ class Session:
 
     @property
     def loss(self) -> Callable[..., Tensor]:
-        """The job's loss of (outputs, targets). Of torch's cross entropy and negative log likelihood it knows which
-        targets count: give what it returns to `step` as it is, or give a pair (sum, weight)."""
+        """The job's loss of (outputs, targets). For torch's cross entropy and negative log likelihood it accounts for
+        targets that do not count: pass its result to `step` unchanged, or pass a pair (sum, weight)."""
         return self.prepared.loss
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The arithmetic that train.precision asks for; put the forward pass in it."""
+        """A context with the arithmetic that train.precision selects; run the forward pass in it."""
         return self.prepared.autocast()
 
     @property
     def result(self) -> Result:
-        """What the run gave; once the session has ended."""
+        """The result of the run, once the session has ended."""
         if self._result is None:
             where = f" (left at sample {self.totals.cursor:,})" if self.totals.left else ""
             raise HpctrainError(f"the session has no result: its batches() were not run to the end{where}")
         return self._result
 
     def step(self, loss: Tensor | tuple[Tensor, Any]) -> None:
-        """Backward of the last batch's `loss`, and after a round's last batch the strategy's step.
+        """Run backward for the last batch's `loss`, and after a round's last batch the strategy's step.
 
-        `loss`: a scalar, the mean over the batch's samples (or what `loss` of this session returned), or a pair (sum,
-        weight): the mean of the round is then the sum of its sums over the sum of its weights.
+        `loss`: a scalar, the mean over the batch's samples (or the result of this session's `loss`), or a pair (sum,
+        weight): the mean of the round is then the total of its sums over the total of its weights.
         """
         if self._work is None:
             raise HpctrainError("step(loss) was called outside of batches()")
         self._work.step(loss)
 
     def batches(self) -> Iterator[Batch]:
-        """This rank's batches, phase after phase, while it is a worker; serving in between. Collective."""
+        """This rank's batches, phase after phase, while it is a worker; serves in between. Collective."""
         if self._begun:
             raise HpctrainError("batches() was called twice; a session is one run: open another one")
         self._begun = True
@@ -115,7 +115,7 @@ class Session:
 
     # -- phases ----------------------------------------------------------------------------------------------
     def _course(self) -> Iterator[Batch]:
-        """Phase after phase, from the one that is entered next."""
+        """Run the phases, starting with the next one to enter."""
         going = True
         while going:
             self._phase = phase = self._entrance.enter()
@@ -130,16 +130,16 @@ class Session:
         if self._phase_over:
             work.end()
         yield from work.batches()
-        if self._over:  # left, and a batch asked for after all
+        if self._over:  # the loop was left, but another batch was requested
             raise HpctrainError("batches() was asked for a batch after its session had ended")
         self._leave(work)
 
     def _leave(self, work: Work) -> None:
         work.leave()
-        self._work = None  # and its memory, which the next phase may need
+        self._work = None  # frees its memory, which the next phase may need
 
     def _conclude(self, phase: Phase) -> bool:
-        """What follows a phase. True if that is another. Collective over all ranks."""
+        """Conclude a phase. True if another phase follows. Collective over all ranks."""
         if self._next_phase(phase):
             if self.prepared.pace(self.totals.phase, self.totals.phase_start).resets:
                 self.run.state = None
@@ -148,13 +148,13 @@ class Session:
         return False
 
     def _next_phase(self, phase: Phase) -> bool:
-        """Whether another phase follows. Collective over all ranks; rank 0, always a worker, knows."""
+        """Whether another phase follows. Collective over all ranks; rank 0, always a worker, decides."""
         self._phase_over, totals = False, self.totals
         account = totals.plain(newest=1) if self.comm.rank == 0 else None
         told = self.comm.gather_json([totals.step, totals.interrupted, totals.left, account])
         _, totals.interrupted, totals.left, account = told[0]
         totals.take(account)
-        totals.step = max(row[0] for row in told)  # where workers do not step together, some took more
+        totals.step = max(row[0] for row in told)  # if workers do not step together, some took more steps
         if totals.left or totals.interrupted or totals.ending is not Ending.PHASE:
             return False
         if phase.index + 1 >= len(self.job.schedule):
@@ -180,8 +180,8 @@ class Session:
                 raise
 
     def _depart(self, error: BaseException | None) -> None:
-        """This rank's program leaves before the run has ended. If all do, the run ends here; else raises LeftError.
-        Collective, with what those do who go on."""
+        """This rank's program leaves before the run has ended. If all programs do, the run ends here; otherwise raises
+        LeftError. Collective, with whatever the ranks that continue do."""
         phase, work = self._phase, self._work
         if not self._begun:
             leaving.agree_to_begin(self.comm, leaving.words(error))
@@ -189,7 +189,7 @@ class Session:
             return
         if phase is None or work is None or work.inside or isinstance(error, KeyboardInterrupt):
             self._over = True
-            if self.comm.size > 1:  # within what all take part in nobody can leave together with others
+            if self.comm.size > 1:  # within a collective operation, ranks cannot leave together
                 where = (
                     f"in step {self.totals.step}, where the others wait for it; leave it between steps, on all ranks"
                 )
@@ -199,13 +199,13 @@ class Session:
             work.withdraw(error)
         self._leave(work)
         del work
-        if self._conclude(phase):  # the loop was left where the phase had ended
+        if self._conclude(phase):  # the loop was left at the end of the phase
             for _ in self._course():
                 self._depart(error)
                 return
 
     def _finish(self, phase: Phase) -> None:
-        """Save the model, test, tell. Collective over all ranks. Raises UnwrittenError if files are missing."""
+        """Save the model, test it and report. Collective over all ranks. Raises UnwrittenError if files are missing."""
         ended = finish.end(self.run, phase, self._entrance)
         self._over = True
         self._result = ended.result

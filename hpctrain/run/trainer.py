@@ -21,17 +21,17 @@ from hpctrain.replica.coupling import Coupling
 from hpctrain.strategies.base import Outcome, Strategy
 from hpctrain.strategies.phase import Phase
 
-INSPECTED = 2**14  # elements of a gradient, or of a bucket of it, that every step looks at before it is exchanged
+INSPECTED = 2**14  # elements of a gradient, or of a bucket of it, that every step checks before the exchange
 
 
 @dataclass
 class Trainer:
-    """Built per phase on every worker: its step's micro-batches come from `batches`, their losses go to `step`.
+    """Runs the steps of one phase on a worker: micro-batches come from `batches`, their losses go to `step`.
 
-    `coupling`: what couples the workers' models. `warn` is called with what the user should know of, a sentence.
-    `slow`: how many times slower this rank is to pretend to be. `check_gradient`: look at every element of the
-    gradient. `steps`: how many have been taken in the run. `inside`: a step is being taken, which the other workers
-    take part in; else the program may leave. `samples`: this worker's, of the step in progress.
+    `coupling`: couples the workers' models. `warn`: called with a sentence for the user. `slow`: factor by which this
+    rank pretends to be slower. `check_gradient`: check every element of the gradient. `steps`: steps taken in the run.
+    `inside`: whether a step that the other workers take part in is in progress; otherwise the program may leave.
+    `samples`: this worker's samples in the current step.
     """
 
     phase: Phase
@@ -62,12 +62,11 @@ class Trainer:
 
     @property
     def loss(self) -> float:
-        """The mean loss of this worker's samples in the step in progress, or the one just taken; 0 without samples."""
+        """The mean loss of this worker's samples in the current or latest step; 0 without samples."""
         return self._loss / self._weight if self._weight else 0.0
 
     def batches(self) -> Iterator[Batch]:
-        """This worker's micro-batches of the next step; `step` must be called once for each. There may be none: then
-        call `finish`."""
+        """This worker's micro-batches of the next step. Call `step` once for each; if there are none, call `finish`."""
         pieces, following, own = self._next_step()
         self.inside = True
         self.strategy.before()
@@ -82,8 +81,8 @@ class Trainer:
                 raise HpctrainError("step(loss) was not called for the last batch; call it once per batch")
 
     def step(self, loss: Tensor | tuple[Tensor, Any]) -> Outcome | None:
-        """Backward of a micro-batch's loss, a mean or (sum, weight); after a round's last one the strategy's step, of
-        which the outcome is returned; else None."""
+        """Run backward for a micro-batch's loss, given as a mean or (sum, weight). After the last one, run the
+        strategy's step and return its outcome; otherwise return None."""
         batch, self._batch = self._batch, None
         if batch is None:
             raise HpctrainError("step(loss) was called without a batch; call it once for each of batches()")
@@ -108,7 +107,7 @@ class Trainer:
         return outcome
 
     def finish(self) -> Outcome:
-        """The strategy's step, once this worker's gradient is complete. Collective over the workers."""
+        """Run the strategy's step, once this worker's gradient is complete. Collective over the workers."""
         self.inside = True
         phase = self.phase
         phase.replica.check()
@@ -127,8 +126,8 @@ class Trainer:
         return outcome
 
     def withdraw(self) -> Ask:
-        """The program has left the loop: give up the batch in progress, and say so where the others take their next
-        step or leave as well. What is asked of all of them then."""
+        """The program has left the loop: drop the batch in progress, and report it at the others' next step, or with
+        those that leave as well. Returns what is asked of all workers then."""
         phase, self.inside = self.phase, True
         if self._batch is not None:
             self._forward.__exit__(None, None, None)
@@ -141,13 +140,13 @@ class Trainer:
         return self.strategy.withdraw()
 
     def close(self) -> None:
-        """No step follows in this phase: take the hooks off the model. Harmless if that is done."""
+        """Remove the hooks from the model after the phase's last step. Does nothing if already closed."""
         if self._buckets is not None:
             self._buckets.remove()
             self._buckets = None
 
     def _next_step(self) -> tuple[list[Stretch], list[Stretch], int]:
-        """(micro-batches of the next step, those after it as far as one can tell, how many of the first count)."""
+        """(micro-batches of the next step, those after it as far as known, how many of the first count)."""
         slices = self.strategy.slices()
         if slices is None:
             return self._next_round()
@@ -168,8 +167,8 @@ class Trainer:
         return [(a, min(stop, a + self.batch_size)) for a in range(start, stop, self.batch_size)]
 
     def _borrowed(self, bounds: list[int], own: int) -> list[Stretch]:
-        """Micro-batches that count nothing, for what couples the models: of the round's last sample. (Their batches are
-        of size 0.)"""
+        """Micro-batches that do not count, for models that are coupled: copies of the round's last sample. (Their
+        batches have size 0.)"""
         return [(bounds[-1] - 1, bounds[-1])] * self.coupling.idle(bounds, self.batch_size, own)
 
     def _take(self, start: int, stop: int, ahead: list[Stretch], counts: bool) -> Batch:
@@ -186,7 +185,7 @@ class Trainer:
         return batch
 
     def _dawdle(self) -> None:
-        """Pretend to compute more slowly; the trace is to show it as computation. (`span` would cost virtual time.)"""
+        """Pretend to compute more slowly; the trace must show it as computation. (`span` would cost virtual time.)"""
         if self.slow > 1.0:
             comm = self.phase.comm
             took = (comm.now() - self._started) / 1e9
@@ -195,19 +194,19 @@ class Trainer:
             comm.recorder.close(comm.now())
 
     def _send(self, low: int, high: int) -> None:
-        """A stretch of the gradient is final: it is inspected before others' gradients are added to it."""
+        """A stretch of the gradient is final: inspect it before other workers' gradients are added."""
         self._inspect(low, high)
         self.strategy.ready(low, high)
 
     def _inspect(self, low: int, high: int) -> None:
-        """Note a parameter whose gradient is not finite. With nan = "stop" the strategy looks at every element that it
-        has just summed, where that costs little, and then names the rank if it can; so here a part is enough."""
+        """Record a parameter whose gradient is not finite. A part is enough here: with nan = "stop" the strategy checks
+        every element that it has just summed, where that is cheap, and then names the rank if it can."""
         part = self.phase.replica.gradient[low : high if self.check_gradient else min(high, low + INSPECTED)]
         if not self.phase.step.bad and not is_finite(part):
             self.phase.step.bad = self.phase.replica.layout.first_not_finite(part, low)
 
     def _tell_unused(self) -> None:
-        """Once per phase: what is left alone because no loss depends on it."""
+        """Warn once per phase about parameters that are not updated because no loss depends on them."""
         replica = self.phase.replica
         used = replica.used()
         if used is not None:
@@ -218,7 +217,7 @@ class Trainer:
             )
 
     def _find_foreign(self, loss: Tensor) -> None:
-        """Warn of parameters that the loss depends on and nobody trains: those of modules that are not the model's."""
+        """Warn about parameters that the loss depends on but that are in no module of the model, so are not trained."""
         shapes = self.phase.replica.foreign_parameters(loss)
         if shapes:
             self.warn(
@@ -228,7 +227,7 @@ class Trainer:
 
 
 def some_of(parameters: list[str], most: int = 3) -> str:
-    """A few of them, for a sentence: "parameters a, b and 4 more"."""
+    """The first few parameters, for a sentence: "parameters a, b and 4 more"."""
     rest = len(parameters) - most
     more = f" and {rest} more" if rest > 0 else ""
     return f"parameter{'s' * (len(parameters) > 1)} {', '.join(parameters[:most])}{more}"

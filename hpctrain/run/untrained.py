@@ -1,7 +1,7 @@
-"""What of a model is not trained: frozen parameters and buffers, which no strategy sees.
+"""The parts of a model that are not trained: frozen parameters and buffers. Strategies do not see them.
 
-All ranks begin with rank 0's. From then on each worker's buffers are its own (its running means); evaluation and the
-saved model take them as `train.buffers` says.
+All ranks start with rank 0's. After that each worker has its own buffers (its running means); `train.buffers` says
+which ones evaluation and the saved model use.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from hpctrain.models.wrappers import named_parameters, plain_name
 from hpctrain.text import shown
 
 STATISTICS = ("running_mean", "running_var")
-OTHERS = "*"  # the pattern of all buffers that are no running statistics
-LONGEST = 2**30  # bytes in one message
+OTHERS = "*"  # the pattern for all buffers that are not running statistics
+LONGEST = 2**30  # maximum bytes in one message
 
 
 @dataclass(frozen=True)
 class TensorKind:
-    """What a tensor is, without its values. `pieces`: dtype and shape of the dense tensors that hold them."""
+    """A tensor's type, without its values. `pieces`: dtype and shape of the dense tensors that hold the values."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,22 +43,22 @@ class TensorKind:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorKind:
-        """Of that tensor."""
+        """The kind of `tensor`."""
         pieces = tuple((_name(piece.dtype), tuple(piece.shape)) for piece in _pieces(tensor))
         return cls(_name(tensor.dtype), tuple(tensor.shape), _name(tensor.layout), pieces)
 
     def fits(self, tensor: Tensor) -> bool:
-        """Whether such values can be copied into `tensor`."""
+        """Whether values of this kind can be copied into `tensor`."""
         return (self.dtype, self.shape, self.layout) == (_name(tensor.dtype), tuple(tensor.shape), _name(tensor.layout))
 
 
 class Untrained:
-    """Frozen parameters and buffers of `model`. `policies`: patterns of buffers' names and what becomes of those.
+    """Frozen parameters and buffers of `model`. `policies`: for patterns of buffer names, what to do with the buffers.
 
-    "mean": the mean over the workers (of values that have one; of others as with "rank0"), "rank0": rank 0's, "own":
-    each evaluates with its own, and rank 0's are saved. The first pattern that matches counts; "*" matches all that are
-    not running statistics of batch norm. Without one these are averaged, and all else is rank 0's. Raises ModelError
-    for a pattern that matches nothing.
+    "mean": the mean over the workers (for buffers that have one; otherwise as "rank0"). "rank0": rank 0's values.
+    "own": each worker evaluates with its own, and rank 0's are saved. The first matching pattern applies; "*" matches
+    all buffers that are not running statistics of batch norm. Without a matching pattern, running statistics are
+    averaged and all other buffers are rank 0's. Raises ModelError for a pattern that matches nothing.
     """
 
     def __init__(self, model: nn.Module, policies: Mapping[str, Policy] | None = None) -> None:
@@ -72,19 +72,19 @@ class Untrained:
                 known = shown(", ".join(names), 400) or "none"
                 raise ModelError(f'train.buffers: "{pattern}" matches no buffer of the model; it has {known}')
 
-    # -- which there are -----------------------------------------------------------------------------------
+    # -- which tensors -------------------------------------------------------------------------------------
     def frozen(self) -> dict[str, Tensor]:
-        """Parameters that were frozen from the beginning, by name."""
+        """Parameters that were frozen from the start, by name."""
         own = dict(named_parameters(self.model))
         return {name: own[name] for name in self._frozen}
 
     def buffers(self) -> dict[str, Tensor]:
-        """Those that are saved with the model, by name; each worker has its own."""
+        """Buffers that are saved with the model, by name; each worker has its own."""
         saved = self.model.state_dict(keep_vars=True)
         return {plain_name(name): b for name, b in self.model.named_buffers() if name in saved}
 
     def rest(self) -> dict[str, Tensor]:
-        """What no worker has of its own and no strategy sees: frozen parameters, and buffers that are not saved."""
+        """Tensors equal on all workers that no strategy sees: frozen parameters, and buffers that are not saved."""
         saved = self.buffers()
         return {**self.frozen(), **{name: b for name, b in self._all_buffers().items() if name not in saved}}
 
@@ -92,7 +92,7 @@ class Untrained:
         return {plain_name(name): buffer for name, buffer in self.model.named_buffers()}
 
     def policies(self) -> dict[str, Policy]:
-        """What evaluation and the saved model take of each saved buffer."""
+        """The policy of each saved buffer, for evaluation and the saved model."""
         norms = [path for path, module in self.model.named_modules() if _normalises(module)]
         statistics = {plain_name(_join(path, name)) for path in norms for name in STATISTICS}
         return {name: self._policy(name, name in statistics) for name in self.buffers()}
@@ -103,24 +103,25 @@ class Untrained:
                 return policy
         return "mean" if statistic else "rank0"
 
-    # -- rank 0's for others -------------------------------------------------------------------------------
+    # -- sharing rank 0's values ---------------------------------------------------------------------------
     def share(self, comm: Communicator, ranks: Iterable[int] | None = None) -> None:
-        """`ranks` (all, if left out) take rank 0's. Collective over `comm`; equal ones are not sent."""
+        """Give `ranks` (default: all) rank 0's tensors. Collective over `comm`; equal tensors are not sent."""
         tensors = {**self.frozen(), **self._all_buffers()}
         wanted = set(range(comm.size) if ranks is None else ranks)
         if wanted:
             _broadcast(comm, tensors, wanted, self.put)
 
     def has_place_for(self, name: str) -> bool:
-        """Whether there is the module that this parameter or buffer belongs to."""
+        """Whether the model has the module that this parameter or buffer belongs to."""
         path = name.rpartition(".")[0]
         paths = (plain_name(f"{other}.") for other, _ in self.model.named_modules(remove_duplicate=False) if other)
         return not path or f"{path}." in paths
 
     def put(self, name: str, value: Tensor) -> Callable[[], None]:
-        """Give that parameter or buffer a value; what is returned puts the old one back.
+        """Set a parameter or buffer; the function returned restores the old value.
 
-        A saved buffer of another shape is replaced; what is not saved keeps its shape, and then its values.
+        A saved buffer of another shape is replaced. A tensor that is not saved keeps its shape; if shapes differ, it
+        keeps its values too.
         """
         with torch.no_grad():
             old = self._find(name)
@@ -137,18 +138,18 @@ class Untrained:
     def _find(self, name: str) -> Tensor | None:
         path, _, last = name.rpartition(".")
         module = self._module(path)
-        own = module._buffers if last in module._buffers else module._parameters  # no dictionaries in scripted modules
+        own = module._buffers if last in module._buffers else module._parameters  # not a dict in scripted modules
         return own[last] if last in own else None  # noqa: SIM401
 
     def _places(self, name: str, buffer: Tensor | None) -> list[tuple[nn.Module, str]]:
-        """Under all names that it has: the module, and its name there."""
+        """The module and attribute name for every name that the buffer has."""
         if buffer is not None:
             return [(m, key) for m in self.model.modules() for key, b in m._buffers.items() if b is buffer]
         path, _, last = name.rpartition(".")
         return [(self._module(path), last)]
 
     def _module(self, path: str) -> nn.Module:
-        """By its plain name; inside what torch.compile made of it."""
+        """The module by its plain name; for one wrapped by torch.compile, the module inside."""
         module = self.model
         for part in path.split(".") if path else []:
             module = getattr(module, part)  # scripted modules have no get_submodule
@@ -156,17 +157,18 @@ class Untrained:
             module = module.get_submodule("_orig_mod")
         return module
 
-    # -- as they are evaluated and saved ---------------------------------------------------------------------
+    # -- evaluating and saving -----------------------------------------------------------------------------
     @contextmanager
     def agreed(self, comm: Communicator) -> Iterator[None]:
-        """Saved buffers are as their policies say, inside; put back after. Collective over the workers."""
+        """Apply the policies to the saved buffers inside the context; restore them afterwards. Collective over the
+        workers."""
         with ExitStack() as undo:
             for put_back in self._agree(comm):
                 undo.callback(put_back)
             yield
 
     def settle(self, workers: Communicator | None, comm: Communicator) -> None:
-        """For good, and the same on all ranks of `comm`. Collective."""
+        """Apply the policies permanently; all ranks of `comm` get the same values. Collective."""
         if workers is not None:
             for _ in self._agree(workers):
                 pass
@@ -189,7 +191,7 @@ class Untrained:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of their names, kinds and bytes."""
+    """A hash of the tensors' names, kinds and bytes."""
     return hashlib.sha256(json.dumps(_rows(tensors)).encode()).hexdigest()[:32]
 
 
@@ -198,7 +200,7 @@ def _has_mean(buffer: Tensor) -> bool:
 
 
 def _mean(comm: Communicator, buffer: Tensor) -> Tensor:
-    """Over the ranks, summed in float64. Collective."""
+    """The mean over the ranks, summed in float64. Collective."""
     real = torch.view_as_real(buffer.detach().resolve_conj()) if buffer.is_complex() else buffer.detach()
     sums = real.to("cpu", torch.float64).reshape(-1).numpy().copy()
     comm.all_reduce(sums)
@@ -209,7 +211,7 @@ def _mean(comm: Communicator, buffer: Tensor) -> Tensor:
 def _broadcast(
     comm: Communicator, tensors: Mapping[str, Tensor], ranks: set[int], put: Callable[[str, Tensor], Any]
 ) -> None:
-    """`put` rank 0's values on those of `ranks` whose own differ. Collective; where all are equal, one hash moves."""
+    """Call `put` with rank 0's values on those of `ranks` that differ. Collective; sends only a hash if none do."""
     rows = _rows(tensors)
     code = hashlib.sha256(json.dumps(rows).encode()).digest()[:8]
     table = comm.gather_rows(np.frombuffer(code, np.int64))
@@ -236,7 +238,7 @@ def _send_all(comm: Communicator, kind: TensorKind, pieces: list[NDArray[np.uint
 
 
 def _rows(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """By name: its kind and a hash of its bytes; plain, to be sent."""
+    """By name: the tensor's kind and a hash of its bytes, as plain values for sending."""
     rows = {}
     for name, tensor in tensors.items():
         code = hashlib.sha256()
@@ -254,7 +256,7 @@ def _kind(row: list[Any]) -> TensorKind:
 
 
 def _pieces(tensor: Tensor) -> list[Tensor]:
-    """The dense tensors that hold its values: itself, or those that a sparse one is made of."""
+    """The dense tensors that hold the values: the tensor itself, or the components of a sparse one."""
     tensor = tensor.detach()
     if tensor.layout is torch.strided:
         return [tensor]
@@ -277,15 +279,15 @@ def _put_together(kind: TensorKind, pieces: list[NDArray[np.uint8]]) -> Tensor:
 
 
 def raw(tensor: Tensor) -> NDArray[np.uint8]:
-    """Of a dense tensor of any dtype; its memory where it lies contiguous on the CPU."""
+    """The bytes of a dense tensor of any dtype; not copied if it is contiguous on the CPU."""
     whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     array: NDArray[np.uint8] = whole.reshape(-1).view(torch.uint8).numpy()
     return array
 
 
 def from_raw(array: NDArray[np.uint8], dtype: str, shape: Sequence[int]) -> Tensor:
-    """The tensor over those bytes."""
-    if not array.size:  # NumPy gives these a stride that torch cannot view
+    """A tensor over these bytes."""
+    if not array.size:  # NumPy gives empty arrays a stride that torch cannot view
         return torch.empty(tuple(shape), dtype=_dtype(dtype))
     return torch.from_numpy(array).view(_dtype(dtype)).view(tuple(shape))
 
@@ -301,7 +303,7 @@ def _copy(into: Tensor, values: Tensor) -> None:
 
 
 def _normalises(module: nn.Module) -> bool:
-    """Whether its buffers are running statistics; a scripted module only keeps the name of its class."""
+    """Whether its buffers are running statistics. A scripted module keeps only the name of its class."""
     scripted = str(getattr(module, "original_name", ""))
     return isinstance(module, _NormBase) or scripted.startswith(("BatchNorm", "SyncBatchNorm", "InstanceNorm"))
 

@@ -1,1 +1,1 @@
-"""One strategy, one file. `hpctrain.job.registry.STRATEGIES` lists them."""
+"""The strategies, one per file. `hpctrain.job.registry.STRATEGIES` lists them."""

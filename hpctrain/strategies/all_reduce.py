@@ -1,4 +1,4 @@
-"""All-reduce: every worker applies the same averaged gradient, in every step."""
+"""All-reduce: every worker applies the same averaged gradient in every step."""
 
 from __future__ import annotations
 

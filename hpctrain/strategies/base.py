@@ -1,4 +1,4 @@
-"""The contract between a strategy and the rest: how replicas agree, and who decides what.
+"""The contract between a strategy and the rest of hpctrain: how replicas agree, and who decides what.
 
 This file imports neither torch nor a communicator, so that a job can be checked before they are loaded.
 """
@@ -26,17 +26,17 @@ Result = Literal["applied", "dropped", "local", "skipped"]
 
 @dataclass(frozen=True)
 class Needs:
-    """What a strategy needs, before it joins."""
+    """A strategy's requirements, known before it joins."""
 
     parameters: Literal["node", "rank"] = "rank"  # node: works with parameters that exist once per node
-    lockstep: bool = True  # all workers take every step together, as train.sync_batchnorm needs it
+    lockstep: bool = True  # all workers take every step together, as train.sync_batchnorm requires
     queue: bool = False  # samples are dealt from a queue, not by rounds of all workers
 
 
 class Outcome(NamedTuple):
-    """What became of a step. `loss` and `samples` are of the whole round (all workers) where there is one;
-    `cursor` is the run's clock after it; `version` and `staleness` (min, max over shards) count updates; `held`: for
-    how long, in nanoseconds, this worker was kept waiting until all had come to where something is asked."""
+    """The result of a step. `loss` and `samples` cover the whole round (all workers) if there is one; `cursor` is the
+    run's clock after the step; `version` and `staleness` (min, max over shards) count updates; `held` is the time in
+    nanoseconds that this worker waited until all workers had reached the point where something is asked."""
 
     result: Result
     cursor: int
@@ -50,16 +50,17 @@ class Outcome(NamedTuple):
 
 
 class Strategy:
-    """How replicas agree: owns when parameters change. The worker half; `Server` is the other.
+    """How replicas agree; owns when parameters change. This is the worker half; `Server` is the other.
 
-    A minimal strategy writes `join`, `step` and `leave`. One is built per phase and worker, from its `Options`.
+    A minimal strategy defines `join`, `step` and `leave`. One instance is built per phase and worker, from its
+    `Options`.
     """
 
     Options: ClassVar[type[BaseModel]]
     Server: ClassVar[type[Server] | None] = None
     needs: Needs = Needs()
-    exact: bool = False  # N workers with batch b give the parameters of one process with batch N*b
-    deterministic: bool = True  # on virtual ranks, or where sums have an order, the same job gives the same bits
+    exact: bool = False  # N workers with batch b give the same parameters as one process with batch N*b
+    deterministic: bool = True  # on virtual ranks, or with ordered sums, the same job gives the same bits
     tested_with: ClassVar[Sequence[dict[str, Any]]] = ({},)  # options that `hpctrain test-strategy` tries
     version: int = 0  # updates so far in the phase
 
@@ -68,7 +69,7 @@ class Strategy:
 
     @staticmethod
     def roles(options: Any) -> tuple[int, bool]:
-        """(how many servers, whether they sit beside workers)."""
+        """(number of servers, whether they are colocated with workers)."""
         return 0, False
 
     @staticmethod
@@ -77,64 +78,64 @@ class Strategy:
 
     @staticmethod
     def fills(options: Any, roles: Roles, rank: int) -> float:
-        """How many times the model's size this rank allocates, roughly, when a phase of it follows another."""
+        """Roughly how many times the model's size this rank allocates when such a phase follows another."""
         return 0.0
 
     def join(self, phase: Phase, state: State | None = None) -> None:
-        """Collective over the phase's ranks, servers included. Afterwards all replicas hold rank 0's parameters
-        and the optimizer state is `state` (whole on rank 0, None elsewhere; nowhere: a fresh start)."""
+        """Join the phase. Collective over its ranks, servers included. Afterwards all replicas hold rank 0's parameters
+        and the optimizer state is `state` (whole on rank 0, None elsewhere; None on all ranks: a fresh start)."""
         raise NotImplementedError
 
     def before(self) -> None:
-        """Parameters may be read after this: pull, staleness bound, per-layer wait."""
+        """Called before parameters are read: pull, enforce the staleness bound, wait per layer."""
 
     def slices(self) -> Sequence[tuple[int, int]] | None:
-        """Where workers do not step together: the positions of the next step's samples and, as far as they are known,
-        of those of the steps after it. None: this worker's share of the round at `phase.cursor`."""
+        """If workers do not step together: the positions of the next step's samples and, as far as known, of the steps
+        after it. None: this worker's share of the round at `phase.cursor`."""
         return None
 
     def ready(self, low: int, high: int) -> None:
-        """The gradient's stretch [low, high) is final (called from hooks during the last micro-batch's backward).
-        May start communication, never waits."""
+        """The gradient's stretch [low, high) is final (called from hooks during the last micro-batch's backward). May
+        start communication, never waits."""
 
     @property
     def bucket_bytes(self) -> int:
-        """The size of the stretches that `ready` is given; 0: it is not called."""
+        """The size of the stretches passed to `ready`; 0: `ready` is not called."""
         return 0
 
     def step(self, samples: int, loss: float) -> Outcome:
-        """Gradients of `samples` samples, of mean loss `loss`, are in the replica's arena. On return the next
-        step may begin. Raises NanError if the loss of any worker is not finite (and nan = "stop")."""
+        """Take a step: the replica's arena holds the gradients of `samples` samples, with mean loss `loss`. On return
+        the next step may begin. Raises NanError if the loss of any worker is not finite (and nan = "stop")."""
         raise NotImplementedError
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """Inside, parameters are consistent and equal on all workers, to be evaluated or saved."""
+        """Inside the context, parameters are consistent and equal on all workers, for evaluating or saving."""
         yield
 
     def state(self) -> State | None:
-        """Whole on rank 0, None elsewhere. Collective over the workers (servers take part in `serve`)."""
+        """The state, whole on rank 0, None elsewhere. Collective over the workers (servers take part in `serve`)."""
         return None
 
     def own(self) -> Own:
-        """What belongs to this worker alone, for a checkpoint; views, good until the next step. Not collective."""
+        """This worker's own state, for a checkpoint. Contains views, valid until the next step. Not collective."""
         return Own()
 
     def load_own(self, own: Own) -> None:
-        """Go on from what `own` gave, after `join`; empty where there is nothing to go on from. Not collective."""
+        """Continue from the result of `own`, after `join`; an empty one means a fresh start. Not collective."""
 
     def leave(self) -> State | None:
-        """Drain what is in flight; all replicas hold equal, final parameters. Returns like `state`. Collective."""
+        """Finish pending work; all replicas hold equal, final parameters. Returns the same as `state`. Collective."""
         return self.state()
 
     def withdraw(self) -> Ask:
-        """This worker's program has left the training loop: send the wish `Ask.LEAVE`, which is in `phase.step.wish`,
-        where the others take their next step or do the same. Returns what is asked of all of them then."""
+        """This worker's program has left the training loop: send the wish `Ask.LEAVE`, set in `phase.step.wish`, when
+        the others take their next step or do the same. Returns what is then asked of all workers."""
         return self.step(0, 0.0).ask
 
 
 class Server:
-    """A strategy's server half: built on dedicated server ranks, or by the worker half beside itself."""
+    """A strategy's server half. Built on dedicated server ranks, or by the worker half on its own rank."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -144,7 +145,7 @@ class Server:
         raise NotImplementedError
 
     def serve(self) -> None:
-        """Push, pull, snapshot, state; returns when all workers have left."""
+        """Handle pushes, pulls, snapshots and state requests; return when all workers have left."""
         raise NotImplementedError
 
 

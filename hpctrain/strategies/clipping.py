@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def clip_factor(squares: float, limit: float) -> float:
-    """What a vector whose squares add up to `squares` is multiplied by, to be no longer than `limit`.
+    """The factor that scales a vector with the sum of squares `squares` to a norm of at most `limit`.
 
     Pascanu et al. 2013, as in torch.nn.utils.clip_grad_norm_.
     """

@@ -1,7 +1,7 @@
-"""One row of numbers from each worker in each round, and what all rows add up to, alike for everybody.
+"""One row of numbers from each worker in each round, and the totals of all rows, the same for every rank.
 
-Whoever closes a round (every worker of an all-reduce, the coordinator of a parameter server) adds the rows up: its
-samples, its mean loss, whether its gradients may be applied, and which parameters they are of.
+The rank that closes a round (every worker of an all-reduce, the coordinator of a parameter server) adds up the rows:
+the number of samples, the mean loss, whether the gradients may be applied, and which parameters have one.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Used = NDArray[np.bool_] | None
 """Which of the layout's parameters the loss depends on, in its order; None: all of them."""
 
 _NUMBERS = 5
-_BITS = 32  # a word, which a float64 holds exactly
+_BITS = 32  # bits in a word; a float64 holds a word exactly
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """One worker's part in a round, as it goes over the wire: a row of float64.
+    """One worker's part in a round. On the wire it is a row of float64.
 
     `weight`: what the mean loss is taken over (samples, unless the loss says otherwise). `bad`: 1 + the index of a
     parameter whose gradient is not finite, 0 if none was found. `used`: see `Used`.
@@ -44,29 +44,29 @@ class Contribution:
 
     @classmethod
     def of(cls, phase: Phase, samples: int, loss: float) -> Contribution:
-        """This worker's, of the step that it has just computed."""
+        """This worker's contribution from the step that it has just computed."""
         weight = float(samples) if phase.step.weight is None else phase.step.weight
         used = phase.replica.used() if samples else np.zeros(len(phase.replica.layout.slots), np.bool_)
         return cls(samples, weight, loss if samples else 0.0, phase.step.wish, phase.step.bad, used)
 
     @classmethod
     def nothing(cls, wish: Ask, slots: int) -> Contribution:
-        """Of a worker whose step counts for nothing."""
+        """The contribution of a worker whose step does not count."""
         return cls(0, 0.0, 0.0, wish, 0, np.zeros(slots, np.bool_))
 
     @classmethod
     def sum_of(cls, parts: Sequence[Contribution]) -> Contribution:
-        """One worker's several steps as one."""
+        """The sum of several steps of one worker."""
         whole = RoundTotals.of(parts)
         return cls(whole.samples, whole.weight, whole.loss, whole.wish, 0, whole.used)
 
     @staticmethod
     def length(slots: int) -> int:
-        """Elements of an encoded contribution, for a layout of `slots` parameters."""
+        """Number of elements of an encoded contribution, for a layout of `slots` parameters."""
         return _NUMBERS + words(slots)
 
     def encode(self, slots: int) -> Buffer:
-        """As float64: its numbers, then a bit for each parameter."""
+        """Encode as float64: the numbers, then one bit for each parameter."""
         numbers = [self.samples, self.weight, self.loss, float(self.wish), self.bad]
         return np.concatenate([np.array(numbers, np.float64), pack(self.used, slots)])
 
@@ -78,17 +78,17 @@ class Contribution:
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradient are, as far as the worker has looked."""
+        """Whether loss and gradient are finite, as far as the worker has checked."""
         return self.loss - self.loss == 0.0 and not self.bad
 
 
 @dataclass(frozen=True)
 class RoundTotals:
-    """What all contributions add up to.
+    """The totals of all contributions.
 
     `loss`: the mean over the round's weight. `used`: the parameters that any worker's loss depends on; the optimizer
-    leaves the others alone, as torch does where there is no gradient. `faulty`: the first worker (its place among the
-    contributions) whose loss or gradient is not finite, else None.
+    does not change the others, as in torch for parameters without a gradient. `faulty`: index of the first contribution
+    whose loss or gradient is not finite, or None.
     """
 
     samples: int
@@ -100,7 +100,7 @@ class RoundTotals:
 
     @classmethod
     def of(cls, parts: Sequence[Contribution]) -> RoundTotals:
-        """Of the contributions in rank order."""
+        """The totals of contributions in rank order."""
         weights = np.array([part.weight for part in parts])
         losses = np.array([part.loss for part in parts])
         weight = float(weights.sum())
@@ -115,18 +115,18 @@ class RoundTotals:
 
     @property
     def skip(self) -> bool:
-        """Whether no update comes of it: something is not finite, or all workers have left the training loop."""
+        """Whether to make no update: something is not finite, or all workers have left the training loop."""
         return self.faulty is not None or not self.samples
 
     def divisor(self, batch: int) -> float:
-        """What the sum of the gradients is divided by; they come divided by `batch`. Where nothing counts they are 0
-        and stay so: the optimizer makes of that what torch's does."""
+        """The divisor of the sum of the gradients, which are already divided by `batch`. If the weight is 0, so are the
+        gradients, and they stay 0: the optimizer then does what torch's does with zeros."""
         return self.weight / batch or 1.0
 
 
 def nan_error(phase: Phase, rank: int, loss: float, step: int, bad: int = 0) -> NanError:
-    """The error for all ranks to raise where a worker's loss is not finite, or its gradient (`bad`: as in
-    `Contribution`). `rank` is of the phase's communicator."""
+    """The error that all ranks raise if a worker's loss or gradient (`bad`: as in `Contribution`) is not finite. `rank`
+    is a rank of the phase's communicator."""
     where = f"on rank {phase.comm.members[rank]} in step {step} (phase {phase.index})"
     if loss - loss != 0.0 or not bad:
         cure = 'lower optimizer.lr, clip with train.clip_norm, or set train.nan = "skip" to leave such steps out'
@@ -135,7 +135,7 @@ def nan_error(phase: Phase, rank: int, loss: float, step: int, bad: int = 0) -> 
 
 
 def sum_error(phase: Phase, bad: int, step: int) -> NanError:
-    """The same where only the sum of the workers' gradients was looked at, or nothing but the sum is not finite."""
+    """The same error if only the sum of the workers' gradients was checked, or only the sum is not finite."""
     where = f"in step {step} (phase {phase.index})"
     return _everywhere(f"{_gradient_of(phase, bad)}, summed over the workers, is not finite {where}; {_LOOK}")
 
@@ -157,12 +157,12 @@ def _everywhere(text: str) -> NanError:
 
 
 def words(slots: int) -> int:
-    """How many float64 values hold one bit for each of `slots` parameters."""
+    """Number of float64 values that hold one bit for each of `slots` parameters."""
     return -(-slots // _BITS)
 
 
 def pack(used: Used, slots: int) -> Buffer:
-    """A bit for each parameter, in float64 words."""
+    """Pack one bit per parameter into float64 words."""
     bits = np.zeros(words(slots) * _BITS, np.bool_)
     bits[:slots] = True if used is None else used
     return np.packbits(bits).view(np.uint32).astype(np.float64)

@@ -1,10 +1,10 @@
 """How gradients, or changes of parameters, get from worker to worker in a round.
 
 On one node, or with equal slices across nodes, gradients lie in node-shared arenas and parameters exist once per node:
-rank r sums slice r of all gradients straight out of their memory, and a barrier later all ranks have the parameters
-that their owners have updated (`SharedExchange`). Otherwise the gradient arena is all-reduced by messages, whole
-(`MessageExchange`) or bucket by bucket while backward still runs (`OverlappedExchange`), and every worker owns all of
-the parameters.
+rank r sums slice r of all gradients directly from their memory, and one barrier later all ranks have the parameters
+that their owners updated (`SharedExchange`). Otherwise messages all-reduce the gradient arena, either whole
+(`MessageExchange`) or bucket by bucket while backward still runs (`OverlappedExchange`), and every worker owns all
+parameters.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ if TYPE_CHECKING:
 
 
 class Exchange(ABC):
-    """Of the workers of a phase; construction is collective over them.
+    """The exchange among the workers of a phase. The constructor is collective over them.
 
-    `low`, `high`: the stretch of the arena that this rank owns: of it `reduce` gives the mean, and of it this rank
-    updates the parameters. `mean`: what `reduce` gave last. `bucket_bytes`: the size of the stretches that `start`
-    takes; 0: it takes none.
+    `low`, `high`: the stretch of the arena that this rank owns: `reduce` returns its mean, and this rank updates its
+    parameters. `mean`: the last result of `reduce`. `bucket_bytes`: the size of the stretches that `start` takes; 0: it
+    takes none.
     """
 
     low: int
     high: int
     mean: torch.Tensor
     bucket_bytes: int = 0
-    _bad: int = 0  # 1 + the index of a parameter of which something not finite was to be applied; 0: none
+    _bad: int = 0  # 1 + the index of a parameter whose gradient is not finite and was about to be applied; 0: none
 
     def __init__(self, phase: Phase) -> None:
         self.phase, self.comm, self.replica = phase, phase.worker_comm, phase.replica
 
     @abstractmethod
     def synchronise(self) -> None:
-        """All workers take rank 0's parameters. Collective."""
+        """Give all workers rank 0's parameters. Collective."""
 
     @abstractmethod
     def gather(self, row: Buffer) -> Buffer:
-        """The rows of all workers, float64 of shape (workers, row.size), in rank order. Collective, as a round's first
-        act: gradients are in the arenas."""
+        """The rows of all workers, float64 of shape (workers, row.size), in rank order. Collective. Comes first in a
+        round, when the gradients are in the arenas."""
 
     def start(self, low: int, high: int) -> None:  # noqa: B027 (most have nothing to start)
-        """The stretch [low, high) of this rank's gradient is final. May start to send it; never waits."""
+        """The stretch [low, high) of this rank's gradient is final. May start sending it; never waits."""
 
     @abstractmethod
     def reduce(self, divisor: float) -> torch.Tensor:
-        """All workers' gradient arenas summed and divided: the elements [low, high). Collective."""
+        """The sum of all workers' gradient arenas over `divisor`, elements [low, high). Collective."""
 
     def check(self, gradient: torch.Tensor) -> bool:
         """Whether `gradient`, the elements [low, high), is finite and may be applied; if not, `publish` raises
         NanError. Not collective."""
-        if gradient is not self.mean:  # which was checked as it was summed
+        if gradient is not self.mean:  # `mean` was checked when it was summed
             self._note(gradient, is_finite(gradient))
         return not self._bad
 
@@ -71,30 +71,30 @@ class Exchange(ABC):
 
     @abstractmethod
     def squares(self, part: torch.Tensor) -> float:
-        """The square of the length of a vector of which `part` is this rank's stretch. Collective."""
+        """The squared norm of a vector of which `part` is this rank's stretch. Collective."""
 
     @abstractmethod
     def publish(self) -> None:
-        """End the round: the parameters that their owners have updated are now everybody's. Collective.
+        """End the round: all ranks get the parameters that their owners updated. Collective.
 
-        Raises NanError where what was to be applied is not finite.
+        Raises NanError if the gradient to be applied was not finite.
         """
 
     @abstractmethod
     def stretches(self) -> list[tuple[int, int]]:
-        """What every worker owns, in rank order."""
+        """The stretch that each worker owns, in rank order."""
 
     def keepers(self) -> list[int]:
-        """The workers whose stretches together are the arena, rank 0 first."""
+        """The workers whose stretches together cover the arena, rank 0 first."""
         return [0]
 
     @abstractmethod
     def free(self) -> None:
-        """Give back memory and communicators. Collective."""
+        """Free memory and communicators. Collective."""
 
 
 class SharedExchange(Exchange):
-    """Gradients summed slice by slice out of node-shared arenas; nodes all-reduce equal slices with each other, by
+    """Sums gradients slice by slice from node-shared arenas. Nodes all-reduce equal slices with each other, using
     `algorithm`."""
 
     def __init__(self, phase: Phase, algorithm: str = "library") -> None:
@@ -112,12 +112,12 @@ class SharedExchange(Exchange):
         self.mean = torch.zeros_like(self._slices[0])
         width = Contribution.length(len(self.replica.layout.slots))
         self._board: NodeBoard | MessageBoard = NodeBoard(comm, width) if len(sizes) == 1 else MessageBoard(comm)
-        self._faults = comm.arena(1, np.dtype(np.float64), "node")  # of each rank: whether its slice is not finite
+        self._faults = comm.arena(1, np.dtype(np.float64), "node")  # for each rank: whether its slice is not finite
         nbytes, ranks = self.mean.nbytes, len(self._slices)
         self._reducing = comm.span("reduce", nbytes * ranks, flops=float(self.mean.numel() * ranks))
 
     def synchronise(self) -> None:
-        """Within a node they are equal already."""
+        """Broadcast between nodes; within a node the parameters are already shared."""
         comm, several = self.comm, len(set(self.comm.nodes)) > 1
         leaders = comm.split(0 if comm.local_rank == 0 else None) if several else None
         arena = self.replica.value_arena
@@ -128,8 +128,8 @@ class SharedExchange(Exchange):
         comm.wait(arena)
 
     def gather(self, row: Buffer) -> Buffer:
-        """No row is there before its gradient is, and on one node the board is shared memory as well: its barrier is
-        the one that summing the gradients needs."""
+        """A row arrives only after its gradient is complete. On one node the board is shared memory, too, so its
+        barrier also serves the summing of the gradients."""
         if isinstance(self._board, NodeBoard):
             return self._board.exchange(row)
         self.comm.notify(self._arena)
@@ -160,7 +160,7 @@ class SharedExchange(Exchange):
             raise self._gradient_error()
 
     def _gradient_error(self) -> NanError:
-        """Which rank's gradient of which parameter it was: every rank searches its own. Collective."""
+        """Find the rank and the parameter: every rank searches its own gradient. Collective."""
         phase = self.phase
         table = self.comm.gather_rows(np.array([self.replica.first_not_finite(), self._bad], np.int64))
         guilty = np.flatnonzero(table[:, 0])
@@ -174,7 +174,7 @@ class SharedExchange(Exchange):
         return [(self._bounds[at], self._bounds[at + 1]) if at < parts else (0, 0) for at in places]
 
     def keepers(self) -> list[int]:
-        """Of the first node, those that own something: other nodes' owners hold the same."""
+        """The ranks of the first node that own something; the owners on other nodes hold the same."""
         owned, nodes = self.stretches(), self.comm.nodes
         here = [rank for rank in range(self.comm.size) if nodes[rank] == nodes[0]]
         return [rank for rank in here if rank == 0 or owned[rank][0] < owned[rank][1]]
@@ -188,7 +188,7 @@ class SharedExchange(Exchange):
 
 
 class MessageExchange(Exchange):
-    """The whole gradient arena all-reduced by messages, by `algorithm`; every worker owns all of it."""
+    """All-reduces the whole gradient arena by messages, using `algorithm`; every worker owns all of it."""
 
     def __init__(self, phase: Phase, algorithm: str = "library") -> None:
         super().__init__(phase)
@@ -215,7 +215,7 @@ class MessageExchange(Exchange):
         return sum_of_squares(part)
 
     def publish(self) -> None:
-        """All workers raise alike, as all have the same."""
+        """All workers raise the same error, because all have the same sum."""
         if self._bad:
             raise sum_error(self.phase, self._bad, self.phase.step.number)
 
@@ -227,7 +227,7 @@ class MessageExchange(Exchange):
 
 
 class OverlappedExchange(MessageExchange):
-    """The same in buckets of `bucket_bytes`, each started as soon as backward has finished it."""
+    """The same in buckets of `bucket_bytes`, each started as soon as backward has completed it."""
 
     def __init__(self, phase: Phase, bucket_bytes: int) -> None:
         super().__init__(phase)
@@ -243,12 +243,12 @@ class OverlappedExchange(MessageExchange):
         self._started = []
 
     def publish(self) -> None:
-        self._sum()  # started, but the round was skipped
+        self._sum()  # buckets were started, but the round was skipped
         super().publish()
 
 
 class NodeBoard:
-    """A few numbers of every rank, seen by all ranks of one node: two rows in turn, so that one barrier is enough."""
+    """A few numbers per rank, visible to all ranks of a node. Two rows alternate, so that one barrier is enough."""
 
     def __init__(self, comm: Communicator, width: int) -> None:
         """`width`: elements of the longest row."""
@@ -257,7 +257,7 @@ class NodeBoard:
         self.turn = 0
 
     def exchange(self, row: Buffer) -> Buffer:
-        """Rows of all ranks, in rank order. Collective."""
+        """The rows of all ranks, in rank order. Collective."""
         self.turn = 1 - self.turn
         here = slice(self.turn * self.width, self.turn * self.width + row.size)
         self.arena.mine[here] = row
@@ -266,19 +266,19 @@ class NodeBoard:
         return np.array([part[here] for part in self.arena.parts])
 
     def free(self) -> None:
-        """Give the memory back. Collective."""
+        """Free the memory. Collective."""
         self.arena.free()
 
 
 class MessageBoard:
-    """The same over several nodes."""
+    """The same across several nodes."""
 
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
 
     def exchange(self, row: Buffer) -> Buffer:
-        """Rows of all ranks, in rank order. Collective."""
+        """The rows of all ranks, in rank order. Collective."""
         return self.comm.gather_rows(row)
 
     def free(self) -> None:
-        """There is nothing to give back."""
+        """Nothing to free."""

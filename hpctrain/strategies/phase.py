@@ -1,4 +1,4 @@
-"""What a strategy is given for a phase, in parts that belong together."""
+"""What a strategy gets for a phase, grouped by purpose."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 class Members:
     """The ranks of a phase."""
 
-    comm: Communicator  # all of them, servers included
-    workers: Communicator | None  # the workers alone, in rank order; None on a dedicated server
+    comm: Communicator  # all ranks, servers included
+    workers: Communicator | None  # the workers only, in rank order; None on a dedicated server
     roles: Roles
     shared: bool = False  # the replica's arenas are node-shared
-    # All ranks hold the same parameters before the phase, as where all were workers of the phase before (on one node:
-    # unlike processors may round unlike).
+    # All ranks hold the same parameters before the phase, as after a phase in which all were workers (on one node only,
+    # because different processors may round differently).
     equal: bool = False
 
 
@@ -34,8 +34,8 @@ class Members:
 class Dealing:
     """How a phase's samples are dealt."""
 
-    batch: int  # samples per worker and step at most; a gradient is the sum over the samples divided by this
-    queue: Literal["static", "shared"] = "static"  # by which queue, where workers do not step together
+    batch: int  # maximum samples per worker and step; a gradient is the sum over the samples divided by this
+    queue: Literal["static", "shared"] = "static"  # the kind of queue, if workers do not step together
     epoch: int | None = None  # samples per epoch; None: not known yet
     ahead: int = 0  # how many stretches of samples a worker gets in advance
 
@@ -44,34 +44,34 @@ class Dealing:
 class Updating:
     """How a phase's updates are made."""
 
-    make: Callable[[torch.Tensor, int, int], Update]  # of the arena's stretch [low, high), of these values
-    elementwise: bool = True  # each element's update depends on no other: the arena may be cut anywhere
-    adaptive: bool = False  # updates do not grow with gradients (Adam and its like)
+    make: Callable[[torch.Tensor, int, int], Update]  # for the arena's stretch [low, high), with these values
+    elementwise: bool = True  # each element's update is independent of the others: the arena may be cut anywhere
+    adaptive: bool = False  # updates do not grow with gradients (Adam and similar)
     rate: Callable[[int], float] = field(default=lambda cursor: 1.0)  # factor of the learning rate at a cursor
     momentum: Callable[[int], float] = field(default=lambda cursor: 1.0)  # factor of the momentum at a cursor
     per_update: bool = True  # the strategy may scale the rate of one worker's update
-    clip_norm: float | None = None  # the longest gradient; None: any
-    nan: Literal["stop", "skip"] = "stop"  # what becomes of a step that is not finite
+    clip_norm: float | None = None  # maximum norm of the gradient; None: no limit
+    nan: Literal["stop", "skip"] = "stop"  # what to do with a step that is not finite
 
 
 def _nothing() -> None:
-    """Nobody watches."""
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
 class Watching:
-    """What a dedicated server calls, as trainers do by themselves."""
+    """Callbacks for a dedicated server, matching what trainers do themselves."""
 
-    tick: Callable[[], None] = _nothing  # now and then: its trace is written
-    saving: Callable[[], None] = _nothing  # when the workers write a checkpoint, which may take long
+    tick: Callable[[], None] = _nothing  # called regularly: writes the trace
+    saving: Callable[[], None] = _nothing  # called when the workers write a checkpoint, which may take long
 
 
 @dataclass
 class StepState:
-    """What trainer and strategy tell each other about the step in progress."""
+    """What trainer and strategy exchange about the current step."""
 
-    number: int = 0  # of the run, from 0
-    round_end: int = 0  # where the run's clock will stand after it, in samples
+    number: int = 0  # in the run, from 0
+    round_end: int = 0  # the run's clock after the step, in samples
     weight: float | None = None  # what its mean loss is taken over; None: its samples
     bad: int = 0  # 1 + the index of a parameter whose gradient is not finite; 0: none was found
     wish: Ask = Ask.NOTHING  # what this rank asks of all, sent with the step
@@ -79,7 +79,7 @@ class StepState:
 
 @dataclass
 class Phase:
-    """All that a strategy gets: its ranks, its replica, its samples, how to update, and who decides."""
+    """Everything a strategy gets: its ranks, replica, samples, updates and conductor."""
 
     index: int
     members: Members
@@ -87,7 +87,7 @@ class Phase:
     updating: Updating
     dealing: Dealing
     conductor: Conductor
-    cursor: int = 0  # the run's clock, in samples; kept by the strategy
+    cursor: int = 0  # the run's clock, in samples; maintained by the strategy
     watching: Watching = field(default_factory=Watching)
     step: StepState = field(default_factory=StepState)
 
@@ -98,12 +98,12 @@ class Phase:
 
     @property
     def workers(self) -> Communicator | None:
-        """The workers alone, in rank order; None on a dedicated server."""
+        """The workers only, in rank order; None on a dedicated server."""
         return self.members.workers
 
     @property
     def worker_comm(self) -> Communicator:
-        """`workers`, for what only workers do. Raises RuntimeError on a dedicated server."""
+        """`workers`, for code that only workers run. Raises RuntimeError on a dedicated server."""
         if self.workers is None:
             raise RuntimeError(
                 f"rank {self.comm.rank} is a dedicated server in phase {self.index}, so it is in no communicator of "
@@ -113,10 +113,10 @@ class Phase:
 
     @property
     def roles(self) -> Roles:
-        """Who is a worker and who a server, as ranks of `comm`."""
+        """Which ranks of `comm` are workers and which are servers."""
         return self.members.roles
 
     @property
     def worker_index(self) -> int:
-        """This rank's place among the workers."""
+        """This rank's index among the workers."""
         return self.roles.workers.index(self.comm.rank)

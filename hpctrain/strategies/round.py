@@ -1,9 +1,9 @@
-"""Strategies whose workers agree in rounds, and everything that such a round owes.
+"""Strategies whose workers agree in rounds, and the work that all of them share.
 
-A `RoundStrategy` writes what is its own: how a round's gradients become an update (`apply`), and, where rounds have
-several steps, what a worker does by itself in each of them (`local`). The rest is done here, once for all: the workers'
-rows, the mean loss, train.nan, train.clip_norm, learning rate and momentum, parameters without a gradient, the run's
-clock, what is asked of the trainer, the optimizer's state from phase to phase and in checkpoints.
+A subclass of `RoundStrategy` defines how a round's gradients become an update (`apply`) and, if rounds have several
+steps, what a worker does on its own in each step (`local`). This module does the rest: exchanging the workers' rows,
+the mean loss, train.nan, train.clip_norm, learning rate and momentum, parameters without a gradient, the run's clock,
+requests to the trainer, and the optimizer state across phases and in checkpoints.
 """
 
 from __future__ import annotations
@@ -39,40 +39,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """One mini-batch of this worker, in a round of several steps. Its mean gradient is in the replica's arena."""
+    """One mini-batch of this worker in a round of several steps. Its mean gradient is in the replica's arena."""
 
-    number: int  # of the run, from 0
+    number: int  # in the run, from 0
     index: int  # in the round, from 0
     samples: int
-    rate: float  # the factor of the learning rate
-    momentum: float  # the factor of the momentum
-    skip: bool  # there is nothing to learn from it: no samples, or not finite with train.nan = "skip"
-    used: Used = None  # parameters with a gradient; None: all
+    rate: float  # factor of the learning rate
+    momentum: float  # factor of the momentum
+    skip: bool  # nothing to apply: no samples, or not finite with train.nan = "skip"
+    used: Used = None  # the parameters with a gradient; None: all
 
 
 @dataclass(frozen=True)
 class Round:
-    """One agreement of all workers."""
+    """One agreement among all workers."""
 
-    number: int  # of the phase, from 0
-    start: int  # the run's clock where it began, in samples
-    steps: int  # how many each worker took
+    number: int  # in the phase, from 0
+    start: int  # the run's clock at the start of the round, in samples
+    steps: int  # steps per worker
     samples: int  # of all workers
-    share: float  # this worker's in averages: by samples, unless the loss says otherwise
-    divisor: float  # makes of the sum of the gradient arenas the mean gradient (rounds of one step)
-    rate: float  # the factor of the learning rate
-    momentum: float  # the factor of the momentum
-    last: bool  # the phase foreseeably ends with it
+    share: float  # this worker's weight in averages: by samples, unless the loss says otherwise
+    divisor: float  # divides the sum of the gradient arenas to give the mean gradient (rounds of one step)
+    rate: float  # factor of the learning rate
+    momentum: float  # factor of the momentum
+    last: bool  # the phase is known to end with this round
     skip: bool  # nothing may be applied: no samples, or not finite with train.nan = "skip"
-    used: Used = None  # parameters with a gradient on any worker; None: all
+    used: Used = None  # the parameters with a gradient on any worker; None: all
 
 
 class RoundStrategy(Strategy):
-    """Workers take the steps of a round, then agree. Subclasses write `apply`, `local` if rounds are long, and what
-    else they need of the methods below it.
+    """Workers take the steps of a round, then agree. Subclasses define `apply`, `local` if rounds are long, and any of
+    the methods below it that they need.
 
-    `phase`, `comm` (the workers), `exchange`, `update` (the optimizer for the stretch that the exchange gives this
-    rank) and `version` (rounds applied so far) are there from `begin` on.
+    `phase`, `comm` (the workers), `exchange`, `update` (the optimizer for the stretch that the exchange assigns to this
+    rank) and `version` (rounds applied so far) are available from `begin` on.
     """
 
     local: Callable[[Step], None] | None = None
@@ -88,43 +88,44 @@ class RoundStrategy(Strategy):
         if self.local is not None:
             self.needs = replace(self.needs, parameters="rank", lockstep=False)
 
-    # -- what subclasses write -------------------------------------------------------------------------------
+    # -- defined by subclasses ----------------------------------------------------------------------------------
     def apply(self, round: Round) -> None:
-        """Agree with the other workers, and change the parameters. Collective; not called if `round.skip`."""
+        """Agree with the other workers and change the parameters. Collective; not called if `round.skip`."""
         raise NotImplementedError
 
     def length(self) -> int:
-        """How many steps the round has that begins now; the same on all workers. More than 1 only with `local`."""
+        """The number of steps in the round that now begins; the same on all workers. More than 1 only with `local`."""
         return 1
 
     def make_exchange(self) -> Exchange:
-        """How this strategy's values travel. Collective."""
+        """The exchange that carries this strategy's values between workers. Collective."""
         from hpctrain.strategies.exchange import MessageExchange
 
         return MessageExchange(self.phase)
 
     def begin(self) -> None:
-        """The phase begins: all workers have the same parameters. Allocate what is needed. Collective."""
+        """Start the phase: all workers have the same parameters. Allocate memory here. Collective."""
 
     def skipped(self, round: Round) -> None:
         """The round was closed without `apply`. Not collective."""
 
     def drain(self) -> None:
-        """The phase ends: finish what is in flight; afterwards all workers have the same parameters. Collective."""
+        """End the phase: finish pending exchanges, so that all workers have the same parameters. Collective."""
 
     def common(self) -> Section:
-        """What the strategy itself keeps, equal on all workers: arrays of the exchange's stretch, or by parameter.
+        """The strategy's own state, equal on all workers: arrays over the exchange's stretch, or by parameter.
 
-        The section itself, made in `begin`: what a checkpoint has is written into its arrays and numbers.
+        Return the section made in `begin` itself, not a copy: a resume writes the checkpoint's values into its arrays
+        and numbers.
         """
         return Section()
 
     def optimize(self, gradient: torch.Tensor, part: Step | Round) -> None:
-        """Clip `gradient`, and apply one step of the job's optimizer with it.
+        """Clip `gradient` and apply one step of the job's optimizer with it.
 
-        Of a Round: the mean of all workers, the elements [exchange.low, exchange.high); collective. Of a Step: this
-        worker's, all elements, clipped already. Where it is not finite the parameters are left alone, and the round
-        ends with NanError.
+        For a Round, `gradient` is the mean over all workers of the elements [exchange.low, exchange.high); collective.
+        For a Step, it is this worker's gradient, all elements, already clipped. If it is not finite, the parameters
+        stay unchanged and the round ends with NanError.
         """
         if part.skip:
             return
@@ -153,7 +154,7 @@ class RoundStrategy(Strategy):
         self._start_round()
 
     def _dealt(self, state: State | None) -> State | None:
-        """This rank's stretch of the state that rank 0 has; None if there is none. Collective."""
+        """This rank's stretch of the state that rank 0 holds; None if there is none. Collective."""
         comm = self.comm
         if not comm.broadcast_json(state is not None):
             return None
@@ -183,7 +184,7 @@ class RoundStrategy(Strategy):
         return whole
 
     def _mean_moments(self) -> State:
-        """The optimizer's state where every worker has its own: the mean of all, and rank 0's plain numbers.
+        """The optimizer state where every worker has its own: the mean over the workers, and rank 0's plain numbers.
         Collective."""
         comm, state = self.comm, self.update.state()
         rows = comm.gather_json({path: [list(a.shape), str(a.dtype)] for path, a in state.arrays()})
@@ -221,7 +222,7 @@ class RoundStrategy(Strategy):
     # -- rounds ----------------------------------------------------------------------------------------------
     @property
     def bucket_bytes(self) -> int:
-        """As the exchange has it; within a long round nothing is exchanged."""
+        """The exchange's bucket size; 0 with `local`, because nothing is exchanged within a long round."""
         return self.exchange.bucket_bytes if self.local is None else 0
 
     def ready(self, low: int, high: int) -> None:
@@ -248,12 +249,13 @@ class RoundStrategy(Strategy):
         return Outcome("skipped" if skipped else "local", phase.cursor, part.loss, samples, version=self.version)
 
     def withdraw(self) -> Ask:
-        """Close the round here: the others come to its end, or withdraw as well."""
+        """Close the round here: the other workers reach its end or withdraw as well."""
         self._parts.append(Contribution.of(self.phase, 0, 0.0))
         return self._close().ask
 
     def _step_locally(self, local: Callable[[Step], None], part: Contribution) -> Contribution:
-        """What counts of this worker's step. Raises NanError, on this worker alone, if that is not finite."""
+        """Take a local step; returns what counts of it. Raises NanError, on this worker alone, if it is not finite and
+        train.nan is "stop"."""
         from hpctrain.replica.blocks import add_up, sum_of_squares
 
         phase, gradient = self.phase, self.phase.replica.gradient
@@ -309,7 +311,7 @@ class RoundStrategy(Strategy):
         )
 
     def _end(self, found: RoundTotals) -> Outcome:
-        """Move the clock to the round's end; what is asked there is the same for every worker."""
+        """Advance the clock to the end of the round; the requests made there are the same for every worker."""
         phase = self.phase
         phase.cursor = phase.step.round_end
         ask = phase.conductor.decide(self._start, phase.cursor, found.loss, found.wish)
@@ -319,7 +321,7 @@ class RoundStrategy(Strategy):
 
 
 def _fill(section: Section, saved: Section) -> None:
-    """Write into the arrays and numbers of `section` what was saved of it."""
+    """Write the saved values into the arrays and numbers of `section`."""
     for key, array in section.flat.items():
         if key in saved.flat:
             array[...] = saved.flat[key]

@@ -1,8 +1,8 @@
 """Parameter server: servers own shards of the parameters and the optimizer; workers push gradients and pull parameters
 (Li et al. 2014). Synchronous, asynchronous or bounded.
 
-`worker` pushes and pulls; `coordinator` decides; `server` carries out the decisions; `wire` has the records that they
-send each other.
+`worker` pushes and pulls; `coordinator` decides; `server` executes the decisions; `wire` defines the records that they
+exchange.
 """
 
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions

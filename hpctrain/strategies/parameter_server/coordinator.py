@@ -1,16 +1,16 @@
-"""What decides in a parameter server: the coordinator, which lives on the first server.
+"""The coordinator of a parameter server. It makes the decisions and lives on the first server.
 
-Workers send it a header with each push. It decides, for all shards, which gradients are applied in what order and
-who gets parameters when. Its decisions reach the other servers as one ordered stream, so every shard makes the same
-updates in the same order: the versions that a worker pulls, and the snapshots that are evaluated or saved, are the
-same on all shards.
+Workers send it a header with each push. It decides, for all shards, which gradients are applied in what order and when
+each worker gets parameters. Its decisions reach the other servers as one ordered stream, so every shard makes the same
+updates in the same order: the versions that a worker pulls, and the snapshots that are evaluated or saved, are the same
+on all shards.
 
-It is pure: it is given headers and the time, and returns replies and decisions, in the order in which they are to be
-sent. `server` does the sending. A decision is carried out before what follows it is sent.
+The coordinator is pure: it takes headers and the time, and returns replies and decisions in the order in which they
+must be sent. `server` sends them. Each decision is executed before any later message is sent.
 
-`Rounds` closes rounds (synchronous, with backup workers: Chen et al. 2016). `Asynchronous` applies each gradient as it
-comes (Dean et al. 2012), and deals out the samples. `Bounded` lets no worker run more than `bound` steps ahead of the
-slowest (stale-synchronous: Ho et al. 2013, section 3).
+`Rounds` is synchronous, with optional backup workers (Chen et al. 2016). `Asynchronous` applies each gradient as it
+arrives (Dean et al. 2012) and deals out the samples. `Bounded` keeps every worker within `bound` steps of the slowest
+(stale-synchronous: Ho et al. 2013, section 3).
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ Message = Reply | Decision
 
 @dataclass(frozen=True)
 class Terms:
-    """What a coordinator must know of its phase."""
+    """What a coordinator needs to know about its phase."""
 
-    workers: int  # how many
+    workers: int  # how many workers there are
     options: ParameterServerOptions
     conductor: Conductor
-    cursor: int  # the run's clock where the phase begins, in samples
-    batch: int  # samples per worker and round at most
+    cursor: int  # the run's clock at the start of the phase, in samples
+    batch: int  # maximum samples per worker and round
     nan: Literal["stop", "skip"]  # what to do about a loss or gradient that is not finite
-    rate: Callable[[int], float]  # the learning rate's factor at a cursor
-    momentum: Callable[[int], float]  # the momentum's
-    per_update: Callable[[int], float]  # the learning rate's factor for one worker's gradient of a staleness
-    queue: Literal["static", "shared"]  # how samples are dealt where workers do not step together
-    epoch: int | None  # samples per epoch; needed there only
-    ahead: int  # how many stretches a worker is dealt besides its next one
+    rate: Callable[[int], float]  # factor of the learning rate at a cursor
+    momentum: Callable[[int], float]  # factor of the momentum at a cursor
+    per_update: Callable[[int], float]  # factor of the learning rate for one worker's gradient, by its staleness
+    queue: Literal["static", "shared"]  # how samples are dealt if workers do not step together
+    epoch: int | None  # samples per epoch; needed only if samples are dealt from a queue
+    ahead: int  # how many stretches a worker gets in advance, beyond its next one
 
 
 class Coordinator(ABC):
-    """Decides for one phase.
+    """Makes the decisions of one phase.
 
-    `left`: workers that send no more headers; when all have left, the last decision has been returned (END or NAN).
-    `nan`: set if the phase ends with NanError. `version`: updates so far. `dropped`: gradients that came too late for
-    their round.
+    `left`: workers that send no more headers; once all have left, the last decision (END or NAN) has been returned.
+    `nan`: set if the phase ends with NanError. `version`: updates so far. `dropped`: gradients that arrived too late
+    for their round.
     """
 
     def __init__(self, terms: Terms) -> None:
@@ -68,22 +68,22 @@ class Coordinator(ABC):
         self.ask, self.why = Ask.NOTHING, ""
         self.nan: NotFinite | None = None
         self.left: set[int] = set()
-        self._withdrawn: set[int] = set()  # whose programs have left the training loop
+        self._withdrawn: set[int] = set()  # workers whose programs have left the training loop
 
     def load(self, state: Mapping[str, float]) -> None:
-        """Go on from a checkpoint of this phase."""
+        """Continue from a checkpoint of this phase."""
         self.version, self.dropped = int(state.get("version", 0)), int(state.get("dropped", 0))
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint must keep."""
+        """The counters that a checkpoint saves."""
         return {"version": self.version, "dropped": self.dropped}
 
     def begin(self, now: int) -> list[Message]:
-        """The replies before the workers' first steps; the workers have the parameters. `now`: nanoseconds."""
+        """The replies before the workers' first steps; the workers already have the parameters. `now`: nanoseconds."""
         return [self._first(worker) for worker in range(self.workers)]
 
     def receive(self, worker: int, header: Header, now: int) -> list[Message]:
-        """What to send after a worker's header. If it announces a push, that has arrived too. `now`: nanoseconds."""
+        """The messages to send after a header. A push that it announces has arrived, too. `now`: nanoseconds."""
         messages = list(self._answer(worker, header, now))
         if len(self.left) == self.workers:
             messages.append(Decision(What.END) if self.nan is None else Decision(What.NAN, nan=self.nan))
@@ -112,11 +112,11 @@ class Coordinator(ABC):
 
     @abstractmethod
     def _withdraw(self, worker: int, now: int) -> Iterator[Message]:
-        """A worker's program has left the training loop: no gradient of it is waited for."""
+        """A worker's program has left the training loop: do not wait for its gradients."""
 
     def _dismiss(self, waiting: tuple[int, ...], take: tuple[int, ...]) -> Iterator[Message]:
-        """Once each worker has withdrawn or waits for one that has: answer all of them, so that they leave together,
-        and give them the parameters. `waiting`: the workers that wait; gradients of `take` are dropped."""
+        """Once every worker has withdrawn or waits for one that has, reply to all of them, so that they leave together,
+        and send them the parameters. `waiting`: the workers that wait. The gradients of `take` are dropped."""
         if not self._withdrawn or len(self._withdrawn) + len(waiting) < self.workers:
             return
         self.ask, self._withdrawn = Ask.LEAVE, set()
@@ -125,15 +125,15 @@ class Coordinator(ABC):
         yield Decision(What.DROP, take=take, give=tuple(range(self.workers)))
 
     def _reply(self, worker: int, **fields: Any) -> Reply:
-        """With the clock, the version and so on as they are now, and `fields`. If `nan` is set, the worker raises
-        NanError and sends nothing more."""
+        """A reply with the current clock, version and so on, and `fields`. If `nan` is set, the worker raises NanError
+        and sends nothing more."""
         if self.nan is not None:
             self.left.add(worker)
         known = Reply(worker, self.cursor, self.version, self.ask, why=self.why, nan=self.nan)
         return known._replace(**fields)
 
     def _observe(self, samples_end: int, loss: float, wish: Ask) -> Ask:
-        """Move the clock on; what is asked of the trainers there."""
+        """Advance the clock; returns what is asked of the trainers there."""
         conductor = self.terms.conductor
         before, self.cursor = self.cursor, samples_end
         ask = conductor.decide(before, self.cursor, loss, wish)
@@ -143,7 +143,7 @@ class Coordinator(ABC):
 
 
 class Rounds(Coordinator):
-    """Synchronous: one update per round, with the gradients of all workers but the slowest `backup_workers`."""
+    """Synchronous: one update per round, with the gradients of all workers except the slowest `backup_workers`."""
 
     def __init__(self, terms: Terms) -> None:
         super().__init__(terms)
@@ -170,7 +170,7 @@ class Rounds(Coordinator):
         yield from self._dismiss(waiting, take=waiting)
 
     def _release(self, worker: int, samples: int) -> Iterator[Message]:
-        """A gradient that came too late for its round is dropped; its worker goes on with the current parameters."""
+        """Drop a gradient that arrived too late for its round; its worker continues with the current parameters."""
         self.dropped += 1
         yield self._reply(worker, result="dropped", samples=samples, staleness=1)
         yield Decision(What.DROP, take=(worker,), give=(worker,))
@@ -185,7 +185,7 @@ class Rounds(Coordinator):
         rate, momentum = terms.rate(self.cursor), terms.momentum(self.cursor)
         self.version += 1
         self.ask = self._observe(max(header.round_end for header in headers), found.loss, found.wish)
-        if self.ask and self._withdrawn:  # they cannot do what all workers are asked to do together
+        if self.ask and self._withdrawn:  # withdrawn workers cannot take part in what all workers are asked to do
             self.ask |= Ask.LEAVE
         withdrawn = tuple(sorted(self._withdrawn)) if self.ask or self.nan is not None else ()
         for worker in withdrawn:
@@ -198,9 +198,9 @@ class Rounds(Coordinator):
 
 
 class Asynchronous(Coordinator):
-    """Every gradient is applied as it comes. Deals out the samples; where something is asked of the trainers, lets
-    the workers finish what they were dealt first, so that what has been consumed is a prefix of the run, and answers
-    all of them with the same parameters."""
+    """Applies every gradient as it arrives, and deals out the samples. When something is asked of the trainers, the
+    workers first finish the samples already dealt to them, so that the samples consumed are a prefix of the run; then
+    all workers get a reply with the same parameters."""
 
     def __init__(self, terms: Terms) -> None:
         super().__init__(terms)
@@ -208,8 +208,8 @@ class Asynchronous(Coordinator):
         kind = SharedQueue if terms.queue == "shared" else StaticQueue
         self._queue: Queue = kind(terms.cursor, terms.epoch, terms.batch, self.workers)
         self._limit = self._next_limit()
-        self._dealt = [0] * self.workers  # stretches that a worker has been dealt and not pushed yet
-        self._done = [0] * self.workers  # steps since all were last together
+        self._dealt = [0] * self.workers  # stretches dealt to a worker that it has not pushed yet
+        self._done = [0] * self.workers  # steps since all workers were last synchronised
         self._idle: dict[int, tuple[dict[str, Any], int]] = {}  # replies held back, and since when
         self._losses: deque[float] = deque(maxlen=self.workers)
 
@@ -236,12 +236,12 @@ class Asynchronous(Coordinator):
         yield from self._go_on(decision, now)
 
     def _withdraw(self, worker: int, now: int) -> Iterator[Message]:
-        """Nobody will push what it was dealt; workers that waited for it may go on."""
+        """Nobody will push the samples dealt to this worker; workers that waited for it may continue."""
         self._dealt[worker] = 0
         yield from self._go_on(Decision(What.DROP, version=self.version), now)
 
     def _decision(self, worker: int, header: Header, staleness: int) -> Decision:
-        """What becomes of the gradient: an update, unless it is of no samples or not finite."""
+        """What to do with the gradient: update, unless it has no samples or is not finite."""
         part, terms = header.part, self.terms
         if not part.samples or not part.finite:
             return Decision(What.DROP, take=(worker,), version=self.version, step=header.step)
@@ -259,7 +259,7 @@ class Asynchronous(Coordinator):
         )
 
     def _go_on(self, decision: Decision, now: int) -> Iterator[Message]:
-        """Answer the workers that have something to do; then comes the decision, which gives them parameters."""
+        """Reply to the workers that can continue; then return the decision, which sends them parameters."""
         asked, slices = Ask.NOTHING, self._deal_out()
         released = [worker for worker in slices if self._dealt[worker]]
         if len(self._idle) == self.workers and not any(self._dealt):
@@ -276,7 +276,8 @@ class Asynchronous(Coordinator):
             yield from self._dismiss(tuple(sorted(self._idle)), take=())
 
     def _deal_out(self) -> dict[int, tuple[Stretch, ...]]:
-        """Stretches for the waiting workers that may go on, fewest steps first; see `Bounded._may_go`."""
+        """Deal stretches to the waiting workers that may continue, those with the fewest steps first; see
+        `Bounded._may_go`."""
         found = {}
         for worker in sorted(self._idle, key=lambda worker: (self._done[worker], worker)):
             if self._may_go(worker):
@@ -287,7 +288,7 @@ class Asynchronous(Coordinator):
         return self._queue.stop_at(self.terms.conductor.due(self.cursor))
 
     def _deal(self, worker: int) -> tuple[Stretch, ...]:
-        """Stretches for a worker, until it has `ahead` besides its next one; fewer, or none, near the limit."""
+        """Deal stretches to a worker until it has `ahead` beyond its next one; fewer, or none, near the limit."""
         found: list[Stretch] = []
         while self._dealt[worker] <= self.terms.ahead:
             stretch = self._queue.take(worker, self._limit)
@@ -310,12 +311,13 @@ class Asynchronous(Coordinator):
 
 
 class Bounded(Asynchronous):
-    """Asynchronous, but a worker waits while it has done more than `bound` steps more than the slowest, counted from
-    where all were last together (they need not have equally many stretches from there to the next such point)."""
+    """Asynchronous, but a worker waits while it is more than `bound` steps ahead of the slowest. Steps are counted from
+    the last point where all workers were synchronised (between two such points, workers may get unequal numbers of
+    stretches)."""
 
     def _may_go(self, worker: int) -> bool:
-        """Workers with fewer steps came first, and were dealt samples if there were any: one that has none now does
-        not count until all are drained."""
+        """Workers with fewer steps are served first, and got samples if there were any; so a worker that has none now
+        does not count until all are drained."""
         others = (self._done[other] for other in range(self.workers) if other != worker and self._dealt[other])
         return self._done[worker] - min(others, default=self._done[worker]) <= self.terms.options.bound
 

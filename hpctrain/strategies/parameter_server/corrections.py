@@ -1,4 +1,4 @@
-"""What a parameter server's asynchronous modes do about gradients that come late."""
+"""Corrections for late gradients in a parameter server's asynchronous modes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ MEAN_SQUARE = "mean square of the gradient"
 
 
 class DelayCompensation:
-    """DC-ASGD: g + lambda * g * g * (w_now - w_then), g * g standing for the diagonal of the Hessian
-    (Zheng et al. 2017, section 4; adaptive, section 6: lambda / sqrt(moving mean of g * g))."""
+    """DC-ASGD: g + lambda * g * g * (w_now - w_then), where g * g approximates the diagonal of the Hessian (Zheng et
+    al. 2017, section 4; adaptive, section 6: lambda / sqrt(moving mean of g * g))."""
 
     def __init__(self, strength: float, mean_square: torch.Tensor | None) -> None:
         self._strength, self._mean_square = strength, mean_square
 
     def view(self) -> dict[str, Buffer]:
-        """What a checkpoint must keep, as it is, on the CPU: moments of the shard's elements."""
+        """The state to save in a checkpoint, on the CPU, not copied if possible: moments of the shard's elements."""
         from hpctrain.replica.tensors import as_array
 
         return {} if self._mean_square is None else {MEAN_SQUARE: as_array(self._mean_square.cpu())}
 
     def load(self, moments: dict[str, Buffer]) -> None:
-        """Go on from what `view` gave."""
+        """Continue from the result of `view`."""
         from hpctrain.replica.tensors import as_tensor
 
         if self._mean_square is not None and MEAN_SQUARE in moments:
@@ -37,7 +37,7 @@ class DelayCompensation:
 
     @classmethod
     def of(cls, options: ParameterServerOptions, values: torch.Tensor) -> DelayCompensation | None:
-        """As the options have it, for a shard of these parameters; None: none is wanted."""
+        """The compensation that the options select, for a shard with these parameters; None if they select none."""
         if options.delay_compensation == "none":
             return None
         if options.delay_compensation == "constant":
@@ -45,7 +45,7 @@ class DelayCompensation:
         return cls(options.delay_lambda or 2.0, values.new_zeros(values.shape))
 
     def correct(self, gradient: torch.Tensor, now: torch.Tensor, then: torch.Tensor) -> None:
-        """In place; all flat, of one length."""
+        """Correct `gradient` in place. All tensors are flat and of equal length."""
         change = gradient.square()
         if self._mean_square is not None:
             self._mean_square.mul_(0.95).add_(change, alpha=0.05)
@@ -54,9 +54,9 @@ class DelayCompensation:
 
 
 class RunningClip:
-    """Scales down what is longer than `longest` times the mean length of about the last ten.
+    """Scales down vectors longer than `longest` times the mean length of about the last ten.
 
-    A long gradient that comes late, where the parameters have moved on, is not to be trusted.
+    A long gradient that arrives late, after the parameters have moved on, cannot be trusted.
     """
 
     def __init__(self, longest: float) -> None:
@@ -64,15 +64,15 @@ class RunningClip:
         self._mean, self._seen = 0.0, 0
 
     def counters(self) -> list[float]:
-        """What a checkpoint must keep."""
+        """The counters that a checkpoint saves."""
         return [self._mean, self._seen]
 
     def load(self, counters: Sequence[float]) -> None:
-        """Go on from what `counters` gave."""
+        """Continue from the result of `counters`."""
         self._mean, self._seen = counters[0], int(counters[1])
 
     def factor(self, length: float) -> float:
-        """For the next gradient, of this length; one that is not finite counts for nothing."""
+        """The scaling factor for the next gradient, of this length; lengths that are not finite are ignored."""
         if not math.isfinite(length):
             return 1.0
         self._seen += 1

@@ -83,8 +83,8 @@ class ParameterServerOptions(Options):
         return self.mode == "sync"
 
     def per_update(self, workers: int, adaptive: bool, staleness: int) -> float:
-        """The learning rate's factor for one gradient, by its staleness in versions, among `workers` workers.
-        `adaptive`: whether the optimizer's updates do not grow with gradients (Adam and its like)."""
+        """The learning rate's factor for one worker's gradient, by its staleness in versions, with `workers` workers.
+        `adaptive`: whether the size of the optimizer's updates does not grow with the gradients (Adam and similar)."""
         if self.lr_per_update == "none":
             return 1.0
         if self.lr_per_update == "staleness":
@@ -93,8 +93,9 @@ class ParameterServerOptions(Options):
         return workers ** -(ADAPTIVE_POWER if adapts else 1.0)
 
 
-# One worker's gradient is noisier than a round's, so Adam takes shorter steps along it by itself: a smaller batch wants
-# the rate's root (Malladi et al. 2022), late gradients less. Between the two; docs/asynchrony.md has what came of it.
+# One worker's gradient is noisier than a round's, so Adam already takes shorter steps along it. A smaller batch calls
+# for the square root (Malladi et al. 2022), late gradients for a smaller rate. The value lies in between; for results
+# see docs/asynchrony.md.
 ADAPTIVE_POWER = 0.75
 MODE_KEYS = {
     "bound": ("bounded",),

@@ -1,6 +1,6 @@
-"""The server half of a parameter server: a server owns a shard of the parameters and of the optimizer.
+"""The server half of a parameter server: each server owns a shard of the parameters and of the optimizer state.
 
-The first server also drives the coordinator: it passes on the headers, and sends and carries out what is decided.
+The first server also drives the coordinator: it forwards the headers to it, and sends and executes its decisions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Wiring:
-    """Who owns which shard, and the communicators between workers and servers. Construction is collective."""
+    """Which rank owns which shard, and the communicators between workers and servers. The constructor is collective."""
 
     def __init__(self, phase: Phase, options: ParameterServerOptions) -> None:
         from hpctrain.replica.layout import slice_bounds
@@ -54,7 +54,7 @@ class Wiring:
         self.between_servers = comm.split(0 if comm.rank in self.servers else None, comm.rank)
         self.slots = len(phase.replica.layout.slots)
         self.bounds = slice_bounds(phase.replica.layout, len(self.servers), phase.updating.elementwise)
-        ahead = np.array([phase.dealing.ahead], np.int64)  # ranks may differ: the coordinator's is in force
+        ahead = np.array([phase.dealing.ahead], np.int64)  # ranks may have different values: use the coordinator's
         comm.broadcast(ahead, self.coordinator)
         self.ahead = int(ahead[0])
         if not phase.members.equal:
@@ -65,24 +65,24 @@ class Wiring:
         return self.servers[0]
 
     def shards(self) -> list[tuple[int, int, int]]:
-        """(server's rank, low, high) of every shard that is not empty."""
+        """(server rank, low, high) of every shard that is not empty."""
         cuts = zip(self.servers, self.bounds, self.bounds[1:], strict=False)
         return [(server, low, high) for server, low, high in cuts if low < high]
 
     def shard(self, phase: Phase) -> Buffer:
-        """The part of this rank's parameters that it serves; for servers."""
+        """The slice of this rank's parameters that it serves. Only for servers."""
         index = self.servers.index(phase.comm.rank)
         return phase.replica.value_arena.mine[self.bounds[index] : self.bounds[index + 1]]
 
     def keepers(self) -> list[tuple[int, int, int]]:
-        """Who has a part of the strategy's state: the owners of shards, and the coordinator."""
+        """The ranks that hold part of the strategy's state: the owners of shards, and the coordinator."""
         shards = self.shards()
         if shards and shards[0][0] != self.coordinator:
             shards.insert(0, (self.coordinator, 0, 0))
         return shards
 
     def reply_record(self) -> ReplyRecord:
-        """Memory for a reply; of equal size on all ranks."""
+        """A buffer for a reply; the same size on all ranks."""
         return ReplyRecord(self.ahead + 1)
 
     def free(self) -> None:
@@ -93,7 +93,7 @@ class Wiring:
 
 
 class ParameterServerServer(Server):
-    """Owns one shard: takes gradients, updates, gives parameters, as the coordinator decides."""
+    """Owns one shard. Receives gradients, updates the shard and sends parameters, as the coordinator decides."""
 
     options: ParameterServerOptions
 
@@ -103,7 +103,7 @@ class ParameterServerServer(Server):
         deal_state(phase, self.wiring, state, self)
 
     def attach(self, phase: Phase, wiring: Wiring, shard: Buffer, lane: int) -> None:
-        """Own `shard`, by now rank 0's parameters, and allocate what is received into. Not collective."""
+        """Take over `shard`, which already holds rank 0's parameters, and allocate receive buffers. Not collective."""
         from hpctrain.replica.tensors import as_tensor
 
         self.phase, self.wiring, self._lane = phase, wiring, lane
@@ -128,8 +128,9 @@ class ParameterServerServer(Server):
         return self.phase.comm.arena(self.high - self.low, self.phase.replica.layout.dtype, "rank")
 
     def _copied(self) -> list[int]:
-        """Workers that get a copy of the parameters as they are now: those that the next update must not wait for,
-        being far away, and those whose gradients are compensated for what changed since."""
+        """The workers that get a private copy of the current parameters: workers on other nodes, so that the next
+        update need not wait for the transfer, and, with delay compensation, all workers, because it needs the
+        parameters they read."""
         if self.options.lockstep or self.low == self.high:
             return []
         here, nodes = self.comm.nodes[self.comm.rank], self.comm.nodes
@@ -137,7 +138,7 @@ class ParameterServerServer(Server):
         return [worker for worker, rank in enumerate(self.wiring.workers) if everybody or nodes[rank] != here]
 
     def load(self, state: State) -> None:
-        """Take over this server's part of a checkpoint, or of the phase before."""
+        """Load this server's part of the state from a checkpoint or from the previous phase."""
         if self._compensation is not None:
             self._compensation.load(state.section(STRATEGY).flat)
         self.update.load_in_place(state)
@@ -145,7 +146,7 @@ class ParameterServerServer(Server):
             self.coordinator.load(state.counters)
 
     def serve(self) -> None:
-        """Until every worker has left. Raises NanError (as the workers do) if a loss is not finite."""
+        """Serve until every worker has left. Raises NanError, as the workers do, if a loss is not finite."""
         self._remember_all()
         for worker in range(len(self.wiring.workers)):
             self._expect(worker)
@@ -174,11 +175,11 @@ class ParameterServerServer(Server):
             self.execute(decision)
 
     def error(self, nan: NotFinite) -> NanError:
-        """The error for all ranks to raise."""
+        """The error that all ranks raise."""
         return nan_error(self.phase, self.wiring.workers[nan.worker], nan.loss, nan.step, nan.bad)
 
     def execute(self, decision: Decision) -> None:
-        """Do what the coordinator decided."""
+        """Execute a decision of the coordinator."""
         if self._lane == 0:
             self.phase.watching.tick()
         if decision.what is What.STATE:
@@ -208,14 +209,14 @@ class ParameterServerServer(Server):
         gradient = self._gradient(decision)
         if self._clips:
             gradient.mul_(self._clip(gradient))
-        self.comm.wait_all(self._direct)  # nobody shall read half an update
+        self.comm.wait_all(self._direct)  # nobody may read a half-finished update
         self._direct = []
         with self.comm.span("update", gradient.nbytes, peer, decision.version, flops=float(gradient.numel())):
             whose = decision.take[0] if self._corrects else None
             self.update.apply(gradient, decision.rate, decision.momentum, whose, decision.used)
 
     def _gradient(self, decision: Decision) -> torch.Tensor:
-        """The mean of the gradients taken, summed in rank order; one alone lies where it came. Raises NanError."""
+        """The mean of the accepted gradients, summed in rank order; a single one is not copied. Raises NanError."""
         from hpctrain.replica.blocks import add_up
         from hpctrain.replica.tensors import as_tensor
 
@@ -233,7 +234,7 @@ class ParameterServerServer(Server):
         return whole
 
     def _gradient_error(self, decision: Decision, whole: torch.Tensor) -> NanError:
-        """Whose gradient of which parameter it was. The server alone raises it: the workers have their replies."""
+        """Find the worker and the parameter. Only this server raises it: the workers already have their replies."""
         from hpctrain.replica.tensors import as_tensor
 
         layout, phase = self.phase.replica.layout, self.phase
@@ -247,11 +248,11 @@ class ParameterServerServer(Server):
 
     @property
     def _clips(self) -> bool:
-        """Whether the sum is clipped here; a worker's own gradient is clipped by the worker."""
+        """Whether the sum is clipped here; in asynchronous modes each worker clips its own gradient."""
         return self.phase.updating.clip_norm is not None and self.options.lockstep
 
     def _clip(self, gradient: torch.Tensor) -> float:
-        """The factor for all shards. Collective over the servers."""
+        """The clipping factor, the same for all shards. Collective over the servers."""
         from hpctrain.replica.blocks import sum_of_squares
 
         assert self.between is not None and self.phase.updating.clip_norm is not None
@@ -268,7 +269,7 @@ class ParameterServerServer(Server):
         if worker not in self._copies:
             self._direct.append(self.comm.start_send(self._shard, rank, Tag.PULL))
             return
-        self._remember(worker)  # its last pull has arrived: it has pushed since
+        self._remember(worker)  # its last pull has completed: it has pushed since
         self._sending = [request for request in self._sending if not request.test()]
         self._sending.append(self.comm.start_send(self._copies[worker].mine, rank, Tag.PULL))
 
@@ -278,7 +279,7 @@ class ParameterServerServer(Server):
         as_tensor(self._copies[worker].mine).copy_(self.values)
 
     def _remember_all(self) -> None:
-        """What the workers begin with."""
+        """Copy the initial parameters for each worker that has a copy."""
         for worker in self._copies:
             self._remember(worker)
 
@@ -297,7 +298,7 @@ class ParameterServerServer(Server):
 
 
 class Driver:
-    """Passes headers to the coordinator as they arrive; sends and carries out what it returns, in that order."""
+    """Passes headers to the coordinator as they arrive, and sends and executes what it returns, in that order."""
 
     def __init__(self, server: ParameterServerServer, coordinator: Coordinator) -> None:
         wiring = server.wiring
@@ -309,10 +310,10 @@ class Driver:
         self._decision = DecisionRecord(len(wiring.workers), wiring.slots)
 
     def run(self) -> None:
-        """Until every worker has left. Raises NanError if the phase ends with it, as the workers do."""
+        """Run until every worker has left. Raises NanError, as the workers do, if the phase ends with it."""
         comm, coordinator = self._comm, self._coordinator
         self._carry_out(coordinator.begin(comm.now()))
-        arrived: dict[int, Header] = {}  # headers whose gradient is still on its way
+        arrived: dict[int, Header] = {}  # headers whose gradient is still in transit
         requests: dict[int, Request] = {worker: self._listen(worker) for worker in range(len(self._workers))}
         while requests:
             senders = list(requests)
@@ -324,7 +325,7 @@ class Driver:
                 if header.kind is HeaderKind.STEP and push is not None and not push.test():
                     arrived[worker], requests[worker] = header, push
                     continue
-            del requests[worker]  # to the end of the line: `wait_any` prefers those in front
+            del requests[worker]  # move it to the end: `wait_any` prefers requests at the front
             requests[worker] = self._listen(worker)
             self._carry_out(coordinator.receive(worker, header, comm.now()))
             for gone in coordinator.left & set(requests):
@@ -344,7 +345,7 @@ class Driver:
                 self._decide(message)
 
     def _decide(self, decision: Decision) -> None:
-        """Send it to the other servers, then do the same here."""
+        """Send the decision to the other servers, then execute it here."""
         if self._others:
             self._decision.write(decision)
         sends = [self._comm.start_send(self._decision.bytes, server, Tag.DECISION) for server in self._others]
@@ -354,7 +355,7 @@ class Driver:
 
 
 def _terms(phase: Phase, options: ParameterServerOptions) -> Terms:
-    """What the phase's coordinator must know of it."""
+    """What the coordinator needs to know about the phase."""
     workers = len(phase.roles.workers)
     scaled = partial(options.per_update, workers, phase.updating.adaptive)
     return Terms(
@@ -376,7 +377,7 @@ def _terms(phase: Phase, options: ParameterServerOptions) -> Terms:
 def deal_state(
     phase: Phase, wiring: Wiring, state: State | None, server: ParameterServerServer | None
 ) -> None:
-    """Give every server its part of the state, from rank 0. Collective over the phase's ranks."""
+    """Send every server its part of rank 0's state. Collective over the phase's ranks."""
     comm = phase.comm
     if not comm.broadcast_json(state is not None):
         return

@@ -1,7 +1,7 @@
-"""The records that workers, the coordinator and the servers send each other, besides gradients and parameters.
+"""The records that workers, the coordinator and the servers exchange, in addition to gradients and parameters.
 
 Each kind of record has one structured dtype. Its size follows from numbers that are equal on all ranks of a phase, so a
-rank allocates its records when it joins. The communicator is given their bytes.
+rank allocates its records when it joins. The communicator sends their bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hpctrain.comm.base import Buffer
     from hpctrain.data.queue import Stretch
 
-WHY = 512  # bytes of a reply's `why` at most, as UTF-8
+WHY = 512  # maximum bytes of a reply's `why`, as UTF-8
 RESULTS: tuple[Result | None, ...] = (None, *get_args(Result))  # by their code on the wire
 NO_STEP = Contribution(0, 0.0, 0.0, Ask.NOTHING)
 DType = np.dtype[Any]
@@ -31,8 +31,8 @@ DType = np.dtype[Any]
 class HeaderKind(IntEnum):
     """What a worker's header announces."""
 
-    STEP = 1  # the push of a gradient
-    STATE = 2  # servers are to send rank 0 their state
+    STEP = 1  # a gradient push
+    STATE = 2  # servers must send their state to rank 0
     LEAVE = 3  # the worker's phase is over
     WITHDRAW = 4  # the worker's program has left the training loop
 
@@ -41,28 +41,28 @@ class What(IntEnum):
     """What all servers do with the gradients of `Decision.take`."""
 
     UPDATE = 1  # apply them
-    DROP = 2  # forget them
-    STATE = 3  # there are none: send rank 0 the shard's state
-    END = 4  # there are none: the phase is over
-    NAN = 5  # there are none: the phase ends with NanError
+    DROP = 2  # drop them
+    STATE = 3  # no gradients: send the shard's state to rank 0
+    END = 4  # no gradients: the phase is over
+    NAN = 5  # no gradients: the phase ends with NanError
 
 
 class NotFinite(NamedTuple):
-    """The loss or gradient that ends the phase, where nan = "stop"."""
+    """The loss or gradient that ends the phase, with nan = "stop"."""
 
-    worker: int  # whose it is, as its place among the workers
+    worker: int  # index of the worker it came from
     loss: float
     step: int
-    bad: int  # as in its `Contribution`
+    bad: int  # as in `Contribution`
 
 
 @dataclass(frozen=True)
 class Header:
-    """From a worker to the coordinator: with each push, and without one."""
+    """From a worker to the coordinator, with or without a push."""
 
     kind: HeaderKind
     version: int = 0  # of the parameters that the gradient was computed on
-    round_end: int = 0  # the run's clock after the step, in samples, where all workers step together
+    round_end: int = 0  # the run's clock after the step, in samples, if all workers step together
     step: int = 0
     part: Contribution = NO_STEP
 
@@ -70,26 +70,26 @@ class Header:
 class Reply(NamedTuple):
     """From the coordinator to a worker: what became of its push."""
 
-    worker: int  # to which it goes, as its place among the workers
+    worker: int  # index of the worker that receives it
     cursor: int  # the run's clock, in samples
-    version: int  # of the parameters that come with it
+    version: int  # of the parameters that come with the reply
     ask: Ask = Ask.NOTHING
     result: Result | None = None  # None: there was no push
     loss: float = 0.0
     samples: int = 0
-    staleness: int = 0  # versions
-    held: int = 0  # for how long it was held back, in nanoseconds
-    slices: tuple[Stretch, ...] = ()  # samples dealt to the worker, besides those it knows of
+    staleness: int = 0  # in versions
+    held: int = 0  # how long the reply was held back, in nanoseconds
+    slices: tuple[Stretch, ...] = ()  # samples dealt to the worker, in addition to those it already has
     why: str = ""  # why the phase ends
     nan: NotFinite | None = None  # raise NanError: no other reply follows
 
 
 class Decision(NamedTuple):
-    """From the coordinator to all servers, in one order: consume the gradients of the workers `take`, then send
+    """From the coordinator to all servers, in the same order: consume the gradients of the workers `take`, then send
     parameters to the workers `give`.
 
     UPDATE: apply the sum of the gradients divided by `weight`, with `rate` times the learning rate and `momentum` times
-    the momentum, as version `version`, to the parameters that are `used`. NAN: raise NanError for `nan`.
+    the momentum, as version `version`, to the parameters in `used`. NAN: raise NanError for `nan`.
     """
 
     what: What
@@ -108,13 +108,13 @@ NOT_FINITE: DType = np.dtype([("worker", "i8"), ("loss", "f8"), ("step", "i8"), 
 
 
 def header_dtype(slots: int) -> DType:
-    """Of a header, for a layout of `slots` parameters."""
+    """The dtype of a header, for a layout of `slots` parameters."""
     numbers = [("kind", "i8"), ("version", "i8"), ("round_end", "i8"), ("step", "i8")]
     return np.dtype([*numbers, ("part", "f8", (Contribution.length(slots),))])
 
 
 def reply_dtype(stretches: int) -> DType:
-    """Of a reply, which deals out `stretches` stretches of samples at most."""
+    """The dtype of a reply that deals out at most `stretches` stretches of samples."""
     numbers = [("worker", "i8"), ("cursor", "i8"), ("version", "i8"), ("ask", "i8"), ("result", "i8"), ("loss", "f8")]
     numbers += [("samples", "i8"), ("staleness", "i8"), ("held", "i8")]
     dealt: list[Any] = [("dealt", "i8"), ("slices", "i8", (stretches, 2))]
@@ -122,34 +122,34 @@ def reply_dtype(stretches: int) -> DType:
 
 
 def decision_dtype(workers: int, slots: int) -> DType:
-    """Of a decision, for `workers` workers and a layout of `slots` parameters."""
+    """The dtype of a decision, for `workers` workers and a layout of `slots` parameters."""
     numbers = [("what", "i8"), ("version", "i8"), ("step", "i8"), ("weight", "f8"), ("rate", "f8"), ("momentum", "f8")]
     sets: list[Any] = [("take", "?", (workers,)), ("give", "?", (workers,))]
     return np.dtype([*numbers, ("nan", NOT_FINITE), ("used", "f8", (words(slots),)), *sets])
 
 
 class Record:
-    """Memory for one record. Not to be written while its bytes are being sent."""
+    """Memory for one record. Do not write to it while its bytes are being sent."""
 
     def __init__(self, dtype: DType) -> None:
         self._array = np.zeros(1, dtype)
-        self.bytes: Buffer = self._array.view(np.uint8)  # what is sent, or received into
+        self.bytes: Buffer = self._array.view(np.uint8)  # the bytes to send, or to receive into
 
     def _fields(self) -> tuple[Any, ...]:
-        """In the dtype's order, as Python's numbers; fields of several elements as arrays."""
+        """The fields in the dtype's order, as Python numbers; fields with several elements as arrays."""
         fields: tuple[Any, ...] = self._array.item()
         return fields
 
 
 class HeaderRecord(Record):
-    """For a layout of `slots` parameters."""
+    """A record of one header, for a layout of `slots` parameters."""
 
     def __init__(self, slots: int) -> None:
         super().__init__(header_dtype(slots))
         self._slots = slots
 
     def write(self, header: Header) -> None:
-        """Put a header into the bytes."""
+        """Write a header into the bytes."""
         part = header.part.encode(self._slots)
         self._array[0] = (header.kind, header.version, header.round_end, header.step, part)
 
@@ -160,16 +160,16 @@ class HeaderRecord(Record):
 
 
 class ReplyRecord(Record):
-    """For `stretches` stretches at most; a reply with more raises ValueError."""
+    """A record of one reply with at most `stretches` stretches; a reply with more raises ValueError."""
 
     def __init__(self, stretches: int) -> None:
         super().__init__(reply_dtype(stretches))
         self._slices = np.zeros((stretches, 2), np.int64)
 
     def write(self, reply: Reply) -> None:
-        """Put a reply into the bytes; its `why` is cut where it is longer than WHY bytes."""
+        """Write a reply into the bytes; cuts `why` to WHY bytes."""
         result, dealt = RESULTS.index(reply.result), len(reply.slices)
-        if dealt:  # what is behind them counts for nothing
+        if dealt:  # entries after these are ignored
             self._slices[:dealt] = reply.slices
         numbers = (*reply[:4], result, *reply[5:9])
         self._array[0] = (*numbers, dealt, self._slices, _nan_fields(reply.nan), bounded(reply.why, WHY))
@@ -194,14 +194,14 @@ class ReplyRecord(Record):
 
 
 class DecisionRecord(Record):
-    """For `workers` workers and a layout of `slots` parameters."""
+    """A record of one decision, for `workers` workers and a layout of `slots` parameters."""
 
     def __init__(self, workers: int, slots: int) -> None:
         super().__init__(decision_dtype(workers, slots))
         self._workers, self._slots = workers, slots
 
     def write(self, decision: Decision) -> None:
-        """Put a decision into the bytes: `take` and `give` as sets."""
+        """Write a decision into the bytes: `take` and `give` as sets."""
         what, take, give, *numbers, used, nan = decision
         members = self._members(take), self._members(give)
         self._array[0] = (what, *numbers, _nan_fields(nan), pack(used, self._slots), *members)
@@ -229,7 +229,7 @@ class DecisionRecord(Record):
 
 
 def bounded(text: str, length: int) -> bytes:
-    """As UTF-8 of at most `length` bytes: what is longer is cut between two characters and ends with an ellipsis."""
+    """`text` as at most `length` bytes of UTF-8. Longer text is cut between characters and ends with an ellipsis."""
     data = text.encode(errors="replace")
     if len(data) <= length:
         return data

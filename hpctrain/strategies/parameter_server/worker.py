@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hpctrain.comm.base import Thread
     from hpctrain.data.queue import Stretch
 
-CLIP = "clip"  # among a worker's own numbers
+CLIP = "clip"  # key in a worker's own numbers
 
 
 class ParameterServer(Strategy):
@@ -60,8 +60,9 @@ class ParameterServer(Strategy):
 
     @staticmethod
     def fills(options: ParameterServerOptions, roles: Roles, rank: int) -> float:
-        """Everybody parameters of its own, and what the phase before has; rank 0 the optimizer's state, as it comes and
-        goes; a server its workers' gradients and velocities, their sum, the state, and what an update takes."""
+        """Every rank: its own parameters, and those of the previous phase. Rank 0: the optimizer state, as it arrives
+        and leaves. A server: its workers' gradients and velocities, their sum, the optimizer state, and the memory for
+        an update."""
         shards = (2 * len(roles.workers) + 5) / len(roles.servers) if rank in roles.servers else 0.0
         return 2.0 + 3.0 * (rank == 0) + shards
 
@@ -106,13 +107,13 @@ class ParameterServer(Strategy):
         return self._outcome(self._take())
 
     def _running_clip(self) -> RunningClip | None:
-        """Where gradients come late, as they do not from a worker that is alone."""
+        """The running clip, if gradients may be late; those of a single worker never are."""
         longest = self.options.clip_pushes or (None if self.phase.updating.adaptive else 2.0)
         alone = len(self.phase.roles.workers) == 1
         return RunningClip(longest) if longest is not None and not alone else None
 
     def _clip(self, samples: int) -> None:
-        """This worker's own gradient, as the mean over its samples: nobody else's is at hand."""
+        """Clip this worker's own gradient, as the mean over its samples; the other workers' are not available."""
         limit, running = self.phase.updating.clip_norm, self._running
         if limit is None and running is None:
             return
@@ -129,7 +130,7 @@ class ParameterServer(Strategy):
             gradient.mul_(factor)
 
     def _take(self) -> Reply:
-        """The coordinator's reply, which has come. Raises NanError if the phase ends with it."""
+        """Read the coordinator's reply, which has arrived. Raises NanError if the phase ends with it."""
         reply = self._reply.read()
         if (nan := reply.nan) is not None:
             raise nan_error(self.phase, self.wiring.workers[nan.worker], nan.loss, nan.step, nan.bad)
@@ -183,6 +184,6 @@ class ParameterServer(Strategy):
         return self._take().ask
 
     def _send(self, kind: HeaderKind) -> None:
-        """A header without a push."""
+        """Send a header without a push."""
         self._header.write(Header(kind))
         self.comm.send(self._header.bytes, self.wiring.coordinator, Tag.CONTROL)
