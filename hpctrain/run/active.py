@@ -1,4 +1,4 @@
-"""What a run has on this rank between its beginning and its end."""
+"""The parts of a run on this rank, between its beginning and its end."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ from hpctrain.trace.events import Failure
 
 @dataclass
 class ActiveRun:
-    """A run in progress, as `begin` makes it.
+    """A run in progress, as `begin` creates it.
 
-    `comm`: all ranks. `out`: writes on rank 0 only. `claim`, `files`: on rank 0 only. `signals`: None where stop
-    signals are not caught. `closing`: what is undone when the session ends, however it ends. `state`: what the phase
-    that is entered next takes over, whole on rank 0. `own`: what this worker's strategy goes on from in a phase that is
-    resumed.
+    `comm`: all ranks. `out`: writes on rank 0 only. `claim`, `files`: on rank 0 only. `signals`: None if stop signals
+    are not caught. `closing`: what to undo when the session ends, however it ends. `state`: the state that the next
+    phase takes over, whole on rank 0. `own`: what this worker's strategy continues from in a resumed phase.
     """
 
     job: Job
@@ -52,17 +51,17 @@ class ActiveRun:
     _warned: set[str] = field(default_factory=set)
 
     def take_state(self) -> State | None:
-        """What the phase takes over: it is not kept beyond that, being as large as the model or larger."""
+        """The state for the phase; not kept any longer, since it is as large as the model or larger."""
         state, self.state = self.state, None
         return state
 
     def take_own(self) -> Own:
-        """What this worker's strategy goes on from, once."""
+        """What this worker's strategy continues from; available once."""
         own, self.own = self.own, Own()
         return own
 
     def tick(self) -> None:
-        """This rank has taken a step, or served one."""
+        """This rank has taken or served a step."""
         self.tracing.tick()
         self.works()
 
@@ -72,38 +71,38 @@ class ActiveRun:
             self.signals.stepped()
 
     def saving(self) -> None:
-        """Until the next step ends, this rank or one that it waits for writes files."""
+        """Until the next step ends, this rank, or one that it waits for, writes files."""
         if self.signals is not None:
             self.signals.saving()
 
     def asked_to_stop(self) -> bool:
-        """Whether a stop signal came to this rank."""
+        """Whether this rank has received a stop signal."""
         return self.signals is not None and bool(self.signals.asked)
 
     def check_hold(self) -> None:
-        """Raise RunInUseError, on rank 0, if the run folder has become another process's meanwhile."""
+        """Raise RunInUseError, on rank 0, if another process has taken over the run folder."""
         if self.claim is not None:
             self.claim.lock.check()
 
     def warn(self, text: str) -> None:
-        """Say it once, on rank 0."""
+        """Issue a warning on rank 0, once for each text."""
         if text not in self._warned:
             self._warned.add(text)
             self.out.say(f"warning: {text}")
 
     def note_failure(self, error: Exception) -> None:
-        """Into the trace."""
+        """Record the failure in the trace."""
         self.comm.recorder.event(Failure(type(error).__name__, str(error)))
 
     def measure(
         self, workers: Communicator, name: str, dataset: Any, buffers: AbstractContextManager[Any]
     ) -> Evaluation:
-        """Evaluate on `dataset`, with all ranks' `buffers` as they are to be; a row of metrics.csv, and a line.
+        """Evaluate on `dataset`, inside the context `buffers`; adds a row to metrics.csv and prints a line.
 
-        `name`: of the part of the data. Collective over the workers.
+        `name`: the part of the data. Collective over the workers.
         """
         prepared, totals, job = self.prepared, self.totals, self.job
-        self.works()  # the checkpoint before, if there was one, is written
+        self.works()  # any earlier checkpoint has been written
         with workers.span("evaluate"), buffers, self._known_to(workers):
             found = evaluate(
                 prepared.model, dataset, prepared.loss, prepared.metric, workers, job.train.evaluation_batch,
@@ -118,7 +117,7 @@ class ActiveRun:
 
     @contextmanager
     def _known_to(self, workers: Communicator) -> Iterator[None]:
-        """What all `workers` raise is not known to servers, if there are some, which would wait for ever."""
+        """Dedicated servers, if any, do not know of an error that all `workers` raise, and would wait forever."""
         try:
             yield
         except HpctrainError as error:

@@ -12,8 +12,8 @@ from hpctrain.run import leaving
 
 
 def agreed(comm: Communicator, what: Callable[[], Any]) -> Any:
-    """Do `what` on this rank; an HpctrainError on any rank is raised on all, the lowest rank's; so is sys.exit() called
-    by what it does. Collective."""
+    """Call `what` on this rank. If any rank raises an HpctrainError, or `what` calls sys.exit(), all ranks raise the
+    error of the lowest such rank. Collective."""
     result: Any = None
     mine: HpctrainError | None = None
     try:

@@ -1,4 +1,4 @@
-"""What users import to train."""
+"""The functions that users import to train."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def train(
     resume: Resume | Path | str | None = None,
     out: Narrator | None = None,
 ) -> Result:
-    """Run a job on all ranks of the MPI job (or of `comm`), by its own model, data and loss. Collective.
+    """Run a job on all ranks of the MPI job (or of `comm`), with its own model, data and loss. Collective.
 
-    `resume`: the run folder to go on in, or a `Resume`, which says what may differ. Raises HpctrainError, on all
-    ranks, for a user's mistakes; another exception on one rank ends all ranks, its traceback first. So does sys.exit()
-    on one rank; called on all ranks in the same step it ends the run, and the program. Where files of the run cannot be
-    written it goes on to its end, and then raises UnwrittenError, on all ranks, which has the result.
+    `resume`: the run folder to resume, or a `Resume`, which says what may differ. A user's mistakes raise HpctrainError
+    on all ranks; another exception on one rank ends all ranks, after printing its traceback. So does sys.exit() on one
+    rank; called on all ranks in the same step, it ends the run and the program. If files of the run cannot be written,
+    the run continues to its end, and then raises UnwrittenError, which holds the result, on all ranks.
     """
     with session(job, comm, resume, out) as running:
         fit(running)
@@ -46,11 +46,12 @@ def session(
     resume: Resume | Path | str | None = None,
     out: Narrator | None = None,
 ) -> Iterator[Session]:
-    """For a loop of your own: `for batch in s.batches(): ...; s.step(loss)`. Collective; all ranks run the body.
+    """For your own training loop: `for batch in s.batches(): ...; s.step(loss)`. Collective; all ranks run the body.
 
-    On a server rank `s.batches()` serves, and yields nothing until its role changes. `s.result` is there after.
-    Ranks that leave the loop early (`break`, `return`, sys.exit()) all do so after the same number of steps: then the
-    run ends there, without a result. One that leaves alone ends the job, and is named (LeftError).
+    On a server rank `s.batches()` serves, and yields nothing until its role changes. `s.result` is available
+    afterwards. Ranks that leave the loop early (`break`, `return`, sys.exit()) must all do so after the same number of
+    steps: then the run ends there, without a result. A rank that leaves alone ends the job, and the error names it
+    (LeftError).
     """
     if comm is None:
         comm = connect(job)
@@ -64,11 +65,11 @@ def session(
 
 @contextmanager
 def _whole_job_fails_together(comm: Communicator) -> Iterator[None]:
-    """What this rank raises and the others cannot know of is reported and ends them too. What all raise is reported
-    once, if nothing catches it."""
+    """Report an error that only this rank knows of, and end the other ranks as well. An error that all ranks raise is
+    reported once, if nothing catches it."""
     try:
         yield
-    except (GeneratorExit, SystemExit):  # all ranks leave the loop, or another error would have come of it
+    except (GeneratorExit, SystemExit):  # all ranks leave the loop; otherwise there would be another error
         raise
     except BaseException as error:
         if comm.concurrent:  # virtual ranks share one process
@@ -86,7 +87,7 @@ def fit(session: Session) -> None:
 
 
 def fit_batch(session: Session, batch: Batch) -> None:
-    """What the standard loop does with a batch."""
+    """Process one batch as the standard loop does."""
     forward = session.prepared.forward
     with session.autocast(), forward.explained(batch):
         loss = forward.loss(forward.outputs(batch), batch)

@@ -1,4 +1,4 @@
-"""What `hpctrain train` and `hpctrain evaluate` do."""
+"""The commands `hpctrain train` and `hpctrain evaluate`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ INTERRUPTED = 130
 
 
 def main(load: Callable[[], tuple[Job, Resume | Path | str | None]]) -> int:
-    """Train on the ranks that the launcher started; the exit status of this rank.
+    """Train on the ranks that the launcher started; returns the exit status of this rank.
 
-    `load` reads the job. Mistakes in it are reported after MPI has started, before torch is imported: a rank
-    that ends before MPI_Init while another enters it leaves that one waiting for ever (MPICH's launcher), and
-    one that ends with a status while rank 0 has not spoken has rank 0 killed (Open MPI's).
+    `load` reads the job. Its errors are reported after MPI has started, before torch is imported. A rank that ends
+    before MPI_Init while another enters it leaves that one waiting forever (MPICH's launcher); a rank that ends with an
+    error status before rank 0 has reported causes rank 0 to be killed (Open MPI's).
     """
     error: HpctrainError | None = None
     job: Job | None = None
@@ -75,9 +75,9 @@ def main(load: Callable[[], tuple[Job, Resume | Path | str | None]]) -> int:
 
 @contextmanager
 def _imports_kept() -> Iterator[None]:
-    """What is imported lives as long as the process. To look through it for garbage, again and again while torch is
-    imported and once more at the end, takes a quarter of the time of a short run. (Not where torch is there already:
-    then the process is somebody else's.)"""
+    """Turn garbage collection off during imports. Imported objects live as long as the process; scanning them over and
+    over while torch is imported, and once more at the end, takes a quarter of the time of a short run. (Not if torch is
+    already imported: then the process belongs to someone else.)"""
     if "torch" in sys.modules or not gc.isenabled():
         yield
         return
@@ -90,17 +90,17 @@ def _imports_kept() -> Iterator[None]:
 
 
 def _exit(status: int) -> int:
-    """Give the others time to end: Open MPI's launcher tells of ranks that end with a status before others do."""
+    """Give the other ranks time to end: Open MPI's launcher reports ranks that end with a status before others do."""
     if status:
         time.sleep(0.3)
     return status
 
 
 def evaluate_run(folder: Path) -> list[str]:
-    """Evaluate a run's saved model as the run did at its end: on the test samples, or else on those for validation.
+    """Evaluate a run's saved model as the run did at its end: on the test samples, or else the validation samples.
 
-    On this process alone: of the job's schedule, ranks and device nothing matters here. Returns what came out, as
-    lines of text. Raises HpctrainErrors.
+    Runs in this process only: the job's schedule, ranks and device do not matter here. Returns the results as lines of
+    text. Raises HpctrainErrors.
     """
     from hpctrain.comm.virtual.world import World
     from hpctrain.errors import DataError

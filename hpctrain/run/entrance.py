@@ -1,4 +1,4 @@
-"""How a run enters its phases: communicators and arenas of their own, and what decides in them."""
+"""How a run enters its phases: sets up each phase's communicators, arenas and conductor."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hpctrain.trace.events import PhaseEntered
 
 
 class Entrance:
-    """Enters phases one after the other, and keeps what is used again until the run ends."""
+    """Enters one phase after another, and keeps what can be reused until the run ends."""
 
     def __init__(self, run: ActiveRun) -> None:
         self._run = run
-        self._before: Roles | None = None  # of the phase before
+        self._before: Roles | None = None  # of the previous phase
         self._split: dict[Roles, tuple[Communicator, Communicator | None]] = {}
 
     def enter(self) -> Phase:
-        """The phase that the run's totals name. Collective over all ranks."""
+        """Enter the phase that the run's totals name. Collective over all ranks."""
         run, index, prepared = self._run, self._run.totals.phase, self._run.prepared
         members = self._place(prepared.roles[index], prepared.strategy(index))
         self._before = members.roles
@@ -62,7 +62,7 @@ class Entrance:
             comm.free()
 
     def _place(self, roles: Roles, strategy: Strategy) -> Members:
-        """Give the replica its arenas, and couple the workers' models. Collective over all ranks."""
+        """Place the replica's arenas, and couple the workers' models. Collective over all ranks."""
         run, prepared, before = self._run, self._run.prepared, self._before
         comm, workers = self._communicators(roles)
         shared = self._may_share(comm, strategy)
@@ -76,7 +76,7 @@ class Entrance:
         return Members(comm, workers, roles, shared, equal)
 
     def _communicators(self, roles: Roles) -> tuple[Communicator, Communicator | None]:
-        """Of all ranks and of the workers; kept for later phases of the same roles: to split takes milliseconds."""
+        """Of all ranks and of the workers; kept for later phases with equal roles, as a split takes milliseconds."""
         if roles not in self._split:
             self._split[roles] = split_by_role(self._run.comm, roles)
         return self._split[roles]
@@ -101,7 +101,7 @@ class Entrance:
         return strategy.needs.parameters == "node" and elementwise and allowed
 
     def _conductor(self, comm: Communicator) -> Conductor:
-        """What decides in the phase; of a resumed one, its rule goes on. Collective over all ranks."""
+        """The phase's conductor; in a resumed phase its rule continues. Collective over all ranks."""
         totals, state = self._run.totals, self._run.state
         conductor = self._run.prepared.conductor(totals.phase, totals.phase_start, comm.recorder.event)
         known = comm.broadcast_json(state.rule if state is not None else None)

@@ -26,8 +26,8 @@ Loss = Callable[..., Tensor]
 
 
 class Evaluation(NamedTuple):
-    """Over a data set. `loss`: None where the model is to return it, and returned none in evaluation mode. `entries`:
-    of a metric that returns a dictionary, whose first `metric` is; else empty."""
+    """The result on a data set. `loss`: None if the model should return it but does not in evaluation mode. `entries`:
+    the values of a metric that returns a dictionary, otherwise empty; `metric` is then the first of them."""
 
     loss: float | None
     metric: float
@@ -39,7 +39,7 @@ class Evaluation(NamedTuple):
         return [f"{split} {name} {value:.4f}" for name, value in named.items()]
 
     def plain(self) -> dict[str, float]:
-        """By the names of columns: loss (if there is one), metric, and metric.NAME of each entry."""
+        """The values by column name: loss (if there is one), metric, and metric.NAME for each entry."""
         entries = {f"metric.{name}": value for name, value in self.entries.items()}
         return {**self._known_loss, "metric": self.metric, **entries}
 
@@ -58,14 +58,14 @@ def evaluate(
     move: Callable[[Batch], Batch],
     precision: Callable[[], AbstractContextManager[Any]],
 ) -> Evaluation:
-    """Loss and metric over `dataset`, each worker computing its share. Collective over `comm`.
+    """Compute loss and metric over `dataset`, each worker its share. Collective over `comm`.
 
-    Samples that draw from global generators are the same in every evaluation, and in every run. Leaves the model's
-    mode, its gradients and the states of Python's, NumPy's and torch's generators as they were. Where the metric
-    fails on a rank, all raise its ModelError.
+    Samples that draw from global generators are the same in every evaluation and every run. The model's mode, its
+    gradients and the states of Python's, NumPy's and torch's generators are left unchanged. If the metric fails on a
+    rank, all ranks raise its ModelError.
     """
     order = make_order(dataset, shuffle=False)
-    losses = np.zeros(3, np.float64)  # their sum and weight, and of how many batches there is none
+    losses = np.zeros(3, np.float64)  # sum and weight of the losses, and the number of batches without one
     fed, forward = _Fed(metric), Forward(model, loss)
     modes = [(module, module.training) for module in model.modules()]
     random = Generators.now()
@@ -83,7 +83,7 @@ def evaluate(
             value = fed.value(comm)
     finally:
         loader.close()
-        for module, training in modes:  # not all alike where a user keeps some layers in evaluation mode
+        for module, training in modes:  # modes differ if a user keeps some layers in evaluation mode
             module.training = training
         random.restore()
     comm.all_reduce(losses)
@@ -100,8 +100,8 @@ def _terms(loss: Any, samples: int) -> list[float]:
 
 
 class _Fed:
-    """A metric that takes in this rank's batches. Once it has failed it takes in no more, but the rank goes on: the
-    others meet it in `value`, where all raise what failed."""
+    """A metric fed with this rank's batches. After a failure it ignores further batches, but the rank continues: it
+    meets the others in `value`, where all raise the error."""
 
     def __init__(self, metric: Measure) -> None:
         self._metric = metric
@@ -112,7 +112,7 @@ class _Fed:
         self._try(lambda: self._metric.update(outputs, batch.reference, batch.size))
 
     def value(self, comm: Communicator) -> float | dict[str, float]:
-        """Over all ranks' batches: rank 0 merges and computes, the others get what it found. Collective."""
+        """The value over all ranks' batches. Rank 0 merges and computes, the others get its result. Collective."""
         states = collect(comm, agreed(comm, self._state))
         found = agreed(comm, lambda: self._merged(states) if comm.rank == 0 else None)
         value: float | dict[str, float] = comm.broadcast_json(found)
@@ -136,14 +136,14 @@ class _Fed:
 
 
 def _share(loader: Loader, order: Order, comm: Communicator, batch_size: int) -> Iterator[tuple[int, int]]:
-    """This worker's batches of one pass: a stretch of its own; of a stream that does not know its length, in turn."""
+    """This worker's batches of one pass: a contiguous stretch; for a stream of unknown length, batches in turn."""
     if order.length is not None:
         low, high = order.length * comm.rank // comm.size, order.length * (comm.rank + 1) // comm.size
         for start in range(low, high, batch_size):
             yield start, min(high, start + batch_size)
         return
     cursor = 0
-    while cursor < order.epoch_end(0):  # far away, until its end was seen
+    while cursor < order.epoch_end(0):  # far away until the end has been seen
         bounds = loader.bounds(cursor, batch_size * comm.size, comm.size)
         if bounds[comm.rank] < bounds[comm.rank + 1]:
             yield bounds[comm.rank], bounds[comm.rank + 1]

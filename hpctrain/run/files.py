@@ -1,4 +1,4 @@
-"""What a run writes into its folder while it trains: a full disk or a folder that was removed does not end it."""
+"""The files a run writes into its folder while training. A full disk or a removed folder does not end the run."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ PAUSES = 0.0, 1.0, 3.0  # seconds before each attempt to write the model
 
 
 class RunFiles:
-    """Writes what can be written. A failure is reported once, until writing works again, and at the end (`unwritten`).
+    """Writes what it can. Reports a failure once, until writing works again, and at the end (`unwritten`).
 
-    On rank 0 alone.
+    On rank 0 only.
     """
 
     def __init__(self, folder: Path, out: Narrator) -> None:
         self.folder, self._out = folder, out
         self._job = (folder / JOB).read_bytes() if (folder / JOB).is_file() else None
         self._failed: dict[str, str] = {}
-        self._rows: list[Mapping[str, str]] = []  # all of this run; as many as `_saved` are in the file
+        self._rows: list[Mapping[str, str]] = []  # all of this run; the first `_saved` are in the file
         self._saved = 0
         self._notes: list[str] = []
 
     def write(self, name: str, save: Callable[[], object], then: str) -> bool:
-        """Call `save`, which raises CheckpointError or OSError if the file `name` cannot be written, and say so. True
-        if it was. `then`: what becomes of it, to be told."""
+        """Call `save`, which raises CheckpointError or OSError if the file `name` cannot be written, and report a
+        failure. True on success. `then`: what happens next, for the message."""
         try:
             self._make_anew_if_removed()
             save()
@@ -46,12 +46,12 @@ class RunFiles:
         return True
 
     def add_row(self, row: Mapping[str, str]) -> None:
-        """One row of metrics.csv, behind those that could not be written before."""
+        """Add a row to metrics.csv, after any that could not be written before."""
         self._rows.append(row)
         self.write_rows()
 
     def write_rows(self) -> None:
-        """Those that are not in the file yet."""
+        """Write the rows that are not in the file yet."""
         if self._saved < len(self._rows):
             self.write(METRICS, self._append, "its rows are kept, and written as soon as that is possible")
 
@@ -60,7 +60,7 @@ class RunFiles:
         self._saved = len(self._rows)
 
     def write_model(self, save: Callable[[Path], object]) -> None:
-        """Call `save(folder)`, again after a while; where that fails, with a new folder for temporary files."""
+        """Call `save(folder)`, with retries; if all fail, save to a new temporary folder."""
         for pause in PAUSES:
             time.sleep(pause)
             if self.write(MODEL, lambda: save(self.folder), "it is tried again"):
@@ -74,11 +74,11 @@ class RunFiles:
                 place.rmdir()
 
     def unwritten(self) -> str | None:
-        """What the run folder lacks, and why; None if nothing."""
+        """What the run folder lacks, and why; None if nothing is missing."""
         return "; ".join([*self._failed.values(), *self._notes]) or None
 
     def _make_anew_if_removed(self) -> None:
-        """Its job goes into it again: what has none is not known for a run folder."""
+        """Recreate the folder with its job file: a folder without one is not recognised as a run folder."""
         if self._job is None or (self.folder / JOB).exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)

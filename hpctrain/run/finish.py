@@ -1,4 +1,4 @@
-"""How a run ends: the final model, its test, files and communicators closed, and what is printed."""
+"""How a run ends: saves and tests the final model, closes files and communicators, and prints the summary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hpctrain.strategies.phase import Phase
 
 @dataclass(frozen=True)
 class RunEnd:
-    """`result`: None where the program left the loop early. `measured`: the part of the data that its metrics are of.
+    """`result`: None if the program left the loop early. `measured`: the part of the data that the metrics are for.
     `unwritten`: what the run folder lacks, and why."""
 
     result: Result | None
@@ -25,7 +25,7 @@ class RunEnd:
 
 
 def end(run: ActiveRun, phase: Phase, entrance: Entrance) -> RunEnd:
-    """Save and test the model, if the run came to its end, and close what is open. Collective over all ranks."""
+    """Save and test the model if the run is complete, and close everything. Collective over all ranks."""
     run.saving()
     totals, splits = run.totals, run.prepared.splits
     measured = "test" if splits.test is not None else "validation"
@@ -43,7 +43,7 @@ def end(run: ActiveRun, phase: Phase, entrance: Entrance) -> RunEnd:
 
 
 def tell(run: ActiveRun, ended: RunEnd) -> None:
-    """Say how it ended, and write the report. Collective over all ranks. Raises UnwrittenError if files are missing."""
+    """Say how the run ended, and write the report. Collective over all ranks. UnwrittenError if files are missing."""
     totals, result = run.totals, ended.result
     if result is None:
         run.out.say(f"left at sample {totals.cursor:,} (step {totals.step}); run folder {run.folder}")
@@ -54,7 +54,7 @@ def tell(run: ActiveRun, ended: RunEnd) -> None:
         _tell_end(run, ended.measured, result)
         if run.job.trace.report and run.job.trace.enabled and run.comm.concurrent:
             _report(run)
-    if ended.unwritten is not None:  # after all else: a run whose files are missing has not come to a good end
+    if ended.unwritten is not None:  # last, because a run with missing files has not succeeded
         error = UnwrittenError(f"the run has ended, but not all of it was saved: {ended.unwritten}")
         error.everywhere, error.result = True, result
         raise error
@@ -68,7 +68,7 @@ def _save_and_test(run: ActiveRun, phase: Phase, measured: str) -> dict[str, flo
     keeper.settle_model(phase)
     for buffer in agreed(comm, keeper.check_model if comm.rank == 0 else list):
         run.warn(f"buffer {buffer} of the saved model holds NaN")
-    agreed(comm, keeper.save_model)  # on the disk before a test that fails on any rank ends all
+    agreed(comm, keeper.save_model)  # before the test: if that fails on any rank, all ranks end
     if dataset is not None and phase.workers is not None:
         metrics = run.measure(phase.workers, measured, dataset, nullcontext()).plain()
     run.saving()
@@ -77,7 +77,7 @@ def _save_and_test(run: ActiveRun, phase: Phase, measured: str) -> dict[str, flo
 
 
 def _close_files(run: ActiveRun, untraced: str | None) -> str | None:
-    """On rank 0: what is missing, with what is missing of traces."""
+    """On rank 0: what is missing, including traces."""
     if run.files is None:
         return None
     run.files.write_rows()
@@ -91,7 +91,7 @@ def _tell_interruption(run: ActiveRun, unwritten: str | None) -> None:
         run.signals.say(text)
     else:
         run.out.say(text)
-    run.comm.barrier()  # a launcher that is held kills all ranks as soon as it is let go
+    run.comm.barrier()  # a held launcher kills all ranks as soon as it is released
 
 
 def _tell_end(run: ActiveRun, measured: str, result: Result) -> None:
@@ -105,7 +105,7 @@ def _tell_end(run: ActiveRun, measured: str, result: Result) -> None:
 
 
 def _report(run: ActiveRun) -> None:
-    """Collective: the others wait, so that their launcher does not end before it is written."""
+    """Write the report. Collective: the others wait, so that their launcher does not end before it is written."""
     if run.comm.rank == 0:
         from hpctrain.views.report import write_report
 

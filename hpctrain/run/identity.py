@@ -1,4 +1,4 @@
-"""What tells a run from others, recorded in its folder when it is made."""
+"""What distinguishes a run from others, recorded in its folder when it is created."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hpctrain.launcher.facts import SLURM, SLURM_FEDERATED
 
 
 def slurm_job(environment: Mapping[str, str]) -> str:
-    """The Slurm job, and within an array the task, that this process is part of: "123", "123_7", "123_7@cluster"; ""
-    outside of Slurm. The same after a requeue, and unlike every other's on the same file system."""
+    """The Slurm job of this process, with the array task if any: "123", "123_7", "123_7@cluster"; "" outside of Slurm.
+    Stays the same after a requeue, and is unique on a shared file system."""
     job = environment.get(SLURM.array_job) or environment.get(SLURM.job, "")
     if not job:
         return ""
@@ -29,9 +29,9 @@ def slurm_job(environment: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Identity:
-    """Who made a run. Together with its resolved job this tells it from others: a Slurm job (or task of an array) has
-    runs of its own, and so has everybody outside of Slurm; among those, jobs that differ are different runs. `file` and
-    `overrides`: the job's, as the command named them; a Slurm job that comes back says the same again."""
+    """Who made a run. Together with the resolved job this distinguishes it from others: each Slurm job (or array task)
+    has its own runs, and so do all users outside of Slurm; among those, different jobs mean different runs. `file` and
+    `overrides`: the job's, as given on the command line; a requeued Slurm job gives the same ones."""
 
     slurm_job: str = ""
     file: str = ""
@@ -39,17 +39,17 @@ class Identity:
 
     @classmethod
     def of(cls, job: Job, environment: Mapping[str, str]) -> Self:
-        """Of a run of `job` that is started here and now."""
+        """The identity of a run of `job` started now, in this environment."""
         return cls(slurm_job(environment), job.file, job.overrides)
 
     def write(self, folder: Path) -> None:
-        """Into the run folder. Raises OSError."""
+        """Write the identity into the run folder. Raises OSError."""
         tables = {"slurm_job": self.slurm_job, "file": self.file, "overrides": list(self.overrides)}
         (folder / RUN).write_text(jobfile.write({key: value for key, value in tables.items() if value}))
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Of the run in that folder; one that lacks the file was made outside of Slurm, without overrides."""
+        """The identity of the run in that folder; without the file, it was made outside of Slurm, without overrides."""
         try:
             found = tomllib.loads((folder / RUN).read_text())
             given = tuple(map(str, found.get("overrides", ())))
@@ -59,9 +59,9 @@ class Identity:
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """The tables of a run's resolved job, with what is default today written out. Raises JobError if there are none."""
+    """The tables of a run's resolved job, including today's defaults. Raises JobError if there are none."""
     tables = jobfile.read(folder / JOB)
     try:
         return Job(**tables).plain()
-    except JobError:  # it names an object of a program, or what is not there any more
+    except JobError:  # it names a program object, or something that no longer exists
         return tables

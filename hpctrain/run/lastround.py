@@ -1,4 +1,4 @@
-"""The last round of an epoch, smaller than the others: what it leaves a worker, and where that is too little."""
+"""The last round of an epoch, which may be smaller: how many samples a worker gets, and whether they suffice."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def whole_rounds(length: int | None, round_size: int) -> int:
 
 
 def check_batchnorm(prepared: Prepared) -> None:
-    """Refuse to train batch norm layers on a single value per channel, which torch does only when it comes to that.
+    """Refuse to train batch norm layers on a single value per channel; torch itself fails only when it happens.
 
-    Raises ModelError. Not collective: all ranks find the same.
+    Raises ModelError. Not collective: all ranks get the same result.
     """
     layers: dict[nn.Module, str] = {
         module: name
@@ -58,7 +58,7 @@ def check_batchnorm(prepared: Prepared) -> None:
 
 
 def _round_with_one(prepared: Prepared) -> int:
-    """The size of a phase's rounds whose last one, if the run comes to it, gives a worker a micro-batch of 1; or 0."""
+    """The round size of a phase whose last round, if the run reaches it, gives a worker a micro-batch of 1; or 0."""
     own, epoch = prepared.job.train.batch_size, prepared.epoch
     for index, roles in enumerate(prepared.roles):
         together = not prepared.strategy(index).needs.queue or prepared.job.data.queue == "static"
@@ -75,8 +75,8 @@ def _round_with_one(prepared: Prepared) -> int:
 
 
 def _starved(prepared: Prepared, layers: dict[nn.Module, str]) -> nn.Module | None:
-    """The first layer that gets one value per channel of one sample; None if none does, or the model takes no sample by
-    itself. Leaves model and generators as they were."""
+    """The first layer that gets one value per channel from one sample; None if there is none or the model does not
+    accept a single sample. Leaves model and generators unchanged."""
     found: list[nn.Module] = []
 
     def look(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -89,7 +89,7 @@ def _starved(prepared: Prepared, layers: dict[nn.Module, str]) -> nn.Module | No
         with kept(), torch.no_grad(), prepared.autocast():
             prepared.model.eval()
             prepared.forward.outputs(_one_sample(prepared))
-    except Exception:  # whatever it is, training will run into it as well, and say more
+    except Exception:  # training will fail in the same way, with a better message
         pass
     finally:
         for hook in hooks:

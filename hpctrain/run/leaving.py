@@ -16,14 +16,14 @@ from hpctrain.errors import LeftError
 if TYPE_CHECKING:
     from hpctrain.strategies.phase import Phase
 
-PATIENCE = 30.0  # seconds until a rank that waits for the others says so, or gives up where they cannot be asked
+PATIENCE = 30.0  # seconds until a waiting rank reports that it waits, or gives up if it cannot ask the others
 
 
 ALONE = "while others go on; leave it on all ranks after the same step, or on none"
 
 
 def words(error: BaseException | None) -> str:
-    """How a program left the loop, for people. `error`: what it was left with, if anything."""
+    """How a program left the loop, for people. `error`: the exception it left with, if any."""
     if isinstance(error, SystemExit):
         return f"sys.exit({'' if error.code is None else repr(error.code)[:200]})"
     return "break or return" if error is None or isinstance(error, GeneratorExit) else type(error).__name__
@@ -45,7 +45,7 @@ def left_alone(ranks: Sequence[int], how: str, where: str, status: int) -> LeftE
 
 
 def status_of(error: BaseException | None) -> int:
-    """The exit status of a job that ends because a program left its loop so: the program's own if that is not 0."""
+    """The exit status of a job that a program ended by leaving its loop: the program's own unless that is 0."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     code = error.code if isinstance(error, SystemExit) else None
@@ -53,7 +53,7 @@ def status_of(error: BaseException | None) -> int:
 
 
 def agree_to_begin(comm: Communicator, how: str | None) -> None:
-    """All ranks of the run begin their batches (`how` None), or all leave before. Raises LeftError. Collective."""
+    """All ranks of the run begin their batches (`how` is None), or all leave before. Raises LeftError. Collective."""
     told = comm.gather_json(how)
     left = [rank for rank, word in enumerate(told) if word is not None]
     if left and len(left) < len(told):
@@ -72,7 +72,7 @@ def agree_to_leave(phase: Phase, step: int, leaves: bool, error: BaseException |
 
 
 def all_come(workers: Communicator) -> bool:
-    """Whether all workers leave in time, where those that go on wait for this one within their forward pass."""
+    """Whether all workers leave in time; workers that continue wait for this one within their forward pass."""
     met, ends = workers.start_all_reduce(np.zeros(1)), workers.now() + int(PATIENCE * 1e9)
     while not met.test() and workers.now() < ends:
         workers.sleep(0.01)
@@ -81,7 +81,7 @@ def all_come(workers: Communicator) -> bool:
 
 @contextmanager
 def says_that_it_waits(comm: Communicator, step: int, error: BaseException | None) -> Iterator[None]:
-    """Ranks that leave wait for the others inside, and say so after a while."""
+    """Inside the context, ranks that leave wait for the others; after a while they report this."""
     text = (
         f"hpctrain: rank {comm.rank} left the training loop at step {step} ({words(error)}) and waits for the others "
         "to leave it, or to take their next step\n"

@@ -1,4 +1,4 @@
-"""What follows a step: the totals, and what it asks for: evaluate, checkpoint, end the phase, stop, interrupt."""
+"""What happens after a step: update the totals, then evaluate, checkpoint, end the phase or stop, as asked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpctrain.strategies.phase import Phase
 
 
 class Milestones:
-    """On a worker, for one phase, whose summary is the newest of the run's totals."""
+    """The milestones of one phase on a worker. The phase's summary is the latest in the run's totals."""
 
     def __init__(self, run: ActiveRun, phase: Phase, strategy: Strategy) -> None:
         self._run, self._phase, self._strategy = run, phase, strategy
@@ -25,7 +25,7 @@ class Milestones:
     def after(self, outcome: Outcome, step: int, loss: float, samples: int) -> bool:
         """Add a step to the totals, and do what it asks for. True if the phase ends here.
 
-        `step`: how many have been taken. `loss`, `samples`: this worker's. Collective over the workers.
+        `step`: steps taken so far. `loss`, `samples`: this worker's. Collective over the workers.
         """
         run, phase, totals = self._run, self._phase, self._run.totals
         self._count(outcome, step, loss, samples)
@@ -39,8 +39,8 @@ class Milestones:
         return self._heed(outcome.ask, outcome.why, outcome.held) if outcome.ask else False
 
     def pay(self) -> bool:
-        """Do what an interruption left to be done, as the run would have that was not interrupted. True if the phase
-        ends here. Collective over the workers."""
+        """Do what an interruption left pending, as an uninterrupted run would have done. True if the phase ends here.
+        Collective over the workers."""
         totals = self._run.totals
         owed, totals.owed = totals.owed, Ask.NOTHING
         if not owed:
@@ -66,7 +66,7 @@ class Milestones:
         recorder.step = step
 
     def _updates_until(self, outcome: Outcome) -> int:
-        """How many there were since this worker's last step: where workers do not step together, those of all."""
+        """The updates since this worker's last step; if workers do not step together, those of all workers."""
         before, self._version = self._version, outcome.version
         return max(1, outcome.version - before)
 
@@ -86,7 +86,7 @@ class Milestones:
             return self._carry_out(ask, why)
 
     def _interrupt(self, ask: Ask, why: str) -> None:
-        """Save and leave, quickly: what else is due at this cursor is left to the run that resumes here."""
+        """Save and leave quickly; anything else due at this cursor is left to the run that resumes here."""
         totals = self._run.totals
         totals.interrupted = True
         self._run.saving()
@@ -112,10 +112,10 @@ class Milestones:
         return ends
 
     def _evaluate(self, stops: bool) -> tuple[str | None, str | None]:
-        """On the validation samples (else the test samples). Why training should stop, and why the phase should, or
-        None. Collective over the workers.
+        """Evaluate on the validation samples (or else the test samples). Returns why training should stop, and why the
+        phase should end, each None if it should not. Collective over the workers.
 
-        Not where the run stops anyway and ends with just that evaluation.
+        Does nothing if the run stops anyway and ends with that same evaluation.
         """
         run, conductor = self._run, self._phase.conductor
         splits, untrained = run.prepared.splits, run.prepared.untrained
@@ -128,7 +128,7 @@ class Milestones:
         return run.totals.stopping.judge(metric), conductor.why if ruled else None
 
     def _checkpoint(self, ending: Ending) -> None:
-        """`ending`: what ends here before the run's samples are used up.
+        """Write a checkpoint. `ending`: what ends here before the run's samples are used up.
 
         Collective over the workers; the servers take part.
         """
@@ -140,7 +140,7 @@ class Milestones:
             account = {**totals.plain(), "ending": ending.value}
             run.keeper.save(self._phase, self._strategy.state(), own, account, totals.cursor)
         if run.comm.rank == 0 and not totals.interrupted:
-            run.works()  # it has written; the others may have to wait for that still
+            run.works()  # this rank has finished writing; the others may still have to wait
 
     @property
     def _workers(self) -> Communicator:

@@ -1,4 +1,4 @@
-"""What the parts of a `Phase` are made of: for runs, and for benches and tests that train without one."""
+"""Builds the parts of a `Phase`, for runs and for benches and tests that train without one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hpctrain.strategies.phase import Updating
 
 
 def updating(optimizer: OptimizerChoice, layout: Layout, **keys: Any) -> Updating:
-    """By the job's optimizer; `keys`: further fields of `Updating`."""
+    """The updates of the job's optimizer; `keys`: further fields of `Updating`."""
 
     def make(values: torch.Tensor, low: int, high: int) -> Update:
         return make_update(optimizer, layout, values, low, high)
@@ -24,7 +24,7 @@ def updating(optimizer: OptimizerChoice, layout: Layout, **keys: Any) -> Updatin
 
 
 def split_by_role(comm: Communicator, roles: Roles) -> tuple[Communicator, Communicator | None]:
-    """Communicators of a phase's own: of all ranks, and of the workers (None on a dedicated server). Collective."""
+    """A phase's own communicators: all ranks, and the workers (None on a dedicated server). Collective."""
     everybody = comm.split(0, comm.rank)
     assert everybody is not None
     return everybody, everybody.split(0 if comm.rank in roles.workers else None, comm.rank)

@@ -1,4 +1,4 @@
-"""Bringing a model to the device and the precision of its job, and changing nothing else about it."""
+"""Converts a model to its job's device and precision, and changes nothing else about it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hpctrain.errors import ModelError
 
 
 def bring(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model on `device`, its trainable parameters in `dtype`.
+    """The model on `device`, with its trainable parameters in `dtype`.
 
-    Buffers and frozen parameters of a dtype that a trainable parameter had go with them, so that all take part in the
-    same arithmetic (the running means of batch norm). What differed from them did so on purpose and stays: float64 in a
-    float32 model, complex and integer values. Tensors whose elements share memory (`expand`) get memory of their own;
-    a tensor that has two names keeps both. Raises ModelError, naming the tensor, for what cannot be trained or saved.
+    Buffers and frozen parameters are converted, too, if a trainable parameter had their dtype, so that all take part in
+    the same arithmetic (such as batch norm's running means). Other dtypes are taken as deliberate and stay: float64 in
+    a float32 model, complex and integer values. Tensors whose elements share memory (`expand`) get memory of their own;
+    a tensor with two names keeps both. Raises ModelError, naming the tensor, if it cannot be trained or saved.
     """
     _check(model)
     casts = {p.dtype for p in model.parameters() if p.requires_grad}
-    done: dict[int, tuple[Tensor, Tensor]] = {}  # the first is kept, so that its id stays its own
+    done: dict[int, tuple[Tensor, Tensor]] = {}  # the key tensor is kept, so that its id is not reused
 
     def convert(tensor: Tensor) -> Tensor:
         if id(tensor) not in done:
@@ -32,7 +32,7 @@ def bring(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
 
 
 def _check(model: nn.Module) -> None:
-    """Refuse what no arena can hold, and what no checkpoint can."""
+    """Refuse tensors that an arena or a checkpoint cannot hold."""
     saved = model.state_dict(keep_vars=True)
     for what, name, tensor in _named(model):
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -65,7 +65,7 @@ def _named(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements of it may lie at one place: then it cannot be written to."""
+    """Whether two elements may share a memory location: then the tensor cannot be written to."""
     if tensor.layout is not torch.strided or not tensor.numel():
         return False
     reach = 0  # of the dimensions with smaller strides

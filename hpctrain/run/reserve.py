@@ -1,4 +1,4 @@
-"""Memory that later phases will fill, touched when a run begins: a switch is no time for it."""
+"""Memory for later phases, touched when a run begins, so that a switch does not have to."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ PAGE = 4096
 
 
 def reserve(nbytes: int) -> None:
-    """Have the C library's allocator take so much from the system and keep it for what is allocated later.
+    """Make the C library's allocator take this much memory from the system and keep it for later allocations.
 
-    To touch fresh memory takes longer than to copy what goes there. Does nothing where the allocator would hand it
-    back at once, as it does unless it is told otherwise (`launcher.MEMORY`, in GLIBC_TUNABLES).
+    Touching fresh memory takes longer than copying into it. Does nothing if the allocator would return the memory at
+    once, which is its default (`launcher.MEMORY` sets it otherwise, in GLIBC_TUNABLES).
     """
     if 0 < nbytes < kept_up_to(os.environ.get("GLIBC_TUNABLES", "")):
         np.empty(nbytes, np.uint8)[::PAGE] = 0
 
 
 def kept_up_to(tunables: str) -> int:
-    """How many bytes of freed memory glibc's allocator keeps, as far as GLIBC_TUNABLES says."""
+    """How many bytes of freed memory glibc's allocator keeps, according to GLIBC_TUNABLES."""
     settings = dict(setting.split("=", 1) for setting in tunables.split(":") if "=" in setting)
     if settings.get("glibc.malloc.mmap_max") != "0":
         return 0

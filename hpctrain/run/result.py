@@ -1,4 +1,4 @@
-"""What users get of a run."""
+"""The result of a run, for users."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hpctrain.run.folder import PhaseSummary
 
 @dataclass
 class Result:
-    """What a run gave. `model`: trained, as in model.safetensors, on every rank, in memory of its own (after an
-    interruption: on ranks that were workers).
+    """The result of a run. `model`: the trained model, as in model.safetensors, on every rank, in its own memory (after
+    an interruption: on ranks that were workers).
 
-    `metrics`: {"loss": ..., "metric": ...} of the test part (or validation, without one), and "metric.NAME" of each
-    entry of a metric that returns a dictionary; empty where there is neither part, and after an interruption. `folder`:
-    the run folder. `phases`: what became of each.
+    `metrics`: {"loss": ..., "metric": ...} on the test samples (or validation, if there are none), and "metric.NAME"
+    for each entry of a metric that returns a dictionary; empty without either part, and after an interruption.
+    `folder`: the run folder. `phases`: a summary of each phase.
     """
 
     model: nn.Module

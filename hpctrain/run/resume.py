@@ -1,4 +1,4 @@
-"""Going on with a run: what is to be resumed, and what a job may change about it."""
+"""Resuming a run: which run to resume, and which keys a job may change."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hpctrain.errors import JobError
 from hpctrain.job.messages import value_text
 
 LATEST = "latest"
-MOST_SHOWN = 6  # changes that one sentence lists
+MOST_SHOWN = 6  # maximum number of changes listed in one sentence
 
-# What has no effect on the numbers of a run: free to differ between a run and its continuation, and no part of what
-# tells two runs apart. A key stands for all below it.
+# Keys that do not affect a run's numbers. They may differ between a run and its continuation, and do not distinguish
+# two runs. A key stands for all keys below it.
 FREE = {
     "output": "where new run folders are made",
     "ranks": "the checkpoint itself knows on how many ranks the run was",
@@ -28,8 +28,8 @@ FREE = {
     "communicator.cuda_aware": "which way buffers take",
     "debug": "for tests and studies",
 }
-# What a run keeps from its beginning to its end, and why. (Its strategies, and the parameters' shapes and precision,
-# are in the checkpoint, which is compared too.)
+# Keys that a run keeps from beginning to end, and why. (Its strategies, and the parameters' shapes and precision, are
+# in the checkpoint, which is also compared.)
 FIXED = {
     "seed": "the order of its samples is drawn from it",
     "data.name": "its place is counted in that data set's samples",
@@ -42,13 +42,13 @@ FIXED = {
 
 @dataclass(frozen=True)
 class Resume:
-    """The run to go on with. A path alone, as in `train(job, resume="runs/digits-..."), is short for `Resume(path)`.
+    """The run to resume. A path alone, as in `train(job, resume="runs/digits-...")`, is short for `Resume(path)`.
 
-    `folder`: its run folder; or "latest": the newest unfinished run of the same identity under the job's output, or
-    a new run if there is none (a folder of that name is "./latest").
-    `changes`: what is done about keys in which the job differs from the run's. "refuse" names them in an error;
-    "take" goes on with the job's values and writes them into the run folder.
-    `optimizer`: "keep" goes on with its state (momentum, Adam's moments); "reset" lets that begin anew.
+    `folder`: the run folder, or "latest": the newest unfinished run with the same identity under the job's output, or a
+    new run if there is none (for a folder of that name, write "./latest"). `changes`: what to do about keys in which
+    the job differs from the run's: "refuse" raises an error that names them; "take" uses the job's values and writes
+    them into the run folder. `optimizer`: "keep" keeps its state (momentum, Adam's moments); "reset" starts with a
+    fresh one.
     """
 
     folder: Path | str
@@ -56,7 +56,7 @@ class Resume:
     optimizer: Literal["keep", "reset"] = "keep"
 
     def __post_init__(self) -> None:
-        """Raises JobError."""
+        """Check the values. Raises JobError."""
         if self.changes not in ("refuse", "take"):
             raise JobError(f'Resume: changes = {value_text(self.changes)}: must be "refuse" or "take"')
         if self.optimizer not in ("keep", "reset"):
@@ -69,17 +69,17 @@ class Resume:
 
     @property
     def latest(self) -> bool:
-        """Whether the run is still to be found."""
+        """Whether the run has yet to be found."""
         return self.folder == LATEST
 
     @classmethod
     def of(cls, value: Resume | Path | str | None) -> Resume | None:
-        """What a caller may give for it."""
+        """Convert any value that a caller may pass."""
         return value if value is None or isinstance(value, Resume) else cls(value)
 
 
 class Change(NamedTuple):
-    """A key that differs; None: left out."""
+    """A key that differs; a value of None means it is left out."""
 
     key: str
     old: Any
@@ -87,7 +87,7 @@ class Change(NamedTuple):
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """Where two jobs' tables (`Job.plain`) differ, key by key, in their order; the keys of FREE are among them."""
+    """The keys in which two jobs' tables (`Job.plain`) differ, in their order; includes the keys of FREE."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     keys = [*before, *(key for key in after if key not in before)]
     pairs = [Change(key, before.get(key), after.get(key)) for key in keys]
@@ -95,7 +95,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 
 
 def binding(changes: list[Change]) -> list[Change]:
-    """Those that change the run."""
+    """The changes that affect the run."""
     return [change for change in changes if _above(FREE, change.key) is None]
 
 
@@ -106,8 +106,8 @@ def why_fixed(change: Change) -> str | None:
 
 
 def listed(changes: list[Change], form: str) -> str:
-    """`form` for each of them ({key}, {old}, {new}), in one line; the first few and how many more there are. Where a
-    table has another name, its other keys need no words."""
+    """`form` filled in for each change ({key}, {old}, {new}), in one line: the first few, and how many more there are.
+    If a table's name changes, its other keys are omitted."""
     renamed = [c.key.removesuffix("name") for c in changes if c.key.endswith(".name")]
     changes = [c for c in changes if c.key.endswith(".name") or not c.key.startswith(tuple(renamed))]
     texts = [form.format(key=c.key, old=text_of(c.old), new=text_of(c.new)) for c in changes[:MOST_SHOWN]]
@@ -116,7 +116,7 @@ def listed(changes: list[Change], form: str) -> str:
 
 
 def text_of(value: Any) -> str:
-    """A value as a job file has it, for a sentence."""
+    """A value as written in a job file, for a sentence."""
     if value is None:
         return "left out"
     if isinstance(value, list):
@@ -125,7 +125,7 @@ def text_of(value: Any) -> str:
 
 
 def _leaves(tables: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of what is no table; tables in a list by their index."""
+    """(dotted key, value) of everything that is not a table; tables in a list by their index."""
     if isinstance(tables, list):
         tables = dict(enumerate(tables))
     for name, value in tables.items():
@@ -138,10 +138,10 @@ def _leaves(tables: Any, above: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _comparable(value: Any) -> Any:
-    """Where an object of a program is recorded, the line of its file counts for nothing: an edit elsewhere moves it."""
+    """A value for comparing. For recorded program objects the line number is ignored: an edit elsewhere moves it."""
     if isinstance(value, str) and value.startswith("<"):
         return re.sub(r":\d+>$", ">", value)
-    return (type(value) is bool, value)  # in TOML true is not 1
+    return (type(value) is bool, value)  # in TOML, true is not 1
 
 
 def _above(table: Mapping[str, str], key: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Torch's learning-rate schedulers as a course: stepped on a stand-in for the job's optimizer, and read off."""
+"""Torch's learning-rate schedulers as a course: steps a scheduler on a stand-in optimizer and reads off its values."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from hpctrain.job import Job
 from hpctrain.replica.optimizer import OptimizerChoice, momentum_of
 
 TAKE_OBJECTS = (ChainedScheduler, LambdaLR, MultiplicativeLR, SequentialLR)
-BY_BATCH = (CyclicLR, OneCycleLR)  # which torch's documentation steps after every batch, the others after every epoch
-TRIED = 100_000  # steps that are taken before the run begins
+BY_BATCH = (CyclicLR, OneCycleLR)  # torch's documentation steps these after every batch, others after every epoch
+TRIED = 100_000  # steps taken before the run begins
 Maker = Callable[[torch.optim.Optimizer], LRScheduler]
 
 
 def stepped_course(
     job: Job, optimizer: OptimizerChoice, clock: RunClock, warmup: int, counts_epochs: bool
 ) -> SteppedCourse | None:
-    """The course of a scheduler, if optimizer.schedule names one (a class, or a function of the optimizer that makes
-    one); None where it names a function of the share of the run.
+    """The course of a scheduler, if optimizer.schedule names one (a class, or a function of the optimizer that returns
+    one); None if it names a function of the share of the run.
 
-    `clock`: of the first phase. `counts_epochs`: whether it knows where epochs end. Raises JobError.
+    `clock`: of the first phase. `counts_epochs`: whether the clock knows where epochs end. Raises JobError.
     """
     make = _maker(job, optimizer)
     unit = job.optimizer.schedule.unit
@@ -58,9 +58,9 @@ def stepped_course(
 
 
 class Factors:
-    """(factor of the learning rate, factor of the momentum) after a number of steps of a scheduler: a table that grows.
+    """(factor of the learning rate, factor of the momentum) by the scheduler's step: a table that grows on demand.
 
-    Raises JobError where the scheduler cannot be made or stepped, or gives what cannot be trained with.
+    Raises JobError if the scheduler cannot be created or stepped, or returns values that cannot be used for training.
     """
 
     def __init__(self, make: Maker, optimizer: OptimizerChoice) -> None:
@@ -71,7 +71,7 @@ class Factors:
         self.scheduler = _tried("cannot be made", lambda: make(self._optimizer))
         if isinstance(self.scheduler, ReduceLROnPlateau):
             raise JobError(_PLATEAU)
-        self._optimizer.step()  # else torch warns that it was not
+        self._optimizer.step()  # otherwise torch warns that step() was not called
         self._rates, self._momenta = array("d"), array("d")
         self._read()
 
@@ -82,7 +82,7 @@ class Factors:
         return self._rates[steps], self._momenta[steps]
 
     def check(self, last: int, unit: str) -> None:
-        """Whether it can be stepped as often as the run will: `last` times (of very many, only the first)."""
+        """Check that the scheduler can take `last` steps, as the run needs (if very many, only the first)."""
         try:
             self(min(last, TRIED))
         except JobError as error:
@@ -119,12 +119,12 @@ _PLATEAU = (
 
 
 def stand_in(optimizer: OptimizerChoice) -> torch.optim.Optimizer:
-    """The job's optimizer over a parameter of no use."""
+    """The job's optimizer over a dummy parameter."""
     return optimizer.build([torch.nn.Parameter(torch.zeros(2, 2))])
 
 
 def _maker(job: Job, optimizer: OptimizerChoice) -> Maker | None:
-    """What makes the scheduler, given the optimizer; None for a function of the share of the run."""
+    """A function that makes the scheduler from the optimizer; None for a function of the share of the run."""
     spec = job.optimizer.schedule
     named = spec.resolve()
     if isinstance(named, LRScheduler):
@@ -150,17 +150,17 @@ def _makes_scheduler(function: Callable[..., Any], optimizer: OptimizerChoice) -
     try:
         function(0.0)
         return False
-    except Exception:  # whatever a function says that was given a number instead of an optimizer
+    except Exception:  # a function that expects an optimizer may raise anything when given a number
         pass
     try:
         return isinstance(function(stand_in(optimizer)), LRScheduler)
-    except Exception:  # it is neither, and the course says what is wrong with it
+    except Exception:  # it is neither; the course reports what is wrong
         return False
 
 
 def _tried(what: str, action: Callable[[], Any]) -> Any:
     try:
         return action()
-    except Exception as error:  # of torch's, or of the user's own scheduler
+    except Exception as error:  # raised by torch or by the user's own scheduler
         text = str(error).strip().split("\n")[0] or type(error).__name__
         raise JobError(f"optimizer.schedule: the scheduler {what}: {text}") from error

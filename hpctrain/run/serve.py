@@ -9,7 +9,7 @@ from hpctrain.strategies.phase import Phase
 
 
 def serve(run: ActiveRun, phase: Phase) -> None:
-    """Until all workers have left the phase. Collective over all ranks of the phase."""
+    """Serve until all workers have left the phase. Collective over all ranks of the phase."""
     spec = run.job.schedule[phase.index].strategy
     kind: type[Server] | None = spec.resolve().Server
     if kind is None:

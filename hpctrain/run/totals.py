@@ -1,4 +1,4 @@
-"""What a run adds up as it goes, and what of that a checkpoint keeps."""
+"""The running totals of a run, and what a checkpoint keeps of them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Totals:
     """The counters of a run, the same on all workers of a phase.
 
     `cursor`: samples consumed. `step`: steps taken. `phase`: the index of the phase, which began at the cursor
-    `phase_start`. `stopping`: early stopping. `ending`: what ends with the phase in progress, and `why`. `owed`: what
-    an interruption left to be done at `cursor`. `interrupted`, `left`: how this process ends the run before its end; a
-    checkpoint does not keep these.
+    `phase_start`. `stopping`: early stopping. `ending`: what ends with the current phase, and `why`. `owed`: what an
+    interruption left pending at `cursor`. `interrupted`, `left`: how this process ends the run early; not saved in
+    checkpoints.
     """
 
     stopping: EarlyStopping
@@ -44,12 +44,12 @@ class Totals:
 
     @property
     def seconds(self) -> float:
-        """Of training in all phases, without evaluations and checkpoints."""
+        """Training time in all phases, without evaluations and checkpoints."""
         return sum(summary.seconds for summary in self.summaries)
 
     def plain(self, newest: int | None = None) -> dict[str, Any]:
-        """As plain values: what the ranks of the next phase and a checkpoint must know. `newest`: only so many of the
-        summaries, for ranks that have the earlier ones."""
+        """The totals as plain values, for the ranks of the next phase and for checkpoints. `newest`: how many of the
+        latest summaries to include, for ranks that have the earlier ones."""
         summaries = self.summaries if newest is None else self.summaries[-newest:]
         counters = {name: getattr(self, name) for name in ("cursor", "step", "phase", "phase_start")}
         books = {**counters, "summaries": [vars(summary) for summary in summaries]}
@@ -57,17 +57,17 @@ class Totals:
         return {"books": books, "stopping": vars(self.stopping), **ending}
 
     def take(self, plain: dict[str, Any]) -> None:
-        """Go on from these values, which `plain` gave on another rank or in another process."""
+        """Continue from these values, which `plain` returned on another rank or in another process."""
         books = plain["books"]
         self.cursor, self.step = books["cursor"], books["step"]
         self.phase, self.phase_start = books["phase"], books["phase_start"]
         summaries = [PhaseSummary(**row) for row in books["summaries"]]
         before = [summary for summary in self.summaries if summaries and summary.index < summaries[0].index]
         self.summaries = before + summaries
-        known = {item.name for item in fields(EarlyStopping)}  # version 0.1 kept one more
+        known = {item.name for item in fields(EarlyStopping)}  # version 0.1 saved one more
         self.stopping = EarlyStopping(**{key: value for key, value in plain["stopping"].items() if key in known})
         self.ending, self.why = Ending(plain["ending"]), plain["why"]
-        self.owed = Ask(plain.get("owed", 0))  # version 0.1 began without
+        self.owed = Ask(plain.get("owed", 0))  # version 0.1 began without it
 
 
 class TrainingClock:
@@ -79,13 +79,13 @@ class TrainingClock:
 
     @property
     def seconds(self) -> float:
-        """Trained in this phase until now."""
+        """Training time in this phase so far."""
         return (self._now() - self._since) / 1e9 + self._summary.seconds
 
     @contextmanager
     def stopped(self, held: int) -> Iterator[None]:
-        """Neither what is done inside counts as training time, nor the `held` nanoseconds before, in which this worker
-        waited for the others to come to it."""
+        """Exclude the time inside the context from training time, and the `held` nanoseconds before it, in which this
+        worker waited for the others to reach it."""
         summary, began = self._summary, self._now() - held
         summary.seconds += (began - self._since) / 1e9
         try:

@@ -1,4 +1,4 @@
-"""A run's trace on this rank: recorder, file, sampler and clock measurements, begun and ended together."""
+"""A run's trace on this rank: recorder, file, sampler and clock measurements, started and stopped together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LINK_SECONDS = 0.002, 0.01  # for small and for large messages
 
 
 class Tracing:
-    """Open it, begin, tick, finish, close. Without traces every method does nothing."""
+    """Call open, begin, tick, finish and close, in this order. Without traces every method does nothing."""
 
     def __init__(self, comm: Communicator, folder: Path) -> None:
         self._comm, self._folder = comm, folder
@@ -42,7 +42,7 @@ class Tracing:
         if job.trace.enabled and comm.concurrent:
             path = trace_path(self._folder, comm.rank, attempt)
             attributes = _attributes(job, comm, prepared, attempt)
-            comm.recorder.drain()  # what came before is start-up, most of it torch's import
+            comm.recorder.drain()  # discard the start-up, most of it torch's import
             self._writer = TraceWriter(path, comm.recorder, attributes, job.trace.flush_seconds)
             self._sampler = Sampler(comm.recorder, job.trace.resources_seconds, _gpu(prepared))
 
@@ -54,12 +54,12 @@ class Tracing:
             measure_links(self._comm)
 
     def tick(self) -> None:
-        """Flush if it is due; cheap if not."""
+        """Flush if due; cheap otherwise."""
         if self._writer is not None:
             self._writer.maybe_flush(self._comm.now())
 
     def finish(self) -> str | None:
-        """Measure clocks once more and join the ranks' files in trace.h5. Collective.
+        """Measure clocks again, and join the ranks' files in trace.h5. Collective.
 
         Returns, on all ranks, which traces ended before the run did, and why; None if none did.
         """
@@ -67,8 +67,8 @@ class Tracing:
             return None
         measure_clock(self._comm)
         self.close()
-        stopped = self._comm.gather_json(self._writer.stopped)  # all have closed their files now
-        if self._comm.rank == 0 and trace_files(self._folder):  # else the run folder was removed meanwhile
+        stopped = self._comm.gather_json(self._writer.stopped)  # now all ranks have closed their files
+        if self._comm.rank == 0 and trace_files(self._folder):  # false if the run folder was removed in the meantime
             try:
                 link_ranks(self._folder)
             except TraceError as error:
@@ -81,7 +81,7 @@ class Tracing:
         return f"{stopped[ranks[0]]}{others}"
 
     def close(self) -> None:
-        """Write what there is and close the file; harmless if it is closed. Not collective."""
+        """Write what is pending and close the file. Does nothing if already closed. Not collective."""
         if self._sampler is not None:
             self._sampler.stop()
         if self._writer is not None:
@@ -89,9 +89,9 @@ class Tracing:
 
 
 def measure_clock(comm: Communicator) -> None:
-    """Record this rank's offset to rank 0's clock, by the quickest of a few round trips (Cristian 1989). Collective.
+    """Record this rank's offset to rank 0's clock, from the fastest of a few round trips (Cristian 1989). Collective.
 
-    The ranks of one node have one clock: `now` is the operating system's.
+    The ranks of one node share a clock: `now` is the operating system's.
     """
     stamp, answer = np.zeros(1, np.int64), np.zeros(1, np.int64)
     if comm.rank == 0:
@@ -116,7 +116,7 @@ def measure_clock(comm: Communicator) -> None:
 def measure_links(comm: Communicator) -> None:
     """Record latency and bandwidth between neighbouring ranks, every second pair at a time. Collective.
 
-    What a run achieves is compared with it.
+    They serve as the reference for what a run achieves.
     """
     for turn in (0, 1):
         if comm.rank % 2 == turn and comm.rank + 1 < comm.size:
@@ -148,7 +148,7 @@ def _attributes(job: Job, comm: Communicator, prepared: Prepared, attempt: int) 
 
 
 def _gpu(prepared: Prepared) -> str | None:
-    """The UUID of this rank's GPU, which CUDA_VISIBLE_DEVICES does not renumber; None on the CPU."""
+    """The UUID of this rank's GPU, which does not depend on CUDA_VISIBLE_DEVICES; None on the CPU."""
     if prepared.device.type == "cpu":
         return None
     import torch

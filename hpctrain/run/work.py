@@ -1,4 +1,4 @@
-"""A worker's part in one phase: it takes steps, and follows what they ask for."""
+"""A worker's part in one phase: takes steps, and does what they ask for."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from hpctrain.strategies.phase import Phase
 
 
 class Work:
-    """Its strategy joins `phase` when it is made, with the state that the run hands over. Collective over all ranks of
-    the phase."""
+    """The strategy joins `phase` in the constructor, with the state that the run hands over. Collective over all ranks
+    of the phase."""
 
     def __init__(self, run: ActiveRun, phase: Phase) -> None:
         self._run, self._phase = run, phase
         self._strategy = run.prepared.strategy(phase.index)
         self._strategy.join(phase, run.take_state())
         self._strategy.load_own(run.take_own())
-        self._acting = False  # does what a step asked for
+        self._acting = False  # whether it is doing what a step asked for
         self._loader = self._make_loader()
         self._make_summary()
         self._milestones = Milestones(run, phase, self._strategy)
@@ -38,21 +38,20 @@ class Work:
 
     @property
     def inside(self) -> bool:
-        """Whether the other workers wait for this one in what it is doing; else the program may leave."""
+        """Whether the other workers wait for what this one is doing; otherwise the program may leave."""
         return self._acting or self._trainer.inside
 
     @property
     def ended(self) -> bool:
-        """Whether the phase has come to its end."""
+        """Whether the phase has ended."""
         return self._ended
 
     def end(self) -> None:
-        """There is nothing to do in this phase."""
+        """Mark the phase as ended: there is nothing to do in it."""
         self._ended = True
 
     def batches(self) -> Iterator[Batch]:
-        """This worker's micro-batches until the phase ends; `step` must be called once for each. Collective over the
-        workers."""
+        """This worker's micro-batches until the phase ends; call `step` once for each. Collective over the workers."""
         self._ended = self._milestones.pay() or self._ended
         while not self._ended:
             own = False
@@ -63,14 +62,14 @@ class Work:
                 self._follow(self._trainer.finish())
 
     def step(self, loss: Tensor | tuple[Tensor, Any]) -> None:
-        """Backward of a micro-batch's loss; after a round's last one all that follows."""
+        """Run backward for a micro-batch's loss; after a round's last one, everything that follows."""
         outcome = self._trainer.step(loss)
         if outcome is not None:
             self._follow(outcome)
 
     def withdraw(self, error: BaseException | None) -> None:
         """The program has left the loop, with `error` if any: all workers do, or LeftError is raised. Collective over
-        the workers, with the next step of those who go on."""
+        the workers, together with the next step of those that continue."""
         run, phase = self._run, self._phase
         assert phase.workers is not None
         if run.prepared.coupling.waits_in_forward and not leaving.all_come(phase.workers):
@@ -83,18 +82,18 @@ class Work:
         run.totals.left = True
 
     def leave(self) -> None:
-        """Leave the state for the next phase with the run. Collective over all ranks of the phase."""
+        """Leave the phase, and store the next phase's state in the run. Collective over all ranks of the phase."""
         self._trainer.close()
         self._loader.close()
         state = self._strategy.leave()
         self._run.prepared.coupling.leave()
-        if state is not None:  # what only this phase's strategy and rule understand ends with it
+        if state is not None:  # drop what only this phase's strategy and rule understand
             self._run.totals.summaries[-1].dropped = int(state.counters.get("dropped", 0))
             state.keep_optimizer_only()
         self._run.state = state
 
     def _follow(self, outcome: Outcome) -> None:
-        self._acting = True  # and stays so where that fails
+        self._acting = True  # stays True if this fails
         trainer = self._trainer
         self._ended = self._milestones.after(outcome, trainer.steps, trainer.loss, trainer.samples)
         self._acting = False
