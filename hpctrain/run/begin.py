@@ -143,7 +143,7 @@ def _open(run: ActiveRun) -> None:
 
 
 def _tell(run: ActiveRun, how: str | None, note: str) -> None:
-    """Report the start of the run. `how`: how it computes; `note`: about other runs."""
+    """Report the start of the run. `how`: from `place_arenas`; `note`: about other runs."""
     run.out.say(_headline(run))
     if how is not None:
         run.out.say(how)

@@ -30,8 +30,8 @@ def slurm_job(environment: Mapping[str, str]) -> str:
 @dataclass(frozen=True)
 class Identity:
     """Who made a run. Together with the resolved job this distinguishes it from others: each Slurm job (or array task)
-    has its own runs, and so do all users outside of Slurm; among those, different jobs mean different runs. `file` and
-    `overrides`: the job's, as given on the command line; a requeued Slurm job gives the same ones."""
+    has its own runs, and runs made outside of Slurm form one more group; within a group, different jobs mean different
+    runs. `file` and `overrides`: the job's, as given on the command line; a requeued Slurm job gives the same ones."""
 
     slurm_job: str = ""
     file: str = ""

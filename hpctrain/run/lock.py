@@ -34,7 +34,7 @@ from hpctrain.launcher.facts import SLURM
 from hpctrain.run.identity import slurm_job
 
 BEAT = 10.0  # seconds between two renewals
-NO_LINKS = frozenset([errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK])  # raised without hard links
+NO_LINKS = frozenset([errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK])  # hard links unsupported
 STALE = 60.0  # seconds without renewal after which a holder on another machine counts as dead
 
 
@@ -165,7 +165,7 @@ def _beside(path: Path, what: str) -> Path:
 
 
 def _link(own: Path, path: Path) -> bool:
-    """Link `own` to the name `path`, too; False if that exists."""
+    """Hard-link `own` as `path`; False if `path` already exists."""
     try:
         os.link(own, path)
         return True

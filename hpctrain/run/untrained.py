@@ -84,7 +84,7 @@ class Untrained:
         return {plain_name(name): b for name, b in self.model.named_buffers() if name in saved}
 
     def rest(self) -> dict[str, Tensor]:
-        """Tensors equal on all workers that no strategy sees: frozen parameters, and buffers that are not saved."""
+        """Tensors not kept per worker and not seen by strategies: frozen parameters, and buffers that are not saved."""
         saved = self.buffers()
         return {**self.frozen(), **{name: b for name, b in self._all_buffers().items() if name not in saved}}
 

@@ -76,8 +76,8 @@ class RoundStrategy(Strategy):
     """
 
     local: Callable[[Step], None] | None = None
-    """Called after every step of a strategy that writes it, the round's last and only one included. The gradient
-    arena has this worker's mean gradient, clipped. Nothing is exchanged here, or waited for."""
+    """Called after every step if the subclass defines it, including the round's last or only one. The gradient arena
+    holds this worker's mean gradient, clipped. It must not exchange anything or wait."""
 
     phase: Phase
     exchange: Exchange

@@ -60,7 +60,7 @@ class ParameterServer(Strategy):
 
     @staticmethod
     def fills(options: ParameterServerOptions, roles: Roles, rank: int) -> float:
-        """Every rank: its own parameters, and those of the previous phase. Rank 0: the optimizer state, as it arrives
+        """Every rank: its own parameters, and what the previous phase holds. Rank 0: the optimizer state, as it arrives
         and leaves. A server: its workers' gradients and velocities, their sum, the optimizer state, and the memory for
         an update."""
         shards = (2 * len(roles.workers) + 5) / len(roles.servers) if rank in roles.servers else 0.0
