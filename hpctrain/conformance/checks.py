@@ -26,6 +26,7 @@ from hpctrain.trace.schema import KINDS, Kind, OutcomeCode, is_communication
 
 MOMENTUM = {"name": "SGD", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 ADAM = {"name": "Adam", "lr": 0.01}
+EPOCH = {"epochs": 1.0}  # every sample is reached, on any number of workers
 
 
 class BrokenPromiseError(HpctrainError):
@@ -174,12 +175,12 @@ def honours_accumulate(comm: Communicator, subject: Subject, folder: Path) -> No
 
 def stops_for_nan(comm: Communicator, subject: Subject, folder: Path) -> None:
     """A loss that is not finite ends the run with NanError, which names rank and step."""
-    _expect_nan(comm, subject.job(folder, data=_bad_data(comm)), "loss is nan on rank ")
+    _expect_nan(comm, subject.job(folder, data=_bad_data(comm), train=EPOCH), "loss is nan on rank ")
 
 
 def stops_for_nan_in_a_gradient(comm: Communicator, subject: Subject, folder: Path) -> None:
     """So does a gradient that is not finite, deep in a large model, where the loss is finite."""
-    job = subject.job(folder, model=task.Deep, data=_bad_data(comm, 9.0))
+    job = subject.job(folder, model=task.Deep, data=_bad_data(comm, 9.0), train=EPOCH)
     _expect_nan(comm, job, "the gradient of parameter late")
 
 
