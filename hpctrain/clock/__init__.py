@@ -1,1 +1,1 @@
-"""A run's clock, which counts samples: what it converts, what ends a phase, what is asked after a step, rates."""
+"""A run's clock, which counts samples: conversions, rules that end a phase, decisions after a step, rates."""

@@ -1,6 +1,6 @@
-"""What is asked of the trainers after a step, and when training stops early. Pure: no torch, no MPI.
+"""Decides what the trainers do after a step, and when training stops early. Pure: no torch, no MPI.
 
-The same decisions come out wherever the same numbers are observed.
+The same observed numbers always lead to the same decisions.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from hpctrain.trace.events import Event
 
 
 class Ask(IntFlag):
-    """What is asked of the trainer after a step."""
+    """What the trainer should do after a step."""
 
     NOTHING = 0
     EVALUATE = 1
     CHECKPOINT = 2
     END_PHASE = 4
     STOP = 8
-    INTERRUPT = 16  # a signal came: checkpoint, then stop before the end
+    INTERRUPT = 16  # a signal arrived: checkpoint, then stop before the end
     LEAVE = 32  # a worker's program has left the training loop
 
 
@@ -33,11 +33,10 @@ def _untold(event: Event) -> None:
 
 @dataclass
 class Conductor:
-    """Turns agreed numbers into what is asked of the trainer: wherever it runs, it answers the same.
+    """Decides from agreed numbers what the trainer should do; the result is the same wherever it runs.
 
-    `evaluate_every`, `checkpoint_every`: samples (0: never), or rounds. `tell` is called with what the rule
-    computed. `higher_is_better`: how values of the metric compare. `why`: the rule's reason, once
-    it has ended the phase.
+    `evaluate_every`, `checkpoint_every`: samples (0: never), or rounds. `tell` is called with the rule's statistic.
+    `higher_is_better`: the direction of the metric. `why`: the rule's reason, once it has ended the phase.
     """
 
     total: int
@@ -49,7 +48,7 @@ class Conductor:
     higher_is_better: bool = True
 
     def decide(self, before: int, after: int, loss: float, wish: Ask) -> Ask:
-        """The cursor went from `before` to `after` in one step; `wish` is what any rank asks for besides."""
+        """What to do after a step from cursor `before` to `after`; `wish` is what any rank requests in addition."""
         ask = wish
         if _crossed(before, after, self.evaluate_every):
             ask |= Ask.EVALUATE
@@ -62,15 +61,15 @@ class Conductor:
         return ask
 
     def evaluated(self, cursor: int, metric: float) -> Ask:
-        """After an evaluation at `cursor`, on all workers alike: END_PHASE if the rule says so, else NOTHING."""
+        """After an evaluation at `cursor`, on all workers alike: END_PHASE if the rule ends the phase, else NOTHING."""
         if self.rule is None:
             return Ask.NOTHING
         return self._ruled(self.rule, self.rule.evaluated(cursor, metric, self.higher_is_better))
 
     def due(self, cursor: int) -> int:
-        """The first cursor beyond `cursor` at which `decide` is foreseeably going to ask for something.
+        """The first cursor beyond `cursor` at which `decide` is known to request something.
 
-        What nobody can foresee (a rule that looks at losses, wishes) may come sooner.
+        Unpredictable requests (by a rule that uses losses, or by ranks) may come sooner.
         """
         marks = [max(self.total, cursor + 1)]
         marks += [mark for every in (self.evaluate_every, self.checkpoint_every) if (mark := _next(cursor, every))]
@@ -78,7 +77,7 @@ class Conductor:
         return min(marks if end is None else [*marks, end])
 
     def ends(self, cursor: int) -> int:
-        """Where beyond `cursor` the phase ends at the latest, as far as that can be foreseen."""
+        """The cursor beyond `cursor` at which the phase ends at the latest, as far as that can be predicted."""
         end = self.rule.due(cursor) if self.rule is not None else None
         return self.total if end is None else min(self.total, end)
 
@@ -106,9 +105,9 @@ def _next(cursor: int, every: int | Every) -> int | None:
 
 @dataclass
 class EarlyStopping:
-    """Early stopping and the target, judged on agreed evaluations; the same on all workers.
+    """Early stopping and the target, decided on agreed evaluations; the same on all workers.
 
-    `higher_is_better` says how metric values compare.
+    `higher_is_better`: the direction of the metric.
     """
 
     target: float | None

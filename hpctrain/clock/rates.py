@@ -1,4 +1,4 @@
-"""The factors of the base learning rate and of momentum in the course of a run. Pure: no torch, no MPI."""
+"""The factors of the base learning rate and of momentum over the course of a run. Pure: no torch, no MPI."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def constant(progress: float) -> float:
 
 
 def linear(progress: float, end: float = 0.0) -> float:
-    """From 1 straight to `end`."""
+    """Linear from 1 to `end`."""
     return 1.0 + (end - 1.0) * progress
 
 
@@ -29,7 +29,7 @@ def cosine(progress: float, end: float = 0.0) -> float:
 
 
 def step(progress: float, gamma: float = 0.1, every: float = 1 / 3) -> float:
-    """Multiplied by `gamma` each time another share `every` of the run is done."""
+    """Multiplied by `gamma` each time a further share `every` of the run is done."""
     return float(gamma ** int(progress / every + 1e-9))
 
 
@@ -38,20 +38,20 @@ class RateCourse(ABC):
 
     @abstractmethod
     def factor(self, cursor: int) -> float:
-        """Of the learning rate, at `cursor` samples (the step that begins there)."""
+        """The learning rate's factor at `cursor` samples (for the step that begins there)."""
 
     def momentum(self, cursor: int) -> float:
-        """Of the momentum."""
+        """The momentum's factor at `cursor`."""
         return 1.0
 
     @abstractmethod
     def anew(self, start: int) -> RateCourse:
-        """The same course, begun at the cursor `start` and over what remains of the run from there."""
+        """The same course, restarted at the cursor `start` over the rest of the run."""
 
 
 @dataclass(frozen=True)
 class FunctionCourse(RateCourse):
-    """A linear warm-up, then a function of the share of what remains: from the cursor `start`, over `total` samples."""
+    """A linear warm-up, then a function of the completed share: from the cursor `start`, over `total` samples."""
 
     function: Any
     options: dict[str, Any]
@@ -60,11 +60,11 @@ class FunctionCourse(RateCourse):
     start: int = 0
 
     def __post_init__(self) -> None:
-        """JobError where the function fails, or gives what is no factor, at one of five points of the run."""
+        """Raises JobError if the function fails, or returns an invalid factor, at one of five points of the run."""
         for share in (0.0, 0.25, 0.5, 0.75, 1.0):
             try:
                 value = float(self.function(share, **self.options))
-            except Exception as error:  # a function of the user's may raise anything
+            except Exception as error:  # a user's function may raise anything
                 raise JobError(
                     f"optimizer.schedule: {str(error) or type(error).__name__}; check the keys of [optimizer.schedule] "
                     "(a function there is called with the share of the run that is done, 0 to 1, and returns the "
@@ -89,10 +89,10 @@ class FunctionCourse(RateCourse):
 
 @dataclass(frozen=True)
 class SteppedCourse(RateCourse):
-    """Factors out of a table of steps, such as torch's schedulers give, times a linear warm-up.
+    """Factors from a table of steps, as torch's schedulers produce, times a linear warm-up.
 
-    `factors(n)`: (of the learning rate, of the momentum) after n steps. A step is a round of `clock`, or an epoch
-    if `by_epoch`, counted from the cursor `start`; the warm-up does not delay them.
+    `factors(n)`: (of the learning rate, of the momentum) after n steps. A step is a round of `clock`, or an epoch if
+    `by_epoch`, counted from the cursor `start`; the warm-up does not delay them.
     """
 
     factors: Callable[[int], tuple[float, float]]
@@ -110,7 +110,7 @@ class SteppedCourse(RateCourse):
         return self.factors(self.steps(cursor))[1]
 
     def steps(self, cursor: int) -> int:
-        """How many have been taken at `cursor`."""
+        """The number of steps taken at `cursor`."""
         if self.by_epoch:
             return (cursor - self.start) // self.clock.epoch
         return self.clock.rounds(cursor) - self.clock.rounds(self.start)
@@ -125,11 +125,11 @@ class SteppedCourse(RateCourse):
 class Pace:
     """The factors of the base learning rate and of momentum in one phase, which begins at the cursor `start`.
 
-    `learning_rate`: "auto" and "keep": the course goes on; "scale": the same times `scale`; "reset": the course
-    begins anew, with its warm-up, squeezed into what remains of the run (warm restarts: Loshchilov and Hutter 2017,
-    section 3); "ramp": times a linear rise to 1 over `ramp` samples. `momentum` (what to do about it when training
-    becomes asynchronous: Li et al., Sync-Switch, ICDCS 2021): "keep"; "scale": times `scale`; "ramp": times a linear
-    rise to 1 over `ramp` samples; "reset": the optimizer's state is not handed over.
+    `learning_rate`: "auto" and "keep": the course continues; "scale": the same times `scale`; "reset": the course
+    restarts, including its warm-up, compressed into the rest of the run (warm restarts: Loshchilov and Hutter 2017,
+    section 3); "ramp": times a linear rise to 1 over `ramp` samples. `momentum` (how to adjust it when training becomes
+    asynchronous: Li et al., Sync-Switch, ICDCS 2021): "keep"; "scale": times `scale`; "ramp": times a linear rise to 1
+    over `ramp` samples; "reset": the optimizer's state is not carried over.
     """
 
     course: RateCourse
@@ -141,12 +141,13 @@ class Pace:
 
     @property
     def resets(self) -> bool:
-        """Whether the phase begins with a fresh optimizer."""
+        """Whether the phase begins with a new optimizer."""
         return self.momentum == "reset"
 
     @property
     def per_update(self) -> bool:
-        """Whether the strategy's own correction of the rate (lr_per_update) applies: not where a policy sets it."""
+        """Whether the strategy's own learning-rate correction (lr_per_update) applies: not if a policy sets the
+        rate."""
         return self.learning_rate not in ("keep", "scale")
 
     def rate(self, cursor: int) -> float:

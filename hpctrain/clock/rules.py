@@ -1,4 +1,4 @@
-"""Rules that end a phase: after an amount, by losses, by evaluations, or by a function of the user's. Pure."""
+"""Rules that end a phase: after an amount, by losses, by evaluations, or by a user's function. Pure."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from hpctrain.trace.events import RuleStatistic
 
 
 class Rule:
-    """Ends a phase. Sees only what all ranks agree on, so that no rank decides alone.
+    """Ends a phase. Uses only values that all ranks agree on, so that no rank decides alone.
 
-    A rule class has `Options` (pydantic), and is built once per phase with them, the clock (whose rounds are the
-    phase's) and the cursor at which the phase begins. `news`: what was just compared with the threshold; whoever
-    reads it sets it to None.
+    A rule class has `Options` (pydantic). It is built once per phase from them, the clock (with the phase's round size)
+    and the cursor at which the phase begins. `news`: the latest comparison with the threshold; whoever reads it resets
+    it to None.
     """
 
     Options: ClassVar[type[BaseModel]]
@@ -37,46 +37,46 @@ class Rule:
         self.options, self.clock, self.start = options, clock, start
 
     def observe(self, cursor: int, loss: float) -> str | None:
-        """After every agreed step: why the phase ends here, or None.
+        """Called after every agreed step: the reason why the phase ends here, or None.
 
-        `cursor`: samples consumed so far. `loss`: the mean of what was consumed since the last call: in synchronous
-        phases a round's, of all workers; in asynchronous ones (on the coordinator, after every update) a batch's,
-        of one worker. Not finite, or 0, where the step was skipped.
+        `cursor`: samples consumed so far. `loss`: the mean loss since the last call: in synchronous phases of a round
+        over all workers; in asynchronous ones (on the coordinator, after every update) of one worker's batch. Not
+        finite, or 0, if the step was skipped.
         """
         raise NotImplementedError
 
     def evaluated(self, cursor: int, metric: float, higher_is_better: bool) -> str | None:
-        """After every evaluation in the phase, on all workers alike: why the phase ends here, or None."""
+        """Called after every evaluation in the phase, on all workers alike: why the phase ends here, or None."""
         return None
 
     def due(self, cursor: int) -> int | None:
-        """Where beyond `cursor` the phase will end whatever is observed; None if that cannot be foreseen."""
+        """The cursor beyond `cursor` at which the phase ends in any case; None if that cannot be predicted."""
         return None
 
     def unfit(self, evaluates: bool) -> str | None:
         """Why this rule can never end its phase, and what to do, as the end of a sentence; None if it can.
 
-        `evaluates`: whether there are evaluations in the phase.
+        `evaluates`: whether the phase has evaluations.
         """
         return None
 
     def too_short(self) -> str | None:
         """Why this run is too short for the rule ever to end its phase, as a clause; None if it is long enough.
 
-        A run that was shortened is no mistake: the phase then lasts to its end.
+        Shortening a run is not a mistake: the phase then lasts until the end of the run.
         """
         return None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must keep, as plain values: with it a new rule goes on as this one would have."""
+        """What a checkpoint must store, as plain values; a new rule that loads it continues as this one would have."""
         return {}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take it over."""
+        """Restore a saved state."""
 
 
 class AfterOptions(Options):
-    """The keys of rule = "after"; exactly one."""
+    """The keys of rule = "after"; exactly one must be set."""
 
     epochs: float | None = Field(None, gt=0, description="end after this many epochs of this phase")
     steps: int | None = Field(None, gt=0, description="end after this many rounds")
@@ -91,7 +91,7 @@ class AfterOptions(Options):
 
 
 class After(Rule):
-    """Ends a phase when it has consumed a given amount, counted from its own start."""
+    """Ends a phase once it has consumed a given amount, counted from the start of the phase."""
 
     Options = AfterOptions
 
@@ -112,13 +112,13 @@ class After(Rule):
         return self.clock.until(self.start, self.options)
 
 
-ROUNDS = 10  # that a function's losses are averaged over
+ROUNDS = 10  # the number of rounds that a function's losses are averaged over
 
 
 class Intervals:
-    """Mean losses, by samples, over intervals of `rounds` rounds of the clock, beginning at the cursor `start`.
+    """Mean losses, weighted by samples, over intervals of `rounds` rounds of the clock, starting at the cursor `start`.
 
-    Losses that are not finite are left out; so is a loss of exactly 0, which is what a skipped step reports.
+    Ignores losses that are not finite, and losses of exactly 0, which a skipped step reports.
     """
 
     def __init__(self, clock: RunClock, start: int, rounds: int) -> None:
@@ -128,7 +128,8 @@ class Intervals:
         self.total, self.samples = 0.0, 0
 
     def add(self, cursor: int, loss: float) -> float | None:
-        """Up to `cursor` the mean loss was `loss`. The interval's mean if one ended with it and had any losses."""
+        """Add the mean `loss` up to `cursor`. Returns an interval's mean if one has ended with any losses, else
+        None."""
         samples, self.previous = cursor - self.previous, cursor
         if math.isfinite(loss) and loss != 0.0:
             self.total += float(loss) * samples
@@ -141,26 +142,26 @@ class Intervals:
         return mean
 
     def left(self) -> int:
-        """How many rounds the run has from the start of the phase on."""
+        """The number of rounds from the start of the phase to the end of the run."""
         return self.clock.rounds(self.clock.total) - self.first_round
 
     def state(self) -> dict[str, Any]:
-        """What `load` takes: plain values."""
+        """The state that `load` restores, as plain values."""
         return {name: getattr(self, name) for name in ("previous", "ended", "total", "samples")}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on as the one that gave `state` would have."""
+        """Continue from the state of another instance."""
         for name, value in state.items():
             setattr(self, name, value)
 
 
 class LossRule(Rule, ABC):
-    """Ends a phase by the mean losses of its intervals: keeps the first, and the newest of a window.
+    """Ends a phase by the mean losses of its intervals: keeps the first one, and a window of the latest.
 
-    A rule of this kind writes `statistic`; its options have window, threshold and rounds.
+    Subclasses implement `statistic`; their options include window, threshold and rounds.
     """
 
-    extra: ClassVar[int] = 0  # losses in a window beyond options.window
+    extra: ClassVar[int] = 0  # losses in a window in addition to options.window
 
     def __init__(self, options: Any, clock: RunClock, start: int) -> None:
         super().__init__(options, clock, start)
@@ -191,10 +192,10 @@ class LossRule(Rule, ABC):
 
     @abstractmethod
     def statistic(self, first: float) -> float:
-        """Of `self.losses`, a full window, oldest first; `first` is the loss of the phase's first interval."""
+        """The statistic of `self.losses`, a full window, oldest first; `first` is the loss of the first interval."""
 
     def unready(self, loss: float, first: float) -> str | None:
-        """Why the rule does not fire yet, whatever its statistic, or None."""
+        """Why the rule does not fire yet, whatever its statistic; None if it may fire."""
         return None
 
     def too_short(self) -> str | None:
@@ -239,14 +240,14 @@ class LossStable(LossRule):
     """Ends a phase once its loss has come down and no longer changes much.
 
     The statistic is the mean of |L[i] - L[i-1]| over a window, divided by the loss of the phase's first interval:
-    relative to the first loss and not to the last, it falls as the loss does. Losses are means over intervals,
-    for those of single steps are too noisy, and the rule is armed once one was under a share of the first, for a
-    plateau at the start is stable too. Meant for losses that are positive.
+    relative to the first loss rather than the last, it falls as the loss does. Losses are means over intervals, because
+    those of single steps are too noisy. The rule is armed once a loss is below a share of the first, because a plateau
+    at the start is stable too. Intended for positive losses.
     """
 
     Options = LossStableOptions
     name = "loss_stable"
-    extra = 1  # a window of n changes has n + 1 losses
+    extra = 1  # a window of n changes needs n + 1 losses
 
     def __init__(self, options: LossStableOptions, clock: RunClock, start: int) -> None:
         super().__init__(options, clock, start)
@@ -288,9 +289,9 @@ class LossStablePublishedOptions(Options):
 class LossStablePublished(LossRule):
     """Ends a phase as published: mean of |L[i] - L[i-1]| / L[i-1] over a window of losses, at most a threshold.
 
-    The rule of Strategy-Switch (Provatas et al., IEEE Access 13:9510, 2025), as its open implementation has it.
-    Tried, it fires on the first plateau, before anything is learnt (losses of steps), or never (losses of epochs);
-    in that implementation's own benchmark it never fired. It is here to be compared with; use loss_stable.
+    The rule of Strategy-Switch (Provatas et al., IEEE Access 13:9510, 2025), as in its open implementation. In tests,
+    it fires on the first plateau, before anything is learnt (losses of steps), or never (losses of epochs); in that
+    implementation's own benchmark it never fired. Provided for comparison only; use loss_stable.
     """
 
     Options = LossStablePublishedOptions
@@ -311,7 +312,7 @@ class TargetOptions(Options):
 
 
 class Target(Rule):
-    """Ends a phase when an evaluation in it reaches a value of the metric."""
+    """Ends a phase when an evaluation during it reaches a target value of the metric."""
 
     Options = TargetOptions
 
@@ -338,18 +339,18 @@ class Target(Rule):
 
 # -- functions ----------------------------------------------------------------------------------------------------
 class FunctionOptions(Options):
-    """The keyword arguments of a function that is a rule."""
+    """The keyword arguments of a function that serves as a rule."""
 
     model_config = ConfigDict(extra="allow")
 
 
 @dataclass(frozen=True)
 class FunctionAsRule:
-    """Makes the rule that asks a plain function: stands where a rule class does.
+    """Makes a rule that calls a plain function; used in place of a rule class.
 
     The function is called as `f(losses, **options)` after every interval of 10 rounds, with the mean losses of the
-    phase's intervals so far (a list of float, oldest first; never empty), on whoever decides: it must depend on
-    nothing else. If it returns something true the phase ends; a text is the reason.
+    phase's intervals so far (a list of float, oldest first; never empty), on the rank that decides; it must depend on
+    nothing else. If it returns a true value, the phase ends; a string is the reason.
     """
 
     function: Callable[..., Any]
@@ -365,7 +366,7 @@ class FunctionAsRule:
 
 
 class FunctionRule(Rule):
-    """Ends a phase when a function of its losses says so; see `FunctionAsRule`."""
+    """Ends a phase when a function of its losses returns a true value; see `FunctionAsRule`."""
 
     def __init__(self, function: Callable[..., Any], options: FunctionOptions, clock: RunClock, start: int) -> None:
         super().__init__(options, clock, start)
@@ -381,7 +382,7 @@ class FunctionRule(Rule):
         try:
             answer = self.function(list(self.losses), **(self.options.model_extra or {}))
             ends = bool(answer)
-        except Exception as error:  # a function of the user's may raise anything
+        except Exception as error:  # a user's function may raise anything
             raise JobError(self._failure(error)) from error
         if not ends:
             return None

@@ -1,16 +1,15 @@
-"""Fetching batches: in threads, ahead of the computation; never by fork, which MPI does not survive.
+"""Fetches batches in threads, ahead of the computation; never by fork, which MPI does not survive.
 
-What a sample is must depend on (seed, epoch, index) alone. But a data set's code may draw from the global generators
-of Python, NumPy and torch, which all threads share, the training loop among them. So a sample is fetched in one of
-three ways:
+A sample must depend on (seed, epoch, index) alone. But a data set's code may draw from the global generators of Python,
+NumPy and torch, which all threads share, including the training loop. So a sample is fetched in one of three ways:
 
-- by the thread that asks, each sample with the generators seeded for it, and put back after the batch ("inline"):
-  where no thread is wanted, for a loader's first batches (`PROBES`), and for good once anything was seen to be drawn;
-- in other threads, ahead, as long as nothing is drawn. Where the training loop itself draws from torch's generator
-  (dropout on the CPU) they are guarded: a draw is stopped before it happens. Else the generators are looked at with
-  each batch. If somebody drew, the samples that had been fetched are fetched once more from the same states, which
-  shows who it was: the training loop gets back what was taken from it, and what was fetched is forgotten;
-- in other threads and unwatched: what lies in memory, with augmentations of our own, draws nothing.
+- By the calling thread ("inline"): the generators are seeded for each sample and restored after the batch. Used if no
+  threads are configured, for a loader's first batches (`PROBES`), and permanently once a draw was detected.
+- In other threads, ahead, as long as nothing is drawn. If the training loop itself draws from torch's generator
+  (dropout on the CPU), the threads are guarded: a draw is stopped before it happens. Otherwise the generators are
+  checked with each batch. If something was drawn, the samples already fetched are fetched again from the same states,
+  which shows who drew: the training loop gets its generator states back, and the fetched samples are discarded.
+- In other threads, unchecked: data in memory with our own augmentations draws nothing.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ from hpctrain.errors import DataError
 
 @dataclass
 class Batch:
-    """`size` samples, collated: `inputs` and `targets` are tensors (n, ...), or nests of them.
+    """A batch of `size` collated samples: `inputs` and `targets` are tensors (n, ...), or nested structures of them.
 
-    Samples that are not pairs, such as mappings, are in `inputs` whole, and `targets` is None. An empty batch has
+    Samples that are not pairs, such as mappings, are entirely in `inputs`, and `targets` is None. An empty batch has
     neither.
     """
 
@@ -55,30 +54,30 @@ class Batch:
 
     @property
     def reference(self) -> Any:
-        """What loss and metric compare a model's outputs with: the targets, or the mapping where samples are mappings
-        without a target beside."""
+        """What loss and metric compare a model's outputs with: the targets, or the mapping if samples are mappings
+        without a separate target."""
         return self.inputs if self.targets is None and isinstance(self.inputs, Mapping) else self.targets
 
 
 def fetches_ahead(dataset: Any, threads: int, prefetch: int, augment: Sequence[Any]) -> bool:
-    """Whether a loader of these would fetch batches before they are taken: not what lies in memory as it is."""
+    """Whether a loader with these arguments fetches batches ahead: not for unaugmented data in memory."""
     base, _ = unwrap(dataset)
     in_memory = not isinstance(base, IterableDataset) and gatherer(base) is not None and not augment
     return threads > 0 and prefetch > 0 and not in_memory
 
 
-PROBES = 2  # batches that are fetched inline, to see what draws: the data set, and the training loop in between
+PROBES = 2  # batches fetched inline, to detect draws by the data set, and by the training loop in between
 _BLOCK = 256
-_ITEM, _AUGMENT = 0x5851F42D4C957F2D, 0x14057B7EF767814F  # what samples and augmentations draw is unrelated
+_ITEM, _AUGMENT = 0x5851F42D4C957F2D, 0x14057B7EF767814F  # keeps the draws of samples and of augmentations unrelated
 
 
 class Loader:
-    """Gives the batches at positions [start, stop) of the run; one thread asks, `threads` others fetch ahead.
+    """Provides the batches at positions [start, stop) of the run; one thread calls it, `threads` others fetch ahead.
 
-    Which thread fetches what makes no difference to a batch: the generator that the augmentations get is
-    seeded by (seed, epoch, index of the sample), and so are the global ones (see above). Data held in memory is
-    gathered where it is taken, which is quicker than any hand-over. A data set may be asked for several samples at
-    once by several threads if `threads` > 1.
+    A batch does not depend on which thread fetches it: the generator passed to the augmentations is seeded by (seed,
+    epoch, index of the sample), and so are the global ones (see the module). Data in memory is gathered by the calling
+    thread, which is faster than handing it over. If `threads` > 1, several threads may request samples of the data set
+    at the same time.
     """
 
     def __init__(
@@ -92,8 +91,8 @@ class Loader:
         seed: int = 0,
         workers: Communicator | None = None,
     ) -> None:
-        """`threads` 0: fetch inline. `prefetch`: how many batches may be asked for ahead. `workers`: all who call
-        `bounds` together; given, they compare where a stream of unknown length ends."""
+        """`threads` 0: fetch inline. `prefetch`: how many batches may be requested ahead. `workers`: the ranks that
+        call `bounds` together; if given, they compare where a stream of unknown length ends."""
         self._order = order
         self._workers = workers if workers is not None and workers.size > 1 else None
         self._augment = tuple(augment)
@@ -108,21 +107,22 @@ class Loader:
         self._threads = min(threads, 1) if streaming else threads  # a stream has one order
         self._pool: ThreadPoolExecutor | None = None
         self._draws_augmenting = not all(draws_only_from_its_own(function) for function in self._augment)
-        self._draws = self._draws_augmenting or not only_indexed(self._base)  # it may, as far as one knows
+        self._draws = self._draws_augmenting or not only_indexed(self._base)  # assume so unless known otherwise
         self._alone = not fetches_ahead(dataset, self._threads, prefetch, augment)
         self._probes = PROBES if self._draws and not self._alone else 0
-        self._drew = False  # in a probe
+        self._drew = False  # during a probe
         self._guarded = streaming
         self._harmless: set[Any] = set()
-        self._left: Generators | None = None  # as the thread that asks found them at the end of its last batch
-        self._begun: deque[_Begun] = deque()  # what was fetched in threads since then
+        self._left: Generators | None = None  # as the calling thread left them after its last batch
+        self._begun: deque[_Begun] = deque()  # fetched in threads since then
 
     def bounds(self, cursor: int, round_size: int, workers: int) -> list[int]:
-        """The positions that the round at `cursor` gives its workers; see `round_bounds`.
+        """The positions that the round at `cursor` assigns to its workers; see `round_bounds`.
 
-        A stream of unknown length is read to the round's end, so that all ranks, which all read the same,
-        agree where it ends. What lies before `cursor` is not asked for again, or is read anew. Until its end was
-        seen, this is collective over the workers, and raises DataError where it ends elsewhere on another rank.
+        A stream of unknown length is read to the end of the round, so that all ranks, which all read the same stream,
+        agree on where it ends. Samples before `cursor` are not requested again, or else are read again. Until the
+        stream's end is known, this is collective over the workers, and raises DataError if the stream ends elsewhere on
+        another rank.
         """
         if self._stream is not None and self._order.length is None:
             self._look_ahead(self._stream, cursor, cursor + round_size)
@@ -131,7 +131,7 @@ class Loader:
         return round_bounds(cursor, self._order.length, round_size, workers)
 
     def _compare(self, read: int) -> None:
-        """Whether the stream ends within the first `read` samples; a thread may have seen its end ahead of that."""
+        """Compare whether the stream ends within the first `read` samples; a thread may already have read further."""
         length = self._order.length if self._order.length is not None and self._order.length <= read else None
         if self._workers is not None:
             check_alike(self._workers, [stream_topic(length, read)], everywhere=False)
@@ -139,13 +139,13 @@ class Loader:
 
     @property
     def length(self) -> int | None:
-        """Samples per epoch; None while a stream has not shown its end."""
+        """Samples per epoch; None while the end of a stream is not known."""
         return self._order.length
 
     def request(self, start: int, stop: int) -> None:
-        """Start fetching [start, stop); ignored where nothing is fetched ahead, or enough is on its way.
+        """Start fetching [start, stop); ignored if nothing is fetched ahead, or if enough batches are pending.
 
-        It may prove to lie behind the end of a stream: then it is forgotten.
+        If the range turns out to lie behind the end of a stream, the request is dropped.
         """
         if self._inline or self._closed or start == stop:
             return
@@ -155,14 +155,14 @@ class Loader:
             self._pending[start, stop] = known, self._threads_of_it().submit(self._fetch_ahead, start, stop, known)
 
     def take(self, start: int, stop: int) -> Batch:
-        """The batch at [start, stop): the one requested, or fetched now. Requests from before it are dropped.
+        """The batch at [start, stop): as requested earlier, or fetched now. Drops requests for earlier positions.
 
-        Raises DataError for samples that make no batch, and whatever the user's data set or augmentation did.
+        Raises DataError for samples that cannot be collated, and whatever the user's data set or augmentation raises.
         """
         self._drop_outdated()
         _, future = self._pending.pop((start, stop), (None, None))
         for key in [key for key in self._pending if future is None or key[0] < start]:
-            self._pending.pop(key)[1].cancel()  # the plan has changed, if nothing was requested for now
+            self._pending.pop(key)[1].cancel()  # nothing requested for this position: the plan has changed
         if start == stop:
             return Batch(None, None, 0)
         if not self._inline:
@@ -172,7 +172,7 @@ class Loader:
         return self._fetch_inline(start, stop)
 
     def close(self) -> None:
-        """End the threads, after the sample that each is at. May be called twice."""
+        """Stop the threads after their current sample. May be called twice."""
         self._closed = True
         if self._stream is not None:
             self._stream.close()
@@ -185,7 +185,7 @@ class Loader:
         self.close()
 
     def _outdated(self, stop: int, known: int | None) -> bool:
-        """Whether a request, made when the stream's length was `known`, went past its end, as shown since."""
+        """Whether a request, made when the stream's length was `known`, extends past its end, which is now known."""
         return known is None and self._order.length is not None and stop > self._order.length
 
     def _drop_outdated(self) -> None:
@@ -194,7 +194,7 @@ class Loader:
 
     def _fetch_ahead(self, start: int, stop: int, known: int | None) -> Batch:
         if self._outdated(stop, known):
-            raise ValueError("behind the end of the stream")  # never taken, and to read it would lose the place
+            raise ValueError("behind the end of the stream")  # never taken, and reading it would lose the position
         return self._fetch(start, stop)
 
     def _fetch(self, start: int, stop: int) -> Batch:
@@ -203,7 +203,7 @@ class Loader:
             indices = np.arange(offset, offset + stop - start)
             return _collate(self._augmented(self._stream.read(start, stop), epoch, indices), indices)
         indices = self._order.indices(start, stop)
-        places = indices if self._picked is None else self._picked[indices]  # in what is inside the `Subset`s
+        places = indices if self._picked is None else self._picked[indices]  # in the data set inside the `Subset`s
         if self._gather is None:
             return _collate(self._augmented(self._items(places, epoch, indices), epoch, indices), places)
         gather = self._gather
@@ -216,7 +216,7 @@ class Loader:
 
     def _items(self, places: NDArray[np.int64], epoch: int, indices: NDArray[np.int64]) -> list[Any]:
         seeds = self._seeds(epoch, indices)
-        if callable(getattr(self._base, "__getitems__", None)):  # torch's own name for many at once
+        if callable(getattr(self._base, "__getitems__", None)):  # torch's name for fetching many at once
             return list(self._run(seeds[0] ^ _ITEM, lambda: self._base.__getitems__(places.tolist())))
         items = []
         for place, seed in zip(places.tolist(), seeds, strict=True):
@@ -230,7 +230,7 @@ class Loader:
         return items
 
     def _augmented(self, items: list[Any], epoch: int, indices: NDArray[np.int64]) -> list[Any]:
-        """Items with the augmentations applied to each one's input."""
+        """The items, with the augmentations applied to each input."""
         if not self._augment:
             return items
         done = []
@@ -266,12 +266,12 @@ class Loader:
         return seeds
 
     def _read(self, epoch: int, place: int, function: Callable[[], Any]) -> Any:
-        """A stream's code for that place."""
+        """Run a stream's code for that place."""
         block, place = divmod(place, _BLOCK)
         return self._run(_block_of_seeds(self._seed, epoch, block)[place] ^ _ITEM, function)
 
     def _run(self, seed: int, function: Callable[[], Any]) -> Any:
-        """`function()`, the user's code for one sample (or batch): inline, seeded; else looked after."""
+        """`function()`, the user's code for one sample (or batch): seeded if inline, otherwise watched."""
         if not self._draws:
             return function()
         if not self._inline:
@@ -306,13 +306,13 @@ class Loader:
         return batch
 
     def _look_at_the_training(self) -> None:
-        """What was drawn since the last batch, with no other thread at work, was drawn by the training loop."""
+        """Draws since the last batch, with no other thread running, came from the training loop."""
         drawn = Generators.now().differing(self._left) if self._left is not None else set()
         self._guarded = self._guarded or "torch" in drawn
         self._alone = self._alone or bool(drawn - {"torch"})
 
     def _take_ahead(self, start: int, stop: int, future: Future[Batch] | None) -> Batch | None:
-        """The batch that was requested; None if something was drawn, and it is to be fetched inline."""
+        """The requested batch; None if something was drawn and it must be fetched inline."""
         try:
             if future is not None:
                 batch = future.result()
@@ -328,7 +328,7 @@ class Loader:
         return None if self._alone else batch
 
     def _look_ahead(self, stream: Stream, start: int, stop: int) -> None:
-        """Let the stream read on, where all its reading is done."""
+        """Let the stream read ahead, in the thread that does all its reading."""
         if not self._inline:
             try:
                 self._threads_of_it().submit(stream.look_ahead, start, stop).result()
@@ -339,7 +339,7 @@ class Loader:
             stream.look_ahead(start, stop)
 
     def _is_undisturbed(self) -> bool:
-        """Whether nobody has drawn since the last batch (of torch's generator, if it is guarded: has seeded it)."""
+        """Whether nothing was drawn since the last batch (torch's generator, if guarded: whether it was not seeded)."""
         assert self._left is not None
         now = Generators.now()
         if now.differing(self._left) - {"torch" if self._guarded else "seed"}:
@@ -350,9 +350,10 @@ class Loader:
         return True
 
     def _settle(self, told: bool = False) -> None:
-        """Somebody has drawn: from now on inline, and the training loop gets back what was taken from it.
+        """Handle a detected draw: fetch inline from now on, and restore the training loop's generators.
 
-        Not inline if it proves to be the training loop that drew, and only what can be guarded. `told`: by the guard.
+        Does not switch to inline if only the training loop drew, and only what can be guarded. `told`: reported by the
+        guard.
         """
         self._end_threads()
         if self._stream is not None:
@@ -376,7 +377,7 @@ class Loader:
         self._guarded = True
 
     def _fetched_again(self, left: Generators) -> Generators:
-        """The generators, had nothing but what was fetched in threads drawn from them since they were as in `left`."""
+        """The generators as they would be if, starting from `left`, only the fetches in threads had drawn from them."""
         left.restore()
         for begun in self._begun:
             with suppress(Exception, DrewError):
@@ -399,14 +400,14 @@ class Loader:
 
 @lru_cache(maxsize=4)
 def _block_of_seeds(seed: int, epoch: int, block: int) -> list[int]:
-    """Of a stream's samples: one by one they would cost more than to seed from them."""
+    """The seeds of a block of a stream's samples: computing them one by one would cost more than seeding."""
     seeds: list[int] = mix(seed, epoch, np.arange(block * _BLOCK, (block + 1) * _BLOCK)).tolist()
     return seeds
 
 
 @dataclass
 class _Begun:
-    """The fetching of a sample in a thread."""
+    """A sample being fetched in a thread."""
 
     function: Callable[[], Any]
     ended: bool = False
