@@ -146,8 +146,7 @@ class Pace:
 
     @property
     def per_update(self) -> bool:
-        """Whether the strategy's own learning-rate correction (lr_per_update) applies: not if a policy sets the
-        rate."""
+        """Whether the strategy's own rate correction (lr_per_update) applies: not if a policy sets the rate."""
         return self.learning_rate not in ("keep", "scale")
 
     def rate(self, cursor: int) -> float:

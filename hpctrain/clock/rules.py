@@ -128,8 +128,7 @@ class Intervals:
         self.total, self.samples = 0.0, 0
 
     def add(self, cursor: int, loss: float) -> float | None:
-        """Add the mean `loss` up to `cursor`. Returns an interval's mean if one has ended with any losses, else
-        None."""
+        """Add the mean `loss` up to `cursor`. Returns the mean of an interval that ends there; None without one."""
         samples, self.previous = cursor - self.previous, cursor
         if math.isfinite(loss) and loss != 0.0:
             self.total += float(loss) * samples

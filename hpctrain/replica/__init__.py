@@ -1,4 +1,4 @@
-"""A worker's model in flat arenas: their layout, what updates them, and the state that crosses phases.
+"""A worker's model in flat arenas: their layout, the optimizer update, and the state kept across phases.
 
-`state` loads no torch; the other modules do. So nothing is imported here.
+`state` does not import torch; the other modules do. So this file imports nothing.
 """

@@ -26,7 +26,7 @@ class NodeArenas:
         self.placed = Placed(values, comm.arena(layout.length, layout.dtype, "node"))
 
     def fits(self, comm: Communicator) -> bool:
-        """Whether they are of these ranks."""
+        """Whether the arenas were made for the ranks of `comm`."""
         return self._ranks == (comm.members, comm.nodes)
 
     def clear(self) -> None:
@@ -35,7 +35,7 @@ class NodeArenas:
 
 
 class OwnPart(Arena):
-    """This rank's part of an arena that another owns."""
+    """This rank's part of an arena that another object owns."""
 
     def __init__(self, arena: Arena) -> None:
         self.mine = arena.mine

@@ -1,10 +1,10 @@
-"""Batch norm over the samples of all workers (`train.sync_batchnorm`): N workers compute what one would.
+"""Batch norm over the samples of all workers (`train.sync_batchnorm`): N workers compute the same as one would.
 
-Forward gathers every worker's count, mean and sum of squared deviations per channel (as torch.nn.SyncBatchNorm
-does: combined in rank order they give the same bits everywhere, and nothing cancels); backward all-reduces the two
-sums of the gradient. All workers must therefore run the same layers in the same order, equally often: a worker
-whose share of a round has fewer micro-batches than another's runs over a borrowed sample that counts nothing (see
-`Trainer`).
+The forward pass gathers every worker's count, mean and sum of squared deviations per channel, as torch.nn.SyncBatchNorm
+does; combining them in rank order gives the same bits everywhere and avoids cancellation. The backward pass all-reduces
+the two sums of the gradient. All workers must therefore run the same layers in the same order, equally often: a worker
+whose share of a round has fewer micro-batches than another's runs extra ones on a borrowed sample that does not count
+(see `Trainer`).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from hpctrain.replica.coupling import Coupling
 class BatchNorms(Coupling):
     """All batch norm layers of one model, which normalise together between `join` and `leave`.
 
-    Before, after and in evaluation mode they are torch's own; names in the state_dict do not change. `counted`: whether
-    the samples that go through the model now count. Raises ModelError if the model has no such layer, or one whose
-    class has a `forward` of its own.
+    Before and after that, and in evaluation mode, they behave as torch's own; names in the state_dict do not change.
+    `counted`: whether the samples now passing through the model count. Raises ModelError if the model has no such
+    layer, or a layer whose class has its own `forward`.
     """
 
     waits_in_forward = True
@@ -61,38 +61,38 @@ class BatchNorms(Coupling):
 
     @property
     def comm(self) -> Communicator | None:
-        """The workers that normalise together; None where each does by itself."""
+        """The workers that normalise together; None if each worker normalises alone."""
         return self._comm
 
     def join(self, workers: Communicator) -> None:
-        """From now on over the samples of all `workers`, through a communicator of its own. Collective."""
+        """Normalise over the samples of all `workers` from now on, through a separate communicator. Collective."""
         if workers.size > 1:
             self._comm = workers.split(0, workers.rank)
             self._ferry = None if workers.concurrent else _Ferry()
 
     def idle(self, bounds: Sequence[int], size: int, own: int) -> int:
-        """As many as are missing to those of the worker that has most."""
+        """The number of micro-batches that this worker has fewer than the worker with the most."""
         return max(-(-(b - a) // size) for a, b in pairwise(bounds)) - own
 
     def before(self, counts: bool) -> None:
-        """Whether the samples that go through the model next count."""
+        """Set whether the next samples through the model count."""
         self.counted = counts
 
     def leave(self) -> None:
-        """Each by itself again. Collective, like `join`."""
+        """Normalise separately again. Collective, like `join`."""
         if self._comm is not None:
             self._comm.free()
         self._comm, self.counted = None, True
 
     def restore(self) -> None:
-        """The layers are of their own classes again."""
+        """Give the layers their original classes again."""
         for layer, cls in self._layers:
             layer.__class__ = cls
             layer.__dict__.pop("norms", None)
         self._layers = []
 
     def backward(self, loss: Tensor) -> None:
-        """`loss.backward()`, in which virtual ranks may wait for each other."""
+        """`loss.backward()`, during which virtual ranks may wait for each other."""
         if self._comm is None or self._ferry is None:
             loss.backward()
         else:
@@ -110,7 +110,7 @@ class BatchNorms(Coupling):
         return total, joint, (deviations + counts * (means - joint) ** 2).sum(0) / total
 
     def add_up(self, sums: NDArray[Any]) -> None:
-        """The sum over all workers, in place; float64. Collective, called in backward."""
+        """Sum over all workers, in place; float64. Collective, called during backward."""
         assert self._comm is not None
         comm = self._comm
         if self._ferry is None:
@@ -119,16 +119,16 @@ class BatchNorms(Coupling):
             self._ferry.carry(lambda: comm.all_reduce(sums))
 
     def __deepcopy__(self, memo: Any) -> BatchNorms:
-        return self  # of a copied model (a moving average, say) the layers normalise with the same workers
+        return self  # a copied model (such as a moving average) normalises with the same workers
 
 
 def sync_layers(model: nn.Module) -> list[str]:
-    """The names of torch.nn.SyncBatchNorm layers, which know nothing of our workers by themselves."""
+    """The names of torch.nn.SyncBatchNorm layers, which do not use our workers by themselves."""
     return [name or "the model" for name, layer in model.named_modules() if isinstance(layer, nn.SyncBatchNorm)]
 
 
 class Synchronised(_BatchNorm):
-    """What a batch norm layer becomes; its own class stands behind this one."""
+    """The class that a batch norm layer gets; its original class follows in the MRO."""
 
     norms: BatchNorms
 
@@ -140,7 +140,7 @@ class Synchronised(_BatchNorm):
         self._check_input_dim(input)
         with torch.no_grad():
             total, mean, variance = _joint_moments(norms, input)
-            if total <= 1:  # torch says the same of one process
+            if total <= 1:  # torch raises the same error for one process
                 raise ValueError(f"expected more than 1 value per channel when training, got {list(input.shape)}")
             if self.track_running_stats:
                 self._track(mean, variance * (total / (total - 1)))
@@ -193,7 +193,7 @@ def _joint_moments(norms: BatchNorms, x: Tensor) -> tuple[float, Tensor, Tensor]
 
 
 class _Normalise(torch.autograd.Function):
-    """(x - mean) / sqrt(variance + eps) * weight + bias, with moments that depend on every worker's x."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias; the moments depend on every worker's x."""
 
     @staticmethod
     def forward(
@@ -234,7 +234,7 @@ class _Normalise(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Sums of half precision are taken in float32."""
+    """Half precision as float32, because sums are computed in float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -243,7 +243,7 @@ def _axes(x: Tensor) -> list[int]:
 
 
 def _spread(channels: Tensor, x: Tensor) -> Tensor:
-    """(channels,) -> (1, channels, 1, ...), to go with x."""
+    """(channels,) -> (1, channels, 1, ...), to broadcast with x."""
     return channels.view(1, -1, *[1] * (x.dim() - 2))
 
 
@@ -256,10 +256,10 @@ def _from_wire(values: NDArray[Any], like: Tensor) -> Tensor:
 
 
 class _Ferry:
-    """Runs a backward pass in a thread of its own, and what it has to say to other virtual ranks outside of it.
+    """Runs a backward pass in a separate thread, and its communication with other virtual ranks outside that thread.
 
     torch's autograd engine keeps one queue per thread: a virtual rank that waited inside its backward pass would be
-    given the next one's work. Only one of the two threads runs at a time, so that all stays deterministic.
+    given work of the next one. Only one of the two threads runs at a time, so the run stays deterministic.
     """
 
     def __init__(self) -> None:
@@ -268,13 +268,13 @@ class _Ferry:
         self._errors: list[BaseException] = []
 
     def run(self, function: Callable[[], Any]) -> None:
-        """`function()`, in a thread; raises what it raised."""
+        """`function()`, in a thread; re-raises its exception."""
         thread = threading.Thread(target=self._body, args=(function,), daemon=True)
         thread.start()
         while (action := self._asked.get()) is not None:
             try:
                 action()
-            except BaseException as error:  # of this rank, or the end of its world
+            except BaseException as error:  # raised by this rank, or by the end of its world
                 self._answered.put(error)
                 thread.join()
                 raise
@@ -291,7 +291,7 @@ class _Ferry:
         self._asked.put(None)
 
     def carry(self, action: Callable[[], None]) -> None:
-        """Called in that thread: have `action` done where virtual ranks may wait."""
+        """Called in that thread: run `action` where virtual ranks may wait."""
         self._asked.put(action)
         error = self._answered.get()
         if error is not None:

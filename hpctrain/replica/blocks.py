@@ -1,6 +1,6 @@
-"""Passes over flat tensors: sums, norms, and whether all is finite.
+"""Passes over flat tensors: sums, norms, and checks that all elements are finite.
 
-They go by blocks that stay in a core's cache, so that a check costs less than another pass.
+They work on blocks that stay in a core's cache, so that a check costs less than another pass.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-BLOCK = 2**17  # elements for each thread: half a MiB of float32
+BLOCK = 2**17  # elements per thread: half a MiB of float32
 
 
 def add_up(parts: Sequence[Tensor], out: Tensor, weight: float) -> bool:
-    """`out` = (parts[0] + parts[1] + ...) / weight, in that order; whether all of it is finite.
+    """`out` = (parts[0] + parts[1] + ...) / weight, in that order. Returns whether all elements are finite.
 
-    All are flat, of one length and dtype; `out` may be parts[0].
+    All tensors are flat, with the same length and dtype; `out` may be parts[0].
     """
     finite = True
     for piece in _blocks(out):
@@ -39,9 +39,9 @@ def is_finite(flat: Tensor) -> bool:
 
 
 def sum_of_squares(flat: Tensor) -> float:
-    """The square of its Euclidean length; rows in the tensor's precision (at least float32), their squares in float64.
+    """The squared Euclidean norm; rows in the tensor's precision (at least float32), their squares in float64.
 
-    Ten times as fast as float64 throughout, and no copy; its relative error is some 1e-9 for float32.
+    Ten times as fast as float64 throughout, and without a copy; the relative error is about 1e-9 for float32.
     """
     row = 1024
     whole = flat.numel() // row * row
@@ -51,13 +51,13 @@ def sum_of_squares(flat: Tensor) -> float:
 
 
 def _blocks(flat: Tensor) -> Iterator[slice]:
-    """On a GPU one: there a block costs a launch and a wait."""
+    """A single block on a GPU, where each block costs a kernel launch and a wait."""
     length = flat.numel()
     size = BLOCK * torch.get_num_threads() if flat.device.type == "cpu" else length
     return (slice(low, min(low + size, length)) for low in range(0, length, max(1, size)))
 
 
 def _is_finite(block: Tensor) -> bool:
-    """One dot product, which is finite only if every element is; it may overflow, then the elements are asked."""
+    """One dot product, which is finite only if every element is; it may overflow, so the elements are then checked."""
     squares = float(torch.dot(block, block))
     return squares - squares == 0.0 or bool(torch.isfinite(block).all())

@@ -1,4 +1,4 @@
-"""Stretches of the gradient that go out while backward still runs."""
+"""Stretches of the gradient that are sent while backward is still running."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from hpctrain.replica.replica import Replica
 
 
 class Buckets:
-    """Tells when stretches of the gradient are final, from hooks during backward, in a fixed order (from the
+    """Announces stretches of the gradient once they are final, from hooks during backward. The order is fixed (from the
     arena's end, where backward begins), so that all ranks start the same exchanges in the same order.
 
-    A parameter's gradient is taken for final when its hook has been called once, unless it was called more often in
-    the first backward pass: reentrant checkpointing runs backward passes within backward passes, and each of them adds
-    to what it uses. Then stretches are announced after backward only. So they are in the first pass, which shows it.
+    A parameter's gradient is considered final after the first call of its hook, unless a hook was called more than once
+    in the first backward pass: reentrant checkpointing runs nested backward passes, each of which adds to the gradients
+    of the parameters it uses. In that case stretches are announced only after backward. The first pass, which detects
+    this, also announces them only after backward.
     """
 
     def __init__(self, replica: Replica, nbytes: int, ready: Callable[[int, int], None]) -> None:
@@ -34,7 +35,7 @@ class Buckets:
         self._sizes = [list(self._bucket_of.values()).count(b) for b in range(len(self._bounds))]
         self._armed = False
         self._early = False  # whether stretches are announced during backward
-        self._repeats = False  # whether a hook was ever called twice in one pass
+        self._repeats = False  # whether a hook was ever called more than once in one pass
         self._called: set[int] = set()
         self._missing: list[int] = []
         self._next = len(self._bounds)
@@ -45,13 +46,13 @@ class Buckets:
         ]
 
     def arm(self) -> None:
-        """The backward pass that follows is the round's last."""
+        """Prepare for the last backward pass of the round, which comes next."""
         self._armed = True
         self._called.clear()
         self._missing, self._next = list(self._sizes), 0
 
     def _note(self, index: int) -> None:
-        """This parameter's hook was called."""
+        """Called by the hook of this parameter."""
         if not self._armed:
             return
         bucket = self._bucket_of[index]
@@ -66,9 +67,10 @@ class Buckets:
             self._announce()
 
     def flush(self) -> None:
-        """Announce what no hook has: parameters that took no part in the loss (or no backward at all).
+        """Announce what no hook has announced: parameters that did not contribute to the loss, or all if backward did
+        not run.
 
-        Raises ModelError where a stretch went out before it was final: only a model whose passes differ can do that.
+        Raises ModelError if a stretch was sent before it was final; this happens only if the model's passes differ.
         """
         if self._torn is not None:
             raise ModelError(
@@ -89,6 +91,6 @@ class Buckets:
         self._ready(low, high)
 
     def remove(self) -> None:
-        """Take the hooks off the parameters."""
+        """Remove the hooks from the parameters."""
         for hook in self._hooks:
             hook.remove()

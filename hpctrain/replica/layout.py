@@ -1,4 +1,4 @@
-"""Which parameter lies where in an arena, and where arenas may be cut."""
+"""The position of each parameter in an arena, and where arenas may be cut."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from hpctrain.comm.base import BFLOAT16
 from hpctrain.errors import ModelError
 
-ALIGNMENT = 64  # bytes; every parameter begins on a cache line, as vector units and BLAS like it
+ALIGNMENT = 64  # bytes; every parameter starts on a cache line, which suits vector units and BLAS
 
 NUMPY_DTYPES: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype(np.float32),
@@ -25,7 +25,7 @@ NUMPY_DTYPES: dict[torch.dtype, np.dtype[Any]] = {
 }
 
 ParameterGroups = Sequence[dict[str, Any]]
-"""As torch.optim takes them: dictionaries with "params" and options."""
+"""As accepted by torch.optim: dictionaries with "params" and options."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which parameter lies where in the arena. The same on all ranks of a run."""
+    """The position of each parameter in the arena. The same on all ranks of a run."""
 
     slots: tuple[Slot, ...]
     groups: tuple[Group, ...]
@@ -58,24 +58,24 @@ class Layout:
 
     @property
     def cuts(self) -> list[int]:
-        """Where the arena may be cut without cutting a parameter, both ends included."""
+        """Where the arena may be cut without splitting a parameter, including both ends."""
         return [slot.offset for slot in self.slots] + [self.length]
 
     @property
     def parameters(self) -> int:
-        """How many parameters there are, without padding."""
+        """The number of parameter elements, without padding."""
         return sum(slot.size for slot in self.slots)
 
     def fingerprint(self) -> str:
-        """Names, shapes, where parameter groups begin, and dtype, hashed: equal only for the same model."""
+        """A hash of names, shapes, the starts of parameter groups, and dtype: equal only for the same model."""
         places = [(slot.name, slot.shape) for slot in self.slots], [group.low for group in self.groups]
         text = repr(places) + str(self.dtype)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def first_not_finite(self, flat: torch.Tensor, low: int = 0) -> int:
-        """1 + the index of the first parameter that is not finite in `flat`, the arena's stretch from `low` on; else 0.
+        """1 + the index of the first parameter with an element that is not finite; 0 if there is none.
 
-        Padding counts to the parameter before it.
+        `flat` is the arena's stretch from `low` on. Padding belongs to the parameter before it.
         """
         bad = (~torch.isfinite(flat)).nonzero()
         if not len(bad):
@@ -83,12 +83,12 @@ class Layout:
         return int(np.searchsorted([slot.offset for slot in self.slots], low + int(bad[0]), side="right"))
 
     def slots_in(self, low: int, high: int) -> list[Slot]:
-        """The parameters that lie whole in [low, high)."""
+        """The parameters that lie entirely in [low, high)."""
         return [slot for slot in self.slots if low <= slot.offset and slot.offset + slot.size <= high]
 
 
 def lay_out(named: dict[str, nn.Parameter], groups: ParameterGroups | None = None) -> tuple[Layout, list[nn.Parameter]]:
-    """The layout of these parameters, and the parameters in its order. Raises ModelError, see `Replica`."""
+    """The layout of these parameters, and the parameters in its order. Raises ModelError; see `Replica`."""
     dtypes = {p.dtype for p in named.values()}
     if len(dtypes) > 1 or (dtype := dtypes.pop()) not in NUMPY_DTYPES:
         raise ModelError(
@@ -113,7 +113,7 @@ def lay_out(named: dict[str, nn.Parameter], groups: ParameterGroups | None = Non
 
 
 def _checked_groups(named: dict[str, nn.Parameter], groups: ParameterGroups | None) -> list[dict[str, Any]]:
-    """The user's groups with their trainable parameters only; checked to cover each exactly once."""
+    """The user's groups, with only their trainable parameters; each parameter must be in exactly one group."""
     if groups is None:
         return [{"params": list(named.values())}]
     if isinstance(groups, (str, bytes, dict)) or not isinstance(groups, Iterable):
@@ -131,7 +131,7 @@ def _checked_groups(named: dict[str, nn.Parameter], groups: ParameterGroups | No
 
 
 def _trainable(group: Any, index: int, names: dict[int, str]) -> dict[str, Any]:
-    """A group with a list of its trainable parameters; torch takes one tensor, and (name, tensor) pairs, too."""
+    """A group with a list of its trainable parameters; like torch, accepts one tensor, and (name, tensor) pairs."""
     if not isinstance(group, dict) or "params" not in group:
         raise ModelError(f"optimizer.groups: group {index} is no dictionary with params and options")
     params = group["params"]
@@ -151,7 +151,7 @@ def _trainable(group: Any, index: int, names: dict[int, str]) -> dict[str, Any]:
 def slice_bounds(layout: Layout, parts: int, elementwise: bool) -> list[int]:
     """Cut the arena into `parts` nearly equal stretches: on cache lines, or between parameters if not elementwise.
 
-    Parts may be empty when there are more parts than cache lines (or parameters).
+    Stretches may be empty if there are more parts than cache lines (or parameters).
     """
     cuts: Sequence[int] = layout.cuts
     if elementwise:

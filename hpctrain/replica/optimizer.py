@@ -1,4 +1,4 @@
-"""The job's torch optimizer: its class and arguments, checked."""
+"""The job's torch optimizer: its class and arguments, validated."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """A torch.optim class with its keyword arguments. `elementwise`: each element's update depends on no other,
-    so that the arena may be cut anywhere. `adaptive`: updates do not grow with the gradient (Adam and its like)."""
+    """A torch.optim class with its keyword arguments. `elementwise`: each element is updated independently of the
+    others, so the arena may be cut anywhere. `adaptive`: updates do not grow with the gradient (Adam and similar)."""
 
     cls: type[torch.optim.Optimizer]
     options: dict[str, Any]
@@ -40,7 +40,7 @@ class OptimizerChoice:
         elementwise: bool | None = None,
         device: torch.device | str = "cpu",
     ) -> OptimizerChoice:
-        """Check the class and its arguments, for parameters on `device`. Raises ModelError."""
+        """Check the class and its arguments for parameters on `device`. Raises ModelError."""
         name, own = optimizer.__name__, _is_torchs(optimizer)
         for base in optimizer.__mro__:
             if _is_torchs(base) and base.__name__ in REFUSED:
@@ -55,7 +55,7 @@ class OptimizerChoice:
         return replace(choice, adaptive=choice._normalises(device))
 
     def check(self, layout: Layout, device: torch.device | str = "cpu") -> None:
-        """Every parameter is one the optimizer takes, with the options of its group. Raises ModelError."""
+        """Check that the optimizer accepts every parameter, with the options of its group. Raises ModelError."""
         for index, group in enumerate(layout.groups):
             _check_keys(self.cls, group.options, f"optimizer.groups: group {index} has ")
             merged = OptimizerChoice(self.cls, {**self.options, **group.options}, self.elementwise)
@@ -70,8 +70,8 @@ class OptimizerChoice:
                     ) from None
 
     def check_movable(self) -> None:
-        """What the optimizer remembers of all parameters together (and not in torch's `state`) stays with one rank:
-        ModelError, for schedules of several phases."""
+        """Raise ModelError if the optimizer keeps state for all parameters together outside torch's `state`: it cannot
+        be redistributed between ranks. Needed for jobs with several phases."""
         optimizer, _ = self._step("cpu")
         fresh = self.build([torch.nn.Parameter(torch.zeros(2, 2))]).param_groups[0]
         for key, value in optimizer.param_groups[0].items():
@@ -82,13 +82,13 @@ class OptimizerChoice:
                 )
 
     def moments(self, layout: Layout, device: torch.device | str = "cpu") -> list[list[str]]:
-        """What it keeps between steps for a parameter of each group ("exp_avg", "step" ...), sorted."""
+        """The names of the state kept per parameter of each group ("exp_avg", "step" ...), sorted."""
         choices = [OptimizerChoice(self.cls, {**self.options, **g.options}, self.elementwise) for g in layout.groups]
         steps = [choice._step(device) for choice in choices]
         return [sorted(k for k, v in optimizer.state[p].items() if v is not None) for optimizer, p in steps]
 
     def _try(self, device: torch.device | str = "cpu") -> None:
-        """One step on zeros, so that options that only fail there fail now."""
+        """Take one step on zeros, to detect options that fail only there."""
         optimizer, parameter = self._step(device)
         if "lr" not in optimizer.param_groups[0]:
             raise ModelError(f"optimizer {self.cls.__name__} keeps no lr in its param_groups to be scheduled")
@@ -102,7 +102,7 @@ class OptimizerChoice:
         return bool(long < 3.0 * short)
 
     def _step(self, device: torch.device | str, size: float = 0.0) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
-        """One step on parameters of 0 with gradients of `size`."""
+        """Take one step on parameters of 0 with gradients of `size`."""
         parameter = torch.nn.Parameter(torch.zeros(4 if self.elementwise else (2, 2), device=device))
         optimizer = self.build([parameter])
         parameter.grad = torch.full_like(parameter, size)
@@ -113,7 +113,7 @@ class OptimizerChoice:
         return optimizer, parameter
 
     def _check_state(self, key: str, value: Any, parameter: torch.Tensor) -> None:
-        """It can be cut, sent and put together again by others."""
+        """Check that this state can be cut, sent and reassembled by other ranks."""
         name = self.cls.__name__
         if isinstance(value, torch.Tensor) and self.elementwise and value.dim() and value.shape != parameter.shape:
             raise ModelError(
@@ -133,7 +133,7 @@ class OptimizerChoice:
         return f"optimizer {self.cls.__name__} with {given}"
 
     def build(self, parameters: Any) -> torch.optim.Optimizer:
-        """The optimizer over parameters or groups; ModelError if it does not take its arguments."""
+        """The optimizer over parameters or groups; ModelError if it rejects its arguments."""
         try:
             return self.cls(parameters, **self.options)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -141,7 +141,7 @@ class OptimizerChoice:
 
 
 def momentum_of(group: dict[str, Any]) -> float:
-    """The momentum of a torch optimizer's parameter group; 0 where it has none."""
+    """The momentum of a torch optimizer's parameter group; 0 if it has none."""
     return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
 
 
@@ -167,7 +167,7 @@ def _check_keys(optimizer: type[torch.optim.Optimizer], options: Iterable[str], 
 
 
 def decay(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """optimizer.groups = "decay": weight decay only on parameters of two or more dimensions (matrices and kernels),
+    """optimizer.groups = "decay": weight decay only on parameters with two or more dimensions (matrices and kernels),
     not on biases and the scales of norms."""
     parameters = list(model.parameters())
     flat = [p for p in parameters if p.dim() < 2]

@@ -19,11 +19,11 @@ from hpctrain.replica.tensors import as_tensor
 
 
 class Replica:
-    """Puts `model`'s trainable parameters into arenas; tied weights lie there once, frozen ones not at all.
+    """Puts `model`'s trainable parameters into arenas; tied weights are stored once, frozen ones not at all.
 
-    After `place`, `values` and `gradient` are flat tensors of `layout.length` elements (padding stays zero),
-    whose views the model's parameters and their `.grad` are; `parameters` lists them in the layout's order. Raises
-    ModelError for a model without trainable parameters, of mixed dtypes, or with groups that leave out or repeat a
+    After `place`, `values` and `gradient` are flat tensors of `layout.length` elements (padding stays zero). The
+    model's parameters and their `.grad` are views of them; `parameters` lists the parameters in the layout's order.
+    Raises ModelError for a model without trainable parameters, with mixed dtypes, or with groups that omit or repeat a
     parameter.
     """
 
@@ -48,8 +48,8 @@ class Replica:
         self._hooks: list[RemovableHandle] = []
 
     def _find_owners(self) -> list[tuple[Mapping[str, nn.Parameter | None], str]]:
-        """For every slot a module's own table of parameters (a scripted module's is no dictionary), and the name in
-        it."""
+        """For every slot, the owning module's table of parameters (not a dictionary in scripted modules) and the name
+        in it."""
         found = {}
         for module in self.model.modules():
             for name, parameter in module._parameters.items():
@@ -59,12 +59,12 @@ class Replica:
     # -- arenas --------------------------------------------------------------------------------------------
     @property
     def value_arena(self) -> Arena:
-        """Where the parameters lie: `parts[0]` if node-shared, else `mine`. RuntimeError before `place`."""
+        """The arena of the parameters: `parts[0]` if node-shared, else `mine`. RuntimeError before `place`."""
         return self._arenas().values
 
     @property
     def gradient_arena(self) -> Arena:
-        """Where this rank's gradient lies (`mine`). RuntimeError before `place`."""
+        """The arena of this rank's gradient (`mine`). RuntimeError before `place`."""
         return self._arenas().gradient
 
     def _arenas(self) -> Placed:
@@ -73,10 +73,10 @@ class Replica:
         return self._placed
 
     def place(self, comm: Communicator, shared: bool) -> None:
-        """(Re-)place the arenas, keeping the values. Collective over `comm`.
+        """Place the arenas, or move them, keeping the values. Collective over `comm`.
 
-        `shared`: gradients in node-shared arenas and the parameters once per node (those of the node's first
-        rank are kept); else both private.
+        `shared`: gradients in node-shared arenas and the parameters once per node (with the values of the node's first
+        rank); otherwise both are private.
         """
         old, before = self._owned(), self._placed
         placed = self._place_shared(comm) if shared else self._place_privately(comm)
@@ -102,7 +102,7 @@ class Replica:
         return self._shared.placed
 
     def _place_privately(self, comm: Communicator) -> Placed:
-        """This rank's own part of the shared gradient arena serves as well, while there is one."""
+        """Reuses this rank's part of the shared gradient arena while it exists."""
         values = comm.arena(self.layout.length, self.layout.dtype, "rank")
         if self._shared is None:
             return Placed(values, comm.arena(self.layout.length, self.layout.dtype, "rank"))
@@ -110,20 +110,20 @@ class Replica:
         return Placed(values, OwnPart(self._shared.placed.gradient))
 
     def keeps_shared(self, comm: Communicator) -> bool:
-        """Whether a shared placement over `comm` would find its arenas there, from an earlier one.
+        """Whether a shared placement over `comm` can reuse arenas of an earlier one.
 
-        Shared arenas are kept until `release`: to touch fresh shared memory takes several times as long as to copy
-        what goes there, and that would be between two phases.
+        Shared arenas are kept until `release`: touching new shared memory takes several times as long as copying the
+        data into it, and would delay the change of phases.
         """
         return self._shared is not None and self._shared.fits(comm)
 
     def _owned(self) -> dict[Arena, None]:
-        """All arenas there are, in the order of their making."""
+        """All existing arenas, in the order of their creation."""
         pairs = [self._shared.placed if self._shared is not None else None, self._placed]
         return dict.fromkeys(arena for pair in pairs if pair is not None for arena in (pair.values, pair.gradient))
 
     def release(self) -> None:
-        """Move the parameters to memory of the model's own and free the arenas. Collective, like `place`."""
+        """Move the parameters to the model's own memory and free the arenas. Collective, like `place`."""
         for parameter in self.parameters:
             parameter.data = parameter.data.clone()
             parameter.grad = None
@@ -138,7 +138,7 @@ class Replica:
             arena.free()
 
     def _point_at(self, values: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Make the model's parameters and their gradients views of these."""
+        """Make the model's parameters and their gradients views of these tensors."""
         self.values, self.gradient = values, gradient
         self._watched = []
         for parameter, slot in zip(self.parameters, self.layout.slots, strict=True):
@@ -148,7 +148,7 @@ class Replica:
             self._watched.append((slot, parameter, parameter.data_ptr(), parameter.grad.data_ptr()))
 
     def _notice_use(self) -> None:
-        """From now on note which parameters get a gradient."""
+        """Record from now on which parameters get a gradient."""
         if not self._hooks:
             self._hooks = [
                 parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._note(index))
@@ -159,21 +159,21 @@ class Replica:
         self._used[index] = 1
 
     def clear(self) -> None:
-        """Zero the gradient, and forget which parameters had one: a round begins."""
+        """Zero the gradient and reset which parameters had one, at the start of a round."""
         self.gradient.zero_()
         self._used[:] = bytes(len(self._used))
 
     def used(self) -> NDArray[np.bool_] | None:
         """Which parameters have had a gradient since `clear`, in the layout's order; None: all of them.
 
-        All count as used where backward was never run, and somebody wrote the gradient.
+        All count as used if backward did not run, because the gradient was then written directly.
         """
         if 0 not in self._used or 1 not in self._used:
             return None
         return np.frombuffer(bytes(self._used), np.bool_)
 
     def foreign_parameters(self, loss: torch.Tensor) -> list[tuple[int, ...]]:
-        """Shapes of the parameters (nn.Parameter) that `loss` depends on and the arena does not have."""
+        """Shapes of the parameters (nn.Parameter) that `loss` depends on but that are not in the arena."""
         own, found = {id(parameter) for parameter in self.parameters}, {}
         waiting, seen = [loss.grad_fn], set()
         while waiting:
@@ -188,12 +188,12 @@ class Replica:
         return sorted(found.values())
 
     def first_not_finite(self) -> int:
-        """As `Layout.first_not_finite`, of this rank's whole gradient."""
+        """Like `Layout.first_not_finite`, for this rank's whole gradient."""
         return self.layout.first_not_finite(self.gradient)
 
     def check(self) -> None:
-        """ModelError if user code broke the views (`model.to()`, `p.data = ...`, `zero_grad()`), or unfroze parameters
-        that were frozen when the run began and so have no place in the arena."""
+        """Raise ModelError if user code broke the views (`model.to()`, `p.data = ...`, `zero_grad()`), or unfroze
+        parameters that were frozen when the run began and so have no place in the arena."""
         for name, parameter in self._frozen:
             if parameter.requires_grad:
                 raise ModelError(

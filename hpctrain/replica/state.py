@@ -1,4 +1,4 @@
-"""What a strategy hands over at the end of a phase and writes into checkpoints.
+"""The state that a strategy hands over at the end of a phase and writes into checkpoints.
 
 `State` belongs to the model: by element or by parameter of the arena, never by rank. `Own` belongs to one worker.
 """
@@ -18,15 +18,15 @@ from hpctrain.comm.base import BFLOAT16, Buffer, Communicator, Request, Tag
 Row = tuple[str, tuple[int, ...], np.dtype[Any]]  # path, shape and dtype of an array
 OPTIMIZER = "optimizer"
 STRATEGY = "strategy"
-_STRATEGY_IN_0_1 = "strategy: "  # began the key of a moment of the strategy's own, among the optimizer's
+_STRATEGY_IN_0_1 = "strategy: "  # key prefix of the strategy's own moments among the optimizer's
 
 
 @dataclass
 class Section:
-    """What one part of a strategy keeps of the arena's stretch: the optimizer, an outer optimizer.
+    """The state that one part of a strategy (the optimizer, an outer optimizer) keeps for the arena's stretch.
 
-    `flat[key]`: an array of one value for every element of the stretch. `named[parameter][key]`: an array of one
-    parameter's own, of any shape. `numbers[what][key]`: plain values.
+    `flat[key]`: an array with one value for every element of the stretch. `named[parameter][key]`: an array of any
+    shape for one parameter. `numbers[what][key]`: plain values.
     """
 
     flat: dict[str, Buffer] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Section:
     numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def keys(self) -> set[str]:
-        """The names of what is kept, plain numbers included."""
+        """The names of all entries, including plain numbers."""
         return set(self.flat).union(*self.named.values(), *self.numbers.values())
 
     def forget(self, but: Collection[str] = ()) -> None:
@@ -44,7 +44,7 @@ class Section:
         self.numbers = {name: {k: v for k, v in own.items() if k in but} for name, own in self.numbers.items()}
 
     def arrays(self) -> Iterator[tuple[str, Buffer]]:
-        """All arrays, each with its path, in a fixed order."""
+        """All arrays with their paths, in a fixed order."""
         for key in sorted(self.flat):
             yield f"flat/{quote(key, safe='')}", self.flat[key]
         for name in sorted(self.named):
@@ -52,7 +52,7 @@ class Section:
                 yield f"named/{quote(key, safe='')}/{name}", self.named[name][key]
 
     def place(self, path: str, array: Buffer) -> None:
-        """Insert one array at a path that `arrays` gave."""
+        """Insert one array at a path from `arrays`."""
         kind, key, *name = path.split("/", 2)
         if kind == "flat":
             self.flat[unquote(key)] = array
@@ -64,8 +64,8 @@ class Section:
 class State:
     """The state of the arena's stretch [low, high), in sections, and the strategy's counters.
 
-    `counters`: plain values of the strategy's own (versions, dropped gradients). `rule`: what the rule that ends the
-    phase has observed. Whole on rank 0, None elsewhere.
+    `counters`: plain values of the strategy (versions, dropped gradients). `rule`: what the rule that ends the phase
+    has observed. Complete on rank 0, None elsewhere.
     """
 
     low: int
@@ -76,15 +76,15 @@ class State:
 
     @property
     def optimizer(self) -> Section:
-        """What the job's optimizer keeps."""
+        """The section of the job's optimizer."""
         return self.section(OPTIMIZER)
 
     def section(self, name: str) -> Section:
-        """The section of that name; a new, empty one if there is none."""
+        """The section of that name; created empty if there is none."""
         return self.sections.setdefault(name, Section())
 
     def keep_optimizer_only(self) -> None:
-        """Remove what only the phase that ends understands."""
+        """Remove everything that applies only to the phase that ends."""
         self.sections = {OPTIMIZER: self.optimizer}
         self.counters, self.rule = {}, {}
 
@@ -102,7 +102,7 @@ class State:
         return State(low, high, sections, self.counters, self.rule)
 
     def arrays(self) -> list[tuple[str, Buffer]]:
-        """All arrays, each with its path, in a fixed order. The optimizer's paths have no prefix."""
+        """All arrays with their paths, in a fixed order. The optimizer's paths have no prefix."""
         return [
             (path if name == OPTIMIZER else f"{name}/{path}", array)
             for name in sorted(self.sections)
@@ -110,7 +110,7 @@ class State:
         ]
 
     def place(self, path: str, array: Buffer) -> None:
-        """Insert one array at a path that `arrays` gave."""
+        """Insert one array at a path from `arrays`."""
         name, inner = _split(path)
         key = unquote(inner.removeprefix("flat/"))
         if name == OPTIMIZER and key.startswith(_STRATEGY_IN_0_1):
@@ -119,7 +119,7 @@ class State:
             self.section(name).place(inner, array)
 
     def copy(self) -> State:
-        """The same with arrays of its own."""
+        """A copy with its own arrays."""
         whole = State(self.low, self.high, {}, self.counters, self.rule)
         for name, section in self.sections.items():
             whole.section(name).numbers = section.numbers
@@ -128,20 +128,20 @@ class State:
         return whole
 
     def room(self, section: str, key: str, dtype: np.dtype[Any]) -> Buffer:
-        """That array of one value for every element; zeros, if there is none yet."""
+        """The section's array with one value for every element; created with zeros if missing."""
         flat = self.section(section).flat
         if key not in flat:
             flat[key] = np.zeros(self.high - self.low, dtype)
         return flat[key]
 
     def head(self) -> dict[str, Any]:
-        """Everything but the arrays, as plain values."""
+        """Everything except the arrays, as plain values."""
         numbers = {name: section.numbers for name, section in self.sections.items()}
         return {"bounds": [self.low, self.high], "numbers": numbers, "counters": self.counters, "rule": self.rule}
 
     @classmethod
     def of_head(cls, head: dict[str, Any]) -> State:
-        """The state that `head` described, without its arrays."""
+        """The state described by `head`, without its arrays."""
         low, high = head["bounds"]
         sections = {name: Section(numbers=numbers) for name, numbers in head["numbers"].items()}
         return cls(low, high, sections, head["counters"], head["rule"])
@@ -149,7 +149,7 @@ class State:
 
 @dataclass
 class Own:
-    """What belongs to one worker: `arrays` of any shape (moments of its own, residuals), and plain `numbers`."""
+    """State that belongs to one worker: `arrays` of any shape (its moments, residuals), and plain `numbers`."""
 
     arrays: dict[str, Buffer] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -159,12 +159,12 @@ class Own:
 
 
 def send_state(comm: Communicator, state: State, dest: int) -> None:
-    """To one rank, which calls `recv_state` or `collect_state`. Typed buffers and JSON; nothing is pickled."""
+    """Send to one rank, which calls `recv_state` or `collect_state`. Typed buffers and JSON; nothing is pickled."""
     comm.wait_all(start_send_state(comm, state, dest))
 
 
 def start_send_state(comm: Communicator, state: State, dest: int) -> list[Request]:
-    """`send_state`, started; the state must not change before these are done."""
+    """Start `send_state`; the state must not change before the requests are done."""
     rows = state.arrays()
     head = {**state.head(), "arrays": [[path, list(a.shape), str(a.dtype)] for path, a in rows]}
     text = np.frombuffer(json.dumps(head).encode(), np.uint8).copy()
@@ -173,7 +173,7 @@ def start_send_state(comm: Communicator, state: State, dest: int) -> list[Reques
 
 
 def recv_state(comm: Communicator, source: int) -> State:
-    """From one rank, which calls `send_state`."""
+    """Receive from one rank, which calls `send_state`."""
     state, rows = _recv_head(comm, source)
     for path, shape, dtype in rows:
         state.place(path, np.empty(shape, dtype))
@@ -182,9 +182,9 @@ def recv_state(comm: Communicator, source: int) -> State:
 
 
 def collect_state(comm: Communicator, own: State, sources: Sequence[int], length: int) -> State:
-    """The whole arena's state, of this rank's `own` piece and those that `sources` send.
+    """The whole arena's state, from this rank's piece `own` and those that `sources` send.
 
-    Arrays of one value per element are received at once from all of them, in their place in the whole.
+    Arrays with one value per element are received from all sources at the same time, directly into the result.
     """
     heads = [_recv_head(comm, source) for source in sources]
     whole, requests = merge([own, *(piece for piece, _ in heads)], length), []
@@ -204,7 +204,7 @@ def collect_state(comm: Communicator, own: State, sources: Sequence[int], length
 
 
 def _recv_head(comm: Communicator, source: int) -> tuple[State, list[Row]]:
-    """A state without its arrays, and their paths, shapes and dtypes."""
+    """Receive a state without its arrays, and their paths, shapes and dtypes."""
     size = np.zeros(1, np.int64)
     comm.recv(size, source, Tag.STATE)
     text = np.empty(int(size[0]), np.uint8)
@@ -230,7 +230,7 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def merge(pieces: Sequence[State], length: int) -> State:
-    """The whole arena's state from the pieces of a cut; its arrays are a piece's where that has all of them."""
+    """The whole arena's state from the pieces of a cut. Arrays are not copied if one piece covers the whole arena."""
     whole = State(0, length)
     for piece in pieces:
         for name, section in piece.sections.items():

@@ -1,4 +1,4 @@
-"""The same memory as a torch tensor and as an array."""
+"""Converts between torch tensors and arrays over the same memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hpctrain.comm.base import BFLOAT16, Buffer
 
 
 def as_tensor(array: Buffer) -> torch.Tensor:
-    """A torch tensor over the same memory: of a NumPy array, or (by DLPack) of a CuPy one."""
+    """A torch tensor over the same memory as a NumPy array, or (by DLPack) as a CuPy array."""
     bits = array.view(np.int16) if array.dtype == BFLOAT16 else array
     tensor = torch.from_numpy(bits) if isinstance(bits, np.ndarray) else torch.utils.dlpack.from_dlpack(bits)
     return tensor.view(torch.bfloat16) if array.dtype == BFLOAT16 else tensor
 
 
 def as_array(tensor: torch.Tensor) -> Buffer:
-    """The NumPy array (on a GPU: the CuPy one) over the same memory. For contiguous tensors."""
+    """The NumPy array (CuPy on a GPU) over the same memory. The tensor must be contiguous."""
     bits = tensor.detach()
     if bits.dtype == torch.bfloat16:
         bits = bits.view(torch.int16)

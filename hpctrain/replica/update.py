@@ -1,4 +1,4 @@
-"""The job's optimizer, applied to the stretch of the parameters that a rank owns."""
+"""Applies the job's optimizer to the stretch of the parameters that a rank owns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STRETCH = re.compile(r"\d+:\d+:\d+")
 
 
 class Update(ABC):
-    """Applies gradients to the arena's stretch [low, high), which `values` is, keeping its optimizer state."""
+    """Applies gradients to the arena's stretch [low, high), held in `values`, and keeps its optimizer state."""
 
     def __init__(self, layout: Layout, values: torch.Tensor, low: int, high: int) -> None:
         self.layout, self.values, self.low, self.high = layout, values, low, high
@@ -41,10 +41,10 @@ class Update(ABC):
         worker: int | None = None,
         used: NDArray[np.bool_] | None = None,
     ) -> None:
-        """One optimizer step; `gradient` has high - low elements, `factor` multiplies the learning rates, `momentum`
-        the momenta (of Adam and its like the first beta). `worker`: whose gradient it is, where SGD is to keep a
-        velocity for each, see `_step_for`. `used`: which of the layout's parameters have a gradient (None: all); the
-        others, and their state, are left alone, as torch.optim does where .grad is None."""
+        """Take one optimizer step. `gradient` has high - low elements. `factor` multiplies the learning rates,
+        `momentum` the momenta (for Adam and similar, the first beta). `worker`: the worker that computed the gradient,
+        if SGD keeps a velocity per worker; see `_step_for`. `used`: which of the layout's parameters have a gradient
+        (None: all); the others, and their state, are not changed, as in torch.optim if .grad is None."""
         if self._optimizer is None:
             return
         for group, rate, inertia in zip(self._optimizer.param_groups, self._rates, self._momenta, strict=True):
@@ -57,12 +57,12 @@ class Update(ABC):
             self._step_for(worker, self._optimizer)
 
     def _step_for(self, worker: int, optimizer: torch.optim.Optimizer) -> None:
-        """With this worker's own velocity, and Nesterov's momentum.
+        """Step with this worker's own velocity, and Nesterov momentum.
 
-        DANA-Slim (Hakimi, Barkai, Gabel, Schuster 2019, section 4.2): one velocity of all workers' late gradients has,
-        with the momentum that delays bring by themselves (Mitliagkas et al. 2016), too much inertia. One per worker
-        remembers as many of its own steps as in a synchronous run, and Nesterov's step looks as far ahead as the others
-        will have moved the parameters meanwhile. It begins as the velocity that was loaded.
+        DANA-Slim (Hakimi, Barkai, Gabel, Schuster 2019, section 4.2): a single velocity over all workers' late
+        gradients has too much inertia, together with the implicit momentum due to delays (Mitliagkas et al. 2016). One
+        velocity per worker remembers as many of its own steps as in a synchronous run, and Nesterov's step looks as far
+        ahead as the others will have moved the parameters meanwhile. Each starts as the velocity that was loaded.
         """
         own, loaded = self._velocities.setdefault(worker, {}), {}
         moved = [row for row in self._with_velocity() if row[1].grad is not None]
@@ -80,7 +80,7 @@ class Update(ABC):
                 state["momentum_buffer"] = loaded[parameter]
 
     def _with_velocity(self) -> Iterator[tuple[dict[str, Any], torch.nn.Parameter, dict[str, Any]]]:
-        """(group, parameter, its state) of SGD's; adaptive optimizers average gradients, or normalise their sum."""
+        """(group, parameter, its state) for SGD only: adaptive optimizers average gradients, or normalise their sum."""
         assert self._optimizer is not None
         for group in self._optimizer.param_groups:
             if not self._adaptive and "nesterov" in group and group.get("momentum"):
@@ -89,7 +89,7 @@ class Update(ABC):
 
     @contextmanager
     def common_velocity(self, workers: int) -> Iterator[None]:
-        """Inside, SGD's velocity is the mean over `workers` workers: this is what is handed over."""
+        """Within this context, SGD's velocity is the mean over `workers` workers, which is handed over."""
         loaded = {}
         for _, parameter, state in self._with_velocity() if self._velocities else ():
             own = [velocities[parameter] for velocities in self._velocities.values() if parameter in velocities]
@@ -117,7 +117,7 @@ class Update(ABC):
             self._group_of = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
 
     def _revive(self, value: list[Any], parameter: torch.Tensor) -> Any:
-        """What `_number` wrote; a tensor lies where torch's own optimizers keep theirs."""
+        """The inverse of `_number`; a tensor is placed where torch's own optimizers keep theirs."""
         kind, number = value
         if kind == "number":
             return number
@@ -134,20 +134,20 @@ class Update(ABC):
         return self.view().copy()
 
     def load(self, state: State) -> None:
-        """Take over a copy of a state of exactly this stretch."""
+        """Load a copy of a state of exactly this stretch."""
         self.load_in_place(state.copy())
 
     @abstractmethod
     def view(self) -> State:
-        """The optimizer's state of this stretch as it is, not to be changed, and good until the next `apply`."""
+        """The optimizer's state of this stretch, not copied: read-only, and valid until the next `apply`."""
 
     @abstractmethod
     def load_in_place(self, state: State) -> None:
-        """`load` without copies: the state's arrays (on the CPU) are the optimizer's from now on."""
+        """`load` without copies: the optimizer takes over the state's arrays (on the CPU)."""
 
 
 class Piece(NamedTuple):
-    """The stretch [first, last) of the arena, in that parameter group, as a parameter that torch updates."""
+    """The stretch [first, last) of the arena, within one parameter group, as a parameter that torch updates."""
 
     group: int
     flat: torch.nn.Parameter
@@ -158,16 +158,16 @@ class Piece(NamedTuple):
 class SlicedUpdate(Update):
     """For elementwise optimizers: one flat tensor per parameter group, cut anywhere.
 
-    Where some parameters are without a gradient now and then, the tensors are divided between these and the others, so
-    that all elements of a piece have the same history: then torch's optimizers count its steps as they would count
-    those of the parameters themselves.
+    If some parameters lack a gradient at times, the tensors are divided between these and the others, so that all
+    elements of a piece have the same history. torch's optimizers then count steps as they would for the individual
+    parameters.
     """
 
     def __init__(self, choice: OptimizerChoice, layout: Layout, values: torch.Tensor, low: int, high: int) -> None:
         super().__init__(layout, values, low, high)
         self._pieces: list[Piece] = []
         self._offsets = np.array([slot.offset for slot in layout.slots], np.int64)
-        self._divided = False  # whether numbers are kept by stretch: on all ranks, or on none
+        self._divided = False  # whether numbers are stored per stretch: on all ranks, or on none
         self._used: NDArray[np.bool_] | None = None
         groups = []
         for index, group in enumerate(layout.groups):
@@ -192,7 +192,7 @@ class SlicedUpdate(Update):
         return int(np.searchsorted(self._offsets, offset, side="right")) - 1
 
     def _divide(self, cuts: list[int]) -> None:
-        """Cut pieces there, and their state and velocities with them."""
+        """Cut the pieces at these positions, along with their state and velocities."""
         pieces = []
         for piece in self._pieces:
             inside = [cut for cut in cuts if piece.first < cut < piece.last]
@@ -259,19 +259,19 @@ class SlicedUpdate(Update):
                 here[key] = as_tensor(array[piece.first - state.low : piece.last - state.low]).to(piece.flat.device)
 
 
-FRESH = "no update yet"  # instead of the numbers of a stretch for which the optimizer has no state
+FRESH = "no update yet"  # replaces the numbers of a stretch without optimizer state
 
 
 def _part(value: Any, here: slice) -> Any:
-    """Of a piece's state: a moment's stretch, or a number of its own."""
+    """The part of a piece's state: a slice of a moment, or a copy of a number."""
     if not isinstance(value, torch.Tensor):
         return value
     return value[here] if value.dim() else value.clone()
 
 
 def _stretches(kept: Section) -> list[tuple[int, int, int, dict[str, Any]]]:
-    """(group, first, last, numbers) of the stretches that a divided `SlicedUpdate` wrote, neighbours that are alike as
-    one: they may have been cut for other ranks."""
+    """(group, first, last, numbers) of the stretches that a divided `SlicedUpdate` stored. Equal neighbours are merged,
+    because they may have been cut for other ranks."""
     keys = [key for key in kept.numbers if _STRETCH.fullmatch(key)]
     found: list[tuple[int, int, int, dict[str, Any]]] = []
     for key in sorted(keys, key=lambda key: [int(part) for part in key.split(":")]):
@@ -327,7 +327,7 @@ class WholeUpdate(Update):
 
 
 def make_update(choice: OptimizerChoice, layout: Layout, values: torch.Tensor, low: int, high: int) -> Update:
-    """The update that suits the optimizer."""
+    """Create the update that suits the optimizer."""
     cls = SlicedUpdate if choice.elementwise else WholeUpdate
     return cls(choice, layout, values, low, high)
 
@@ -337,7 +337,7 @@ def _view(flat: torch.Tensor, slot: Slot, low: int) -> torch.Tensor:
 
 
 def _number(value: Any) -> list[Any]:
-    """A plain number with what it was, so that JSON carries it: ["float32", 3.0] or ["number", 3]."""
+    """A plain number with its type, so that JSON can store it: ["float32", 3.0] or ["number", 3]."""
     if isinstance(value, torch.Tensor):
         return [str(value.dtype).removeprefix("torch."), value.item()]
     return ["number", value]
