@@ -1,4 +1,4 @@
-"""Samples of whatever make into a batch: as torch's `default_collate`, but tuples stay tuples and any array will do."""
+"""Collates samples into a batch: like torch's `default_collate`, but keeps tuples and accepts all arrays."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ADVICE = "a sample is a tensor, array, number or string, or a tuple, list or dic
 
 
 def collate(items: Sequence[Any], indices: NDArray[np.int64]) -> Any:
-    """The samples `items`, whose indices in the data set these are, as one of the same structure with tensors (n, ...).
+    """Collate the samples `items`, with these indices in the data set, into the same structure of tensors (n, ...).
 
-    Named tuples and mappings keep their type. Raises DataError, naming the sample, for what makes no batch.
+    Named tuples and mappings keep their type. Raises DataError, naming the sample, if the samples cannot be collated.
     """
     try:
         return torch_collate(list(items), collate_fn_map=_KINDS)
@@ -30,7 +30,7 @@ def collate(items: Sequence[Any], indices: NDArray[np.int64]) -> Any:
 
 
 def tensor_of(array: NDArray[Any]) -> Tensor:
-    """Of the same memory; a copy where torch cannot have that: read-only, strided backwards, foreign byte order."""
+    """A tensor over the same memory; a copy if torch cannot use it: read-only, negative strides, foreign byte order."""
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     if array.dtype == np.longdouble:
@@ -44,7 +44,7 @@ def _arrays(batch: Sequence[NDArray[Any]], *, collate_fn_map: Any = None) -> Any
 
 
 def _tuples(batch: Sequence[tuple[Any, ...]], *, collate_fn_map: Any = None) -> Any:
-    """torch makes lists of tuples."""
+    """Collates tuples into a tuple; torch would make a list."""
     parts = [torch_collate(part, collate_fn_map=collate_fn_map) for part in zip(*batch, strict=True)]
     return type(batch[0])(*parts) if hasattr(batch[0], "_fields") else tuple(parts)
 
@@ -64,7 +64,7 @@ def _misfit(items: Sequence[Any], indices: NDArray[np.int64]) -> str | None:
 
 
 def _unfit(value: Any, place: str = "it") -> str | None:
-    """What cannot be in any batch, if anything."""
+    """Why this value cannot be in any batch; None if it can."""
     if isinstance(value, np.ndarray) and value.dtype.kind not in "fiubc":
         return f"{place} is an array of dtype {value.dtype}"
     if isinstance(value, (Tensor, np.ndarray, Number, np.bool_, str, bytes)):
@@ -76,7 +76,7 @@ def _unfit(value: Any, place: str = "it") -> str | None:
 
 
 def _unlike(value: Any, other: Any, place: str = "it") -> str | None:
-    """How it differs from the batch's first, if it does."""
+    """How the value differs from that of the batch's first sample; None if it does not."""
     if isinstance(value, (Tensor, np.ndarray)) and isinstance(other, (Tensor, np.ndarray)):
         if tuple(value.shape) == tuple(other.shape):
             return None

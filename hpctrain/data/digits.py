@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 images of 8 by 8 pixels, which come with the package."""
+"""scikit-learn's handwritten digits: 1,797 images of 8 by 8 pixels, included in the package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEST_IMAGES = 360
 def digits() -> Splits:
     """1,437 training and 360 test images, (1, 8, 8) float32 from 0 to 1, with int64 classes 0 to 9.
 
-    The test part is a stratified fifth, and the same in every run whatever its seed.
+    The test part is a stratified fifth; it is the same in every run, whatever the seed.
     """
     pixels, targets = _read()
     test = stratified(targets, TEST_IMAGES, 0)
@@ -30,11 +30,9 @@ def digits() -> Splits:
 
 
 def _read() -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """(n, 64) pixels from 0 to 16, and (n,) classes; straight from the package's file, where it is where it
-    was.
+    """(n, 64) pixels from 0 to 16, and (n,) classes; read directly from the package's file if it is at its usual path.
 
-    Importing scikit-learn takes longer than anything else at a rank's start, and only this file is needed of
-    it.
+    Importing scikit-learn takes longer than anything else when a rank starts, and only this file is needed.
     """
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:

@@ -19,28 +19,29 @@ from hpctrain.data.order import words
 
 
 def seed_all(seed: int) -> None:
-    """Seed the three generators from any whole number (torch's: the CPU's), so that no two give the same numbers."""
+    """Seed the three generators (torch's: the CPU one) from any integer, such that no two produce the same numbers."""
     torch.default_generator.manual_seed(seed)
     seed_others(seed)
 
 
 def seed_run(seed: int, device: torch.device) -> None:
-    """Seed the three, and the device's. Not by torch.manual_seed alone: it also notes, with the stack, for each kind of
-    device that is not in use that it is to be seeded; that takes milliseconds, and the notes are never dropped."""
+    """Seed the three generators and the device's. Does not rely on torch.manual_seed alone: for each kind of device not
+    in use, it also records, with the stack, that it must be seeded later; that takes milliseconds, and the records are
+    never removed."""
     if device.type != "cpu":
         torch.manual_seed(seed)
     seed_all(seed)
 
 
 def seed_others(seed: int) -> None:
-    """Seed Python's and NumPy's alone."""
+    """Seed only Python's and NumPy's generators."""
     random.seed(seed)
-    np.random.seed([*words(seed), 1])  # without the 1 NumPy's would be Python's generator, number for number
+    np.random.seed([*words(seed), 1])  # without the 1, NumPy's numbers would equal Python's
 
 
 @dataclass(frozen=True)
 class Generators:
-    """The states of the three at one moment; `seed`: what torch's was last seeded with."""
+    """The states of the three generators at one moment; `seed`: what torch's was last seeded with."""
 
     python: tuple[Any, ...]
     numpy: dict[str, Any]
@@ -49,19 +50,19 @@ class Generators:
 
     @classmethod
     def now(cls) -> Generators:
-        """As they are. About 0.1 ms, most of it NumPy's."""
+        """The current states. Takes about 0.1 ms, most of it for NumPy's."""
         numpy: dict[str, Any] = np.random.get_state(legacy=False)
         generator = torch.default_generator
         return cls(random.getstate(), numpy, generator.get_state(), generator.initial_seed())
 
     def restore(self) -> None:
-        """Put all three back."""
+        """Restore all three states."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.default_generator.set_state(self.torch)
 
     def differing(self, other: Generators) -> set[str]:
-        """Which of "Python", "NumPy" and "torch" differ, and "seed"."""
+        """Which of "Python", "NumPy", "torch" and "seed" differ."""
         equal = {
             "Python": self.python == other.python,
             "NumPy": _comparable(self.numpy) == _comparable(other.numpy),
@@ -71,7 +72,7 @@ class Generators:
         return {name for name, same in equal.items() if not same}
 
     def replace(self, other: Generators, names: set[str]) -> Generators:
-        """These, but those of `names` from `other`."""
+        """These states, except for those of `names`, which come from `other`."""
         return Generators(
             other.python if "Python" in names else self.python,
             other.numpy if "NumPy" in names else self.numpy,
@@ -80,14 +81,14 @@ class Generators:
         )
 
     def texts(self) -> dict[str, NDArray[np.uint8]]:
-        """Python's and NumPy's states as JSON in bytes, for a checkpoint; torch's is a tensor already."""
+        """Python's and NumPy's states as JSON in bytes, for a checkpoint; torch's is already a tensor."""
         states = {"random_python": self.python, "random_numpy": self.numpy}
         texts = {name: json.dumps(state, default=lambda value: value.tolist()) for name, state in states.items()}
         return {name: np.frombuffer(text.encode(), np.uint8).copy() for name, text in texts.items()}
 
 
 def restore_texts(python: NDArray[np.uint8], numpy: NDArray[np.uint8]) -> None:
-    """Put Python's and NumPy's states back from `Generators.texts`."""
+    """Restore Python's and NumPy's states from `Generators.texts`."""
     version, numbers, gauss = json.loads(python.tobytes())
     random.setstate((version, tuple(numbers), gauss))
     state = json.loads(numpy.tobytes())
@@ -98,7 +99,7 @@ def restore_texts(python: NDArray[np.uint8], numpy: NDArray[np.uint8]) -> None:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Whatever is drawn inside, the three are afterwards as they were before. Only where no other thread draws."""
+    """Restore the three generators' states on exit. Use only while no other thread draws."""
     before = Generators.now()
     try:
         yield
@@ -114,13 +115,13 @@ def _comparable(value: Any) -> Any:
 
 # -- for threads beside one that draws -------------------------------------------------------------------------
 class DrewError(BaseException):
-    """Code in a `NoDraws` was about to draw. A BaseException, so that no `except Exception` of the user's hides it."""
+    """Code in a `NoDraws` was about to draw. A BaseException, so that no `except Exception` in user code hides it."""
 
 
 class NoDraws(TorchDispatchMode):
-    """Inside, in this thread alone, nothing draws from torch's global generators: DrewError before it happens.
+    """In this context, and this thread alone, prevents draws from torch's global generators: raises DrewError first.
 
-    Own generators may be drawn from. `harmless`: operations known not to draw, to be shared by all guards.
+    Other generators may be drawn from. `harmless`: operations known not to draw, shared by all guards.
     """
 
     def __init__(self, harmless: set[Any]) -> None:
@@ -129,7 +130,7 @@ class NoDraws(TorchDispatchMode):
         self._drew = False
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """`function()`; DrewError also if it went on after its own."""
+        """`function()`; raises DrewError even if the function caught it."""
         with self:
             value = function()
         if self._drew:
@@ -148,5 +149,5 @@ class NoDraws(TorchDispatchMode):
 
 
 def _own_generator(value: Any) -> bool:
-    """A global generator arrives as another object; but its seed is the same."""
+    """A global generator arrives as a different object, but with the same seed."""
     return isinstance(value, torch.Generator) and value.initial_seed() != torch.initial_seed()

@@ -1,4 +1,4 @@
-"""Data sets held in memory, and how any data set gives a whole batch with one call."""
+"""Data sets in memory, and how a data set provides a whole batch with one call."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ Gather = Callable[[NDArray[np.int64]], Sequence[Any]]
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
-    """Images kept as bytes, a quarter of their float32 size, and scaled when fetched: (pixel / 255 - mean) /
-    std.
+    """Images stored as bytes, a quarter of their float32 size, and scaled when fetched: (pixel / 255 - mean) / std.
 
     `images` (n, channels, height, width) uint8, `targets` (n,) int64. Items and batches are float32.
     """
@@ -44,9 +43,9 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
 
 def unwrap(dataset: Any) -> tuple[Any, NDArray[np.int64] | None]:
-    """(the data set inside any nest of `Subset`, which of its samples are meant; None: all, in order)."""
+    """(the data set inside any nesting of `Subset`, the indices of its selected samples; None: all, in order)."""
     picked = None
-    while type(dataset) is Subset:  # a subclass may fetch in its own way
+    while type(dataset) is Subset:  # a subclass may fetch differently
         inner = np.asarray(dataset.indices, dtype=np.int64)
         picked = inner if picked is None else inner[picked]
         dataset = dataset.dataset
@@ -54,10 +53,10 @@ def unwrap(dataset: Any) -> tuple[Any, NDArray[np.int64] | None]:
 
 
 def gatherer(base: Any) -> Gather | None:
-    """A function that gives a collated batch of an unwrapped data set in one go; None if it cannot.
+    """A function that returns a collated batch of an unwrapped data set in one call; None if not available.
 
-    It can if it is a `TensorDataset`, or a torch data set with a method `gather(indices: int64 Tensor) ->
-    (inputs, targets)`.
+    It is available for a `TensorDataset`, or a torch data set with a method `gather(indices: int64 Tensor) -> (inputs,
+    targets)`.
     """
     if type(base) is TensorDataset:
         tensors = base.tensors
@@ -74,15 +73,15 @@ def _select(tensor: Tensor, indices: Tensor) -> Tensor:
 
 
 def only_indexed(base: Any) -> bool:
-    """Whether an unwrapped data set is known to run no code of the user's when its samples are fetched."""
+    """Whether an unwrapped data set is known to run no user code when its samples are fetched."""
     return type(base) in (TensorDataset, Images, list)
 
 
 def known_targets(dataset: Any) -> NDArray[np.int64] | None:
-    """The classes of all samples, if they can be told without fetching these: int64 (n,), else None.
+    """The classes of all samples, if known without fetching the samples: int64 (n,), else None.
 
-    Looks at the second tensor of a `TensorDataset` and at the attributes `targets` and `labels`, as
-    torchvision has them; whole numbers, one per sample.
+    Uses the second tensor of a `TensorDataset`, or the attributes `targets` and `labels`, as in torchvision; integers,
+    one per sample.
     """
     base, picked = unwrap(dataset)
     if type(base) is TensorDataset:
@@ -91,7 +90,7 @@ def known_targets(dataset: Any) -> NDArray[np.int64] | None:
         found = getattr(base, "targets", getattr(base, "labels", None))
     try:
         targets = np.asarray(found)
-    except Exception:  # whatever a user's attribute of that name may be, it is not a list of classes
+    except Exception:  # a user's attribute of that name may be anything; it is not a list of classes
         return None
     if targets.ndim != 1 or targets.dtype.kind not in "iu" or len(targets) != len(base):
         return None

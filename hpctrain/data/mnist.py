@@ -1,4 +1,4 @@
-"""MNIST, and what else comes as its four idx files (Fashion-MNIST, KMNIST): 28 by 28 pixels, 10 classes."""
+"""MNIST, and data sets in the same four idx files (Fashion-MNIST, KMNIST): 28 by 28 pixels, 10 classes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _CHUNK = 1 << 20
 
 
 def mnist(path: str | None = None, limit: int | None = None) -> Splits:
-    """60,000 training and 10,000 test images, (1, 28, 28) float32 with mean 0 and deviation 1; int64 classes.
+    """60,000 training and 10,000 test images, (1, 28, 28) float32 with mean 0 and standard deviation 1; int64 classes.
 
-    The idx files, plain or .gz, are looked for in the folder `path` and in `mnist/` inside it; without
-    `path`, in the folder that HPCTRAIN_DATA names, else in `data`. `limit`: only the first `limit` training
-    images. Raises DataError for files that are missing or corrupt.
+    Searches for the idx files, plain or .gz, in the folder `path` and in `mnist/` inside it; without `path`, in the
+    folder set by HPCTRAIN_DATA, else in `data`. `limit`: use only the first `limit` training images. Raises DataError
+    for files that are missing or corrupt.
     """
     if path is not None and not isinstance(path, (str, os.PathLike)):
         raise DataError(f"data.path = {path!r}: a folder's name was expected")
@@ -37,7 +37,7 @@ def mnist(path: str | None = None, limit: int | None = None) -> Splits:
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """The array of an idx file of bytes, plain or .gz. Raises DataError if it is not whole."""
+    """The array in an idx file of bytes, plain or .gz. Raises DataError if the file is incomplete."""
     opener = cast(Callable[[Path], IO[bytes]], gzip.open if path.suffix == ".gz" else _plain)
     try:
         with opener(path) as file:
@@ -68,9 +68,8 @@ def _part(folder: Path, part: str, limit: int | None) -> Images:
 
 
 def _find(folder: Path, stem: str) -> Path:
-    """The file `stem`-ubyte in `folder` or its mnist/, .gz or not, its name with a dot (as some write it) or
-    not.
-    """
+    """The file `stem`-ubyte in `folder` or its mnist/, with or without .gz; the name may contain a dot, as some
+    distributors write it."""
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise DataError(
@@ -106,7 +105,7 @@ def _parse(file: IO[Any], path: Path) -> NDArray[np.uint8]:
     shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(0, len(header), 4))
     expected = int(np.prod(shape, dtype=object))
     data = bytearray()
-    while len(data) <= expected and (chunk := file.read(_CHUNK)):  # never by the header's word alone
+    while len(data) <= expected and (chunk := file.read(_CHUNK)):  # the header alone is not trusted
         data += chunk
     if len(data) != expected:
         what = f"is truncated: it holds {len(data)}" if len(data) < expected else "is too long: it holds more than the"

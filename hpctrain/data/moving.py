@@ -1,4 +1,4 @@
-"""Batches on their way to the model: onto its device, in dtypes that it can compute with."""
+"""Moves batches to the model's device, and casts them to dtypes that the model can compute with."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ Casts = Mapping[torch.dtype, torch.dtype]
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
-_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}  # torch hardly knows these
+_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}  # torch hardly supports it
 _NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64)
 
 
 @cache
 def casts(precision: torch.dtype) -> tuple[Casts, Casts]:
-    """Which dtypes become which others, in inputs and in targets, where a model computes in `precision`.
+    """The casts of inputs and of targets for a model that computes in `precision`.
 
-    Inputs: floating-point and complex ones are brought to the precision; integers stay, but unsigned ones of 16 bits
-    and more become signed. Targets: integers become int64, as torch's losses want classes; floating-point ones become
-    float64 where the precision is that, else float64 becomes float32, and what is shorter does in a float32 job.
+    Inputs: floating-point and complex dtypes become the precision; integers are kept, except that unsigned ones of 16
+    bits and more become signed. Targets: integers become int64, as torch's losses expect of classes. Floating-point
+    targets become float64 if that is the precision; otherwise float64 becomes float32, and so do shorter dtypes in a
+    float32 job.
     """
     inputs = dict.fromkeys(_FLOATING, precision) | _WIDER
     if precision in _COMPLEX:
@@ -37,9 +38,9 @@ def casts(precision: torch.dtype) -> tuple[Casts, Casts]:
 
 
 def move(value: Any, device: torch.device, casts: Casts) -> Any:
-    """All tensors in `value`, a nest of mappings, tuples and lists, on the device and cast; the rest as it is.
+    """All tensors in `value`, nested mappings, tuples and lists, cast and moved to the device; other values unchanged.
 
-    Containers keep their types; one in which nothing changes is given back itself.
+    Containers keep their types; a container in which nothing changes is returned itself.
     """
     if isinstance(value, Tensor):
         return _move_tensor(value, device, casts)
@@ -62,7 +63,7 @@ def _move_tensor(tensor: Tensor, device: torch.device, casts: Casts) -> Tensor:
 
 
 def _mapping_like(value: Mapping[Any, Any], parts: dict[Any, Any]) -> Any:
-    """`parts` in a mapping of the same type; in a dictionary if that cannot be made."""
+    """`parts` in a mapping of the same type; in a dictionary if that cannot be constructed."""
     if type(value) is dict:
         return parts
     try:

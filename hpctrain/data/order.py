@@ -1,7 +1,7 @@
-"""The sample clock: which sample stands at which position of a run. Pure; NumPy only.
+"""The sample clock: which sample is at which position of a run. Pure; NumPy only.
 
-A run's samples are numbered by a global cursor 0, 1, 2, ...; epoch e of a data set of N samples is
-[e*N, (e+1)*N), in the order of one permutation drawn from (seed, epoch). Every rank computes the same one.
+A run's samples are numbered by a global cursor 0, 1, 2, ...; epoch e of a data set of N samples is [e*N, (e+1)*N), in
+the order of a permutation drawn from (seed, epoch). Every rank computes the same permutation.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _MASK = 2**64 - 1
 
 
 class Order:
-    """The order of `length` samples, epoch after epoch; safe to use from several threads.
+    """The order of `length` samples, epoch after epoch; thread-safe.
 
-    `length` is None for a stream that has not told its length and has not been read to its end yet (see
-    `learn`): until then there is one epoch without end. Streams keep their own order, so `shuffle` is of no
-    effect on them. `of`: samples to choose from, where an epoch leaves some out: the order's first `length` of them.
-    `common`: whether all ranks are known to have this length.
+    `length` is None for a stream whose length is not known and that has not been read to its end yet (see `learn`):
+    until then there is a single endless epoch. Streams keep their own order, so `shuffle` does not affect them. `of`:
+    the number of samples to choose from, if an epoch omits some: it has the first `length` of the order. `common`:
+    whether all ranks are known to have this length.
     """
 
     def __init__(self, length: int | None, seed: int = 0, shuffle: bool = True, of: int | None = None) -> None:
@@ -38,30 +38,28 @@ class Order:
         self._lock = threading.Lock()
 
     def learn(self, length: int) -> None:
-        """Tell the length of a stream, once its end has been seen (or is known from a checkpoint)."""
+        """Set the length of a stream, once its end has been reached (or is known from a checkpoint)."""
         if length < 1 or self.length not in (None, length):
             raise ValueError(f"the length is {self.length}, and cannot become {length}")
         self.length = length
 
     def epoch(self, cursor: int) -> int:
-        """The epoch in which the sample at position `cursor` lies, from 0."""
+        """The epoch that contains the position `cursor`, from 0."""
         return 0 if self.length is None else cursor // self.length
 
     def epoch_end(self, cursor: int) -> int:
-        """The position just behind the epoch of `cursor`; `UNKNOWN_END` while the length is unknown."""
+        """The position just after the epoch of `cursor`; `UNKNOWN_END` while the length is unknown."""
         return _epoch_end(cursor, self.length)
 
     def place(self, start: int, stop: int) -> tuple[int, int]:
-        """(epoch, offset in it) of `start`; raises ValueError where [start, stop) crosses the end of an
-        epoch.
-        """
+        """(epoch, offset in it) of `start`; raises ValueError if [start, stop) crosses the end of an epoch."""
         if not 0 <= start <= stop or stop > self.epoch_end(start):
             raise ValueError(f"positions {start} to {stop} are not in one epoch of {self.length} samples")
         epoch = self.epoch(start)
         return epoch, start - epoch * (self.length or 0)
 
     def indices(self, start: int, stop: int) -> Indices:
-        """Which samples stand at positions [start, stop), as int64; the range lies within one epoch."""
+        """The indices of the samples at positions [start, stop), as int64; the range must lie within one epoch."""
         epoch, offset = self.place(start, stop)
         if not self.shuffle or self.length is None:
             return np.arange(offset, offset + stop - start, dtype=np.int64)
@@ -70,7 +68,7 @@ class Order:
     def _permutation(self, epoch: int) -> Indices:
         with self._lock:
             if epoch not in self._permutations:
-                while len(self._permutations) > 1:  # the epoch before is still fetched from at an epoch's start
+                while len(self._permutations) > 1:  # at an epoch's start, the previous epoch is still being fetched
                     del self._permutations[min(self._permutations)]
                 self._permutations[epoch] = permutation(self._of or self.length or 0, self.seed, epoch)[: self.length]
             return self._permutations[epoch]
@@ -79,8 +77,8 @@ class Order:
 def permutation(length: int, *seed: int) -> Indices:
     """A permutation of range(length), drawn from the seeds alone.
 
-    Sorted from raw bits: NumPy keeps a bit generator's stream for ever, but may change
-    `Generator.permutation` with any release, and all nodes have to agree.
+    Sorted from raw bits: NumPy guarantees a bit generator's stream permanently, but may change `Generator.permutation`
+    in any release, and all nodes must agree.
     """
     bits = np.random.PCG64([part & _MASK for part in seed])
     return np.argsort(bits.random_raw(length), kind="stable").astype(np.int64, copy=False)
@@ -103,11 +101,10 @@ def mix(seed: int, epoch: int, indices: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 def round_bounds(cursor: int, length: int | None, round_size: int, workers: int) -> list[int]:
-    """The positions that a round starting at `cursor` gives its workers: worker i takes [b[i], b[i+1]).
+    """The positions that a round starting at `cursor` assigns to its workers: worker i takes [b[i], b[i+1]).
 
-    A round is `round_size` samples and never crosses the end of an epoch: the last one of an epoch is
-    smaller. The workers' shares differ by at most one sample; some may be empty. `length` None: the end is
-    not known yet.
+    A round has `round_size` samples but never crosses the end of an epoch, so the last round of an epoch is smaller.
+    The workers' shares differ by at most one sample; some may be empty. `length` None: the end is not known yet.
     """
     size = min(round_size, _epoch_end(cursor, length) - cursor)
     share, extra = divmod(size, workers)

@@ -1,8 +1,8 @@
-"""Who gets which samples next where workers do not step together: the queues of asynchronous phases. Pure.
+"""Assigns samples to workers that do not step together: the queues of asynchronous phases. Pure.
 
-The strategy's coordinator holds one and deals out stretches of positions; a stretch is at most `batch` samples and
-never crosses the end of an epoch. Dealing stops at a limit and goes on once all that was dealt has been consumed:
-there the samples consumed are a prefix of the run.
+The strategy's coordinator holds one and deals out stretches of positions; a stretch has at most `batch` samples and
+never crosses the end of an epoch. Dealing stops at a limit and continues once all dealt samples have been consumed: at
+that point the samples consumed are a prefix of the run.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ Stretch = tuple[int, int]
 class Queue(Protocol):
     """Deals out the positions of a run of epochs of `length` samples."""
 
-    furthest: int  # all positions before it are dealt out, or are to be before dealing may stop
+    furthest: int  # all positions before it are dealt, or must be before dealing may stop
 
     def take(self, worker: int, limit: int) -> Stretch | None:
-        """The next stretch for this worker; None if it would begin at or behind `limit`."""
+        """The next stretch for this worker; None if it would begin at or after `limit`."""
 
     def stop_at(self, cursor: int) -> int:
-        """The first position at or behind `cursor` where dealing may stop."""
+        """The first position at or after `cursor` where dealing may stop."""
 
 
 class SharedQueue:
-    """One queue for all: whoever asks takes the next stretch, so that a slow worker takes fewer."""
+    """One queue for all: each request takes the next stretch, so a slow worker takes fewer."""
 
     def __init__(self, start: int, length: int, batch: int, workers: int) -> None:
         self.furthest = start
@@ -45,7 +45,7 @@ class SharedQueue:
 
 
 class StaticQueue:
-    """To each worker its own share of every round, as in synchronous phases; it can stop where a round ends."""
+    """Gives each worker its own share of every round, as in synchronous phases; dealing can stop after a round."""
 
     def __init__(self, start: int, length: int, batch: int, workers: int) -> None:
         self.furthest = start

@@ -1,4 +1,4 @@
-"""What a job's data is: a training part, and perhaps one to validate and one to test on."""
+"""A job's data: a training part, and optionally validation and test parts."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Splits:
 
 
 def load_data(job: Job) -> Splits:
-    """The data that `job.data` names, with `data.validation` of the training part held back.
+    """The data that `job.data` names, with the share `data.validation` of the training part held back.
 
-    What the name stands for may be, or be a function or class that returns, `Splits`, a pair (train, test),
-    or one data set. Raises DataError; what a user's own function raises passes through.
+    The name may refer to `Splits`, a pair (train, test), or one data set, or to a function or class that returns one of
+    these. Raises DataError; exceptions from a user's function are passed on.
     """
     source, name = job.data.resolve(), f"data.name = {job.data.name!r}"
     options: dict[str, Any] = dict(job.data.options)
@@ -48,14 +48,14 @@ def load_data(job: Job) -> Splits:
 
 
 def make_order(dataset: Any, seed: int = 0, shuffle: bool = True) -> Order:
-    """The order of a data set's samples; a stream keeps its own, and may not know its length yet."""
+    """The order of a data set's samples; a stream keeps its own order, and its length may not be known yet."""
     if not isinstance(dataset, IterableDataset):
         return Order(len(dataset), seed, shuffle)
     return Order(_stream_length(dataset), seed, shuffle=False)
 
 
 def stratified(targets: NDArray[Any], count: int, seed: int) -> NDArray[np.bool_]:
-    """A mask over `targets` with exactly `count` true, drawn by `seed`: of each class its share."""
+    """A mask over `targets` with exactly `count` true, drawn by `seed`, in proportion to the classes."""
     classes, members, sizes = np.unique(targets, return_inverse=True, return_counts=True)
     take, remainders = np.divmod(sizes * count, len(targets))
     take[np.argsort(-remainders, kind="stable")[: count - int(take.sum())]] += 1
@@ -73,7 +73,7 @@ def _is_data(value: Any) -> bool:
 def _call(function: Callable[..., Any], options: dict[str, Any], name: str) -> Any:
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some built-in classes have none
+    except (TypeError, ValueError):  # some built-in classes have no signature
         return function(**options)
     parameters = signature.parameters.values()
     takes = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]

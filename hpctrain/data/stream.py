@@ -11,19 +11,19 @@ from hpctrain.data.order import Order
 from hpctrain.errors import DataError
 
 _END = object()
-BEGINNING = -1  # the place of what a stream does as it begins
+BEGINNING = -1  # the place of the code that a stream runs when it starts
 
 Call = Callable[[int, int, Callable[[], Any]], Any]
 
 
 class Stream:
-    """Reads a stream that starts anew with every epoch; not for several threads at once.
+    """Reads a stream that restarts with every epoch; not thread-safe.
 
-    All ranks read the same stream and skip what is not theirs, so it must give the same samples everywhere:
-    it may depend on the epoch (`set_epoch(epoch)` is called where it exists), not on the rank. Streams that end
-    elsewhere on another rank are refused (by `Loader.bounds`); other differences cannot be seen. Going back
-    reads it anew. While its length is unknown, all is kept that was read from the last `look_ahead`'s start
-    on. `call(epoch, place, function)` is to return `function()`, which runs the stream's own code for that place.
+    All ranks read the same stream and skip the samples of others, so it must provide the same samples everywhere: it
+    may depend on the epoch (`set_epoch(epoch)` is called if it exists), not on the rank. Streams that end elsewhere on
+    another rank are rejected (by `Loader.bounds`); other differences cannot be detected. Going back restarts the
+    stream. While its length is unknown, all samples from the start of the last `look_ahead` on are kept. `call(epoch,
+    place, function)` must return `function()`, which runs the stream's own code for that place.
     """
 
     def __init__(self, dataset: Any, order: Order, call: Call = lambda epoch, place, function: function()) -> None:
@@ -38,11 +38,11 @@ class Stream:
         self._closed = False
 
     def close(self) -> None:
-        """Make a reading that is under way in another thread end after the sample it is at."""
+        """Stop a read in progress in another thread after its current sample."""
         self._closed = True
 
     def forget(self) -> None:
-        """Begin anew, and read again up to where the next sample is; as after an error inside the stream."""
+        """Restart, and read again up to the next sample; also used after an error inside the stream."""
         self._iterator = None
         self._base = 0
         self._ahead.clear()
@@ -54,13 +54,13 @@ class Stream:
         if unknown and self._order.length is not None and stop > self._order.length:
             raise ValueError(f"position {stop} was asked for, but the stream ended at {self._order.length}")
         epoch, offset = self._order.place(start, stop)
-        if unknown and offset >= self._base:  # keep it, for the round may be dealt out anew
+        if unknown and offset >= self._base:  # keep it, because the round may be dealt out again
             return list(islice(self._ahead, offset - self._base, offset - self._base + stop - start))
         self._go_to(epoch, offset)
         return [self._take() for _ in range(stop - start)]
 
     def look_ahead(self, start: int, stop: int) -> None:
-        """Learn the length if the stream ends at or before `stop`; let go what lies before `start`."""
+        """Learn the length if the stream ends at or before `stop`; discard samples before `start`."""
         if self._order.length is not None:
             return
         if self._iterator is None:
@@ -103,7 +103,7 @@ class Stream:
     def _next(self) -> Any:
         if self._closed:
             raise DataError("the stream was closed while it was read")
-        if self._error is not None:  # a generator that has raised would now look like one that has ended
+        if self._error is not None:  # a generator that has raised would now look as if it had ended
             raise self._error
         assert self._iterator is not None
         iterator, place = self._iterator, self._base + len(self._ahead)

@@ -1,1 +1,1 @@
-"""Models that a job can name; any other by "package.module:function"."""
+"""Models that a job can name; others by "package.module:function"."""

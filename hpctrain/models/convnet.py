@@ -1,4 +1,4 @@
-"""A small convolutional net for small images, such as the 8 by 8 digits."""
+"""A small convolutional network for small images, such as the 8 by 8 digits."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def convnet(
 ) -> nn.Module:
     """(n, channels, size, size) -> (n, outputs).
 
-    Three 3 by 3 convolutions of `width`, 2 `width` and 2 `width` maps, halving the image after the second and
-    the third, and one `hidden` layer. No batch norm: N workers compute what one would with N times the batch
-    (so they do as long as `dropout` is 0).
+    Three 3 by 3 convolutions with `width`, 2 `width` and 2 `width` maps, halving the image after the second and the
+    third, and one `hidden` layer. No batch norm, so that N workers compute the same as one worker with N times the
+    batch (as long as `dropout` is 0).
     """
     if whole("size", size) % 4:
         raise ModelError(f"model.size = {size!r}: a multiple of 4 was expected, for the image is halved twice")

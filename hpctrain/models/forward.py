@@ -1,4 +1,4 @@
-"""How the standard loop and evaluations call a model and its loss with a batch."""
+"""How the standard loop and evaluations call a model and its loss on a batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hpctrain.models.losses import LossFunction, ModelLoss
 
 
 class _Call(Enum):
-    """What a model is called with."""
+    """The arguments that a model is called with."""
 
     INPUTS = "inputs"
     PAIR = "inputs and targets"
@@ -25,12 +25,12 @@ class _Call(Enum):
 
 
 class Forward:
-    """A model and its loss. How the model is called is decided with the first batch, by the signature of its forward:
+    """A model and its loss. The first batch decides how the model is called, by the signature of its forward:
 
-    - Inputs that are a mapping: with its keys as keyword arguments, if forward takes all of these. If it does not, and
-      takes one positional argument, which is none of the keys: with the mapping.
-    - Other inputs: with these alone; where the model returns its own loss (`ModelLoss`) and forward takes a second
-      positional argument, with the targets as well.
+    - Inputs that are a mapping: with its keys as keyword arguments, if forward accepts all of them. Otherwise with the
+      mapping itself, if forward takes one positional argument whose name is not among the keys.
+    - Other inputs: with the inputs alone; with the targets as well if the model returns its own loss (`ModelLoss`) and
+      forward takes a second positional argument.
     """
 
     def __init__(self, model: nn.Module, loss: LossFunction) -> None:
@@ -38,7 +38,7 @@ class Forward:
         self._call: _Call | None = None
 
     def outputs(self, batch: Batch) -> Any:
-        """What the model returns. Raises DataError for a mapping that it cannot be called with."""
+        """The model's outputs. Raises DataError for a mapping that the model cannot be called with."""
         if self._call is None:
             self._call = self._choice(batch)
         if self._call is _Call.KEYWORDS:
@@ -48,20 +48,22 @@ class Forward:
         return self._model(batch.inputs)
 
     def loss(self, outputs: Any, batch: Batch) -> Any:
-        """A scalar or a pair (sum, weight), as `losses.weigh` takes it."""
+        """A scalar or a pair (sum, weight), as accepted by `losses.weigh`."""
         return self._loss(outputs, batch.reference)
 
     def found_loss(self, outputs: Any, batch: Batch) -> Any:
-        """As `loss`; None where the model, which is to compute it, has returned none (in evaluation mode, say)."""
+        """Like `loss`; None if the model should compute the loss but returned none (for example in evaluation mode)."""
         if isinstance(self._loss, ModelLoss):
             return self._loss.find(outputs)
         return self.loss(outputs, batch)
 
     @contextmanager
     def explained(self, batch: Batch) -> Iterator[None]:
-        """Where model or loss fail inside on samples that are not pairs: DataError, which says how to give them.
+        """Turn errors inside model or loss, on samples that are not pairs, into a DataError that says how to provide
+        them.
 
-        Not where a model that returns its own loss takes all keys of a mapping: what fails is then its own affair.
+        Does not do so if a model that returns its own loss accepts all keys of a mapping: the error is then the model's
+        own.
         """
         try:
             yield
@@ -104,7 +106,7 @@ class Forward:
 
 
 def _signature(model: nn.Module) -> Signature:
-    """Of forward; of anything, where it has none (TorchScript)."""
+    """The signature of forward; one that accepts anything if there is none (TorchScript)."""
     inner = getattr(model, "_orig_mod", model)  # torch.compile
     try:
         return inspect.signature(inner.forward)
@@ -121,7 +123,7 @@ def _takes(signature: Signature, /, *arguments: Any, **keywords: Any) -> bool:
 
 
 def _sole(signature: Signature) -> str | None:
-    """The name of the one argument that it is meant to be called with; None if there is no such."""
+    """The name of the only argument that the model is meant to be called with; None if there is no such argument."""
     positional = [p for p in signature.parameters.values() if p.kind in _POSITIONAL]
     needed = [p for p in positional if p.default is Parameter.empty and p.kind is not Parameter.VAR_POSITIONAL]
     names = [p.name for p in needed or positional]

@@ -8,9 +8,10 @@ from hpctrain.models.arguments import whole
 
 
 def lenet5(outputs: int = 10) -> nn.Module:
-    """(n, 1, 28, 28), padded to 32 by 32 within -> (n, outputs); 61,706 parameters for 10 outputs.
+    """(n, 1, 28, 28), padded to 32 by 32 internally -> (n, outputs); 61,706 parameters for 10 outputs.
 
-    With ReLU and maximum pooling, as it is trained today, and all maps of the first layer seen by the second.
+    With ReLU and max pooling, as is usual today, and with every map of the second convolution connected to all of the
+    first.
     """
     return nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2),

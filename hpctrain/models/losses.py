@@ -1,9 +1,9 @@
-"""What a loss is the mean of, and what weight that mean has among the other micro-batches of its round.
+"""What a loss is averaged over, and its weight among the other micro-batches of its round.
 
-A loss is a scalar, the mean over a batch's samples, or a pair (sum, weight): then the mean of a round is the sum of
-its sums over the sum of its weights, on any number of workers. torch's cross entropy and negative log likelihood of
-class indices divide by the weight of the targets that count (`ignore_index`, class weights), so they are weighed by
-that without a word from the user.
+A loss is a scalar, the mean over a batch's samples, or a pair (sum, weight): then the mean of a round is the sum of its
+sums over the sum of its weights, on any number of workers. torch's cross entropy and negative log likelihood of class
+indices divide by the weight of the targets that count (`ignore_index`, class weights), so they are automatically
+weighted accordingly.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from hpctrain.job.tables import Loss
 
 LossFunction = Callable[..., Any]
-_WEIGHT = "_hpctrain_weight"  # beside a tensor that is a mean over something other than samples
+_WEIGHT = "_hpctrain_weight"  # attribute of a tensor that is a mean over something other than samples
 _PAIR = "return a scalar, the mean over the batch's samples, or a pair (sum, weight)"
 
 
 class Weighed(NamedTuple):
     """A micro-batch's loss: `term`, the scalar to differentiate, is the mean times `share`; `weight` is what the mean
-    is taken over: samples, unless the loss says otherwise."""
+    is taken over: the number of samples, unless the loss specifies otherwise."""
 
     term: Tensor
     share: float
@@ -40,8 +40,8 @@ class Weighed(NamedTuple):
 
 
 def weigh(loss: Any, samples: int) -> Weighed:
-    """What a loss function returned for a batch of `samples` samples; of 0 samples (a batch that is computed, but does
-    not count) it has no weight. Raises ModelError for what is no loss."""
+    """The loss that a loss function returned for a batch of `samples` samples. With 0 samples (a batch that is
+    computed, but does not count) it has no weight. Raises ModelError for an invalid loss."""
     if isinstance(loss, (tuple, list)):
         found = _weigh_pair(loss)
     else:
@@ -71,7 +71,7 @@ def _check_scalar(value: Any, what: str) -> None:
 
 
 def check_differentiable(loss: Weighed) -> None:
-    """Raises ModelError for a loss that no trainable parameter takes part in."""
+    """Raises ModelError for a loss that does not depend on any trainable parameter."""
     if not loss.term.requires_grad:
         raise ModelError(
             "the loss depends on no trainable parameter, so there is nothing to differentiate: it was detached "
@@ -80,15 +80,15 @@ def check_differentiable(loss: Weighed) -> None:
 
 
 class ModelLoss:
-    """The loss that the model computes itself (`loss.name = "model"`), found in what it returned:
+    """The loss that the model computes itself (`loss.name = "model"`), found in its outputs:
 
     - a scalar tensor, shape (), or a pair of scalars (sum, weight);
-    - the attribute `loss` of an object, or the entry "loss" of a mapping, each of these kinds;
-    - a mapping of nothing but scalar tensors, several losses: their sum.
+    - the attribute `loss` of an object, or the entry "loss" of a mapping, each of the same kinds;
+    - a mapping that contains only scalar tensors, several losses: their sum.
     """
 
     def __call__(self, outputs: Any, targets: Any = None) -> Any:
-        """A scalar or a pair (sum, weight). Raises ModelError where the model returned no loss."""
+        """A scalar or a pair (sum, weight). Raises ModelError if the model returned no loss."""
         found = self.find(outputs)
         if found is None:
             raise ModelError(
@@ -99,7 +99,7 @@ class ModelLoss:
         return found
 
     def find(self, outputs: Any) -> Any:
-        """As a call, but None where there is no loss, as what a detector returns in evaluation mode."""
+        """Like a call, but None if there is no loss, as in the outputs of a detector in evaluation mode."""
         if _is_scalar(outputs) or (_is_plain_pair(outputs) and _is_scalar(outputs[0])):
             return outputs
         if isinstance(outputs, Tensor):
@@ -116,7 +116,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _is_plain_pair(value: Any) -> bool:
-    """Of (sum, weight)."""
+    """Whether `value` is a pair (sum, weight)."""
     if type(value) not in (tuple, list) or len(value) != 2:
         return False
     return isinstance(value[1], (int, float)) or (isinstance(value[1], Tensor) and value[1].dim() == 0)
@@ -132,10 +132,10 @@ def _shown(outputs: Any) -> str:
 
 
 def bind(spec: Loss, device: torch.device) -> LossFunction:
-    """The function of (outputs, targets) that a job's [loss] stands for.
+    """The function of (outputs, targets) that a job's [loss] specifies.
 
-    A class of losses, such as torch.nn.CrossEntropyLoss, is instantiated with the table's further keys. Raises JobError
-    for keys that it does not take, and ModelError for a loss with trainable parameters of its own.
+    A loss class, such as torch.nn.CrossEntropyLoss, is instantiated with the table's other keys. Raises JobError for
+    keys that it does not accept, and ModelError for a loss with its own trainable parameters.
     """
     found, options, what = spec.resolve(), spec.options, f'loss "{spec.name}"'
     if inspect.isclass(found):
@@ -150,7 +150,7 @@ def bind(spec: Loss, device: torch.device) -> LossFunction:
 
 
 def _tensors(cls: type, options: dict[str, Any]) -> dict[str, Any]:
-    """A job file has lists where torch's own classes take tensors (`weight`, `pos_weight`)."""
+    """Convert lists, as in job files, to the tensors that torch's own classes expect (`weight`, `pos_weight`)."""
     if not cls.__module__.startswith("torch.nn."):
         return options
     return {key: torch.tensor(value) if isinstance(value, list) else value for key, value in options.items()}
@@ -166,7 +166,7 @@ def _check_module(name: str, loss: nn.Module) -> None:
 
 
 def _weighted_mean(function: LossFunction) -> LossFunction | None:
-    """The same loss with its weight beside it, if it is one of torch's that divide by the weight of their targets."""
+    """The same loss with its weight attached, if it is one of torch's losses that divide by their targets' weight."""
     if type(function) in (nn.CrossEntropyLoss, nn.NLLLoss):
         of = functional.cross_entropy if isinstance(function, nn.CrossEntropyLoss) else functional.nll_loss
         keys = ("weight", "ignore_index", "reduction", "label_smoothing")
@@ -181,10 +181,10 @@ def _weighted_mean(function: LossFunction) -> LossFunction | None:
 
 
 class ClassLoss:
-    """Cross entropy or negative log likelihood (`function`), the mean over the targets that count.
+    """Cross entropy or negative log likelihood (`function`), averaged over the targets that count.
 
-    Called with outputs (n, classes, ...) and targets (n, ...): class indices, whose `ignore_index` does not count, or
-    for cross entropy probabilities of the outputs' shape. Where no target counts, the loss is 0 and has no weight.
+    Called with outputs (n, classes, ...) and targets (n, ...): class indices, where `ignore_index` does not count, or,
+    for cross entropy, probabilities of the outputs' shape. If no target counts, the loss is 0 and has no weight.
     """
 
     def __init__(self, function: LossFunction, options: dict[str, Any]) -> None:
@@ -206,7 +206,7 @@ class ClassLoss:
         return _weighing(self._tensor(self._function(outputs, targets, **options)), weight)
 
     def weight_of(self, targets: Tensor) -> float:
-        """What the mean over these class indices is divided by."""
+        """The divisor of the mean over these class indices."""
         counted = targets != self.ignored
         if self._weight is None:
             return float(counted.sum())

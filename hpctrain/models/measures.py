@@ -1,7 +1,7 @@
 """How a metric is computed over a data set that several ranks share: start, update, merge, value.
 
 A job names a metric in one of two forms: a function of a batch's (outputs, targets), which `Tally` sums up, or a class
-with the methods of `METHODS`, which `UserMeasure` calls. An evaluation sees only `Measure`.
+with the methods `METHODS`, which `UserMeasure` calls. Evaluations use only `Measure`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _RETURNS = "it must return a number (the mean over the batch), a pair (sum, weig
 
 
 class Measure(ABC):
-    """A metric in the course of one evaluation after another. `name`: for messages.
+    """A metric, used for one evaluation after another. `name`: for messages.
 
-    On each rank: `start`, `update` once per batch (a rank may have none), `state`. On rank 0 then: `merge`, `value`.
-    All raise ModelError for what is no metric.
+    On each rank: `start`, `update` once per batch (a rank may have none), `state`. Then on rank 0: `merge`, `value`.
+    All raise ModelError for an invalid metric.
     """
 
     def __init__(self, name: str) -> None:
@@ -32,34 +32,34 @@ class Measure(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Forget everything: an evaluation begins."""
+        """Reset: an evaluation begins."""
 
     @abstractmethod
     def update(self, outputs: Any, targets: Any, samples: int) -> None:
-        """Take in a batch of `samples` samples: what the model returned, and what it is compared with."""
+        """Add a batch of `samples` samples: the model's outputs, and the targets to compare with."""
 
     @abstractmethod
     def state(self) -> State:
-        """What this rank's batches amount to: numbers, tensors, arrays, or lists of tensors or arrays, by name."""
+        """The accumulated state of this rank: numbers, tensors, arrays, or lists of tensors or arrays, by name."""
 
     @abstractmethod
     def merge(self, states: Sequence[State]) -> None:
-        """Take over the states of all ranks, in rank order, in place of what was taken in."""
+        """Replace the accumulated state by the states of all ranks, in rank order."""
 
     @abstractmethod
     def value(self) -> Value:
-        """Over all batches; in a dictionary of several the first is the metric."""
+        """The value over all batches; in a dictionary of several values, the first is the metric."""
 
 
 # -- functions ---------------------------------------------------------------------------------------------------
 class Tally(Measure):
-    """Sums up what a function of (outputs, targets) returns of batches: a mean over the batch's samples, a pair (sum,
-    weight), or a dictionary of these."""
+    """Sums up the values that a function of (outputs, targets) returns for batches: a mean over the batch's samples, a
+    pair (sum, weight), or a dictionary of these."""
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         super().__init__(name)
         self.function = function
-        self._sums: dict[str, list[float]] = {}  # [sum, weight] by key; the key "" is that of a value without one
+        self._sums: dict[str, list[float]] = {}  # [sum, weight] by key; the key "" is for a value without one
 
     def start(self) -> None:
         self._sums = {}
@@ -108,12 +108,12 @@ _PARTS = "sum", "weight"
 
 
 def mean(total: float, weight: float) -> float:
-    """NaN where nothing was weighed."""
+    """The mean; NaN if the weight is 0."""
     return float(total / weight) if weight else float("nan")
 
 
 def _number(value: Any, text: str) -> float:
-    """As a number; `text`, with {} for what it is, is the error where it is none."""
+    """Convert to float. `text` is the error message for an invalid value, with {} for its type."""
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
@@ -123,8 +123,8 @@ def _number(value: Any, text: str) -> float:
 
 # -- classes -----------------------------------------------------------------------------------------------------
 class UserMeasure(Measure):
-    """Calls an object of the user's class, which has the methods of `METHODS`. What they raise, or return though it is
-    none of what they may return, becomes a ModelError."""
+    """Calls an object of the user's class, which has the methods `METHODS`. Exceptions that they raise, and invalid
+    return values, become ModelErrors."""
 
     def __init__(self, name: str, metric: Any) -> None:
         super().__init__(name)

@@ -1,4 +1,4 @@
-"""Metrics: accuracy, and what a job's [metric] stands for."""
+"""Metrics: accuracy, and the metric that a job's [metric] specifies."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def accuracy(
     threshold: float | None = None,
     unclear: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(how many `targets` the outputs are right about, how many count), both scalars.
+    """(number of correct outputs, number of `targets` that count), both scalars.
 
-    Outputs (n, classes) with class indices (n,); outputs (n, classes, ...) with (n, ...), as torch's cross entropy
-    takes them; outputs (n, ..., classes) with (n, ...); or targets of the outputs' shape, probabilities of the
-    classes. The largest output is compared; targets that are `ignore_index` do not count. `dim`: where the classes
-    are; None: by the shapes, or `unclear` where two places are possible. `threshold`, for outputs and targets of one
-    shape, or of (n, 1) and (n,): each output by itself says yes above it, each target above 0.5. Raises ModelError
-    for other shapes.
+    Accepts outputs (n, classes) with class indices (n,); outputs (n, classes, ...) with (n, ...), as in torch's cross
+    entropy; outputs (n, ..., classes) with (n, ...); or targets of the outputs' shape with class probabilities. The
+    largest output is compared; targets equal to `ignore_index` do not count. `dim`: the dimension of the classes; None:
+    derived from the shapes, or `unclear` if two dimensions are possible. `threshold`, for outputs and targets of the
+    same shape, or of (n, 1) and (n,): each output means yes above it, each target above 0.5. Raises ModelError for
+    other shapes.
     """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or not outputs.dim():
         raise ModelError(
@@ -74,7 +74,7 @@ def _yes_or_no(outputs: Tensor, targets: Tensor, threshold: float) -> tuple[Tens
 
 
 def _place_of_classes(outputs: Tensor, targets: Tensor, unclear: int | None) -> int:
-    """The dimension that outputs have and targets do not."""
+    """The dimension that outputs have in addition to those of the targets."""
     second = outputs.shape[:1] + outputs.shape[2:] == targets.shape
     last = outputs.shape[:-1] == targets.shape
     if outputs.dim() > 2 and second and last:
@@ -96,10 +96,10 @@ def _shapes(outputs: Tensor, targets: Tensor) -> str:
 
 
 def bind(spec: Metric, loss: LossFunction) -> Measure:
-    """What a job's [metric] stands for: a class with the methods of `METHODS`, or a function of (outputs, targets).
-    Raises JobError.
+    """The metric that a job's [metric] specifies: a class with the methods `METHODS`, or a function of (outputs,
+    targets). Raises JobError.
 
-    Accuracy learns from the job's `loss` which targets do not count, where the classes are and what means yes.
+    For accuracy, the job's `loss` determines which targets do not count, where the classes are and what means yes.
     """
     found = spec.resolve()
     if inspect.isclass(found):

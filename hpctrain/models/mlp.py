@@ -1,4 +1,4 @@
-"""The multi-layer perceptron."""
+"""A multi-layer perceptron."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpctrain.models.arguments import whole
 def mlp(inputs: int, outputs: int = 10, hidden: Sequence[int] = (128,)) -> nn.Module:
     """Linear layers with ReLU between them: (n, ...) with `inputs` values each -> (n, outputs).
 
-    `hidden` are the widths between; empty, it is a linear model.
+    `hidden`: the widths of the hidden layers; if empty, the model is linear.
     """
     if not isinstance(hidden, (list, tuple)):
         raise ModelError(f"model.hidden = {hidden!r}: a list of widths, such as [128, 64], was expected")

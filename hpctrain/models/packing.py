@@ -1,4 +1,4 @@
-"""Named tensors, arrays and numbers of all ranks on rank 0: as bytes with their dtypes and shapes, never pickled."""
+"""Gathers named tensors, arrays and numbers of all ranks on rank 0: as bytes with dtypes and shapes, never pickled."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Packed:
-    """`head`: [name, kind, value of a number, or the [dtype, shape] of each tensor], in plain values; `data`: the
-    bytes of all tensors, one behind the other."""
+    """`head`: [name, kind, value of a number, or the [dtype, shape] of each tensor], as plain values; `data`: the
+    concatenated bytes of all tensors."""
 
     head: list[list[Any]]
     data: Bytes
 
 
 def pack(values: Mapping[str, Any], what: str) -> Packed:
-    """Numbers, tensors of any device, arrays, and lists of tensors or arrays. `what`: the sentence about other values
-    begins with it. Raises ModelError for these."""
+    """Pack numbers, tensors on any device, arrays, and lists of tensors or arrays. Raises ModelError for other values;
+    `what` begins the error message."""
     head: list[list[Any]] = []
     tensors: list[Tensor] = []
     for name, value in values.items():
@@ -44,7 +44,8 @@ def pack(values: Mapping[str, Any], what: str) -> Packed:
 
 
 def unpack(packed: Packed) -> dict[str, Any]:
-    """What `pack` was given: numbers as Python's, tensors on the CPU; in a list, tensors or arrays as it had them."""
+    """The values given to `pack`: numbers as Python numbers, tensors on the CPU; lists of tensors or arrays as
+    before."""
     values: dict[str, Any] = {}
     place = 0
     for name, kind, given in packed.head:
@@ -99,5 +100,5 @@ def _parts(value: Any, what: str) -> tuple[str, list[Tensor]]:
         raise ModelError(f"{what} a {found}; it may be a number, a tensor, an array, or a list of tensors or arrays")
     tensors = [tensor_of(part) for part in parts] if arrays else [part.detach().cpu() for part in parts]
     kind = f"{'list of ' if listed else ''}{'array' if arrays else 'tensor'}"
-    # a copy, since torch takes a single element for contiguous whatever its stride, but then does not view it as bytes
+    # copied because torch considers a single element contiguous whatever its stride, but then cannot view it as bytes
     return kind, [part.clone(memory_format=torch.contiguous_format) for part in tensors]

@@ -1,4 +1,4 @@
-"""ResNet-18 (He, Zhang, Ren, Sun 2016) for images of 32 by 32: a 3 by 3 stem and no maximum pooling."""
+"""ResNet-18 (He, Zhang, Ren, Sun 2016) for images of 32 by 32: a 3 by 3 stem and no max pooling."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hpctrain.models.arguments import whole
 
 
 class BasicBlock(nn.Module):
-    """Two 3 by 3 convolutions and a way past them: (n, inputs, h, w) -> (n, outputs, h/stride, w/stride)."""
+    """Two 3 by 3 convolutions with a shortcut: (n, inputs, h, w) -> (n, outputs, h/stride, w/stride)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class BasicBlock(nn.Module):
 
 
 def resnet18(channels: int = 3, outputs: int = 10, width: int = 64) -> nn.Module:
-    """(n, channels, 32, 32) -> (n, outputs); 11,173,962 parameters as it stands.
+    """(n, channels, 32, 32) -> (n, outputs); 11,173,962 parameters with the defaults.
 
     `width`: maps of the first of the four stages, which are 1, 2, 4 and 8 times as wide.
     """

@@ -1,4 +1,4 @@
-"""Modules that wrap a model or part of it: the names that its tensors have without them, and what is refused."""
+"""Modules that wrap a model or part of it: tensor names without the wrapper, and models that are rejected."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor, nn
 
 from hpctrain.errors import ModelError
 
-_COMPILED = re.compile(r"(?<![^./])_orig_mod\.")  # what torch.compile puts before the names in the module it returns
+_COMPILED = re.compile(r"(?<![^./])_orig_mod\.")  # the prefix that torch.compile adds to names in its module
 _PARALLEL = ("torch.nn.parallel.", "torch.distributed.fsdp.", "torch.distributed._composable.")
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter or buffer, or a path that ends with one, as it is in the model that was not compiled."""
+    """The name of a parameter or buffer, or a path that ends with one, as in the model before torch.compile."""
     return _COMPILED.sub("", name)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the state_dict by plain names (a module's extra state is none); not copied."""
+    """The tensors of the state_dict by plain names (without modules' extra state); not copied."""
     return {plain_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def load_plain_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors by plain names into the model. Raises RuntimeError, as torch does, where they are not the model's."""
+    """Load tensors by plain names into the model. Raises RuntimeError, as torch does, if they do not match it."""
     own = model.state_dict()
     given = {plain_name(name): value for name, value in tensors.items()}
     renamed = {name: given.pop(plain_name(name)) for name in own if plain_name(name) in given}
@@ -33,12 +33,12 @@ def load_plain_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """As `nn.Module.named_parameters`, by plain names."""
+    """Like `nn.Module.named_parameters`, with plain names."""
     return ((plain_name(name), parameter) for name, parameter in model.named_parameters())
 
 
 def check_model(what: str, model: nn.Module) -> None:
-    """Refuse a model that other software spreads over processes or devices, or that has no values yet.
+    """Reject a model that other software distributes over processes or devices, or that has no values yet.
 
     `what`: the key and its value, for messages. Raises ModelError.
     """
