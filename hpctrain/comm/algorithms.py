@@ -1,8 +1,8 @@
 """Collectives built from point-to-point messages, the same for virtual and real ranks.
 
-Each works on a `group` (ranks of the communicator, this rank among them), any group size, any buffer length
-(also shorter than the group), in place. Sums are deterministic: the same group gives the same bits, equal on
-all its ranks.
+Each works in place on a `group` (ranks of the communicator, including this rank) of any size, with a buffer of any
+length (even shorter than the group). Sums are deterministic: the same group gives the same bits, identical on all its
+ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def ring(comm: Communicator, buffer: Buffer, operation: Operation, group: Sequen
 def ring_reduce_scatter(
     comm: Communicator, buffer: Buffer, bounds: Sequence[int], operation: Operation, group: Sequence[int]
 ) -> None:
-    """Afterwards the i-th of the group holds the reduced buffer[bounds[i]:bounds[i + 1]]."""
+    """On return, the i-th rank of the group holds the reduced buffer[bounds[i]:bounds[i + 1]]."""
     size, me = len(group), group.index(comm.rank)
     left, right = group[me - 1], group[(me + 1) % size]
     combine, scratch = COMBINE[operation], _scratch(buffer, max(b - a for a, b in _pairs(bounds)))
@@ -47,7 +47,7 @@ def ring_reduce_scatter(
 
 
 def ring_all_gather(comm: Communicator, buffer: Buffer, bounds: Sequence[int], group: Sequence[int]) -> None:
-    """The i-th of the group gives buffer[bounds[i]:bounds[i + 1]]; all end with the whole buffer."""
+    """The i-th rank of the group provides buffer[bounds[i]:bounds[i + 1]]; all end with the whole buffer."""
     size, me = len(group), group.index(comm.rank)
     left, right = group[me - 1], group[(me + 1) % size]
     give = _part(buffer, bounds, me)
@@ -60,7 +60,7 @@ def ring_all_gather(comm: Communicator, buffer: Buffer, bounds: Sequence[int], g
 def halving_doubling(comm: Communicator, buffer: Buffer, operation: Operation, group: Sequence[int]) -> None:
     """Recursive halving, then doubling (Rabenseifner 2004): 2 log2 p steps.
 
-    Of a group that is no power of two the first few pair up before and after (Thakur et al. 2005, section 4.5).
+    If the group size is not a power of two, the first ranks pair up before and after (Thakur et al. 2005, section 4.5).
     """
     me, combine = group.index(comm.rank), COMBINE[operation]
     power = 1 << (len(group).bit_length() - 1)
@@ -100,13 +100,13 @@ def _halve_and_double(
 
 
 def tree(comm: Communicator, buffer: Buffer, operation: Operation, group: Sequence[int]) -> None:
-    """Binomial tree to the first of the group and back: 2 log2 p steps of the whole buffer; for short ones."""
+    """Binomial tree to the first rank of the group and back: 2 log2 p steps of the whole buffer; for short buffers."""
     tree_reduce(comm, buffer, operation, group)
     tree_broadcast(comm, buffer, group)
 
 
 def tree_reduce(comm: Communicator, buffer: Buffer, operation: Operation, group: Sequence[int]) -> None:
-    """The first of the group ends with the reduced buffer; what the others hold is undefined."""
+    """The first rank of the group ends with the reduced buffer; the other ranks' buffers are undefined."""
     size, me, distance = len(group), group.index(comm.rank), 1
     scratch = _scratch(buffer, buffer.size)
     while distance < size:
@@ -120,7 +120,7 @@ def tree_reduce(comm: Communicator, buffer: Buffer, operation: Operation, group:
 
 
 def tree_broadcast(comm: Communicator, buffer: Buffer, group: Sequence[int]) -> None:
-    """From the first of the group to all."""
+    """Broadcast from the first rank of the group to all."""
     size, me, distance = len(group), group.index(comm.rank), 1
     while distance < size:
         distance *= 2
@@ -136,7 +136,7 @@ def tree_broadcast(comm: Communicator, buffer: Buffer, group: Sequence[int]) -> 
 
 
 def hierarchical(comm: Communicator, buffer: Buffer, operation: Operation, group: Sequence[int]) -> None:
-    """Each node to its first rank, a ring between these, and back: a node's link carries the bytes once."""
+    """Each node reduces to its first rank, a ring between these, and back: a node's link carries the bytes once."""
     nodes: dict[int, list[int]] = {}
     for rank in group:
         nodes.setdefault(comm.nodes[rank], []).append(rank)
@@ -166,7 +166,7 @@ ALL_REDUCE: dict[str, Algorithm] = {
 
 
 def all_reduce_by(name: str) -> Algorithm:
-    """The algorithm of that name; HpctrainError for another."""
+    """The algorithm of that name; raises HpctrainError for an unknown name."""
     if name not in ALL_REDUCE:
         raise HpctrainError(f"all-reduce algorithm {name!r}: expected library, {', '.join(ALL_REDUCE)}")
     return ALL_REDUCE[name]
@@ -175,7 +175,7 @@ def all_reduce_by(name: str) -> Algorithm:
 def _exchange(
     comm: Communicator, out: Buffer | None, dest: int | None, into: Buffer | None, source: int | None
 ) -> None:
-    """Send and receive, leaving out what is empty (both sides know the lengths)."""
+    """Send and receive, skipping empty buffers (both sides know the lengths)."""
     sending = out is not None and out.size > 0
     receiving = into is not None and into.size > 0
     if sending and receiving:
@@ -195,7 +195,7 @@ def _part(buffer: Buffer, bounds: Sequence[int], index: int) -> Buffer:
 
 
 def _scratch(buffer: Buffer, length: int) -> Buffer:
-    """As many elements of the same kind, on the same device."""
+    """An uninitialised buffer of `length` elements with the same dtype, on the same device."""
     return np.empty_like(buffer, shape=(length,))
 
 

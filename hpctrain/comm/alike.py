@@ -1,6 +1,6 @@
-"""Comparing what all ranks of a run must have in common, before anything is summed or can hang.
+"""Compares what must be the same on all ranks of a run, before anything is summed or can hang.
 
-Imports no torch: jobs are compared before it is loaded.
+Does not import torch: jobs are compared before it is loaded.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from hpctrain.data.splits import Splits
     from hpctrain.replica.layout import Layout
 
-FREE = ("output", "threads")  # rank 0 alone makes the run folder; nodes may have unlike processors
+FREE = ("output", "threads")  # only rank 0 creates the run folder; nodes may have different processors
 MOST_NAMED = 3
 LONGEST, LEAD = 80, 20  # characters of a fact that are shown; of those, how many before the first difference
 
 
 @dataclass(frozen=True)
 class Topic:
-    """Facts that must be the same on all ranks, by what they are about: "train.batch_size" -> "8".
+    """Facts that must be the same on all ranks, by name: "train.batch_size" -> "8".
 
-    They are said as "<about><verb><fact> on rank 0 and <fact> on rank 1; <advice>", in an error of class `error`;
-    `missing` is said of a fact that a rank does not have.
+    They are reported as "<about><verb><fact> on rank 0 and <fact> on rank 1; <advice>", in an error of class `error`;
+    `missing` replaces a fact that a rank does not have.
     """
 
     verb: str
@@ -46,7 +46,7 @@ class Topic:
 def check_alike(comm: Communicator, topics: Sequence[Topic], everywhere: bool = True) -> None:
     """Raise the first difference between the ranks, on all of them. Collective; costs one gather of a hash.
 
-    `everywhere`: whether `comm` has all ranks of the run.
+    `everywhere`: whether `comm` contains all ranks of the run.
     """
     text = repr([list(topic.facts.items()) for topic in topics])
     table = comm.gather_rows(np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.int64))
@@ -61,7 +61,7 @@ def check_alike(comm: Communicator, topics: Sequence[Topic], everywhere: bool = 
 
 
 def _difference(comm: Communicator, topic: Topic) -> str | None:
-    """The sentence about the first fact that differs, the same on all ranks. Collective."""
+    """A sentence about the first fact that differs, the same on all ranks; None if there is none. Collective."""
     first: dict[str, str] = comm.broadcast_json(topic.facts)
     own = {about: topic.facts.get(about) for about in [*first, *topic.facts]}
     found: list[dict[str, str | None]] = comm.gather_json({k: v for k, v in own.items() if v != first.get(k)})
@@ -100,13 +100,13 @@ def _ranks(of: Sequence[int]) -> str:
 
 # -- what is compared --------------------------------------------------------------------------------------------
 def job_topic(job: Mapping[str, Any]) -> Topic:
-    """The resolved job, as nested plain values. An object without a name stands there by its description."""
+    """The resolved job, as nested plain values. An object without a name is represented by its description."""
     facts = {key: json.dumps(value, default=str) for key, value in _flat(job) if key not in FREE}
     return Topic(" = ", "all ranks must be given the same job", JobError, facts)
 
 
 def model_topic(layout: Layout, frozen: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Topic:
-    """What is trained, in which order and with which options, and what else the model holds (saved buffers)."""
+    """What is trained, in which order and with which options, and the model's other contents (saved buffers)."""
     facts = {}
     for slot in layout.slots:
         facts[f"parameter {slot.name}"] = f"{layout.dtype} of shape {slot.shape}"
@@ -122,7 +122,7 @@ def model_topic(layout: Layout, frozen: Mapping[str, Tensor], buffers: Mapping[s
 
 
 def data_topic(splits: Splits) -> Topic:
-    """How long the parts of the data set are."""
+    """The lengths of the parts of the data set."""
     facts = {}
     for part in ("train", "validation", "test"):
         dataset = getattr(splits, part)
@@ -134,7 +134,7 @@ def data_topic(splits: Splits) -> Topic:
 
 
 def stream_topic(length: int | None, read: int) -> Topic:
-    """Where a stream that had not told its length ended; None: not within the `read` samples read so far."""
+    """Where a stream of unknown length ended; None: not within the `read` samples read so far."""
     fact = f"ends after {length} samples" if length is not None else f"goes on after {read} samples"
     advice = "a stream must give the same samples on every rank: hpctrain deals them out itself"
     return Topic(" ", advice, DataError, {"the stream": fact})

@@ -1,9 +1,9 @@
-"""The communicator: MPI's verbs on arenas and their slices, plus clock, spans and threads.
+"""The communicator: MPI's operations on arenas and their slices, plus clock, spans and threads.
 
 Two implementations: `MpiCommunicator` in `mpi` (real ranks) and `VirtualCommunicator` in `virtual` (coroutines on a
-virtual clock); `DeviceCommunicator` in `device` wraps one of them. Strategies see only this file. Buffers are
-one-dimensional, C-contiguous NumPy arrays (or CuPy arrays, where a device path is in use) of float16, float32,
-float64, bfloat16 (`ml_dtypes.bfloat16`) or integers.
+virtual clock); `DeviceCommunicator` in `device` wraps one of them. Strategies use only this file. Buffers are
+one-dimensional, C-contiguous NumPy arrays (or CuPy arrays, if a device path is in use) of float16, float32, float64,
+bfloat16 (`ml_dtypes.bfloat16`) or integers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class Tag(IntEnum):
-    """Every message tag there is. Collectives built from messages use COLLECTIVE."""
+    """All message tags. Collectives built from messages use COLLECTIVE."""
 
     COLLECTIVE = 1
     PUSH = 2
@@ -42,15 +42,15 @@ class Tag(IntEnum):
 
 
 def barrier_id(communicator: int, arena: int) -> int:
-    """What the spans of waits for an arena are numbered from: add the epoch. Bit 43 tells them from messages
-    (whose tag is there) and collectives (which are counted from 0)."""
+    """The base id of the spans that wait for an arena; the epoch is added to it. Bit 43 distinguishes them from
+    messages (which have their tag there) and collectives (which are counted from 0)."""
     return communicator << 44 | 1 << 43 | (arena & 0x7FF) << 32
 
 
 class Request(ABC):
     """A started operation. Its buffers belong to the communicator until it is done.
 
-    Strategies use `test`, `wait` and `cancel`; the others are for `Communicator.wait_any`.
+    Strategies use `test`, `wait` and `cancel`; the other methods are for `Communicator.wait_any`.
     """
 
     __slots__ = ()
@@ -61,35 +61,35 @@ class Request(ABC):
 
     @abstractmethod
     def wait(self) -> int:
-        """Wait until it is done. Returns how many elements were received; 0 for a send or a collective."""
+        """Wait until it is done. Returns the number of elements received; 0 for a send or a collective."""
 
     def cancel(self) -> None:
         """Withdraw a receive that no send will match (when a server ends). Only receives can be cancelled."""
         raise NotImplementedError("only a receive can be cancelled")
 
     def over(self) -> bool:
-        """Like `test`, but leaves nothing in the trace."""
+        """Like `test`, but records nothing in the trace."""
         return self.test()
 
     def pending(self) -> Request | None:
-        """The operation of the communicator underneath that has to end next: this one, unless it is made of others.
-        None while it waits for something else, such as a copy or a thread."""
+        """The operation of the underlying communicator that must end next: this one, unless it consists of others. None
+        while it waits for something else, such as a copy or a thread."""
         return self
 
     def watch(self, waits: bool) -> None:  # noqa: B027 (a rank that polls has nothing to do)
-        """The caller begins to wait for this among other requests, or no longer does (`waits` False). Where ranks are
+        """The caller starts to wait for this among other requests, or stops waiting (`waits` False). If ranks are
         coroutines, the caller is resumed when this may be done."""
 
     def explain(self) -> None:  # noqa: B027 (most leave the span as it is)
-        """Enter into the caller's open span which message this was, if it is a receive. Only once it is over."""
+        """If this is a receive, add its message to the caller's open span. Call only once it is over."""
 
 
 class Arena(ABC):
     """One contiguous buffer per rank, placed by the communicator.
 
-    `parts[i]` is the buffer of the i-th rank of this node (`share="node"`; a rank may have asked for length 0,
-    so "once per node" is: local rank 0 asks for n, the others for 0, all use `parts[0]`), or just this rank's
-    own (`share="rank"`: `parts` has one entry). `mine` is this rank's own buffer.
+    `parts[i]` is the buffer of the i-th rank of this node (`share="node"`), or `parts` contains only this rank's own
+    buffer (`share="rank"`). A rank may request length 0, so "once per node" means: local rank 0 requests n, the others
+    0, and all use `parts[0]`. `mine` is this rank's own buffer.
     """
 
     parts: list[Buffer]
@@ -97,25 +97,25 @@ class Arena(ABC):
 
     @abstractmethod
     def free(self) -> None:
-        """Give the memory back. Collective over the node's ranks if shared. Views must no longer be used."""
+        """Free the memory. Collective over the node's ranks if shared. Views must not be used afterwards."""
 
 
 class Thread(ABC):
-    """What `spawn` started."""
+    """The handle of a thread started by `spawn`."""
 
     @abstractmethod
     def join(self) -> Any:
-        """Wait for its end; returns the function's result or raises its exception."""
+        """Wait for the thread to end; returns the function's result or raises its exception."""
 
 
 class Communicator(ABC):
-    """A group of ranks. Unless said otherwise a verb is collective over all of them and in place.
+    """A group of ranks. Unless stated otherwise, operations are collective over all of them and in place.
 
     Attributes: `rank`, `size`; `nodes[r]` the index of rank r's node (nodes are numbered by their first rank);
-    `local_ranks` the ranks of this node in order, `local_rank` this rank's place among them;
-    `members[r]` the rank that r has in the whole run (what traces and messages to people name);
-    `concurrent` whether ranks run in parallel for real (False: coroutines; do not make threads); `cores` how many
-    of its node's cores are this rank's own (less than 1 where there are more ranks).
+    `local_ranks` the ranks of this node in order, `local_rank` this rank's index among them; `members[r]` the rank that
+    r has in the whole run (used in traces and user messages); `concurrent` whether ranks really run in parallel (False:
+    coroutines; do not create threads); `cores` how many of its node's cores are available to this rank (less than 1 if
+    there are more ranks than cores).
     """
 
     rank: int
@@ -140,11 +140,11 @@ class Communicator(ABC):
         self.start_send(buffer, dest, tag).wait()
 
     def recv(self, buffer: Buffer, source: int, tag: int) -> int:
-        """Returns how many elements were received."""
+        """Returns the number of elements received."""
         return self.start_recv(buffer, source, tag).wait()
 
     def sendrecv(self, out: Buffer, dest: int, into: Buffer, source: int, tag: int) -> int:
-        """Send and receive at once; cannot deadlock in a ring. Returns how many elements were received."""
+        """Send and receive at the same time; cannot deadlock in a ring. Returns the number of elements received."""
         incoming = self.start_recv(into, source, tag)
         outgoing = self.start_send(out, dest, tag)
         elements = incoming.wait()
@@ -153,7 +153,7 @@ class Communicator(ABC):
 
     @abstractmethod
     def wait_any(self, requests: Sequence[Request]) -> int:
-        """The index of a request that is done (the lowest, if several); waits for the first."""
+        """The index of a request that is done (the lowest, if several); waits until one is."""
 
     def wait_all(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -172,25 +172,25 @@ class Communicator(ABC):
 
     @abstractmethod
     def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
-        """The library's all-reduce, started; every rank must start the same ones in the same order."""
+        """Start the library's all-reduce; every rank must start the same ones in the same order."""
 
     @abstractmethod
     def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
-        """Rank r gives buffer[bounds[r]:bounds[r + 1]]; afterwards all have the whole buffer."""
+        """Rank r provides buffer[bounds[r]:bounds[r + 1]]; afterwards all have the whole buffer."""
 
     @abstractmethod
     def split(self, color: int | None, key: int = 0) -> Communicator | None:
-        """Ranks of equal color form a communicator, ordered by (key, rank). None: this rank joins none."""
+        """Ranks of equal color form a communicator, ordered by (key, rank). None: this rank joins no communicator."""
 
     def gather_rows(self, row: Buffer) -> Buffer:
-        """All ranks' rows of equal length n, as one (size, n) array, row r of rank r."""
+        """The rows of all ranks, of equal length n, as one (size, n) array; row r comes from rank r."""
         table = np.zeros((self.size, row.size), row.dtype)
         table[self.rank] = row
         self.all_gather(table.reshape(-1), [r * row.size for r in range(self.size + 1)])
         return table
 
     def broadcast_json(self, value: Any, root: int = 0) -> Any:
-        """A small plain value from `root` (what it holds elsewhere is ignored). Never pickled."""
+        """A small plain value from `root` (the argument of other ranks is ignored). Never pickled."""
         data = np.frombuffer(json.dumps(value).encode(), np.uint8).copy() if self.rank == root else None
         length = np.array([0 if data is None else data.size], np.int64)
         self.broadcast(length, root)
@@ -216,20 +216,20 @@ class Communicator(ABC):
 
     @abstractmethod
     def can_share(self, nbytes: int) -> str | None:
-        """Why this node cannot share arenas of `nbytes` in all, as a sentence; None if it can. Collective."""
+        """Why this node cannot share arenas of `nbytes` in total, as a sentence; None if it can. Collective."""
 
     @abstractmethod
     def notify(self, arena: Arena) -> None:
-        """Publish what this rank has written to its node-shared arenas: raises its epoch by one. Not collective."""
+        """Publish this rank's writes to its node-shared arenas: increments its epoch. Not collective."""
 
     @abstractmethod
     def wait(self, arena: Arena) -> None:
-        """Wait until every rank of the node has notified `arena` as often as this rank has: a node barrier."""
+        """Wait until every rank of the node has notified `arena` as often as this rank: a node barrier."""
 
     # -- time, threads -----------------------------------------------------------------------------------
     @abstractmethod
     def now(self) -> int:
-        """Nanoseconds, of a clock that never runs backwards; virtual time where time is virtual."""
+        """Nanoseconds of a monotonic clock; virtual time for virtual ranks."""
 
     @abstractmethod
     def sleep(self, seconds: float) -> None: ...
@@ -238,24 +238,23 @@ class Communicator(ABC):
     def span(
         self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0, items: int = 0
     ) -> AbstractContextManager[Any]:
-        """Trace the block as a span; in virtual time it also advances the clock by what the block would cost.
+        """Trace the block as a span; in virtual time it also advances the clock by the cost of the block.
 
-        What is returned may be entered again and again, though not within itself.
-        `peer` is a rank of the whole run; `items`: samples that are loaded or computed on; `flops`: floating-point
-        operations, 0 if they are not known. The verbs above trace themselves: a span around one of them is cut where
-        it waits.
+        The returned object may be entered repeatedly, but not within itself. `peer` is a rank of the whole run;
+        `items`: samples that are loaded or computed on; `flops`: floating-point operations, 0 if unknown. The
+        operations above trace themselves: a span around one of them is cut where it waits.
         """
 
     @abstractmethod
     def spawn(self, function: Callable[[], Any]) -> Thread:
-        """Run beside this rank's own course: a thread under MPI, a coroutine in virtual time."""
+        """Run concurrently with this rank's main thread: a thread under MPI, a coroutine in virtual time."""
 
     def lane(self, number: int) -> Self:
-        """This communicator for another thread of this rank, which traces into a lane of its own."""
+        """This communicator for another thread of this rank, which traces into its own lane."""
         other = copy(self)
         other.recorder = self.recorder.lane(number)
         return other
 
     @abstractmethod
     def free(self) -> None:
-        """Give the communicator back; its arenas first."""
+        """Free the communicator, after its arenas."""

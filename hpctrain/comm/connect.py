@@ -1,4 +1,4 @@
-"""Joining the MPI job that this process was started in."""
+"""Connects to the MPI job that this process was started in."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def connect(job: Job | None = None) -> Communicator:
-    """The communicator over all ranks, as the job's [communicator] and [trace] ask (if it is known). Collective.
+    """The communicator over all ranks, configured by the job's [communicator] and [trace] (if given). Collective.
 
-    Raises ClusterError where the launcher and the MPI library do not belong together. From then on a program that ends
-    with an uncaught exception ends all ranks.
+    Raises ClusterError if the launcher and the MPI library do not match. From then on, a program that ends with an
+    uncaught exception ends all ranks.
     """
     from hpctrain.comm.mpi import library
     from hpctrain.comm.mpi.communicator import world
@@ -42,9 +42,9 @@ def connect(job: Job | None = None) -> Communicator:
 
 
 def place_arenas(job: Job, comm: Communicator, device: torch.device) -> tuple[Communicator, str | None]:
-    """The communicator whose arenas lie on this rank's `device`, and what a user should know about that. Collective.
+    """The communicator whose arenas lie on this rank's `device`, and a note for the user, if any. Collective.
 
-    Raises ClusterError, on all ranks, where some computes on a GPU and others do not.
+    Raises ClusterError, on all ranks, if some ranks compute on a GPU and others do not.
     """
     from hpctrain.comm.device.choice import open_device
     from hpctrain.comm.device.gpu import usable_gpus
@@ -65,10 +65,10 @@ def place_arenas(job: Job, comm: Communicator, device: torch.device) -> tuple[Co
 
 
 def report(error: HpctrainError, rank: int) -> int:
-    """Tell a user's mistake, once: the exit status that this rank should end with.
+    """Report a user error once; returns the exit status that this rank should end with.
 
-    Rank 0 alone ends with it. The launchers make that the job's status, and neither kills rank 0 before it has
-    spoken, as Open MPI does when another rank is first to end with a status that is not 0.
+    Only rank 0 reports it and ends with its status, which launchers use as the job's status. If another rank were the
+    first to end with a non-zero status, Open MPI would kill rank 0 before it has reported the error.
     """
     if rank != 0:
         return 0
@@ -78,8 +78,8 @@ def report(error: HpctrainError, rank: int) -> int:
 
 
 def tell_once(error: HpctrainError, rank: int) -> None:
-    """If nothing catches `error`, which all ranks raise, rank 0 alone is to tell it, in one sentence. To that end
-    `sys.excepthook` is another one for as long as the error lives; it passes on all others."""
+    """If nothing catches `error`, which all ranks raise, make rank 0 alone report it, in one sentence. This replaces
+    `sys.excepthook` for the lifetime of the error; other exceptions are passed on."""
     former, known = sys.excepthook, weakref.ref(error)
 
     def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:

@@ -1,4 +1,4 @@
-"""Ping-pong between two ranks: latency and bandwidth of the communicator's own messages. For pairs, not collective."""
+"""Ping-pong between two ranks: latency and bandwidth of the communicator's own messages. Not collective."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 from hpctrain.comm.base import Communicator, Tag
 
-LARGE, SMALLER = 4 << 20, 64 << 10  # bytes; slow links get less than LARGE
-TRIP = 0.5  # seconds that a large message's round trip may take
+LARGE, SMALLER = 4 << 20, 64 << 10  # bytes; slow links use less than LARGE
+TRIP = 0.5  # maximum seconds for the round trip of a large message
 
 
 class Measured(NamedTuple):
-    """A link. `latency`: seconds one way; `bandwidth`: bytes per second, of messages of `nbytes`."""
+    """A measured link. `latency`: seconds one way; `bandwidth`: bytes per second, for messages of `nbytes`."""
 
     latency: float
     bandwidth: float
@@ -22,7 +22,7 @@ class Measured(NamedTuple):
 
 
 def lead(comm: Communicator, peer: int, seconds: tuple[float, float]) -> Measured:
-    """Measure the link to `peer`, which must call `follow`; `seconds`: to spend on small and on large messages."""
+    """Measure the link to `peer`, which must call `follow`; `seconds`: time for small and for large messages."""
     latency = _trip(comm, peer, 8, seconds[0])
     nbytes = SMALLER
     trip = _trip(comm, peer, nbytes, 0.0)
@@ -34,8 +34,8 @@ def lead(comm: Communicator, peer: int, seconds: tuple[float, float]) -> Measure
 
 
 def _trip(comm: Communicator, peer: int, nbytes: int, seconds: float) -> float:
-    """Seconds of a round trip: the median of as many as there is time for, at least one."""
-    _exchange(comm, peer, nbytes, 1)  # the peer may come late, and the first message opens connections
+    """Seconds per round trip: the median of as many as fit into `seconds`, at least one."""
+    _exchange(comm, peer, nbytes, 1)  # the peer may be late, and the first message opens connections
     (first,) = _exchange(comm, peer, nbytes, 1)
     count = int(np.clip(seconds / first, 0, 1000))
     return float(np.median(_exchange(comm, peer, nbytes, count))) if count else first
@@ -57,7 +57,7 @@ def _order(comm: Communicator, peer: int, nbytes: int, count: int) -> None:
 
 
 def follow(comm: Communicator, peer: int) -> None:
-    """Answer `peer`, which calls `lead`."""
+    """Reply to `peer`, which calls `lead`."""
     order = np.zeros(2, np.int64)
     while True:
         comm.recv(order, peer, Tag.CONTROL)

@@ -44,8 +44,7 @@ def pack(values: Mapping[str, Any], what: str) -> Packed:
 
 
 def unpack(packed: Packed) -> dict[str, Any]:
-    """The values given to `pack`: numbers as Python numbers, tensors on the CPU; lists of tensors or arrays as
-    before."""
+    """The values given to `pack`: numbers as Python numbers, tensors on the CPU; lists keep tensors or arrays."""
     values: dict[str, Any] = {}
     place = 0
     for name, kind, given in packed.head:

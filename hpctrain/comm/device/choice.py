@@ -1,4 +1,4 @@
-"""Which way device buffers take: staged through pinned memory, or handed to MPI."""
+"""Chooses how device buffers are sent: staged through pinned memory, or passed directly to MPI."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hpctrain.comm.device.staged import StagedCommunicator
 
 
 def open_device(comm: Communicator, index: int, wanted: str = "auto") -> tuple[DeviceCommunicator, str]:
-    """The communicator for arenas on cuda:`index`, and which way it takes, as a sentence. Collective over `comm`.
+    """The communicator for arenas on cuda:`index`, and the path it uses, as a sentence. Collective over `comm`.
 
-    `wanted`: whether the MPI is CUDA-aware: "yes", "no", or "auto" to find out.
+    `wanted`: whether MPI is CUDA-aware: "yes", "no", or "auto" to detect it.
     """
     aware, why = cuda_aware(comm, wanted, index)
     gpu = Gpu.open(index)

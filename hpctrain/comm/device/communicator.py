@@ -1,14 +1,14 @@
-"""The two ways to move device buffers: staged through the host, or handed to MPI as they are.
+"""Base of the two ways to send device buffers: staged through the host, or passed directly to MPI.
 
 NOT YET RUN ON A GPU: tested with stand-ins for CuPy (tests/unit/test_device.py); tests/gpu waits for a GPU.
 
-A `DeviceCommunicator` wraps another communicator. Verbs on NumPy arrays go straight to that one; of CuPy arrays
-`StagedCommunicator` moves copies in pinned memory, `DirectCommunicator` hands over the device pointers, which an MPI
-that is not CUDA-aware answers with a segmentation fault (`cuda_aware` finds out beforehand). Before MPI or a copy
-touches a device buffer, what torch has queued by then is waited for: here, and nowhere else.
+A `DeviceCommunicator` wraps another communicator. Operations on NumPy arrays are forwarded to it. For CuPy arrays,
+`StagedCommunicator` sends copies in pinned memory; `DirectCommunicator` passes the device pointers, which cause a
+segmentation fault if MPI is not CUDA-aware (`cuda_aware` detects this beforehand). Before MPI or a copy accesses a
+device buffer, the work that torch has queued so far is waited for: here, and nowhere else.
 
-A device message longer than a slot travels as several, in order: its receiver must give a device buffer of exactly that
-length. Of a collective all ranks give a device buffer, or none.
+A device message longer than a slot is sent as several, in order: its receiver must provide a device buffer of exactly
+that length. In a collective, either all ranks provide a device buffer, or none.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from hpctrain.comm.base import (
 from hpctrain.comm.device.gpu import DeviceArena, Gpu, SlotPool
 from hpctrain.comm.device.reducer import Reducer
 
-REDUCE_LANE = 2  # of the thread that runs started all-reduces (0: the rank's own course, 1: a colocated server)
+REDUCE_LANE = 2  # of the thread that runs started all-reduces (0: the rank's main thread, 1: a colocated server)
 
 
 class DeviceCommunicator(Communicator):
-    """What both ways have in common: host arrays go to `inner`, private arenas lie on the device.
+    """The common part of both ways: host arrays are passed to `inner`, private arenas lie on the device.
 
-    `beside`: a second communicator over the same ranks, for what a thread does beside the rank's own course. It cannot
-    be made when it is first needed: that is in a gradient hook, which must not wait for other ranks.
+    `beside`: a second communicator over the same ranks, for operations in another thread. It cannot be created on first
+    use: that happens in a gradient hook, which must not wait for other ranks.
     """
 
     def __init__(self, inner: Communicator, beside: Communicator | None, gpu: Gpu, pool: SlotPool) -> None:
@@ -110,7 +110,7 @@ class DeviceCommunicator(Communicator):
                 if request.test():
                     return index
             pending = [request.pending() for request in requests]
-            if None in pending:  # a copy or a thread, about which MPI cannot be asked
+            if None in pending:  # a copy or a thread, which MPI cannot report on
                 self.inner.sleep(20e-6)
             else:
                 self.inner.wait_any([request for request in pending if request is not None])
@@ -129,8 +129,8 @@ class DeviceCommunicator(Communicator):
             self.reduce_when(self.gpu.mark(), buffer, operation, algorithm)
 
     def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
-        """Of a device buffer: a blocking one, in a thread (Open MPI's Iallreduce cannot read device memory, issue
-        9845), in the order of the starts."""
+        """For a device buffer: a blocking all-reduce in a thread, in the order of the starts, because Open MPI's
+        Iallreduce cannot read device memory (issue 9845)."""
         if on_host(buffer):
             return self.inner.start_all_reduce(buffer, operation)
         if self._reducer is None:
@@ -149,7 +149,7 @@ class DeviceCommunicator(Communicator):
 
     # -- memory --------------------------------------------------------------------------------------------
     def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
-        """On the device; only memory that the ranks of a node share lies on the host."""
+        """On the device, except for memory shared by the ranks of a node, which lies on the host."""
         return DeviceArena(self.gpu, length, dtype) if share == "rank" else self.inner.arena(length, dtype, share)
 
     def can_share(self, nbytes: int) -> str | None:
@@ -195,5 +195,5 @@ class DeviceCommunicator(Communicator):
 
 
 def on_host(buffer: Buffer) -> bool:
-    """Whether it is NumPy's, so that MPI can have it as it is."""
+    """Whether it is a NumPy array, which MPI can use directly."""
     return isinstance(buffer, np.ndarray)

@@ -1,7 +1,7 @@
-"""Whether the MPI library takes pointers to device memory: asked, or tried out in a process of its own.
+"""Whether the MPI library accepts pointers to device memory: queried, or tested in a separate process.
 
-NOT YET RUN ON A GPU. Device memory given to an MPI that does not take it kills the process (SIGSEGV), so it is never
-tried out in this one.
+NOT YET RUN ON A GPU. Passing device memory to an MPI that does not support it kills the process (SIGSEGV), so it is
+never tested in this one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ TRIAL = "from hpctrain.comm.device.cuda_aware import trial; trial({index})"
 
 
 def cuda_aware(comm: Communicator, wanted: str, index: int) -> tuple[bool, str]:
-    """Whether device pointers may be given to MPI, and how that is known. The same on all ranks. Collective.
+    """Whether device pointers may be passed to MPI, and how this is known. The same on all ranks. Collective.
 
-    Never tried out in this process, which would not survive a no.
+    Never tested in this process, which would not survive a negative result.
     """
     if wanted != "auto":
         return wanted == "yes", f'communicator.cuda_aware = "{wanted}"'
@@ -42,7 +42,7 @@ def cuda_aware(comm: Communicator, wanted: str, index: int) -> tuple[bool, str]:
 
 
 def probe(index: int, program: str = TRIAL, seconds: float = PROBE_SECONDS) -> bool:
-    """Whether an MPI process on its own survives sending device memory to itself. It is a child: it may well not."""
+    """Whether a separate MPI process survives sending device memory to itself. It is a child, since it may crash."""
     environment = without_launcher(os.environ)
     home = str(Path(__file__).resolve().parents[3])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [home, *sys.path]))
@@ -58,11 +58,11 @@ def probe(index: int, program: str = TRIAL, seconds: float = PROBE_SECONDS) -> b
 
 
 def trial(index: int) -> None:
-    """What the child does: send device memory to itself and add it up. Raises, or dies, where that does not work."""
+    """Runs in the child: send device memory to itself and add it up. Raises, or crashes, if that does not work."""
     gpu = Gpu.open(index)
     from hpctrain.comm.mpi import library
 
-    for length in (16, 1 << 20):  # one message that is sent at once, one that waits for its receiver
+    for length in (16, 1 << 20):  # one message sent eagerly, one that waits for its receiver
         out, into = (gpu.zeros(length, np.dtype(np.float32)) for _ in range(2))
         out.fill(1.0)
         gpu.mark().synchronize()

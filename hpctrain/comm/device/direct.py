@@ -1,4 +1,4 @@
-"""Device buffers handed to MPI as they are. Not yet run on a GPU."""
+"""Device buffers passed directly to MPI. Not yet run on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hpctrain.comm.device.communicator import DeviceCommunicator
 
 
 class DirectCommunicator(DeviceCommunicator):
-    """For a CUDA-aware MPI, which takes device pointers. It does not know of streams, so they are waited for here."""
+    """For a CUDA-aware MPI, which accepts device pointers. It does not use streams, so this class waits for them."""
 
     def _start_send(self, buffer: Buffer, dest: int, tag: int) -> Request:
         self.gpu.mark().synchronize()
@@ -39,11 +39,11 @@ class DirectCommunicator(DeviceCommunicator):
             wide = self.gpu.widened(buffer)
             self.reduce_when(self.gpu.mark(), wide, operation, algorithm)
             self.gpu.narrow(wide, buffer)
-            self.gpu.mark().synchronize()  # this thread's stream need not be that of the others
+            self.gpu.mark().synchronize()  # this thread's stream may differ from that of the others
         elif algorithm == "library":
             self.inner.all_reduce(buffer, operation)
         else:
-            with self.span("reduce"), self.gpu.stream():  # its messages have the bytes
+            with self.span("reduce"), self.gpu.stream():  # its messages record the bytes
                 algorithms.all_reduce_by(algorithm)(self, buffer, operation, self._everybody)
 
     def _all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:

@@ -1,6 +1,6 @@
-"""A rank's GPU: device memory that torch and CuPy both see, and the pinned memory that it is copied through.
+"""A rank's GPU: device memory shared by torch and CuPy, and the pinned memory used to copy it.
 
-NOT YET RUN ON A GPU: tested with stand-ins for CuPy. CuPy and torch are imported when a GPU is opened or looked for.
+NOT YET RUN ON A GPU: tested with stand-ins for CuPy. CuPy and torch are imported when a GPU is opened or detected.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import numpy as np
 
 from hpctrain.comm.base import BFLOAT16, Arena, Buffer
 
-SLOT_BYTES = 4 << 20  # of pinned memory; a message longer than this moves in pieces
+SLOT_BYTES = 4 << 20  # of pinned memory; a longer message is sent in pieces
 
 
 class Gpu:
-    """The device of this rank: the CuPy and torch calls that are needed, in one place.
+    """This rank's device: all the CuPy and torch calls that are needed, in one place.
 
     `cupy`, `cupyx`: the modules (tests pass stand-ins); `current`: torch's current stream in the calling thread, as an
-    object of the CUDA stream protocol. Copies run on two streams of their own, one for each direction.
+    object of the CUDA stream protocol. Copies run on two separate streams, one for each direction.
     """
 
     def __init__(self, index: int, cupy: Any, cupyx: Any, current: Callable[[], Any]) -> None:
@@ -39,7 +39,7 @@ class Gpu:
         return cls(index, cupy, cupyx, lambda: _TorchStream(torch.cuda.current_stream(index).cuda_stream))
 
     def use(self) -> None:
-        """Make it the current device of this thread: new threads begin with device 0."""
+        """Make it the current device of this thread: new threads start with device 0."""
         import torch
 
         self._cupy.cuda.Device(self.index).use()
@@ -47,7 +47,7 @@ class Gpu:
             torch.cuda.set_device(self.index)
 
     def zeros(self, length: int, dtype: np.dtype[Any]) -> Buffer:
-        """`length` zeros in an allocation of their own: arrays of a pool share one and have no IPC handle."""
+        """`length` zeros in a separate allocation: arrays from a memory pool share one and have no IPC handle."""
         nbytes = max(length * dtype.itemsize, 256)
         pointer = self._cupy.cuda.MemoryPointer(self._cupy.cuda.Memory(nbytes), 0)
         pointer.memset_async(0, nbytes, self.stream())
@@ -56,33 +56,33 @@ class Gpu:
         return array.view(BFLOAT16) if dtype == BFLOAT16 else array
 
     def pinned(self, nbytes: int) -> np.ndarray[Any, Any]:
-        """Host memory (uint8) that the device copies to and from by itself."""
+        """Pinned host memory (uint8), which the device can copy to and from asynchronously."""
         memory: np.ndarray[Any, Any] = self._cupyx.empty_pinned(nbytes, np.uint8)
         return memory
 
     def stream(self) -> Any:
-        """Torch's current stream, as CuPy's."""
+        """Torch's current stream, as a CuPy stream."""
         return self._cupy.cuda.Stream.from_external(self._current())
 
     def event(self) -> Any:
-        """Not recorded yet, which counts as passed."""
+        """An event that is not recorded yet, which counts as passed."""
         return self._cupy.cuda.Event(disable_timing=True)
 
     def mark(self) -> Any:
-        """An event that has passed once all that torch has queued so far is done."""
+        """An event that passes once all work that torch has queued so far is done."""
         event = self.event()
         event.record(self.stream())
         return event
 
     def widened(self, buffer: Buffer) -> Buffer:
-        """A bfloat16 array as float32, queued on torch's current stream (CuPy's own bfloat16 is young)."""
+        """A bfloat16 array as float32, queued on torch's current stream (CuPy's own bfloat16 is recent)."""
         import torch
 
         bits = torch.utils.dlpack.from_dlpack(buffer.view(np.int16))
         return self._cupy.from_dlpack(bits.view(torch.bfloat16).float())
 
     def narrow(self, wide: Buffer, buffer: Buffer) -> None:
-        """The inverse, into `buffer`; queued likewise."""
+        """The inverse, into `buffer`; also queued on torch's current stream."""
         import torch
 
         bits = torch.utils.dlpack.from_dlpack(buffer.view(np.int16))
@@ -90,7 +90,7 @@ class Gpu:
 
 
 class _TorchStream:
-    """A stream that torch owns, in the CUDA stream protocol, which older torch streams do not speak themselves."""
+    """A stream owned by torch, in the CUDA stream protocol, which older torch streams do not implement."""
 
     def __init__(self, pointer: int) -> None:
         self._pointer = pointer
@@ -100,7 +100,7 @@ class _TorchStream:
 
 
 class DeviceArena(Arena):
-    """Device memory of this rank alone: a CuPy array, which torch sees by DLPack."""
+    """Device memory of this rank alone: a CuPy array, shared with torch through DLPack."""
 
     def __init__(self, gpu: Gpu, length: int, dtype: np.dtype[Any]) -> None:
         self.mine = gpu.zeros(length, dtype)
@@ -135,7 +135,7 @@ class PinnedSlot:
 
 
 class SlotPool:
-    """Slots of a rank, kept for the next message. For all its threads. `made`: how many there are."""
+    """A rank's slots, reused for later messages. Thread-safe. `made`: how many slots exist."""
 
     def __init__(self, gpu: Gpu, nbytes: int = SLOT_BYTES) -> None:
         self.gpu, self.nbytes, self.made = gpu, nbytes, 0
@@ -143,21 +143,21 @@ class SlotPool:
         self._lock = threading.Lock()
 
     def take(self, count: int) -> list[PinnedSlot]:
-        """`count` of them; what is missing is allocated."""
+        """Take `count` slots; missing ones are allocated."""
         with self._lock:
             ready = [self._free.pop() for _ in range(min(count, len(self._free)))]
             self.made += count - len(ready)
         return ready + [PinnedSlot(self.gpu, self.nbytes) for _ in range(count - len(ready))]
 
     def give(self, slots: Sequence[PinnedSlot]) -> None:
-        """Back; copies to and from them are waited for."""
+        """Return slots, after waiting for copies to and from them."""
         for slot in slots:
             slot.event.synchronize()
         with self._lock:
             self._free.extend(slots)
 
     def cut(self, buffer: Buffer) -> list[Buffer]:
-        """The buffer in pieces that fit a slot: at least one, which is empty if the buffer is."""
+        """The buffer in pieces that fit a slot: at least one, which is empty if the buffer is empty."""
         step = self.nbytes // buffer.itemsize
         return [buffer[low : low + step] for low in range(0, buffer.size, step)] or [buffer]
 
@@ -167,7 +167,7 @@ def _bits(buffer: Buffer) -> Buffer:
 
 
 def usable_gpus() -> tuple[int, str | None]:
-    """(how many GPUs torch and CuPy both see, why CuPy sees none where torch does)."""
+    """(number of GPUs that both torch and CuPy see, why CuPy sees none although torch does)."""
     import torch
 
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -177,7 +177,7 @@ def usable_gpus() -> tuple[int, str | None]:
         import cupy
 
         return (seen, None) if cupy.cuda.is_available() else (0, "torch sees a GPU, but CuPy finds no CUDA driver")
-    except Exception as error:  # CuPy raises all kinds where it cannot load CUDA's libraries
+    except Exception as error:  # CuPy raises various exceptions if it cannot load CUDA's libraries
         return 0, (
             f"torch sees a GPU, but CuPy cannot be imported ({error}); pip install 'hpctrain[cuda13]' (or cuda12, by "
             "torch.version.cuda)"

@@ -1,4 +1,4 @@
-"""All-reduces of device buffers that run beside the rank's own course."""
+"""All-reduces of device buffers that run in a thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hpctrain.comm.base import Communicator, Request, Thread
 
 
 class Reducer:
-    """Runs started all-reduces one after the other in a thread of `comm`, which nothing else uses."""
+    """Runs started all-reduces one after the other in a thread, on `comm`, which nothing else uses."""
 
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm

@@ -1,4 +1,4 @@
-"""Device buffers copied through pinned host memory, for an MPI that knows host memory only. Not yet run on a GPU."""
+"""Device buffers copied through pinned host memory, for an MPI that supports only host memory. Not yet run on a GPU."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hpctrain.comm.base import Buffer, Operation, Request
 from hpctrain.comm.device.communicator import DeviceCommunicator
 from hpctrain.comm.device.gpu import PinnedSlot
 
-SLOTS = 3  # per blocking verb: one is copied in, one is with MPI, one is copied out
+SLOTS = 3  # per blocking operation: one being copied in, one in MPI, one being copied out
 
 
 class StagedCommunicator(DeviceCommunicator):
-    """For an MPI that knows host memory only.
+    """For an MPI that supports only host memory.
 
-    Blocking verbs pass a few slots through, so that copies and MPI overlap. A started send or receive takes as many
+    Blocking operations use a few slots in turn, so that copies and MPI overlap. A started send or receive takes as many
     slots as its message needs, because MPI must be able to complete it while this rank does something else.
     """
 
@@ -26,7 +26,7 @@ class StagedCommunicator(DeviceCommunicator):
             return StagedSend(self, buffer, dest, tag)
 
     def _start_recv(self, buffer: Buffer, source: int, tag: int) -> Request:
-        self.gpu.mark().synchronize()  # what still reads the buffer
+        self.gpu.mark().synchronize()  # earlier work may still read the buffer
         return StagedRecv(self, buffer, source, tag)
 
     def _send(self, buffer: Buffer, dest: int, tag: int) -> None:
@@ -82,7 +82,7 @@ class StagedCommunicator(DeviceCommunicator):
             algorithms.ring_all_gather(self, buffer, bounds, self._everybody)
 
     def _pass(self, buffer: Buffer, ready: Any, verb: Callable[[Buffer], None], loads: bool, stores: bool) -> None:
-        """A blocking verb on the buffer piece by piece; the copies of its neighbours run meanwhile."""
+        """Run a blocking operation on the buffer piece by piece; the neighbouring pieces are copied meanwhile."""
         parts, slots = self._begin(buffer, ready)
         try:
             if loads:
@@ -95,7 +95,7 @@ class StagedCommunicator(DeviceCommunicator):
                 if stores:
                     slot.store(part)
                 if loads and following < len(parts):
-                    self.gpu.down.wait_event(slot.event)  # that store
+                    self.gpu.down.wait_event(slot.event)  # wait for that store
                     slot.load(parts[following])
         finally:
             self.pool.give(slots)
@@ -107,7 +107,7 @@ class StagedCommunicator(DeviceCommunicator):
 
 
 class StagedSend(Request):
-    """All pieces are with MPI when the constructor returns."""
+    """A started send; all pieces are passed to MPI in the constructor."""
 
     def __init__(self, comm: StagedCommunicator, buffer: Buffer, dest: int, tag: int) -> None:
         comm.gpu.mark().synchronize()
@@ -143,7 +143,7 @@ class StagedSend(Request):
 
 
 class StagedRecv(Request):
-    """All pieces are asked for at once; each is copied to the device when it is seen to have come."""
+    """A started receive. All pieces are requested at once; each is copied to the device once it has arrived."""
 
     def __init__(self, comm: StagedCommunicator, buffer: Buffer, source: int, tag: int) -> None:
         self._comm, self._pool = comm, comm.pool
@@ -192,7 +192,7 @@ class StagedRecv(Request):
 
 
 def _checked(elements: int, part: Buffer, pieces: int, source: int) -> int:
-    """How many elements came. A message of several pieces must fill its buffer: the others would stay unmatched."""
+    """The number of elements received. A message of several pieces must fill its buffer: else pieces stay unmatched."""
     if pieces > 1 and elements != part.size:
         raise ValueError(
             f"a piece of {elements} elements came from rank {source} where {part.size} were expected: a message longer "

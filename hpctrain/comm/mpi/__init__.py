@@ -1,1 +1,1 @@
-"""Real ranks, over mpi4py: the only package that imports it. Importing a module of it initialises MPI."""
+"""Real ranks, over mpi4py: the only package that imports it. Importing one of its modules initialises MPI."""

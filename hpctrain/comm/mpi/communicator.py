@@ -1,7 +1,7 @@
-"""Real ranks: the communicator over mpi4py.
+"""The communicator of real ranks, over mpi4py.
 
-Importing this module initialises MPI. Lower-case mpi4py calls, which pickle, are used between the ranks of one run
-only while a communicator is set up, and only on integers and strings.
+Importing this module initialises MPI. Lower-case mpi4py calls, which pickle, are used only between the ranks of one
+run, only while a communicator is set up, and only on integers and strings.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ OPERATIONS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 def world(recorder: Recorder | None = None, ranks_per_node: int | None = None, wait: str = "auto") -> MpiCommunicator:
     """The communicator over all ranks of the MPI job (a copy of COMM_WORLD). Collective.
 
-    `ranks_per_node` pretends that a node's ranks sit on several smaller ones, for tests and studies. `wait`: spin,
-    nap, or auto, which naps if any node has more ranks than cores.
+    `ranks_per_node` treats a node as several smaller ones, for tests and studies. `wait`: spin, nap, or auto, which
+    naps if any node has more ranks than cores.
     """
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise ClusterError(
@@ -114,7 +114,7 @@ class MpiCommunicator(Communicator):
                 next(request for request in requests if request.over()).explain()
 
     def _message_id(self, verb: str, peer: int, tag: int) -> int:
-        """The number of this message among those to (or from) that peer: equal at both ends."""
+        """The number of this message among those to (or from) that peer: the same at both ends."""
         key = (2 * peer + (verb == "recv"), tag)
         self._messages[key] = count = self._messages.get(key, 0) + 1
         return self.number << 44 | tag << 36 | count
@@ -132,7 +132,7 @@ class MpiCommunicator(Communicator):
     def all_reduce(self, buffer: Buffer, operation: Operation = "sum", algorithm: str = "library") -> None:
         id = self._collective()
         self._gather_up(id)
-        with self.span("reduce", buffer.nbytes if algorithm == "library" else 0, id=id):  # else its messages have them
+        with self.span("reduce", buffer.nbytes if algorithm == "library" else 0, id=id):  # else its messages do
             if buffer.dtype == BFLOAT16:
                 wide = buffer.astype(np.float32)
                 self._all_reduce(wide, operation, algorithm)
@@ -175,7 +175,7 @@ class MpiCommunicator(Communicator):
         return MpiCommunicator(handle, members, hosts, number, self.waiting, self.recorder, self.cores)
 
     def _gather_up(self, id: int) -> None:
-        """Where cores are scarce, wait for the last rank without burning a core, then exchange at full speed."""
+        """If cores are scarce, wait for the last rank without using a core, then exchange at full speed."""
         if self.waiting.naps:
             with self.span("wait", id=id):
                 self.waiting.settle(self.handle.Ibarrier())
@@ -200,7 +200,7 @@ class MpiCommunicator(Communicator):
 
     def wait(self, arena: Arena) -> None:
         if isinstance(arena, SharedArena):
-            with self.span("wait", id=arena.id | arena.epoch):  # also of who came last: for whom the others waited
+            with self.span("wait", id=arena.id | arena.epoch):  # also for the last rank: shows whom others waited for
                 if not arena.arrived():
                     self.waiting.until(arena.arrived)
 
@@ -218,7 +218,7 @@ class MpiCommunicator(Communicator):
 
     def lane(self, number: int) -> Self:
         other = super().lane(number)
-        other.waiting = Waiting(naps=True)  # a thread that looks all the time keeps the rank's own from the interpreter
+        other.waiting = Waiting(naps=True)  # a polling thread would keep the interpreter from the main one
         return other
 
     def spawn(self, function: Callable[[], Any]) -> Thread:
@@ -234,12 +234,12 @@ def _split(handle: MPI.Intracomm, color: int, key: int) -> MPI.Intracomm:
 
 
 def _wire(buffer: Buffer) -> Buffer:
-    """The buffer as MPI can move it: bfloat16 has no MPI type, its bits have."""
+    """The buffer in a form that MPI can send: there is no MPI type for bfloat16, but there is one for its bits."""
     return buffer.view(np.uint16) if buffer.dtype == BFLOAT16 else buffer
 
 
 class MpiThread(Thread):
-    """Of rank `rank`. What `function` raises ends all ranks, unless they raise it too: nobody may ever come to join."""
+    """A thread of rank `rank`. Its exceptions end all ranks, as it may never be joined, unless all ranks raise them."""
 
     def __init__(self, function: Callable[[], Any], rank: int) -> None:
         self._result: Any = None
@@ -267,7 +267,7 @@ class MpiThread(Thread):
 
 
 def _without_exit(function: Callable[[], Any]) -> Any:
-    """`function()`. Python ends a thread without a word where it calls sys.exit(): so that is an error."""
+    """`function()`. sys.exit() would end the thread silently, so it becomes an error."""
     try:
         return function()
     except SystemExit as error:

@@ -1,4 +1,4 @@
-"""How a job ends that one rank alone ends."""
+"""Ends the whole job when a single rank fails."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 from hpctrain.errors import HpctrainError
 
-PATIENCE = 2.0  # seconds that a rank lets the others speak first, at most
+PATIENCE = 2.0  # maximum time in seconds that a rank lets others report first
 INTERRUPTED = 130
 
 
 def end_all_ranks(rank: int, error: BaseException) -> None:
-    """Tell what only this rank, number `rank`, may know, and end all ranks.
+    """Report an error that only this rank, number `rank`, may have, and end all ranks.
 
-    A user's mistake is a sentence, with the error's status; an interruption status 130; anything else is the
-    traceback, with this rank's number before every line, status 1. Rank 0 speaks at once, the others in turn a moment
-    later, so that an error that all of them have is reported once.
+    A user error is reported as a sentence, with the error's status; an interruption has status 130; anything else is
+    reported as a traceback, with this rank's number before every line, and status 1. Rank 0 reports immediately, the
+    others a little later, in turn, so that an error on all ranks is reported once.
     """
     if rank > 0:
         time.sleep(min(PATIENCE, 1.0 + 0.05 * rank))
@@ -37,11 +37,11 @@ def end_all_ranks(rank: int, error: BaseException) -> None:
 
 
 def end_all_ranks_with_this_program() -> None:
-    """From now on, if an exception that nothing catches ends this program, it ends all ranks, once Python has told it.
+    """From now on, an uncaught exception in this program ends all ranks, once Python has reported it.
 
-    Else MPI_Finalize, in which this rank would wait for the others, might wait for ever.
+    Otherwise MPI_Finalize, in which this rank would wait for the others, might never return.
     """
-    atexit.unregister(_end_if_uncaught)  # once is enough
+    atexit.unregister(_end_if_uncaught)  # register only once
     atexit.register(_end_if_uncaught)
 
 
@@ -52,8 +52,8 @@ def _end_if_uncaught() -> None:
 
 
 def _uncaught() -> BaseException | None:
-    """What ends this program, if an exception does. Test runners and interactive shells leave the exceptions that they
-    have caught in the same place; those do not come from the main program's outermost frame."""
+    """The exception that ends this program, if any. Test runners and interactive shells store exceptions that they have
+    caught in the same place; those do not come from the main program's outermost frame."""
     error: BaseException | None = getattr(sys, "last_value", None)
     trace = error.__traceback__ if error is not None else None
     outermost = trace.tb_frame.f_globals.get("__name__") if trace is not None else None
@@ -71,5 +71,5 @@ def _abort(status: int) -> None:
 
     world: Any = MPI.COMM_WORLD
     world.Abort(status)
-    time.sleep(PATIENCE)  # MPICH's returns at times before its launcher has killed this process
+    time.sleep(PATIENCE)  # MPICH's Abort sometimes returns before its launcher has killed this process
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Started operations of real ranks, and how their ends are waited for."""
+"""Started operations of real ranks, and how to wait for them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from hpctrain.comm.base import Buffer, Request
 from hpctrain.comm.mpi.start import MPI
 from hpctrain.trace.recorder import Recorder
 
-NAP = 50e-6  # seconds between looks where ranks outnumber cores
-LOOKS = 16  # between naps: in each, MPICH moves only one piece (64 KiB or so) of a long message
+NAP = 50e-6  # seconds between polls if there are more ranks than cores
+LOOKS = 16  # polls between naps: in each, MPICH moves only one piece (about 64 KiB) of a long message
 
 
 class Waiting:
-    """How to pass the time until something is true: look often at first, then nap or go on looking.
+    """How to wait until a condition is true: poll often at first, then nap or continue polling.
 
-    With `naps` a waiting rank leaves its core to ranks that compute; without, latency is lowest.
+    With `naps`, a waiting rank leaves its core to ranks that compute; without, latency is lowest.
     """
 
     def __init__(self, naps: bool) -> None:
@@ -38,7 +38,7 @@ class Waiting:
                 looks = 1
 
     def settle(self, request: MPI.Request) -> None:
-        """Until that MPI operation is over."""
+        """Wait until that MPI operation is over."""
         if self.naps:
             self.until(request.Test)
         else:
@@ -46,7 +46,7 @@ class Waiting:
 
 
 class MpiRequest(Request):
-    """A started MPI operation. `_end` is called once, by whichever call first finds that it is over."""
+    """A started MPI operation. `_end` is called once, by whichever call first finds it over."""
 
     __slots__ = ("_done", "_recorder", "_request", "_waiting", "id")
 
@@ -64,11 +64,11 @@ class MpiRequest(Request):
         return self._done
 
     def _end(self) -> None:
-        """What is left to do when MPI has done its part."""
+        """Remaining work after MPI has completed the operation."""
 
 
 class MpiSend(MpiRequest):
-    """Its bytes were traced when it began; how long its sender waits for its end is a second span, without bytes."""
+    """A started send. Its bytes are traced when it starts; the wait for its end is a second span, without bytes."""
 
     __slots__ = ("_peer",)
 
@@ -85,7 +85,8 @@ class MpiSend(MpiRequest):
 
 
 class MpiRecv(MpiRequest):
-    """Traced where it ends: as a span without length if nobody waited for it. `peer`: the sender, in the whole run."""
+    """A started receive. Traced at its end: with length zero if nothing waited. `peer`: the sender's rank in the
+    run."""
 
     __slots__ = ("_buffer", "_elements", "_found", "_peer")
 
@@ -137,7 +138,7 @@ class MpiRecv(MpiRequest):
 
 
 class MpiReduce(MpiRequest):
-    """A started all-reduce. Traced like a send: its bytes where it begins, the wait for its end in a second span."""
+    """A started all-reduce. Traced like a send: its bytes when it starts, the wait for its end in a second span."""
 
     __slots__ = ("_buffer", "_wide")
 

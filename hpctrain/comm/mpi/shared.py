@@ -1,4 +1,4 @@
-"""Arenas in memory that the ranks of a node share (MPI-3 shared windows), with a notice board for waiting."""
+"""Arenas in memory shared by the ranks of a node (MPI-3 shared windows), with epochs to wait for."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class PrivateArena(Arena):
 
 
 class SharedArena(Arena):
-    """One window over the ranks of a node. Collective over `node`, like `free`. `id`: with an epoch, that of a wait.
+    """One window over the ranks of a node. Collective over `node`, like `free`. `id` plus an epoch is the id of a wait.
 
-    Writes become visible by `publish` (store of the epoch after a memory barrier) and `arrived`. The window is
-    locked once and for all: MPICH takes Win.Sync only inside an epoch.
+    `publish` (a store of the epoch after a memory barrier) and `arrived` make writes visible. The window stays locked:
+    MPICH accepts Win.Sync only inside an access epoch.
     """
 
     def __init__(self, node: MPI.Intracomm, length: int, dtype: np.dtype[Any], id: int) -> None:
@@ -57,7 +57,7 @@ class SharedArena(Arena):
         self._window.Sync()
 
     def publish(self) -> None:
-        """Show the other ranks what this one has written."""
+        """Make this rank's writes visible to the other ranks."""
         self._window.Sync()
         self.epoch += 1
         self._epochs[self._rank][0] = self.epoch
@@ -79,9 +79,9 @@ class SharedArena(Arena):
 
 
 def why_not_shared(node: MPI.Intracomm, nbytes: int) -> str | None:
-    """Why arenas of `nbytes` of this rank and its like cannot be shared; None if they can. Collective.
+    """Why arenas of `nbytes` per rank of the node cannot be shared; None if they can. Collective.
 
-    Touching more shared memory than there is kills the process (a bus error), so this is asked first.
+    Touching more shared memory than is available kills the process (a bus error), so this is checked first.
     """
     wanted = node.allreduce(nbytes)
     reason = None

@@ -1,4 +1,4 @@
-"""MPI, started: importing this module initialises it (thread level MULTIPLE), if nobody has. It ends with Python."""
+"""Importing this module initialises MPI (thread level MULTIPLE), unless already done. MPI ends with Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mpi4py
 
 from hpctrain.launcher.started import netmod_for
 
-mpi4py.rc(initialize=False, finalize=True)  # else the import below would, before the library can be asked what it is
+mpi4py.rc(initialize=False, finalize=True)  # else the import below would, before the library can be identified
 from mpi4py import MPI  # noqa: E402 (mpi4py is configured before this import, and by nothing else)
 
 __all__ = ["MPI"]

@@ -42,7 +42,7 @@ Made = TypeVar("Made")
 
 
 class VirtualCommunicator(Communicator):
-    """See `Communicator`. Collectives are built from messages and cost what these cost; their sums are free."""
+    """See `Communicator`. Collectives are built from messages and cost what the messages cost; arithmetic is free."""
 
     def __init__(self, world: Platform, group: VirtualGroup, rank: int, recorder: Recorder) -> None:
         self.world = world
@@ -105,7 +105,7 @@ class VirtualCommunicator(Communicator):
         return incoming.elements
 
     def _number(self, peer: int, tag: int, way: int) -> int:
-        """The number of this message among those to (or from) that peer: equal at both ends."""
+        """The number of this message among those to (or from) that peer: the same at both ends."""
         key = (2 * peer + way, tag)
         self._numbers[key] = count = self._numbers.get(key, 0) + 1
         return self.group.number << 44 | tag << 36 | count
@@ -152,7 +152,7 @@ class VirtualCommunicator(Communicator):
             reduce(self, buffer, operation, self.group.everybody)
 
     def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
-        """Runs in a coroutine beside this rank's own, with messages of its own."""
+        """Runs in a separate coroutine of this rank, with its own messages."""
         self._count += 1
         id = self.group.number << 44 | self._count
         beside = copy(self)
@@ -202,7 +202,7 @@ class VirtualCommunicator(Communicator):
         epoch, world = arena.epochs[arena.index], self.world
         if len(arena.epochs) == 1:
             return
-        with verb_span(self, "wait", id=arena.id | epoch):  # also of who came last: for whom the others waited
+        with verb_span(self, "wait", id=arena.id | epoch):  # also for the last rank: shows whom others waited for
             while min(arena.epochs) < epoch:
                 late = [self.members[self.local_ranks[i]] for i, e in enumerate(arena.epochs) if e < epoch]
                 assert world.current is not None
@@ -210,7 +210,7 @@ class VirtualCommunicator(Communicator):
                 world.block(f"notify of epoch {epoch} by ranks {late}")
 
     def _meet(self, what: str, who: Sequence[int], value: Any) -> list[Any]:
-        """Values of all of `who`, in their order; waits until all have come."""
+        """The values of all ranks in `who`, in their order; waits until all have arrived."""
         self._count += 1
         meetings, key = self.group.meetings, (what, self._count, who[0])
         meeting = meetings.setdefault(key, Meeting())
@@ -227,7 +227,7 @@ class VirtualCommunicator(Communicator):
         return [meeting.values[r] for r in who]
 
     def _shared(self, name: Any, takers: int, make: Callable[[], Made]) -> Made:
-        """One object for all `takers` ranks that ask for it by the same name at the same place of their course."""
+        """One object for all `takers` ranks that request it by the same name, after the same number of collectives."""
         meetings, key = self.group.meetings, (name, self._count)
         meeting = meetings.setdefault(key, Meeting())
         if not meeting.values:
@@ -243,7 +243,7 @@ class VirtualCommunicator(Communicator):
 
     @contextmanager
     def _collective(self, kind: str) -> Iterator[None]:
-        """Made of messages, which carry the bytes."""
+        """A collective built from messages, which record the bytes."""
         self._count += 1
         task = self.world.current
         assert task is not None
@@ -264,7 +264,7 @@ class VirtualCommunicator(Communicator):
         self.pass_time(int(seconds * 1e9))
 
     def pass_time(self, nanoseconds: int) -> None:
-        """Let this rank do nothing for so long."""
+        """Let this rank sleep for that time."""
         world = self.world
         task, end = world.current, world.time + nanoseconds
         assert task is not None
@@ -301,7 +301,7 @@ class VirtualThread(Thread):
 
 
 class ComputeSpan:
-    """Traces its block and lets the time pass that the block costs."""
+    """Traces its block and advances the clock by the cost of the block."""
 
     __slots__ = ("_arguments", "_comm")
 

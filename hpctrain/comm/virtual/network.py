@@ -1,4 +1,4 @@
-"""The network that virtual time runs on. All times are integers, in nanoseconds."""
+"""The network model of virtual time. All times are integers, in nanoseconds."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ class Network(Protocol):
     eager_limit: int
 
     def transfer(self, source: int, dest: int, nbytes: int, start: int) -> tuple[int, int]:
-        """Reserve the way of `nbytes` from node `source` to node `dest` from `start` on.
+        """Reserve the path for `nbytes` from node `source` to node `dest`, from time `start` on.
 
-        Returns (when the sender may go on, when the last byte has arrived).
+        Returns (when the sender may continue, when the last byte has arrived).
         """
 
 
 @dataclass
 class FreeNetwork:
-    """Costs nothing. By default even the shortest message waits for its receiver, so that deadlocks show."""
+    """Costs nothing. By default even the shortest message waits for its receiver, to reveal deadlocks."""
 
     eager_limit: int = -1
 
@@ -30,10 +30,10 @@ class FreeNetwork:
 
 @dataclass
 class LinkNetwork:
-    """Each node has one link, of `bandwidth` bytes per second each way, to a switch that never blocks.
+    """Each node has one link, of `bandwidth` bytes per second in each direction, to a non-blocking switch.
 
-    A message holds the sender's link, then the receiver's, one message at a time (the postal model with
-    contention at the ends); within a node it takes `node_latency` and passes at `node_bandwidth`, uncontended.
+    A message occupies the sender's link, then the receiver's, one message at a time (the postal model with contention
+    at the ends); within a node it takes `node_latency` and is sent at `node_bandwidth`, without contention.
     """
 
     latency: int = 20_000

@@ -1,4 +1,4 @@
-"""What virtual ranks run on: nodes, the network between them, and a clock."""
+"""The platform of virtual ranks: nodes, the network between them, and a clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Compute = Callable[[int, str, int, float], int]
 
 
 class Platform(Scheduler):
-    """`nodes`: rank -> node index; `network`: how long messages take; `compute`: what spans cost (None: nothing)."""
+    """`nodes`: rank -> node index; `network`: how long messages take; `compute`: the cost of spans (None: free)."""
 
     def __init__(
         self, nodes: Sequence[int], network: Network | None, compute: Compute | None, isolate_torch: bool

@@ -1,4 +1,4 @@
-"""Started operations of virtual ranks, and how a send meets its receive."""
+"""Started operations of virtual ranks, and how sends and receives are matched."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LATER = 2**63
 UNTRACED = nullcontext()
 
 Box = deque["VirtualSend | VirtualRecv"]
-"""What was started and has no counterpart yet: only sends, or only receives."""
+"""Started operations without a counterpart yet: only sends, or only receives."""
 
 Boxes = defaultdict[tuple[int, int, int], Box]
 """By destination, source and tag."""
 
 
 class Endpoint(Protocol):
-    """What a request needs of the communicator that it was started on."""
+    """The part of a communicator that its requests use."""
 
     world: Platform
     rank: int
@@ -34,7 +34,7 @@ class Endpoint(Protocol):
 
 
 class VerbSpan:
-    """Traces a verb of a communicator, which takes the time that its messages take and no more."""
+    """Traces a communicator operation; takes exactly as long as its messages."""
 
     __slots__ = ("_arguments", "_comm")
 
@@ -50,15 +50,15 @@ class VerbSpan:
 
 
 def verb_span(comm: Endpoint, kind: str, nbytes: int = 0, id: int = -1) -> AbstractContextManager[None]:
-    """A `VerbSpan`, or nothing where nothing is traced."""
+    """A `VerbSpan`, or a null context if nothing is traced."""
     return VerbSpan(comm, kind, nbytes, id) if comm.traced else UNTRACED
 
 
 class VirtualRequest(Request):
-    """A send or a receive in progress: over when the clock comes to `ends`, which is LATER until that is known.
+    """A send or a receive in progress: over when the clock reaches `ends`, which is LATER until it is known.
 
-    Of a receive: `elements`, how many came. Of a send: `arrives`, when it is there if it set out before its receiver
-    was ready (else -1).
+    For a receive: `elements`, the number received. For a send: `arrives`, its arrival time if it was sent before its
+    receiver was ready (else -1).
     """
 
     __slots__ = ("arrives", "buffer", "comm", "elements", "ends", "id", "peer", "tag", "task")
@@ -84,7 +84,7 @@ class VirtualRequest(Request):
             world.wake_at(self.ends, self.task)
 
     def block(self) -> None:
-        """Wait until it is over. For operations that are not."""
+        """Wait until it is over. Only for operations that are not over yet."""
         comm = self.comm
         world = comm.world
         if comm.traced:
@@ -97,7 +97,7 @@ class VirtualRequest(Request):
             comm.recorder.close(world.time)
 
     def learn(self) -> None:
-        """Before the span of having waited for it is closed."""
+        """Called before the span of waiting for it is closed."""
 
     def __str__(self) -> str:
         peer = self.comm.members[self.peer]
@@ -137,7 +137,7 @@ class VirtualRecv(VirtualRequest):
             self.comm.recorder.learn(0, self.comm.members[self.peer], self.id)
 
     def leave_span(self) -> None:
-        """Leave a span without length: the message was there before its receiver waited for it."""
+        """Record a span of length zero: the message arrived before its receiver waited for it."""
         comm = self.comm
         comm.recorder.open("recv", comm.world.time, 0, -1, self.id)
         self.learn()
@@ -162,7 +162,7 @@ class VirtualRecv(VirtualRequest):
 
 
 def match(world: Platform, send: VirtualSend, recv: VirtualRecv) -> None:
-    """Move the bytes, and let time pass for both ends."""
+    """Copy the data, and schedule the end on both sides."""
     out, into, now = send.buffer, recv.buffer, world.time
     if out.size == into.size:
         into[...] = out

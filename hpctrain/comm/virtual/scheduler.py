@@ -1,9 +1,10 @@
-"""Coroutines on a virtual clock: what virtual ranks run on. Deterministic, in one thread.
+"""Coroutines on a virtual clock, used by virtual ranks. Deterministic, in one thread.
 
-A task runs until it must wait; then the next one that can, in the order in which they became able to. When none
-can, the clock goes on to the next event. What torch keeps per thread (grad mode, autocast) is kept per task, and so
-are the states of the global generators of torch (on the CPU), NumPy and Python, which a process has for itself under
-MPI. (But for half a pair of normal numbers that NumPy may hold: it is lost where another task goes on.)
+A task runs until it must wait; then the next runnable task runs, in the order in which they became runnable. When no
+task is runnable, the clock advances to the next event. State that torch keeps per thread (grad mode, autocast) is kept
+per task, and so are the states of the global generators of torch (on the CPU), NumPy and Python, which each process has
+for itself under MPI. (One exception: if NumPy has cached the second of a pair of normal numbers, it is lost when
+another task runs.)
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from numpy.random import mtrand
 
 
 class DeadlockError(RuntimeError):
-    """No task can go on; the message lists who waits for what."""
+    """No task can continue; the message lists what each task waits for."""
 
 
 class Task:
-    """One coroutine. `waits`: what it waits for, to be shown; `joiner`: the task that waits for its end."""
+    """One coroutine. `waits`: what it waits for, for messages; `joiner`: the task that waits for its end."""
 
     waits: Any = None
     queued = False
@@ -33,8 +34,8 @@ class Task:
     result: Any = None
     error: BaseException | None = None
     joiner: Task | None = None
-    inside = 0  # depth of collectives: until they return no code runs that could look at torch's state
-    torch: tuple[Any, ...] | None = None  # saved; None while it is the one in force
+    inside = 0  # depth of collectives: until they return, no code runs that could use torch's state
+    torch: tuple[Any, ...] | None = None  # saved state; None while it is active
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -43,7 +44,7 @@ class Task:
 
 
 class Scheduler:
-    """Runs tasks. `time`: virtual nanoseconds; `resumptions`: how often one task gave way to another."""
+    """Runs tasks. `time`: virtual nanoseconds; `resumptions`: the number of switches between tasks."""
 
     def __init__(self, isolate_torch: bool = True) -> None:
         self.time = 0
@@ -53,14 +54,14 @@ class Scheduler:
         self._ready: deque[Task] = deque()
         self._events: list[tuple[int, int, Task]] = []
         self._sequence = 0
-        self._tasks: dict[Task, None] = {}  # those that have not ended, in order of their start
+        self._tasks: dict[Task, None] = {}  # those that have not ended, in the order of their start
         self._failed: list[Task] = []
         self._hub: Any = None
         self._starting: Task | None = None
         self._dying = False
 
     def run_all(self, courses: Sequence[tuple[str, Callable[[], Any]]]) -> list[Any]:
-        """Run (name, function) pairs as tasks to their end; returns their results.
+        """Run (name, function) pairs as tasks until they end; returns their results.
 
         Raises the first exception of a task, or DeadlockError.
         """
@@ -77,7 +78,7 @@ class Scheduler:
         return [task.result for task in tasks]
 
     def start(self, name: str, function: Callable[[], Any], inside: int = 0) -> Task:
-        """A new task, able to run; it inherits torch's state of now. `inside` 1: it never looks at that."""
+        """Start a runnable task; it inherits torch's current state. `inside` 1: it never uses that state."""
         task = Task(name)
         task.glet = greenlet.greenlet(lambda: self._body(task, function), parent=self._hub)
         task.resume = lambda: self._start_from_hub(task)
@@ -103,18 +104,18 @@ class Scheduler:
             self.wake(task.joiner)
 
     def _start_from_hub(self, task: Task) -> None:
-        """A coroutine inherits the stack depth of whoever starts it, so only the hub does."""
+        """A coroutine inherits the stack depth of its starter, so only the hub starts coroutines."""
         self._starting = task
         self._hub.switch()
 
     def wake(self, task: Task) -> None:
-        """Let it run again, after those that are able to already."""
+        """Make the task runnable, after those that already are."""
         if not task.queued:
             task.queued = True
             self._ready.append(task)
 
     def wake_at(self, time: int, task: Task) -> None:
-        """Let it run again when the clock has come to `time`."""
+        """Make the task runnable when the clock reaches `time`."""
         if time > self.time:
             self._sequence += 1
             heapq.heappush(self._events, (time, self._sequence, task))
@@ -123,9 +124,9 @@ class Scheduler:
             self._ready.append(task)
 
     def block(self, waits: Any) -> None:
-        """Give way until somebody wakes the current task, perhaps for a reason of old: look whether it may go on.
+        """Suspend the current task until another wakes it, perhaps for an outdated reason: recheck the condition then.
 
-        `waits` is shown if nobody ever does.
+        `waits` is shown in a deadlock.
         """
         task = self.current
         assert task is not None
@@ -144,7 +145,7 @@ class Scheduler:
             self.restore_torch(task)
 
     def _next(self) -> Task | None:
-        """The next task that is able to run, after the time that has to pass before; None if that never happens."""
+        """The next runnable task, after advancing the clock if necessary; None if there will never be one."""
         if self._ready:
             return self._ready.popleft()
         while self._events:
@@ -154,7 +155,7 @@ class Scheduler:
         return None
 
     def restore_torch(self, task: Task) -> None:
-        """Put the state in force that torch had when the task gave way."""
+        """Restore the torch state from when the task was suspended."""
         if task.torch is not None:
             _restore_torch(self._torch, task.torch)
             task.torch = None
@@ -177,7 +178,7 @@ class Scheduler:
                 following.resume()
 
     def _raise_failure(self, tasks: Sequence[Task]) -> None:
-        """As under MPI, a mistake that all ranks learn of by themselves may wait in its thread to be joined."""
+        """As under MPI, an error that every rank raises by itself may stay in its thread until joined."""
         for task in self._failed:
             assert task.error is not None
             if task in tasks or not getattr(task.error, "everywhere", False):
@@ -206,7 +207,7 @@ def _describe(waits: Any) -> str:
 
 
 def _torch_state(torch: Any, own_numpy: bool = False) -> tuple[Any, ...] | None:
-    """With Python's and NumPy's; `own_numpy`: a generator that is in the state of NumPy's, in place of that itself."""
+    """torch's state with the generators; `own_numpy`: a generator with a copy of NumPy's state, not NumPy's own."""
     if torch is None:
         return None
     numpy = mtrand.get_bit_generator()

@@ -1,4 +1,4 @@
-"""What virtual ranks have in common: groups, meetings, and arenas."""
+"""Objects shared by virtual ranks: groups, meetings, and arenas."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hpctrain.comm.virtual.scheduler import Task
 
 
 class VirtualGroup:
-    """What the ranks of one communicator share."""
+    """State shared by the ranks of one communicator."""
 
     def __init__(self, nodes_of_run: Sequence[int], members: tuple[int, ...], number: int) -> None:
         self.members = members
@@ -30,7 +30,7 @@ class VirtualGroup:
 
 
 class Meeting:
-    """Something that ranks of a group have in common for a while: forgotten when all of them have taken it."""
+    """Values that ranks of a group share temporarily: deleted when all of them have taken it."""
 
     def __init__(self) -> None:
         self.values: dict[int, Any] = {}
@@ -39,7 +39,7 @@ class Meeting:
 
 
 class VirtualArena(Arena):
-    """`epochs` and `waiting`: how often each rank of the node has notified, and the tasks that wait for others to."""
+    """`epochs`: how often each rank of the node has notified; `waiting`: the tasks that wait for other ranks."""
 
     def __init__(self, parts: list[Buffer], index: int, epochs: list[int], waiting: list[Task], id: int) -> None:
         self.parts = parts

@@ -1,9 +1,9 @@
-"""Running a function on many virtual ranks. Deterministic.
+"""Runs a function on many virtual ranks. Deterministic.
 
-`World(size).run(function)` calls `function(communicator)` once per rank. A rank runs until it must wait; then
-the next one that can, in the order in which they became able to. Time passes only in messages (what the
-`network` says), in spans of the caller (what `compute` says) and in `sleep`. Where no rank can go on and no event
-is to come, `DeadlockError` lists what each of them waits for.
+`World(size).run(function)` calls `function(communicator)` once per rank. A rank runs until it must wait; then the next
+runnable rank runs, in the order in which they became runnable. Time passes only in messages (according to `network`),
+in spans of the caller (according to `compute`) and in `sleep`. If no rank can continue and no event is pending,
+`DeadlockError` lists what each rank waits for.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from hpctrain.trace.recorder import NullRecorder, Recorder
 class World(Platform):
     """`size` virtual ranks on `nodes` (rank -> node index; default: all on one).
 
-    `isolate_torch`: save and restore torch's grad mode, autocast and CPU random state at every change of rank.
-    Attributes after a run: `time` (virtual nanoseconds), `resumptions` (how often one rank gave way to another).
+    `isolate_torch`: save and restore torch's grad mode, autocast and CPU random state at every switch between ranks.
+    Attributes after a run: `time` (virtual nanoseconds), `resumptions` (the number of switches between ranks).
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class World(Platform):
         self.recorders = recorders
 
     def run(self, function: Callable[[VirtualCommunicator], Any]) -> list[Any]:
-        """Run all ranks to their end; returns their results in rank order.
+        """Run all ranks until they end; returns their results in rank order.
 
         Raises the first exception of a rank, or DeadlockError.
         """
