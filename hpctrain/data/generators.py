@@ -119,7 +119,7 @@ class DrewError(BaseException):
 
 
 class NoDraws(TorchDispatchMode):
-    """In this context, and this thread alone, prevents draws from torch's global generators: raises DrewError first.
+    """Within the context, in this thread only, raises DrewError before a draw from torch's global generators.
 
     Other generators may be drawn from. `harmless`: operations known not to draw, shared by all guards.
     """

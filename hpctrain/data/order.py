@@ -22,8 +22,8 @@ class Order:
 
     `length` is None for a stream whose length is not known and that has not been read to its end yet (see `learn`):
     until then there is a single endless epoch. Streams keep their own order, so `shuffle` does not affect them. `of`:
-    the number of samples to choose from, if an epoch omits some: it has the first `length` of the order. `common`:
-    whether all ranks are known to have this length.
+    the number of samples to choose from, if an epoch omits some: it uses the first `length` of their permutation.
+    `common`: whether all ranks are known to have this length.
     """
 
     def __init__(self, length: int | None, seed: int = 0, shuffle: bool = True, of: int | None = None) -> None:

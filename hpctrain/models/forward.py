@@ -59,11 +59,9 @@ class Forward:
 
     @contextmanager
     def explained(self, batch: Batch) -> Iterator[None]:
-        """Turn errors inside model or loss, on samples that are not pairs, into a DataError that says how to provide
-        them.
+        """Turn errors inside model or loss on samples that are not pairs into a DataError that says how to fix it.
 
-        Does not do so if a model that returns its own loss accepts all keys of a mapping: the error is then the model's
-        own.
+        Not if a model that returns its own loss accepts all keys of a mapping: the error is then the model's own.
         """
         try:
             yield

@@ -239,7 +239,7 @@ def _wire(buffer: Buffer) -> Buffer:
 
 
 class MpiThread(Thread):
-    """A thread of rank `rank`. Its exceptions end all ranks, as it may never be joined, unless all ranks raise them."""
+    """A thread of rank `rank`. An exception ends all ranks, as nothing may ever join it, unless all ranks raise it."""
 
     def __init__(self, function: Callable[[], Any], rank: int) -> None:
         self._result: Any = None

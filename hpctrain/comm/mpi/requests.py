@@ -85,8 +85,7 @@ class MpiSend(MpiRequest):
 
 
 class MpiRecv(MpiRequest):
-    """A started receive. Traced at its end: with length zero if nothing waited. `peer`: the sender's rank in the
-    run."""
+    """A started receive. Traced at its end; length zero if nothing waited. `peer`: the sender's rank in the run."""
 
     __slots__ = ("_buffer", "_elements", "_found", "_peer")
 
