@@ -1,7 +1,7 @@
-"""`hpctrain run`: find the mpiexec that belongs to mpi4py's MPI, start ranks with it, leave nothing behind.
+"""`hpctrain run`: find the mpiexec that belongs to mpi4py's MPI, start ranks with it, clean up afterwards.
 
-Linux. The ranks are known by a mark in their environment, so that they are found also when their launcher is gone.
-What is known about launchers is in `facts`.
+Linux only. A mark in their environment identifies the ranks, so they can be found even when their launcher is gone.
+All facts about launchers are in `facts`.
 """
 
 from hpctrain.launcher.cleanup import clear, leftovers, watch

@@ -1,6 +1,6 @@
-"""Nothing of a launch is left on this machine: its processes, and the files of its MPI library.
+"""Removes everything that a launch leaves on this machine: its processes, and the files of its MPI library.
 
-A watcher process does the cleaning up when `hpctrain run` itself is killed.
+A watcher process cleans up when `hpctrain run` itself is killed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from hpctrain.launcher.deadline import Deadline, stopping_file, temporary, unfin
 from hpctrain.launcher.facts import HYDRA_FILE, PRTE_FOLDER, SHARED_MEMORY
 from hpctrain.launcher.processes import living, marked, used_files
 
-GONE = 10.0  # seconds that killed processes may take to end: memory is given back piece by piece
+GONE = 10.0  # seconds that killed processes may take to end: freeing their memory takes time
 
 
 def clear(mark: str, launcher: int, started: float) -> None:
     """Kill the processes with this mark on this machine, then remove the files that their MPI library left."""
     deadline = time.monotonic() + GONE
-    dying: set[int] = set()  # without an environment, but with files that they have not closed yet
+    dying: set[int] = set()  # their environment is gone, but they may still have files open
     while True:
         pids = marked(mark)
         dying = {pid for pid in dying.union(pids) if living(pid)}
@@ -46,9 +46,9 @@ def clear(mark: str, launcher: int, started: float) -> None:
 
 
 def leftovers(started: float, launcher: int) -> list[Path]:
-    """Files that MPI libraries and launchers make, of this user, newer than `started`, in nobody's use.
+    """This user's files from MPI libraries and launchers that are newer than `started` and not in use.
 
-    And the session folder of the Open MPI launcher with that PID.
+    Includes the session folder of the Open MPI launcher with that PID.
     """
     found = [temporary() / f"{PRTE_FOLDER}{launcher}"]
     for folder, pattern in ((Path("/dev/shm"), SHARED_MEMORY), (temporary(), HYDRA_FILE)):
@@ -64,7 +64,7 @@ def leftovers(started: float, launcher: int) -> list[Path]:
 
 
 def _in_use() -> set[str]:
-    """Paths of files that living processes have open or mapped; all of hydra's files while a hydra lives."""
+    """Paths of files that living processes have open or mapped; all of hydra's files while any hydra process lives."""
     used: set[str] = set()
     for files, of_hydra in used_files():
         used |= files
@@ -75,7 +75,7 @@ def _in_use() -> set[str]:
 
 @contextlib.contextmanager
 def watcher(launcher: int, mark: str, started: float, grace: float) -> Iterator[None]:
-    """While entered, a process of its own watches over this one, and cleans up should it be killed."""
+    """While entered, a separate process watches this one, and cleans up if it is killed."""
     root = str(Path(__file__).resolve().parents[2])
     code = "import sys; sys.path.insert(0, sys.argv[1]); from hpctrain.launcher import watch; watch(*sys.argv[2:])"
     argv = [sys.executable, "-c", code, root, str(launcher), mark, str(started), str(grace)]
@@ -90,7 +90,7 @@ def watcher(launcher: int, mark: str, started: float, grace: float) -> Iterator[
 
 
 def watch(launcher: str, mark: str, started: str, grace: str) -> None:
-    """What the watcher process does. Input that ends without a word means that `hpctrain run` was killed."""
+    """The watcher process's main function. Input that ends without any data means that `hpctrain run` was killed."""
     if os.read(0, 16):
         return
     with contextlib.suppress(ProcessLookupError):

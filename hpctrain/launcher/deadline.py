@@ -1,4 +1,4 @@
-"""How long ranks that were asked to stop are waited for, and the files by which they ask for more time."""
+"""How long to wait for ranks that were asked to stop, and the files by which they ask for more time."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import os
 import time
 from pathlib import Path
 
-RENEWED = 5.0  # seconds for which a rank's request for more time counts
+RENEWED = 5.0  # seconds for which a rank's request for more time is valid
 QUIET = 3.0  # seconds of waiting that need no explanation
 
 
 class Deadline:
-    """How long ranks that were asked to stop are waited for: `grace` seconds, and as long as they renew `stopping`."""
+    """How long to wait for ranks that were asked to stop: `grace` seconds, longer while they renew `stopping`."""
 
     def __init__(self, grace: float, stopping: Path) -> None:
         self.grace, self.stopping = grace, stopping
         self.asked: float | None = None
         self.again = False
-        self._renewed: tuple[int, float] = 0, 0.0  # the file's time, and when it was seen first
+        self._renewed: tuple[int, float] = 0, 0.0  # the file's modification time, and when it was first seen
 
     def ask(self) -> None:
-        """The ranks are asked to stop; a second time: they have no time left."""
+        """Record that the ranks were asked to stop; a second call leaves them no more time."""
         if self.asked is None:
             self.asked = time.monotonic()
         else:
             self.again = True
 
     def hopeful(self) -> bool:
-        """Whether a rank has lately announced that it is about to stop."""
+        """Whether a rank has recently announced that it is about to stop."""
         with contextlib.suppress(OSError):
             stamp = self.stopping.stat().st_mtime_ns
             if stamp != self._renewed[0]:
@@ -36,13 +36,13 @@ class Deadline:
         return self._renewed[0] > 0 and time.monotonic() - self._renewed[1] < RENEWED
 
     def late(self) -> bool:
-        """Whether they are to be killed now."""
+        """Whether to kill the ranks now."""
         if self.asked is None:
             return False
         return self.again or (time.monotonic() >= self.asked + self.grace and not self.hopeful())
 
     def long(self) -> bool:
-        """Whether it takes so long that the user should be told why."""
+        """Whether the wait is long enough to tell the user why."""
         return self.asked is not None and time.monotonic() >= self.asked + QUIET and self.hopeful()
 
 
@@ -57,10 +57,10 @@ def stopping_file(mark: str) -> Path:
 
 
 def unfinished_files(mark: str) -> list[Path]:
-    """The file of each rank with this mark that has begun a run and not ended it."""
+    """The file of each rank with this mark that has begun a run and not finished it."""
     return list(temporary().glob(f"{stopping_file(mark).name}.*"))
 
 
 def unfinished(mark: str) -> set[int]:
-    """The ranks with this mark that have begun a run and not ended it."""
+    """The ranks with this mark that have begun a run and not finished it."""
     return {int(path.suffix[1:]) for path in unfinished_files(mark)}

@@ -1,4 +1,4 @@
-"""The environment that ranks are started with."""
+"""The environment in which ranks are started."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from hpctrain.launcher.facts import launcher_of
 from hpctrain.launcher.mpiexec import Library
 from hpctrain.launcher.started import without_launcher
 
-# The C library's memory allocator keeps what is freed, in huge pages where the system allows them: the first touch of
-# fresh memory takes longer than all that is copied when phases of a large model change (`hpctrain bench switch`).
+# The C library's allocator keeps freed memory, in huge pages where the system allows them. The first touch of fresh
+# memory takes longer than all copying when phases of a large model change (`hpctrain bench switch`).
 MEMORY = ":".join(
     f"glibc.malloc.{key}" for key in ("hugetlb=1", "mmap_max=0", "trim_threshold=1000000000000000", "top_pad=67108864")
 )
 
 
 def rank_environment(library: Library, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for ranks on this machine. What the user has set is kept."""
+    """The environment for ranks on this machine. Variables that the user has set are kept."""
     launcher = launcher_of(library.kind)
     wanted = {"GLIBC_TUNABLES": MEMORY, **launcher.defaults}
     if os.geteuid() == 0:

@@ -1,6 +1,6 @@
-"""All that is known about launchers of ranks: one table, read by everything that deals with one of them.
+"""All facts about launchers in one table, read by all code that deals with a launcher.
 
-Imports nothing of this package.
+Imports nothing from this package.
 """
 
 from __future__ import annotations
@@ -11,60 +11,60 @@ from typing import Literal
 
 Kind = Literal["mpich", "openmpi", "intel", "other"]
 
-# Environment variables of `hpctrain run`'s own. The first marks all processes of one launch. The second names the file
-# whose time a rank renews while `hpctrain run` should wait for it; while a rank is in the middle of a run, there is
-# one of that name with the rank's number.
+# Environment variables that `hpctrain run` sets. The first marks all processes of one launch. The second names the file
+# that a rank touches while `hpctrain run` should wait for it. While a rank is in the middle of a run, a file with that
+# name and the rank's number as suffix exists.
 MARK = "HPCTRAIN_LAUNCH"
 STOPPING = "HPCTRAIN_STOPPING"
 
 
 @dataclass(frozen=True)
 class Words:
-    """Regular expressions for what a launcher prints when ranks end badly. Empty: it prints no such thing.
+    """Regular expressions for what a launcher prints when ranks fail. Empty: it prints no such thing.
 
-    `who` has the groups host and, where the launcher says it, rank and pid; `signal` has the group number.
+    `who` has the group host and, where the launcher prints them, rank and pid; `signal` has the group number.
     """
 
-    block: str = ""  # the first line, after a rule, of several that say one thing
-    lines: tuple[str, ...] = ()  # a line that stands by itself
+    block: str = ""  # the first line, after a rule, of a message of several lines
+    lines: tuple[str, ...] = ()  # a message of a single line
     who: str = ""  # which rank ended, within a block
-    left: str = ""  # that it ended by itself in the middle of a run, within a block
+    left: str = ""  # that it exited by itself in the middle of a run, within a block
     signal: str = ""  # the signal that ended it, in the block or a line that follows
-    codes: str = ""  # a list of how all ranks ended: the group codes, of the first host, and the group more
+    codes: str = ""  # a list of how all ranks ended: the group codes for the first host, the group more for the rest
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """A launcher of ranks. A field is empty where the launcher has no such thing, or nothing asks about it."""
+    """A launcher of ranks. A field is empty if the launcher has no such thing, or no code needs it."""
 
-    name: str  # for people
-    # The MPI library that the launcher belongs to. None: it starts ranks of several, or belongs to none of ours.
+    name: str  # shown to users
+    # The MPI library that the launcher belongs to. None: it serves several libraries, or none of those in `Kind`.
     kind: Kind | None = None
-    vendor: str = ""  # how that library calls itself (MPI.get_vendor)
-    version: str = ""  # a regular expression for what `mpiexec --version` prints
+    vendor: str = ""  # the library's name for itself (MPI.get_vendor)
+    version: str = ""  # a regular expression for the output of `mpiexec --version`
 
-    # What a rank finds in its environment: names of variables.
+    # Names of variables in a rank's environment.
     rank: str = ""
     size: str = ""
     local_rank: str = ""  # among the ranks of its node
     local_size: str = ""
-    connection: str = ""  # the number of the open file by which it reaches the launcher
-    private: str = ""  # a regular expression for what holds for these ranks only, not for ranks that they start
-    terminal: bool = False  # each rank's output is a terminal, whatever the launcher's own is
+    connection: str = ""  # the file descriptor of its connection to the launcher
+    private: str = ""  # a regular expression for variables that apply to these ranks only, not to ranks that they start
+    terminal: bool = False  # each rank's output is a terminal, whatever the launcher's own output is
 
-    parents: frozenset[str] = frozenset()  # the names that the parent process of its ranks may have
+    parents: frozenset[str] = frozenset()  # possible names of its ranks' parent process
 
-    # How `hpctrain run` starts it.
+    # How `hpctrain run` starts the launcher.
     options: tuple[str, ...] = ()
-    tells_codes: tuple[str, ...] = ()  # options that make it print how its ranks ended
+    tells_codes: tuple[str, ...] = ()  # options that make it print how each rank ended
     srun: str = "pmi2"  # what `srun --mpi=` needs for this library
     defaults: Mapping[str, str] = field(default_factory=dict)  # variables for its ranks
     root: Mapping[str, str] = field(default_factory=dict)  # variables that let root start ranks
-    wheel: Mapping[str, str] = field(default_factory=dict)  # variables for the library that pip installs
+    wheel: Mapping[str, str] = field(default_factory=dict)  # variables for a library installed by pip
     words: Words = Words()
 
 
-OPEN_MPI_IDLE = "OMPI_MCA_mpi_yield_when_idle"  # whether waiting ranks leave their core to others
+OPEN_MPI_IDLE = "OMPI_MCA_mpi_yield_when_idle"  # whether waiting ranks yield their core to others
 MPICH_NETMOD = "MPIR_CVAR_CH4_NETMOD"  # which network layer MPICH uses
 
 OPEN_MPI = Launcher(
@@ -82,13 +82,13 @@ OPEN_MPI = Launcher(
     ),
     terminal=True,
     parents=frozenset({"mpirun", "mpiexec", "prterun", "prte", "prted"}),
-    # It counts cores and binds ranks to them; torch's threads need the rank's whole share.
+    # By default it counts cores and binds ranks to them; torch's threads need the rank's whole share.
     options=("--oversubscribe", "--bind-to", "none"),
     srun="pmix",
-    # Without it a 4 KiB all-reduce of more ranks than cores takes 12 ms instead of 33 us.
+    # Without this, a 4 KiB all-reduce with more ranks than cores takes 12 ms instead of 33 us.
     defaults={OPEN_MPI_IDLE: "1"},
     root={"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"},
-    # The wheel's UCX is slow to start (1 s) and does not work everywhere; a site's own library knows better.
+    # The wheel's UCX is slow to start (1 s) and does not work everywhere; a site's own library is set up for it.
     wheel={"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp", "OMPI_MCA_osc": "^ucx,rdma"},
     words=Words(
         block=r"prterun (detected|noticed|has exited)|MPI_ABORT was invoked",
@@ -121,7 +121,7 @@ MPICH = Launcher(
             r"This typically refers to a problem with your appl",
             r"Please see the FAQ page for debugging",
         ),
-        who=r"PID \d+ RUNNING AT (?P<host>\S+)",  # this PID may be that of a rank that hydra has killed itself
+        who=r"PID \d+ RUNNING AT (?P<host>\S+)",  # this PID may belong to a rank that hydra itself has killed
         signal=r"THE EXIT STRING: .*\(signal (?P<number>\d+)\)",
         codes=r"^\[mpiexec@\S+\] Exit codes: \[[^]]+\] (?P<codes>[-\d,]+)(?P<more>.*)",
     ),
@@ -131,7 +131,7 @@ PMIX = Launcher(name="a launcher that speaks PMIx", rank="PMIX_RANK", private=r"
 PALS = Launcher(name="Cray's PALS", private="PALS_")
 SRUN = Launcher(name="srun", rank="SLURM_PROCID", size="SLURM_STEP_NUM_TASKS")
 
-# In the order in which they are asked: a rank below mpirun below srun is mpirun's; Intel's mpiexec also says HYDRA.
+# In order of precedence: a rank of an mpirun started by srun belongs to mpirun; Intel's mpiexec also prints HYDRA.
 LAUNCHERS = (OPEN_MPI, INTEL, MPICH, PMIX, PALS, SRUN)
 OTHER = Launcher(name="an unknown launcher", kind="other")
 
@@ -143,15 +143,15 @@ def launcher_of(kind: Kind) -> Launcher:
 
 @dataclass(frozen=True)
 class BatchSystem:
-    """The names of the variables by which a batch system describes the job that a process is part of."""
+    """Names of the variables by which a batch system describes the job that a process belongs to."""
 
-    prefix: str  # of all of them
+    prefix: str  # of all its variables
     job: str
     array_job: str  # the id that all jobs of an array share
     array_task: str
     cluster: str
     restarts: str  # how often the job was requeued
-    step: str  # set where srun has started the process
+    step: str  # set if srun has started the process
     tasks: str
     nodes: str
     cores_per_task: str
@@ -175,10 +175,10 @@ SLURM = BatchSystem(
         "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_MPI_TYPE", "SLURM_CPU_BIND", "SLURM_RESTART_COUNT",
     ),
 )  # fmt: skip
-SLURM_FEDERATED = 2**26  # Slurm's job ids from here on contain the number of their cluster
+SLURM_FEDERATED = 2**26  # Slurm job ids from here on contain the number of their cluster
 
-# How the files begin that MPI libraries and launchers leave behind: in shared memory, and hydra's in the temporary
-# folder.
+# Beginnings of the names of files that MPI libraries and launchers leave behind: in shared memory, and hydra's in the
+# temporary folder.
 SHARED_MEMORY = r"mpich_(shm|shar)_|sm_segment\.|vader_segment\.|psm[23]?_shm|ucx_shm_|Intel_MPI_"
 HYDRA_FILE = "hydra_hwloc_xmlfile_"
-PRTE_FOLDER = "ompi."  # with the PID of the launcher: its session folder
+PRTE_FOLDER = "ompi."  # followed by the PID of the launcher: its session folder

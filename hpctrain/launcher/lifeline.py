@@ -1,12 +1,12 @@
-"""Outliving MPICH's mpiexec for as long as a checkpoint takes.
+"""Keep ranks alive after MPICH's mpiexec has died, long enough for a checkpoint.
 
 Hydra's mpiexec does not handle SIGHUP: it dies when its terminal is closed. The proxy between it and the ranks then
-finds its connection closed, and kills them within a millisecond. So the first rank of mpiexec's own node keeps copies
-of mpiexec's connections: the proxies see nothing until those are closed too, which they are when that rank is done,
-or gone. What mpiexec passed on (output, signals) stays undone meanwhile.
+finds its connection closed, and kills them within a millisecond. So the first rank on mpiexec's node keeps copies of
+mpiexec's connections. The proxies notice nothing until these are closed too, which happens when that rank is done or
+dead. Meanwhile nothing forwards output and signals.
 
-Linux 5.6 and later, where the system lets a process copy another's files (Yama's ptrace_scope = 0); elsewhere there is
-no lifeline, and ranks die with their mpiexec.
+Needs Linux 5.6 or later, and a system that lets a process copy another's file descriptors (Yama's ptrace_scope = 0).
+Elsewhere there is no lifeline, and ranks die with their mpiexec.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PIDFD_GETFD = 438  # the number of the system call, on every architecture
 
 @dataclass
 class Lifeline:
-    """`death`: a file that becomes readable when mpiexec is gone. `copies`: what its proxies were connected to."""
+    """`death`: a pidfd that becomes readable when mpiexec is gone. `copies`: mpiexec's connections to its proxies."""
 
     death: int
     copies: list[int] = field(default_factory=list)
 
     @classmethod
     def of_parent(cls) -> Self | None:
-        """Of the mpiexec that started this process; None unless this is the first rank of mpiexec's own node."""
+        """A lifeline of the mpiexec that started this process; None unless this is the first rank on mpiexec's node."""
         proxy = os.getppid()
         if os.environ.get(MPICH.local_rank) != "0" or name(proxy) not in MPICH.parents:
             return None
@@ -43,7 +43,7 @@ class Lifeline:
 
     @classmethod
     def of(cls, pid: int) -> Self | None:
-        """Of that process; None where the system forbids it."""
+        """A lifeline of that process; None if the system forbids it."""
         with contextlib.suppress(OSError, AttributeError):
             line = cls(os.pidfd_open(pid))
             try:
@@ -56,7 +56,7 @@ class Lifeline:
         return None
 
     def close(self) -> None:
-        """Let the proxies find out. Harmless when repeated."""
+        """Close the copies, so that the proxies notice. May be called repeatedly."""
         for number in [*self.copies, self.death]:
             with contextlib.suppress(OSError):
                 os.close(number)
@@ -64,13 +64,13 @@ class Lifeline:
 
 
 def _connections(pid: int) -> list[int]:
-    """That process's sockets and pipes, standard streams excepted."""
+    """The file descriptors of that process's sockets and pipes, except standard streams."""
     files = {int(entry.name): os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")}
     return [number for number, what in files.items() if number > 2 and what.startswith(("socket:", "pipe:"))]
 
 
 def _copy(pidfd: int, number: int) -> int:
-    """That process's file of this number, as one of ours (not passed on to children). Raises OSError."""
+    """Copy that process's file descriptor into this process (not inherited by children). Raises OSError."""
     copied = int(ctypes.CDLL(None, use_errno=True).syscall(PIDFD_GETFD, pidfd, number, 0))
     if copied < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -26,7 +26,7 @@ print(json.dumps([MPI.get_vendor()[0], MPI.Get_library_version().strip(), sorted
 
 @dataclass(frozen=True)
 class Library:
-    """The MPI library that mpi4py loads: its kind, its own description, its file ("" if not known)."""
+    """The MPI library that mpi4py loads: its kind, its version string, its file ("" if not known)."""
 
     kind: Kind
     version: str
@@ -39,33 +39,33 @@ class Library:
 
     @property
     def wheel(self) -> bool:
-        """Whether pip installed it into this environment, which may be reached by a symbolic link."""
+        """Whether pip installed it into this environment (symbolic links are resolved)."""
         return os.path.realpath(self.path).startswith(os.path.realpath(sys.prefix) + os.sep) if self.path else False
 
     def fits(self, kind: str, major: str) -> bool:
-        """Whether an mpiexec of that kind and major version belongs to this library."""
+        """Whether an mpiexec of this kind and major version belongs to the library."""
         return kind == self.kind and (kind != OPEN_MPI.kind or f"v{major}." in self.version)
 
 
 @dataclass(frozen=True)
 class Mpi:
-    """An mpiexec, and the library that it belongs to."""
+    """An mpiexec and the library that it belongs to."""
 
     path: str
     library: Library
 
     def command(self, count: int) -> list[str]:
-        """What starts `count` ranks of the command that is to follow."""
+        """The arguments that start `count` ranks; the caller appends the command to run."""
         return [self.path, *launcher_of(self.library.kind).options, "-n", str(count)]
 
     @property
     def tells_codes(self) -> tuple[str, ...]:
-        """The options that make it print how its ranks ended."""
+        """The options that make it print how each rank ended."""
         return launcher_of(self.library.kind).tells_codes
 
 
 def find_library(python: str = sys.executable) -> Library:
-    """Ask mpi4py, in a child that does not initialise MPI (0.1 s). Raises ClusterError when there is none."""
+    """Query mpi4py in a child that does not initialise MPI (0.1 s). Raises ClusterError if no library loads."""
     argv = [python, "-c", PROBE]
     clean = without_launcher(os.environ)
     try:
@@ -85,8 +85,8 @@ def find_library(python: str = sys.executable) -> Library:
 def find_mpiexec(python: str = sys.executable) -> Mpi:
     """The mpiexec of the library that mpi4py loads.
 
-    Looked for beside that library, beside Python, then on the path. Raises ClusterError when only those of
-    another MPI are found: started by one of them, every rank would believe that it is alone.
+    Searches beside that library, beside Python, then on the path. Raises ClusterError when only launchers of another
+    MPI are found: with one of those, every rank would run as if it were alone.
     """
     library = find_library(python)
     others = []
@@ -103,7 +103,7 @@ def find_mpiexec(python: str = sys.executable) -> Mpi:
 
 
 def launcher_kind(path: str) -> tuple[Kind, str]:
-    """Whose launcher this is, and its major version ("" if it does not say)."""
+    """The kind of MPI this launcher belongs to, and its major version ("" if it does not say)."""
     clean = without_launcher(os.environ)
     try:
         done = subprocess.run([path, "--version"], check=False, capture_output=True, timeout=20, env=clean)

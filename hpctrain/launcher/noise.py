@@ -1,4 +1,4 @@
-"""What mpiexec itself says when ranks end badly, taken out of its output."""
+"""Removes mpiexec's own messages about failed ranks from its output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RULE = re.compile(rb"(-{60,}|={60,})$")
 
 @dataclass(frozen=True)
 class Told:
-    """What a launcher says about a rank that ended badly. `number`: the signal, 0 if it left in mid-run by itself."""
+    """What a launcher reports about a failed rank. `number`: the signal, 0 if the rank exited by itself in mid-run."""
 
     rank: int | None
     pid: int | None
@@ -25,7 +25,7 @@ class Told:
 
 
 def _compiled(pick: Callable[[Words], Sequence[str]]) -> tuple[re.Pattern[bytes], ...]:
-    """That pattern of every launcher that has one."""
+    """The picked patterns of all launchers, compiled; empty ones are left out."""
     patterns = dict.fromkeys(pattern for launcher in LAUNCHERS for pattern in pick(launcher.words) if pattern)
     return tuple(re.compile(pattern.encode()) for pattern in patterns)
 
@@ -39,11 +39,11 @@ CODES = _compiled(lambda words: [words.codes])
 
 
 class NoiseFilter:
-    """Takes out of a launcher's output what only says that ranks ended badly: they have said so themselves.
+    """Removes messages about failed ranks from a launcher's output: the ranks have reported their failure themselves.
 
-    A rank that was killed could say nothing: what the blocks say about it is in `told`. `codes`: how each rank ended,
-    as from waitpid, where the launcher gives them all and they were on one host; for ranks that it has killed itself
-    they may be wrong. Lines that might begin a block are held until the next one, or `flush`.
+    A rank that was killed could report nothing: `told` has what the blocks say about it. `codes`: how each rank ended,
+    as from waitpid, if the launcher lists all of them and they were on one host; they may be wrong for ranks that the
+    launcher itself has killed. Lines that might begin a block are held until the next line, or `flush`.
     """
 
     def __init__(self) -> None:
@@ -54,8 +54,8 @@ class NoiseFilter:
         self._who: re.Match[bytes] | None = None
 
     def feed(self, line: bytes) -> bytes:
-        """Take one line with its end; returns what may be printed now."""
-        line = line.replace(b"\0", b"")  # prterun ends its blocks with one
+        """Take one line with its line end; return what may be printed now."""
+        line = line.replace(b"\0", b"")  # prterun ends its blocks with a NUL
         text = line.strip()
         rule = RULE.match(text) is not None
         if self._block is not None:
@@ -81,7 +81,7 @@ class NoiseFilter:
         return self.flush() + line
 
     def flush(self) -> bytes:
-        """What was held, because nothing followed."""
+        """Return the held lines when no more input follows."""
         out, self._held = b"".join(self._held), []
         return out
 
@@ -91,7 +91,7 @@ class NoiseFilter:
         self._note_killed(text)
 
     def _note_killed(self, text: bytes) -> None:
-        """Who was killed is in the block; by which signal, too (Open MPI), or in a line that follows (hydra)."""
+        """The block names the killed rank; the signal is in it too (Open MPI) or in a line that follows (hydra)."""
         number = _search(SIGNAL, text)
         if self._who is None or (number is None and not _search(LEFT, text)):
             return
@@ -105,7 +105,7 @@ def _search(patterns: Sequence[re.Pattern[bytes]], text: bytes) -> re.Match[byte
 
 
 def ended_by(where: str, number: int) -> str:
-    """That a signal ended the rank named by `where`, and what to do about it where that is known."""
+    """A message that a signal ended the rank named by `where`, with advice if there is any."""
     text = f"{where} was ended by {_signal_name(number)}"
     if number == signal.SIGBUS:
         text += f": usually {SHARED} is full ({_free(SHARED)}); remove files there, or make it larger "

@@ -1,4 +1,4 @@
-"""The output of ranks, passed on without what their launcher only repeats."""
+"""Forwards the output of ranks, without their launcher's messages about failed ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hpctrain.launcher.noise import NoiseFilter
 
 
 class Pump(threading.Thread):
-    """Passes lines on as they come, and an unfinished line as soon as the source pauses. `passed`: whether any."""
+    """Forwards lines as they arrive, and a partial line when the source pauses. `passed`: whether it forwarded any."""
 
     def __init__(self, source: IO[bytes], target: int) -> None:
         super().__init__(daemon=True)
@@ -21,7 +21,7 @@ class Pump(threading.Thread):
         self._source, self._target = source, target
 
     def run(self) -> None:
-        """Until the source ends."""
+        """Forward until the source ends."""
         noise, rest = self.noise, b""
         with selectors.DefaultSelector() as selector:
             selector.register(self._source, selectors.EVENT_READ)
@@ -39,6 +39,6 @@ class Pump(threading.Thread):
 
     def _write(self, data: bytes) -> None:
         self.passed = self.passed or bool(data.strip())
-        with contextlib.suppress(OSError):  # nobody reads any more, or the disk is full: the ranks go on
+        with contextlib.suppress(OSError):  # the reader is gone or the disk is full: the ranks continue
             while data:
                 data = data[os.write(self._target, data) :]

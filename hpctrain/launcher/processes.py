@@ -1,4 +1,4 @@
-"""Other processes of this machine: those of one launch, their names, parents and ends."""
+"""Other processes on this machine: those of one launch, their names, parents and exit codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpctrain.launcher.facts import MARK, MPICH
 
 
 def environments(mark: str) -> dict[int, dict[str, str]]:
-    """The living processes of this user, other than this one, whose environment carries the mark: that environment."""
+    """The environments, by PID, of this user's other living processes whose environment has the mark."""
     found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -25,7 +25,7 @@ def environments(mark: str) -> dict[int, dict[str, str]]:
 
 
 def marked(mark: str) -> list[int]:
-    """The PIDs of the living processes of this user, other than this one, whose environment carries the mark."""
+    """The PIDs of this user's other living processes whose environment has the mark."""
     return list(environments(mark))
 
 
@@ -46,7 +46,7 @@ def parent(pid: int) -> int:
 
 
 def living(pid: int) -> bool:
-    """Whether a process may still have files open: it is neither gone nor waiting to be collected."""
+    """Whether a process may still have files open: it is neither gone nor a zombie."""
     try:
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.Error:
@@ -54,9 +54,9 @@ def living(pid: int) -> bool:
 
 
 def exit_code(pid: int) -> int | None:
-    """How a process ended that its parent has not collected yet, as from waitpid; None if nobody knows.
+    """How a process ended that its parent has not reaped yet, as from waitpid; None if unknown.
 
-    psutil has this only of children of the process that asks.
+    psutil provides this only for children of the calling process.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -66,11 +66,11 @@ def exit_code(pid: int) -> int | None:
 
 
 def used_files() -> Iterator[tuple[set[str], bool]]:
-    """Of each process: the files that it has open or, in shared memory, mapped; whether it is one of hydra's."""
+    """For each process: the files it has open, or mapped in shared memory, and whether it is one of hydra's."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            # psutil would read smaps, for which the kernel walks over every page of the process.
+            # psutil would read smaps, for which the kernel walks every page of the process.
             maps = Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
-            if maps:  # else it belongs to the system itself, or has ended but for closing its files
+            if maps:  # else it is a kernel process, or has ended except for closing its files
                 used = set(re.findall(r"(/dev/shm/\S+)", maps)) | {file.path for file in process.open_files()}
                 yield used, process.name() in MPICH.parents

@@ -1,7 +1,7 @@
-"""Which rank ended first, and how: hydra does not know, and kills the others before they can say anything.
+"""Which rank ended first, and how: hydra does not know, and kills the others before they can report anything.
 
-The launcher is the parent of the ranks, not this process. But a process can be watched by a file descriptor, and until
-its parent has collected it, /proc has its exit status. Linux 5.3 and later; elsewhere nothing is known.
+The launcher, not this process, is the parent of the ranks. But a file descriptor (pidfd) can watch any process, and
+/proc has its exit status until its parent has reaped it. Needs Linux 5.3 or later; elsewhere nothing is known.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hpctrain.launcher.facts import LAUNCHERS
 from hpctrain.launcher.noise import Told, ended_by
 from hpctrain.launcher.processes import environments, exit_code, parent
 
-# Slurm's would not do: whatever a batch script starts has inherited the script's own rank.
+# Slurm's variable is not usable: everything that a batch script starts inherits the script's own rank.
 RANK_VARIABLES = tuple(dict.fromkeys(launcher.rank for launcher in LAUNCHERS if launcher.kind))
 TOGETHER = 2.0  # seconds within which a launcher kills the other ranks
 LAUNCHERS_OWN = {signal.SIGKILL, signal.SIGTERM}
@@ -29,10 +29,10 @@ ASKED = {signal.SIGUSR1, signal.SIGTERM}
 
 @dataclass(frozen=True)
 class End:
-    """That a rank's process has ended. `code`: as from waitpid, None if it could not be read. `time`: monotonic.
+    """The end of a rank's process. `code`: as from waitpid, None if it could not be read. `time`: monotonic.
 
-    Ends of one `batch` were noticed together: which one came first is not known. `seen`: whether the code was read
-    from the process itself.
+    Ends in one `batch` were noticed together, so their order is not known. `seen`: whether the code was read from the
+    process itself.
     """
 
     rank: int
@@ -44,28 +44,28 @@ class End:
 
     @property
     def signal(self) -> int:
-        """What ended it, 0 if it ended by itself, or nobody knows."""
+        """The signal that ended it; 0 if it exited by itself or this is unknown."""
         return self.code & 0x7F if self.code is not None else 0
 
     @property
     def status(self) -> int | None:
-        """Its exit status; None if there is none, or nobody knows."""
+        """Its exit status; None if there is none or it is unknown."""
         return self.code >> 8 if self.code is not None and not self.signal else None
 
 
 def ranks(mark: str) -> dict[int, int]:
-    """The ranks' processes by PID; not what they have started themselves."""
+    """The ranks by PID; processes that the ranks have started are left out."""
     numbers = {pid: _rank(variables) for pid, variables in environments(mark).items()}
     return {pid: rank for pid, rank in numbers.items() if rank is not None and numbers.get(parent(pid)) != rank}
 
 
 class RankWatch:
-    """While entered, notes on a thread of its own how the `count` ranks with that mark end."""
+    """While entered, records in its own thread how the `count` ranks with that mark end."""
 
     def __init__(self, mark: str, count: int) -> None:
         self.mark, self.count = mark, count
         self.ends: list[End] = []
-        self._watched: dict[int, tuple[int, int]] = {}  # (rank, PID) by file
+        self._watched: dict[int, tuple[int, int]] = {}  # (rank, PID) by file descriptor
         self._seen: set[int] = set()
         self._batch = 0
         self._poll = select.poll()
@@ -83,7 +83,7 @@ class RankWatch:
             os.close(file)
 
     def finish(self) -> list[End]:
-        """Stop watching: what ended, and how, in order."""
+        """Stop watching, and return the ends in order."""
         if self._thread.is_alive():
             with contextlib.suppress(OSError):
                 os.close(self._stopper)
@@ -121,13 +121,13 @@ class RankWatch:
 
 
 def culprits(ends: Sequence[End], killed: bool, unfinished: Collection[int] = ()) -> list[End]:
-    """Of ranks that have ended: the one because of which the launcher ended the others, or those that may be it.
+    """The rank that made the launcher end the others, or the candidates, among the ranks that have ended.
 
-    `killed`: the launcher knows of one that was killed. `unfinished`: ranks that were in the middle of a run. Empty if
-    all ended as they should, or how they ended is not known.
+    `killed`: the launcher reported a killed rank. `unfinished`: ranks that were in the middle of a run. Empty if all
+    ended normally, or if it is not known how they ended.
     """
     crashed = [end for end in ends if end.signal and end.signal not in LAUNCHERS_OWN]
-    failed = [end for end in ends if end.status]  # the launcher may have killed others before this one had ended
+    failed = [end for end in ends if end.status]  # the launcher may have killed others before this one ended
     if crashed or failed:
         return (crashed or failed)[:1]
     for end in ends:
@@ -139,7 +139,7 @@ def culprits(ends: Sequence[End], killed: bool, unfinished: Collection[int] = ()
 
 
 def _killed_others(end: End, ends: Sequence[End]) -> bool:
-    """Whether the launcher ended all others because this rank, the first to end, had left."""
+    """Whether the launcher ended all others because this rank, the first to end, had exited."""
     others = [other for other in ends if other is not end]
     killed = [other for other in others if other.signal and other.time - end.time < TOGETHER]
     by_itself = [other for other in others if other.seen and other.status is not None]
@@ -149,14 +149,14 @@ def _killed_others(end: End, ends: Sequence[End]) -> bool:
 def verdict(
     ends: Sequence[End], told: Sequence[Told], codes: Sequence[int], silent: bool, unfinished: Collection[int] = ()
 ) -> str:
-    """Who ended the job, in one sentence without an end; "" if nobody did, or it has spoken for itself.
+    """Which rank ended the job, as a sentence without a full stop; "" if none did, or if it reported it itself.
 
-    `told`, `codes`: what the launcher said of that, see `NoiseFilter`. `silent`: no rank has said anything.
+    `told`, `codes`: what the launcher reported, see `NoiseFilter`. `silent`: no rank has printed anything.
     `unfinished`: ranks that were in the middle of a run.
     """
     for one in told:
         if one.rank is not None:
-            pid = next((end.pid for end in ends if end.rank == one.rank), one.pid)  # prterun says 0 at times
+            pid = next((end.pid for end in ends if end.rank == one.rank), one.pid)  # prterun sometimes reports 0
             return _sentence(f"rank {one.rank} with PID {pid} on {one.host}", one.number, 0, silent)
     found = culprits([_completed(end, codes) for end in ends], bool(told), unfinished)
     if found:
@@ -175,7 +175,7 @@ def _sentence(where: str, number: int, status: int, silent: bool) -> str:
 
 
 def _completed(end: End, codes: Sequence[int]) -> End:
-    """With its code by the launcher's list where this process did not see it."""
+    """With its code from the launcher's list if this process could not read it."""
     return replace(end, code=codes[end.rank], seen=False) if end.code is None and end.rank < len(codes) else end
 
 

@@ -1,15 +1,15 @@
-"""Asked to stop: signals become a flag, and neither the launcher nor a stuck rank stands in the way.
+"""Stop signals: they set a flag, and neither the launcher nor a stuck rank can prevent a clean stop.
 
-SIGINT, SIGTERM, SIGHUP and SIGUSR1 mean the same: finish the step, save, say one line, leave. How much time there is
-depends on the launcher. Hydra (MPICH) forwards all but SIGHUP and waits; SIGHUP it dies of (see `launcher.lifeline`).
+SIGINT, SIGTERM, SIGHUP and SIGUSR1 mean the same: finish the step, save, print one line, exit. How much time remains
+depends on the launcher. Hydra (MPICH) forwards all but SIGHUP and waits; SIGHUP kills it (see `launcher.lifeline`).
 Open MPI's prterun sends SIGTERM 0.25 s after a Ctrl-C and SIGKILL 0.25 s later, and drops whatever the ranks print
-meanwhile; no option changes that. So on SIGTERM a rank below prterun stops it with SIGSTOP, and continues it when the
-rank is done (a watchdog does so when the rank is silent for 10 s, whatever becomes of it). It has to happen within that
-quarter of a second, also while the main thread sits in C code, hence a wake-up pipe and a thread instead of a Python
-signal handler.
+meanwhile; no option changes that. So on SIGTERM a rank started by prterun stops it with SIGSTOP, and continues it when
+the rank is done. If the rank is silent for 10 s, for whatever reason, a watchdog continues it. The SIGSTOP must be sent
+within that quarter of a second, even while the main thread is in C code, hence a wake-up pipe and a thread instead of
+a Python signal handler.
 
-The same thread ends a rank that nothing else would end: one that is stuck, in a collective or in user code, where the
-main thread never comes to read the flag.
+The same thread ends a rank that nothing else would end: one that is stuck in a collective or in user code, where the
+main thread never gets to read the flag.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from hpctrain.launcher.lifeline import Lifeline
 from hpctrain.launcher.processes import name
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-# Of these a second one ends the rank at once. A scheduler's SIGUSR1 is an announcement, and may be repeated.
+# A second one of these ends the rank at once. A scheduler's SIGUSR1 is a warning, and may be repeated.
 URGENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-REPEATED = 1.0  # seconds within which launchers send one signal twice
-LIMIT = 30.0  # seconds that a step has for ending once a stop signal came, at least
-GRACE = 10.0  # seconds that a launcher is kept waiting before the first step has begun
-PATIENCE = 1.0  # seconds beyond twice the longest step
-SAVING = 600.0  # seconds for a checkpoint: how fast the disk is, nobody knows
-LAST_WORDS = 2.0  # seconds that telling and flushing may take when the rank ends itself
-# A process of its own, so that it outlives the rank. Its standard input ends when the rank is done, or gone.
+REPEATED = 1.0  # seconds within which a launcher may send the same signal twice
+LIMIT = 30.0  # seconds: the minimum time that a step gets to end after a stop signal
+GRACE = 10.0  # seconds that a launcher is held before the first step has begun
+PATIENCE = 1.0  # seconds added to twice the longest step
+SAVING = 600.0  # seconds for a checkpoint: the speed of the disk is unknown
+LAST_WORDS = 2.0  # seconds that reporting and flushing may take when the rank ends itself
+# A separate process, so that it outlives the rank. Its standard input ends when the rank is done or dead.
 WATCHDOG = """
 import os, select, signal, sys
 while select.select([0], [], [], float(sys.argv[2]))[0] and os.read(0, 64):
@@ -53,31 +53,31 @@ os.kill(int(sys.argv[1]), signal.SIGCONT)
 
 @dataclass
 class Patience:
-    """How long a rank that was asked to stop is waited for. Times are seconds of one clock.
+    """How long to wait for a rank that was asked to stop. All times are seconds on the same clock.
 
-    `seconds`: for the end of a step, where the job says so; else twice the longest step so far, and `limit` at least
-    before the rank is ended.
+    `seconds`: time for a step to end, if the job sets it. Otherwise it is twice the longest step so far, and the rank
+    is ended after `limit` at the earliest.
     """
 
     seconds: float | None = None
     limit: float = LIMIT
     asked: float | None = None
-    _last: float | None = None  # when the newest step ended
+    _last: float | None = None  # when the latest step ended
     _longest: float = 0.0
     _saving: float | None = None
 
     def stepped(self, now: float) -> None:
-        """A step has ended."""
+        """Record that a step has ended."""
         if self._last is not None:
             self._longest = max(self._longest, now - self._last)
         self._last, self._saving = now, None
 
     def saving(self, now: float) -> None:
-        """Files are written from now on until the next step ends, by this rank or one that it waits for."""
+        """Record that this rank, or one that it waits for, writes files from now until the next step ends."""
         self._saving = now
 
     def hopeful(self, now: float) -> bool:
-        """Whether the step in progress can be expected to end, so that the launcher should wait."""
+        """Whether the current step can still be expected to end, so that the launcher should wait."""
         if self.asked is None or self._saving is not None:
             return not self.over(now)
         if self.seconds is not None:
@@ -87,7 +87,7 @@ class Patience:
         return now - self._last <= self._usual()
 
     def over(self, now: float) -> bool:
-        """Whether the rank is stuck, for all one can know."""
+        """Whether the rank appears to be stuck."""
         if self.asked is None:
             return False
         if self._saving is not None:
@@ -103,7 +103,7 @@ class Patience:
 
 
 def prte_parent() -> int | None:
-    """The PID of the Open MPI daemon that this process is to hold: for the first rank of each node, else None."""
+    """The PID of the Open MPI daemon that this process must hold: for the first rank of each node, else None."""
     if os.environ.get(OPEN_MPI.local_rank) != "0":
         return None
     parent = os.getppid()
@@ -113,13 +113,13 @@ def prte_parent() -> int | None:
 class StopSignals:
     """While entered, stop signals set `asked` to the signal's number instead of ending the process.
 
-    A second SIGINT, SIGTERM or SIGHUP ends the rank at once, and so does a single one after which no step ends for
-    `limit` seconds, or for as long as steps are known to take; `seconds` replaces both. The sentence names `rank`, and
-    `before_end` runs, from another thread than the main one. SIGHUP stays ignored where it was (nohup).
+    A second SIGINT, SIGTERM or SIGHUP ends the rank at once. So does a single one if no step ends for `limit` seconds,
+    or for as long as steps are known to take; `seconds` replaces both. The message names `rank`, and `before_end` runs
+    in a thread other than the main one. SIGHUP stays ignored if it was (nohup).
 
-    Main thread only; not collective. Leaving it puts the former handlers back and lets a held launcher go on,
-    which then kills what is left on the node: leave it when all files are closed, after a barrier, and before
-    MPI_Finalize (which needs the launcher and would wait for it).
+    Main thread only; not collective. On exit it restores the previous handlers and releases a held launcher, which
+    then kills what is left on the node. Exit when all files are closed, after a barrier, and before MPI_Finalize
+    (which needs the launcher and would wait for it).
     """
 
     def __init__(
@@ -170,25 +170,25 @@ class StopSignals:
         self.release()
 
     def stepped(self) -> None:
-        """A step has ended, or a batch of an evaluation: this rank is not stuck.
+        """Record that a step, or a batch of an evaluation, has ended: this rank is not stuck.
 
-        Once this is called, a held launcher is let go when steps no longer come. For prterun sends SIGTERM not only
-        after a Ctrl-C but also when a rank has failed; then the others wait for it for ever, and must not keep the
-        launcher from ending them.
+        After the first call, a held launcher is released when steps stop ending. The reason: prterun sends SIGTERM not
+        only after a Ctrl-C but also when a rank has failed. The other ranks then wait for it forever, and must not
+        keep the launcher from ending them.
         """
         self._patience.stepped(time.monotonic())
 
     def saving(self) -> None:
-        """From here until the next step ends, files are written, by this rank or by one that it waits for."""
+        """Record that this rank, or one that it waits for, writes files from now until the next step ends."""
         self._patience.saving(time.monotonic())
 
     @property
     def held(self) -> bool:
-        """Whether the launcher stands still: what this rank prints is lost, use `say`."""
+        """Whether the launcher is stopped: then output of this rank is lost; use `say`."""
         return self._watchdog is not None
 
     def say(self, text: str) -> None:
-        """Print one line to standard error, past a launcher that no longer passes output on."""
+        """Print one line to standard error, bypassing a launcher that no longer forwards output."""
         line = (text.rstrip("\n") + "\n").encode()
         if not self._say_past_launcher(line):
             sys.stderr.write(line.decode())
@@ -207,7 +207,7 @@ class StopSignals:
         return False
 
     def release(self) -> None:
-        """Let a held launcher go on (it then kills what is left of the job)."""
+        """Continue a held launcher (it then kills what is left of the job)."""
         with self._lock:
             watchdog, self._watchdog = self._watchdog, None
         if watchdog is not None and watchdog.stdin is not None:
@@ -221,7 +221,7 @@ class StopSignals:
         self.asked = self.asked or number
 
     def _listen(self) -> None:
-        """The thread: take signals as they come, and once there was one, look whether steps still end."""
+        """The thread: handle signals as they arrive, and after the first one, check whether steps still end."""
         while True:
             sources = [self._pipe]
             if self._lifeline is not None and not self.asked:
@@ -254,7 +254,7 @@ class StopSignals:
             self._end(number, "a second stop signal came")
 
     def _watch(self) -> None:
-        """Keep the launcher waiting while there is hope; end this rank when there is none."""
+        """Hold the launcher while the step can be expected to end; end this rank when it cannot."""
         now, patience = time.monotonic(), self._patience
         if patience.hopeful(now):
             self._keep_waiting()
@@ -278,7 +278,7 @@ class StopSignals:
                 path.touch()
 
     def _end(self, number: int, why: str) -> None:
-        """End this process. Its launcher ends the others; those that are as stuck end themselves."""
+        """End this process. Its launcher ends the others; ranks that are also stuck end themselves."""
         line = f"hpctrain: rank {self.rank} ends itself: {why}; nothing was saved since the last checkpoint\n".encode()
 
         def last_words() -> None:
@@ -287,12 +287,12 @@ class StopSignals:
             self._before_end()
 
         if self.rank > 0:
-            time.sleep(0.5)  # rank 0 speaks for all of them, where the launcher ends the others
+            time.sleep(0.5)  # rank 0 reports for all ranks, where the launcher ends the others
         words = threading.Thread(target=last_words, daemon=True)
         words.start()
         words.join(LAST_WORDS)
-        # Not with a status: MPICH's launcher overlooks some ranks that end so, and the others wait for ever.
-        ctypes.CDLL(None).signal(number, 0)  # the default; Python's own signal() is for the main thread
+        # By a signal, not an exit status: MPICH's launcher misses some ranks that exit, and the others wait forever.
+        ctypes.CDLL(None).signal(number, 0)  # the default; Python's own signal() works in the main thread only
         os.kill(os.getpid(), number)
         time.sleep(LAST_WORDS)
         os._exit(128 + number)
@@ -307,19 +307,19 @@ class StopSignals:
 
 
 def _has_lost_a_rank(launcher: int) -> bool:
-    """Whether a rank below that daemon has ended: then it is about to kill the others, and shall."""
+    """Whether a rank of that daemon has ended: then it is about to kill the others, and must be allowed to."""
     wanted = int(os.environ.get(OPEN_MPI.local_size, "0"))
     living = 0
     sign = f"{OPEN_MPI.local_rank}=".encode()
-    # Not by psutil: it reads a file of every process of the machine, and after each of them this thread waits for the
-    # main one, so that the quarter of a second that there is could pass.
+    # Without psutil, which reads a file of every process on the machine. After each file this thread waits for the main
+    # one, so the quarter of a second could pass.
     try:
         for task in os.listdir(f"/proc/{launcher}/task"):
             with open(f"/proc/{launcher}/task/{task}/children") as file:
                 children = file.read().split()
             for child in children:
                 with contextlib.suppress(OSError), open(f"/proc/{child}/environ", "rb") as file:
-                    living += sign in file.read()  # of a zombie it is empty
-    except OSError:  # not every kernel lists children
+                    living += sign in file.read()  # empty for a zombie
+    except OSError:  # some kernels do not list children
         return False
     return living < wanted

@@ -1,4 +1,4 @@
-"""Starting ranks, waiting for them, asking them to stop."""
+"""Start ranks, wait for them, and ask them to stop."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from hpctrain.launcher.mpiexec import find_mpiexec
 from hpctrain.launcher.output import Pump
 from hpctrain.launcher.rankwatch import RankWatch, verdict
 
-GRACE = 10.0  # seconds between asking the ranks to stop and killing them, unless they announce that they are about to
+GRACE = 10.0  # seconds between asking the ranks to stop and killing them, unless they announce that they will stop
 
 
 def run(
     count: int, command: Sequence[str], *, grace: float = GRACE, environment: Mapping[str, str] | None = None
 ) -> int:
-    """Start `command` on `count` ranks, pass their output on line by line, and return the job's exit status.
+    """Start `command` on `count` ranks, forward their output line by line, and return the job's exit status.
 
-    SIGINT, SIGTERM or SIGHUP asks the ranks to stop (SIGUSR1); after `grace` seconds (or later, while a step or a
-    checkpoint can be expected to end), or when asked again, they are killed and the status is 137. A rank that was
-    killed or went without a word is named. However it ends, no rank and none of the files of the MPI library are left
-    on this machine. Signals are heeded in the main thread only. Raises ClusterError when no mpiexec fits.
+    SIGINT, SIGTERM or SIGHUP asks the ranks to stop (SIGUSR1). After `grace` seconds (or later, while a step or a
+    checkpoint can be expected to end), or on a second signal, they are killed and the status is 137. A message names a
+    rank that was killed or exited silently. However the job ends, it leaves no rank and no file of the MPI library on
+    this machine. Signals are handled in the main thread only. Raises ClusterError when no mpiexec fits.
     """
     if count < 1:
         raise ClusterError(f"-n {count}: at least 1 rank is needed")
@@ -59,13 +59,13 @@ def run(
             if why:
                 _say(why)
             return status or int(bool(why))
-        finally:  # ends also the ranks of a launcher that was killed
+        finally:  # also ends the ranks of a launcher that was killed
             clear(mark, process.pid, started)
             job.drain()
 
 
 class _Job:
-    """The started launcher: its output, the asking and the waiting."""
+    """The started launcher: its output, stop requests and the wait for its end."""
 
     process: subprocess.Popen[bytes]
 
@@ -76,7 +76,7 @@ class _Job:
 
     @contextlib.contextmanager
     def start(self, argv: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-        """Start the launcher in a session of its own: a terminal's Ctrl-C must not reach it."""
+        """Start the launcher in its own session: a terminal's Ctrl-C must not reach it."""
         self.process = subprocess.Popen(
             argv,
             env=environment,
@@ -89,38 +89,38 @@ class _Job:
             assert source is not None
             self._pumps.append(Pump(source, target))
             self._pumps[-1].start()
-        if self.deadline.asked is not None:  # asked before there was anybody to ask
+        if self.deadline.asked is not None:  # asked to stop before the launcher had started
             self.process.send_signal(signal.SIGUSR1)
         with self.process:
             yield self.process
 
     def ask(self, number: int, frame: FrameType | None = None) -> None:
-        """A stop signal came: pass it on as SIGUSR1, which both launchers forward without killing anybody."""
+        """Handle a stop signal: send SIGUSR1, which both launchers forward without killing any process."""
         self.deadline.ask()
         if hasattr(self, "process") and not self.deadline.again:
             self.process.send_signal(signal.SIGUSR1)
 
     def wait(self) -> int:
-        """The job's exit status, once the launcher has ended; 137 when it has not by the deadline."""
+        """The job's exit status, once the launcher has ended; 137 if it has not by the deadline."""
         if not self._ended_in_time():
             _say("the ranks had not stopped yet and were killed")
             return 128 + signal.SIGKILL
         status = self.process.returncode
         usr1, kill = signal.SIGUSR1, signal.SIGKILL
-        early = (usr1, -usr1, 128 + usr1, usr1 | kill)  # hydra makes one status of those of all ranks, by OR
-        if self.deadline.asked is not None and status in early:  # ended before the ranks could heed the signal
+        early = (usr1, -usr1, 128 + usr1, usr1 | kill)  # hydra combines the statuses of all ranks by OR
+        if self.deadline.asked is not None and status in early:  # ended before the ranks could handle the signal
             return 128 + signal.SIGINT
         return 128 - status if status < 0 else status
 
     def why(self, ranks: RankWatch, unfinished: set[int]) -> str:
-        """Which rank's fault it is that the job has ended badly, if it could not say so itself; else ""."""
+        """Which rank made the job fail, if that rank could not report it itself; else ""."""
         silent = self.deadline.asked is None and not any(pump.passed for pump in self._pumps)
         told = [one for pump in self._pumps for one in pump.noise.told]
         codes = [code for pump in self._pumps for code in pump.noise.codes]
         return verdict(ranks.finish(), told, codes, silent, unfinished)
 
     def drain(self) -> None:
-        """Wait until all output has been passed on."""
+        """Wait until all output has been forwarded."""
         for pump in self._pumps:
             pump.join(5.0)
 

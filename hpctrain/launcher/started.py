@@ -1,4 +1,4 @@
-"""What a process can know before MPI starts about the launcher that started it. Pure functions of the environment."""
+"""What a process knows about its launcher before MPI starts. Pure functions of the environment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PRIVATE = re.compile("|".join(launcher.private for launcher in LAUNCHERS if laun
 
 
 def launched_rank(environment: Mapping[str, str]) -> int:
-    """The rank that the launcher gave this process, as far as one can know before MPI starts; else 0."""
+    """The rank that the launcher gave this process, as far as is known before MPI starts; else 0."""
     for launcher in LAUNCHERS:
         if environment.get(launcher.rank, "").isdigit():
             return int(environment[launcher.rank])
@@ -20,7 +20,7 @@ def launched_rank(environment: Mapping[str, str]) -> int:
 
 
 def launched_size(environment: Mapping[str, str]) -> tuple[int, str]:
-    """(how many ranks the launcher started as far as it says, the launcher in words)."""
+    """(number of ranks the launcher started, the launcher's name); (1, "") if it did not start several."""
     for launcher in LAUNCHERS:
         if environment.get(launcher.size, "").isdigit() and int(environment[launcher.size]) > 1:
             return int(environment[launcher.size]), launcher.name
@@ -38,17 +38,17 @@ def is_launched(environment: Mapping[str, str]) -> bool:
 
 
 def has_own_terminal(environment: Mapping[str, str]) -> bool:
-    """Whether the launcher gave this rank a terminal that says nothing about where output ends up."""
+    """Whether the launcher gave this rank its own terminal, which does not show where output ends up."""
     return any(launcher.terminal and launcher.rank in environment for launcher in LAUNCHERS)
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what the launcher of this process said to it: for processes that are not its ranks."""
+    """The environment without this process's own launcher variables: for processes that are not its ranks."""
     return {key: value for key, value in environment.items() if not PRIVATE.match(key)}
 
 
 def check_singleton(size: int, library: str, environment: Mapping[str, str]) -> None:
-    """ClusterError if this process believes it is alone while its launcher started several."""
+    """Raise ClusterError if MPI reports one process while the launcher started several."""
     launched, launcher = launched_size(environment)
     if size > 1 or launched == 1:
         return
@@ -67,9 +67,9 @@ def check_singleton(size: int, library: str, environment: Mapping[str, str]) -> 
 def netmod_for(library: str, environment: Mapping[str, str]) -> dict[str, str]:
     """Variables that MPICH needs before it starts, so that it always comes up under `srun --mpi=pmi2`.
 
-    `library`: MPICH's long description of itself. Slurm's plug-in reads a PMI request in one piece of at most 1024
-    bytes. What ranks publish there about UCX is sometimes longer, by chance, and then all of them wait for ever; about
-    OFI it is always short. Empty where the user has chosen, or there is no choice.
+    `library`: MPICH's version string. Slurm's plug-in reads a PMI request in one piece of at most 1024 bytes. What
+    ranks publish there for UCX is sometimes longer, by chance, and then all of them wait forever; for OFI it is always
+    short. Returns an empty dict if the user has chosen a network layer, or there is no choice.
     """
     device = next((line for line in library.splitlines() if line.startswith("MPICH Device")), "")
     by_srun = {SLURM.step, MPICH.connection} <= environment.keys() and MPICH.local_size not in environment
