@@ -1,4 +1,4 @@
-"""The job: what is to be run. Its tables, where they are read from, and what is said of their mistakes."""
+"""The job, which describes a run: its tables, how they are read, and messages about mistakes in them."""
 
 from hpctrain.job.job import Amount, Job, Options, PhaseTable, check_ranks
 

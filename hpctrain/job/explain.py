@@ -17,12 +17,12 @@ from hpctrain.job.spec import Choice, Named, options_class
 from hpctrain.job.tables import Amount
 
 OWN = '"package.module:attribute"'
-WRITTEN_OUT = {"strategy": "strategy", "rule": "phases.N.until"}  # where the options of each kind are listed
+WRITTEN_OUT = {"strategy": "strategy", "rule": "phases.N.until"}  # where each kind's options are listed
 AMOUNT = "one of {epochs = ...}, {steps = ...}, {samples = ...}, {fraction = ...}"
 
 
 class Row(NamedTuple):
-    """One key. `default` is as in TOML, "none" where the key is left out by default."""
+    """One key. `default` is written as in TOML, or "none" if the key is left out by default."""
 
     key: str
     type: str
@@ -32,9 +32,9 @@ class Row(NamedTuple):
 
 
 def explain() -> list[Row]:
-    """All keys in the order in which a job is dumped, the options of built-in strategies and rules included.
+    """All keys in the order of `Job.dump`, including the options of built-in strategies and rules.
 
-    Imports the modules of strategies and rules, which import no torch.
+    Imports the modules of strategies and rules, which do not import torch.
     """
     return list(_rows(Job, ""))
 
@@ -119,7 +119,7 @@ def _literal(value: Any) -> str:
 
 
 def as_text(rows: Sequence[Row], width: int = 110) -> str:
-    """Two or more lines per key: what may stand there, then what it means."""
+    """Two or more lines per key: its allowed values, then its meaning."""
     lines = []
     for row in rows:
         allowed = f" ({row.allowed})" if row.allowed else ""

@@ -22,11 +22,11 @@ from hpctrain.text import shown, shown_path
 LONGEST = 2**20  # bytes of a job file
 _DEFAULT = object()
 Setting = tuple[Place, Any]
-Look = Callable[[Place], type[BaseModel] | None]  # the table that belongs at a place
+Look = Callable[[Place], type[BaseModel] | None]  # the model of the table at a place
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The tables of a TOML file. Raises JobError: missing, a folder, unreadable, not UTF-8, or not TOML."""
+    """The tables of a TOML file. Raises JobError if it is missing, a folder, unreadable, not UTF-8 or not TOML."""
     name = shown_path(path)
     try:
         if os.path.isdir(path):
@@ -51,7 +51,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """TOML text as tables; raises ValueError with line and column for whatever is wrong with it."""
+    """TOML text as tables; raises ValueError, with line and column, if the text is not valid."""
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -67,7 +67,7 @@ def _neighbours(path: str | os.PathLike[str]) -> str:
 
 
 def write(tables: dict[str, Any]) -> str:
-    """The tables as TOML text, in their own order."""
+    """The tables as TOML text, in their original order."""
     import tomli_w
 
     return tomli_w.dumps(tables)
@@ -79,13 +79,13 @@ def write(tables: dict[str, Any]) -> str:
 def override(
     tables: dict[str, Any], overrides: Iterable[str], model: type[BaseModel]
 ) -> tuple[dict[str, Any], list[Place]]:
-    """A copy of `tables` with the overrides applied, and the places they set.
+    """A copy of `tables` with the overrides applied, and the places that they set.
 
-    "a.b=value": the value is TOML, or else text; `default` takes the key out, which puts its default back.
-    Lists are entered by index (phases.0.strategy.mode=sync). Names are set first: with a new name, the keys
-    that belonged to the old one go (its keyword arguments, a strategy's options). Of keys that exclude each
-    other (train.epochs and train.steps, the units of an amount, strategy and phases) the given one stays.
-    Raises JobError for what cannot be applied; unknown keys are left for the validation to find.
+    "a.b=value": the value is TOML, or plain text if it is not valid TOML. `default` removes the key, which restores
+    its default. An index selects an element of a list (phases.0.strategy.mode=sync). Names are set first: a new name
+    removes the keys of the old one (its keyword arguments, a strategy's options). Among keys that exclude each other
+    (train.epochs and train.steps, the units of an amount, strategy and phases), the overriding one is kept.
+    Raises JobError for overrides that cannot be applied; validation finds unknown keys later.
     """
     if isinstance(overrides, str):
         raise JobError('overrides are a list of "key=value", not one text')
@@ -94,7 +94,7 @@ def override(
     settings = [_setting(text) for text in overrides]
     places: list[Place] = []
     while settings:
-        spelt = [_spelt_out(setting, look) for setting in settings]  # anew each time: the names set so far decide
+        spelt = [_spelt_out(setting, look) for setting in settings]  # repeated, as it depends on the names set so far
         now = _names_first([place for place, _ in spelt], look)
         given = [*places, *(place for place, _ in spelt)]
         for place, value in compress(spelt, now):
@@ -105,7 +105,7 @@ def override(
 
 
 def _names_first(places: list[Place], look: Look) -> list[bool]:
-    """Which are to be set now: the outermost names come first, for they decide what lies below; then the rest."""
+    """Which places to set now: the outermost names first, because they determine the tables below; then the rest."""
     named = [_is_name(place, look) for place in places]
     depth = min((len(place) for place in compress(places, named)), default=None)
     if depth is None:
@@ -114,7 +114,7 @@ def _names_first(places: list[Place], look: Look) -> list[bool]:
 
 
 def _table_at(model: type[BaseModel], place: Place, tables: Any) -> type[BaseModel] | None:
-    """As `model_at`, and also within what has tables of its own under the name that `tables` give it (a switch)."""
+    """Like `model_at`, but also finds tables within the options of the choice that `tables` names (a switch)."""
     if (found := model_at(model, place)) is not None:
         return found
     for depth in range(1, len(place)):
@@ -155,7 +155,7 @@ def _setting(text: str) -> Setting:
 
 
 def _spelt_out(setting: Setting, look: Look) -> Setting:
-    """strategy=all_reduce is short for strategy.name=all_reduce."""
+    """Expand the short form: strategy=all_reduce means strategy.name=all_reduce."""
     place, value = setting
     table = look(place)
     if isinstance(value, str) and table is not None and issubclass(table, (Named, Choice)):
@@ -185,7 +185,7 @@ def _value(text: str) -> Any:
 
 
 def _is_name(place: Place, look: Look) -> bool:
-    """True where `place` is the key that says what its table is about."""
+    """Whether `place` is the key that names what its table describes."""
     table = look(place[:-1])
     return table is not None and issubclass(table, (Named, Choice)) and place[-1] == table.KEY
 
@@ -213,7 +213,7 @@ def _index(here: list[Any], part: int | str, at: Place) -> int:
 
 
 def _inner(here: Any, part: Any, place: Place, look: Look) -> Any:
-    """The table or list at `place`, made if missing; a name alone is what is short for its table."""
+    """The table or list at `place`, created if missing; a bare name is expanded to its table."""
     value = here[part] if isinstance(here, list) else here.setdefault(part, {})
     table = look(place)
     if isinstance(value, str) and table is not None and issubclass(table, (Named, Choice)):
@@ -224,7 +224,7 @@ def _inner(here: Any, part: Any, place: Place, look: Look) -> Any:
 
 
 def _make_way(here: dict[str, Any], place: Place, depth: int, look: Look, given: list[Place]) -> None:
-    """Take out the keys that cannot stand beside the one that is about to be set, unless they are set too."""
+    """Remove the keys that exclude the one about to be set, unless an override sets them too."""
     at, part = place[:depth], str(place[depth])
     table = look(at)
     groups = table.EXCLUSIVE if table is not None and issubclass(table, Table) else ()

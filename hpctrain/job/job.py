@@ -1,7 +1,7 @@
 """The job: a typed, serialisable description of one run.
 
-`Job.load` and `Job(...)` raise JobError with one line per mistake, and import no torch (unless a strategy or
-rule of the user's own does). A job never changes; `override` makes another.
+`Job.load` and `Job(...)` raise JobError with one line per mistake, and do not import torch (unless a strategy or
+rule of the user does). A job is immutable; `override` makes a new one.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ class Job(Table):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Job:
-        """The job in a TOML file, with overrides ("a.b=value") applied before it is checked.
+        """The job in a TOML file, with overrides ("a.b=value") applied before validation.
 
-        See `jobfile.override`. Raises JobError.
+        See `job.file.override`. Raises JobError.
         """
         job = cls._checked(jobfile.read(path), overrides, shown_path(path))
         job._file = os.path.abspath(path)
@@ -116,36 +116,36 @@ class Job(Table):
 
     @classmethod
     def recorded(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Job:
-        """The job in a file that is only read, a run folder's, say: as `load`, but nothing that it names is imported.
+        """The job in a file that is only read, such as a run folder's: like `load`, but imports nothing that it names.
 
-        What is not built in keeps its name, "<...>" included, and its options as they stand. Whoever resolves it
-        gets a JobError, also in a job that is made from this one by `override`. Raises JobError, as `load`.
+        What is not built in keeps its name, including "<...>", and its options as written. Resolving it raises
+        JobError, also in a job that `override` makes from this one. Raises JobError, like `load`.
         """
         return cls._checked(jobfile.read(path), overrides, shown_path(path), recorded=True)
 
     @property
     def unchecked(self) -> list[str]:
-        """Of a recorded job, the keys that name strategies and rules whose options could not be checked."""
+        """The keys of a recorded job that name strategies and rules whose options could not be checked."""
         return [f"{key}.{spec.KEY}" for key, spec in self._specs() if isinstance(spec, Choice) and spec.unresolved]
 
     def override(self, overrides: Iterable[str]) -> Job:
-        """Another job with some keys changed: "a.b=value", see `jobfile.override`. Raises JobError."""
+        """A new job with some keys changed: "a.b=value", see `job.file.override`. Raises JobError."""
         job = self._checked(self._tables(), overrides, recorded=any(spec.unresolved for _, spec in self._specs()))
         job._file, job._overrides = self._file, (*self._overrides, *job._overrides)
         return job
 
     @property
     def file(self) -> str:
-        """The file that it was loaded from; "" if from none."""
+        """The file that the job was loaded from; "" if none."""
         return self._file
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """Those that it was made with: by `load`, and then by `override`."""
+        """The overrides applied by `load`, followed by those applied by `override`."""
         return self._overrides
 
     def __eq__(self, other: object) -> bool:
-        """By its keys, however it came by their values."""
+        """Compare keys and values, regardless of where the values came from."""
         if not isinstance(other, Job):
             return NotImplemented
         return all(getattr(self, key) == getattr(other, key) for key in Job.model_fields)
@@ -166,19 +166,19 @@ class Job(Table):
     @classmethod
     def _of_record(cls, tables: dict[str, Any]) -> Job:
         job = cls.__new__(cls)
-        try:  # as `__init__` does, which takes no context
+        try:  # what `__init__` does, but `__init__` takes no context
             return cls.__pydantic_validator__.validate_python(tables, self_instance=job, context=RECORDED)
         except ValidationError as error:
             raise job_error(faults(error, Job)) from None
 
     def _specs(self) -> Iterator[tuple[str, Named | Choice]]:
-        """Everything in it that names something, with its key."""
+        """Every table that names something, with its key."""
         yield from _specs_in(self)
         for index, phase in enumerate(self.phases or []):
             yield from ((f"phases.{index}.{key}", spec) for key, spec in _specs_in(phase))
 
     def _tables(self) -> dict[str, Any]:
-        """As `plain`, but with the objects themselves where names cannot be imported."""
+        """Like `plain`, but with the objects themselves where names cannot be imported."""
         tables = self.plain()
         specs = [(tables[name], getattr(self, name)) for name in tables if isinstance(tables[name], dict)]
         specs += [(tables["optimizer"].get(key), getattr(self.optimizer, key)) for key in ("schedule", "groups")]
@@ -193,15 +193,15 @@ class Job(Table):
         return tables
 
     def dump(self) -> str:
-        """The job as TOML, every default written out, in the order declared; `Job.load` gives an equal job.
+        """The job as TOML, with every default written out, in declaration order; `Job.load` gives an equal job.
 
-        Keys whose value is None are left out: None is always their default, and TOML has none.
+        Keys whose value is None are left out: None is always their default, and TOML has no null.
         """
         return jobfile.write(self.plain())
 
     @property
     def schedule(self) -> list[PhaseTable]:
-        """The phases of the run; of a job with `strategy`, one, which ends with the run, or those of a switch.
+        """The phases of the run. A job with `strategy` has one, which ends with the run, or the two of a switch.
 
         All but the last have `until`, all but the first `enter`.
         """
@@ -213,7 +213,7 @@ class Job(Table):
         return [PhaseTable(strategy=strategy)]
 
     def key(self, phase: int, table: Literal["strategy", "until", "enter"]) -> str:
-        """Where that table of a phase in `schedule` is written, for messages: "phases.1.until", "strategy.then"."""
+        """The key of a phase's table in the job, for messages: "phases.1.until", "strategy.then"."""
         if self.phases is not None:
             return f"phases.{phase}.{table}"
         if self.strategy is not None and isinstance(self.strategy.options, SwitchOptions):
@@ -278,7 +278,7 @@ def _specs_in(table: BaseModel) -> Iterator[tuple[str, Named | Choice]]:
 
 
 def _entered(phase: Any) -> Any:
-    """A phase that has one before it, with the default of `enter` written out."""
+    """A phase that follows another, with the default of `enter` written out."""
     if isinstance(phase, dict) and phase.get("enter") is None:
         return {**phase, "enter": {}}
     lacks = isinstance(phase, PhaseTable) and phase.enter is None
@@ -286,7 +286,7 @@ def _entered(phase: Any) -> Any:
 
 
 def check_ranks(job: Job, size: int) -> None:
-    """Refuse to run `job` on `size` ranks if it needs another number. Raises ClusterError or JobError."""
+    """Raise ClusterError or JobError if `job` cannot run on `size` ranks."""
     if job.ranks is not None and job.ranks != size:
         raise ClusterError(
             f"ranks = {job.ranks}: a job that needs {job.ranks} ranks was started with {size}; "

@@ -1,4 +1,4 @@
-"""Sentences about a job: what a field may hold, and what is wrong with what it holds.
+"""Messages about a job: the values that a field allows, and what is wrong with the value it has.
 
 Both come from the same source, the field's annotation, so that messages and documentation cannot disagree.
 """
@@ -17,15 +17,15 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from hpctrain.errors import JobError
 from hpctrain.text import did_you_mean, shown
 
-LARGEST = 2**63 - 1  # of an integer in TOML
+LARGEST = 2**63 - 1  # largest integer in TOML
 DEEPEST = 16
 MOST_LINES = 10
-SENTENCE = "sentence"  # the type of errors whose text and place are already final
+SENTENCE = "sentence"  # the type of errors whose text and place are final
 Place = tuple[int | str, ...]
 
 
 class FaultyJobError(JobError):
-    """A JobError that still knows its parts."""
+    """A JobError that keeps its separate faults."""
 
     def __init__(self, message: str, found: Sequence[Fault]) -> None:
         super().__init__(message)
@@ -33,7 +33,7 @@ class FaultyJobError(JobError):
 
 
 class Fault(NamedTuple):
-    """One thing wrong: `value` was found at `place` (None is not shown); `text` says what is wrong."""
+    """One mistake: `value` was found at `place` (None is not shown); `text` says what is wrong."""
 
     place: Place
     value: object
@@ -45,23 +45,23 @@ class Fault(NamedTuple):
 
 
 def wrong(place: Place, value: object, text: str) -> InitErrorDetails:
-    """An error for `raise_all`, at `place` below the model that is being validated."""
+    """An error for `raise_all`, at `place` within the model that is being validated."""
     return InitErrorDetails(type=PydanticCustomError(SENTENCE, "{text}", {"text": text}), loc=place, input=value)
 
 
 def fail(place: Place, value: object, text: str) -> NoReturn:
-    """Raise `wrong(...)` by itself."""
+    """Raise a single `wrong(...)`."""
     raise ValidationError.from_exception_data("job", [wrong(place, value, text)])
 
 
 def raise_all(errors: Sequence[InitErrorDetails]) -> None:
-    """Raise what was found, if anything, as the ValidationError that pydantic merges with its own."""
+    """Raise the errors, if any, as a ValidationError, which pydantic merges with its own."""
     if errors:
         raise ValidationError.from_exception_data("job", list(errors))
 
 
 def dotted(place: Iterable[int | str]) -> str:
-    """`place` as TOML writes it: keys joined by dots, quoted where they are not bare."""
+    """`place` as in TOML: keys joined by dots, quoted where they are not bare keys."""
     return ".".join(_key(part) for part in place)
 
 
@@ -72,7 +72,7 @@ def _key(part: int | str) -> str:
 
 
 def value_text(value: object) -> str:
-    """A value as TOML would write it, short enough for a sentence."""
+    """A value as in TOML, short enough for a sentence."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -89,12 +89,12 @@ def value_text(value: object) -> str:
 
 
 def is_plain(value: object) -> bool:
-    """True for what a TOML file can hold, and None; false for a program's objects."""
+    """True for values that a TOML file can hold, and for None; false for Python objects."""
     return value is None or isinstance(value, (bool, int, float, str, list, dict, datetime.date, datetime.time))
 
 
 def unwritable(value: object, place: Place = ()) -> list[InitErrorDetails]:
-    """What in `value` a job file cannot hold: objects, None, NaN, too large integers, too deep nesting."""
+    """Errors for the parts of `value` that TOML cannot hold: objects, None, NaN, large integers, deep nesting."""
     if isinstance(value, (dict, list)):
         if len(place) >= DEEPEST:
             return [wrong(place, value, f"nested more than {DEEPEST} deep")]
@@ -122,7 +122,7 @@ def _bad_text(value: str) -> str:
     return "must not contain the character NUL" if "\0" in value else ""
 
 
-# What a field may hold
+# Allowed values of a field
 
 
 def kind_text(annotation: Any) -> str:
@@ -149,7 +149,7 @@ def _plural(word: str) -> str:
 
 
 def allowed_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """The range or the choices of a field in words; "" where its type says it all."""
+    """The range or the choices of a field in words; "" if the type alone is enough."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     own = _limits(metadata)
     if origin is Annotated:
@@ -176,7 +176,7 @@ def _limits(metadata: Sequence[Any]) -> str:
 
 
 def must_be(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """The sentence's end for a value that is not what the field may hold."""
+    """The end of the sentence about a value that the field does not allow."""
     if _choices(annotation):
         return f"must be one of {allowed_text(annotation)}"
     kind, allowed = kind_text(annotation), allowed_text(annotation, metadata)
@@ -192,11 +192,11 @@ def _choices(annotation: Any) -> bool:
     return get_origin(annotation) is Literal
 
 
-# What is wrong
+# Faults
 
 
 def faults(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
-    """Everything that pydantic found wrong in a `model`, each place once, in the order of the fields."""
+    """All faults that pydantic found in a `model`, one per place, in the order of the fields."""
     found: dict[tuple[Place, str], Fault] = {}
     for details in error.errors(include_url=False):
         place, annotation, metadata, parent = _walk(model, details["loc"])
@@ -229,7 +229,7 @@ def _unknown(root: type[BaseModel], parent: type[BaseModel], place: Place) -> st
 
 
 def dotted_keys(model: type[BaseModel], above: str = "") -> list[str]:
-    """The names of all fields of `model` and of the tables in it, with dots; lists of tables left out."""
+    """The dotted names of all fields of `model` and of the tables in it, without lists of tables."""
     keys = []
     for name, field in model.model_fields.items():
         keys.append(above + name)
@@ -240,7 +240,7 @@ def dotted_keys(model: type[BaseModel], above: str = "") -> list[str]:
 
 
 def table_of(annotation: Any) -> type[BaseModel] | None:
-    """The one table that an annotation allows (`X`, `X | None`, `Annotated[X, ...]`)."""
+    """The only table that an annotation allows (`X`, `X | None`, `Annotated[X, ...]`)."""
     if isinstance(annotation, type) and get_origin(annotation) is None:
         return annotation if issubclass(annotation, BaseModel) else None
     if get_origin(annotation) in (Annotated, Union, types.UnionType):
@@ -250,9 +250,9 @@ def table_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def _walk(model: type[BaseModel], location: Place) -> tuple[Place, Any, Sequence[Any], type[BaseModel]]:
-    """Follow an error's location: (its real place, annotation and metadata there, the last table passed).
+    """Follow an error's location: (its real place, annotation and metadata there, the innermost table).
 
-    pydantic appends to locations which member of a union it tried; that is cut off.
+    pydantic appends the tried member of a union to locations; this is removed.
     """
     annotation: Any = model
     metadata: Sequence[Any] = ()
@@ -274,7 +274,7 @@ def _walk(model: type[BaseModel], location: Place) -> tuple[Place, Any, Sequence
 
 
 def model_at(model: type[BaseModel], place: Place) -> type[BaseModel] | None:
-    """The table that belongs at `place` of a `model`; None where no table, or an unknown one, is."""
+    """The model of the table at `place` in `model`; None if there is no table or an unknown one."""
     numbered = [int(p) if len(str(p)) < 10 and str(p).isascii() and str(p).isdecimal() else p for p in place]
     reached, annotation, _, _ = _walk(model, tuple(numbered))
     return table_of(annotation) if len(reached) == len(place) else None
@@ -290,7 +290,7 @@ def _element(annotation: Any) -> Any:
 
 
 def job_error(found: Sequence[Fault], source: str = "", overridden: Sequence[Place] = ()) -> FaultyJobError:
-    """One line per fault, at most ten; those that come from the file `source` begin with its name."""
+    """One line per fault, at most ten; faults from the file `source` begin with its name."""
     lines = []
     for fault in found[:MOST_LINES]:
         words = tuple(map(str, fault.place))

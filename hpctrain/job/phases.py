@@ -1,4 +1,4 @@
-"""The tables of a job that say how its phases train: strategies, rules, what is taken over, the switch."""
+"""The tables that describe how a job's phases train: strategies, rules, what a phase takes over, the switch."""
 
 from __future__ import annotations
 
@@ -134,11 +134,11 @@ class SwitchOptions(Composite):
         return self
 
     def phases(self) -> list[PhaseTable]:
-        """The two phases that it is short for."""
+        """The two phases that the switch stands for."""
         return [PhaseTable(strategy=self.first, until=self.until), PhaseTable(strategy=self.then, enter=self.enter)]
 
     def key(self, phase: int, table: str) -> str:
-        """Where `table` ("strategy", "until", "enter") of that phase is written."""
+        """The key of that phase's `table` ("strategy", "until", "enter")."""
         return ("first", "then")[phase] if table == "strategy" else table
 
 

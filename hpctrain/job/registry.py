@@ -1,6 +1,6 @@
-"""What a job can name: short names, "package.module:attribute", and the names of a program's own objects.
+"""What a job can name: short names, "package.module:attribute", and records of a program's own objects.
 
-Nothing is imported before it is asked for, so a job can be read and checked without torch.
+Imports happen on request only, so a job can be read and checked without torch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RULES = {
     "target": "hpctrain.clock.rules:Target",
 }
 FUNCTION_AS_RULE = "hpctrain.clock.rules:FunctionAsRule"
-# torch.optim's classes with the learning rate a job gets that names none: torch's own, but 0.1 for SGD.
+# torch.optim's classes with the learning rate of a job that sets none: torch's default, except 0.1 for SGD.
 LEARNING_RATES = {
     "SGD": 0.1,
     "Adadelta": 1.0,
@@ -82,10 +82,10 @@ _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def check(kind: str, name: str) -> None:
-    """Refuse a name that cannot be meant, without importing anything.
+    """Refuse a name that cannot be valid, without importing anything.
 
-    Raises JobError: empty, the record of an object ("<...>"), neither in the table of `kind` nor of the form
-    "package.module:attribute".
+    Raises JobError if the name is empty, the record of an object ("<...>"), or neither in the table of `kind` nor of
+    the form "package.module:attribute".
     """
     table = TABLES[kind]
     module, _, attribute = name.rpartition(":")
@@ -104,9 +104,9 @@ def check(kind: str, name: str) -> None:
 def resolve(kind: str, name: str) -> Any:
     """The object that `name` stands for: an entry of the table of `kind`, or "package.module:attribute".
 
-    Imports its module; the user's own are found in the current directory too. Raises JobError (one sentence, without
-    the key that held the name, which the caller knows): unknown name, no such module, no such attribute, or a
-    module that raised while it was imported.
+    Imports its module; a user's module may also be in the current directory. Raises JobError if the name is unknown,
+    the module or the attribute does not exist, or the import raised. The message is one sentence, without the key that
+    held the name, which the caller knows.
     """
     try:
         check(kind, name)
@@ -114,7 +114,7 @@ def resolve(kind: str, name: str) -> Any:
         raise JobError(f'{kind} "{shown(name)}": {error}') from None
     target = TABLES[kind].get(name, name)
     module_name, attributes = target.split(":")
-    # What is built in is looked for among the installed packages alone, whatever lies in the current directory.
+    # Built-in names are looked up in installed packages only, never in the current directory.
     folder = "" if name in TABLES[kind] else _current_directory()
     found: Any = _import(module_name, f'{kind} "{shown(name)}"', folder)
     for part in attributes.split("."):
@@ -128,9 +128,9 @@ def resolve(kind: str, name: str) -> Any:
 
 
 def _import(name: str, what: str, folder: str) -> ModuleType:
-    """Modules in `folder` come first, as with `python script.py`, but only during this import.
+    """Import a module. Modules in `folder` come first, as with `python script.py`, but only during this import.
 
-    One that was found there may import neighbours later, in its functions: then the directory stays, last.
+    A module found there may import neighbours later, in its functions, so the folder then stays last on the path.
     """
     missing = bool(folder) and folder not in sys.path and "" not in sys.path
     if missing:
@@ -146,7 +146,7 @@ def _import(name: str, what: str, folder: str) -> ModuleType:
             places = f"neither in {folder} nor among the installed packages" if folder else "it is not installed"
             raise JobError(f"{what}: there is no module {shown(error.name)}, {places}") from None
         raise JobError(_failure(what, name, error)) from error
-    except (Exception, SystemExit) as error:  # a module of the user's may do anything, sys.exit() included
+    except (Exception, SystemExit) as error:  # a user's module may raise anything, including by sys.exit()
         raise JobError(_failure(what, name, error)) from error
     finally:
         if missing and folder in sys.path:
@@ -156,7 +156,7 @@ def _import(name: str, what: str, folder: str) -> ModuleType:
 def _current_directory() -> str:
     try:
         return os.getcwd()
-    except FileNotFoundError:  # removed under us
+    except FileNotFoundError:  # the current directory was removed
         return ""
 
 
@@ -176,10 +176,10 @@ def _frames(error: BaseException) -> list[tuple[str, int]]:
 
 
 def describe(kind: str, thing: object) -> str:
-    """How a Python object is written into a job.
+    """How a Python object is recorded in a job.
 
-    Its short name, or "package.module:name" if importing that gives the same object again; else
-    "<name in FILE:LINE>", which says what it was and is refused when loaded.
+    Its short name, or "package.module:name" if importing that gives the same object; else "<name in FILE:LINE>", which
+    identifies the object for readers but is refused when loaded.
     """
     for name, target in TABLES[kind].items():
         module, attribute = target.split(":")

@@ -1,4 +1,4 @@
-"""Who is a worker and who a server in each phase of a job."""
+"""Which ranks are workers and which are servers in each phase of a job."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hpctrain.job.job import Job, check_ranks
 
 
 def roles_of(job: Job, nodes: Sequence[int]) -> list[Roles]:
-    """Who does what in each phase, on ranks whose node indices are `nodes`.
+    """The roles in each phase, on ranks whose node indices are `nodes`.
 
-    Raises ClusterError or JobError where the job does not suit them.
+    Raises ClusterError or JobError if the job cannot run on these ranks.
     """
     check_ranks(job, len(nodes))
     found = []

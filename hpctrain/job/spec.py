@@ -1,4 +1,4 @@
-"""The kinds of table a job is made of: plain ones, ones that name something, and ones that choose a class."""
+"""The kinds of table in a job: plain ones, ones that name an object, and ones that choose a class."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from hpctrain.job.messages import fail, faults, is_plain, raise_all, unwritable,
 from hpctrain.options import Options, Table
 from hpctrain.text import did_you_mean, shown
 
-# The context of a validation that must import nothing of the user's: see `Job.recorded`.
+# The context of a validation that must not import user code: see `Job.recorded`.
 RECORDED = {"recorded": True}
 
 
 class Composite(Options):
-    """Options that are tables themselves, with strategies and rules of their own: what they name may be an object."""
+    """Options that contain tables with strategies and rules, which may name objects."""
 
 
 class Unchecked(Options):
-    """Options as they stand in a job that is only read: of a strategy or rule that is not built in."""
+    """Unvalidated options of a strategy or rule that is not built in, in a job that is only read."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -44,11 +44,11 @@ class Unchecked(Options):
 
 
 class _Recorded(str):
-    """The name that an object was given, as opposed to one somebody wrote: may begin with "<"."""
+    """A name that records an object, not one that a user wrote: it may begin with "<"."""
 
 
 def _stays(info: ValidationInfo, kind: str, name: object) -> bool:
-    """Whether what `name` stands for is to be left alone: it is the user's, and the job is only read."""
+    """Whether `name` must not be imported: it is user code, and the job is only read."""
     return info.context is RECORDED and name not in registry.TABLES[kind]
 
 
@@ -61,27 +61,27 @@ def _name_of(kind: str, thing: object) -> str:
 
 
 class Named(Table):
-    """A table whose `name` stands for something; its further keys are keyword arguments, `options`.
+    """A table whose `name` stands for an object; its other keys are keyword arguments, `options`.
 
-    In Python an object (a module, a class, a function) may stand in place of the table or of the name.
+    In Python, an object (a module, a class, a function) may replace the table or the name.
     """
 
     model_config = ConfigDict(extra="allow")
     KIND: ClassVar[str]
     KEY: ClassVar[str] = "name"
-    KEPT: ClassVar[tuple[str, ...]] = ()  # the keys that still mean something when the name changes
+    KEPT: ClassVar[tuple[str, ...]] = ()  # the keys that stay valid when the name changes
     name: str
-    _object: Any = PrivateAttr(None)  # what `name` stands for, where it cannot be imported again
+    _object: Any = PrivateAttr(None)  # what `name` stands for, if it cannot be imported again
     _unresolved: bool = PrivateAttr(False)
 
     @property
     def thing(self) -> Any:
-        """The object itself if `name` only records it ("<...>"), else None."""
+        """The object if `name` only records it ("<...>"), else None."""
         return self._object
 
     @property
     def unresolved(self) -> bool:
-        """Whether the job was only read, and `name` is not built in: it is never imported."""
+        """Whether the job was only read and `name` is not built in: it is never imported."""
         return self._unresolved
 
     @property
@@ -125,7 +125,7 @@ class Named(Table):
             fail((), thing, f"must be the name of a {cls.KIND}, or something that can be called")
 
     def resolve(self) -> Any:
-        """The object itself. Imports what the name says; raises JobError (see `registry.resolve`)."""
+        """The object, imported by its name if necessary. Raises JobError (see `registry.resolve`)."""
         if self._object is not None:
             return self._object
         if self._unresolved:
@@ -133,23 +133,23 @@ class Named(Table):
         return registry.resolve(self.KIND, self.name)
 
     def bind(self, positional: int = 0) -> Callable[..., Any]:
-        """The resolved callable, keyword arguments filled in, to be called with `positional` arguments.
+        """The resolved callable with its keyword arguments bound, to be called with `positional` arguments.
 
-        Raises JobError if it does not take them; what it does when called is its own affair.
+        Raises JobError if the callable does not take these arguments; errors during the call are not checked here.
         """
         return bound(f'{self.KIND} "{self.name}"', self.resolve(), self.options, positional)
 
 
 def bound(what: str, function: Any, options: dict[str, Any], positional: int) -> Callable[..., Any]:
-    """`function`, with the keyword arguments `options` filled in, to be called with `positional` arguments.
+    """`function` with the keyword arguments `options` bound, to be called with `positional` arguments.
 
-    Raises JobError, a sentence about `what`, if it cannot be called or does not take them.
+    Raises JobError, with a message about `what`, if it is not callable or does not take these arguments.
     """
     if not callable(function):
         raise JobError(f"{what} is a {type(function).__name__}, which cannot be called")
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # built-in, without a signature: it will say so itself
+    except (TypeError, ValueError):  # a built-in without a signature: a wrong call will raise by itself
         return functools.partial(function, **options)
     parameters = signature.parameters.values()
     taken = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -167,7 +167,7 @@ def bound(what: str, function: Any, options: dict[str, Any], positional: int) ->
 
 
 def _split(value: Any, key: str) -> tuple[dict[str, Any], Any]:
-    """(table, object or None) of what was given for a table that names something under `key`."""
+    """(table, object or None) from the value given for a table that names an object under `key`."""
     if isinstance(value, str):
         return {key: value}, None
     if not isinstance(value, dict):
@@ -188,9 +188,9 @@ def _bad_options(options: dict[str, Any]) -> list[InitErrorDetails]:
 
 
 class Choice(BaseModel):
-    """A table that chooses a class by name (under KEY); that class's `Options` validate the other keys.
+    """A table that chooses a class by name (under KEY); the class's `Options` validate the other keys.
 
-    In Python the class itself may stand in place of the table or of the name.
+    In Python, the class itself may replace the table or the name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -202,13 +202,13 @@ class Choice(BaseModel):
     _object: Any = PrivateAttr(None)
 
     def plain(self) -> dict[str, Any]:
-        """As `Table.plain`."""
+        """Like `Table.plain`."""
         if isinstance(self.options, (Composite, Unchecked)):
             return {self.KEY: self.name, **self.options.plain()}
         return {self.KEY: self.name, **self.options.model_dump(mode="json", exclude_none=True)}
 
     def with_objects(self) -> dict[str, Any]:
-        """As `plain`, but with the objects themselves where their names cannot be imported."""
+        """Like `plain`, but with the objects themselves where their names cannot be imported."""
         table = {**self.plain(), self.KEY: self.name if self._object is None else self._object}
         if isinstance(self.options, Composite):
             inner = {name: getattr(self.options, name) for name in type(self.options).model_fields}
@@ -217,28 +217,28 @@ class Choice(BaseModel):
 
     @property
     def thing(self) -> Any:
-        """As `Named.thing`."""
+        """See `Named.thing`."""
         return self._object
 
     @property
     def unresolved(self) -> bool:
-        """As `Named.unresolved`."""
+        """See `Named.unresolved`."""
         return isinstance(self.options, Unchecked)
 
     def resolve(self) -> Any:
-        """The class itself. Raises JobError in a job that was only read, if it is not built in."""
+        """The class. Raises JobError in a job that was only read, if the class is not built in."""
         if self.unresolved:
             raise _not_imported(self.KIND, self.name)
         return self._class_of(self._object if self._object is not None else registry.resolve(self.KIND, self.name))
 
     @classmethod
     def _class_of(cls, thing: Any) -> Any:
-        """What stands for a class where something else was named."""
+        """The class for a named object; a subclass may convert other objects to a class."""
         return thing
 
     @classmethod
     def composite(cls, name: object) -> type[Composite] | None:
-        """The options of what is built in under `name`, if they are tables themselves."""
+        """The options of the built-in `name`, if they contain tables."""
         if not isinstance(name, str) or name not in registry.TABLES[cls.KIND]:
             return None
         model = options_class(registry.resolve(cls.KIND, name))
@@ -271,7 +271,7 @@ class Choice(BaseModel):
 
 
 def _options(cls: type[Choice], name: str, chosen: Any, table: dict[str, Any], context: Any) -> BaseModel | None:
-    """The further keys as the `Options` of the chosen class; every fault of theirs at once."""
+    """The other keys, validated by the `Options` of the chosen class; raises all faults at once."""
     model = options_class(chosen)
     if model is None:
         text = f"is no {cls.KIND}: it must be a class with a pydantic model named Options"
@@ -280,7 +280,7 @@ def _options(cls: type[Choice], name: str, chosen: Any, table: dict[str, Any], c
     unknown = [] if model.model_config.get("extra") == "allow" else [key for key in table if key not in known]
     errors = [wrong((key,), None, _unknown_option(cls, name, key, known)) for key in unknown]
     given = {key: value for key, value in table.items() if key not in unknown}
-    if not issubclass(model, Composite):  # whose own tables see to it
+    if not issubclass(model, Composite):  # a Composite's own tables check this
         errors += unwritable(given)
         given = {key: value for key, value in given.items() if not unwritable(value)}
     try:
@@ -295,12 +295,12 @@ def _options(cls: type[Choice], name: str, chosen: Any, table: dict[str, Any], c
 def _validated(model: type[BaseModel], table: dict[str, Any], context: Any) -> BaseModel:
     if issubclass(model, Composite):
         return model.model_validate(table, context=context)
-    # as JSON: strict about types, but a list may become a tuple, "0" a rank, and a text an enum
+    # As JSON: types are strict, but a list may become a tuple, "0" a rank, and text an enum.
     return model.model_validate_json(json.dumps(table, default=str), strict=True)
 
 
 def options_class(chosen: Any) -> type[BaseModel] | None:
-    """The pydantic model of a strategy's or rule's options; None if `chosen` is no such class."""
+    """The pydantic model of a strategy's or rule's options; None if `chosen` has none."""
     model = getattr(chosen, "Options", None)
     return model if isinstance(model, type) and issubclass(model, BaseModel) else None
 
@@ -320,7 +320,7 @@ def _of_another(cls: type[Choice], key: str) -> str:
 
 
 def names_of(kind: str, value: object) -> object:
-    """A list of names from a list of names and importable functions; anything else comes back as it is."""
+    """A list of names from a list of names and importable functions; other values are returned unchanged."""
     if not isinstance(value, list):
         return value
     names: list[object] = []

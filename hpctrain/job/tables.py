@@ -1,4 +1,4 @@
-"""The tables of a job: what may be said in each, its defaults and its meaning."""
+"""The tables of a job: their keys, with defaults and meaning."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Amount(Table):
 
     @property
     def unit(self) -> Unit:
-        """Which of the four was given."""
+        """The unit given: one of the four."""
         units: tuple[Unit, ...] = ("epochs", "steps", "samples", "fraction")
         return next(unit for unit in units if getattr(self, unit) is not None)
 
     @property
     def value(self) -> float:
-        """How much of `unit`; a whole number for steps and samples."""
+        """The number of units; a whole number for steps and samples."""
         return float(getattr(self, self.unit)) if self.unit in ("epochs", "fraction") else getattr(self, self.unit)
 
 
@@ -311,7 +311,7 @@ class Train(Table):
 
     @property
     def evaluation_batch(self) -> int:
-        """Samples per worker and forward pass in evaluations."""
+        """Samples per worker in each forward pass of an evaluation."""
         return self.batch_size if self.evaluate_batch is None else self.evaluate_batch
 
     @model_validator(mode="before")
@@ -323,7 +323,7 @@ class Train(Table):
 
     @property
     def buffer_policies(self) -> dict[str, Policy]:
-        """By pattern; "*" is for all that are not running statistics of batch norm."""
+        """Policies by pattern; "*" applies to all buffers except running statistics of batch norm."""
         return self.buffers if isinstance(self.buffers, dict) else {"*": self.buffers}
 
     @model_validator(mode="after")
