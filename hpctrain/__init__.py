@@ -1,6 +1,6 @@
-"""Train PyTorch models on MPI and Slurm clusters with whichever way of synchronising is fastest there.
+"""Train PyTorch models on MPI and Slurm clusters with the synchronisation strategy that is fastest there.
 
-Importing this initialises neither MPI nor CUDA, and does not load torch.
+Importing this package does not initialise MPI or CUDA, and does not load torch.
 """
 
 from __future__ import annotations

@@ -30,14 +30,14 @@ SHOW = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for a user's mistake, 130 after an interruption.
+    """Run a command and return the exit status: 0, 2 for a user's mistake, 130 after an interruption.
 
-    1: `doctor` found what keeps a run from working, or `test-strategy` a broken promise.
+    1: `doctor` found a problem that keeps a run from working, or `test-strategy` found a broken promise.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:2] == EXPORT.split():  # a command of two words beside `trace RUN`
+    if words[:2] == EXPORT.split():  # a command of two words; `trace RUN` also exists
         words[:2] = [EXPORT]
-    if sys.stdout is None:  # closed by whoever started this
+    if sys.stdout is None:  # closed by the parent process
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         with _written_out():
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _written_out() -> Iterator[None]:
-    """When this ends, all that was printed has been written; HpctrainError if it cannot be: on a full disk, say."""
+    """On exit, flush all output. Raises HpctrainError if it cannot be written, for example on a full disk."""
     try:
         try:
             yield
@@ -66,14 +66,14 @@ def _written_out() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        if error.filename is not None or error.errno not in UNWRITABLE:  # of a file, and not told there
+        if error.filename is not None or error.errno not in UNWRITABLE:  # an error of some file, not of stdout
             raise
         _discard_output()
         raise HpctrainError(f"standard output cannot be written ({error.strerror})") from None
 
 
 def _discard_output() -> None:
-    """Let Python get rid of what it could not write, without a word of its own when it ends."""
+    """Discard output that could not be written, so that Python reports no error when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The commands that read traces."""
+    """Add the commands that read traces."""
     report = commands.add_parser("report", help="write report.html: timeline, waiting, efficiency, convergence ...")
     report.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     report.add_argument("-o", "--output", metavar="FILE", type=Path, help="default: report.html in the run folder")
@@ -162,7 +162,7 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _named(path: str | None) -> str:
-    """The job file that was given. Raises JobError if none was."""
+    """The given job file. Raises JobError if none was given."""
     from hpctrain.errors import JobError
 
     if path is None:
@@ -188,7 +188,7 @@ def _resume_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(options: argparse.Namespace) -> tuple[Job, Resume | None]:
-    """The job, and what to go on with."""
+    """The job, and what to resume from, if anything."""
     from hpctrain.errors import JobError
     from hpctrain.job import Job
     from hpctrain.run.resume import LATEST, Resume
@@ -210,7 +210,7 @@ def _load(options: argparse.Namespace) -> tuple[Job, Resume | None]:
         return job, Resume(LATEST, optimizer=optimizer)
     folder = Path(path).parent if resume == "here" else Path(resume)
     own = os.path.exists(folder / JOB) and os.path.samefile(path, folder / JOB)
-    return job, Resume(folder, "take" if own else "refuse", optimizer)  # of the run's own job all changes are meant
+    return job, Resume(folder, "take" if own else "refuse", optimizer)  # changes to the run's own job are intended
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -219,7 +219,7 @@ def _train(options: argparse.Namespace) -> int:
     status = main(lambda: _load(options))
     try:
         sys.stdout.flush()
-    except OSError:  # told already, and of no consequence: what matters of a run is in its folder
+    except OSError:  # already reported, and harmless: the run's results are in its folder
         _discard_output()
     return status
 

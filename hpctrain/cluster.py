@@ -1,4 +1,4 @@
-"""Ranks to nodes, roles, shards and devices: pure functions of (rank, size, hosts, job), testable without MPI."""
+"""Maps ranks to nodes, roles, shards and devices: pure functions of (rank, size, hosts, job), testable without MPI."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hpctrain.errors import ClusterError
 
 
 class Role(Enum):
-    """What a rank does in a phase."""
+    """The role of a rank in a phase."""
 
     WORKER = "worker"
     SERVER = "server"
@@ -18,22 +18,22 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Roles:
-    """Who does what in one phase. Ranks in increasing order; with colocated servers a rank is in both."""
+    """The ranks of each role in one phase, in increasing order. A rank with a colocated server has both roles."""
 
     workers: tuple[int, ...]
     servers: tuple[int, ...]
 
     def of(self, rank: int) -> Role:
-        """A colocated server's rank is a worker: its server runs beside."""
+        """The role of `rank`. A rank with a colocated server is a worker; the server runs beside it."""
         return Role.WORKER if rank in self.workers else Role.SERVER
 
 
 def assign_roles(nodes: Sequence[int], servers: int, colocated: bool) -> Roles:
-    """`servers` servers on ranks whose node indices are `nodes`.
+    """Assign `servers` servers to ranks whose node indices are `nodes`.
 
-    Dedicated servers are the last rank of each node in turn, beginning with the last node, so that shards are
-    spread over the nodes' links; rank 0 always keeps a replica. Colocated ones sit beside the workers of the
-    same ranks. Raises ClusterError where there are too few ranks.
+    Dedicated servers take the last rank of each node in turn, beginning with the last node, so that shards are spread
+    over the nodes' links; rank 0 always keeps a replica. Colocated servers share their ranks with workers. Raises
+    ClusterError if there are too few ranks.
     """
     size = len(nodes)
     limit = size if colocated else size - 1
@@ -62,18 +62,18 @@ def _last_of_each_node_in_turn(nodes: Sequence[int]) -> list[int]:
 
 
 def share_of_cores(mine: Collection[int], everybodys: Sequence[Collection[int]]) -> float:
-    """How many cores are a rank's own, of those (`mine`) that it may use; `everybodys`: what the ranks of its node may
-    use, itself included. A launcher may have bound each to cores of its own, or none of them to any."""
+    """A rank's share of the cores (`mine`) that it may use. `everybodys`: the cores that each rank of its node may
+    use, including this one. A launcher may have bound each rank to its own cores, or bound none."""
     return len(mine) / max(1, sum(not set(mine).isdisjoint(cores) for cores in everybodys))
 
 
 def threads_for(cores: float, threads: int | str) -> int:
-    """Torch threads for a rank: as asked for, or as many as it has cores of its own (at least 1)."""
+    """Number of torch threads for a rank: `threads`, or with "auto" its share of cores (at least 1)."""
     return max(1, int(cores)) if threads == "auto" else int(threads)
 
 
 def device_for(wanted: str, local_rank: int, gpus: int) -> str:
-    """The name "cpu" or "cuda:i": ranks of a node take its GPUs in turn. Raises ClusterError where there is none."""
+    """The name "cpu" or "cuda:i": ranks of a node take its GPUs in turn. Raises ClusterError if CUDA finds no GPU."""
     if wanted == "cpu" or (wanted == "auto" and gpus == 0):
         return "cpu"
     if gpus == 0:

@@ -1,13 +1,13 @@
-"""What a user can do wrong, each a sentence: printed once by rank 0, exit status 2, never a traceback."""
+"""Errors that users can cause. Each has a one-sentence message: rank 0 prints it once, status 2, no traceback."""
 
 from typing import Any
 
 
 class HpctrainError(Exception):
-    """A mistake that the user can mend: the message says what, where, what was expected and what to do.
+    """A mistake that the user can fix: the message says what, where, what was expected and what to do.
 
-    `everywhere`: all ranks of the run raise it, so that none of them waits for another. `status`: the exit status of
-    a job that ends with it.
+    `everywhere`: all ranks of the run raise it, so that none waits for another. `status`: the exit status of a job
+    that ends with this error.
     """
 
     everywhere = False
@@ -27,18 +27,18 @@ class ClusterError(HpctrainError):
 
 
 class CheckpointError(HpctrainError):
-    """A checkpoint is missing, truncated, foreign, or of another model or job."""
+    """A checkpoint is missing, truncated, foreign, or belongs to another model or job."""
 
 
 class UnwrittenError(CheckpointError):
-    """A run has ended, but some of its files could not be written. `result`: what it gave, the model included."""
+    """A run has ended, but some of its files could not be written. `result`: its result, including the model."""
 
     status = 1
     result: Any = None
 
 
 class RunInUseError(HpctrainError):
-    """Another process uses the run folder; names it."""
+    """Another process uses the run folder; the message names it."""
 
 
 class TraceError(HpctrainError):
@@ -50,10 +50,10 @@ class ModelError(HpctrainError):
 
 
 class LeftError(HpctrainError):
-    """A rank left the training loop, or ended its program, while others go on."""
+    """A rank left the training loop, or ended its program, while others continue."""
 
     status = 1
 
 
 class NanError(HpctrainError):
-    """A loss or gradient is not finite; names the rank and the step."""
+    """A loss or gradient is not finite; the message names the rank and the step."""

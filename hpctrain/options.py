@@ -1,4 +1,4 @@
-"""What the options of strategies, rules and codecs derive from, and every other table of a job."""
+"""The base classes for the options of strategies, rules and codecs, and for every other table of a job."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Table(BaseModel):
-    """A table with fixed keys: unknown ones are refused, nothing is converted (but 1 to 1.0) or changed."""
+    """A table with fixed keys. Unknown keys are refused; no value is converted (except 1 to 1.0) or changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
-    EXCLUSIVE: ClassVar[tuple[frozenset[str], ...]] = ()  # keys of which one may be given at most
+    EXCLUSIVE: ClassVar[tuple[frozenset[str], ...]] = ()  # groups of keys of which at most one may be given
 
     def plain(self) -> dict[str, Any]:
-        """As nested dicts and lists for a job file, every default written out; what is None is left out."""
+        """Nested dicts and lists for a job file, with every default written out; None values are left out."""
         pairs = ((name, getattr(self, name)) for name in type(self).model_fields)
         return {name: _plain(value) for name, value in pairs if value is not None}
 
@@ -29,4 +29,4 @@ def _plain(value: Any) -> Any:
 
 
 class Options(Table):
-    """What a strategy or rule can be told: the base of their `Options` classes."""
+    """The base class of the `Options` of strategies and rules."""

@@ -1,4 +1,4 @@
-"""Files that bear their name only once they are complete."""
+"""Files that get their final name only once they are complete."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import TextIO
 
 from hpctrain.errors import HpctrainError
 
-COMPRESSION = 4  # of 9: a tenth larger than 9, five times as fast
+COMPRESSION = 4  # gzip level: files a tenth larger than with level 9, five times as fast
 
 
 @contextmanager
 def output_file(path: Path) -> Iterator[Path]:
-    """Where to write what becomes `path` when the block ends well. Raises HpctrainError if it cannot be written.
+    """Yield a temporary path that becomes `path` if the block succeeds. Raises HpctrainError if it cannot be written.
 
-    What exists and is no file, a device or a pipe, is written to itself: it must not be replaced by a file.
+    An existing device or pipe is written to directly: a file must not replace it.
     """
     beside = path.with_name(f".{path.name}.part")
     with _told(path):
@@ -38,7 +38,7 @@ def output_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def output_text(path: Path) -> Iterator[TextIO]:
-    """A text file to write; compressed if the name ends in .gz."""
+    """Open a text file for writing, as `output_file` does; compressed if the name ends in .gz."""
     with output_file(path) as beside, open(beside, "wb") as raw:
         if path.suffix != ".gz":
             with io.TextIOWrapper(raw, encoding="utf-8", newline="") as text:
@@ -52,7 +52,7 @@ def output_text(path: Path) -> Iterator[TextIO]:
 
 
 def make_folder(path: Path) -> None:
-    """Raises HpctrainError if there is none and none can be made."""
+    """Create the folder if it does not exist. Raises HpctrainError if that fails."""
     with _told(path):
         path.mkdir(parents=True, exist_ok=True)
 

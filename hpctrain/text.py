@@ -1,4 +1,4 @@
-"""Words for messages: what a mistyped word may have meant, and foreign text made fit to be shown."""
+"""Text for messages: suggestions for mistyped words, and foreign text made safe to show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The known word nearest to `word` as " (did you mean ...?)"; "" where none is near."""
+    """The known word closest to `word` as " (did you mean ...?)"; "" if none is close."""
     lowered = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word[:100].lower(), lowered, n=1, cutoff=0.6)
     return f" (did you mean {lowered[near[0]]}?)" if near else ""
@@ -20,12 +20,12 @@ def shown(name: str, most: int = 80) -> str:
 
 
 def escaped(text: str) -> str:
-    """`text` from a file, for a terminal: what would steer it, or cannot be shown, as escapes. Line ends stay."""
+    """`text` from a file, safe for a terminal: control and unprintable characters escaped. Line ends are kept."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def shown_path(path: object) -> str:
-    """A file for a message, whole: it is to be found by that."""
+    """A path for a message, not shortened, so that the user can find the file."""
     return shown(str(path), 4096)

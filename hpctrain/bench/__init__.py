@@ -1,6 +1,6 @@
-"""`hpctrain bench`: every figure of the documentation that is a speed, measured on this machine.
+"""`hpctrain bench`: measures on this machine every speed that the documentation gives.
 
-Importing it imports neither torch nor MPI.
+Importing this module imports neither torch nor MPI.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hpctrain.bench.report import FigureTable, Report
     from hpctrain.comm.base import Communicator
 
-ALONE = {  # need no other ranks
+ALONE = {  # benches that need no other ranks
     "virtual": "alone:measure_virtual",
     "trace": "alone:measure_trace",
     "read": "reading:measure_read",
@@ -34,17 +34,17 @@ TOGETHER = {
     "tracing": "tracing:measure_tracing",
     "checks": "checks:measure_checks",
 }
-OF_ANY_RANKS, OF_ONE = ("all_reduce", "step"), ("virtual", "trace")  # what `all` measures of these
+OF_ANY_RANKS, OF_ONE = ("all_reduce", "step"), ("virtual", "trace")  # what `all` measures: on any ranks, on one
 CHOICES = ("all", *TOGETHER, *ALONE)
 
 
 def wants_ranks(what: str, environment: Mapping[str, str]) -> bool:
-    """Whether ranks have to be started first: some are needed, and no launcher has started this process."""
+    """Whether ranks must be started first: the bench needs some, and no launcher has started this process."""
     return what not in ALONE and not is_launched(environment)
 
 
 def check_path(path: str | None) -> None:
-    """HpctrainError if the figures could not be written there, so that it is known before they are measured."""
+    """Raise HpctrainError if the figures could not be written to `path`, before any are measured."""
     if path is None:
         return
     folder = os.path.dirname(path) or "."
@@ -55,10 +55,10 @@ def check_path(path: str | None) -> None:
 
 
 def main(what: str = "all", path: str | None = None) -> int:
-    """Measure `what` (one of CHOICES) on the ranks that a launcher started; print tables.
+    """Measure `what` (one of CHOICES) on the ranks that a launcher started, and print tables.
 
-    `path`: a file that is to get the figures as JSON. Progress goes to stderr. Returns the exit status.
-    Collective over these ranks; those of ALONE start no MPI and need no launcher.
+    `path`: a file for the figures as JSON. Progress goes to stderr. Returns the exit status.
+    Collective over these ranks; the benches in ALONE do not start MPI and need no launcher.
     """
     if what in ALONE:
         check_path(path)
@@ -78,7 +78,7 @@ def main(what: str = "all", path: str | None = None) -> int:
 
 
 def _agree_on_path(comm: Communicator, path: str | None) -> None:
-    """Only rank 0 writes, but all must stop if it cannot."""
+    """Check the path on rank 0, which writes; all ranks must stop if it cannot. Collective."""
     problem = None
     if comm.rank == 0:
         try:
@@ -103,7 +103,7 @@ def _measure_together(what: str, comm: Communicator, path: str | None) -> None:
     if comm.rank == 0:
         rest = _measure_alone(what) if what == "all" else Report()
         _tell(Report(tables + rest.tables), path)
-    # Those that only wait for rank 0 must leave it the cores: no MPI library waits so idly.
+    # Ranks that only wait for rank 0 must leave it the cores: MPI libraries' own waits use CPU.
     end = comm.start_all_reduce(np.zeros(1))
     while not end.test():
         comm.sleep(0.05)

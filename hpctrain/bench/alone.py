@@ -1,4 +1,4 @@
-"""What one process measures by itself: virtual ranks, the cost of a span and of a sample of the resources."""
+"""Benches of a single process: virtual ranks, the cost of a span and of a sample of the resources."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hpctrain.trace.recorder import measure_span_cost
 from hpctrain.trace.resources import measure_sample_cost
 
 RANKS = 512
-ELEMENTS = 1024  # per rank: short, so that messages and not sums are measured
-ROUNDS = 1  # all-reduces of a run: half a million messages
+ELEMENTS = 1024  # per rank: short, so that messages dominate, not sums
+ROUNDS = 1  # all-reduces per run: half a million messages
 REPETITIONS = 5
 NETWORKS: dict[str, tuple[Callable[[], Network], bool]] = {
     "a link per rank": (LinkNetwork, True),
@@ -26,7 +26,7 @@ NETWORKS: dict[str, tuple[Callable[[], Network], bool]] = {
 
 
 def measure_virtual(progress: Callable[[str], None]) -> FigureTable:
-    """A ring all-reduce of virtual ranks, with torch's state kept apart."""
+    """Measure ring all-reduces of virtual ranks, each with its own torch state."""
     table = FigureTable(
         "virtual",
         f"virtual ranks: ring all-reduce of {RANKS} ranks, {ELEMENTS} float32 each; per second, in thousands",
@@ -45,7 +45,7 @@ def measure_virtual(progress: Callable[[str], None]) -> FigureTable:
 
 
 def ring_rates(ranks: int, network: Network, apart: bool) -> tuple[float, float]:
-    """(resumptions, messages) per second of ring all-reduces; `apart`: every rank on a node of its own."""
+    """(resumptions, messages) per second of ring all-reduces. `apart`: every rank on its own node."""
 
     def body(comm: VirtualCommunicator) -> None:
         for _ in range(ROUNDS):
@@ -59,7 +59,7 @@ def ring_rates(ranks: int, network: Network, apart: bool) -> tuple[float, float]
 
 
 def measure_trace(progress: Callable[[str], None]) -> FigureTable:
-    """What recording a span costs, and a sample of the resources."""
+    """Measure the cost of recording a span, and of a sample of the resources."""
     progress("trace")
     spans = tuple(measure_span_cost(20_000) * 1e6 for _ in range(9))
     samples = tuple(measure_sample_cost() * 1e6 for _ in range(9))

@@ -1,6 +1,6 @@
-"""What an asynchronous parameter server does on real ranks: round trips, and what a slow worker costs.
+"""Asynchronous parameter server on real ranks: round trips per second, and the cost of a slow worker.
 
-All functions that measure are collective.
+All measuring functions are collective.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Progress = Callable[[str], None]
 
 # -- round trips -------------------------------------------------------------------------------------------------
 PUSHED: Load = LARGE
-SERVERS = {"dedicated server": False, "colocated server": True}  # whether it sits beside a worker
+SERVERS = {"dedicated server": False, "colocated server": True}  # whether it shares a rank with a worker
 COMPUTES = {"no computation": False, "with gradients": True}
 BLOCKS = 5
-PUSHES = 24  # of a worker in a block, in the mean
-UNCOUNTED = 2  # first pushes of a worker, which touch fresh memory
+PUSHES = 24  # average number per worker in a block
+UNCOUNTED = 2  # a worker's first pushes, which touch fresh memory
 
 
 def measure_pushes(comm: Communicator, progress: Progress) -> FigureTable:
-    """Round trips (push of a gradient, update, pull of the parameters) per second of all workers together."""
+    """Total round trips (push of a gradient, update, pull of the parameters) per second of all workers."""
     if comm.size < 2:
         raise ClusterError("hpctrain bench pushes: 1 rank was started; a server and a worker are needed: -n 3, say")
     threads, workload = torch.get_num_threads(), Workload(comm, PUSHED, momentum=0.0)
@@ -62,7 +62,7 @@ def _row(name: str, size: int) -> str:
 
 
 def push_rate(workload: Workload, colocated: bool, computes: bool) -> float:
-    """Round trips per second, summed over the workers, each by its own clock."""
+    """Round trips per second, summed over the workers, each measured by its own clock."""
     comm = workload.comm
     options = ParameterServerOptions.model_validate({"mode": "async", "servers": 1, "colocated": colocated})
     strategy, workers = ParameterServer(options), comm.size if colocated else comm.size - 1
@@ -82,9 +82,9 @@ def push_rate(workload: Workload, colocated: bool, computes: bool) -> float:
 
 
 def _push_all(phase: Phase, workload: Workload, strategy: ParameterServer, computes: bool) -> list[int]:
-    """When each round trip of this worker was over, in nanoseconds."""
+    """The end time of each of this worker's round trips, in nanoseconds."""
     ends: list[int] = []
-    loss = workload.compute()  # what is pushed without computing are gradients, too
+    loss = workload.compute()  # without computation, these gradients are pushed every time
     while True:
         samples = workload.load.batch if strategy.slices() else 0
         if computes and samples:
@@ -96,7 +96,7 @@ def _push_all(phase: Phase, workload: Workload, strategy: ParameterServer, compu
 
 
 def _rate_of(ends: list[int]) -> float:
-    """Round trips per second; the last one waited until all workers were done."""
+    """Round trips per second, without the last one, which waits until all workers are done."""
     counted = ends[UNCOUNTED - 1 : -1]
     if len(counted) < 2:
         return 0.0
@@ -117,7 +117,7 @@ MODES: dict[str, tuple[dict[str, Any], float | None]] = {
 
 
 def measure_slow(comm: Communicator, progress: Progress) -> FigureTable:
-    """Seconds per epoch with one slow worker, by strategy; as a share of all-reduce's."""
+    """Seconds per epoch with one slow worker, by strategy, and relative to all-reduce."""
     if comm.size != WORKERS + 1:
         raise ClusterError(
             f"hpctrain bench slow: {WORKERS} workers and 1 server were expected, but there "
@@ -157,7 +157,7 @@ def _fill_row(table: FigureTable, name: str, taken: dict[str, list[float]], limi
 
 
 def _epoch_seconds(comm: Communicator, among: Communicator | None, strategy: dict[str, Any]) -> float:
-    """Of training an epoch on the ranks of `among`, in which rank 0 is; the others wait. Collective over `comm`."""
+    """Seconds to train one epoch on `among`, which includes rank 0; other ranks wait. Collective over `comm`."""
     seconds = np.zeros(1)
     if among is not None:
         seconds[0] = _train_epoch(among, strategy)

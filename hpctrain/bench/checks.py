@@ -1,4 +1,4 @@
-"""What checks cost: of gradients, in one training, by turns of steps with the check and without; and at the start."""
+"""The cost of checks: of gradients, in one training that alternates steps with and without them; and at the start."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from hpctrain.replica import blocks
 from hpctrain.run.api import Session, fit_batch
 
 TURN = 2  # steps
-EARLY = 4  # pairs of turns that do not count
+EARLY = 4  # pairs of turns that are discarded
 STARTS = 9
 WITHOUT, WITH, COST = "without, ms", "with, ms", "cost, %"
-# Steps of a turn times blocks: pairs of turns.
+# The last two numbers: steps per turn, pairs of turns.
 LOADS = {
     MLP: Load(lambda: mlp(784, 10, HIDDEN), (784,), 32, TURN, 250),
     RESNET: Load(lambda: resnet18(), (3, 32, 32), 16, TURN, 40),
@@ -36,7 +36,7 @@ LIMITS = {MLP: 2.0, RESNET: 0.5}  # percent
 
 
 def measure_checks(comm: Communicator, progress: Callable[[str], None]) -> FigureTable:
-    """Milliseconds per step of `all_reduce` with the check and without, and their ratio. Collective."""
+    """Milliseconds per step of `all_reduce` with and without the check, and the cost in percent. Collective."""
     table = FigureTable(
         "checks",
         f"looking whether gradients are finite: all_reduce, {comm.size} rank{'s' * (comm.size > 1)}, ms per step "
@@ -53,7 +53,7 @@ def measure_checks(comm: Communicator, progress: Callable[[str], None]) -> Figur
             COST: ratios,
         }
         low, high = ratios.quartiles
-        error = 1.2533 * (high - low) / 1.349 / np.sqrt(len(pairs))  # of a median of normally distributed values
+        error = 1.2533 * (high - low) / 1.349 / np.sqrt(len(pairs))  # of the median of normally distributed values
         limit = f", limit {LIMITS[label]:g} %" if label in LIMITS else ""
         table.notes.append(f"{label}: median {ratios.median:.2f} %, standard error {error:.2f} %{limit}")
         once = ", ".join(f"{what} {median(seconds) * 1e3:.1f}" for what, seconds in at_start.items())
@@ -62,7 +62,7 @@ def measure_checks(comm: Communicator, progress: Callable[[str], None]) -> Figur
 
 
 def _measure(comm: Communicator, load: Load) -> tuple[list[tuple[float, float]], dict[str, list[float]]]:
-    """(without, with) in seconds per step; the seconds of what is compared at the start."""
+    """(without, with) in seconds per step, and the seconds of each comparison at the start."""
     steps = 2 * TURN * (load.blocks + EARLY)
     job = Job(
         model=load.build,
@@ -81,7 +81,7 @@ def _measure(comm: Communicator, load: Load) -> tuple[list[tuple[float, float]],
 
 
 def _at_start(comm: Communicator, session: Session) -> dict[str, list[float]]:
-    """Seconds, again and again, of what a session compares once. The ranks agree, as they mostly do."""
+    """Repeated times, in seconds, of the comparisons that a session makes once. Here the ranks agree, as usual."""
     prepared = session.prepared
     replica, untrained = prepared.replica, prepared.untrained
     compared: dict[str, Callable[[], None]] = {
@@ -102,7 +102,7 @@ def _at_start(comm: Communicator, session: Session) -> dict[str, list[float]]:
 
 
 def _pairs(session: Session, batches: Iterator[Batch], count: int) -> list[tuple[float, float]]:
-    """(without, with) in seconds per step. Which comes first changes, so that no drift adds up."""
+    """(without, with) in seconds per step. The order alternates, so that drift cancels out."""
     pairs = []
     for pair in range(count):
         took = {}

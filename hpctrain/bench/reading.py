@@ -1,4 +1,4 @@
-"""How fast the traces of a large run are read, and in how much memory."""
+"""How fast the traces of a large run can be read, and how much memory it takes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPETITIONS = 3
 LIMIT_SECONDS, LIMIT_MIB = 30.0, 2048.0
 STEP = ("data", "forward", "backward", "send", "recv", "wait", "reduce", "update")  # spans of a step
 FLUSH_STEPS = 1000
-# A process of its own: what this one has loaded does not count. Of VmHWM alone nothing is inherited from the parent.
+# A separate process, so that what this one has loaded does not count. Only VmHWM inherits nothing from the parent.
 PROGRAM = """
 import json, sys, time
 begin = time.perf_counter()
@@ -35,10 +35,10 @@ print(json.dumps([seconds, peak / 1024]))
 
 
 def measure_read(progress: Callable[[str], None]) -> FigureTable:
-    """Totals per rank and kind of a large run, from the start of Python to the frame.
+    """Time to compute totals per rank and kind of a large run, from the start of Python to the data frame.
 
-    The run is made in the temporary folder; one of fewer spans where that has no room. Raises TraceError if there is
-    none at all.
+    The run is created in the temporary folder, with fewer spans if space is short. Raises TraceError if there is not
+    enough space.
     """
     with tempfile.TemporaryDirectory(prefix="hpctrain-bench-") as name:
         folder = Path(name)
@@ -56,7 +56,7 @@ def measure_read(progress: Callable[[str], None]) -> FigureTable:
 
 
 def spans_that_fit(free: int) -> int:
-    """Of each rank, so that the run fills half of `free` bytes at most: SPANS_EACH, or a half, a quarter ...; or 0."""
+    """Spans per rank that fill at most half of `free` bytes: SPANS_EACH, or a half, a quarter ... of it; or 0."""
     per_span = SPANS.itemsize + STEPS.itemsize / len(STEP)
     spans = SPANS_EACH
     while spans and 2 * RANKS * spans * per_span > free:
@@ -65,7 +65,7 @@ def spans_that_fit(free: int) -> int:
 
 
 def write_run(folder: Path, ranks: int, spans: int) -> None:
-    """A run folder of `ranks` ranks, each with about `spans` spans. Rank 0's file is copied: they all tell the same."""
+    """Write a run folder of `ranks` ranks with about `spans` spans each. All files are copies of rank 0's."""
     now = 10**9
 
     def clock() -> int:
@@ -84,14 +84,14 @@ def write_run(folder: Path, ranks: int, spans: int) -> None:
         recorder.step_done(step / 1000, 1.0, 32, 0.1)
         if step % FLUSH_STEPS == 0:
             writer.flush()
-    recorder.clock(4_000_000, 500)  # the clock has drifted: no time is as it was written
+    recorder.clock(4_000_000, 500)  # the clock has drifted: every time must be corrected
     writer.close()
     for rank in range(1, ranks):
         shutil.copyfile(path, trace_path(folder, rank))
 
 
 def summarise(folder: Path) -> tuple[float, float]:
-    """(seconds, peak MiB of memory) of a process that sums up the run in `folder`."""
+    """(seconds, peak memory in MiB) of a process that summarises the run in `folder`."""
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the reading process ended with status {done.returncode}:\n{done.stderr}")

@@ -1,4 +1,4 @@
-"""What a measurement gave: as aligned text, and as plain values."""
+"""Results of measurements, as aligned text and as plain values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Sample:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The middle half of the values lies between these."""
+        """The lower and upper quartile."""
         low, high = np.percentile(self.values, [25, 75])
         return float(low), float(high)
 
@@ -33,14 +33,14 @@ class Sample:
         return f"{number(self.median)} ({number(low)}-{number(high)})"
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain values for JSON."""
         low, high = self.quartiles
         return {"median": self.median, "q25": low, "q75": high, "n": len(self.values), "unit": self.unit}
 
 
 @dataclass
 class FigureTable:
-    """`rows[label][column]`; `title` names the unit of its cells. `notes` stand below."""
+    """`rows[label][column]`; `title` names the unit of the cells. `notes` are printed below the table."""
 
     name: str
     title: str
@@ -49,7 +49,7 @@ class FigureTable:
     notes: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """Aligned: labels to the left, cells to the right."""
+        """Aligned text: labels to the left, cells to the right."""
         lines = [["", *self.columns]]
         for label, cells in self.rows.items():
             lines.append([label, *(str(cells[c]) if c in cells else "-" for c in self.columns)])
@@ -58,7 +58,7 @@ class FigureTable:
         return "\n".join([self.title, *body, *self.notes])
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain values for JSON."""
         rows = {label: {c: sample.plain() for c, sample in cells.items()} for label, cells in self.rows.items()}
         return {"title": self.title, "rows": rows, "notes": self.notes}
 
@@ -70,16 +70,16 @@ class Report:
     tables: list[FigureTable] = field(default_factory=list)
 
     def text(self) -> str:
-        """All tables, with what the machine is."""
+        """All tables, with a description of the machine."""
         return "\n\n".join([machine(), *(table.text() for table in self.tables)])
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain values for JSON."""
         return {"machine": machine(), **{table.name: table.plain() for table in self.tables}}
 
 
 def machine() -> str:
-    """This machine in one line."""
+    """A description of this machine in one line."""
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
@@ -91,7 +91,7 @@ def machine() -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, thousands set off."""
+    """Three significant digits, with thousands separators."""
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"

@@ -1,6 +1,6 @@
-"""What a switch costs: from the end of the last step of one phase to the first forward of the next.
+"""The cost of a switch: from the end of the last step of one phase to the first forward of the next.
 
-Measured on whole runs, by their traces, which stay in memory here.
+Measured from the traces of whole runs, kept in memory here.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from hpctrain.trace.recorder import Recorder
 from hpctrain.trace.schema import KIND_CODES
 
 Progress = Callable[[str], None]
-ALLOWANCE_MS, BROADCASTS = 50.0, 2  # a switch takes at most this long, plus this many broadcasts of the model
-RUNS = 3  # of each load
-SWITCHES = 6  # of a run
-ROUNDS = 4  # of four workers' batches in a phase
+ALLOWANCE_MS, BROADCASTS = 50.0, 2  # limit for a switch: this time plus this many broadcasts of the model
+RUNS = 3  # per model
+SWITCHES = 6  # per run
+ROUNDS = 4  # rounds per phase, with one batch per rank
 BATCH = 32
 TO_ASYNC, TO_ALL_REDUCE, BROADCAST, LIMIT = "to async", "to all_reduce", "broadcast", "limit"
 STRATEGIES: tuple[dict[str, Any], ...] = ({"name": "all_reduce"}, {"name": "parameter_server", "mode": "async"})
@@ -36,7 +36,7 @@ STRATEGIES: tuple[dict[str, Any], ...] = ({"name": "all_reduce"}, {"name": "para
 
 @dataclass(frozen=True)
 class SwitchedModel:
-    """The [model] and [optimizer] of a run, and the shape of an input."""
+    """The [model] and [optimizer] of a run, and the shape of its inputs."""
 
     model: dict[str, Any]
     optimizer: dict[str, Any]
@@ -53,7 +53,7 @@ MODELS = {
 
 
 def measure_switch(comm: Communicator, progress: Progress) -> FigureTable:
-    """All-reduce to an asynchronous parameter server and back, again and again, with one rank as server. Collective."""
+    """Switch repeatedly from all-reduce to an asynchronous parameter server (one server) and back. Collective."""
     if comm.size < 2:
         raise ClusterError("hpctrain bench switch: 1 rank was started; a server and a worker are needed: -n 4, say")
     table = FigureTable(
@@ -85,7 +85,7 @@ def _fill_row(table: FigureTable, name: str, row: dict[str, Sample]) -> None:
 
 
 def _switch_to_and_fro(comm: Communicator, model: SwitchedModel) -> tuple[list[float], list[float]]:
-    """Seconds of the switches of a run, in their order, and of broadcasts of its model."""
+    """Seconds of each switch of a run, in order, and of broadcasts of its model. Collective."""
     traced = copy(comm)
     traced.recorder = Recorder(comm.now)
     with quiet_session(_job(model, comm.size), traced) as session:
@@ -97,7 +97,7 @@ def _switch_to_and_fro(comm: Communicator, model: SwitchedModel) -> tuple[list[f
 
 
 def _job(model: SwitchedModel, ranks: int) -> Job:
-    """Phases of equally many samples, all-reduce first."""
+    """A job whose phases have equal numbers of samples, all-reduce first."""
     samples = ROUNDS * ranks * BATCH
     phases: list[dict[str, Any]] = [
         {"strategy": STRATEGIES[i % 2], "until": {"rule": "after", "samples": samples}} for i in range(SWITCHES + 1)
@@ -114,10 +114,10 @@ def _job(model: SwitchedModel, ranks: int) -> Job:
 
 
 def pauses_between(comm: Communicator, phases: int, traced: dict[str, Buffer]) -> list[float]:
-    """Seconds between each phase and the next, of the slowest rank: from its last step's end to its first forward.
+    """Seconds between consecutive phases on the slowest rank: from its last step's end to its first forward.
 
-    `traced`: what this rank's recorder has of the run. A rank that was a server in the first of two phases counts
-    from the end of the workers' last step. Collective.
+    `traced`: what this rank's recorder recorded. For a rank that was a server in the earlier phase, the pause begins at
+    the end of the workers' last step. Collective.
     """
     steps, spans = traced["steps"], traced["spans"]
     clock = int(traced["clock"]["offset_ns"][-1])
@@ -133,6 +133,6 @@ def pauses_between(comm: Communicator, phases: int, traced: dict[str, Buffer]) -
 
 
 def _pause(ends: Buffer, starts: Buffer) -> int:
-    """Nanoseconds, of the slowest rank; where a rank has no such step, -1 stands for its time."""
+    """Pause of the slowest rank in nanoseconds; -1 stands for the time of a rank without such a step."""
     begun = np.where(ends < 0, ends.max(), ends)
     return int((starts - begun).max())

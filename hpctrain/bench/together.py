@@ -1,4 +1,4 @@
-"""What ranks measure together: all-reduces and synchronous steps. All functions here are collective."""
+"""Benches of several ranks: all-reduces and synchronous steps. All functions here are collective."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Progress = Callable[[str], None]
 SIZES = {"64 KiB": 2**16, "1 MiB": 2**20, "8 MiB": 2**23, "64 MiB": 2**26}
 ALGORITHMS = ("library", "ring", "halving_doubling", "tree", "hierarchical")
 SHARED = "shared windows"
-SECONDS = 6.0  # for one size, all algorithms together
-STRETCH = 0.02  # seconds of calls that are measured together: ranks do not begin at the same instant
+SECONDS = 6.0  # per size, for all algorithms together
+STRETCH = 0.02  # seconds of calls measured as one, because ranks do not start at exactly the same time
 FEWEST = 5
 
 
 # -- all-reduce ------------------------------------------------------------------------------------------------
 def measure_all_reduce(comm: Communicator, progress: Progress) -> FigureTable:
-    """By algorithm and size, float32."""
+    """Measure float32 all-reduces by algorithm and size."""
     table = FigureTable("all_reduce", f"all-reduce of {comm.size} ranks, float32, ms", list(SIZES))
     table.rows = {name: {} for name in (SHARED, *ALGORITHMS)}
     if not _one_node(comm):
@@ -45,7 +45,7 @@ def measure_all_reduce(comm: Communicator, progress: Progress) -> FigureTable:
 
 @contextmanager
 def _all_reduces(comm: Communicator, nbytes: int) -> Iterator[dict[str, Callable[[], None]]]:
-    """Name -> one all-reduce of `nbytes` bytes. Their values overflow in time, which costs nothing."""
+    """Yield name -> function that runs one all-reduce of `nbytes` bytes. Values may overflow, at no cost in time."""
     buffer = np.zeros(nbytes // 4, np.float32)
     ways: dict[str, Callable[[], None]] = {}
     window = SharedSum(comm, nbytes // 4) if _one_node(comm) else None
@@ -59,7 +59,7 @@ def _all_reduces(comm: Communicator, nbytes: int) -> Iterator[dict[str, Callable
 
 
 class SharedSum:
-    """As the strategy all_reduce does it on one node: every rank sums its slice out of everybody's memory."""
+    """The strategy all_reduce's method on one node: every rank sums its slice from the memory of all ranks."""
 
     def __init__(self, comm: Communicator, length: int) -> None:
         self.comm = comm
@@ -71,7 +71,7 @@ class SharedSum:
         self._sum = as_tensor(self.summed.parts[0])[low:high]
 
     def run(self) -> None:
-        """From what lies in `given` to what lies in `summed.parts[0]`, for all ranks."""
+        """Sum `given` of all ranks into `summed.parts[0]`."""
         self._agree(self.given)
         if len(self._parts) == 1:
             self._sum.copy_(self._parts[0])
@@ -86,14 +86,14 @@ class SharedSum:
         self.comm.wait(arena)
 
     def free(self) -> None:
-        """Collective."""
+        """Free the shared memory. Collective."""
         self._parts, self._sum = [], torch.empty(0)
         self.given.free()
         self.summed.free()
 
 
 def _interleaved(comm: Communicator, ways: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Seconds per call of each way, measured in turn; as many measurements as there is time for."""
+    """Seconds per call of each way, measured in turn for as long as time allows."""
     counts = {}
     for name, way in ways.items():
         seconds_per_call(comm, way, 2)
@@ -109,7 +109,7 @@ def _interleaved(comm: Communicator, ways: dict[str, Callable[[], None]]) -> dic
 
 
 def seconds_per_call(comm: Communicator, way: Callable[[], None], count: int) -> float:
-    """Of `count` calls, one after another; of the slowest rank."""
+    """Seconds per call, over `count` successive calls, on the slowest rank."""
     comm.barrier()
     start = comm.now()
     for _ in range(count):
@@ -130,7 +130,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]] | None] = {
 
 
 def measure_step(comm: Communicator, progress: Progress) -> FigureTable:
-    """Forward, backward, strategy and SGD with momentum, by strategy and model."""
+    """Measure a step (forward, backward, strategy, SGD with momentum) by strategy and model."""
     threads = torch.get_num_threads()
     title = f"synchronous step of {comm.size} workers, torch threads of each: {threads}, ms"
     table = FigureTable("step", title, list(LOADS))
@@ -149,7 +149,7 @@ def measure_step(comm: Communicator, progress: Progress) -> FigureTable:
 
 
 class StepBench:
-    """One model on every rank; `block` trains it for some steps with one strategy."""
+    """A model on every rank; `block` trains it for some steps with one strategy."""
 
     def __init__(self, comm: Communicator, load: Load) -> None:
         self.comm, self.load = comm, load
@@ -157,7 +157,7 @@ class StepBench:
         self.replica = self.workload.replica
 
     def block(self, way: tuple[str, dict[str, Any]] | None) -> list[float]:
-        """Seconds per step, the mean of the ranks."""
+        """Seconds per step, averaged over the ranks."""
         cls = registry.resolve("strategy", way[0]) if way is not None else Alone
         given = dict(way[1]) if way is not None else {}
         if given.get("colocated"):

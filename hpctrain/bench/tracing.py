@@ -1,6 +1,6 @@
-"""What tracing costs a training: two of the job jobs/tracing.toml, one with traces, go on by turns of a few steps.
+"""The cost of tracing: two trainings of the job jobs/tracing.toml, one with traces, alternate every few steps.
 
-By turns of whole runs, the machine's own ups and downs are larger than what is to be seen.
+If whole runs alternated, the machine's own fluctuations would be larger than the effect.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from hpctrain.trace.resources import measure_sample_cost
 from hpctrain.trace.schema import TABLES
 
 JOB = Path(__file__).with_name("tracing.toml")  # jobs/tracing.toml links to it
-TURN = 2  # steps: of longer turns fewer pairs come together, which differ by as much
-EARLY = 100  # pairs of turns that do not count: what only the first steps take
-TOLD = 500  # pairs between lines of progress
-LIMIT = 1.01  # of traced to untraced time
+TURN = 2  # steps: longer turns give fewer pairs, with the same variation
+EARLY = 100  # pairs of turns that are discarded: the first steps do extra work
+TOLD = 500  # pairs between progress messages
+LIMIT = 1.01  # ratio of traced to untraced time
 WITHOUT, WITH, RECORDING = "without, ms", "with, ms", "recording, %"
 SPANS, BYTES = "spans/step", "bytes/step"
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a step added to this rank's trace, and how long its writing took."""
+    """What a step adds to this rank's trace, and how long writing it takes."""
 
     spans: float
     bytes: float
@@ -45,14 +45,14 @@ class Written:
 
 
 class Scenario(Protocol):
-    """A training that goes on when told to."""
+    """A training that advances on request."""
 
     def take_turn(self) -> float | None:
         """Seconds per step of TURN steps; None when the training is over."""
 
 
 class Training:
-    """A training in a run folder of its own. Collective, like all that it does."""
+    """A training in its own run folder. All methods are collective."""
 
     def __init__(self, stack: ExitStack, comm: Communicator, job: Job, traced: bool) -> None:
         if traced:
@@ -73,9 +73,9 @@ class Training:
 
 
 def measure_tracing(comm: Communicator, progress: Callable[[str], None]) -> FigureTable:
-    """Milliseconds per step with traces and without, and the cost of tracing as a share. Collective."""
+    """Milliseconds per step with and without traces, and the cost of tracing as a share. Collective."""
     job = Job.load(JOB)
-    # It trains half the time only, and is to write its trace as often as if it trained all the time.
+    # Each run trains only half of the time; doubling the interval keeps writes as frequent as in a normal run.
     flush = f"trace.flush_seconds={2 * job.trace.flush_seconds}"
     with ExitStack() as stack:
         plain = Training(stack, comm, job, traced=False)
@@ -100,7 +100,7 @@ def measure_tracing(comm: Communicator, progress: Callable[[str], None]) -> Figu
 
 
 def _take_turns(plain: Scenario, traced: Scenario, progress: Callable[[str], None]) -> list[tuple[float, float]]:
-    """(without, with) in seconds per step, of pairs of turns. Who is first changes, so that no drift adds up."""
+    """(without, with) in seconds per step, by pair of turns. The order alternates, so that drift cancels out."""
     pairs: list[tuple[float, float]] = []
     while True:
         order = (plain, traced) if len(pairs) % 2 == 0 else (traced, plain)
@@ -125,7 +125,7 @@ def _account(run: Run, rank: int) -> Written:
 def _fill_row(
     table: FigureTable, name: str, pairs: list[tuple[float, float]], written: Written, sampling: float
 ) -> None:
-    """`sampling`: share of a thread's time that goes into samples of the resources."""
+    """Add a row and its notes. `sampling`: share of a thread's time spent on samples of the resources."""
     ratios = Sample(tuple(traced / plain for plain, traced in pairs), "")
     table.rows[name] = {
         WITHOUT: Sample(tuple(1e3 * plain for plain, _ in pairs), "ms"),
@@ -135,7 +135,7 @@ def _fill_row(
         BYTES: Sample((written.bytes,), "B"),
     }
     low, high = ratios.quartiles
-    # Of a median of normally distributed values.
+    # Standard error of the median of normally distributed values.
     error = 1.2533 * (high - low) / 1.349 / np.sqrt(len(pairs))
     writing = 1e3 * written.seconds / table.rows[name][WITHOUT].median
     total = ratios.median + writing + sampling

@@ -1,4 +1,4 @@
-"""A model on random numbers, trained phase after phase without a session: what benches of strategies share."""
+"""A model trained on random data, phase by phase and without a session: shared by benches of strategies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENDLESS = 2**62
 
 @dataclass(frozen=True)
 class Load:
-    """A model to train on `batch` random inputs of shape `inputs`, of ten classes: `blocks` times `steps` steps."""
+    """A model, trained on `batch` random inputs of shape `inputs` in ten classes, for `blocks` times `steps` steps."""
 
     build: Callable[[], nn.Module]
     inputs: tuple[int, ...]
@@ -52,11 +52,11 @@ class Workload:
         self.targets = torch.randint(0, 10, (load.batch,))
 
     def begin(self, strategy: Strategy, total: int = ENDLESS) -> Phase:
-        """A phase of `total` samples with this strategy, which is to join it; the arenas are placed. Collective."""
+        """A phase of `total` samples for `strategy`, which has yet to join it; places the arenas. Collective."""
         replica = self.replica
         roles = assign_roles(self.comm.nodes, *type(strategy).roles(strategy.options))
         comm, workers = split_by_role(self.comm, roles)
-        # Otherwise the strategy would exchange by messages where it was asked to share.
+        # Otherwise the strategy would exchange messages although it was asked to share memory.
         shared = strategy.needs.parameters == "node" and comm.can_share(2 * replica.layout.length * 4) is None
         replica.place(comm, shared)
         return Phase(
@@ -69,14 +69,14 @@ class Workload:
         )
 
     def end(self, phase: Phase) -> None:
-        """After all have left it. Collective."""
+        """End the phase after all ranks have left it. Collective."""
         self.replica.release()
         if phase.workers is not None:
             phase.workers.free()
         phase.comm.free()
 
     def compute(self) -> float:
-        """Forward and backward; returns the loss."""
+        """Run forward and backward; return the loss."""
         self.replica.gradient.zero_()
         loss = nn.functional.cross_entropy(self.replica.model(self.inputs), self.targets)
         loss.backward()
@@ -84,7 +84,7 @@ class Workload:
 
 
 class Alone(Strategy):
-    """No exchange: every process trains for itself."""
+    """No exchange: every process trains independently."""
 
     def join(self, phase: Phase, state: Any = None) -> None:
         self.replica = phase.replica

@@ -1,7 +1,7 @@
-"""Whether a strategy keeps what every strategy must: run on every registered one, and on users' own.
+"""Checks the promises that every strategy must keep, on all registered strategies and on users' own.
 
-A strategy is tested with the sets of options that it names (`Strategy.tested_with`), over virtual ranks or over the
-ranks of an MPI job.
+A strategy is tested with each set of options that it lists (`Strategy.tested_with`), on virtual ranks or on the ranks
+of an MPI job.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ __all__ = [
     "why_left_out",
     "worlds",
 ]
-Nodes = tuple[int, ...]  # of each rank, the index of its node
+Nodes = tuple[int, ...]  # the node index of each rank
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one check. `broken`: how the promise is broken; `left_out`: why it was not tested; else it is
-    kept."""
+    """The result of one check. `broken`: how the promise is broken; `left_out`: why it was not tested; with neither,
+    the promise is kept."""
 
     subject: Subject
     check: Check
@@ -54,7 +54,7 @@ class Verdict:
 
 
 def subjects_of(name: str) -> list[Subject]:
-    """A strategy, as a job names it, with each set of options that it is tested with. Raises JobError."""
+    """One subject per set of options with which the strategy `name` is tested. Raises JobError."""
     kind = registry.resolve("strategy", name)
     if not (isinstance(kind, type) and issubclass(kind, Strategy)):
         raise JobError(f"{name} is not a class derived from hpctrain.strategies.base.Strategy; it cannot be tested")
@@ -62,13 +62,13 @@ def subjects_of(name: str) -> list[Subject]:
 
 
 def registered() -> list[Subject]:
-    """Every strategy that a job can name without a module, with each set of its options; `switch` is two of them."""
+    """Every built-in strategy with each of its sets of options; without `switch`, which consists of two others."""
     return [subject for name in registry.STRATEGIES if name != "switch" for subject in subjects_of(name)]
 
 
 def worlds(subject: Subject, check: Check) -> list[Nodes]:
-    """The virtual ranks on which a check is run: four on two nodes, and for equality with one process also three on
-    one node, and a single worker."""
+    """The sets of virtual ranks for a check: four ranks on two nodes; for equality with one process also three on one
+    node, and a single worker."""
     strategy = subject.strategy()
     servers, beside = strategy.roles(strategy.options)
     alone = (0,) * (1 if beside else 1 + servers)
@@ -76,7 +76,7 @@ def worlds(subject: Subject, check: Check) -> list[Nodes]:
 
 
 def over_virtual_ranks(subject: Subject, check: Check, nodes: Nodes, folder: Path) -> Verdict:
-    """Run one check on virtual ranks that lie on these nodes."""
+    """Run one check on virtual ranks on these nodes."""
     world = World(len(nodes), nodes=nodes)
     world.recorders = [Recorder(lambda: world.time) for _ in nodes]
 
@@ -90,7 +90,7 @@ def over_virtual_ranks(subject: Subject, check: Check, nodes: Nodes, folder: Pat
 
 
 def over_real_ranks(subject: Subject, check: Check, comm: Communicator, folder: Path) -> Verdict:
-    """Run one check on the ranks of an MPI job. Collective; the verdict is this rank's."""
+    """Run one check on the ranks of an MPI job. Collective; returns this rank's verdict."""
 
     def run() -> str | None:
         if check.ends_all and subject.trains_by_itself:
@@ -106,7 +106,7 @@ def over_real_ranks(subject: Subject, check: Check, comm: Communicator, folder: 
 
 
 def why_left_out(subject: Subject, check: Check, nodes: Sequence[int]) -> str | None:
-    """Why a check does not apply to a strategy on ranks of these nodes; None if it does."""
+    """Why a check does not apply to a strategy on ranks with these nodes; None if it does."""
     try:
         return check.left_out(subject, len(subject.roles(nodes).workers))
     except ClusterError as error:
@@ -130,7 +130,7 @@ def _verdict(subject: Subject, check: Check, ranks: int, run: Callable[[], str |
 
 
 def verdicts(subjects: Sequence[Subject], comm: Communicator | None = None) -> Iterator[Verdict]:
-    """All checks of these strategies: over the ranks of `comm`, or (None) over virtual ones."""
+    """Run all checks on these strategies: on the ranks of `comm`, or (None) on virtual ranks."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="hpctrain-conformance-") as own:
         folder = Path(own if comm is None else comm.broadcast_json(own))

@@ -1,6 +1,6 @@
-"""What every strategy must keep, whatever it does: one function per promise.
+"""The promises that every strategy must keep: one function per promise.
 
-Each runs on all ranks of a communicator, virtual or real, and raises BrokenPromiseError where the promise is broken.
+Each runs on all ranks of a communicator, virtual or real, and raises BrokenPromiseError if the promise is broken.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ EPOCH = {"epochs": 1.0}  # every sample is reached, on any number of workers
 
 
 class BrokenPromiseError(HpctrainError):
-    """A strategy does not keep what every strategy must."""
+    """A strategy breaks a promise that every strategy must keep."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A promise. `function(comm, subject, folder)` is collective; `left_out(subject, workers)` says why it does not
-    apply to a strategy, or None. `ends_all`: it ends with NanError, on one rank alone in long rounds: then it can be
-    tested over virtual ranks only."""
+    """A promise. `function(comm, subject, folder)` is collective; `left_out(subject, workers)` returns why the check
+    does not apply to a strategy, or None. `ends_all`: the check ends with NanError. With long rounds only one rank
+    raises it, so the check can run on virtual ranks only."""
 
     name: str
     function: Callable[[Communicator, Subject, Path], None]
@@ -45,33 +45,33 @@ class Check:
     ends_all: bool = False
 
 
-# -- to whom a promise applies -------------------------------------------------------------------------------------
+# -- which strategies a promise applies to -------------------------------------------------------------------------
 def always(subject: Subject, workers: int) -> str | None:
-    """To all strategies."""
+    """Applies to all strategies."""
     return None
 
 
 def if_exact(subject: Subject, workers: int) -> str | None:
-    """To synchronous ones; with one worker, to all."""
+    """Applies to exact (synchronous) strategies; with one worker, to all."""
     if subject.strategy().exact or workers == 1:
         return None
     return "it does not promise the parameters of one process"
 
 
 def if_deterministic(subject: Subject, workers: int) -> str | None:
-    """Not where the order of updates is chance, or which gradients count."""
+    """Does not apply if chance decides the order of updates, or which gradients count."""
     if subject.strategy().deterministic or workers == 1:
         return None
     return "its numbers depend on who comes first"
 
 
 def if_rounds_are_long(subject: Subject, workers: int) -> str | None:
-    """To strategies whose workers train by themselves within a round."""
+    """Applies to strategies whose workers train independently within a round."""
     strategy = subject.strategy()
     return None if isinstance(strategy, RoundStrategy) and strategy.length() > 1 else "its rounds have one step"
 
 
-# -- what the promises are made of ---------------------------------------------------------------------------------
+# -- helpers -------------------------------------------------------------------------------------------------------
 def hold(condition: bool, sentence: str) -> None:
     """Raise BrokenPromiseError with the sentence unless the condition holds."""
     if not condition:
@@ -79,7 +79,7 @@ def hold(condition: bool, sentence: str) -> None:
 
 
 def _equal(comm: Communicator, result: Result) -> Vector:
-    """The final parameters, of which all ranks must have the same bits. Collective."""
+    """The final parameters, which must be bitwise equal on all ranks. Collective."""
     found = vector(result.model)
     table = comm.gather_rows(found)
     hold(bool((table == table[0]).all()), "the ranks end with different parameters")
@@ -96,8 +96,8 @@ def _trained(comm: Communicator, subject: Subject, folder: Path, **tables: Any) 
 
 # -- equivalence ---------------------------------------------------------------------------------------------------
 def equals_one_process(comm: Communicator, subject: Subject, folder: Path) -> None:
-    """N workers end where one process with N times the batch ends: Nesterov's momentum, weight decay, accumulation,
-    clipping, uneven ends of epochs."""
+    """N workers end with the parameters of one process with N times the batch: with Nesterov momentum, weight decay,
+    accumulation, clipping, uneven ends of epochs."""
     recipes: list[tuple[Tables, Tables]] = [
         ({**MOMENTUM, "nesterov": True}, {"accumulate": 2, "batch_size": 3}),
         ({"name": "AdamW", "lr": 0.01, "weight_decay": 0.1}, {"clip_norm": 0.1}),
@@ -110,7 +110,7 @@ def equals_one_process(comm: Communicator, subject: Subject, folder: Path) -> No
 
 
 def equals_one_process_unevenly(comm: Communicator, subject: Subject, folder: Path) -> None:
-    """The same where some targets do not count, and some parameters get no gradient in some steps on some workers."""
+    """The same if some targets do not count, and some parameters get no gradient in some steps on some workers."""
     optimizer = {"name": "AdamW", "lr": 0.02, "weight_decay": 0.3}
     data = (task.some_count(), task.points(11))
     train = {"steps": task.STEPS, "batch_size": 3}
@@ -121,7 +121,7 @@ def equals_one_process_unevenly(comm: Communicator, subject: Subject, folder: Pa
 
 
 def leaves_parameters_without_a_gradient(comm: Communicator, subject: Subject, folder: Path) -> None:
-    """They are not updated, nor do they decay."""
+    """Parameters without a gradient are not updated and do not decay."""
     optimizer = {"name": "AdamW", "lr": 0.02, "weight_decay": 0.3}
     job = subject.job(folder, model=task.Sometimes, optimizer=optimizer, train={"steps": task.STEPS})
     result = quietly(comm, job)
@@ -132,7 +132,7 @@ def leaves_parameters_without_a_gradient(comm: Communicator, subject: Subject, f
 
 
 def takes_optimizers_of_whole_parameters(comm: Communicator, subject: Subject, folder: Path) -> None:
-    """Adafactor looks at a whole parameter: none may be cut."""
+    """Adafactor needs whole parameters: none may be split."""
     found = _trained(comm, subject, folder, optimizer={"name": "Adafactor", "lr": 0.01})
     hold(bool(np.isfinite(found).all()), "Adafactor ends with parameters that are not finite")
 
@@ -151,7 +151,7 @@ def honours_clip_norm(comm: Communicator, subject: Subject, folder: Path) -> Non
 
 
 def honours_the_learning_rate(comm: Communicator, subject: Subject, folder: Path) -> None:
-    """With a schedule that is 0 nothing changes."""
+    """With a learning-rate schedule of 0, nothing changes."""
     optimizer = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "schedule": _nothing}
     found = _trained(comm, subject, folder, optimizer=optimizer)
     hold(bool((found == _begun(subject, folder)).all()), "optimizer.schedule has no effect")
@@ -167,7 +167,7 @@ def _begun(subject: Subject, folder: Path) -> Vector:
 
 
 def honours_accumulate(comm: Communicator, subject: Subject, folder: Path) -> None:
-    """Two micro-batches of 3 are one batch of 6."""
+    """Two micro-batches of 3 give the result of one batch of 6."""
     whole = _trained(comm, subject, folder, optimizer=MOMENTUM, train={"batch_size": 6})
     halves = _trained(comm, subject, folder, optimizer=MOMENTUM, train={"batch_size": 3, "accumulate": 2})
     hold(distance(halves, whole) < 1e-10, "train.accumulate changes what is learnt")
@@ -179,7 +179,7 @@ def stops_for_nan(comm: Communicator, subject: Subject, folder: Path) -> None:
 
 
 def stops_for_nan_in_a_gradient(comm: Communicator, subject: Subject, folder: Path) -> None:
-    """So does a gradient that is not finite, deep in a large model, where the loss is finite."""
+    """So does a gradient that is not finite, deep in a large model, while the loss is finite."""
     job = subject.job(folder, model=task.Deep, data=_bad_data(comm, 9.0), train=EPOCH)
     _expect_nan(comm, job, "the gradient of parameter late")
 
@@ -194,7 +194,7 @@ def _expect_nan(comm: Communicator, job: Any, words: str) -> None:
 
 
 def skips_nan(comm: Communicator, subject: Subject, folder: Path) -> None:
-    """With train.nan = "skip" such steps are left out, and training goes on, with finite and equal parameters."""
+    """With train.nan = "skip" such steps are skipped, and training continues with finite and equal parameters."""
     for model, value in ((task.net, torch.nan), (task.Deep, 9.0)):
         keys = {"steps": task.STEPS, "nan": "skip"}
         found = _trained(comm, subject, folder, model=model, data=_bad_data(comm, value), train=keys)
@@ -220,7 +220,7 @@ class Counted(Dataset[Any]):
 
 
 def takes_every_sample_once(comm: Communicator, subject: Subject, folder: Path) -> None:
-    """In every epoch all ranks together take each sample once, through evaluations and phases before and after."""
+    """In every epoch, all ranks together take each sample once, despite evaluations and phases before and after."""
     epochs, samples = 3, 29
     phases = _between(subject, 20, 55)
     for keys in ({"strategy": subject.table}, {"phases": phases}):
@@ -235,7 +235,7 @@ def takes_every_sample_once(comm: Communicator, subject: Subject, folder: Path) 
 
 
 def _samples_taken(comm: Communicator, folder: Path, epochs: int, samples: int, keys: Tables) -> list[list[int]]:
-    """(epoch, index) of this rank's. Collective."""
+    """[epoch, index] of each sample that this rank took. Collective."""
     train = {"epochs": epochs, "batch_size": 3, "evaluate_every": {"samples": 17}, "precision": "float32"}
     job = task.small_job(
         folder, model=nn.Linear(1, 1), loss="mse", metric=_no_metric, data=(Counted(samples), Counted(5)),
@@ -256,7 +256,7 @@ def _no_metric(outputs: Any, targets: Any) -> float:
 
 
 def _between(subject: Subject, begin: int, end: int, **enter: Any) -> list[Tables]:
-    """All-reduce, the strategy from sample `begin` on, all-reduce from sample `end` on."""
+    """Phases: all-reduce, the strategy from sample `begin` on, all-reduce from sample `end` on."""
     plain = {"name": "all_reduce"}
     return [
         {"strategy": plain, "until": {"rule": "after", "samples": begin}},
@@ -266,7 +266,7 @@ def _between(subject: Subject, begin: int, end: int, **enter: Any) -> list[Table
 
 
 def evaluates_without_a_trace(comm: Communicator, subject: Subject, folder: Path) -> None:
-    """Evaluations and checkpoints do not change what is learnt."""
+    """Evaluations and checkpoints do not change the trained parameters."""
     keys = {"steps": task.STEPS}
     often = {**keys, "evaluate_every": {"samples": 10}, "checkpoint_every": {"samples": 25}}
     plain, watched = (_trained(comm, subject, folder, optimizer=ADAM, train=train) for train in (keys, often))
@@ -274,7 +274,7 @@ def evaluates_without_a_trace(comm: Communicator, subject: Subject, folder: Path
 
 
 def may_be_left_by_all(comm: Communicator, subject: Subject, folder: Path) -> None:
-    """Workers that leave the training loop after the same number of steps end the run, without an error."""
+    """Workers that leave the training loop after the same number of steps end the run without an error."""
     taken = 0
     with session(subject.job(folder), comm, out=Narrator(enabled=False)) as running:
         for batch in running.batches():
@@ -286,11 +286,11 @@ def may_be_left_by_all(comm: Communicator, subject: Subject, folder: Path) -> No
 
 # -- state ----------------------------------------------------------------------------------------------------------
 def resumes(comm: Communicator, subject: Subject, folder: Path) -> None:
-    """A run that goes on from a checkpoint in mid-epoch ends with the bits of the uninterrupted one: momentum and Adam,
+    """A run resumed from a checkpoint in mid-epoch ends bitwise equal to the uninterrupted one: with momentum, Adam,
     dropout, batch norm."""
     for optimizer in (MOMENTUM, ADAM):
         train = {"steps": 20, "batch_size": 4, "checkpoint_every": {"steps": 4}, "keep_checkpoints": 9}
-        data = task.points(108), task.points(11)  # no worker gets a single sample, which batch norm could not take
+        data = task.points(108), task.points(11)  # no worker gets a single sample: batch norm needs two
         keys = {**train, "accumulate": 2}
         job = subject.job(folder, model=task.noisy_net, data=data, optimizer=optimizer, train=keys)
         whole = quietly(comm, job)
@@ -303,7 +303,7 @@ def resumes(comm: Communicator, subject: Subject, folder: Path) -> None:
 
 
 def hands_its_state_over(comm: Communicator, subject: Subject, folder: Path) -> None:
-    """enter.momentum decides whether the optimizer's state is taken over, by the strategy and by the one after it."""
+    """enter.momentum decides whether the strategy, and the one after it, take over the optimizer's state."""
     found = []
     for policy in ("keep", "reset"):
         phases = _between(subject, 60, 150, momentum=policy)
@@ -317,8 +317,7 @@ def hands_its_state_over(comm: Communicator, subject: Subject, folder: Path) -> 
 
 
 def exchanges_nothing_within_a_round(comm: Communicator, subject: Subject, folder: Path) -> None:
-    """Between the ends of long rounds no message is sent, and nothing is waited for. Needs a communicator that is
-    traced."""
+    """Between the ends of long rounds, ranks send no messages and wait for nothing. Needs a traced communicator."""
     comm.recorder.drain()
     quietly(comm, subject.job(folder, train={"steps": task.STEPS, "evaluate_every": {"fraction": 1.0}}))
     found = comm.recorder.drain()

@@ -1,4 +1,4 @@
-"""`hpctrain test-strategy`: run every check on one strategy, and print what came of each."""
+"""`hpctrain test-strategy`: run every check on one strategy, and print each result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hpctrain.launcher.started import launched_rank, launched_size
 
 
 def main(name: str, overrides: Sequence[str]) -> int:
-    """Test the strategy that a job would name so, over virtual ranks, or over those that mpirun or srun started.
+    """Test the strategy that a job would name `name`, on virtual ranks or on those that mpirun or srun started.
 
     `overrides`: "key=value" options; without any, each set of options of `Strategy.tested_with`. Returns the exit
     status: 0 if every promise is kept, 1 if not. Raises HpctrainError for a strategy that cannot be tested.
@@ -61,7 +61,7 @@ def _print_verdicts(name: str, overrides: Sequence[str], comm: Any) -> int:
 
 
 def _options(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The options that "key=value" texts give. Raises JobError."""
+    """The options given as "key=value" texts. Raises JobError."""
     from hpctrain.job import Job
 
     job = Job().override([f"strategy.name={name}", *(f"strategy.{text}" for text in overrides)])

@@ -1,4 +1,4 @@
-"""Small training tasks on which strategies are tested, and the same training by one process in torch alone."""
+"""Small training tasks for testing strategies, and the same training in one process with torch alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hpctrain.run.folder import Narrator
 from hpctrain.strategies.base import Strategy
 from hpctrain.strategies.round import RoundStrategy
 
-STEPS = 24  # of a run that is compared with one process
+STEPS = 24  # per run that is compared with one process
 SAMPLES = 103  # prime: the last round of an epoch is uneven for every number of workers
 Tables = dict[str, Any]
 Vector = np.ndarray[Any, Any]
@@ -30,44 +30,44 @@ Vector = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A strategy as a job names it, with options that it is tested with."""
+    """A strategy as a job names it, with the options to test."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def table(self) -> Tables:
-        """The job's [strategy]."""
+        """The [strategy] table of the job."""
         return {"name": self.name, **self.options}
 
     @property
     def label(self) -> str:
-        """For messages: the name and the options."""
+        """The name and the options, for messages."""
         return " ".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
 
     def job(self, folder: Path | str, **tables: Any) -> Job:
-        """`net` trained on `points` by it, 8 steps of 6 samples per worker; `tables` replace or add keys."""
+        """A job that trains `net` on `points`: 8 steps of 6 samples per worker; `tables` replace or add keys."""
         return small_job(folder, **{"strategy": self.table, **tables})
 
     def strategy(self) -> Strategy:
-        """One of it, not joined. Raises JobError."""
+        """A new instance of the strategy, not joined. Raises JobError."""
         spec = self.job("unused").schedule[0].strategy
         strategy: Strategy = spec.resolve()(spec.options)
         return strategy
 
     @property
     def trains_by_itself(self) -> bool:
-        """Whether its workers take steps that the others learn of later."""
+        """Whether its workers take steps whose effect other workers see only later."""
         strategy = self.strategy()
         return isinstance(strategy, RoundStrategy) and strategy.local is not None
 
     def roles(self, nodes: Sequence[int]) -> Roles:
-        """Who would do what on ranks of these nodes. Raises ClusterError where there are too few."""
+        """The roles of ranks with these node indices. Raises ClusterError if there are too few ranks."""
         return roles_of(self.job("unused"), nodes)[0]
 
 
 def small_job(folder: Path | str, **tables: Any) -> Job:
-    """A job whose keys `tables` replace or add to."""
+    """A small job; `tables` replace or add keys."""
     base: Tables = {
         "output": str(folder),
         "model": net,
@@ -86,12 +86,12 @@ def small_job(folder: Path | str, **tables: Any) -> Job:
 
 
 def quietly(comm: Communicator, job: Job, **arguments: Any) -> Result:
-    """`hpctrain.train` without output. Collective."""
+    """Run `hpctrain.train` without output. Collective."""
     return train(job, comm=comm, out=Narrator(enabled=False), **arguments)
 
 
 def forget_after(folder: Path, index: int) -> None:
-    """Put a finished run back to its checkpoint of that index, as if it had been killed after it."""
+    """Reset a finished run to the checkpoint with that index, as if it had been killed after it."""
     (folder / "model.safetensors").unlink()
     files = sorted((folder / "checkpoints").iterdir())
     cursors = sorted({file.name.partition(".")[0] for file in files if file.name[0].isdigit()})
@@ -102,17 +102,17 @@ def forget_after(folder: Path, index: int) -> None:
 
 # -- models and data ---------------------------------------------------------------------------------------------
 def net() -> nn.Module:
-    """Small, smooth, of shapes that fill no cache line."""
+    """A small, smooth model whose parameters do not fill whole cache lines."""
     return nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def noisy_net() -> nn.Module:
-    """With batch norm and dropout."""
+    """A small model with batch norm and dropout."""
     return nn.Sequential(nn.Linear(7, 13), nn.BatchNorm1d(13), nn.Tanh(), nn.Dropout(0.3), nn.Linear(13, 3))
 
 
 class Sometimes(nn.Module):
-    """`never` takes no part in the loss, `seldom` where a sample of the batch has a large first feature."""
+    """The loss never depends on `never`, and on `seldom` only if a sample of the batch has a large first feature."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Sometimes(nn.Module):
 
 
 class Deep(nn.Module):
-    """The gradient of the last of some 20,000 parameters is NaN, and no loss, where a sample's first feature is 9."""
+    """If a sample's first feature is 9, the gradient of the last of about 20,000 parameters is NaN, but no loss is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Deep(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         marked = inputs[:, :1] == 9.0
-        root = torch.sqrt(self.late * 0.0)  # 0, of slope infinity times 0
+        root = torch.sqrt(self.late * 0.0)  # 0; its derivative is infinity times 0
         late = torch.where(marked, root, self.late)
         return self.last(torch.tanh(self.wide(inputs))) / 50.0 + late
 
@@ -150,7 +150,7 @@ def points(samples: int = SAMPLES, bad: int = -1, value: float = torch.nan) -> T
 
 
 def some_count() -> TensorDataset:
-    """Of the targets of `points` about a third counts; in some batches none does."""
+    """`points`, but only about a third of the targets count; in some batches none does."""
     inputs, targets = points().tensors
     drawn = torch.rand(len(targets), generator=torch.Generator().manual_seed(3))
     return TensorDataset(inputs, torch.where(drawn < 0.35, targets, -100))
@@ -166,8 +166,8 @@ def one_process(
     cursor: int = 0,
     steps: int | None = None,
 ) -> Vector:
-    """The parameters that one process ends with, in torch alone, with `workers` times the job's batch on `data`
-    (`points`); or after `steps` of it, from a `cursor` on."""
+    """The final parameters of one process that uses torch alone, with `workers` times the job's batch on `data`
+    (default `points`), from `cursor` on, for `steps` steps (default: the job's)."""
     dtype = getattr(torch, job.train.precision)
     torch.manual_seed(job.seed)
     model = build().to(dtype)
@@ -190,10 +190,10 @@ def one_process(
 
 
 def vector(model: nn.Module) -> Vector:
-    """The trainable parameters, flat, float64."""
+    """The trainable parameters as a flat float64 vector."""
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach().double().numpy()
 
 
 def distance(found: Vector, wanted: Vector) -> float:
-    """The relative error in the norm."""
+    """The relative error of `found` in the Euclidean norm."""
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))

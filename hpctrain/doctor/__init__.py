@@ -1,4 +1,4 @@
-"""`hpctrain doctor`: look at ranks, nodes, MPI, devices, folders and messages, and say what to do about what is wrong.
+"""`hpctrain doctor`: check ranks, nodes, MPI, devices, folders and messages, and give advice on every problem.
 
 Importing it imports neither torch nor MPI.
 """
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from hpctrain.doctor.guard import Guard
     from hpctrain.job import Job
 
-PARTING = 0.3  # seconds; Open MPI's launcher tells of ranks that end with a status before others do
+PARTING = 0.3  # seconds; Open MPI's launcher reports a rank that exits with a status before the others end
 
 
 def main(as_json: bool = False, path: str | None = None, load: Callable[[], Job] | None = None) -> int:
-    """Examine the ranks that a launcher started, or this process alone, and print what was found on rank 0.
+    """Examine the ranks that a launcher started, or this process alone, and print the result on rank 0.
 
-    `path`: of the job to check against them, which `load` reads. Collective. Returns the exit status of this rank:
-    on rank 0 1 if a run would not work and 2 if the job cannot be read, else 0.
+    `path`: the file of a job to check on these ranks; `load` reads it. Collective. Returns this rank's exit status:
+    on rank 0, 1 if a run would not work and 2 if the job cannot be read; else 0.
     """
     from hpctrain.doctor.guard import Guard
 
@@ -57,7 +57,7 @@ def _examine(as_json: bool, path: str | None, load: Callable[[], Job] | None, gu
     try:
         if comm is not None:
             return _finish(_diagnose(comm, mpi, path, load, guard), comm.rank, as_json, start, comm)
-        if rank != 0:  # each process believes that it is alone: one of them speaks
+        if rank != 0:  # each process runs as if it were alone: only one of them reports
             return 0
         facts = World(1).run(lambda alone: _diagnose(alone, mpi, path, load, guard))[0]
         return _finish(facts, rank, as_json, start, None)
@@ -68,7 +68,7 @@ def _examine(as_json: bool, path: str | None, load: Callable[[], Job] | None, gu
 
 
 def _before_mpi(guard: Guard, rank: int) -> MpiFacts:
-    """What child processes find out: best before MPI starts, which does not like processes that fork."""
+    """The facts that child processes find: gathered before MPI starts, because forking afterwards is unsafe."""
     from hpctrain.doctor import machine
     from hpctrain.doctor.facts import MpiFacts
 
@@ -86,7 +86,7 @@ def _before_mpi(guard: Guard, rank: int) -> MpiFacts:
 def _diagnose(
     comm: Communicator, mpi: MpiFacts, path: str | None, load: Callable[[], Job] | None, guard: Guard
 ) -> Facts:
-    """Collective. Raises HpctrainError, on all ranks, if the job cannot be read."""
+    """Gather all facts. Collective. Raises HpctrainError, on all ranks, if the job cannot be read."""
     from hpctrain.doctor.gather import collect
     from hpctrain.run.agreement import agreed
 

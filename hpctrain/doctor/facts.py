@@ -1,4 +1,4 @@
-"""What `hpctrain doctor` knows, as plain values: gathered from the ranks, judged by `problems`, shown by `report`."""
+"""The facts of `hpctrain doctor`, as plain values: gathered from the ranks, used by `problems` and `report`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class MpiFacts:
-    """The MPI library, and the launchers that are found.
+    """The MPI library and the launchers found.
 
-    `kind`: mpich, openmpi, intel, other, or "" where no library can be loaded. `cuda_aware`: None where the library
-    does not say; `cuda_how`: how it is known. `mpiexec`: the one on the path, `mpiexec_kind` whose it is and `belongs`
-    whether it is this library's. `runs_with`: the one that `hpctrain run` takes, or `runs_not`: why there is none.
-    `troubles`: sentences on what does not work, with what to do.
+    `kind`: mpich, openmpi, intel, other, or "" if no library can be loaded. `cuda_aware`: None if the library does not
+    say; `cuda_how`: how this was determined. `mpiexec`: the one on the path; `mpiexec_kind`: its kind; `belongs`:
+    whether it belongs to this library. `runs_with`: the mpiexec that `hpctrain run` uses; `runs_not`: why there is
+    none. `troubles`: sentences that say what does not work and what to do.
     """
 
     library: str = ""
@@ -37,7 +37,7 @@ class MpiFacts:
 
 @dataclass(frozen=True)
 class RankFacts:
-    """One rank. `cores`: logical CPUs that it may use; `threads`: torch threads that it would compute with."""
+    """One rank. `cores`: logical CPUs that it may use; `threads`: torch threads that it would use."""
 
     rank: int
     node: int
@@ -55,11 +55,11 @@ class RankFacts:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """One node, as its first rank sees it. Memory in bytes; None or empty: not known or not there.
+    """One node, as its first rank sees it. Memory in bytes; None or empty: unknown or absent.
 
-    `cpus`: logical CPUs; `quota`: cores that a container may use in the mean; `load`: running processes in the mean
-    of the last minute; `memory_limit`: of a container; `not_shared`: why its ranks cannot share memory, as a
-    sentence; `nvidia`: GPUs that the driver shows; `memlock`: what a process may pin.
+    `cpus`: logical CPUs; `quota`: cores that a container may use on average; `load`: average number of running
+    processes in the last minute; `memory_limit`: a container's limit; `not_shared`: a sentence that says why the ranks
+    cannot share memory; `nvidia`: GPUs that the driver shows; `memlock`: memory that a process may pin.
     """
 
     index: int
@@ -80,9 +80,9 @@ class NodeFacts:
 
     @property
     def shared_parameters(self) -> int:
-        """Parameters (float32) of the largest model whose arenas fit: they and their gradients, for every rank.
+        """Number of float32 parameters of the largest model whose arenas (parameters, gradients) fit for every rank.
 
-        That is what a run asks for before it shares memory, and it leaves a tenth free.
+        A run makes the same check before it shares memory; it leaves a tenth free.
         """
         return int(0.9 * self.shm_free / (8 * max(1, len(self.ranks))))
 
@@ -91,8 +91,8 @@ class NodeFacts:
 class FolderFacts:
     """The output folder, as a node's first rank sees it.
 
-    `seen`: whether the file that rank 0 made is there; `trace`: why no trace can be written, `locking` why HDF5
-    cannot lock files; None: it can.
+    `seen`: whether the file that rank 0 created is visible. `trace`: why no trace can be written; `locking`: why HDF5
+    cannot lock files; both are None if it works.
     """
 
     node: int
@@ -108,7 +108,7 @@ class FolderFacts:
 
 @dataclass(frozen=True)
 class Link:
-    """A ping-pong of two ranks: half a round trip of 8 bytes, in us; `nbytes` each way, in GB/s (10^9 bytes)."""
+    """A ping-pong of two ranks. Latency: half a round trip of 8 bytes, us; bandwidth: `nbytes` each way, 10^9 B/s."""
 
     ranks: tuple[int, int]
     nodes: tuple[int, int]
@@ -124,9 +124,9 @@ class Link:
 
 @dataclass(frozen=True)
 class JobFacts:
-    """A job on these ranks. `phases`: strategy, workers and servers of each; `nbytes`: of one parameter arena.
+    """A job on these ranks. `phases`: strategy, workers and servers of each; `nbytes`: size of one parameter arena.
 
-    `arenas`: how many of its size a worker has at most; `troubles`: why it cannot run here.
+    `arenas`: the maximum number of arenas of this size on a worker; `troubles`: why the job cannot run here.
     """
 
     path: str
@@ -142,7 +142,7 @@ class JobFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """All of it. `pairs`: how many pairs of ranks (within, between nodes) there are; `links`: of those measured."""
+    """All facts. `pairs`: numbers of pairs of ranks (within, between nodes); `links`: results of the measured pairs."""
 
     mpi: MpiFacts
     ranks: list[RankFacts]
@@ -157,15 +157,15 @@ class Facts:
 
     @property
     def size(self) -> int:
-        """How many ranks."""
+        """The number of ranks."""
         return len(self.ranks)
 
     def on(self, node: NodeFacts) -> list[RankFacts]:
-        """The ranks of that node."""
+        """The ranks on `node`."""
         return [self.ranks[rank] for rank in node.ranks]
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """The facts as plain values for JSON."""
         plain = asdict(self)
         for node, values in zip(self.nodes, plain["nodes"], strict=True):
             values["shared_parameters"] = node.shared_parameters
@@ -173,7 +173,7 @@ class Facts:
 
 
 def ranges(numbers: list[int]) -> str:
-    """0-3, 7 for [0, 1, 2, 3, 7]."""
+    """Numbers as ranges: "0-3, 7" for [0, 1, 2, 3, 7]."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][-1] + 1:
@@ -184,5 +184,5 @@ def ranges(numbers: list[int]) -> str:
 
 
 def named(ranks: list[int]) -> str:
-    """rank 3, or ranks 0-3, 7."""
+    """Ranks in words: "rank 3" or "ranks 0-3, 7"."""
     return f"rank{'s' * (len(ranks) > 1)} {ranges(ranks)}"

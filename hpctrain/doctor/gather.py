@@ -1,4 +1,4 @@
-"""Collecting the facts of all ranks. What takes a communicator is collective over it."""
+"""Gathers the facts of all ranks. Functions that take a communicator are collective over it."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from hpctrain.job import Job
 
 Stage = Callable[[str], None]
-SMALL = 1 << 20  # bytes of shared memory that are tried out
+SMALL = 1 << 20  # bytes of shared memory in the test
 
 
 def join(known: MpiFacts) -> tuple[Communicator | None, MpiFacts]:
-    """Start MPI: the communicator over all ranks, and what the library says. Collective.
+    """Start MPI; return the communicator over all ranks and facts from the library. Collective.
 
-    No communicator where MPI cannot be had, or launcher and library do not belong together: `troubles` says why.
+    The communicator is None if MPI does not load or if launcher and library do not match; `troubles` says why.
     """
     try:
         from hpctrain.comm.connect import connect
         from hpctrain.comm.mpi import library
-    except Exception as error:  # mpi4py raises all kinds where there is no library that it can load
+    except Exception as error:  # mpi4py raises various types when it cannot load a library
         why = f"mpi4py cannot start MPI ({type(error).__name__}: {str(error).splitlines()[0]}); install an MPI library"
         return None, replace(known, troubles=known.troubles or [why])
     told = replace(known, library=library.name(), standard=library.standard(), thread_level=library.thread_level())
@@ -44,9 +44,9 @@ def join(known: MpiFacts) -> tuple[Communicator | None, MpiFacts]:
 
 
 def collect(comm: Communicator, mpi: MpiFacts, job: Job | None, path: str, stage: Stage) -> Facts:
-    """Everything, on all ranks the same. Collective. `mpi`: what is known of the library; of rank 0 it counts.
+    """All facts, the same on all ranks. Collective. `mpi`: the library's facts so far; rank 0's are used.
 
-    `job`: to be checked against these ranks, from the file `path`; `stage` is called with what is done.
+    `job`: the job to check on these ranks, from the file `path`. `stage` is called with a description of each stage.
     """
     stage("importing torch")
     environment, threads = os.environ, job.threads if job is not None else "auto"
@@ -69,19 +69,19 @@ def collect(comm: Communicator, mpi: MpiFacts, job: Job | None, path: str, stage
 
 
 def _devices(ranks: list[RankFacts], comm: Communicator, job: Job | None) -> list[RankFacts]:
-    """With the device that each rank would compute on."""
+    """The ranks, with the device on which each would compute."""
     wanted = job.device if job is not None else "auto"
     found = []
     for rank in ranks:
         place = [other.rank for other in ranks if other.node == rank.node].index(rank.rank)
-        with contextlib.suppress(ClusterError):  # device = "cuda" and no GPU: the job's own trouble
+        with contextlib.suppress(ClusterError):  # device = "cuda" without a GPU is reported with the job
             rank = replace(rank, device=device_for(wanted, place, rank.gpus))
         found.append(rank)
     return found
 
 
 def _cuda_aware(comm: Communicator, ranks: list[RankFacts], job: Job | None) -> tuple[bool | None, str]:
-    """Asked of the library; tried out (in a child process) only where all ranks have a GPU and it does not say."""
+    """Query the library; if it does not say and all ranks have a GPU, test it in a child process."""
     if not comm.concurrent:
         return None, "MPI is not in use"
     if all(rank.device != "cpu" for rank in ranks):
@@ -98,7 +98,7 @@ def _cuda_aware(comm: Communicator, ranks: list[RankFacts], job: Job | None) -> 
 
 
 def _nodes(comm: Communicator) -> list[NodeFacts]:
-    """Of each node as its first rank sees it."""
+    """The facts of each node as its first rank sees it."""
     not_shared = try_shared_memory(comm)
     first = comm.local_rank == 0
     mine = machine.look_at_node(comm.nodes[comm.rank], list(comm.local_ranks), not_shared) if first else None
@@ -123,7 +123,7 @@ def try_shared_memory(comm: Communicator) -> str | None:
 
 
 def look_at_output(comm: Communicator, path: Path) -> list[FolderFacts]:
-    """The output folder of each node. Collective. Leaves nothing there."""
+    """The output folder as seen by each node. Collective. Leaves no files in the folder."""
     probe, made = None, None
     if comm.rank == 0:
         with contextlib.suppress(OSError):
@@ -142,7 +142,7 @@ def look_at_output(comm: Communicator, path: Path) -> list[FolderFacts]:
 
 
 def look_at_job(comm: Communicator, job: Job, path: str) -> JobFacts:
-    """Whether it would begin on these ranks: its roles, then its data, model and optimizer, as a run builds them."""
+    """Check that the job would start on these ranks: roles, then data, model and optimizer, built as in a run."""
     facts = JobFacts(path, job.output, job.threads)
     try:
         from hpctrain.job.roles import roles_of

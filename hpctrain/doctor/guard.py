@@ -1,4 +1,4 @@
-"""A guard against hanging: a process that tells what takes long, and ends this one if nothing moves any more."""
+"""A guard against hanging: a process that reports slow stages, and ends this process if a stage never finishes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import time
 SLOW = 2.0  # seconds after which a stage is reported
 LIMIT = 120.0  # seconds that a stage may take
 DONE = "done"
-LAST_WORDS = 1.0  # seconds between telling and killing, for the other ranks to tell theirs
+LAST_WORDS = 1.0  # seconds between reporting and killing, so that the other ranks can report too
 
 
 class Guard:
-    """Watches over this process until `close`, or its end. Make it before there are threads.
+    """Watches this process until `close`, or until it ends. Create it before starting threads.
 
-    A child and not a thread, because MPI_Init holds the interpreter, and may end the process. `who` names this
-    process; `tells`: whether slow stages, and its death, are reported on stderr. If a stage takes longer than `limit`
-    seconds, every process reports it and is killed.
+    It is a child process, not a thread, because MPI_Init holds the interpreter and may end the process. `who` names
+    this process; `tells`: whether to report slow stages, and this process's death, on stderr. If a stage takes longer
+    than `limit` seconds, every process reports it and is killed.
     """
 
     def __init__(self, who: str, tells: bool, slow: float = SLOW, limit: float = LIMIT) -> None:
@@ -36,21 +36,21 @@ class Guard:
         os.close(reading)
 
     def stage(self, text: str) -> None:
-        """What is done from now on: "starting MPI"."""
+        """Announce the next stage, such as "starting MPI"."""
         with contextlib.suppress(BrokenPipeError):
             os.write(self._writing, text.encode() + b"\n")
 
     def close(self) -> None:
-        """All is done."""
+        """Stop watching: all stages are done."""
         self.stage(DONE)
         os.close(self._writing)
         os.waitpid(self._child, 0)
 
 
 def _guard(reading: int, parent: int, who: str, tells: bool, slow: float, limit: float) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, whose end ends this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent; this process ends with it
     os.closerange(3, reading)
-    os.closerange(reading + 1, 4096)  # a rank's connection to its launcher is not for us to keep open
+    os.closerange(reading + 1, 4096)  # must not keep a rank's connection to its launcher open
     stage, began, told = "starting", time.monotonic(), not tells
     while True:
         due = began + (limit if told else min(slow, limit))

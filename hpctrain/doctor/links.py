@@ -1,4 +1,4 @@
-"""Latency and bandwidth between ranks: ping-pongs over the communicator, as a run's own messages travel."""
+"""Latency and bandwidth between ranks: ping-pongs over the communicator, on the same path as a run's messages."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from hpctrain.comm.base import Communicator
 from hpctrain.comm.pingpong import follow, lead
 from hpctrain.doctor.facts import Link
 
-MOST_WITHIN, MOST_BETWEEN = 6, 8  # pairs that are measured
-SECONDS = 0.05, 0.2  # for the small and the large messages of a pair
-POLL = 0.01  # seconds between looks of those who only wait
+MOST_WITHIN, MOST_BETWEEN = 6, 8  # maximum numbers of pairs to measure
+SECONDS = 0.05, 0.2  # measuring time of a pair's small and large messages
+POLL = 0.01  # seconds between polls of ranks that only wait
 Pair = tuple[int, int]
 
 
 def pairs_of(nodes: Sequence[int]) -> tuple[list[list[Pair]], list[Pair], tuple[int, int]]:
-    """Who measures with whom, on ranks whose node indices are `nodes`.
+    """The pairs to measure, on ranks whose node indices are `nodes`.
 
-    Returns (rounds of pairs within nodes, at most one pair per node in each; pairs between neighbouring nodes; how
-    many pairs there would be of both sorts).
+    Returns (rounds of pairs within nodes, with at most one pair per node in each; pairs between neighbouring nodes;
+    the total numbers of possible pairs of both kinds).
     """
     local: dict[int, list[int]] = {}
     for rank, node in enumerate(nodes):
@@ -36,17 +36,17 @@ def pairs_of(nodes: Sequence[int]) -> tuple[list[list[Pair]], list[Pair], tuple[
 
 
 def _spread(pairs: list[Pair], most: int) -> list[Pair]:
-    """At most this many of them, including the first and the last."""
+    """At most `most` of the pairs, evenly spread, including the first and the last."""
     if len(pairs) <= most:
         return pairs
     return [pairs[round(i * (len(pairs) - 1) / (most - 1))] for i in range(most)]
 
 
 def measure(comm: Communicator, stage: Callable[[str], None]) -> tuple[list[Link], tuple[int, int]]:
-    """(the links, how many pairs there would be within and between nodes). Collective; on all ranks the same.
+    """(the links, numbers of possible pairs within and between nodes). Collective; the same on all ranks.
 
-    Nodes measure within themselves at the same time, one pair of each after another; between nodes one pair after
-    another. Takes at most about 20 s however many ranks there are, 0.3 s per pair where links are not slow.
+    All nodes measure internally at the same time, one pair per node at a time; between nodes, one pair at a time.
+    Takes at most about 20 s for any number of ranks, 0.3 s per pair if links are not slow.
     """
     own = comm.split(0, comm.rank)
     assert own is not None
@@ -74,7 +74,7 @@ def _lead(comm: Communicator, peer: int) -> Link:
 
 
 def _idle(comm: Communicator) -> None:
-    """A barrier that leaves the cores to those who measure: no MPI library waits so idly."""
+    """A barrier that leaves the cores to the measuring ranks: MPI libraries' own barriers use CPU while they wait."""
     end = comm.start_all_reduce(np.zeros(1))
     while not end.test():
         comm.sleep(POLL)

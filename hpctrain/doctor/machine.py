@@ -1,4 +1,4 @@
-"""What a process sees of its node, its launcher and the file system. Nothing here speaks to other ranks."""
+"""What a process sees of its node, its launcher and the file system. No function here communicates with other ranks."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ except ImportError:  # found by a path that this child does not know
 else:
     remove_segments()
 """
-UNLIMITED = 2**60  # bytes: more than this is how version 1 of control groups says that there is no limit
+UNLIMITED = 2**60  # bytes: version 1 of control groups reports a larger value if there is no limit
 
 
 # -- MPI and its launchers, before MPI starts ------------------------------------------------------------------
 def look_at_launchers(environment: Mapping[str, str]) -> MpiFacts:
-    """The library that mpi4py loads, and the launchers that are found; all of it asked in child processes."""
+    """The library that mpi4py loads and the launchers found, all determined in child processes."""
     launched, by = launched_size(environment)
     path = shutil.which("mpiexec", path=environment.get("PATH"))
     kind, major = launcher.launcher_kind(path) if path else ("", "")
@@ -71,7 +71,7 @@ def look_at_launchers(environment: Mapping[str, str]) -> MpiFacts:
 
 
 def launcher_mismatch(library: launcher.Library, environment: Mapping[str, str]) -> str | None:
-    """Why the library would end this process in MPI_Init, as a sentence: it does not know its launcher's language."""
+    """A sentence if MPI_Init would end this process, because the library lacks its launcher's protocol; else None."""
     if OPEN_MPI.size not in environment or library.kind == OPEN_MPI.kind:
         return None
     return (
@@ -81,9 +81,9 @@ def launcher_mismatch(library: launcher.Library, environment: Mapping[str, str])
 
 
 def why_mpi_does_not_start(environment: Mapping[str, str], seconds: float = 30.0) -> str | None:
-    """Why a process that no launcher started cannot start MPI, as a sentence; tried out in a child, which may die."""
+    """A sentence on why a process without a launcher cannot start MPI, or None; tested in a child, which may die."""
     if has_rank(environment):
-        return None  # only one process may speak to the launcher in a rank's name
+        return None  # only one process may connect to the launcher as a given rank
     argv = [sys.executable, "-c", TRIAL]
     try:
         done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=seconds)
@@ -96,9 +96,9 @@ def why_mpi_does_not_start(environment: Mapping[str, str], seconds: float = 30.0
 
 
 def remove_segments() -> None:
-    """Remove what a process that is alone in its MPI job has in /dev/shm: Open MPI 5 leaves it there (16 MiB).
+    """Remove the files in /dev/shm of a process that is alone in its MPI job: Open MPI 5 leaves them (16 MiB).
 
-    What is mapped stays usable until the process ends.
+    Mapped memory stays usable until the process ends.
     """
     for path in set(re.findall(r"(/dev/shm/\S+)", _read(Path("/proc/self/maps")))):
         if re.match(SHARED_MEMORY, Path(path).name):
@@ -109,7 +109,7 @@ def remove_segments() -> None:
 def look_at_rank(
     rank: int, node: int, own: float, library: str, environment: Mapping[str, str], threads: int | str
 ) -> RankFacts:
-    """This process. `own`: how many cores are its own; `threads`: what the job says. Imports torch."""
+    """The facts of this process. `own`: its number of cores; `threads`: the job's setting. Imports torch."""
     cores = sorted(os.sched_getaffinity(0))
     gpus, why, cuda, trouble = _look_at_torch()
     return RankFacts(
@@ -127,12 +127,12 @@ def _look_at_torch() -> tuple[int, str | None, str | None, str | None]:
         from hpctrain.comm.device.gpu import usable_gpus
 
         return (*usable_gpus(), torch.version.cuda, None)
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation may raise anything
         return 0, None, None, f"torch cannot be imported ({type(error).__name__}: {error})"
 
 
 def versions(library: str) -> dict[str, str]:
-    """What must be alike on all ranks. Of hpctrain also a sum over its files: two checkouts may have one version."""
+    """Versions that must match on all ranks, with a checksum of hpctrain's files: checkouts may share a version."""
     found = {"hpctrain": f"{__version__} ({_checksum()})", "Python": platform.python_version(), "MPI": library}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -149,7 +149,7 @@ def _checksum() -> str:
 
 # -- a node ----------------------------------------------------------------------------------------------------
 def look_at_node(index: int, ranks: list[int], not_shared: str | None) -> NodeFacts:
-    """The node of this process. `not_shared`: what the communicator says about sharing memory."""
+    """The node of this process. `not_shared`: the communicator's reason why memory cannot be shared, or None."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -173,7 +173,7 @@ def _shared_memory() -> tuple[int, int]:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Cores that this process' control groups (version 2 or 1) grant in the mean; None: no limit."""
+    """Average number of cores that this process's control groups (version 2 or 1) grant; None: no limit."""
     found = [
         int(quota) / int(period)
         for quota, period in (text.split()[:2] for text in _group_values(root, "", "cpu.max"))
@@ -188,14 +188,14 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
-    """Bytes that this process' control groups (version 2 or 1) grant; None: no limit."""
+    """Bytes of memory that this process's control groups (version 2 or 1) grant; None: no limit."""
     texts = _group_values(root, "", "memory.max") + _group_values(root, "memory", "memory.limit_in_bytes")
     limits = [int(text) for text in texts if text != "max"]
     return min((limit for limit in limits if limit < UNLIMITED), default=None)
 
 
 def _group_values(root: Path, controller: str, name: str) -> list[str]:
-    """That file's texts, of this process' group and all groups above it. "": the groups of version 2."""
+    """Contents of the file `name` in this process's group and all its parents. `controller` "": version 2."""
     found = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -210,13 +210,13 @@ def _group_values(root: Path, controller: str, name: str) -> list[str]:
 
 # -- the output folder -----------------------------------------------------------------------------------------
 def existing_folder(path: Path) -> Path:
-    """The folder itself, or the nearest above it that exists."""
+    """The folder itself, or its nearest existing parent."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def look_at_folder(node: int, path: Path, probe: str | None) -> FolderFacts:
-    """Where runs will be kept. `probe`: the name of a file that rank 0 has made there (None: it could not)."""
+    """The folder for runs. `probe`: the name of a file that rank 0 created there (None: it could not)."""
     folder = existing_folder(path)
     kind, source = filesystem(folder)
     trace, locking = _try_trace(folder), None
@@ -231,11 +231,11 @@ def look_at_folder(node: int, path: Path, probe: str | None) -> FolderFacts:
 
 
 def filesystem(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> tuple[str, str]:
-    """(type, what is mounted) of the file system that the folder lies on; ("", "") if that is not known."""
+    """(type, mounted device) of the folder's file system; ("", "") if unknown."""
     best, found = -1, ("", "")
     for line in _read(mounts).splitlines():
         head, _, tail = line.partition(" - ")
-        point = Path(head.split()[4].encode().decode("unicode_escape"))  # a blank is \040 there
+        point = Path(head.split()[4].encode().decode("unicode_escape"))  # a space is written as \040
         depth = len(point.parts)
         if depth >= best and folder.resolve().is_relative_to(point):
             kind, source = tail.split()[:2]
@@ -244,12 +244,12 @@ def filesystem(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> tup
 
 
 def probe_name() -> str:
-    """Of a file that no other process makes."""
+    """A file name that no other process uses."""
     return f".hpctrain-doctor-{socket.gethostname()}-{os.getpid()}"
 
 
 def _try_trace(folder: Path) -> str | None:
-    """Why a rank's trace cannot be written there, as a sentence."""
+    """A sentence on why a rank's trace cannot be written there; None if it can."""
     try:
         import time
 
@@ -269,7 +269,7 @@ def _try_trace(folder: Path) -> str | None:
 
 
 def _try_locking(folder: Path) -> str | None:
-    """Why HDF5 cannot lock files there. hpctrain itself does without; other programs that read traces do not."""
+    """Why HDF5 cannot lock files there. hpctrain does not need locks; other programs that read traces do."""
     import h5py
 
     path = folder / f"{probe_name()}.lock.h5"
@@ -285,14 +285,14 @@ def _try_locking(folder: Path) -> str | None:
 
 # -- Slurm -----------------------------------------------------------------------------------------------------
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those that say what was granted and how it was started; empty outside a Slurm job."""
+    """The variables that describe the allocation and how the job was started; empty outside a Slurm job."""
     if SLURM.job not in environment:
         return {}
     return {name: environment[name] for name in SLURM.reported if name in environment}
 
 
 def srun_plugins(environment: Mapping[str, str]) -> list[str]:
-    """What `srun --mpi=` takes here; empty if it is not known."""
+    """The values that `srun --mpi=` accepts here; empty if unknown."""
     srun = shutil.which("srun", path=environment.get("PATH"))
     if srun is None:
         return []
@@ -304,7 +304,7 @@ def srun_plugins(environment: Mapping[str, str]) -> list[str]:
 
 
 def plugins_in(text: str) -> list[str]:
-    """The names in what `srun --mpi=list` prints, one to a line below a heading; older ones begin with "srun:"."""
+    """The names in the output of `srun --mpi=list`: one per line below a heading; old versions prefix "srun:"."""
     lines = [line.removeprefix("srun:").strip() for line in text.splitlines()]
     names = [line for line in lines if re.fullmatch(r"\w+", line)]
     versions = [line.split(":")[1].split(",") for line in lines if "versions available:" in line]

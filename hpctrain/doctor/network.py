@@ -1,4 +1,4 @@
-"""What is wrong with messages between ranks, and what to do about it: pure functions of the doctor's facts."""
+"""Problems with messages between ranks, and advice: pure functions of the doctor's facts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hpctrain.doctor.facts import GIB, Facts, Link, NodeFacts, named
 from hpctrain.doctor.problem import Problem, at, speed
 from hpctrain.launcher.facts import OPEN_MPI_IDLE
 
-SLOW_LINK = 0.06  # GB/s: half of what 1 Gbit/s carries
+SLOW_LINK = 0.06  # GB/s: half the rate of 1 Gbit/s
 SLOW_NODE_US = 1000.0  # within a node; 1 to 50 is common
-FABRIC_US, FABRIC = 15.0, 3.0  # us, GB/s: InfiniBand is below the one and above the other, TCP is not
+FABRIC_US, FABRIC = 15.0, 3.0  # us, GB/s: InfiniBand is below the first and above the second, TCP is not
 FORK_VARIABLES = ("RDMAV_FORK_SAFE", "IBV_FORK_SAFE", "UCX_IB_FORK_INIT")
 
 
 def links(facts: Facts) -> Iterator[Problem]:
-    """Messages that are slower than they should be."""
+    """Problems with messages that are slower than expected."""
     within = [link for link in facts.links if link.within]
     between = [link for link in facts.links if not link.within]
     crowded = [node for node in facts.nodes if len(node.ranks) > _node_cores(facts, node)]
@@ -51,7 +51,7 @@ def links(facts: Facts) -> Iterator[Problem]:
 
 
 def slow_pairs(facts: Facts) -> Iterator[Problem]:
-    """Pairs that lag behind their like: a bad cable, a busy node."""
+    """Pairs that are slower than similar ones: a bad cable, a busy node."""
     for place, within in (("within a node", True), ("between nodes", False)):
         links = [link for link in facts.links if link.within == within]
         if len(links) < 3 or (within and any(len(n.ranks) > _node_cores(facts, n) for n in facts.nodes)):
@@ -68,7 +68,7 @@ def slow_pairs(facts: Facts) -> Iterator[Problem]:
 
 
 def fork(facts: Facts) -> Iterator[Problem]:
-    """What InfiniBand needs of processes."""
+    """Problems with what InfiniBand requires of processes: safe forks, enough pinned memory."""
     for node in facts.nodes:
         first = facts.ranks[node.ranks[0]]
         if not node.infiniband or facts.size == 1:

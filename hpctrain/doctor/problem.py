@@ -1,4 +1,4 @@
-"""What a problem is that `hpctrain doctor` found, and how its parts are worded."""
+"""A problem that `hpctrain doctor` found, and helpers for its wording."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Problem:
-    """`severity`: error (a run will not work), warning (it will be slow or fragile), note. `do`: what helps."""
+    """`severity`: error (a run will not work), warning (it will be slow or fragile), note. `do`: advice."""
 
     severity: Severity
     where: str
@@ -22,7 +22,7 @@ class Problem:
 
 
 def millions(count: int) -> str:
-    """1.9 million, 1.2 billion."""
+    """A count in words, such as "1.9 million" or "1.2 billion"."""
     return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
 
 
@@ -37,7 +37,7 @@ def at(node: NodeFacts) -> str:
 
 
 def gpus(count: int) -> str:
-    """So many GPUs."""
+    """A number of GPUs, in words."""
     return counted(count, "GPU")
 
 
@@ -47,5 +47,5 @@ def counted(count: int, word: str) -> str:
 
 
 def mib(nbytes: float) -> str:
-    """So many bytes, in MiB."""
+    """A number of bytes, in MiB."""
     return f"{nbytes / 2**20:,.0f} MiB"

@@ -1,4 +1,4 @@
-"""What is wrong with what `hpctrain doctor` found, and what to do about it: pure functions of the facts."""
+"""Problems in the facts of `hpctrain doctor`, and advice: pure functions of the facts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from hpctrain.doctor.facts import GIB, Facts, NodeFacts, RankFacts, named, range
 from hpctrain.doctor.problem import SEVERITIES, Problem, Severity, at, counted, gpus, mib, millions
 from hpctrain.launcher.facts import SLURM
 
-FEW_PARAMETERS = 25_000_000  # about a ResNet-50: if not even that fits into shared memory, it is worth telling
-LITTLE_DISK = GIB  # of a few checkpoints and traces
+FEW_PARAMETERS = 25_000_000  # about a ResNet-50: reported if not even that fits into shared memory
+LITTLE_DISK = GIB  # the size of a few checkpoints and traces
 BIND_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def problems(facts: Facts) -> list[Problem]:
-    """All of them, the worst first."""
+    """All problems, the worst first."""
     found = [problem for judge in JUDGES for problem in judge(facts)]
     return sorted(found, key=lambda problem: SEVERITIES.index(problem.severity))
 
@@ -66,7 +66,7 @@ def _cores(facts: Facts) -> Iterator[Problem]:
 
 
 def _split_hosts(facts: Facts) -> Iterator[Problem]:
-    """Hosts whose ranks MPI does not know to be together."""
+    """Hosts whose ranks MPI places on different nodes."""
     parts = defaultdict(list)
     for node in facts.nodes:
         parts[node.host].append(node)

@@ -1,4 +1,4 @@
-"""What `hpctrain doctor` prints: the facts in a few lines, then each problem with what to do."""
+"""The output of `hpctrain doctor`: the facts in a few lines, then each problem with advice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def as_json(facts: Facts, found: Sequence[Problem]) -> str:
 
 
 def as_text(facts: Facts, found: Sequence[Problem]) -> str:
-    """Aligned, for people."""
+    """The facts and problems as aligned text."""
     size, nodes = facts.size, len(facts.nodes)
     lines = [f"hpctrain doctor: {size} rank{'s' * (size > 1)} on {nodes} node{'s' * (nodes > 1)}", ""]
     for label, texts in _sections(facts):
