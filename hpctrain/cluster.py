@@ -73,7 +73,7 @@ def threads_for(cores: float, threads: int | str) -> int:
 
 
 def device_for(wanted: str, local_rank: int, gpus: int) -> str:
-    """The name "cpu" or "cuda:i": ranks of a node take its GPUs in turn. Raises ClusterError if CUDA finds no GPU."""
+    """The name "cpu" or "cuda:i": ranks of a node take its GPUs in turn. Raises ClusterError if "cuda" finds no GPU."""
     if wanted == "cpu" or (wanted == "auto" and gpus == 0):
         return "cpu"
     if gpus == 0:

@@ -21,7 +21,7 @@ REPETITIONS = 3
 LIMIT_SECONDS, LIMIT_MIB = 30.0, 2048.0
 STEP = ("data", "forward", "backward", "send", "recv", "wait", "reduce", "update")  # spans of a step
 FLUSH_STEPS = 1000
-# A separate process, so that what this one has loaded does not count. Only VmHWM inherits nothing from the parent.
+# A separate process, so that what this one has loaded does not count. Only VmHWM is not inherited from the parent.
 PROGRAM = """
 import json, sys, time
 begin = time.perf_counter()

@@ -75,7 +75,7 @@ class Training:
 def measure_tracing(comm: Communicator, progress: Callable[[str], None]) -> FigureTable:
     """Milliseconds per step with and without traces, and the cost of tracing as a share. Collective."""
     job = Job.load(JOB)
-    # Each run trains only half of the time; doubling the interval keeps writes as frequent as in a normal run.
+    # Each run trains only half of the time; twice the interval gives as many writes per step as in a normal run.
     flush = f"trace.flush_seconds={2 * job.trace.flush_seconds}"
     with ExitStack() as stack:
         plain = Training(stack, comm, job, traced=False)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hpctrain.doctor.guard import Guard
     from hpctrain.job import Job
 
-PARTING = 0.3  # seconds; Open MPI's launcher reports a rank that exits with a status before the others end
+PARTING = 0.3  # seconds; Open MPI's launcher reports a rank that exits with non-zero status before the others
 
 
 def main(as_json: bool = False, path: str | None = None, load: Callable[[], Job] | None = None) -> int:

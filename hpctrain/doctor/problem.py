@@ -37,12 +37,12 @@ def at(node: NodeFacts) -> str:
 
 
 def gpus(count: int) -> str:
-    """A number of GPUs, in words."""
+    """A number of GPUs, for a message."""
     return counted(count, "GPU")
 
 
 def counted(count: int, word: str) -> str:
-    """A number with its noun."""
+    """A number with its noun, in singular or plural."""
     return f"{count} {word}{'s' * (count != 1)}"
 
 

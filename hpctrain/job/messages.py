@@ -94,7 +94,7 @@ def is_plain(value: object) -> bool:
 
 
 def unwritable(value: object, place: Place = ()) -> list[InitErrorDetails]:
-    """Errors for the parts of `value` that TOML cannot hold: objects, None, NaN, large integers, deep nesting."""
+    """Errors for what TOML cannot hold in `value`: objects, None, NaN, too large integers, too deep nesting."""
     if isinstance(value, (dict, list)):
         if len(place) >= DEEPEST:
             return [wrong(place, value, f"nested more than {DEEPEST} deep")]

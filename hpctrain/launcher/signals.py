@@ -1,4 +1,4 @@
-"""Stop signals: they set a flag, and neither the launcher nor a stuck rank can prevent a clean stop.
+"""Stop signals: they set a flag, and neither the launcher nor a stuck rank can block the stop.
 
 SIGINT, SIGTERM, SIGHUP and SIGUSR1 mean the same: finish the step, save, print one line, exit. How much time remains
 depends on the launcher. Hydra (MPICH) forwards all but SIGHUP and waits; SIGHUP kills it (see `launcher.lifeline`).
