@@ -1,4 +1,4 @@
-"""Traces: what every rank did, to the microsecond. The only code that knows the HDF5 layout.
+"""Traces: what every rank did, to the microsecond. No other code knows the HDF5 layout.
 
 `open_run(path)` reads a run; `Recorder` and `TraceWriter` write one. Importing this package loads neither
 h5py nor pandas.

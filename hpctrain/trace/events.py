@@ -1,8 +1,8 @@
-"""What can happen in a run, besides spans and steps: a frozen class for each kind of event. No h5py or NumPy here.
+"""The events of a run: a frozen dataclass for each kind of event. Does not use h5py or NumPy.
 
-In a file an event is its kind and a JSON object with the fields of its class. `str(event)` is the sentence that people
-read; nothing parses it. To add a kind: a class here, in `KINDS`. A kind that is not there, or one whose fields are not
-those of its class (of a newer hpctrain, or damaged), is read as a `PlainEvent`.
+In a trace file an event is its kind and a JSON object with the fields of its class. `str(event)` is a sentence for
+people; nothing parses it. To add a kind, write a class here and add it to `KINDS`. An event of an unknown kind, or
+whose fields do not match its class (written by a newer hpctrain, or damaged), is read as a `PlainEvent`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ELLIPSIS = "…"
 
 @dataclass(frozen=True)
 class Event:
-    """Fields are int, float, bool or str."""
+    """Base class of all events. Fields are int, float, bool or str."""
 
     kind: ClassVar[str]
 
@@ -44,10 +44,10 @@ class PhaseEntered(Event):
 
 @dataclass(frozen=True)
 class RuleStatistic(Event):
-    """What a rule compared with its threshold: `value` `sign` `threshold`, such as 0.02 <= 0.05.
+    """A rule's comparison with its threshold: `value` `sign` `threshold`, such as 0.02 <= 0.05.
 
-    `of`: what the value is, where that is not the rule's own statistic ("metric"). `unready`: why the rule does not end
-    the phase although the comparison holds; "" if nothing keeps it from that.
+    `of`: the name of the value if it is not the rule's own statistic ("metric"). `unready`: why the rule does not end
+    the phase although the comparison holds; "" if nothing prevents it.
     """
 
     kind = "rule"
@@ -64,7 +64,7 @@ class RuleStatistic(Event):
         return self.sign in ("<=", ">=") and not self.unready
 
     def compared(self) -> str:
-        """The comparison alone."""
+        """The comparison as text, without `unready`."""
         if self.of:
             return f"{self.rule}: {self.of} {self.value:.4f} {self.sign} {self.threshold:g}"
         return f"{self.rule} {self.value:{'.4f' if self.value >= 0.001 else '.2g'}} {self.sign} {self.threshold:g}"
@@ -75,7 +75,7 @@ class RuleStatistic(Event):
 
 @dataclass(frozen=True)
 class PhaseSwitch(Event):
-    """A phase ends and the next begins. `why`: the reason of the rule that ended it."""
+    """A phase ends and the next begins. `why`: the reason given by the rule that ended it."""
 
     kind = "switch"
     why: str
@@ -86,7 +86,7 @@ class PhaseSwitch(Event):
 
 @dataclass(frozen=True)
 class CheckpointWritten(Event):
-    """`file`: its name in checkpoints/."""
+    """A checkpoint was written. `file`: its name in checkpoints/."""
 
     kind = "checkpoint"
     file: str
@@ -97,7 +97,7 @@ class CheckpointWritten(Event):
 
 @dataclass(frozen=True)
 class Failure(Event):
-    """The run failed on this rank, with that exception."""
+    """The run failed on this rank. `error`, `message`: the exception's class and text."""
 
     kind = "failure"
     error: str
@@ -109,7 +109,7 @@ class Failure(Event):
 
 @dataclass(frozen=True)
 class SamplingStopped(Event):
-    """The machine's use is not sampled any more, because of that exception."""
+    """Resource use is no longer sampled. `error`, `message`: class and text of the exception that stopped it."""
 
     kind = "resources"
     error: str
@@ -121,7 +121,7 @@ class SamplingStopped(Event):
 
 @dataclass(frozen=True)
 class MeasuredLink(Event):
-    """The connection to another rank, as measured when the run began: seconds one way, bytes per second."""
+    """The link to another rank, measured at the start of the run: one-way latency in seconds, bytes per second."""
 
     kind = "network"
     peer: int
@@ -136,7 +136,7 @@ class MeasuredLink(Event):
 
 @dataclass(frozen=True)
 class PlainEvent(Event):
-    """One of a kind that is not known here, with a text for people."""
+    """An event of an unknown kind, with a text for people."""
 
     kind: str  # type: ignore[misc]  # of each event its own
     text: str = ""
@@ -161,9 +161,9 @@ KINDS: dict[str, type[Event]] = {
 
 # -- writing -------------------------------------------------------------------------------------------------------
 def written(event: Event) -> tuple[bytes, bytes]:
-    """(kind, JSON), in UTF-8, as they stand in a file: of at most KIND_BYTES and JSON_BYTES.
+    """(kind, JSON) as stored in a file: UTF-8 of at most KIND_BYTES and JSON_BYTES.
 
-    Where they would be longer, the longest texts among the fields are shortened, with an ellipsis.
+    If the JSON would be longer, the longest texts among the fields are shortened, with an ellipsis.
     """
     kind = _cut(event.kind, KIND_BYTES)
     if isinstance(event, PlainEvent):
@@ -185,14 +185,14 @@ def _json(value: Any) -> bytes:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no numbers that are not finite: these are texts, which float() reads."""
+    """Replace numbers that are not finite, which JSON lacks, by texts that float() can read."""
     if isinstance(value, dict):
         return {name: _finite(each) for name, each in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shortened(text: str, room: int) -> str:
-    """So much of `text`, and an ellipsis, that it takes at most `room` bytes in JSON; at least one character less."""
+    """`text` cut by at least one character and ended with an ellipsis, to fit into `room` bytes of JSON."""
     low, high = 0, len(text) - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -209,7 +209,7 @@ def _cut(text: str, size: int) -> bytes:
 
 # -- reading -------------------------------------------------------------------------------------------------------
 def from_json(kind: str, text: str) -> Event:
-    """The event that is written so, its texts fit for a terminal; a PlainEvent if it is none of `KINDS`."""
+    """The event stored as this kind and JSON, with texts safe for a terminal; a PlainEvent if not one of `KINDS`."""
     kind, plain = escaped(kind), PlainEvent(escaped(kind), escaped(text))
     try:
         values = json.loads(text)
@@ -229,7 +229,7 @@ def from_json(kind: str, text: str) -> Event:
 
 
 def _value(value: Any, kind: str) -> Any:
-    """`value`, if it can stand in a field of that type."""
+    """`value` as the type `kind`. Raises TypeError, ValueError or OverflowError if a field cannot hold it."""
     if kind == "float" and not isinstance(value, bool):
         return float(value)
     if type(value).__name__ != kind or (kind == "int" and abs(value) > 2**62):
@@ -241,7 +241,7 @@ Of = TypeVar("Of", bound=Event)
 
 
 def chosen(events: pd.DataFrame, kind: type[Of]) -> Iterator[tuple[int, int, int, Of]]:
-    """(rank, attempt, t_ns, event) of those of `Run.events` that are of that class, in their order."""
+    """Yield (rank, attempt, t_ns, event) for those of `Run.events` that are of class `kind`, in their order."""
     columns = (events[name].tolist() for name in ("rank", "attempt", "t_ns", "event"))
     for rank, attempt, t_ns, event in zip(*columns, strict=True):
         if isinstance(event, kind):

@@ -1,4 +1,4 @@
-"""Opens trace files for reading, damaged ones and those of killed ranks included."""
+"""Opens trace files for reading, including damaged ones and those of killed ranks."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from hpctrain.trace.versions import OLDER_VERSIONS, layout, upgraded
 Rows = np.ndarray[Any, Any]
 # What h5py raises on damaged files.
 UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
-LONGEST_CHUNK = 1 << 16  # rows: as many are held at a time
-WITH_LINES = ("job", "mpi")  # attributes
-MOST_LETTERS = 200  # of a text in another
+LONGEST_CHUNK = 1 << 16  # rows: the most held in memory at a time
+WITH_LINES = ("job", "mpi")  # attributes with several lines of text
+MOST_LETTERS = 200  # of a text in any other attribute
 
 
 class UnreadableTrace(TraceError):
-    """A file that is left out. `reason`: what is wrong with it, to follow its name."""
+    """Raised for a trace file that has to be left out. `reason`: what is wrong with it, as text to follow its name."""
 
     def __init__(self, path: Path, rank: int, reason: str) -> None:
         super().__init__(f"rank {rank}: trace/{path.name} {reason}")
@@ -37,9 +37,11 @@ class UnreadableTrace(TraceError):
 
 @dataclass
 class TraceFile:
-    """One rank's file of one attempt. `attributes`: the sound ones; `faults`: the names of the others. `made_ns`: when
-    it was made, by its own clock. `rows`: how many each table really has; `claimed`: how many it should have, -1 where
-    even that cannot be read. `shift`: from this attempt's clock of rank 0 to the first's.
+    """One rank's file of one attempt.
+
+    `attributes`: the valid attributes; `faults`: the names of the invalid ones. `made_ns`: when the file was made, by
+    its own clock. `rows`: the number of rows each table really has; `claimed`: the number it should have, -1 where
+    even that cannot be read. `shift`: offset from this attempt's rank 0 clock to that of the first attempt.
     """
 
     path: Path
@@ -56,43 +58,42 @@ class TraceFile:
 
     @property
     def version(self) -> int:
-        """Of its schema."""
+        """The version of the file's schema."""
         return int(self.attributes["schema_version"])
 
     def sound(self, table: str, rows: Rows, ranks: int = MOST_RANKS) -> Rows:
-        """The rows, as they are in the file, that a rank can have written in a run of `ranks` ranks: as rows of
-        `schema.TABLES`, whatever the file's version is."""
+        """The plausible ones among `rows` (as read from the file), converted from the file's schema version to
+        `schema.TABLES`. `ranks`: the number of ranks in the run."""
         return sound_rows(table, upgraded(table, rows, self.version), self.made_ns, ranks)
 
     def correct(self, t_ns: Rows) -> Rows:
-        """Times (int64) of this rank's clock on the run's: linear between the measured offsets."""
+        """Convert times (int64) from this rank's clock to the run's: linear between the measured offsets."""
         if not len(self.clock):
             return t_ns + self.shift
         if not np.ptp(self.clock["offset_ns"]):
             return t_ns + (int(self.clock["offset_ns"][0]) + self.shift)
-        # Relative to the first measurement, because float64 does not hold nanoseconds of a calendar.
+        # Relative to the first measurement, because float64 cannot represent calendar time in nanoseconds.
         base_t, base = int(self.clock["t_ns"][0]), int(self.clock["offset_ns"][0])
         drift = np.interp(t_ns - base_t, self.clock["t_ns"] - base_t, self.clock["offset_ns"] - base)
         return t_ns + np.rint(drift).astype(np.int64) + (base + self.shift)
 
 
 def open_h5(path: Path) -> Any:
-    """The file, opened through SWMR: nothing else opens one being written, or of a killed rank."""
+    """Open a file through SWMR: nothing else can open a file being written, or one left by a killed rank."""
     import h5py
 
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_libver_bounds(h5py.h5f.LIBVER_LATEST, h5py.h5f.LIBVER_LATEST)
     access.set_file_locking(False, True)
-    # Damaged metadata is read again after 1 ns, 2 ns, 4 ns ...: by default 100 times, which is for ever. 22
-    # times are 4 ms, plenty for metadata that was being written. h5py does not show this function of its
-    # library.
+    # HDF5 retries damaged metadata after 1 ns, 2 ns, 4 ns ...: by default 100 times, which never ends. 22
+    # retries take 4 ms, enough for metadata that is being written. h5py does not expose this HDF5 function.
     ctypes.CDLL(h5py.h5p.__file__).H5Pset_metadata_read_attempts(ctypes.c_int64(access.id), ctypes.c_uint(22))
     flags = h5py.h5f.ACC_RDONLY | h5py.h5f.ACC_SWMR_READ
     return h5py.File(h5py.h5f.open(os.fsencode(path), flags, access))
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """At most `most` bytes of a file. Raises OSError, also for pipes and devices, which could be read for ever."""
+    """Read at most `most` bytes of a file. Raises OSError, also for pipes and devices, which may never end."""
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a file")
     with open(path, "rb") as file:
@@ -100,7 +101,7 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def open_file(path: Path, rank: int, attempt: int) -> TraceFile:
-    """Raises UnreadableTrace for another schema and for a damaged file."""
+    """Open a trace file. Raises UnreadableTrace for an unknown schema version or a damaged file."""
     try:
         return _open_file(path, rank, attempt)
     except UNREADABLE as error:
@@ -128,7 +129,7 @@ def _open_file(path: Path, rank: int, attempt: int) -> TraceFile:
 
 
 def _attributes(h5: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(what the file says of itself, the names of what cannot be)."""
+    """(the valid attributes of the file, the names of the invalid ones)."""
     found, faults = {}, []
     for name in h5.attrs:
         try:
@@ -143,8 +144,8 @@ def _attributes(h5: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 def _layout_fault(h5: Any, name: str, dtype: np.dtype[Any]) -> str | None:
-    """What about a table is not as a trace has it. All of it has to lie in the file itself, not in others that it
-    names, and to be readable without anything that files can ask for: a filter, say."""
+    """How a table's layout differs from that of a trace, or None. All data must lie in the file itself, not in files
+    that it links to, and must be readable without extras that a file can request, such as a filter."""
     import h5py
 
     link = h5.get(name, getlink=True)
@@ -159,8 +160,8 @@ def _layout_fault(h5: Any, name: str, dtype: np.dtype[Any]) -> str | None:
 
 
 def _sound_clock(clock: Rows, made: int) -> Rows:
-    """The measurements that can be true, in the order of time: of those that contradict one another, by which time
-    would go back, the most exact."""
+    """The plausible clock measurements, sorted by time. If they contradict one another (time would go backwards), only
+    the most exact one."""
     clock = sound_rows("clock", clock, made)
     clock = clock[np.argsort(clock["t_ns"], kind="stable")]
     if len(clock):
@@ -174,13 +175,13 @@ def _sound_clock(clock: Rows, made: int) -> Rows:
 
 
 def why(error: Exception) -> str:
-    """The library's reason: the last parentheses of "Unable to synchronously open object (...)"."""
+    """The library's reason: the parentheses in "Unable to synchronously open object (...)"."""
     text = str(error).strip("'").splitlines()[0] if str(error) else type(error).__name__
     return text[text.index("(") + 1 :].rstrip(")") if "(" in text else text
 
 
 def event_of(kind: bytes, json: bytes) -> Event:
-    """Of a row of /events."""
+    """The event in a row of /events."""
     return from_json(kind.decode(errors="replace"), json.decode(errors="replace"))
 
 
@@ -192,7 +193,7 @@ def _plain(value: Any, name: str) -> Any:
 
 
 def _closed(path: Path) -> bool:
-    """Whether its writer closed the file: byte 11 of an HDF5 superblock (version 3) has a writer's flags."""
+    """Whether its writer closed the file: byte 11 of an HDF5 superblock (version 3) holds the writer's flags."""
     with open(path, "rb") as file:
         return not file.read(12)[11] & 0x05
 
@@ -205,10 +206,10 @@ def _count(table: Any, path: Path) -> tuple[int, int]:
 
 
 def rows_there(table: Any, path: Path) -> tuple[int, int]:
-    """(rows that the table claims, rows before the first that lies beyond the file's end).
+    """(rows that the table claims, rows before the first that lies beyond the end of the file).
 
-    HDF5 itself reads zeros there, without a word, when the file is opened for SWMR. However many rows are claimed,
-    there are no more than the file has room for.
+    Beyond it HDF5 silently reads zeros when the file is opened for SWMR. The second number never exceeds what the file
+    has room for, however many rows are claimed.
     """
     rows, size = table.shape[0], os.path.getsize(path)
     there = min(rows, size // table.dtype.itemsize)
@@ -223,7 +224,7 @@ def rows_there(table: Any, path: Path) -> tuple[int, int]:
 
 
 def read_rows(table: Any, start: int, stop: int) -> Rows:
-    """Rows start to stop, without those that never reached the file: unreadable, or zeros throughout."""
+    """Rows start to stop, without those that never reached the file: unreadable or all zeros."""
     try:
         rows: Rows = table[start:stop]
     except UNREADABLE:
@@ -241,24 +242,24 @@ def read_rows(table: Any, start: int, stop: int) -> Rows:
 
 
 def _all_coded(rows: Rows) -> bool:
-    """Whether no row can be of zeros, because all have a code: a sixth of the cost of looking at every byte."""
+    """Whether no row can be all zeros because each has a code: a sixth of the cost of checking every byte."""
     coded = [name for name in ("kind", "outcome") if name in (rows.dtype.names or ()) and rows.dtype[name] == np.uint8]
     return not len(rows) or any(bool(rows[name].all()) for name in coded)
 
 
 def strays(files: Sequence[TraceFile]) -> list[TraceFile]:
-    """Those that, by their own clocks as corrected, were made years from the others of their attempt: ranks make them
-    together, so their clocks must be damaged."""
+    """The files that, by their corrected clocks, were made years apart from the others of their attempt. Ranks make
+    their files together, so the clocks of these files must be damaged."""
     made = {id(file): int(file.correct(np.array([file.made_ns], np.int64))[0]) for file in files}
     middle = {file.attempt: median_low(made[id(of)] for of in files if of.attempt == file.attempt) for file in files}
     return [file for file in files if abs(made[id(file)] - middle[file.attempt]) > FARTHEST_NS]
 
 
 def align(files: Sequence[TraceFile]) -> None:
-    """Bring later attempts, whose clocks may have begun anew, onto the first one's, by the calendar."""
+    """Align the clocks of later attempts, which may have been reset, with the first attempt's by calendar time."""
     base: int | None = None
     shifts: dict[int, int] = {}
-    for file in files:  # in the order of attempts, then ranks: the lowest rank speaks for its attempt
+    for file in files:  # ordered by attempt, then rank: the lowest rank's clock is used for its attempt
         stamped = "clock_ns" in file.attributes and "unix_ns" in file.attributes
         if stamped and file.attempt not in shifts:
             moment = np.array([file.attributes["clock_ns"]], np.int64)

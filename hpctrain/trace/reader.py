@@ -1,7 +1,7 @@
-"""Reads a run's traces back: pandas frames, times corrected to rank 0's clock.
+"""Reads a run's traces into pandas frames, with times corrected to rank 0's clock.
 
-What cannot be read is noted in `Run.notes` and left out; a run of which nothing can be read is a TraceError.
-Files are opened for the length of a call, through SWMR and without locks, so that a run still going is not
+Anything that cannot be read is left out and noted in `Run.notes`; if nothing can be read, a TraceError is raised.
+Files are opened only for the duration of a call, through SWMR and without locks, so that a run in progress is not
 disturbed.
 """
 
@@ -46,22 +46,23 @@ if TYPE_CHECKING:
 Ranks = int | Iterable[int] | None
 Keep = Callable[[Rows], Rows]
 LONGEST_METRICS = 1 << 26  # bytes of metrics.csv: a million evaluations
-BLOCK_ROWS = 1 << 16  # of spans, 3 MB: what the cores' caches hold
+BLOCK_ROWS = 1 << 16  # 3 MB of spans: fits in the CPU caches
 
 
 def open_run(path: Path | str) -> Run:
-    """The run in the folder `path` (or the folder of a file of it: trace.h5, job.toml). Raises TraceError."""
+    """Open the run in the folder `path`, or the run that the file `path` belongs to. Raises TraceError."""
     return Run(path)
 
 
 class Run:
-    """A run's traces. Attributes: `folder`; `ranks`, those with a readable file; `size`, how many there were;
-    `attempts`, 1 and one more for every resumption; `notes`, what is missing or damaged, grows as more is
-    read.
+    """A run's traces.
 
-    Frames have columns `rank` and `attempt`, times as `..._ns` on rank 0's clock and as seconds (`..._s`)
-    since the run's first span. `rank` selects one rank or several; nothing of other ranks' files is read
-    then.
+    Attributes: `folder`; `ranks`: the ranks with a readable file; `size`: the number of ranks in the run;
+    `attempts`: their numbers, 1 and one more for every resumption; `notes`: what is missing or damaged (grows as more
+    is read).
+
+    Frames have columns `rank` and `attempt`. Times are given as `..._ns` on rank 0's clock and as seconds (`..._s`)
+    since the run's first span. `rank` selects one rank or several; the rows of other ranks' files are then not read.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -137,12 +138,12 @@ class Run:
         if known is None:
             self._note(text)
         else:
-            self.notes[known] = text  # more of it has been read since
+            self.notes[known] = text  # more of the table has been read since
 
     # -- about the run -----------------------------------------------------------------------------------
     @cached_property
     def job(self) -> Job | str:
-        """The resolved job (nothing that it names is imported); its text if it is no job; "" without one."""
+        """The resolved job, without importing anything it names; its text if it is not a valid job; "" if missing."""
         from hpctrain.job import Job
 
         path = self.folder / JOB
@@ -153,16 +154,16 @@ class Run:
 
     @cached_property
     def job_text(self) -> str:
-        """What is in job.toml, whatever that is; where there is none, what the traces have of it."""
+        """The content of job.toml, valid or not; if there is no such file, the copy in the traces."""
         try:
             return read_regular(self.folder / JOB, LONGEST).decode(errors="replace")
         except OSError:
             return str(self._files[0].attributes.get("job", ""))
 
     def attributes(self, rank: int, attempt: int | None = None) -> dict[str, Any]:
-        """What the rank's file says of itself: rank, size, host, node, role, device, job, versions ...
+        """The attributes of the rank's file: rank, size, host, node, role, device, job, versions ...
 
-        Of the newest attempt, if none is given. Raises TraceError if there is no such file.
+        `attempt` defaults to the rank's newest. Raises TraceError if there is no such file.
         """
         for file in reversed(self._files):
             if file.rank == rank and attempt in (None, file.attempt):
@@ -172,7 +173,7 @@ class Run:
 
     @cached_property
     def start_ns(self) -> int:
-        """When the run's first span began (of the first few thousand of each file), on rank 0's clock."""
+        """Start of the run's first span on rank 0's clock, found among the first 4096 spans of each file."""
         starts = []
         for table, column in (("spans", "start_ns"), ("steps", "t_ns"), ("events", "t_ns")):
             for file in self._files:
@@ -191,10 +192,9 @@ class Run:
         rows: int = BLOCK_ROWS,
         columns: Iterable[str] | None = None,
     ) -> Iterator[tuple[int, int, Rows]]:
-        """(rank, attempt, rows) of one of `schema.TABLES`, at most `rows` at a time, in the order written.
+        """Yield (rank, attempt, rows) of one of `schema.TABLES`, at most `rows` at a time, in the order written.
 
-        Times are corrected. For what is too large for a frame. `columns`: only these; cheaper, if times are left
-        out.
+        Times are corrected. Use this for tables too large for a frame. `columns`: only these; cheaper without times.
         """
         names = None if columns is None else list(columns)
         for file in self._select(rank):
@@ -202,7 +202,7 @@ class Run:
                 yield file.rank, file.attempt, block
 
     def rows(self, table: str) -> dict[tuple[int, int], int]:
-        """How many rows of one of `schema.TABLES` there are, by (rank, attempt)."""
+        """The number of rows in one of `schema.TABLES`, by (rank, attempt)."""
         return {(file.rank, file.attempt): file.rows[table] for file in self._files}
 
     def _select(self, rank: Ranks) -> list[TraceFile]:
@@ -223,7 +223,7 @@ class Run:
         columns: list[str] | None = None,
         keep: Keep | None = None,
     ) -> Iterator[Rows]:
-        """`keep` sees whole rows with the rank's own times, before `columns` are cut out and times corrected."""
+        """`keep` gets complete rows with the rank's own times, before columns are selected and times corrected."""
         whole = file.rows[table]
         lost = 0
         with open_h5(file.path) as h5:
@@ -233,7 +233,7 @@ class Run:
                 lost += stop - start - len(block)
                 block = keep(block) if keep else block
                 if len(block):
-                    # Whole rows are read all the same: HDF5 is half as fast in picking fields out of them.
+                    # Complete rows are read anyway: HDF5 takes twice as long to read selected fields.
                     block = block if columns is None else block[columns]
                     for name in set(TIMES) & set(block.dtype.names or ()):
                         block[name] = file.correct(block[name])
@@ -253,7 +253,7 @@ class Run:
         end_s.
 
         `kind`: one or several of `schema.KINDS`; `steps`: (first, one past the last), or a range. `columns`: only
-        these of `schema.SPANS`, besides rank and attempt, for a smaller frame; `..._s` come with their `..._ns`.
+        these of `schema.SPANS`, plus rank and attempt, for a smaller frame; each `..._ns` also adds its `..._s`.
         """
         codes = None
         if kind is not None:
@@ -274,8 +274,8 @@ class Run:
 
     def steps(self, rank: Ranks = None, rolled_back: bool = False) -> pd.DataFrame:
         """Columns rank, attempt, step, epoch, loss, samples, lr, outcome, staleness_min, staleness_max,
-        phase, cursor, t_ns, t_s: see `schema.STEPS`. Steps that a resumed run did again are left out, unless
-        `rolled_back`.
+        phase, cursor, t_ns, t_s: see `schema.STEPS`. Steps that a resumed run repeated are left out unless
+        `rolled_back` is set.
         """
         frame = self._frame("steps", rank)
         frame["outcome"] = _categories(frame["outcome"].to_numpy(), OUTCOMES)
@@ -284,7 +284,7 @@ class Run:
         return frame
 
     def _valid(self, frame: pd.DataFrame) -> Rows:
-        """Which steps no later attempt began again."""
+        """Mask of the steps that no later attempt repeated."""
         first = {key: int(steps.min()) for key, steps in frame[frame["step"] >= 0].groupby(["rank", "attempt"])["step"]}
         valid = np.ones(len(frame), bool)
         step, rank, attempt = (frame[name].to_numpy() for name in ("step", "rank", "attempt"))
@@ -293,13 +293,13 @@ class Run:
         return valid
 
     def resources(self, rank: Ranks = None) -> pd.DataFrame:
-        """Columns rank, attempt, those of `schema.RESOURCES`, t_s."""
+        """Columns rank, attempt, the columns of `schema.RESOURCES`, t_s."""
         return self._frame("resources", rank)
 
     def events(self, rank: Ranks = None) -> pd.DataFrame:
-        """Columns rank, attempt, t_ns, kind, text, event, t_s, in the order of time.
+        """Columns rank, attempt, t_ns, kind, text, event, t_s, sorted by time.
 
-        `event`: one of the classes of `hpctrain.trace.events`; `text`: its sentence.
+        `event`: an instance of a class in `hpctrain.trace.events`; `text`: the event as a sentence.
         """
         frame = self._frame("events", rank)
         found = [event_of(kind, json) for kind, json in zip(frame["kind"], frame.pop("json"), strict=True)]
@@ -309,11 +309,11 @@ class Run:
         return frame.sort_values("t_ns", kind="stable", ignore_index=True)
 
     def clock(self, rank: Ranks = None) -> pd.DataFrame:
-        """Columns rank, attempt, t_ns (corrected), offset_ns, error_ns, t_s: what times were corrected by."""
+        """Columns rank, attempt, t_ns (corrected), offset_ns, error_ns, t_s: the clock offsets used for correction."""
         return self._frame("clock", rank)
 
     def metrics(self) -> pd.DataFrame:
-        """metrics.csv, one row per evaluation; empty if there was none."""
+        """metrics.csv, one row per evaluation; empty if there were none."""
         import pandas as pd
 
         try:
@@ -331,7 +331,7 @@ class Run:
             frame[name] = pd.to_numeric(frame[name], errors="coerce")
         if "split" in frame:
             frame["split"] = [shown(name, 20) if isinstance(name, str) else name for name in frame["split"]]
-        own = [name for name in frame.columns if name.startswith("metric.")]  # of which each may be NaN
+        own = [name for name in frame.columns if name.startswith("metric.")]  # any of these may be NaN
         there = frame[frame.columns.drop(own)].notna()
         if without is not None:
             there["loss"] |= without
@@ -351,7 +351,7 @@ class Run:
         for file in self._select(rank):
             for block in self._blocks(file, table, BLOCK_ROWS, names, keep):
                 for name in names:
-                    parts[name].append(block[name].copy())  # so that the rest of the block can go
+                    parts[name].append(block[name].copy())  # a copy, so that the rest of the block can be freed
                 ranks.append(file.rank)
                 attempts.append(file.attempt)
                 counts.append(len(block))
@@ -369,7 +369,7 @@ class Run:
 
 # -- files ---------------------------------------------------------------------------------------------------
 def run_folder(path: Path) -> Path:
-    """The run folder that `path` is, or is a file of. Raises TraceError."""
+    """The run folder that `path` names or lies in. Raises TraceError."""
     if not path.exists():
         raise TraceError(f"{path}: there is no such run folder")
     folder = path if path.is_dir() else path.parent
@@ -381,14 +381,14 @@ def run_folder(path: Path) -> Path:
 
 
 def size_of(files: Sequence[TraceFile]) -> int:
-    """How many ranks an attempt had: what most of its files say, but never fewer than it has."""
+    """The number of ranks of an attempt: what most of its files say, but never less than its highest rank + 1."""
     said = Counter(file.attributes["size"] for file in files if "size" in file.attributes)
     size = min(said, key=lambda size: (-said[size], size), default=0)
     return max([int(size), *(file.rank + 1 for file in files)])
 
 
 def _tell_fault(attempt: int, reason: str, errors: Mapping[int, UnreadableTrace]) -> str:
-    """What is wrong alike with the files of some ranks."""
+    """Describe a fault that the files of one or more ranks share."""
     if len(errors) == 1:
         return str(*errors.values())
     which = f" of attempt {attempt}" if attempt > 1 else ""

@@ -1,7 +1,7 @@
-"""Where a rank's spans, steps and events gather in memory until the writer drains them. No h5py here.
+"""Collects a rank's spans, steps and events in memory until the writer drains them. Does not use h5py.
 
-Cheap: a span costs about a microsecond (`measure_span_cost`) and 63 bytes. Nothing is ever dropped; a number that its
-column cannot hold becomes the nearest that it can.
+Recording is cheap: a span costs about a microsecond (`measure_span_cost`) and 63 bytes. Nothing is ever dropped; a
+number outside its column's range is replaced by the nearest value in range.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from hpctrain.trace.schema import (
 
 Clock = Callable[[], int]
 NOTHING = nullcontext()
-UNFIT = struct.error, OverflowError, TypeError, ValueError  # raised for what a column cannot hold
+UNFIT = struct.error, OverflowError, TypeError, ValueError  # raised for a value that a column cannot hold
 _pack = SPAN_STRUCT.pack
 
 
 class _Store:
-    """What all lanes of a rank write into. Every change is one append or extend: atomic under the GIL."""
+    """The buffers that all lanes of a rank write to. Every change is one append or extend: atomic under the GIL."""
 
     __slots__ = ("clock", "events", "lanes", "resources", "spans", "steps")
 
@@ -47,9 +47,9 @@ class _Store:
 
 
 class Span:
-    """What goes on in a lane, within a `with`, which may be entered again later.
+    """A span of one lane, used in a `with` statement. It can be entered again later.
 
-    One that begins inside of it cuts it: spans of one lane never overlap. `now`: by the recorder's clock if None.
+    A span that begins inside another cuts it: spans of one lane never overlap. `now` defaults to the recorder's clock.
     """
 
     __slots__ = ("_piece", "_recorder", "_start", "_step", "bytes", "flops", "id", "items", "kind", "peer")
@@ -65,7 +65,7 @@ class Span:
         self.items = items
         self.flops = flops
 
-    # After a model's forward pass none of this is in the processor's caches: so few calls, and none to helpers.
+    # After a model's forward pass none of this is in the CPU caches: make few calls, and none to helpers.
     def __enter__(self, now: int | None = None) -> None:
         recorder = self._recorder
         stack = recorder.stack
@@ -98,9 +98,9 @@ class Span:
             stack[-1]._start = now
 
     def cut(self, now: int) -> None:
-        """Write the piece that ends here."""
+        """Write the piece that ends at `now`."""
         piece, recorder = self._piece, self._recorder
-        if piece and now == self._start:  # says nothing that the first piece did not
+        if piece and now == self._start:  # adds nothing to the first piece
             return
         nbytes, items, flops = (0, 0, 0.0) if piece else (self.bytes, self.items, self.flops)
         row = (
@@ -115,11 +115,11 @@ class Span:
 
 
 class Recorder:
-    """Records one rank's course (lane 0) and hands out lanes for its other threads.
+    """Records one rank's main thread (lane 0) and provides lanes for its other threads.
 
-    `step` is what new spans are filed under; the trainer sets it (-1 outside steps; each lane has its own).
-    `now` is the clock, in nanoseconds, that steps, events and clock measurements are stamped with: the
-    communicator's, so that they fit the spans.
+    `step`: the step that new spans belong to, set by the trainer (-1 outside steps; each lane has its own).
+    `now`: the clock, in nanoseconds, for the timestamps of steps, events and clock measurements. It is the
+    communicator's clock, so that they match the spans.
     """
 
     __slots__ = ("_store", "emit", "now", "number", "stack", "step")
@@ -132,12 +132,12 @@ class Recorder:
         self.now = now
         self.number = number
         self._store = store
-        self.stack: list[Span] = []  # open ones
+        self.stack: list[Span] = []  # open spans
         self.emit = store.spans.extend
         store.lanes[number] = self
 
     def lane(self, number: int) -> Recorder:
-        """The recorder of another thread of this rank (1: a colocated server); own spans, own step."""
+        """The recorder for another thread of this rank (1: a colocated server), with its own spans and step."""
         known = self._store.lanes.get(number)
         if known is not None:
             return known
@@ -151,24 +151,24 @@ class Recorder:
     def span(
         self, kind: int | str, bytes: int = 0, peer: int = -1, id: int = -1, items: int = 0, flops: float = 0.0
     ) -> AbstractContextManager[None]:
-        """A span for `with`, by the clock `now`. For the columns see `schema.SPAN_FIELDS`."""
+        """A span for a `with` statement, timed by the clock `now`. For the columns see `schema.SPAN_FIELDS`."""
         return Span(self, kind, bytes, peer, id, items, flops)
 
     def open(
         self, kind: int | str, now_ns: int, bytes: int = 0, peer: int = -1, id: int = -1, items: int = 0,
         flops: float = 0.0,
     ) -> None:  # fmt: skip
-        """Begin a span inside the open one, which is cut here."""
+        """Begin a span. If another span is open, it is cut here."""
         Span(self, kind, bytes, peer, id, items, flops).__enter__(now_ns)
 
     def close(self, now_ns: int) -> None:
-        """End the innermost open span; the one around it goes on from here."""
+        """End the innermost open span; the enclosing span continues from here."""
         if not self.stack:
             raise RuntimeError(f"lane {self.number}: a span is closed that was never opened")
         self.stack[-1].__exit__(None, None, None, now_ns)
 
     def learn(self, bytes: int, peer: int, id: int) -> None:
-        """What is known of the innermost open span only at its end."""
+        """Set fields of the innermost open span that are known only at its end."""
         span = self.stack[-1]
         span.bytes, span.peer, span.id = bytes, peer, id
 
@@ -185,7 +185,7 @@ class Recorder:
         phase: int = 0,
         cursor: int = -1,
     ) -> None:
-        """The step `self.step` ended now. For the columns see `schema.STEPS`."""
+        """Record that the step `self.step` ended now. For the columns see `schema.STEPS`."""
         code = OUTCOME_CODES[outcome]
         row = (
             self.step,
@@ -203,11 +203,11 @@ class Recorder:
         self._store.steps.append(row)
 
     def event(self, event: Event) -> None:
-        """It happened now."""
+        """Record an event that happened now."""
         self._store.events.append((self.now(), *written(event)))
 
     def clock(self, offset_ns: int, error_ns: int) -> None:
-        """Measured now: this rank's clock + `offset_ns` is rank 0's, give or take `error_ns`."""
+        """Record a measurement taken now: this rank's clock + `offset_ns` = rank 0's clock, within `error_ns`."""
         self._store.clock.append((self.now(), offset_ns, error_ns))
 
     def resource(
@@ -219,11 +219,11 @@ class Recorder:
         gpu: float = -1.0,
         gpu_memory: int = -1,
     ) -> None:
-        """One sample of the machine, taken now. For the columns see `schema.RESOURCES`."""
+        """Record one sample of resource use, taken now. For the columns see `schema.RESOURCES`."""
         self._store.resources.append((self.now(), cpu, resident, net_in, net_out, gpu, gpu_memory))
 
     def drain(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Everything recorded since the last drain, of all lanes, by table; open spans stay open."""
+        """Remove and return everything recorded since the last drain, of all lanes, by table; open spans stay open."""
         store = self._store
         size = len(store.spans)
         spans = store.spans[:size]
@@ -238,11 +238,11 @@ class Recorder:
 
 
 def _take(rows: list[tuple[Any, ...]], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    # What another thread appends meanwhile stays for the next time.
+    # Rows that another thread appends meanwhile stay for the next drain.
     count = len(rows)
     taken = rows[:count]
     del rows[:count]
-    with np.errstate(over="ignore"):  # of float32: infinity
+    with np.errstate(over="ignore"):  # float32 overflow becomes infinity
         try:
             return np.array(taken, dtype)
         except UNFIT:
@@ -250,7 +250,7 @@ def _take(rows: list[tuple[Any, ...]], dtype: np.dtype[Any]) -> np.ndarray[Any, 
 
 
 def _nearest(row: Iterable[Any], dtype: np.dtype[Any]) -> tuple[Any, ...]:
-    """The row with the nearest numbers that its columns can hold; 0 for what is no number."""
+    """The row with each number replaced by the nearest that its column can hold; 0 for anything not a number."""
     return tuple(_held(value, dtype[name]) for value, name in zip(row, dtype.names or (), strict=True))
 
 
@@ -267,7 +267,7 @@ def _held(value: Any, dtype: np.dtype[Any]) -> Any:
 
 
 class NullRecorder(Recorder):
-    """Records nothing, at the cost of a call."""
+    """Records nothing; costs only the call."""
 
     __slots__ = ()
 
@@ -300,7 +300,7 @@ class NullRecorder(Recorder):
 
 
 def measure_span_cost(n: int = 100_000) -> float:
-    """Seconds that a span takes, mean of `n`: two clock readings, open, close, its share of the drain."""
+    """Seconds per span, mean of `n`: two clock readings, opening, closing and its share of the drain."""
     recorder, now = Recorder(), time.monotonic_ns
     recorder.drain()
     start = now()

@@ -1,4 +1,4 @@
-"""Samples what this process and its node use, now and then, in a thread of its own."""
+"""Samples the resource use of this process and its node periodically, in a separate thread."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Gpu = Callable[[], tuple[float, int]]
 class Sampler:
     """Records CPU, memory, network and GPU use into `recorder` every `seconds`. Makes no MPI call.
 
-    `gpu`: the UUID of this rank's device (a string beginning "GPU-"; what CUDA_VISIBLE_DEVICES cannot
-    renumber), or its index as the driver counts; None: no device. Where the driver cannot be asked (no
-    pynvml) -1 is recorded.
+    `gpu`: the UUID of this rank's device (a string beginning "GPU-", which CUDA_VISIBLE_DEVICES does not
+    renumber) or its index in the driver's numbering; None: no device. If the driver cannot be queried (no
+    pynvml), -1 is recorded.
     """
 
     def __init__(self, recorder: Recorder, seconds: float = 1.0, gpu: str | int | None = None) -> None:
@@ -30,7 +30,7 @@ class Sampler:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start sampling, at once. The thread ends with the process, if not before."""
+        """Start sampling immediately. The thread ends with the process at the latest."""
         if self._thread is None:
             self._ended.clear()
             self._thread = threading.Thread(target=self._run, name="hpctrain-resources", daemon=True)
@@ -52,15 +52,15 @@ class Sampler:
                 if self._ended.is_set():
                     return
                 self._ended.wait(self.seconds)
-        except Exception as error:  # a measurement that fails must not end a training, nor pass unseen
+        except Exception as error:  # a failed measurement must neither end the training nor go unnoticed
             self.recorder.event(SamplingStopped(type(error).__name__, str(error)))
 
     def _prepare(self) -> Callable[[], None]:
-        """What takes a sample."""
+        """Return a function that takes one sample."""
         import psutil
 
         process = psutil.Process()
-        process.cpu_percent()  # the first answer is always 0: it has nothing to compare with
+        process.cpu_percent()  # the first call always returns 0, with no earlier call to compare with
         return partial(self._sample, psutil, process, _open_gpu(self.gpu))
 
     def _sample(self, psutil: Any, process: Any, ask_gpu: Gpu) -> None:
@@ -75,7 +75,7 @@ class Sampler:
 
 
 def measure_sample_cost(n: int = 100) -> float:
-    """Seconds that a sample without a GPU takes, mean of `n`."""
+    """Seconds per sample without a GPU, mean of `n`."""
     sample = Sampler(Recorder())._prepare()
     start = time.perf_counter()
     for _ in range(n):
@@ -88,7 +88,7 @@ def _no_gpu() -> tuple[float, int]:
 
 
 def _open_gpu(gpu: str | int | None) -> Gpu:
-    """A function that gives (% busy, bytes used) of the device; (-1, -1) where that cannot be learnt."""
+    """A function that returns (% busy, bytes used) of the device, with -1 for anything unknown."""
     if gpu is None:
         return _no_gpu
     try:
@@ -103,7 +103,7 @@ def _open_gpu(gpu: str | int | None) -> Gpu:
     def ask() -> tuple[float, int]:
         try:
             busy = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
-        except pynvml.NVMLError:  # a MIG slice does not tell
+        except pynvml.NVMLError:  # a MIG slice does not report it
             busy = -1.0
         try:
             return busy, int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)

@@ -1,12 +1,12 @@
-"""The layout of a trace file, version 3: span kinds, row types, codes. No h5py here.
+"""The layout of a trace file, version 3: span kinds, row types, codes. Does not use h5py.
 
-A file is `trace/rank_RRRRR.h5` (attempt 1) or `trace/rank_RRRRR.A.h5` (the run resumed for the A-th time). It
-has one one-dimensional dataset per entry of `TABLES`. Codes start at 1, so that a row of zeros is a row that
-never reached the file (a truncated one, say). All times are nanoseconds of the rank's own clock.
+A file is `trace/rank_RRRRR.h5` (attempt 1) or `trace/rank_RRRRR.A.h5` (attempt A of a resumed run). It has one
+one-dimensional dataset per entry of `TABLES`. Codes start at 1, so a row of zeros is a row that never reached the file
+(because the file was truncated, for example). All times are nanoseconds on the rank's own clock.
 
-A number that its column cannot hold is written as the nearest that it can: no run ends because of its trace. Which
-columns a job can bring there is said beside them; the others are far wider than any run. `versions` has the layouts of
-older files.
+A number outside its column's range is written as the nearest value in range, so that tracing never ends a run. Columns
+for which a job can cause this have a comment; the others have more range than any run needs. `versions` has the
+layouts of older files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCHEMA_VERSION = 3
 
 
 class Kind(IntEnum):
-    """Every kind of span there is; the value is its code in the file."""
+    """The kinds of spans; the value is the code in the file."""
 
     DATA = 1
     FORWARD = 2
@@ -56,7 +56,7 @@ OUTCOMES: tuple[str, ...] = tuple(outcome.name.lower() for outcome in OutcomeCod
 
 
 class _Codes(dict[Any, int]):
-    """Code of a name, or of a code; anything else is a programming error, said in a sentence."""
+    """Maps a name or a code to the code; anything else is a programming error and raises ValueError."""
 
     def __init__(self, what: str, codes: type[IntEnum]) -> None:
         super().__init__({code.name.lower(): int(code) for code in codes} | {int(code): int(code) for code in codes})
@@ -73,15 +73,15 @@ COMMUNICATION = (Kind.SEND, Kind.RECV, Kind.NOTIFY, Kind.WAIT, Kind.REDUCE)
 
 
 def is_communication(kind: Any, id: Any) -> Any:
-    """Of arrays (or columns) of spans: whether the rank was in the communicator. A sum out of shared memory, which is
-    a `reduce` without a number, is computation."""
+    """For arrays (or columns) of spans: whether each is communication. A sum over shared memory, which is a `reduce`
+    without an id, counts as computation."""
     return np.isin(kind, COMMUNICATION) & ~((kind == Kind.REDUCE) & (id < 0))
 
 
-# A span. Spans of one lane never overlap: one that another opens inside of is cut there, and `piece` counts
-# its pieces (0 the first, which carries bytes, items and flops; later ones carry none; 255 stands for 255 and more).
-# lane: 0 the rank's own course, 1 a colocated server's thread. peer: rank of the whole run, -1 none. items: samples
-# that were loaded or computed on, flops: floating-point operations; 0 where they have no meaning or are not known.
+# A span. Spans of one lane never overlap: a span is cut where another opens inside it, and `piece` numbers its pieces
+# (0 for the first, which carries bytes, items and flops; later ones carry none; 255 means 255 or more).
+# lane: 0 for the rank's main thread, 1 for a colocated server's thread. peer: rank in the whole run, -1 for none.
+# items: samples loaded or computed on; flops: floating-point operations; 0 where meaningless or unknown.
 SPAN_FIELDS = (
     ("step", "<i8", "q"),
     ("kind", "u1", "B"),
@@ -98,9 +98,9 @@ SPAN_FIELDS = (
 SPANS = np.dtype([(name, code) for name, code, _ in SPAN_FIELDS])
 SPAN_STRUCT = struct.Struct("<" + "".join(letter for _, _, letter in SPAN_FIELDS))
 
-# One row per step of a worker. samples: what this rank consumed in it; cursor: samples that the whole run had
-# consumed after it (-1 unknown); staleness in versions, -1 where it has no meaning (2^31 - 1 stands for that and more);
-# phase: its number in the job; t_ns: the step's end.
+# One row per step of a worker. samples: samples this rank consumed in the step; cursor: samples the whole run had
+# consumed after it (-1 if unknown); staleness: in versions, -1 where it has no meaning (2^31 - 1 means that or more);
+# phase: its number in the job; t_ns: the end of the step.
 STEPS = np.dtype(
     [
         ("step", "<i8"),
@@ -118,7 +118,7 @@ STEPS = np.dtype(
 )
 
 # cpu: % of one core, this process; resident: bytes, this process; net_in, net_out: bytes since the node
-# started, the whole node without loopback; gpu: % busy, gpu_memory: bytes used on the device. -1: not known.
+# started, whole node without loopback; gpu: % busy; gpu_memory: bytes used on the device. -1: unknown.
 RESOURCES = np.dtype(
     [
         ("t_ns", "<i8"),
@@ -131,12 +131,12 @@ RESOURCES = np.dtype(
     ]
 )
 
-# What happened, as `events` writes it: kind, and a JSON object. Both are UTF-8. Of fixed length, because strings of
-# variable length do not survive kill -9 in a file that is read while it is written; what is longer is shortened by
-# `events` so that it stays JSON.
+# Events as written by `events`: the kind and a JSON object, both UTF-8. The length is fixed because variable-length
+# strings do not survive kill -9 in a file that is read while it is written; `events` shortens longer texts so that
+# the result is still JSON.
 EVENTS = np.dtype([("t_ns", "<i8"), ("kind", f"S{KIND_BYTES}"), ("json", f"S{JSON_BYTES}")])
 
-# This rank's clock + offset_ns = rank 0's clock, give or take error_ns; measured at t_ns of this rank's.
+# This rank's clock + offset_ns = rank 0's clock, within error_ns; measured at t_ns on this rank's clock.
 CLOCK = np.dtype([("t_ns", "<i8"), ("offset_ns", "<i8"), ("error_ns", "<i8")])
 
 TABLES: dict[str, np.dtype[Any]] = {

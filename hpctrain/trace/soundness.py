@@ -1,7 +1,7 @@
-"""What can stand in a trace: the limits of every number, which distinguish sound rows and attributes from damaged ones.
+"""The limits of every number in a trace, which distinguish valid rows and attributes from damaged ones.
 
-Whatever reads traces may take them for granted: rows and attributes that are outside are left out where files are
-read (`files`), and noted. They are wide: nothing that a rank has ever written is beyond them.
+Code that reads traces can rely on them: rows and attributes outside the limits are left out, and noted, where files
+are read (`files`). The limits are wide: nothing that a rank writes exceeds them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from hpctrain.trace.schema import KINDS, OUTCOMES
 Rows = np.ndarray[Any, Any]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
-MOST_RANKS = 10**6  # as a job has them
-MOST = 10**15  # of steps, samples and bytes: a thousand rows of it can be summed up in 64 bits
-LATEST_NS = 1 << 62  # of any clock; nanoseconds of the calendar reach it in 2116
-LONGEST_NS = 1 << 56  # that anything lies apart from when its file was made: over two years
-FARTHEST_NS = 1 << 60  # that ranks begin apart: 36 years, for clocks that were never set
+MOST_RANKS = 10**6  # the limit for a job
+MOST = 10**15  # steps, samples or bytes: the sum of a thousand such rows fits in 64 bits
+LATEST_NS = 1 << 62  # on any clock; calendar time in nanoseconds reaches it in 2116
+LONGEST_NS = 1 << 56  # between any time and the creation of its file: over two years
+FARTHEST_NS = 1 << 60  # between the starts of ranks: 36 years, for clocks that were never set
 
 Limits = tuple[float, float]
 LIMITS: dict[str, dict[str, Limits]] = {
@@ -71,7 +71,7 @@ INTEGERS: dict[str, Limits] = {
 
 
 def sound_attribute(name: str, value: object) -> bool:
-    """Whether that can stand in an attribute: a number within its limits; under other names a text or a number."""
+    """Whether an attribute is valid: a number within its limits; for names without limits, any text or number."""
     if name in INTEGERS:
         low, high = INTEGERS[name]
         return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
@@ -79,9 +79,9 @@ def sound_attribute(name: str, value: object) -> bool:
 
 
 def sound_rows(table: str, rows: Rows, made_ns: int, ranks: int = MOST_RANKS) -> Rows:
-    """The `rows` of a table (with the rank's own times) that a rank can have written in a run of `ranks` ranks.
+    """The valid ones among the `rows` of a table, whose times are on the rank's own clock, in a run of `ranks` ranks.
 
-    `made_ns`: when its file was made, by the same clock.
+    `made_ns`: when the file was made, on the same clock.
     """
     if not len(rows):
         return rows
@@ -97,14 +97,14 @@ def sound_rows(table: str, rows: Rows, made_ns: int, ranks: int = MOST_RANKS) ->
 
 
 def _outside(column: Rows, low: float, high: float) -> Mask | None:
-    """Which values are not within the limits, NaN among them; None if all are."""
-    column = np.ascontiguousarray(column)  # rows are packed: going through them twice costs more than a copy
+    """Mask of the values outside the limits, including NaN; None if all are within them."""
+    column = np.ascontiguousarray(column)  # rows are packed: two strided passes cost more than a copy
     if low <= column.min() and column.max() <= high:
         return None
     return ~((column >= low) & (column <= high))
 
 
 def made_ns(attributes: Mapping[str, Any], clock: Rows) -> int:
-    """When a file was made, by its rank's clock; 0 if nothing says. `clock`: its rows."""
+    """When a file was made, on its rank's clock; 0 if unknown. `clock`: the rows of its clock table."""
     moments = clock["t_ns"].tolist() + [attributes[name] for name in ("clock_ns",) if name in attributes]
     return median_low(moments) if moments else 0

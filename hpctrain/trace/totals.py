@@ -19,9 +19,9 @@ _NAME, _CELL = 11, 17  # widths of the columns of the text
 def sum_times(run: Run) -> pd.DataFrame:
     """A row per rank and lane: rank, lane, role, time, span kinds ..., unaccounted, steps, samples, rate.
 
-    All in seconds, but rate: samples per second of the rank's time. `time`: from the rank's first span to the
-    end of its last, summed over attempts; `unaccounted`: what of it no span covers. Lanes other than 0
-    (colocated servers) run beside the rank's own course: their time is not part of it. Steps done again are
+    Times are in seconds; `rate` is in samples per second of the rank's time. `time`: from the rank's first span to
+    the end of its last, summed over attempts; `unaccounted`: the part of it that no span covers. Lanes other than 0
+    (colocated servers) run in parallel with the rank's main thread: their time is not part of it. Repeated steps are
     counted once.
     """
     import pandas as pd
@@ -52,9 +52,9 @@ def sum_times(run: Run) -> pd.DataFrame:
 
 
 def format_totals(run: Run, width: int = 80) -> str:
-    """The totals as text: a line per span kind, per rank the seconds and their share of its time; then the notes.
+    """The totals as text: a line per span kind, with each rank's seconds and their share of its time; then the notes.
 
-    As many ranks side by side as fit into `width` characters. "2+" is the server thread beside rank 2's own course.
+    As many ranks are shown side by side as fit into `width` characters. "2+" is the server thread of rank 2.
     """
     frame = sum_times(run)
     kinds = [kind for kind in KINDS if (frame[kind] > 0).any()] + ["unaccounted"]

@@ -1,6 +1,6 @@
-"""How older versions of the schema look, and their rows as rows of today's. Nothing else knows of them.
+"""The layouts of older schema versions, and the conversion of their rows to the current one. No other code knows them.
 
-Version 1 and 2 have the same layout. Their events are sentences, which are parsed here; a phase is one byte.
+Versions 1 and 2 have the same layout. Their events are sentences, which are parsed here; a phase is one byte.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from hpctrain.trace.schema import SCHEMA_VERSION, TABLES
 
 Rows = np.ndarray[Any, Any]
 
-# Versions that are read, too, with what they lack.
+# Older versions that can be read, with what they lack.
 OLDER_VERSIONS = {
     1: "messages and barriers that nobody waited for are not in it, nor are items and operations of spans",
     2: "items and operations of spans are not in it",
 }
-SAID = {1: OLDER_VERSIONS[1]}  # what a reader of the figures has to know of
+SAID = {1: OLDER_VERSIONS[1]}  # what a reader of the figures must know
 
 _OTHERWISE = {("steps", "phase"): "u1"}
 _ABSENT = {("spans", "items"), ("spans", "flops")}
@@ -53,12 +53,12 @@ _COMPUTED = re.compile(
 
 
 def layout(version: int) -> dict[str, np.dtype[Any]]:
-    """The tables of files of that version."""
+    """The tables of a file of schema `version`."""
     return TABLES if version == SCHEMA_VERSION else _TABLES_2
 
 
 def upgraded(table: str, rows: Rows, version: int) -> Rows:
-    """`rows` of a file of `version` as rows of `schema.TABLES`; what it does not say is 0."""
+    """Convert `rows` of a file of schema `version` to `schema.TABLES`; missing fields are 0."""
     if rows.dtype == TABLES[table]:
         return rows
     found: Rows = np.zeros(len(rows), TABLES[table])
@@ -73,7 +73,7 @@ def upgraded(table: str, rows: Rows, version: int) -> Rows:
 
 
 def parsed(kind: str, text: str) -> Event:
-    """The event that a version before 3 wrote as this sentence."""
+    """The event that schema versions before 3 wrote as this sentence."""
     if kind == PhaseEntered.kind and (entry := _ENTRY.fullmatch(text)):
         return PhaseEntered(int(entry[1]), entry[2], entry[3])
     if kind == RuleStatistic.kind and (found := _COMPUTED.fullmatch(text)):

@@ -1,7 +1,7 @@
-"""Writes a rank's trace: one HDF5 file that readers may open while it grows (SWMR) and that survives kill -9.
+"""Writes a rank's trace: one HDF5 file that can be read while it grows (SWMR) and that survives kill -9.
 
-In SWMR mode nothing can be created any more, only appended to: so every dataset and attribute exists from the
-start, and strings are of fixed length.
+In SWMR mode nothing new can be created; datasets can only be appended to. So every dataset and attribute exists from
+the start, and strings have a fixed length.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from hpctrain.errors import TraceError
 from hpctrain.trace.recorder import Recorder
 from hpctrain.trace.schema import SCHEMA_VERSION, TABLES, Kind
 
-# Rows per chunk. A flush writes the last chunk anew, so rows that come slowly get small ones.
+# Rows per chunk. A flush rewrites the last chunk, so tables that grow slowly get small chunks.
 CHUNK_ROWS = {"spans": 4096, "steps": 512, "resources": 256, "events": 32, "clock": 128}
 _FILE_NAME = re.compile(r"rank_([0-9]{5,6})(?:\.([0-9]{1,4}))?\.h5")
 
 
 def trace_path(folder: Path | str, rank: int, attempt: int = 1) -> Path:
-    """The trace file of a rank in the run folder; `attempt` counts from 1, each resumption is one more."""
+    """The path of a rank's trace file in the run folder; `attempt` counts from 1 and grows with each resumption."""
     suffix = f".{attempt}.h5" if attempt > 1 else ".h5"
     return Path(folder) / "trace" / f"rank_{rank:05d}{suffix}"
 
 
 def trace_files(folder: Path | str) -> dict[tuple[int, int], Path]:
-    """The trace files of the run folder by (attempt, rank), in that order."""
+    """The trace files of the run folder by (attempt, rank), sorted by these."""
     found = {}
     trace = Path(folder) / "trace"
     for entry in os.scandir(trace) if trace.is_dir() else ():
         match = _FILE_NAME.fullmatch(entry.name)
-        if match and entry.is_file():  # a pipe would be waited for
+        if match and entry.is_file():  # opening a pipe would block
             found[int(match[2] or 1), int(match[1])] = trace / entry.name
     return dict(sorted(found.items()))
 
@@ -49,12 +49,12 @@ def next_attempt(folder: Path | str) -> int:
 
 
 class TraceWriter:
-    """Appends what `recorder` holds to `path` whenever `flush_seconds` have passed.
+    """Appends the content of `recorder` to `path` every `flush_seconds`.
 
     `attributes`: rank, size, host, node, role, device, job (TOML text), attempt, library versions: str, int,
-    float or bool. The file bears its name only once it can be read. Raises TraceError if it cannot be made.
-    Whatever goes wrong later (a full disk, say) ends the trace and not the run: one line goes to stderr, `stopped`
-    says what happened, and no method raises. Not collective; call every method from the thread of lane 0.
+    float or bool. The file gets its final name only once it can be read. Raises TraceError if it cannot be created.
+    A later error (a full disk, for example) ends the trace but not the run: one line goes to stderr, `stopped` says
+    what happened, and no method raises. Not collective; call every method from the thread of lane 0.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class TraceWriter:
             self._file = h5py.File(unfinished, "w", libver="latest", locking=False)
             for name, value in attributes.items():
                 self._file.attrs[name] = _attribute(value)
-            # The same moment by the trace's clock and by the calendar: aligns attempts, whose clocks may
-            # differ.
+            # The same moment on the trace's clock and in calendar time: used to align attempts, whose clocks
+            # may differ.
             self._file.attrs["clock_ns"], self._file.attrs["unix_ns"] = self.recorder.now(), time.time_ns()
             for name, dtype in TABLES.items():
                 chunk = (CHUNK_ROWS[name],)
@@ -100,14 +100,14 @@ class TraceWriter:
             ) from None
 
     def maybe_flush(self, now_ns: int) -> bool:
-        """Flush if it is due; True if it did. Costs next to nothing when it is not: call it every step."""
+        """Flush if it is due; return whether it was. Costs almost nothing otherwise: call it every step."""
         if now_ns < self._due:
             return False
         self.flush()
         return True
 
     def flush(self) -> None:
-        """Append everything recorded and hand it to the file system. Is itself a span of kind trace."""
+        """Append everything recorded and pass it to the file system. Records itself as a span of kind `trace`."""
         recorder = self.recorder
         recorder.open(Kind.TRACE, recorder.now())
         try:
@@ -118,7 +118,7 @@ class TraceWriter:
             self._due = now + self._interval
 
     def close(self) -> None:
-        """Flush and close the file. Spans still open are lost; call it again as you like."""
+        """Flush and close the file. Spans still open are lost. May be called more than once."""
         if self._file is not None:
             self.flush()
             self._append()  # the span of that flush
@@ -131,7 +131,7 @@ class TraceWriter:
 
     def _append(self) -> None:
         try:
-            rows = self.recorder.drain()  # even when stopped: memory must not grow
+            rows = self.recorder.drain()  # even after the trace has ended: memory must not grow
             if self._file is None:
                 return
             for name, table in self._tables.items():
@@ -141,7 +141,7 @@ class TraceWriter:
                     table.resize(end + len(block), axis=0)
                     table[end:] = block
                     table.flush()
-        except Exception as error:  # no fault of tracing ends a run
+        except Exception as error:  # an error in tracing must not end the run
             self._stop(error)
 
     def _stop(self, error: Exception) -> None:
@@ -153,8 +153,8 @@ class TraceWriter:
         self._abandon()
 
     def _abandon(self) -> None:
-        """Leave the file as a killed rank would. HDF5 crashes the process when it cannot write what it still
-        holds (at the latest at exit), so from here on it writes into memory that nobody reads.
+        """Leave the file as a killed rank would. HDF5 crashes the process when it cannot write its remaining buffers (at
+        exit at the latest), so its writes are redirected to an unused memory file.
         """
         file, self._file, self._tables = self._file, None, {}
         if file is None:
@@ -165,11 +165,11 @@ class TraceWriter:
             os.close(sink)
             file.close()
         except Exception:
-            pass  # already said that the trace has ended
+            pass  # the end of the trace has already been reported
 
 
 def _attribute(value: Any) -> Any:
-    """Strings as fixed-length UTF-8; HDF5 has no empty ones: a zero byte, which reads back as empty."""
+    """Strings as fixed-length UTF-8. HDF5 has no empty strings: they become a zero byte, which reads back as empty."""
     return np.bytes_(value.encode() or b"\0") if isinstance(value, str) else value
 
 
@@ -185,9 +185,9 @@ def _reason(error: Exception) -> str:
 
 
 def link_ranks(folder: Path | str) -> Path:
-    """Write `trace.h5`, which links the files of all ranks present: /rank_00003, /rank_00003.2 ...; its path.
+    """Write `trace.h5`, which links to all ranks' files: /rank_00003, /rank_00003.2 ...; returns its path.
 
-    For one rank to call, once all have made their TraceWriter (or at any later time). Raises TraceError.
+    To be called by one rank, after all ranks have created their TraceWriter. Raises TraceError.
     """
     import h5py
 
