@@ -1,6 +1,6 @@
-"""Numbers from traces: where the time of a run went, who waited for whom, what was sent, how it converged.
+"""Numbers from traces: where the time of a run went, which ranks waited for which, what was sent, how it converged.
 
-`Analysis(open_run(path))` computes pandas frames when they are first asked for. docs/metrics.md defines every term.
+`Analysis(open_run(path))` computes each pandas frame on first access. docs/metrics.md defines every term.
 Importing this package loads neither pandas nor h5py.
 """
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class Analysis:
-    """A run and what its traces say. Every frame is computed once; `run.notes` says what they had to do without.
+    """A run and the results computed from its traces. Every frame is computed once; `run.notes` says what was missing.
 
-    Ranks are those of the whole run; phases are numbered as in the job; seconds are the ranks' own, corrected to
-    rank 0's clock. Steps that a resumed run did again count in times and waits, not in convergence.
+    Ranks are numbered within the whole run, phases as in the job. Times are corrected to rank 0's clock. Steps that a
+    resumed run repeated count in times and waits, but not in convergence.
     """
 
     def __init__(self, run: Run) -> None:
@@ -29,7 +29,7 @@ class Analysis:
 
     @cached_property
     def course(self) -> Course:
-        """All ranks' spans, by phase; a sample of them where there are very many."""
+        """All ranks' spans, by phase; a sample of them if there are too many."""
         from hpctrain.analysis.course import read_course
 
         return read_course(self.run, self.phases)
@@ -63,7 +63,7 @@ class Analysis:
         return attribute(self.course)
 
     def waiting_matrix(self, phase: int | None = None) -> pd.DataFrame:
-        """Seconds that each rank (rows) waited for each rank (columns; -1: not known for whom)."""
+        """Seconds that each rank (rows) waited for each rank (columns; -1: unknown)."""
         from hpctrain.analysis.waiting import matrix
 
         return matrix(self.waits, self.run.size, phase)
@@ -84,7 +84,7 @@ class Analysis:
 
     @cached_property
     def links(self) -> pd.DataFrame:
-        """Columns rank, peer, same_node, latency_s, bytes_per_s: measured when the run began."""
+        """Columns rank, peer, same_node, latency_s, bytes_per_s: measured at the start of the run."""
         from hpctrain.analysis.communication import links
 
         return links(self.run)
@@ -105,7 +105,7 @@ class Analysis:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """The evaluations of metrics.csv with the clocks of `convergence`."""
+        """The evaluations of metrics.csv on the clocks of `convergence`."""
         from hpctrain.analysis.convergence import evaluations
 
         return evaluations(self.run, self.convergence)
@@ -134,14 +134,14 @@ class Analysis:
 
     @cached_property
     def headline(self) -> str:
-        """Where the time went, in one sentence."""
+        """One sentence that says where the time went."""
         from hpctrain.analysis.headline import headline
 
         return headline(self)
 
 
 def analyse(path: Path | str) -> Analysis:
-    """The analysis of a run folder. Raises TraceError."""
+    """Open a run folder and return its analysis. Raises TraceError."""
     from hpctrain.trace.reader import open_run
 
     return Analysis(open_run(path))

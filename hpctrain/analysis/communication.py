@@ -1,4 +1,4 @@
-"""What was sent to whom, how fast, and how much of it was hidden behind computation."""
+"""What the ranks sent to each other, how fast, and how much of it was hidden behind computation."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TOGETHER = -1
 def traffic(course: Course, phases: pd.DataFrame) -> pd.DataFrame:
     """A row per sender and receiver: columns source, destination, messages, bytes, seconds, bytes_per_s.
 
-    `seconds`: from start to arrival, of the messages that their receivers waited for from before the start (what others
-    took is not known: nobody looked when they came); `bytes_per_s`: of those. Destination -1: collectives of the MPI
-    library and sums out of shared memory, with the bytes of the rank's own buffers, from the last rank's arrival on.
-    Messages and bytes are divided by `course.share`.
+    `seconds`: from start to arrival, summed over the messages whose receivers were already waiting when they started
+    (for others the arrival is unknown, because no receiver was checking for it); `bytes_per_s`: of these messages.
+    Destination -1: collectives of the MPI library and sums over shared memory, with the bytes of the rank's own
+    buffers, timed from the last rank's arrival. Messages, bytes and seconds are divided by `course.share`.
     """
     import pandas as pd
 
@@ -54,7 +54,7 @@ def traffic(course: Course, phases: pd.DataFrame) -> pd.DataFrame:
 
 
 def _works(spans: pd.DataFrame, phases: pd.DataFrame) -> pd.Series[bool]:
-    """Whether a span is of a worker's own course."""
+    """Whether each span belongs to a worker's main thread (lane 0)."""
     import pandas as pd
 
     roles = phases[["attempt", "phase", "rank", "role"]].drop_duplicates(["attempt", "phase", "rank"])
@@ -63,9 +63,9 @@ def _works(spans: pd.DataFrame, phases: pd.DataFrame) -> pd.Series[bool]:
 
 
 def _together(spans: pd.DataFrame) -> pd.DataFrame:
-    """Rows source, destination, bytes, seconds, timed of what has no single receiver.
+    """Columns source, destination, bytes, seconds, timed of operations without a single receiver.
 
-    Not what a server sums: it was sent to it.
+    Sums of a server are left out: their input was sent to it.
     """
     alone = spans[(spans["peer"] < 0) & spans["kind"].isin([Kind.SEND, Kind.RECV, Kind.REDUCE])]
     alone = alone[(alone["kind"] != Kind.REDUCE) | (alone["id"] >= 0) | alone["works"]]
@@ -78,7 +78,7 @@ def _together(spans: pd.DataFrame) -> pd.DataFrame:
 
 
 def links(run: Run) -> pd.DataFrame:
-    """Columns rank, peer, same_node, latency_s, bytes_per_s: measured when the run began."""
+    """Columns rank, peer, same_node, latency_s, bytes_per_s: measured at the start of the run."""
     import pandas as pd
 
     rows = [(rank, *vars(link).values()) for rank, _, _, link in chosen(run.events(), MeasuredLink)]
@@ -87,10 +87,11 @@ def links(run: Run) -> pd.DataFrame:
 
 
 def overlap(course: Course) -> pd.DataFrame:
-    """Of started sends and all-reduces: columns phase, rank, in_flight_s, blocked_s, hidden.
+    """Overlap of non-blocking sends and all-reduces: columns phase, rank, in_flight_s, blocked_s, hidden.
 
-    in_flight_s: from an operation's start to where its rank had waited for its end (or found it over: those that left
-    no second span count nothing); blocked_s: how long the rank waited in it; `hidden`: 1 - blocked / in flight.
+    in_flight_s: from an operation's start to the end of its rank's wait for it (operations that were already complete
+    and left no second span do not count); blocked_s: how long the rank was blocked in it; `hidden`: 1 - blocked / in
+    flight.
     """
     spans = course.training
     started = spans[spans["kind"].isin([Kind.SEND, Kind.REDUCE]) & (spans["id"] >= 0)]
@@ -99,7 +100,7 @@ def overlap(course: Course) -> pd.DataFrame:
     found = started.groupby(key, as_index=False).agg(
         begun=("start_ns", "min"), over=("end_ns", "max"), took=("took", "sum"), opened=("opened", "sum")
     )
-    found = found[found["opened"] > 1]  # a blocking one that others cut has several pieces, and was opened once
+    found = found[found["opened"] > 1]  # a blocking operation cut by others has several pieces but one first piece
     found["in_flight_s"] = (found["over"] - found["begun"]) / 1e9 / course.share
     found["blocked_s"] = found["took"] / 1e9 / course.share
     table = found.groupby(["phase", "rank"], as_index=False)[["in_flight_s", "blocked_s"]].sum()

@@ -1,9 +1,9 @@
-"""How training went, from the traces: losses and evaluations on four clocks, staleness, what rules computed.
+"""The progress of training, from the traces: losses and evaluations on the run's clocks, staleness, rule statistics.
 
-The clocks of a run: `step`, its updates, counted from 1 (synchronous phases: rounds; asynchronous ones: updates of
-single workers); `samples`, its cursor; `t_s`, seconds since its first span; `seconds`, those that it trained for:
-without start-up, evaluations, checkpoints, switches, and without what a resumed run lost; `bytes`, exchanged by all
-ranks in these: messages, what they gave to collectives, and what they summed out of memory that a node's ranks share.
+The clocks of a run: `step`: its updates, counted from 1 (rounds in synchronous phases, updates of single workers in
+asynchronous ones); `samples`: its cursor; `t_s`: seconds since its first span; `seconds`: training time, without
+start-up, evaluations, checkpoints, switches and work that a resumed run lost; `bytes`: exchanged by all ranks in that
+time, in messages, as input to collectives, and summed from memory that the ranks of a node share.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ END = (1 << 63) - 1
 
 
 def losses(run: Run, phases: pd.DataFrame) -> pd.DataFrame:
-    """The run's updates in order, a row each: step, samples, t_s, seconds, bytes, loss, phase.
+    """The run's updates in order, one row each: step, samples, t_s, seconds, bytes, loss, phase.
 
-    Rows of one cursor are one update: a round of all workers, whose losses are averaged by their samples. Where the
-    traces do not know the cursor, every row is an update, in the order of time. The loss is NaN where no worker had a
-    finite one. `phases` is that of `Analysis`.
+    Steps with the same cursor are one update: a round of all workers, with their losses averaged, weighted by samples.
+    If the cursor is unknown, every step is an update, in order of time. The loss is NaN where no worker had a finite
+    one. `phases`: see `Analysis.phases`.
     """
     updates = _updates(run)
     t_ns = updates["t_ns"].to_numpy(np.int64)
     attempts = updates["attempt"].to_numpy()
     kept = {attempt: int(t_ns[attempts == attempt].max()) for attempt in np.unique(attempts).tolist()}
-    kept[run.attempts[-1]] = END  # of earlier attempts, what the next one did again does not count
+    kept[run.attempts[-1]] = END  # work of earlier attempts that the next one repeated does not count
     exchanged, pauses = _scan_spans(run, phases, t_ns, kept)
     updates["bytes"] = np.cumsum(exchanged)[: len(updates)]
     updates["t_s"] = (t_ns - run.start_ns) / 1e9
@@ -50,9 +50,9 @@ def losses(run: Run, phases: pd.DataFrame) -> pd.DataFrame:
 
 
 def evaluations(run: Run, losses: pd.DataFrame) -> pd.DataFrame:
-    """metrics.csv's rows on the clocks of `losses`: those, then epoch, split, loss, metric.
+    """The rows of metrics.csv on the clocks of `losses`: columns are the clocks, then epoch, split, loss, metric.
 
-    An evaluation has the clocks of the last update before it, of which t_s is then too early by the evaluation itself.
+    An evaluation gets the clock values of the last update before it, so its t_s lies before the evaluation itself.
     Empty, with these columns, if there was no evaluation.
     """
     import pandas as pd
@@ -69,8 +69,8 @@ def evaluations(run: Run, losses: pd.DataFrame) -> pd.DataFrame:
 
 
 def staleness(run: Run) -> pd.DataFrame:
-    """Of every gradient in asynchronous phases: phase, rank, step, t_s, staleness_min, staleness_max (versions, over
-    shards). A phase in which none was ever stale is taken for a synchronous one, and left out."""
+    """A row per gradient in asynchronous phases: phase, rank, step, t_s, staleness_min, staleness_max (in versions,
+    over shards). A phase without any stale gradient is assumed to be synchronous and left out."""
     steps = run.steps()[["phase", "rank", "step", "t_s", "staleness_min", "staleness_max"]]
     stale = steps.loc[steps["staleness_max"] > 0, "phase"].unique()
     known = steps["phase"].isin(stale) & (steps["staleness_max"] >= 0)
@@ -78,11 +78,12 @@ def staleness(run: Run) -> pd.DataFrame:
 
 
 def rules(run: Run) -> pd.DataFrame:
-    """What rules computed, and the ends of phases: t_s, samples, rule, statistic, threshold, unready, fired, text.
+    """Rule statistics and ends of phases: t_s, samples, rule, statistic, threshold, unready, fired, text.
 
-    In order. What several ranks recorded alike is one row, of the moment that the first recorded it; `samples`: where
-    the run stood after that step (-1: not known); `unready`: why the rule does not fire yet although its comparison
-    holds. An end of a phase whose rule computes no statistic is a row too, its statistic and threshold NaN.
+    Rows are in order. An event that several ranks recorded is one row, with the time at which the first recorded it.
+    `samples`: the run's cursor after that step (-1: unknown); `unready`: why the rule does not fire yet although its
+    comparison holds. The end of a phase whose rule computes no statistic is also a row, with NaN as statistic and
+    threshold.
     """
     rows = _recorded(run)
     reported = {str(event) for event in rows["event"] if isinstance(event, RuleStatistic) and event.fired}
@@ -105,7 +106,7 @@ def rules(run: Run) -> pd.DataFrame:
 
 # -- updates ---------------------------------------------------------------------------------------------------
 def _updates(run: Run) -> pd.DataFrame:
-    """A row per update: phase, attempt, samples, loss, t_ns (never before the update before)."""
+    """A row per update: phase, attempt, samples, loss, t_ns (never decreasing)."""
     import pandas as pd
 
     parts = [_weighed(run.steps(rank)) for rank in run.ranks]
@@ -122,7 +123,7 @@ def _updates(run: Run) -> pd.DataFrame:
 
 
 def _weighed(steps: pd.DataFrame) -> pd.DataFrame:
-    """Of one rank, what averaging needs: losses that are finite, weighed by their samples."""
+    """One rank's input for averaging: finite losses, weighted by their samples."""
     known = np.isfinite(steps["loss"]) & (steps["samples"] > 0)
     few = steps[["phase", "attempt", "cursor", "samples", "t_ns"]].copy()
     few["weight"] = steps["samples"].where(known, 0)
@@ -134,14 +135,14 @@ def _weighed(steps: pd.DataFrame) -> pd.DataFrame:
 def _scan_spans(
     run: Run, phases: pd.DataFrame, t_ns: NDArray[np.int64], kept: dict[int, int]
 ) -> tuple[NDArray[np.int64], dict[int, list[Interval]]]:
-    """(bytes exchanged until each update since the one before, evaluations and checkpoints of each attempt). `kept`:
+    """(bytes exchanged between each update and the one before it, evaluations and checkpoints of each attempt). `kept`:
     the last moment of each attempt that counts."""
     pauses = {key: _whole(np.concatenate(parts)) for key, parts in _pausing(run).items()}
     exchanged = np.zeros(len(t_ns) + 1, np.int64)
     serving, begun = _serving(phases), phases.groupby("attempt")["start_ns"].min().to_dict()
     for rank, attempt, block in run.blocks("spans"):
         moved = block[_exchanges(block, serving.get((attempt, rank), []))]
-        moved = moved[moved["start_ns"] >= begun.get(attempt, 0)]  # links are measured with messages, before
+        moved = moved[moved["start_ns"] >= begun.get(attempt, 0)]  # earlier messages measured the links
         moved = moved[moved["end_ns"] <= kept.get(attempt, END)]
         moved = moved[~_within(moved["start_ns"], pauses.get((attempt, rank), []))]
         place = np.searchsorted(t_ns, moved["end_ns"])
@@ -162,7 +163,7 @@ def _pausing(run: Run) -> dict[tuple[int, int], list[Rows]]:
 
 
 def _within(moments: NDArray[np.int64], intervals: list[Interval]) -> NDArray[np.bool_]:
-    """Which moments lie in one of the intervals, which are in order."""
+    """Mask of the moments that lie in one of the intervals, which are sorted."""
     if not intervals:
         return np.zeros(len(moments), bool)
     starts, ends = np.array(intervals).T
@@ -172,7 +173,7 @@ def _within(moments: NDArray[np.int64], intervals: list[Interval]) -> NDArray[np
 
 
 def _exchanges(spans: Rows, serving: list[Interval]) -> NDArray[np.bool_]:
-    """Which spans carry bytes from rank to rank. A server's own sums do not: what it adds up was sent to it."""
+    """Mask of the spans that carry bytes from rank to rank. A server's sums do not: their input was sent to it."""
     reduces = spans["kind"] == KIND_CODES["reduce"]
     local = reduces & (spans["id"] < 0) & (spans["lane"] > 0)
     for start, end in serving:
@@ -182,7 +183,7 @@ def _exchanges(spans: Rows, serving: list[Interval]) -> NDArray[np.bool_]:
 
 
 def _serving(phases: pd.DataFrame) -> dict[tuple[int, int], list[Interval]]:
-    """When each (attempt, rank) was a server."""
+    """The intervals in which each (attempt, rank) was a server."""
     found: dict[tuple[int, int], list[Interval]] = {}
     servers = phases.loc[phases["role"] == "server", ["attempt", "rank", "start_ns", "end_ns"]]
     for attempt, rank, start, end in servers.to_numpy(np.int64).tolist():
@@ -191,7 +192,7 @@ def _serving(phases: pd.DataFrame) -> dict[tuple[int, int], list[Interval]]:
 
 
 def _whole(pieces: Rows) -> list[Interval]:
-    """Spans that others cut: each from the start of its first piece to the end of its last."""
+    """Join the pieces of cut spans: from the start of the first piece to the end of the last."""
     pieces = pieces[np.argsort(pieces["start_ns"], kind="stable")]
     first = np.flatnonzero(pieces["piece"] == 0)
     last = np.append(first[1:], len(pieces))[: len(first)] - 1
@@ -209,7 +210,7 @@ def _merged(intervals: list[Interval]) -> list[Interval]:
 
 
 def _training_seconds(updates: pd.DataFrame, phases: pd.DataFrame, pauses: dict[int, list[Interval]]) -> Numbers:
-    """At each update. What an attempt did that the next one did again does not count."""
+    """Training seconds at each update. Work that the next attempt repeated does not count."""
     seconds, before = np.zeros(len(updates)), 0.0
     attempts, t_ns = updates["attempt"].to_numpy(), updates["t_ns"].to_numpy(np.int64)
     edges = phases.groupby(["attempt", "phase"], as_index=False).agg(start=("start_ns", "min"), end=("end_ns", "max"))
@@ -229,14 +230,14 @@ def _training_seconds(updates: pd.DataFrame, phases: pd.DataFrame, pauses: dict[
 
 
 def _until(t: NDArray[np.int64], start: int, end: int) -> NDArray[np.int64]:
-    """How much of (start, end) has passed at each `t`."""
+    """How much of the interval from start to end has passed at each `t`."""
     return np.clip(t, start, end) - start
 
 
 # -- rules -----------------------------------------------------------------------------------------------------
 def _recorded(run: Run) -> pd.DataFrame:
-    """Events of rules and ends of phases, once each, without those that a resumed run went back behind: t_s, kind,
-    text, event."""
+    """Rule events and ends of phases, once each, without those that a resumed run rolled back: t_s, kind, text,
+    event."""
     events = run.events()
     events = events[events["kind"].isin([RuleStatistic.kind, PhaseSwitch.kind])]
     if len(run.attempts) > 1:
@@ -250,7 +251,7 @@ def _recorded(run: Run) -> pd.DataFrame:
 
 
 def _samples_after(run: Run, t_s: Numbers) -> NDArray[np.int64]:
-    """The cursor after the first step that ended at or after each of `t_s`; -1: not known."""
+    """The cursor after the first step that ended at or after each of `t_s`; -1: unknown."""
     steps = run.steps()[["t_s", "cursor"]].sort_values("t_s", kind="stable")
     if steps.empty:
         return np.full(len(t_s), -1)

@@ -1,4 +1,4 @@
-"""All ranks' spans in one frame, each in its phase: what times, waits and traffic are computed from."""
+"""All ranks' spans in one frame, with their phases: the input for times, waits and traffic."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Rows = np.ndarray[Any, Any]
 PAUSES = (Kind.EVALUATE, Kind.CHECKPOINT, Kind.SWITCH)
-MOST = 6_000_000  # spans that are held in memory
+MOST = 6_000_000  # spans held in memory
 STRETCHES = 64
 
 
@@ -26,11 +26,13 @@ COLUMNS = ("lane", "step", "kind", "piece", "start_ns", "end_ns", "bytes", "peer
 
 @dataclass
 class Course:
-    """`spans`: attempt, phase, rank, lane, step, kind (code), piece, start_ns, end_ns, bytes, peer, id, paused; in the
-    order of rank, lane and time. `paused`: it lies in an evaluation, a checkpoint or a switch of its rank.
+    """The spans of all ranks, or a sample of them.
 
-    `pauses`: attempt, phase, rank, start_ns, end_ns of these. `share`: of the run's spans that are in `spans`; below 1
-    they are those of equally spaced stretches of time, and sums of theirs have to be divided by it.
+    `spans`: attempt, phase, rank, lane, step, kind (code), piece, start_ns, end_ns, bytes, peer, id, paused; sorted by
+    rank, lane and time. `paused`: the span lies in an evaluation, a checkpoint or a switch of its rank.
+
+    `pauses`: attempt, phase, rank, start_ns, end_ns of the pauses. `share`: the share of the run's spans in `spans`.
+    Below 1, they are a sample from equally spaced stretches of time, and sums over them have to be divided by `share`.
     """
 
     spans: pd.DataFrame
@@ -44,7 +46,7 @@ class Course:
 
 
 def read_course(run: Run, phases: pd.DataFrame, most: int = MOST) -> Course:
-    """Notes in the run if it is a sample."""
+    """Read the spans of all phases; at most about `most` of them. If this is a sample, a note is added to the run."""
     import pandas as pd
 
     share = min(1.0, most / max(1, sum(run.rows("spans").values())))
@@ -64,7 +66,7 @@ def read_course(run: Run, phases: pd.DataFrame, most: int = MOST) -> Course:
 
 
 def _stretches(phases: pd.DataFrame, share: float) -> Rows:
-    """Bounds of equal stretches of these phases: even numbers begin, odd ones end them."""
+    """Bounds of equal stretches of time in these phases: starts at even indices, ends at odd ones."""
     start, end = int(phases["start_ns"].min()), int(phases["end_ns"].max())
     begins = np.linspace(start, end, STRETCHES, endpoint=False)
     width = (end - start) / STRETCHES * share
@@ -72,7 +74,7 @@ def _stretches(phases: pd.DataFrame, share: float) -> Rows:
 
 
 def _read(run: Run, rank: int, attempt: int, stretches: Rows | None) -> tuple[Rows, Rows]:
-    """(spans, those of `stretches`, in the order of lane and time; start and end of every pause)."""
+    """(spans, only those in `stretches` if given, sorted by lane and time; start and end of every pause)."""
     blocks, pausing = [np.zeros(0, SPANS)], [np.zeros(0, SPANS)]
     for _, of_attempt, block in run.blocks("spans", rank):
         if of_attempt == attempt:
@@ -85,7 +87,7 @@ def _read(run: Run, rank: int, attempt: int, stretches: Rows | None) -> tuple[Ro
 
 
 def _pauses(own: Rows) -> Rows:
-    """(start, end) of evaluations, checkpoints and switches, what lies inside of them included."""
+    """(start, end) of evaluations, checkpoints and switches, including everything inside them."""
     own = own[np.argsort(own["start_ns"], kind="stable")]
     if not len(own):
         return np.zeros((0, 2), np.int64)
@@ -96,7 +98,7 @@ def _pauses(own: Rows) -> Rows:
 
 
 def _in_phases(rows: Rows, own: pd.DataFrame, breaks: Rows) -> pd.DataFrame:
-    """The rows of phases, with the phase that they are in."""
+    """The rows that lie in a phase, with its number."""
     import pandas as pd
 
     starts, ends = own["start_ns"].to_numpy(), own["end_ns"].to_numpy()
@@ -111,7 +113,7 @@ def _in_phases(rows: Rows, own: pd.DataFrame, breaks: Rows) -> pd.DataFrame:
 
 
 def _cut(breaks: Rows, own: pd.DataFrame) -> pd.DataFrame:
-    """The pauses that lie in the phases, cut to them."""
+    """The pauses, cut to the phases in which they lie."""
     import pandas as pd
 
     found = []

@@ -21,7 +21,7 @@ def sum_by_phase(course: Course, phases: pd.DataFrame) -> pd.DataFrame:
     communication_s, paused_s, total_s.
 
     total_s: from the first batch to the end of the last step, without evaluations, checkpoints and switches
-    (paused_s), summed over attempts. Servers: their workers' total.
+    (paused_s), summed over attempts. For servers it covers the time from their workers' first batch to last step.
     """
     import pandas as pd
 
@@ -44,7 +44,7 @@ def sum_by_phase(course: Course, phases: pd.DataFrame) -> pd.DataFrame:
 
 
 def _facts(phases: pd.DataFrame, pauses: pd.DataFrame) -> pd.DataFrame:
-    """phase, rank, strategy, role, paused_s, total_s; attempts together."""
+    """Columns phase, rank, strategy, role, paused_s, total_s, over all attempts."""
     timed = phases.assign(whole=(phases["end_ns"] - phases["start_ns"]) / 1e9)
     whole = timed.groupby(["phase", "rank"], as_index=False).agg(
         strategy=("strategy", "last"), role=("role", "last"), whole=("whole", "sum")
@@ -59,10 +59,10 @@ def pop(times: pd.DataFrame) -> pd.DataFrame:
     """A row per phase, over its workers: columns phase, strategy, workers, seconds, parallel_efficiency, load_balance,
     communication_efficiency.
 
-    With useful time U of each worker and the phase's time T (of the slowest worker): load balance mean(U) / max(U),
-    communication efficiency max(U) / T, parallel efficiency their product, mean(U) / T (POP Centre of Excellence,
-    Standard Metrics for Performance Analysis; Wagner et al. 2017). Its split into serialisation and transfer needs a
-    replay on an ideal network and is left out.
+    With U the useful time of each worker and T the phase's time (that of the slowest worker): load balance is
+    mean(U) / max(U), communication efficiency max(U) / T, and parallel efficiency their product, mean(U) / T (POP
+    Centre of Excellence, Standard Metrics for Performance Analysis; Wagner et al. 2017). The split of communication
+    efficiency into serialisation and transfer needs a replay on an ideal network and is left out.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""Where the time of a run went, in one sentence."""
+"""One sentence that says where the time of a run went."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from hpctrain.analysis import Analysis
 
-WORTH = 0.05  # of the workers' time: what is less is not worth a sentence
-SLOWER = 1.15  # times the others' median: a rank that computes so much slower is named
+WORTH = 0.05  # of the workers' time: smaller shares are not mentioned
+SLOWER = 1.15  # times the others' median: a rank that computes this much slower is named
 ALIKE = 1.1
 UNTOLD = "doing what no span covers"
 DOING = {
@@ -35,8 +35,8 @@ NAMES = {"forward": "forward pass", "backward": "backward pass"}
 
 @dataclass(frozen=True)
 class Straggler:
-    """The worker that computes slowest. `times`: how many times as long as the others' median, per sample; `what`: the
-    part that is slower, or "computation"."""
+    """The worker that computes slowest. `times`: its time per sample relative to the others' median; `what`: the part
+    that is slower, or "computation"."""
 
     rank: int
     times: float
@@ -44,7 +44,7 @@ class Straggler:
 
 
 def headline(analysis: Analysis) -> str:
-    """The largest share of worker time that is not computation, which ranks cause it, and why."""
+    """A sentence on the largest share of worker time that is not computation, which ranks cause it, and why."""
     times = analysis.times
     workers = times[(times["role"] == "worker") & (times["lane"] == 0)]
     total = float(workers["total_s"].sum())
@@ -78,7 +78,7 @@ def straggler(analysis: Analysis) -> Straggler | None:
 
 
 def _per_sample(analysis: Analysis) -> pd.DataFrame:
-    """Seconds of forward and backward per sample, by worker."""
+    """Seconds of forward and backward pass per sample, by worker."""
     times = analysis.times
     own = times[(times["role"] == "worker") & (times["lane"] == 0)].groupby("rank")[["forward", "backward"]].sum()
     samples = analysis.run.steps(rolled_back=True).groupby("rank")["samples"].sum().reindex(own.index)
@@ -107,7 +107,7 @@ def _of_straggler(analysis: Analysis, slow: Straggler, share: pd.Series[float], 
 
 
 def _lateness(analysis: Analysis, rank: int) -> str:
-    """ "its gradients are 5.2 versions late (the others' 2.0)", where there is such a thing."""
+    """ "in asynchronous phases its gradients come 5.2 versions late (the others' 2.0)"; "" if nothing was stale."""
     staleness = analysis.staleness
     staleness = staleness[staleness["staleness_max"] >= 0]
     own = staleness.loc[staleness["rank"] == rank, "staleness_max"]

@@ -22,9 +22,9 @@ Key = tuple[int, int, int]  # attempt, phase, rank
 def find_phases(run: Run) -> pd.DataFrame:
     """Each rank's training in each phase: from its first batch to the end of its last step.
 
-    A server's is that of the phase's workers. What comes before (dealing out state) and after (the last evaluation,
-    writing the model) is no training. Phases are known by the events PhaseEntered; a run without them is one phase
-    of unknown strategy.
+    A server's training time is that of the phase's workers. Work before it (distributing state) and after it (the last
+    evaluation, writing the model) does not count as training. Phases are found by PhaseEntered events; a run without
+    them is one phase with an unknown strategy.
     """
     import pandas as pd
 
@@ -44,13 +44,13 @@ def find_phases(run: Run) -> pd.DataFrame:
 
 
 def longest(phases: pd.DataFrame, most: int) -> list[int]:
-    """The phases of `Analysis.phases` to show where there is room for `most`: those that took longest, in order."""
+    """The `most` longest phases of `Analysis.phases`, in order: for views with limited room."""
     took = (phases["end_ns"] - phases["start_ns"]).groupby(phases["phase"]).max()
     return sorted(took.nlargest(most).index.tolist())
 
 
 def _entered(run: Run) -> dict[Key, tuple[str, str, int]]:
-    """(strategy, role, when) of each rank's entry into each phase."""
+    """(strategy, role, time) of each rank's entry into each phase."""
     found: dict[Key, tuple[str, str, int]] = {}
     for rank, attempt, t_ns, entry in chosen(run.events(), PhaseEntered):
         found[attempt, entry.phase, rank] = entry.strategy, entry.role, t_ns
@@ -62,7 +62,7 @@ def _entered(run: Run) -> dict[Key, tuple[str, str, int]]:
 
 
 def _firsts(run: Run, entered: dict[Key, tuple[str, str, int]]) -> dict[Key, int]:
-    """When the first computation after each entry of a worker began."""
+    """Start of the first computation after each worker's entry into a phase."""
     codes, found = [KIND_CODES[kind] for kind in COMPUTING], {}
     for rank in run.ranks:
         mine = sorted((at, attempt, phase) for (attempt, phase, of), (_, role, at) in entered.items()

@@ -1,4 +1,4 @@
-"""What a run used: CPU, memory, network and GPUs over time, of its ranks and of its nodes."""
+"""Resource use of a run over time: CPU, memory, network and GPUs, by rank and by node."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from hpctrain.trace import Run
 
 Numbers = NDArray[np.float64]
-SHORTEST_S = 0.1  # psutil's CPU percentages of less are noise; a rank's last sample often comes so soon
+SHORTEST_S = 0.1  # psutil's CPU percentages over less are noise; a rank's last sample often comes this soon
 RATES = {"net_in": "net_in_bytes_per_s", "net_out": "net_out_bytes_per_s"}
 SUMMED = ("cpu_percent", "resident_bytes")
 
 
 def usage(run: Run) -> pd.DataFrame:
-    """Samples of every rank, in the order of ranks and time; NaN: not known.
+    """Samples of every rank, sorted by rank and time; NaN: unknown.
 
-    Columns node, host, rank, attempt, device, t_s, cpu_percent (of one core; this rank's process), resident_bytes
-    (of it), net_in_bytes_per_s and net_out_bytes_per_s (the whole node without loopback, since the sample before;
-    of the node's lowest rank alone, the others would say the same), gpu_percent and gpu_memory_bytes (of the rank's
-    device, whoever uses it). Samples that came sooner than 0.1 s after another are left out.
+    Columns node, host, rank, attempt, device, t_s, cpu_percent (of one core, for this rank's process), resident_bytes
+    (of this process), net_in_bytes_per_s and net_out_bytes_per_s (whole node without loopback, since the previous
+    sample; only for the node's lowest rank, as the others have the same values), gpu_percent and gpu_memory_bytes (of
+    the rank's device, including use by other processes). Samples less than 0.1 s after another are left out.
     """
     import pandas as pd
 
@@ -39,7 +39,7 @@ def usage(run: Run) -> pd.DataFrame:
         found[name] = [known[key].get(name, unknown) for key in of]
     for name in ("cpu_percent", "resident_bytes", "net_in", "net_out", "gpu_percent", "gpu_memory_bytes"):
         found[name] = found[name].astype("float64").where(found[name] >= 0)
-    first = ~found.duplicated(by_rank)  # its percentage is of the 50 ms before it
+    first = ~found.duplicated(by_rank)  # the first CPU percentage covers only 50 ms
     found["cpu_percent"] = found["cpu_percent"].where(~first)
     speaks = found["rank"] == found.groupby(["node", "attempt"])["rank"].transform("min")
     elapsed = found.groupby(by_rank)["t_s"].diff()
@@ -51,11 +51,11 @@ def usage(run: Run) -> pd.DataFrame:
 
 
 def node_usage(samples: pd.DataFrame, moments: int = 200) -> pd.DataFrame:
-    """Of `usage`, per node: node, host, t_s, cpu_percent and resident_bytes, summed over the node's ranks.
+    """`usage` per node: node, host, t_s, cpu_percent and resident_bytes, summed over the node's ranks.
 
-    Ranks take their samples at different times: between two samples of a rank its numbers are interpolated, at
-    `moments` equal steps of the time; before its first and after its last one it adds nothing, but for as long as it
-    is from one to the next. A node is empty (NaN) where all its ranks are.
+    Ranks take their samples at different times, so each rank's values are interpolated at `moments` equally spaced
+    times. More than one sampling interval before its first sample or after its last, a rank adds nothing. A node's
+    value is NaN where none of its ranks has one.
     """
     import pandas as pd
 

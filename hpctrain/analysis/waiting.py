@@ -1,4 +1,4 @@
-"""Who waited for whom, and what that one was doing meanwhile; who held up synchronous steps."""
+"""Which rank waited for which, what that rank was doing meanwhile, and which ranks held up synchronous steps."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 Rows = np.ndarray[Any, Any]
 UNKNOWN = -1
 UNTRACED = "nothing traced"
-MOST_RANKS = 5000  # of a matrix: 200 MB
-HOPS = 4  # of a chain of ranks that wait for each other
+MOST_RANKS = 5000  # in a matrix: 200 MB
+HOPS = 4  # the most followed in a chain of ranks that wait for each other
 COLUMNS = ["phase", "step", "rank", "lane", "start_ns", "end_ns", "seconds", "peer", "root", "doing"]
 
 
 def attribute(course: Course) -> pd.DataFrame:
-    """Every wait, with who was waited for and what that rank was doing: COLUMNS.
+    """Every wait, with the rank waited for and what that rank was doing; columns are COLUMNS.
 
-    A rank waits in a collective or barrier until the last rank has come to it: that one is `peer`. For a message it
-    waits until its sender begins to send. What follows is transfer, and no wait. Where the peer itself waited, `root`
-    is the rank at the end of the chain. `doing`: the root's span kind, or "nothing traced"; a wait while which it
-    changed is several rows. Waits of which no one can be named have peer and root -1, and `doing` "". `seconds` are
-    divided by `course.share`.
+    In a collective or barrier a rank waits until the last rank arrives: that rank is `peer`. For a message it waits
+    until the sender begins to send. The time after that is transfer, not waiting. If the peer itself was waiting,
+    `root` is the rank at the end of the chain. `doing`: the root's span kind, or "nothing traced"; a wait during which
+    it changed is several rows. Waits with no known peer have peer and root -1 and `doing` "". `seconds` are divided by
+    `course.share`.
     """
     import pandas as pd
 
@@ -43,9 +43,9 @@ def attribute(course: Course) -> pd.DataFrame:
 
 
 def matrix(waits: pd.DataFrame, size: int, phase: int | None = None) -> pd.DataFrame:
-    """Seconds: rows are the ranks that waited, columns those waited for in the end (-1: unknown).
+    """Seconds waited: rows are the ranks that waited, columns the root ranks they waited for (-1: unknown).
 
-    Raises TraceError for more ranks than a matrix can be held of.
+    Raises TraceError for more than MOST_RANKS ranks.
     """
     check_matrix(size)
     chosen = waits if phase is None else waits[waits["phase"] == phase]
@@ -55,14 +55,14 @@ def matrix(waits: pd.DataFrame, size: int, phase: int | None = None) -> pd.DataF
 
 
 def check_matrix(ranks: int) -> None:
-    """Raises TraceError if a matrix of this many ranks is too large: a damaged file may claim a million."""
+    """Raise TraceError if a matrix of this many ranks is too large: a damaged file may claim a million."""
     if ranks > MOST_RANKS:
         raise TraceError(f"a matrix of {ranks:,} ranks is too large; there are none of more than {MOST_RANKS:,}")
 
 
-# -- who was waited for --------------------------------------------------------------------------------------------
+# -- which rank was waited for -------------------------------------------------------------------------------------
 def _waits(spans: pd.DataFrame) -> pd.DataFrame:
-    """Rows attempt, phase, step, rank, lane, start_ns, end_ns (of the wait alone), peer, peer_lane."""
+    """Columns attempt, phase, step, rank, lane, start_ns, end_ns (without the transfer), peer, peer_lane."""
     import pandas as pd
 
     inside = spans[is_communication(spans["kind"], spans["id"])]
@@ -76,7 +76,7 @@ def _waits(spans: pd.DataFrame) -> pd.DataFrame:
 
 
 def _for_last(inside: pd.DataFrame) -> pd.DataFrame:
-    """Collectives: until the last rank has come; a broadcast's receivers until its sender has."""
+    """Collectives: wait until the last rank arrives; the receivers of a broadcast wait until its sender does."""
     key = ["attempt", "id"]
     arrivals = (
         inside.assign(sends=inside["kind"] == Kind.SEND)
@@ -93,7 +93,7 @@ def _for_last(inside: pd.DataFrame) -> pd.DataFrame:
 
 
 def _for_sender(inside: pd.DataFrame) -> pd.DataFrame:
-    """Messages: until the other end has come: the sender to its send, the receiver to its receive."""
+    """Messages: wait until the other end arrives: the sender at its send, the receiver at its receive."""
     key = ["attempt", "id"]
     sends = inside[inside["kind"] == Kind.SEND]
     begun = sends.sort_values("start_ns").drop_duplicates([*key, "rank", "peer"])
@@ -112,12 +112,12 @@ def _for_sender(inside: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(peer_lane=rows["peer_lane"].where(known, 0).astype(np.int64))
 
 
-# -- what they were doing ------------------------------------------------------------------------------------------
+# -- what the peers were doing -------------------------------------------------------------------------------------
 class _Courses:
-    """Spans by (attempt, rank, lane), to be asked what went on between two moments."""
+    """Spans by (attempt, rank, lane), searchable by intervals of time."""
 
     def __init__(self, spans: pd.DataFrame, blocked: Rows) -> None:
-        """`blocked`: for each span the wait in it, or -1."""
+        """`blocked`: for each span, the index of the wait in it, or -1."""
         self._start, self._end = spans["start_ns"].to_numpy(), spans["end_ns"].to_numpy()
         self.kind, self.blocked = spans["kind"].to_numpy().astype(np.int64), blocked
         self._bounds: dict[tuple[int, int, int], tuple[int, int]] = {}
@@ -128,7 +128,7 @@ class _Courses:
             self._bounds[int(ids[0][low]), int(ids[1][low]), int(ids[2][low])] = low, high
 
     def during(self, whose: tuple[int, int, int], begin: Rows, end: Rows) -> tuple[Rows, Rows, Rows, Rows]:
-        """(question, start, end, span): what of `whose` spans lies in each stretch; span -1: nothing does."""
+        """(question, start, end, span): the parts of `whose` spans in each interval; span -1: a gap without spans."""
         low, high = self._bounds.get(whose, (0, 0))
         first = low + np.searchsorted(self._end[low:high], begin, side="right")
         last = low + np.searchsorted(self._start[low:high], end, side="left")
@@ -146,7 +146,7 @@ class _Courses:
         every = np.arange(len(begin))
         ids = np.concatenate([every, question])
         froms, tos = np.concatenate([begin, stop]), np.concatenate([begin, start])
-        order = np.lexsort((tos, ids))  # a gap begins where a span (or the question) ends, up to the next start
+        order = np.lexsort((tos, ids))  # a gap lasts from a span's end (or the interval's start) to the next start
         ids, froms = ids[order], froms[order]
         following = np.append(tos[order][1:], 0)
         is_last = np.append(ids[1:] != ids[:-1], True) if len(ids) else np.zeros(0, bool)
@@ -161,7 +161,7 @@ class _Courses:
 
 
 def _resolve(spans: pd.DataFrame, waits: pd.DataFrame) -> pd.DataFrame:
-    """The waits in pieces, with root and doing (0: unknown, a kind's code, or one more: nothing traced)."""
+    """Split the waits into pieces with root and doing (0: unknown; 1 to len(KINDS): a kind; above: nothing traced)."""
     import pandas as pd
 
     courses = _Courses(spans, _wait_in_span(spans, waits))
@@ -169,7 +169,7 @@ def _resolve(spans: pd.DataFrame, waits: pd.DataFrame) -> pd.DataFrame:
     w_start, w_end = waits["start_ns"].to_numpy(np.int64), waits["end_ns"].to_numpy(np.int64)
     attempt, waiter = waits["attempt"].to_numpy(np.int64), waits["rank"].to_numpy(np.int64)
     known = np.flatnonzero(peer >= 0)
-    open_ = [known, w_start[known], w_end[known], peer[known], lane[known]]  # wait, from, to, for whom
+    open_ = [known, w_start[known], w_end[known], peer[known], lane[known]]  # wait, start, end, peer, its lane
     unknown = np.flatnonzero(peer < 0)
     done = [[unknown, w_start[unknown], w_end[unknown], peer[unknown], np.zeros(len(unknown), np.int64)]]
     for hop in range(HOPS):
@@ -200,7 +200,7 @@ def _resolve(spans: pd.DataFrame, waits: pd.DataFrame) -> pd.DataFrame:
 
 
 def _wait_in_span(spans: pd.DataFrame, waits: pd.DataFrame) -> Rows:
-    """For each span the wait that begins with it, or -1."""
+    """For each span, the index of the wait that begins with it, or -1."""
     keys = ["attempt", "rank", "lane", "start_ns"]
     numbered = waits[keys].assign(wait=np.arange(len(waits))).drop_duplicates(keys)
     inside = is_communication(spans["kind"], spans["id"]) & (spans["end_ns"] > spans["start_ns"])
@@ -212,12 +212,13 @@ def _wait_in_span(spans: pd.DataFrame, waits: pd.DataFrame) -> Rows:
 
 # -- synchronous steps ---------------------------------------------------------------------------------------------
 def critical_path(course: Course, phases: pd.DataFrame, asynchronous: set[int]) -> pd.DataFrame:
-    """Of the steps that workers take together, in phases that are not `asynchronous`: columns phase, rank, steps,
-    share, compute_s, exchange_s.
+    """How often each worker was last in synchronous steps, i.e. in phases not in `asynchronous`: columns phase, rank,
+    steps, share, compute_s, exchange_s.
 
-    The critical path of a synchronous step runs through the worker that finishes its backward pass last: `steps` and
-    `share` are those in which it was `rank`; of these, compute_s is the mean time from the step's first batch to that
-    moment, exchange_s from there to the end of the step's last span.
+    The critical path of a synchronous step runs through the worker that finishes its backward pass last. `steps` and
+    `share`: number and share of the steps in which `rank` was that worker. In these steps, compute_s is the mean time
+    from the step's first span to the end of that backward pass, and exchange_s from there to the end of the step's last
+    span.
     """
     import pandas as pd
 

@@ -153,8 +153,8 @@ class TraceWriter:
         self._abandon()
 
     def _abandon(self) -> None:
-        """Leave the file as a killed rank would. HDF5 crashes the process when it cannot write its remaining buffers (at
-        exit at the latest), so its writes are redirected to an unused memory file.
+        """Leave the file as a killed rank would. HDF5 crashes the process when it cannot write its remaining buffers
+        (at exit at the latest), so its writes are redirected to an unused memory file.
         """
         file, self._file, self._tables = self._file, None, {}
         if file is None:
