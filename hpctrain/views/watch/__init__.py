@@ -1,6 +1,6 @@
-"""`hpctrain watch RUN`: how a run goes, while it goes, in another terminal.
+"""`hpctrain watch RUN`: shows the progress of a run in another terminal.
 
-Only reads, without locks, what the ranks have flushed: the run does not notice.
+It only reads, without locks, what the ranks have flushed, so it does not affect the run.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from hpctrain.views.watch.snapshot import Snapshot
     from hpctrain.views.watch.watcher import Watcher
 
-GIVE_UP_SECONDS = 900.0  # of silence, where nobody looks
-SIZE_SECONDS = 0.2  # how often to see whether the terminal has another size
+GIVE_UP_SECONDS = 900.0  # of silence, when not on a terminal
+SIZE_SECONDS = 0.2  # how often to check the size of the terminal
 
 
 def watch(run: Path, every: float = 2.0, once: bool = False) -> int:
     """Watch the run in the folder `run` until it ends, looking every `every` seconds; `once`: print one picture.
 
-    On a terminal it is a picture that is redrawn, elsewhere a line per look; at the end, and after Ctrl-C, the last
+    On a terminal a picture is redrawn; elsewhere each look prints a line. At the end, and after Ctrl-C, the last
     picture stays. Returns the exit status: 130 after Ctrl-C while the ranks were still writing, else 0. Raises
-    TraceError for a folder that is no run, or whose traces cannot be read; HpctrainError for a wrong `every`.
+    TraceError for a folder that is not a run or whose traces cannot be read; HpctrainError for an invalid `every`.
     """
     from rich.console import Console
 
@@ -39,7 +39,7 @@ def watch(run: Path, every: float = 2.0, once: bool = False) -> int:
     if not 0.1 <= every <= 3600:
         raise HpctrainError(f"--every {every:g}: expected 0.1 to 3600 seconds between two looks")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a run's name may be beyond what the terminal can show
+        sys.stdout.reconfigure(errors="replace")  # a run's name may have characters the terminal cannot show
     console, watcher = Console(highlight=False), Watcher(run_folder(run))
     redraws = sys.stdout.isatty() and not console.is_dumb_terminal
     left = False
@@ -55,7 +55,7 @@ def watch(run: Path, every: float = 2.0, once: bool = False) -> int:
 
 
 def _redraw(console: Console, watcher: Watcher, shot: Snapshot, every: float) -> None:
-    """A picture that fills the terminal, until the run is over."""
+    """Redraw a picture that fills the terminal until the run is over."""
     from rich.live import Live
 
     from hpctrain.views.watch.picture import LivePicture
@@ -73,7 +73,7 @@ def _redraw(console: Console, watcher: Watcher, shot: Snapshot, every: float) ->
 
 
 def _tell(console: Console, watcher: Watcher, shot: Snapshot, every: float) -> None:
-    """A line per look, until the run is over, or has been silent for so long that it must have been killed."""
+    """Print a line per look until the run is over, or silent for so long that it must have been killed."""
     from hpctrain.views.watch.picture import line
 
     while not shot.status.over and shot.silence < GIVE_UP_SECONDS:

@@ -12,7 +12,7 @@ from hpctrain.views.watch.snapshot import EvaluationRow
 
 
 def read_evaluations(path: Path) -> list[EvaluationRow]:
-    """Its rows; without a line that is not there in full yet, and none if there is no such file."""
+    """The rows of the file at `path`, without an incomplete last line; empty if there is no such file."""
     try:
         text = read_regular(path, LONGEST_METRICS).decode(errors="replace")
         table = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))

@@ -1,4 +1,4 @@
-"""The course of the loss in a few dozen numbers, however long the run."""
+"""The loss over time, condensed to a few dozen numbers however long the run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from hpctrain.trace.files import Rows
 
 
 class History:
-    """Means of the loss over equal stretches of the run's samples, at most `most` of them: they double as it grows."""
+    """Mean losses over at most `most` equal stretches of samples, whose width doubles as the run grows."""
 
     def __init__(self, most: int = 60) -> None:
         self._most, self._width = most, 1
-        self._sums: dict[int, tuple[float, float]] = {}  # by stretch: sum of losses, number
+        self._sums: dict[int, tuple[float, float]] = {}  # by stretch: sum of losses, number of losses
 
     def add(self, steps: Rows) -> None:
-        """Rows of /steps; those of unknown cursor or without a finite loss do not count."""
+        """Add rows of /steps; those with an unknown cursor or without a finite loss do not count."""
         steps = steps[(steps["cursor"] >= 0) & np.isfinite(steps["loss"]) & (steps["samples"] > 0)]
         if not len(steps):
             return
@@ -28,11 +28,11 @@ class History:
             self._sums[stretch] = total + float(losses.sum()), count + len(losses)
 
     def forget(self, cursor: int) -> None:
-        """Take out what is beyond `cursor`, where a resumed run goes on."""
+        """Drop everything beyond `cursor`, where a resumed run continues."""
         self._sums = {stretch: sums for stretch, sums in self._sums.items() if stretch * self._width < cursor}
 
     def means(self) -> list[float]:
-        """In the order of samples, stretches without a step left out."""
+        """The mean losses in order of samples, without stretches that have no step."""
         return [total / count for _, (total, count) in sorted(self._sums.items())]
 
     def _double(self) -> None:

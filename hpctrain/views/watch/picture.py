@@ -1,4 +1,4 @@
-"""A snapshot as a picture for a terminal, and as a line of text."""
+"""Shows a snapshot as a picture for a terminal or as a line of text."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from hpctrain.views.watch.snapshot import EvaluationRow, RankView, RunStatus, Sn
 HEIGHTS, ASCII_HEIGHTS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 BAR, ASCII_BAR, BAR_WIDTH = ("█", "░"), ("#", "."), 30
 MOST_NOTES = 4
-MARGIN = 2  # lines below the ranks that are kept free: the cursor's, and one for what they leave out
+MARGIN = 2  # lines kept free below the ranks: one for the cursor, one for a note on ranks left out
 UNKNOWN = "-"
 
 
 @dataclass
 class LivePicture:
-    """Draws `snapshot` as wide as there is room. `fit`: no higher than the terminal; else all ranks are shown."""
+    """Draws `snapshot` at the available width. `fit`: limit it to the terminal's height; else all ranks are shown."""
 
     snapshot: Snapshot
     fit: bool = False
@@ -141,7 +141,7 @@ def _speed(shot: Snapshot) -> Text:
 
 
 def _waits(shot: Snapshot) -> list[float]:
-    """The workers' shares, the lowest first."""
+    """The workers' shares of waiting, in ascending order."""
     return sorted(view.waiting for view in shot.ranks if view.waiting is not None and view.role == "worker")
 
 
@@ -151,8 +151,8 @@ def _evaluation(shot: Snapshot, row: EvaluationRow) -> str:
 
 
 def sparkline(values: Sequence[float], heights: str = HEIGHTS) -> str:
-    """A character per value, from the lowest to the highest of them; by their logarithms if all are positive: late in
-    a run losses differ by shares of what is left of them."""
+    """A character per value, scaled from the lowest to the highest. The scale is logarithmic if all are positive,
+    because late in a run losses differ little in absolute terms."""
     if min(values) > 0:
         values = [math.log(value) for value in values]
     low, high = min(values), max(values)
@@ -161,7 +161,7 @@ def sparkline(values: Sequence[float], heights: str = HEIGHTS) -> str:
 
 
 def duration(seconds: float) -> str:
-    """ "0:01:20" ; days before it where there are any."""
+    """ "0:01:20"; preceded by the days if there are any."""
     days, rest = divmod(round(seconds), 86400)
     text = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
     return f"{days} d {text}" if days else text
@@ -169,7 +169,7 @@ def duration(seconds: float) -> str:
 
 # -- the ranks ---------------------------------------------------------------------------------------------------
 def _choose(ranks: Sequence[RankView], room: int | None) -> Sequence[RankView]:
-    """All of them if there is room; else silent ones, and then workers that take longest for a sample."""
+    """All ranks if there is room; else silent ranks first, then the workers that take longest per sample."""
     if room is None or len(ranks) <= room:
         return ranks
     return sorted(ranks, key=lambda r: (-(r.silent or 0.0), r.role != "worker", -(r.sample_seconds or 0.0)))[:room]
@@ -212,7 +212,7 @@ def _style(view: RankView) -> str:
 
 # -- one line ----------------------------------------------------------------------------------------------------
 def line(shot: Snapshot) -> str:
-    """The snapshot in a line, for a log."""
+    """The snapshot as one line, for a log."""
     parts = [time.strftime("%H:%M:%S"), shot.status.value if shot.status is RunStatus.RUNNING else _explain(shot)]
     if shot.share is not None:
         parts.append(f"{100 * shot.share:.0f} %")

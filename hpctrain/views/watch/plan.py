@@ -1,4 +1,4 @@
-"""What a run set out to do, from the job in its folder."""
+"""What a run is planned to do, from the job in its folder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hpctrain.job.roles import roles_of
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a job. `job`: None where it cannot be read; nothing that it names is imported.
+    """What is known of a job. `job`: None if it cannot be read; nothing it names is imported.
 
-    `phases`: how many; `epochs`: train.epochs; `flush_seconds`: how often ranks write; `may_stop_early`: before its
-    samples are used up, because of an evaluation or of a last phase with a rule of its own.
+    `phases`: their number; `epochs`: train.epochs; `flush_seconds`: how often ranks write; `may_stop_early`: whether
+    the run may end before its samples are used up, because of an evaluation or because the last phase has a rule.
     """
 
     job: Job | None = None
@@ -32,7 +32,7 @@ class Plan:
     may_stop_early: bool = False
 
     def roles(self, phase: int, nodes: Sequence[int]) -> dict[int, str]:
-        """Role by rank in a phase, of ranks on these nodes; empty if unknown: with a strategy of the user's own."""
+        """Role by rank in a phase, for ranks on these nodes; empty if unknown, e.g. for a custom strategy."""
         if self.job is None or not 0 <= phase < len(self.job.schedule):
             return {}
         try:
@@ -43,7 +43,7 @@ class Plan:
         return {rank: role.value for rank, role in known.items()}
 
     def total(self, epoch: int, workers: int) -> int | None:
-        """Samples of the whole run, of `epoch` per epoch; `workers`: of its first phase. None if unknown."""
+        """Samples of the whole run. `epoch`: samples per epoch; `workers`: of its first phase. None if unknown."""
         if self.job is None or epoch < 1 or workers < 1:
             return None
         train = self.job.train
@@ -51,7 +51,7 @@ class Plan:
 
 
 def read_plan(folder: Path) -> Plan:
-    """The plan in a run folder. Raises TraceError where its job says that there will be no traces."""
+    """Read the plan from a run folder. Raises TraceError if its job disables traces."""
     try:
         job = Job.recorded(folder / JOB) if (folder / JOB).is_file() else None
     except HpctrainError:

@@ -1,4 +1,4 @@
-"""What a rank did in the last seconds, summed up as its rows come in."""
+"""Sums over a rank's last seconds, updated as its rows arrive."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _COMPUTING = np.isin(np.arange(256), (Kind.FORWARD, Kind.BACKWARD))
 
 @dataclass
 class Sums:
-    """What ended in one second, or several. Seconds; `start_ns`, `end_ns`: where its spans begin and end; `staleness`:
-    the sum of the steps', where it has a meaning, of how many steps, and the largest."""
+    """Sums over everything that ended in one or several seconds. `start_ns`, `end_ns`: the extent of its spans;
+    `computing`, `waiting`: seconds; `staleness`: (sum, number of steps, largest), over steps with a staleness."""
 
     start_ns: int = 1 << 62
     end_ns: int = -(1 << 62)
@@ -39,7 +39,7 @@ class Sums:
 
     @property
     def seconds(self) -> float:
-        """From the first span to the end of the last."""
+        """Seconds from the start of the first span to the end of the last."""
         return max(0.0, (self.end_ns - self.start_ns) / _SECOND)
 
     @property
@@ -49,34 +49,34 @@ class Sums:
 
     @property
     def sample_seconds(self) -> float | None:
-        """Forward and backward pass, per sample."""
+        """Seconds of forward and backward pass per sample."""
         return self.computing / self.samples if self.samples and self.computing else None
 
     @property
     def waiting_share(self) -> float | None:
-        """Of the time: in messages, collectives and barriers, waiting for them included."""
+        """The share of the time spent in messages, collectives and barriers, including waiting for them."""
         return self.waiting / self.seconds if self.seconds else None
 
 
 @dataclass
 class Recent:
-    """Sums of the last `SECONDS` or `STEPS` of one phase, by the second. Steps are not cut: all that a rank did since
-    the step before counts where its step ends; what it did without taking steps, where that ends."""
+    """Sums over the last `SECONDS` or `STEPS` of one phase, by second. Steps are not split: everything since the
+    previous step counts in the second in which the step ends. Without steps, each span counts where it ends."""
 
     since_ns: int = -(1 << 62)
     _by_second: dict[int, Sums] = field(default_factory=dict)
     _pending: Rows = field(default_factory=lambda: np.zeros(0, SPANS))  # of a step that has not ended yet
 
     def begin(self, t_ns: int) -> None:
-        """A phase begins: what was before does not count any more."""
+        """Begin a phase: earlier spans and steps no longer count."""
         self.since_ns = t_ns
         self._by_second = {second: s for second, s in self._by_second.items() if s.start_ns >= t_ns}
 
     def add(self, spans: Rows, steps: Rows, takes_steps: bool = True, cut: bool = False) -> None:
-        """New rows of /spans (of which the rank's own course counts, lane 0) and /steps. `takes_steps`: a worker;
-        `cut`: spans before these are not known."""
+        """Add new rows of /spans (only lane 0, the rank's main thread, counts) and /steps. `takes_steps`: the rank is
+        a worker; `cut`: earlier spans are unknown."""
         ends = steps["t_ns"]
-        if cut and len(spans) and len(steps):  # the first step of which all is known begins at the end of another
+        if cut and len(spans) and len(steps):  # the first fully known step begins where the previous one ends
             first = np.searchsorted(ends, spans["start_ns"][0])
             self.since_ns = max(self.since_ns, int(ends[min(first, len(ends) - 1)]))
         self.since_ns = max(self.since_ns, _reach(ends))
@@ -96,7 +96,7 @@ class Recent:
         self._by_second = {second: self._by_second[second] for second in self._kept()}
 
     def sums(self) -> Sums:
-        """All of it."""
+        """The total over all seconds kept."""
         return sum(self._by_second.values(), Sums())
 
     def _count(self, second: int, sums: Sums) -> None:
@@ -114,7 +114,7 @@ class Recent:
 
 
 def _reach(ends: Rows) -> int:
-    """The end of the last step that need not be summed up, because there is enough after it."""
+    """The end of the last step that need not be counted because enough steps follow."""
     if len(ends) <= STEPS:
         return -(1 << 62)
     kept = min(int(np.searchsorted(ends, ends[-1] - (SECONDS + 1) * _SECOND)), len(ends) - STEPS)

@@ -7,33 +7,33 @@ from enum import Enum
 
 
 class RunStatus(Enum):
-    """How a run stands, as far as its folder tells."""
+    """The state of a run, as far as its folder shows."""
 
     WAITING = "has not begun to write"
     RUNNING = "running"
-    SILENT = "silent"  # open files that nobody writes to: it hangs, or was killed
+    SILENT = "silent"  # open files without new rows: the run hangs or was killed
     STOPPED = "stopped before its end"  # interrupted, or ended by an error
     FINISHED = "finished"
 
     @property
     def over(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether no more rows will follow."""
         return self in (RunStatus.STOPPED, RunStatus.FINISHED)
 
     @property
     def going(self) -> bool:
-        """Whether, as far as one can tell, ranks are at work."""
+        """Whether ranks appear to be at work."""
         return self in (RunStatus.WAITING, RunStatus.RUNNING)
 
 
 @dataclass(frozen=True)
 class RankView:
-    """One rank in the last seconds. None: not known, or without meaning.
+    """One rank in the last seconds. None: unknown or meaningless.
 
     `rate`: samples per second; `sample_seconds`: forward and backward pass of one sample; `waiting`: share of its time
-    in communication; `staleness`: (mean, largest) of its steps; `slowness`: how many times its `sample_seconds` are the
-    other workers' median, if that makes it a straggler; `silent`: seconds since it wrote, if that is too long; `ended`:
-    whether it has closed its trace.
+    in communication; `staleness`: (mean, largest) of its steps; `slowness`: its `sample_seconds` relative to the other
+    workers' median, if that makes it a straggler; `silent`: seconds since it last wrote, if too long; `ended`: whether
+    it has closed its trace.
     """
 
     rank: int
@@ -49,7 +49,7 @@ class RankView:
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """A row of metrics.csv. `loss`: None where the model returned none."""
+    """A row of metrics.csv. `loss`: None if the model returned none."""
 
     split: str
     epoch: float
@@ -59,7 +59,7 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class Notice:
-    """An event worth a line, `seconds` after the first rank began to write."""
+    """An event to show, `seconds` after the first rank began to write."""
 
     seconds: float
     kind: str
@@ -70,11 +70,11 @@ class Notice:
 class Snapshot:
     """A run at one moment.
 
-    `since`: when something was last written, in seconds since 1970; `silence`: how long before this moment that was.
-    `phases`: how many the job has, if known. `cursor`, `total`: samples consumed and of the whole run; `left`: seconds
-    that the rest takes at the pace of late, at most if it `may_stop_early`. `rate`: samples per second of all workers.
-    `loss`: mean of the last seconds; `history`: of the whole run so far. `evaluations`: the newest of each split;
-    `best`: the best on the first of these. `told`: the newest event of each kind that says how the run goes.
+    `since`: time of the last write, in seconds since 1970; `silence`: seconds since then. `phases`: the number of
+    phases of the job, if known. `cursor`, `total`: samples consumed so far and samples of the whole run; `left`:
+    seconds the rest takes at the recent pace (an upper bound if it `may_stop_early`). `rate`: samples per second of all
+    workers. `loss`: mean of the last seconds; `history`: mean losses over the whole run so far. `evaluations`: the
+    newest of each split; `best`: the best of the first split. `told`: the newest event of each kind that is shown.
     """
 
     name: str
@@ -107,5 +107,5 @@ class Snapshot:
 
     @property
     def share(self) -> float | None:
-        """Of the run's samples, how many are consumed: 0 to 1."""
+        """The share of the run's samples consumed so far: 0 to 1."""
         return min(1.0, self.cursor / self.total) if self.cursor is not None and self.total else None

@@ -1,7 +1,7 @@
-"""Follows one rank's trace file while it grows: only what is new is read, and only the end of what is long.
+"""Follows one rank's trace file while it grows: reads only new rows, and only the last of them if there are many.
 
-Read-only, through SWMR and without locks, and opened anew for every look: a run still going is not disturbed, and on a
-network file system every look sees what has come since the last.
+The file is read through SWMR, without locks, and reopened for every look: this does not disturb a run in progress, and
+on a network file system every look sees the latest rows.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 from hpctrain.trace.files import Rows, TraceFile, open_file, open_h5, read_rows, rows_there
 from hpctrain.trace.soundness import TIMES
 
-MOST_ROWS = 1 << 15  # of one table in one look
+MOST_ROWS = 1 << 15  # read from one table per look
 STRETCHES, STRETCH_ROWS = 64, 16
 
 
 @dataclass
 class News:
-    """Rows that came since the last look, times on rank 0's clock. `sampled`: some of the steps passed over; `cut`:
-    whether spans were passed over."""
+    """New rows since the last look, with times on rank 0's clock. `sampled`: some of the skipped steps; `cut`: whether
+    spans were skipped."""
 
     events: Rows
     spans: Rows
@@ -35,12 +35,13 @@ class News:
 
 
 class Tail:
-    """The end of a trace file. Attributes: `file`, what it says of itself; `damaged`, how many rows were left out
-    because no rank writes such; `changed`, when it last gained rows, in
-    seconds since 1970 (before that: when it was last written to); `closed`: its writer has closed it, and all of it
-    has been read.
+    """The end of a trace file.
 
-    Raises TraceError for another schema, TraceError or one of `files.UNREADABLE` for a file that cannot be read.
+    Attributes: `file`: its attributes and state; `damaged`: the number of invalid rows left out; `changed`: when it
+    last gained rows, in seconds since 1970 (before the first new rows: when it was last written to); `closed`: whether
+    its writer has closed it and all of it has been read.
+
+    Raises TraceError for an unknown schema version, TraceError or one of `files.UNREADABLE` for an unreadable file.
     """
 
     def __init__(self, path: Path, rank: int, attempt: int) -> None:
@@ -53,24 +54,25 @@ class Tail:
         self._settled = False
 
     def look(self, now: float, sample: bool = True) -> News | None:
-        """What is new, or None. `now`: seconds since 1970. Raises like the class.
+        """Return the new rows, or None. `now`: seconds since 1970. Raises the same errors as the class.
 
-        Of a table with more than `MOST_ROWS` new rows the older ones are passed over, and the steps among them sampled
-        if asked for. Until the clocks have been measured there is nothing.
+        In a table with more than `MOST_ROWS` new rows, the older ones are skipped; skipped steps are sampled if
+        `sample` is set. Returns None until the clocks have been measured or the file is closed.
         """
         stat = self.file.path.stat()
         stamp, before = (stat.st_size, stat.st_mtime_ns), self._stamp
         if self.closed or (stamp == before and self._settled):
             return None
-        if stamp == before or not len(self.file.clock):  # a file that grows need not be asked whether it is closed
+        if stamp == before or not len(self.file.clock):  # a growing file cannot be closed: no need to check
             self.file = open_file(self.file.path, self.file.rank, self.file.attempt)
-        closed = self.file.closed  # as it was before the rows are read: then they are all
+        closed = self.file.closed  # taken before the rows are read: if True, the rows are complete
         if not len(self.file.clock) and not closed:
             return None
         news = self._read(sample)
         if news and before is not None:
             self.changed = now
-        # Twice read as it is, it has nothing more; once is not enough: times of files are as coarse as milliseconds.
+        # A file read twice with the same stamp has no more rows. Once is not enough: file times have a resolution of
+        # milliseconds.
         self._stamp, self._settled, self.closed = stamp, stamp == before, closed
         return news or None
 
@@ -79,7 +81,7 @@ class Tail:
         with open_h5(path) as h5:
             there = {name: rows_there(h5[name], path)[1] for name in seen}
             starts = {name: max(seen[name], rows - MOST_ROWS) for name, rows in there.items()}
-            read = read_rows if self.file.closed else _new_rows  # to a closed file nothing comes any more
+            read = read_rows if self.file.closed else _new_rows  # a closed file gets no more rows
             blocks = {name: read(h5[name], starts[name], rows) for name, rows in there.items()}
             passed = (seen["steps"], starts["steps"]) if sample else (0, 0)
             blocks["sampled"] = _sample(h5["steps"], *passed)
@@ -98,7 +100,7 @@ class Tail:
 
 
 def _new_rows(table: Any, start: int, stop: int) -> Rows:
-    """Rows start to stop, up to the first that has not reached the file yet: zeros throughout."""
+    """Rows start to stop, up to the first that has not reached the file yet (all zeros)."""
     if start >= stop:
         return np.zeros(0, table.dtype)
     rows: Rows = table[start:stop]
@@ -107,7 +109,7 @@ def _new_rows(table: Any, start: int, stop: int) -> Rows:
 
 
 def _sample(table: Any, start: int, stop: int) -> Rows:
-    """A few rows here and there of start to stop."""
+    """A sample of the rows from start to stop, in equally spaced short stretches."""
     begins = np.linspace(start, stop, STRETCHES, endpoint=False, dtype=np.int64) if stop > start else np.zeros(0, int)
     parts = [_new_rows(table, begin, min(begin + STRETCH_ROWS, stop)) for begin in begins.tolist()]
     return np.concatenate([np.zeros(0, table.dtype), *parts])

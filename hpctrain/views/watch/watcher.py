@@ -1,4 +1,4 @@
-"""Looks at a run again and again, and tells each time how it stands. No terminal here."""
+"""Looks at a run repeatedly and returns its state each time. Does not use the terminal."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from hpctrain.views.watch.recent import Recent, Sums
 from hpctrain.views.watch.snapshot import EvaluationRow, Notice, RankView, RunStatus, Snapshot
 from hpctrain.views.watch.tail import News, Tail
 
-STRAGGLER = 1.5  # times the other workers' median: forward and backward pass of a sample
+STRAGGLER = 1.5  # times the other workers' median time for the forward and backward pass of a sample
 STRAGGLER_STEPS = 3  # ... over at least this many steps
-SILENT_SECONDS = 10.0  # without a new row a rank is silent after so long ...
+SILENT_SECONDS = 10.0  # a rank without new rows counts as silent after this time ...
 SILENT_TIMES = 5  # ... and this many times its flush interval and its step
-PACE_SECONDS = 120  # the time left is computed from the pace of the last seconds
+PACE_SECONDS = 120  # the time left is computed from the pace over these last seconds
 TOLD = ("rule", "switch", "rebalance", "failure", "checkpoint")
 
 
 @dataclass
 class _Rank:
-    """What has been gathered about a rank. `phase`: -1 until it has reported one; `last_ns`: when its last row ends."""
+    """What is known of a rank. `phase`: -1 until it has reported one; `last_ns`: the end of its last row."""
 
     tail: Tail
     recent: Recent = field(default_factory=Recent)
@@ -47,14 +47,14 @@ class _Rank:
 
     @property
     def begun_ns(self) -> int:
-        """When it began to write."""
+        """When the rank began to write."""
         stamp = np.array([self.tail.file.attributes.get("clock_ns", 0)], np.int64)
         return int(self.tail.file.correct(stamp)[0])
 
 
 @dataclass
 class _Attempt:
-    """What has been gathered about an attempt. `faults`: by rank, what cannot be read; `pace`: (time, cursor)."""
+    """What is known of an attempt. `faults`: by rank, what cannot be read; `pace`: (time, cursor)."""
 
     number: int
     ranks: dict[int, _Rank] = field(default_factory=dict)
@@ -68,29 +68,29 @@ class _Attempt:
 
     @property
     def begun_ns(self) -> int:
-        """When the first rank began to write, of those that have written."""
+        """When the first rank began to write, among those that have written."""
         return min((rank.begun_ns for rank in self.ranks.values() if rank.last_ns is not None), default=0)
 
     @property
     def elapsed(self) -> float:
-        """Seconds from then to the last row."""
+        """Seconds from `begun_ns` to the end of the last row."""
         last = [rank.last_ns for rank in self.ranks.values() if rank.last_ns is not None]
         return (max(last) - self.begun_ns) / 1e9 if last else 0.0
 
     @property
     def size(self) -> int:
-        """How many ranks there are, as most of their files say."""
+        """The number of ranks, as given by most of their files."""
         return size_of([rank.tail.file for rank in self.ranks.values()])
 
     @property
     def nodes(self) -> list[int]:
-        """Of every rank; a missing one is taken to be on node 0."""
+        """The node of every rank; a missing rank is assumed to be on node 0."""
         present = {rank: int(of.tail.file.attributes.get("node", 0)) for rank, of in self.ranks.items()}
         return [present.get(rank, 0) for rank in range(self.size)]
 
 
 class Watcher:
-    """Follows the run in `folder`; `now`: the calendar, in seconds since 1970. Raises TraceError without traces."""
+    """Follows the run in `folder`; `now`: returns seconds since 1970. Raises TraceError if traces are disabled."""
 
     def __init__(self, folder: Path, now: Callable[[], float] = time.time) -> None:
         self.folder = folder
@@ -100,7 +100,7 @@ class Watcher:
         self._attempt = _Attempt(1)
 
     def look(self) -> Snapshot:
-        """Read what has come since the last look. Raises TraceError if none of the traces can be read."""
+        """Read the rows new since the last look. Raises TraceError if none of the traces can be read."""
         files = trace_files(self.folder)
         newest = max((attempt for attempt, _ in files), default=1)
         while True:
@@ -108,7 +108,7 @@ class Watcher:
             self._read({rank: path for (attempt, rank), path in files.items() if attempt == number})
             if number >= newest:
                 break
-            self._attempt = _Attempt(number + 1)  # of the one before, only the loss is kept
+            self._attempt = _Attempt(number + 1)  # only the loss is kept from the previous attempt
         faults = list(self._attempt.faults.values())
         if faults and not self._attempt.ranks:
             raise TraceError(f"{self.folder}: none of its traces can be read: {'; '.join(faults[:3])}")
@@ -165,7 +165,7 @@ class Watcher:
             attempt.pace.clear()
 
     def _keep_pace(self, rank: _Rank, steps: Rows) -> None:
-        """Of a phase's last seconds, where the run stood at their beginning and end."""
+        """Keep the run's cursor at the beginning and end of the phase's last seconds."""
         steps = steps[(steps["phase"] == self._attempt.phase) & (steps["cursor"] >= 0)]
         if len(steps):
             last = int(steps["t_ns"][-1])
@@ -223,7 +223,7 @@ class Watcher:
         return RunStatus.SILENT if silent else RunStatus.RUNNING
 
     def _patience(self, rank: _Rank) -> float:
-        """How many seconds may pass between two of its writings; it writes after steps only."""
+        """Seconds that may pass between two writes of a rank, which writes only after steps."""
         step = rank.sums.seconds / rank.sums.steps if rank.sums.steps else 0.0
         return max(SILENT_SECONDS, SILENT_TIMES * max(self._plan.flush_seconds, step))
 
@@ -238,11 +238,11 @@ class Watcher:
         return tuple(self._view(number, roles[number], slowness.get(number), silence) for number in sorted(roles))
 
     def _view(self, number: int, role: str, slowness: float | None, silence: float) -> RankView:
-        """`silence`: of the whole run. A rank is silent if others have long gone on without it."""
+        """`silence`: of the whole run. A rank counts as silent if others have long continued without it."""
         rank = self._attempt.ranks[number]
         ended, silent = rank.tail.closed, self._now() - rank.tail.changed
         late = None if ended or silent - silence <= self._patience(rank) else silent
-        if rank.phase != self._attempt.phase:  # it has not written in this phase yet
+        if rank.phase != self._attempt.phase:  # the rank has not written in this phase yet
             return RankView(number, role, ended=ended, silent=late if role == "worker" else None)
         sums = rank.sums
         stale, count, largest = sums.staleness
@@ -259,7 +259,7 @@ class Watcher:
         )
 
     def _slowness(self, workers: set[int]) -> dict[int, float]:
-        """By straggler: how many times longer it computes for a sample than the median of the other workers."""
+        """By straggler: its compute time per sample relative to the median of the other workers."""
         sums = {number: self._attempt.ranks[number].sums for number in workers}
         took = {n: s.sample_seconds for n, s in sums.items() if s.sample_seconds and s.steps >= STRAGGLER_STEPS}
         found = {}
@@ -277,7 +277,7 @@ class Watcher:
         attempt = self._attempt
         if attempt.cursor < 0 or attempt.epoch <= 0 or not math.isfinite(attempt.cursor / attempt.epoch):
             return None
-        planned = self._plan.roles(0, attempt.nodes)  # empty for a strategy of the user's own
+        planned = self._plan.roles(0, attempt.nodes)  # empty for a custom strategy
         told = {number: rank.tail.file.attributes.get("role") for number, rank in attempt.ranks.items()}
         workers = list((planned or told).values()).count("worker")
         return self._plan.total(round(attempt.cursor / attempt.epoch), workers)
@@ -313,7 +313,7 @@ def _begun(folder: Path) -> float:
 
 
 def _best(evaluations: list[EvaluationRow], higher_is_better: bool) -> EvaluationRow | None:
-    """Of the split that is evaluated during the run, if it was more than once."""
+    """The best evaluation of the split that is evaluated during the run, if there are at least two."""
     rows = [row for row in evaluations if row.split == evaluations[0].split]
     if len(rows) < 2:
         return None
