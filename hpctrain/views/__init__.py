@@ -1,1 +1,1 @@
-"""What people look at: reports, comparisons, a run in progress, exports, figures."""
+"""Views of runs: reports, comparisons, a run in progress, exports, figures."""

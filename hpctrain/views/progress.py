@@ -1,4 +1,4 @@
-"""Says on stderr how far something has come, once it has taken long enough for somebody to wonder."""
+"""Shows on stderr how far a long operation has come, once it has taken two seconds."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import sys
 import time
 from typing import Any, TextIO
 
-PATIENCE_S = 2.0  # before the first word
-EVERY_S = 5.0  # where lines cannot be redrawn
+PATIENCE_S = 2.0  # before the first message
+EVERY_S = 5.0  # between messages where lines cannot be redrawn
 
 
 class Progress:
-    """Call it with what is being done: on a terminal one line is redrawn, elsewhere there is one now and then.
+    """Call it with a text that says what is being done. On a terminal one line is redrawn; elsewhere a line is printed
+    every few seconds.
 
-    `out`: default stderr. A context manager; at its end the line is wiped out.
+    `out`: default stderr. Use it as a context manager; the line is erased at the end.
     """
 
     def __init__(self, out: TextIO | None = None) -> None:
@@ -38,11 +39,11 @@ class Progress:
         self._open = self._live
 
     def begin(self, what: str, total: int) -> None:
-        """`total` rows are now to be done; `what`: "writing spans"."""
+        """Begin an operation on `total` rows; `what`: its name, such as "writing spans"."""
         self._what, self._done, self._total = what, 0, total
 
     def advance(self, rows: int) -> None:
-        """So many more of them are done."""
+        """Report that `rows` more rows are done."""
         self._done += rows
         self(f"{self._what}: {100 * self._done / max(1, self._total):.0f} % of {self._total:,}")
 

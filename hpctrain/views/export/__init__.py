@@ -1,7 +1,7 @@
-"""A run's traces for other programs: a timeline for Perfetto and chrome://tracing, or tables (CSV, Parquet).
+"""Exports a run's traces for other programs: a timeline for Perfetto and chrome://tracing, or tables (CSV, Parquet).
 
-`export_run` writes them; `hpctrain trace export` is that in a terminal. Importing this package loads neither pandas
-nor h5py nor pyarrow.
+`export_run` writes them; `hpctrain trace export` is its command line. Importing this package does not load pandas,
+h5py or pyarrow.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def export_run(
 
     perfetto: one file in the Trace Event Format, compressed if its name ends in .gz. csv, parquet: a folder with a
     file per table (spans, steps, events, resources, metrics). `output`: that file or folder, by default in the run
-    folder (`DEFAULT_OUTPUT`). `ranks`: only these. `steps`: only the stretch of time from the end of the step before
-    the first of them to the end of the last, on any rank; all ranks are cut there. `out` (default stderr): notes on
-    what is missing in the traces, and how far it has come where that takes more than two seconds.
+    folder (`DEFAULT_OUTPUT`). `ranks`: only these. `steps`: only the time from the end of the step before the first of
+    them to the end of the last, on any rank; all ranks are cut to this window. `out` (default stderr): receives notes
+    on what is missing in the traces, and progress if the export takes more than two seconds.
 
-    Nothing is left under the output's name before it is complete. Raises HpctrainError: no such run, format, rank or
-    step; an output that cannot be written; Parquet without pyarrow.
+    The output gets its name only when complete. Raises HpctrainError: no such run, format, rank or step; an output
+    that cannot be written; Parquet without pyarrow.
     """
     write = _export(format)
     from hpctrain.trace import open_run
@@ -76,7 +76,7 @@ def _export(format: str) -> Export:
     if format == "parquet":
         from hpctrain.views.export.tables import export_parquet, find_pyarrow
 
-        find_pyarrow()  # said before the run is read
+        find_pyarrow()  # fail before the run is read
         return export_parquet
     raise HpctrainError(f"--format {format}: there is no such format; choose {', '.join(FORMATS)}")
 

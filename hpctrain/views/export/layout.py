@@ -1,4 +1,4 @@
-"""Who is who in a timeline: nodes as processes, ranks as threads, and what phase of the run each is in when."""
+"""The layout of a timeline: nodes as processes, ranks as threads, and the phase of each rank over time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hpctrain.views.export.traceformat import Numbers, name_process, name_thread
 if TYPE_CHECKING:
     import pandas as pd
 
-LANES = 1000  # per rank, in thread numbers
+LANES = 1000  # thread numbers per rank
 
 
 @dataclass(frozen=True, order=True)
@@ -31,9 +31,10 @@ class Entry:
 
 
 class TrackLayout:
-    """Numbers and names of processes and threads. `run_pid`, `run_tid`: where what concerns all ranks is shown.
+    """Numbers and names of processes and threads. `run_pid`, `run_tid`: the track for everything that concerns all
+    ranks.
 
-    `events`: the run's events, of the selected ranks; `entries`: into phases, by (rank, attempt), in the order of time.
+    `events`: the run's events on the selected ranks; `entries`: entries into phases by (rank, attempt), sorted by time.
     """
 
     def __init__(self, run: Run, selection: Selection) -> None:
@@ -48,18 +49,18 @@ class TrackLayout:
         return self._node[rank]
 
     def tid(self, rank: int, lane: int = 0) -> int:
-        return LANES * rank + lane + 1  # Perfetto takes thread 0 for a missing one
+        return LANES * rank + lane + 1  # Perfetto treats thread 0 as missing
 
     def speaks(self, rank: int) -> bool:
-        """Whether the rank is the one to tell what concerns its whole node: the lowest there."""
+        """Whether the rank represents its node: the lowest selected rank there."""
         return rank == min(other for other in self._ranks if self._node[other] == self._node[rank])
 
     def since_start(self, t_ns: Numbers) -> Numbers:
-        """Nanoseconds since the run's start, but never below 0: Perfetto drops what is."""
+        """Nanoseconds since the run's start, at least 0: Perfetto drops events with negative times."""
         return np.maximum(t_ns - self._run.start_ns, 0)
 
     def phases_at(self, rank: int, attempt: int, t_ns: Numbers) -> Numbers:
-        """-1 before the first."""
+        """The rank's phase at each time; -1 before the first."""
         own = self.entries.get((rank, attempt), [])
         phases = np.array([-1, *(entry.phase for entry in own)], np.int64)
         return phases[np.searchsorted([entry.t_ns for entry in own], t_ns, side="right")]
@@ -75,7 +76,7 @@ class TrackLayout:
             yield from self._name(rank, 0)
 
     def name_lanes(self, rank: int, spans: Rows) -> Iterator[str]:
-        """The threads of spans, those that have no name yet."""
+        """Name the threads of these spans that have no name yet."""
         for lane in np.unique(spans["lane"]).tolist():
             yield from self._name(rank, lane)
 

@@ -1,4 +1,4 @@
-"""What a timeline shows besides spans: events, phases, notes, and what the machines were doing."""
+"""The other contents of a timeline: events, phases, notes and resource use."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hpctrain.views.export.traceformat import complete, counter, instant
 if TYPE_CHECKING:
     import pandas as pd
 
-SHARED_EVENTS = ("switch", "rule", "rebalance")  # all ranks take part and leave the same event
+SHARED_EVENTS = ("switch", "rule", "rebalance")  # all ranks take part and record the same event
 SHORTEST_MEAN_NS = 100_000_000  # CPU times are counted in ticks of 10 ms
 GLOBAL_EVENTS = (*SHARED_EVENTS, "checkpoint", "failure")
-Series = tuple[str, str, list[float]]  # name, unit, values (NaN: not known)
+Series = tuple[str, str, list[float]]  # name, unit, values (NaN: unknown)
 
 
 def draw_events(layout: TrackLayout, selection: Selection) -> Iterator[str]:
-    """What concerns the whole run as a line across it, the rest as a mark on its rank."""
+    """Draw events of the whole run as a line across the timeline, others as a mark on their rank."""
     told = set()
     for row in layout.events.to_dict("records"):
         rank, attempt, t_ns, kind, text = (row[name] for name in ("rank", "attempt", "t_ns", "kind", "text"))
@@ -42,7 +42,7 @@ def draw_events(layout: TrackLayout, selection: Selection) -> Iterator[str]:
 
 
 def draw_notes(layout: TrackLayout, run: Run, selection: Selection) -> Iterator[str]:
-    """What is missing, at the beginning, where nobody who opens the timeline can overlook it."""
+    """Draw notes on what is missing at the beginning of the timeline, where they are easy to see."""
     windows = selection.windows
     begin = run.start_ns if windows is None else max(run.start_ns, min(after for after, _ in windows.values()))
     for note in run.notes:
@@ -50,7 +50,8 @@ def draw_notes(layout: TrackLayout, run: Run, selection: Selection) -> Iterator[
 
 
 def draw_phases(layout: TrackLayout, selection: Selection, ends: dict[int, int]) -> Iterator[str]:
-    """Each from when its first rank entered it until the first entered the next. `ends`: of attempts, run's clock."""
+    """Draw each phase from its first rank's entry to the first entry into the next phase. `ends`: when each attempt
+    ended, on the run's clock."""
     for attempt, end in ends.items():
         first: dict[int, Entry] = {}
         for (_, of_attempt), entries in layout.entries.items():
@@ -74,7 +75,7 @@ def _draw_phase(layout: TrackLayout, selection: Selection, attempt: int, entry: 
 
 
 def draw_resources(layout: TrackLayout, run: Run, selection: Selection, rank: int) -> Iterator[str]:
-    """Samples that tell the mean since the one before (CPU, network, GPU) are shown for just that time."""
+    """Draw resource use. Means since the previous sample (CPU, network, GPU) are shown over exactly that time."""
     for attempt, samples in run.resources(rank).groupby("attempt"):
         window = selection.window(int(str(attempt)))
         t_ns = samples["t_ns"].tolist()
@@ -92,7 +93,7 @@ def _levels(rank: int, samples: pd.DataFrame) -> Iterator[Series]:
 
 
 def _rates(rank: int, samples: pd.DataFrame, whole_node: bool) -> Iterator[Series]:
-    """`whole_node`: also of the network, whose counts are the node's and alike on its ranks."""
+    """The rank's rates. `whole_node`: include the network, whose counters are those of the whole node."""
     for name, column in (("CPU", "cpu"), ("GPU", "gpu")):
         yield f"rank {rank} {name}", "%", _known(samples[column], samples[column])
     for name, column in (("network in", "net_in"), ("network out", "net_out")) if whole_node else ():

@@ -1,7 +1,7 @@
-"""Finds the messages of which both ends were traced, and numbers them: the flows of a timeline.
+"""Finds the messages with both ends traced, and numbers them: they are the flows of a timeline.
 
-A rank's messages to another are counted by their sender, so their ids lie in few runs of consecutive numbers; only
-these are kept, not the ids. A run of 10^8 messages is matched in as much memory as one rank's file takes.
+Each sender numbers its messages to another rank, so their ids form a few ranges of consecutive numbers; only the ranges
+are kept, not the ids. Matching 10^8 messages takes no more memory than one rank's file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ COLUMNS = ("kind", "piece", "bytes", "peer", "id")
 
 
 def is_sent(spans: Rows) -> Mask:
-    """Where a message sets out. A later wait for the end of its sending is a span of the same id, of no bytes."""
+    """Mask of the spans in which a message starts. A later wait for its completion is a span with the same id and no
+    bytes."""
     return _of_message(spans, Kind.SEND) & (spans["bytes"] > 0)
 
 
@@ -37,10 +38,11 @@ def _of_message(spans: Rows, kind: Kind) -> Mask:
 
 
 class Ids:
-    """Distinct ids, as runs of consecutive ones. `first`: of each run; `before`: how many ids the runs before have."""
+    """Distinct ids, as ranges of consecutive ones. `first`: first id of each range; `before`: number of ids in all
+    earlier ranges."""
 
     def __init__(self, ids: Numbers) -> None:
-        """`ids`: ascending."""
+        """`ids`: in ascending order."""
         begins = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 2) != 1)
         self.first, self.before, self.count = ids[begins], begins.astype(np.int64), len(ids)
 
@@ -49,7 +51,7 @@ class Ids:
         return np.repeat(self.first - self.before, lengths) + np.arange(self.count)
 
     def place(self, ids: Numbers) -> Numbers:
-        """Which of these each id is, from 0; -1 if it is none of them."""
+        """The index of each id among these ids, from 0; -1 if absent."""
         if not self.count:
             return np.full(len(ids), -1)
         run = np.maximum(np.searchsorted(self.first, ids, side="right") - 1, 0)
@@ -59,7 +61,7 @@ class Ids:
 
 
 class Messages:
-    """The messages with both ends in the selection; `number` gives each a number of its own, equal at both ends."""
+    """The messages with both ends in the selection; `number` gives each a unique number, the same at both ends."""
 
     def __init__(self, run: Run, selection: Selection, progress: Progress) -> None:
         sent, received = _ends(run, selection, progress)
@@ -71,7 +73,7 @@ class Messages:
             self.count += both.count
 
     def number(self, attempt: int, rank: int, spans: Rows) -> Numbers:
-        """Of each span's message, -1 where it has none, or one without its other end."""
+        """The number of each span's message; -1 if it has none or its other end is missing."""
         numbers = np.full(len(spans), -1, np.int64)
         for outgoing, mask in ((True, is_sent(spans)), (False, is_received(spans))):
             for peer in np.unique(spans["peer"][mask]).tolist():
@@ -108,6 +110,6 @@ def _sort_by_peer(spans: Rows, into: defaultdict[int, list[Numbers]]) -> None:
 
 
 def _once(parts: list[Numbers]) -> Ids:
-    """An id that comes twice tells no message from another: it is left out."""
+    """The ids that occur once. An id that occurs twice does not identify a message and is left out."""
     ids, counts = np.unique(np.concatenate(parts), return_counts=True)
     return Ids(ids[counts == 1])

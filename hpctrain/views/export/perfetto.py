@@ -1,9 +1,9 @@
-"""A run as a timeline for Perfetto and chrome://tracing: JSON in the Trace Event Format, written as it is read.
+"""Writes a run as a timeline for Perfetto and chrome://tracing: JSON in the Trace Event Format, streamed.
 
-A process per node, a thread per rank (and one more for a server beside a worker); spans are complete events, messages
-flows from the send to the receive, events instants, resources counters. Times are microseconds since the run's start
-on rank 0's clock, to the nanosecond. What is told of the run stands behind the events: older Perfettos stop at the
-first key they do not know, and take "displayTimeUnit" before the events for the unit of their times.
+There is a process per node and a thread per rank (plus one for a colocated server). Spans become complete events,
+messages flows from send to receive, events instants, and resources counters. Times are microseconds since the run's
+start on rank 0's clock, exact to the nanosecond. The description of the run follows the events, because older versions
+of Perfetto stop at the first unknown key and take a "displayTimeUnit" before the events as the unit of their times.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def export_perfetto(run: Run, selection: Selection, path: Path, progress: Progre
             write(draw_resources(layout, run, selection, rank))
         write(draw_events(layout, selection))
         write(draw_phases(layout, selection, ends))
-        write(draw_notes(layout, run, selection))  # last: more may have come up while reading
+        write(draw_notes(layout, run, selection))  # last, because reading may add notes
         facts = json.dumps(_facts(run, selection, messages), indent=1)
         file.write(f'\n],\n"displayTimeUnit":"ns",\n"otherData":{facts}}}\n')
 
 
 class _Separated:
-    """Writes events with commas between them."""
+    """Writes events separated by commas."""
 
     def __init__(self, file: TextIO) -> None:
         self._file, self._before = file, "\n"
@@ -73,7 +73,7 @@ class _Separated:
 def _write_spans(
     run: Run, selection: Selection, layout: TrackLayout, messages: Messages, write: _Separated, progress: Progress
 ) -> dict[int, int]:
-    """Returns when each attempt's last span ended."""
+    """Write all spans; return when each attempt's last span ended."""
     ends: dict[int, int] = {}
     for rank, attempt, rows in run.blocks("spans", selection.ranks):
         spans = selection.cut(attempt, rows)
@@ -89,12 +89,12 @@ def _write_spans(
 def _draw_spans(
     layout: TrackLayout, rank: int, spans: Rows, details: Iterator[str], messages: Numbers
 ) -> Iterator[str]:
-    """`messages`: number of each span's message, -1 none. A flow's end follows its span: Perfetto binds it to the
-    newest of its thread.
+    """Yield the events of spans and flows. `messages`: number of each span's message, -1 for none. A flow's end comes
+    after its span, because Perfetto binds it to the newest span of its thread.
     """
     start, end = layout.since_start(spans["start_ns"]), layout.since_start(spans["end_ns"])
     leaves = spans["kind"] == Kind.SEND
-    # It arrives in the receive's last nanosecond: that may well have begun before the message was sent.
+    # The flow ends in the last nanosecond of the receive, which may have begun before the message was sent.
     flow = np.where(leaves, start, np.maximum(start, end - 1))
     pid, tids = layout.pid(rank), layout.tid(rank) + spans["lane"].astype(np.int64)
     columns = (
@@ -111,7 +111,7 @@ def _draw_spans(
 
 
 def _details(spans: Rows, phases: Numbers) -> Iterator[str]:
-    """What is known of each span, as a JSON object."""
+    """Yield the details of each span as a JSON object."""
     columns = [spans[name].tolist() for name in ("step", "bytes", "peer", "id", "piece")]
     for phase, step, nbytes, peer, id, piece in zip(phases.tolist(), *columns, strict=True):
         args = []
@@ -124,7 +124,7 @@ def _details(spans: Rows, phases: Numbers) -> Iterator[str]:
         if peer >= 0:
             args.append(f'"peer":{peer}')
         if id >= 0:
-            args.append(f'"id":"{id}"')  # as text: JavaScript's numbers have 53 bits
+            args.append(f'"id":"{id}"')  # as text, because JavaScript numbers are exact to 53 bits only
         if piece:
             args.append(f'"piece":{piece}')
         yield f"{{{','.join(args)}}}"

@@ -1,4 +1,4 @@
-"""Which part of a run is exported: ranks, and a stretch of time that is given in steps."""
+"""Selects the part of a run to export: ranks, and an interval of time given in steps."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ BEGINNING, END = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 @dataclass(frozen=True)
 class Selection:
-    """`ranks`: in ascending order. `steps`: those asked for, None all. `windows`: by attempt, after when and until
-    when (nanoseconds of the run's clock) the selected steps ran; what happened in other attempts is left out.
+    """The part of a run to export. `ranks`: in ascending order. `steps`: the requested steps, None for all. `windows`:
+    by attempt, start (exclusive) and end of the selected steps in nanoseconds on the run's clock; other attempts are
+    left out.
     """
 
     ranks: list[int]
@@ -28,11 +29,11 @@ class Selection:
     windows: dict[int, Window] | None
 
     def window(self, attempt: int) -> Window | None:
-        """None if nothing of the attempt is selected."""
+        """The attempt's window; None if nothing of the attempt is selected."""
         return (BEGINNING, END) if self.windows is None else self.windows.get(attempt)
 
     def cut(self, attempt: int, rows: Rows) -> Rows:
-        """The rows (of any table, with corrected times) inside the window; a span that reaches into it is inside."""
+        """The rows (of any table, with corrected times) in the window, including spans that only overlap it."""
         window = self.window(attempt)
         if window is None:
             return rows[:0]
@@ -45,7 +46,7 @@ class Selection:
 
 
 def select(run: Run, ranks: Iterable[int] | None, steps: range | None) -> Selection:
-    """Raises HpctrainError if no readable trace has such a rank or step."""
+    """Select ranks and steps (None: all). Raises HpctrainError if no readable trace has such a rank or step."""
     wanted = sorted(set(run.ranks if ranks is None else ranks))
     absent = [rank for rank in wanted if rank not in run.ranks]
     if absent or not wanted:
@@ -57,7 +58,8 @@ def select(run: Run, ranks: Iterable[int] | None, steps: range | None) -> Select
 
 
 def _windows(run: Run, steps: range) -> dict[int, Window]:
-    """From the ends of steps, which workers alone record: a server's spans carry the numbers of its updates."""
+    """Compute the windows from the ends of steps, which only workers record: a server's spans carry the numbers of its
+    updates instead."""
     before: dict[tuple[int, int], int] = {}
     windows: dict[int, Window] = {}
     last: dict[tuple[int, int], int] = {}

@@ -1,7 +1,7 @@
-"""A run's tables as CSV or Parquet files, streamed: columns as in the frames of `hpctrain.trace.Run`.
+"""Writes a run's tables as CSV or Parquet files, streamed. Columns are those of the frames of `hpctrain.trace.Run`.
 
-Events have their JSON besides their sentence. Steps that a resumed run did again are there twice, with different values
-of `attempt`.
+Events have both their JSON and their sentence. Steps that a resumed run repeated appear twice, with different values of
+`attempt`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def export_csv(run: Run, selection: Selection, folder: Path, progress: Progress)
 
 
 def export_parquet(run: Run, selection: Selection, folder: Path, progress: Progress) -> None:
-    """Write `folder`/spans.parquet, steps.parquet ...; a row group per block of the trace."""
+    """Write `folder`/spans.parquet, steps.parquet ..., with a row group per block of the trace."""
     arrow, parquet = find_pyarrow()
     make_folder(folder)
     for table in EXPORTED:
@@ -73,7 +73,7 @@ def find_pyarrow() -> tuple[Any, Any]:
 
 
 def _frames(run: Run, selection: Selection, table: str, progress: Progress) -> Iterator[pd.DataFrame]:
-    """The first is empty: it has the columns, also of a table without rows."""
+    """Yield a table's frames. The first is empty, so that the columns are known even if the table has no rows."""
     progress.begin(f"writing {table}", sum(n for (rank, _), n in run.rows(table).items() if rank in selection.ranks))
     yield _frame(run, table, 0, 0, np.zeros(0, TABLES[table]))
     for rank, attempt, rows in run.blocks(table, selection.ranks):
@@ -92,7 +92,7 @@ def _frame(run: Run, table: str, rank: int, attempt: int, rows: Rows) -> pd.Data
     }
     seconds = {}
     for name in rows.dtype.names or ():
-        if (table, name) == ("events", "json"):  # for people, too
+        if (table, name) == ("events", "json"):  # also add the sentence for people
             columns["text"] = pd.array([str(event_of(*row)) for row in rows[["kind", "json"]].tolist()], dtype="str")
         columns[name] = _values(rows[name], NAMES.get((table, name)))
         if name.endswith("_ns"):
@@ -112,7 +112,7 @@ def _values(column: Rows, names: tuple[str, ...] | None) -> Any:
 
 
 def _metrics(run: Run, selection: Selection) -> pd.DataFrame:
-    """Of the evaluations after selected steps: metrics.csv counts the steps done, from 1."""
+    """The evaluations after the selected steps. metrics.csv has the number of steps done, counted from 1."""
     metrics = run.metrics()
     if selection.steps is None or "step" not in metrics:
         return metrics

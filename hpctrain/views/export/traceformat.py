@@ -1,4 +1,4 @@
-"""The Trace Event Format: times, names of processes and threads, events that are few. No pandas here."""
+"""The Trace Event Format: times, names of processes and threads, infrequent events. Does not use pandas."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def microseconds(ns: Numbers) -> Any:
-    """As floats that give back each nanosecond to readers who multiply by 1000 and round, and to those who cut off.
+    """Convert to float microseconds that restore every nanosecond, whether a reader multiplies by 1000 and rounds or
+    truncates.
 
-    A nanosecond less would have spans overlap that touch, and Perfetto drops spans that overlap.
+    One nanosecond less would make adjacent spans overlap, and Perfetto drops overlapping spans.
     """
     times = ns / 1000
     short = (times * 1000).astype(np.int64) < ns
@@ -27,12 +28,12 @@ def microsecond(ns: int) -> float:
 
 
 def name_process(pid: int, name: str, place: int) -> Iterator[str]:
-    """`place`: processes are shown in this order."""
+    """`place`: the sort key of the process."""
     yield from _metadata("process", pid, 0, name, place)
 
 
 def name_thread(pid: int, tid: int, name: str, place: int) -> Iterator[str]:
-    """`place`: a process's threads are shown in this order."""
+    """`place`: the sort key of the thread within its process."""
     yield from _metadata("thread", pid, tid, name, place)
 
 
@@ -42,7 +43,7 @@ def _metadata(what: str, pid: int, tid: int, name: str, place: int) -> Iterator[
 
 
 def instant(name: str, ns: int, pid: int, tid: int, scope: str, args: dict[str, Any]) -> str:
-    """`scope`: "g" a line across everything, "t" a mark on its thread."""
+    """`scope`: "g" for a line across the whole timeline, "t" for a mark on the thread."""
     event = {"name": name, "cat": "event", "ph": "i", "s": scope, "ts": microsecond(ns), "pid": pid, "tid": tid}
     return json.dumps({**event, "args": args})
 

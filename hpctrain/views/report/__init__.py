@@ -15,8 +15,8 @@ from hpctrain.views.progress import Progress
 def write_report(run_folder: Path | str, path: Path | str | None = None) -> tuple[Path, str]:
     """Write the report of a run to `path` (default: report.html in its folder); returns (path, headline).
 
-    What cannot be computed or drawn for this run is left out, and the page says why. Progress goes to stderr if it
-    takes longer than two seconds. Raises TraceError if the folder is no run or nothing of it can be read,
+    Parts that cannot be computed or drawn for this run are left out, and the page says why. Progress goes to stderr if
+    it takes longer than two seconds. Raises TraceError if the folder is not a run or nothing in it can be read,
     HpctrainError if the page cannot be written.
     """
     from hpctrain.analysis import analyse
@@ -25,7 +25,7 @@ def write_report(run_folder: Path | str, path: Path | str | None = None) -> tupl
     analysis = analyse(run_folder)
     target = Path(path) if path is not None else analysis.run.folder / REPORT
     with output_file(target) as unfinished:
-        unfinished.touch()  # whether it can be written is better known before the work
+        unfinished.touch()  # check that the page can be written before doing the work
         with Progress() as said:
             page, headline = render_page(analysis, said)
         unfinished.write_text(page, encoding="utf-8")

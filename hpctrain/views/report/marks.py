@@ -1,4 +1,4 @@
-"""What is marked over the rows of the timeline: phases of the strategy, and events."""
+"""The marks above the rows of the timeline: phases and events."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from hpctrain.trace import Run
 from hpctrain.trace.events import PhaseEntered, chosen
 
-# kind of event -> (Bokeh's marker, colour). Roles are shown as phases; what a rule computed and
-# what the links were measured to be have figures of their own.
+# kind of event -> (Bokeh's marker, colour). Roles are shown as phases; rule statistics and link
+# measurements have figures of their own.
 MARKERS = {
     "switch": ("inverted_triangle", "#D55E00"),
     "rebalance": ("triangle", "#CC79A7"),
@@ -22,7 +22,7 @@ _TOGETHER_S = 1.0  # events of one kind on several ranks within this many second
 
 
 def collect_phases(run: Run, phases: Any) -> list[dict[str, Any]]:
-    """Per phase and attempt: start, end (s), text. From Analysis.phases, or, where it is None, from the events."""
+    """Per phase and attempt: start, end (s), text. From Analysis.phases or, if it is None or empty, from the events."""
     if phases is None or not len(phases):
         return _phases_of_events(run)
     found = []
@@ -45,7 +45,7 @@ def _phases_of_events(run: Run) -> list[dict[str, Any]]:
 
 
 def collect_marks(run: Run) -> dict[str, Any]:
-    """events: t (s), kind, text, ranks, marker, colour; left_out: how many more there are than can be drawn."""
+    """events: t (s), kind, text, ranks, marker, colour; left_out: the number of events too many to be drawn."""
     marks: list[dict[str, Any]] = []
     latest: dict[tuple[str, str], dict[str, Any]] = {}
     for event in run.events().to_dict("records"):

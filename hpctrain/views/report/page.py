@@ -1,4 +1,4 @@
-"""The page: its sections, each from what of the analysis can be had, filled into page.html."""
+"""The page: fills page.html with its sections, each from the available parts of the analysis."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 Said = Callable[[str], None]
 LARGEST_PAGE = 4_800_000  # bytes
-TIMELINE_BYTES = (300_000, 2_600_000)  # of its spans, least and most, whatever else is on the page
+TIMELINE_BYTES = (300_000, 2_600_000)  # least and most for the timeline's spans, whatever else is on the page
 
 
 class Part:
-    """Runs what makes a part of the page; `left_out` says what failed, and why."""
+    """Runs the functions that make the parts of the page; `left_out` lists those that failed, and why."""
 
     def __init__(self) -> None:
         self.left_out: list[tuple[str, str]] = []
 
     def __call__(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns, or None."""
+        """Return what `make` returns, or None if it fails."""
         try:
             return make()
         except HpctrainError as error:
             self.left_out.append((name, str(error)))
-        except Exception as error:  # odd runs (killed early, no steps) must not cost the rest of the page
+        except Exception as error:  # an unusual run (killed early, no steps) must not break the rest of the page
             self.left_out.append((name, f"it could not be computed ({type(error).__name__}: {error})"))
         return None
 
@@ -77,7 +77,7 @@ def render_page(analysis: Analysis, said: Said) -> tuple[str, str]:
 
 
 def timeline(analysis: Analysis, phases: Any, budget: int, said: Said) -> dict[str, Any] | None:
-    """What page.html needs for it; None for a run without spans."""
+    """The timeline's values for page.html; None for a run without spans."""
     store = collect_spans(analysis.run, budget, said)
     hidden, spans, seconds = store.hidden
     if not spans:
@@ -100,12 +100,12 @@ def timeline(analysis: Analysis, phases: Any, budget: int, said: Said) -> dict[s
 
 
 def as_json(content: Any) -> Markup:
-    """To stand in a <script type="application/json">: nothing in it can end the element."""
+    """`content` as JSON for a <script type="application/json">, escaped so that it cannot end the element."""
     return Markup(json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def bokeh_script() -> Markup:
-    """BokehJS itself, as the page's own script."""
+    """BokehJS itself, to be embedded in the page."""
     from bokeh.resources import Resources
 
     return Markup("\n".join(Resources(mode="inline", components=["bokeh"], log_level="error").js_raw))

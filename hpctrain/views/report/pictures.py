@@ -18,15 +18,14 @@ if TYPE_CHECKING:
 
     from hpctrain.analysis import Analysis
 
-LARGEST_SVG = 100_000  # bytes; what has more in it is smaller as pixels
+LARGEST_SVG = 100_000  # bytes; a larger figure is smaller as a PNG
 PIXELS_PER_INCH = 120
 INTERACTIVE = "timeline"  # the page has its own
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page: `url` has the image itself; `width` in CSS pixels; `caption` says how to read
-    it."""
+    """A figure of the page. `url`: a data URL with the image; `width`: in CSS pixels; `caption`: how to read it."""
 
     name: str
     url: str
@@ -39,7 +38,7 @@ class Picture:
 def draw_pictures(
     analysis: Analysis, folder: str, said: Callable[[str], None]
 ) -> tuple[list[Picture], list[tuple[str, str]]]:
-    """(pictures, (name, why not) of those that cannot be drawn). `folder`: the run, as in the commands to redo them."""
+    """(pictures, (name, reason) of those that cannot be drawn). `folder`: the run, for the commands to redraw them."""
     from hpctrain.views.figures import FIGURES
 
     pictures, left_out = [], []
@@ -52,7 +51,7 @@ def draw_pictures(
             url, width = embed(module.draw(analysis))
         except HpctrainError as error:
             left_out.append((name, str(error)))
-        except Exception as error:  # one figure must not cost the others
+        except Exception as error:  # a failing figure must not break the others
             left_out.append((name, f"it could not be drawn ({type(error).__name__}: {error})"))
         else:
             command = f"python analysis/{name}.py {folder} -o {name}.png"
@@ -75,13 +74,13 @@ def _save(figure: Figure, kind: str) -> bytes:
 
 
 def describe(docstring: str) -> tuple[str, str]:
-    """(what the figure shows, how to read it): the first line up to its command, and the rest."""
+    """Split a figure's docstring into (title: the first line up to the command, caption: the rest)."""
     first, _, rest = docstring.partition("\n\n")
     return first.split(": python ", 1)[0], " ".join(rest.split())
 
 
 def inline(name: str) -> Markup:
-    """A file of this package, to be put into the page as it is."""
+    """The content of a file of this package, to be put into the page unchanged."""
     from importlib.resources import files
 
     return Markup(files("hpctrain.views.report").joinpath(name).read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""A run's spans in as many bytes as a page can afford: what the timeline of the report is drawn from.
+"""The data for the report's timeline: a run's spans, reduced to a number of bytes that fits on the page.
 
-Times are cut down to a grid (the quantum). Spans that begin and end between two of its points disappear; the
-quantum is doubled until the others fit. Read rank by rank: no more than what is kept is ever held, and one rank's
-spans.
+Times are rounded down to a grid, whose step is the quantum. Spans that begin and end between two grid points disappear;
+the quantum is doubled until the others fit. Spans are read rank by rank, so that memory holds only the spans kept and
+those of one rank.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ COLUMNS = ("gap", "duration", "step", "peer", "bytes")  # their order in a packe
 
 @dataclass
 class Spans:
-    """Spans of one rank's lane on a grid, in the order of time: start, end (in quanta since the run's start), kind,
-    step, peer, bytes. `hidden`, `hidden_ns`: number and time of those that the grid has swallowed; those of no length
-    (messages that had come before anybody waited) are in neither.
+    """Spans of one rank's lane on a grid, sorted by time: start, end (in quanta since the run's start), kind, step,
+    peer, bytes. `hidden`, `hidden_ns`: number and total time of the spans lost to the grid. Spans of zero length (for
+    messages that arrived before their rank waited) are in neither.
     """
 
     rank: int
@@ -40,7 +40,7 @@ class Spans:
         return len(self.columns["start"])
 
     def append(self, rows: Column, origin_ns: int, quantum_ns: int) -> None:
-        """More rows of the trace's /spans, all of this lane."""
+        """Add rows of the trace's /spans, all of this lane."""
         start, end = rows["start_ns"] - origin_ns, rows["end_ns"] - origin_ns
         seen = start // quantum_ns < end // quantum_ns
         self.hidden += int(((end > start) & ~seen).sum())
@@ -50,7 +50,7 @@ class Spans:
         self.columns = {name: np.concatenate([self.columns[name], part]) for name, part in more.items()}
 
     def coarsen(self, quantum_ns: int) -> None:
-        """Onto a grid of twice `quantum_ns`, the present one: as if it had been read so."""
+        """Double the quantum, which is now `quantum_ns`. The result is as if the spans had been read on that grid."""
         start, end = self.columns["start"], self.columns["end"]
         seen = start // 2 < end // 2
         self.hidden += len(start) - int(seen.sum())
@@ -59,7 +59,7 @@ class Spans:
         self.columns["start"], self.columns["end"] = self.columns["start"] // 2, self.columns["end"] // 2
 
     def sort(self) -> None:
-        """By time, and without overlaps (of damaged traces, and of clocks that were set back)."""
+        """Sort by time and remove overlaps (which damaged traces and clocks that were set back can cause)."""
         start = self.columns["start"]
         if (np.diff(start) < 0).any():
             order = np.argsort(start, kind="stable")
@@ -68,9 +68,9 @@ class Spans:
         np.minimum(ends[:-1], np.maximum(self.columns["start"][1:], self.columns["start"][:-1]), out=ends[:-1])
 
     def pack(self) -> PackedSpans:
-        """Column by column, byte by byte of each value: alike next to alike, which deflates best.
+        """Compress the columns one after the other, each split into byte planes: adjacent similar bytes compress best.
 
-        Durations are sorted by kind, for the same reason: the reader deals them out again.
+        Durations are sorted by kind for the same reason; the reader restores their order.
         """
         start, end, kind, step = (self.columns[name] for name in ("start", "end", "kind", "step"))
         values = {
@@ -88,7 +88,8 @@ class Spans:
 
 @dataclass
 class PackedSpans:
-    """`count` spans, deflated (zlib). `first`: start of the first, in quanta; `planes`: bytes per value of COLUMNS."""
+    """`count` spans, compressed with zlib. `first`: start of the first, in quanta; `planes`: bytes per value, by column
+    of COLUMNS."""
 
     count: int
     first: int
@@ -100,12 +101,12 @@ class PackedSpans:
 
 
 def zigzag(values: Column) -> Column:
-    """Signed as unsigned, small ones staying small: 0, -1, 1, -2 ... -> 0, 1, 2, 3 ..."""
+    """Map signed to unsigned values, keeping small ones small: 0, -1, 1, -2 ... -> 0, 1, 2, 3 ..."""
     return np.where(values < 0, -2 * values - 1, 2 * values)
 
 
 def _planes(values: Column) -> Column:
-    """Shape (bytes that the largest value needs, len(values)): all lowest bytes, then all second ones ..."""
+    """Byte planes, of shape (bytes the largest value needs, len(values)): all lowest bytes, then all second ones ..."""
     width = max(1, (int(values.max(initial=0)).bit_length() + 7) // 8)
     return values.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :width].T
 
@@ -119,7 +120,7 @@ class SpanStore:
     rows: list[tuple[Spans, PackedSpans]] = field(default_factory=list)
 
     def add(self, rows: Iterable[Spans], share: float) -> None:
-        """Rows read on the present grid. `share`: of the run's ranks, how many are in after this, 0 to 1."""
+        """Add rows read on the current grid. `share`: share of the run's ranks added so far, including these, 0 to 1."""
         for spans in rows:
             spans.sort()
             self.rows.append((spans, spans.pack()))
@@ -131,18 +132,18 @@ class SpanStore:
             self.rows = [(spans, spans.pack()) for spans, _ in self.rows]
 
     def size(self) -> int:
-        """Bytes of base64."""
+        """Size in bytes of base64."""
         return sum((len(packed.data) + 2) // 3 * 4 for _, packed in self.rows)
 
     @property
     def hidden(self) -> tuple[int, int, float]:
-        """(spans that the grid has swallowed, all spans, seconds of the former)."""
+        """(number of spans lost to the grid, number of all spans, seconds of those lost)."""
         hidden = sum(spans.hidden for spans, _ in self.rows)
         return hidden, hidden + sum(len(spans) for spans, _ in self.rows), sum(s.hidden_ns for s, _ in self.rows) / 1e9
 
 
 def collect_spans(run: Run, budget: int, said: Callable[[str], None] = lambda text: None) -> SpanStore:
-    """The spans of all ranks and lanes within `budget` bytes; `said` is called with what is being read."""
+    """The spans of all ranks and lanes within `budget` bytes; `said` is called with progress messages."""
     store, origin = SpanStore(budget), run.start_ns
     for place, rank in enumerate(run.ranks, 1):
         said(f"report: reading the spans of rank {rank} of {run.size}")

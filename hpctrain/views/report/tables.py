@@ -1,4 +1,4 @@
-"""The page's tables: lists of strings, from the frames of the analysis."""
+"""The page's tables: lists of strings made from the frames of the analysis."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
     from hpctrain.trace import Run
 
-MOST_CELLS = 16  # ranks up to which the matrix of waiting is a table, and times are shown by rank
-MOST_NAMED = 8  # phases, among the facts
+MOST_CELLS = 16  # ranks; up to this many, the waiting matrix is a full table and times are shown by rank
+MOST_NAMED = 8  # phases listed among the facts
 MOST_PHASES = 40  # in a table
 LIBRARIES = ("torch", "mpi4py", "numpy")
 
 
 @dataclass(frozen=True)
 class PageTable:
-    """Headings and rows of text. `shades`: of each cell, how dark (0 to 1), where that says something; `texts`:
-    columns (from 0) of words, not numbers.
+    """Headings and rows of text. `shades`: how dark each cell is (0 to 1), if used; `texts`: the columns (from 0) that
+    hold words instead of numbers.
     """
 
     heads: list[str]
@@ -35,7 +35,7 @@ class PageTable:
 
 # -- facts -------------------------------------------------------------------------------------------------------
 def facts(run: Run, phases: pd.DataFrame | None) -> list[tuple[str, str]]:
-    """(name, value) of what the run was."""
+    """(name, value) pairs that describe the run."""
     about = {rank: run.attributes(rank) for rank in run.ranks}
     found = [("ranks", f"{run.size}" + (f" ({len(run.ranks)} of them traced)" if len(run.ranks) < run.size else ""))]
     hosts = sorted({str(facts.get("host", "")) for facts in about.values()} - {""})
@@ -73,7 +73,7 @@ def _strategies(phases: pd.DataFrame | None) -> list[str]:
 
 
 def _work(run: Run) -> list[tuple[str, str]]:
-    """Steps, samples and seconds, as far as /steps tells."""
+    """Steps, samples and seconds, as far as known from /steps."""
     steps = run.steps()
     if not len(steps):
         return [("steps", "none was finished")]
@@ -85,7 +85,7 @@ def _work(run: Run) -> list[tuple[str, str]]:
 
 
 def listed(names: list[str]) -> str:
-    """At most six names, and how many more."""
+    """At most six names, and the number of others."""
     names = [name for name in names if name]
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
@@ -95,7 +95,7 @@ TERMS = ("parallel_efficiency", "load_balance", "communication_efficiency")
 
 
 def efficiency(frame: pd.DataFrame) -> PageTable | None:
-    """A row per phase, in percent; of very many the longest."""
+    """A row per phase, in percent; if there are very many, the longest phases."""
     if not len(frame):
         return None
     longest = frame.nlargest(MOST_PHASES, "seconds").sort_values("phase")
@@ -110,8 +110,8 @@ def efficiency(frame: pd.DataFrame) -> PageTable | None:
 
 
 def times(frame: pd.DataFrame) -> PageTable | None:
-    """A row per phase and rank: its seconds by span kind. Where there are many ranks: per phase and role, means. Of
-    very many phases the longest."""
+    """A row per phase and rank: its seconds by span kind. For many ranks: means per phase and role. If there are very
+    many phases, the longest."""
     if not len(frame):
         return None
     took, all_phases = frame.groupby("phase")["total_s"].max(), frame["phase"].nunique()
@@ -144,7 +144,7 @@ def percent(share: float) -> str:
 
 # -- waiting -----------------------------------------------------------------------------------------------------
 def waiting(matrix: pd.DataFrame) -> PageTable | None:
-    """Seconds that each rank waited for each; of many ranks the largest entries only."""
+    """Seconds that each rank waited for each other rank; for many ranks only the largest entries."""
     if not matrix.size or not float(np.nansum(matrix.to_numpy())) > 0:
         return None
     if len(matrix) > MOST_CELLS:
@@ -174,9 +174,9 @@ def _rank(rank: Any) -> str:
     return f"rank {rank}" if int(rank) >= 0 else "not known"
 
 
-# -- what came of it -----------------------------------------------------------------------------------------------
+# -- results -------------------------------------------------------------------------------------------------------
 def metrics(run: Run) -> PageTable | None:
-    """metrics.csv: the last evaluations of each split."""
+    """The last evaluations of each split in metrics.csv."""
     frame = run.metrics()
     if not len(frame):
         return None

@@ -1,4 +1,4 @@
-"""The interactive timeline: what the page's timeline.js is handed. Axes, zoom and drawing are Bokeh's."""
+"""The interactive timeline: the data for the page's timeline.js. Bokeh provides axes, zoom and drawing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hpctrain.views.report.spans import SpanStore
 if TYPE_CHECKING:
     from bokeh.models import ColumnDataSource
 
-ROW_PIXELS = (7, 22)  # of a rank's row, least and most
-ROWS_PIXELS = 700  # what all rows may take before they are made lower
+ROW_PIXELS = (7, 22)  # least and most height of a rank's row
+ROWS_PIXELS = 700  # height of all rows together beyond which they are made lower
 
 
 def timeline_data(run: Run, phases: Any, store: SpanStore) -> dict[str, Any]:
-    """Everything but axes, to be read by timeline.js. `phases`: Analysis.phases, or None.
+    """Everything except the axes, for timeline.js. `phases`: Analysis.phases, or None.
 
     Times are seconds since the run's first span.
     """
@@ -52,20 +52,20 @@ def timeline_data(run: Run, phases: Any, store: SpanStore) -> dict[str, Any]:
 
 
 def _roles(phases: Any, rank: int, first: str) -> str:
-    """The rank's roles, in the order of the phases: "worker", "worker, server"; `first` where they are not known."""
+    """The rank's roles in the order of the phases: "worker", "worker, server"; `first` if they are unknown."""
     if phases is None or not (phases["rank"] == rank).any():
         return first
     return ", ".join(phases.loc[phases["rank"] == rank, "role"].unique())
 
 
 def row_pixels(rows: int) -> int:
-    """Height of a row in CSS pixels where there are so many."""
+    """Height of a row in CSS pixels if there are `rows` rows."""
     least, most = ROW_PIXELS
     return max(least, min(most, ROWS_PIXELS // max(1, rows)))
 
 
 def extent(store: SpanStore) -> tuple[float, float]:
-    """Seconds from the run's first span to the first and last drawn."""
+    """Seconds from the run's first span to the start of the first and the end of the last span drawn."""
     filled = [spans.columns for spans, _ in store.rows if len(spans)]
     start = min((int(columns["start"].min()) for columns in filled), default=0)
     end = max((int(columns["end"].max()) for columns in filled), default=1)
@@ -73,9 +73,9 @@ def extent(store: SpanStore) -> tuple[float, float]:
 
 
 def timeline_plot(store: SpanStore, width: int = 1000) -> str:
-    """Bokeh's document for the axes, as JSON: an image of the spans, quads of phases, marks of events; all empty yet.
+    """Bokeh's document for the axes, as JSON: an image for the spans, quads for phases, marks for events; all empty.
 
-    Vertical coordinates are CSS pixels from the lowest row's foot.
+    Vertical coordinates are CSS pixels from the bottom of the lowest row.
     """
     import numpy as np
     from bokeh.embed import json_item
@@ -124,7 +124,7 @@ def timeline_plot(store: SpanStore, width: int = 1000) -> str:
 
 
 def _nothing(*columns: str) -> ColumnDataSource:
-    """An empty source with these columns, for the page to fill."""
+    """An empty source with these columns, which the page fills."""
     from bokeh.models import ColumnDataSource
 
     return ColumnDataSource({name: [] for name in columns})
