@@ -53,7 +53,7 @@ def main(
 
 
 def read_runs(paths: Iterable[Path]) -> tuple[list[RunSummary], list[str]]:
-    """(a summary of each run, what was left out and why). Raises TraceError if no run can be read."""
+    """(a summary of each run, notes on runs left out and why). Raises TraceError if no run can be read."""
     from hpctrain.analysis import Analysis
     from hpctrain.trace import open_run
     from hpctrain.views.compare.summary import summarise
@@ -78,7 +78,7 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[RunSummary], list[str]]:
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as few as tell all of them apart."""
+    """The last parts of each path, as few as are needed to distinguish all of them."""
     length = 1
     while len({folder.parts[-length:] for folder in folders}) < len(folders):
         length += 1
@@ -92,7 +92,7 @@ def letters() -> Iterable[str]:
 
 
 def _of(runs: Mapping[str, RunSummary], path: Path | None) -> str | None:
-    """The letter of the run whose folder, or a file of it, is `path`; None if it was left out."""
+    """The letter of the run that `path` (its folder or a file in it) belongs to; None if it was left out."""
     if path is None:
         return None
     places = {place.resolve() for place in (path, path.parent, path.parent.parent)}
@@ -100,7 +100,7 @@ def _of(runs: Mapping[str, RunSummary], path: Path | None) -> str | None:
 
 
 def _remarks(runs: Mapping[str, RunSummary]) -> list[str]:
-    """What keeps the runs from being compared without a second thought."""
+    """Notes on anything that limits how well the runs can be compared."""
     from hpctrain.views.compare.differences import job_notes
 
     remarks = job_notes(runs)

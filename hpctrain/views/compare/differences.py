@@ -1,4 +1,4 @@
-"""What differs between the jobs of runs, said in sentences."""
+"""Describes the differences between the jobs of runs in sentences."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from hpctrain.views.compare.summary import RunSummary
 
-# What runs are compared for, or what says nothing about them.
+# Keys that a comparison varies on purpose, or that do not matter for it.
 EXPECTED = ("strategy", "phases", "ranks", "seed", "output", "name")
 TASK = ("model", "data", "loss", "metric")
-SPELLED_OUT = 8  # up to this many keys are shown with their values; of more, the names only
+SPELLED_OUT = 8  # number of keys shown with their values; of the rest only the names
 
 
 def job_notes(runs: Mapping[str, RunSummary]) -> list[str]:
-    """A sentence for each key of the job that differs, those of the model and the data first. `runs`: by letter."""
+    """A sentence for each job key that differs, with those of the model and the data first. `runs`: by letter."""
     jobs = {letter: run.job for letter, run in runs.items() if run.job}
     notes = [f"{letter}: its job cannot be read, so it is not known what else differs" for letter in runs.keys() - jobs]
     keys = differing_keys(jobs.values())
@@ -28,7 +28,7 @@ def job_notes(runs: Mapping[str, RunSummary]) -> list[str]:
 
 
 def differing_keys(jobs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The keys that not all of `jobs` have with the same value, but for those that are expected to differ."""
+    """The keys whose values differ among `jobs`, except those expected to differ."""
     jobs = list(jobs)
     everything = dict.fromkeys(key for job in jobs for key in job if _table(key) not in EXPECTED)
     differing = [key for key in everything if any(_value(job, key) != _value(jobs[0], key) for job in jobs)]
@@ -49,7 +49,7 @@ def _values(jobs: Mapping[str, Mapping[str, Any]], key: str) -> str:
 
 
 def spread(values: Mapping[str, str]) -> str:
-    """What each letter has, by value: "0.1 in A, C; 0.05 in B"; what more than three have: "0.2 in the others"."""
+    """The letters with each value: "0.1 in A, C; 0.05 in B"; for a value of more than three: "0.2 in the others"."""
     of: dict[str, list[str]] = {}
     for letter, value in values.items():
         of.setdefault(value, []).append(letter)

@@ -1,4 +1,4 @@
-"""The comparison in pictures: losses and metrics over time, bars, and how runs scale. Loads matplotlib."""
+"""The comparison as pictures: losses and metrics over time, bars, and how runs scale. Loads matplotlib."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 Runs = Mapping[str, RunSummary]  # by letter
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 CLOCK = "training time (s), without evaluation and checkpoints"
-NOTES, LINE = 4, 0.18  # the most notes in a picture; inches that a line of text takes
+NOTES, LINE = 4, 0.18  # the most notes in a picture; height of a line of text in inches
 
 
 def write_plots(folder: Path, frame: pd.DataFrame, runs: Runs, targets: Targets, notes: Sequence[str]) -> list[Path]:
-    """Write the pictures that have something to show into `folder` (made if need be); their paths.
+    """Write the pictures that have something to show into `folder` (created if needed); returns their paths.
 
-    Raises HpctrainError if that cannot be done.
+    Raises HpctrainError if that fails.
     """
     figures = {"loss": draw_loss(runs, targets), "metric": draw_metric(runs, targets), "bars": draw_bars(frame, runs)}
     if "baseline" in frame:
@@ -75,7 +75,7 @@ def draw_metric(runs: Runs, targets: Targets) -> Figure | None:
 
 
 def draw_bars(frame: pd.DataFrame, runs: Runs) -> Figure:
-    """A panel each of times to the targets, samples per second and cost, of those that are known; a bar per run."""
+    """A panel each for times to the targets, samples per second and cost, if known, with a bar per run."""
     first = frame.iloc[0]
     metric = literal(escaped(first["metric_name"]))
     titles = {
@@ -98,9 +98,9 @@ def draw_bars(frame: pd.DataFrame, runs: Runs) -> Figure:
 
 
 def draw_scaling(frame: pd.DataFrame) -> Figure:
-    """Speed-up, scaling efficiency and computation scaling over numbers of ranks, with the ideal lines.
+    """Speed-up, scaling efficiency and computation scaling over the number of ranks, with ideal lines.
 
-    Points are runs, lines the means of a strategy's runs of one number of ranks.
+    Points are runs; lines connect the means over a strategy's runs with the same number of ranks.
     """
     baseline = frame[frame["run"] == frame["baseline"]].iloc[0]
     base, ranks = int(baseline["ranks"]), np.unique(frame["ranks"])
@@ -120,7 +120,7 @@ def draw_scaling(frame: pd.DataFrame) -> Figure:
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
         _scale_ranks(axes, ranks)
-        if name == "speed_up" and axes.get_xscale() == "log":  # where the ideal is straight, too
+        if name == "speed_up" and axes.get_xscale() == "log":  # so that the ideal is a straight line here too
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_formatter("{x:g}")
         else:
@@ -156,7 +156,7 @@ def _finish(figure: Figure, axes: Axes, target: float) -> Figure | None:
 
 
 def _note(figure: Figure, notes: Sequence[str]) -> None:
-    """The first of the notes above the picture, below its title."""
+    """Write the first few notes above the picture, below its title."""
     lines = [figure.get_suptitle()] if figure.get_suptitle() else []
     for note in notes[:NOTES]:
         lines += textwrap.wrap(literal(escaped(f"note: {note}")), int(13 * figure.get_figwidth()))
@@ -185,7 +185,7 @@ def _bars(axes: Axes, values: Any) -> None:
 
 
 def _scale_ranks(axes: Axes, ranks: Any) -> None:
-    """Logarithmic where numbers differ by more than a factor of 8; a tick for each if there are few."""
+    """Scale the axis of ranks: logarithmic if they differ by more than a factor of 8; a tick for each if few."""
     if ranks[-1] / ranks[0] > 8:
         axes.set_xscale("log", base=2)
     if len(ranks) <= 10:

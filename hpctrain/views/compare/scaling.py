@@ -15,18 +15,18 @@ MEASURES = ("speed_up", "scaling_efficiency", "computation_scaling")
 
 
 def scaling(run: RunSummary, baseline: RunSummary) -> dict[str, float]:
-    """The MEASURES of a run. Strong scaling: the speed-up is the baseline's training seconds per sample / the run's;
-    scaling efficiency the speed-up / the ratio of ranks, servers included; computation scaling (POP) the baseline's
-    useful computation per sample / the run's."""
+    """The MEASURES of a run, for strong scaling. Speed-up: the baseline's training seconds per sample / the run's;
+    scaling efficiency: speed-up / ratio of ranks, servers included; computation scaling (POP): the baseline's useful
+    computation per sample / the run's."""
     faster = run.samples_per_s / baseline.samples_per_s if baseline.samples_per_s > 0 else float("nan")
     useful = computation_scaling(baseline.useful_s_per_sample, run.useful_s_per_sample)
     return dict(zip(MEASURES, (faster, faster * baseline.ranks / run.ranks, float(useful)), strict=True))
 
 
 def curves(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Of the comparison `frame`: a frame for each strategy, of its runs, in the order of ranks.
+    """Split the comparison `frame` into a frame per strategy, with its runs sorted by number of ranks.
 
-    A parameter server whose servers sit beside workers is another strategy than one with ranks for them.
+    A parameter server with colocated servers counts as a different strategy from one with dedicated ranks for them.
     """
     ways: dict[str, list[Any]] = {}
     for index, strategy, colocated in frame[["strategy", "colocated"]].itertuples():

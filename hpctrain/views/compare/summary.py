@@ -1,4 +1,4 @@
-"""What is compared of a run: a `RunSummary`, computed from its analysis by a pure function."""
+"""The values of a run that are compared: a `RunSummary`, computed from its analysis by a pure function."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from hpctrain.trace import Run
 
 NAN = float("nan")
-EPOCH_END = ("validation", "test")  # the split that is evaluated while training: the first of these that there is
+EPOCH_END = ("validation", "test")  # the split evaluated during training is the first of these that exists
 
 
 @dataclass(frozen=True, eq=False)
 class RunSummary:
-    """A run in numbers. NaN: the run does not say.
+    """A run in numbers. NaN: unknown.
 
-    `workers`, `servers`: how many, by phase. `training_s`: seconds without evaluation and checkpoints; `total_s`: with
-    them, from when its traces begin to when they end, summed over attempts. `steps`: rounds, or where workers do not
-    step together, updates. `useful_s`: seconds of computation, of all ranks together. `transferred`: bytes that all
-    ranks sent while they trained, in messages, in collectives and through shared memory. Efficiencies: over all phases,
-    weighted by their seconds. Staleness: of every gradient, in versions. `finished`: it came to its end.
-    `losses`: a row per step: samples, seconds, loss (in training). `evaluations`: a row per evaluation: samples,
-    seconds, split, loss, metric.
+    `workers`, `servers`: their number, by phase. `training_s`: seconds without evaluations and checkpoints; `total_s`:
+    including them, from the beginning to the end of the traces, summed over attempts. `steps`: rounds, or updates where
+    workers do not step together. `useful_s`: seconds of computation, summed over all ranks. `transferred`: bytes that
+    all ranks sent during training, in messages, in collectives and through shared memory. Efficiencies: over all
+    phases, weighted by their seconds. Staleness: over all gradients, in versions. `finished`: whether the run reached
+    its end. `losses`: a row per step: samples, seconds, loss (in training). `evaluations`: a row per evaluation:
+    samples, seconds, split, loss, metric.
     """
 
     name: str
@@ -61,27 +61,27 @@ class RunSummary:
 
     @property
     def samples_per_s(self) -> float:
-        """Of training seconds."""
+        """Samples per training second."""
         return _ratio(self.samples, self.training_s)
 
     @property
     def rank_seconds(self) -> float:
-        """What the run cost: all ranks, servers and waiting ones too, for all its seconds."""
+        """The cost of the run: its total seconds times the number of ranks, including servers and waiting ranks."""
         return self.ranks * self.total_s
 
     @property
     def useful_s_per_sample(self) -> float:
-        """Computation that a sample took, on whichever ranks."""
+        """Seconds of computation per sample, on all ranks together."""
         return _ratio(self.useful_s, self.samples)
 
     @property
     def colocated(self) -> bool:
-        """Whether servers sat beside workers, on the same ranks."""
+        """Whether servers ran on the same ranks as workers."""
         return any(workers + servers > self.ranks for workers, servers in zip(self.workers, self.servers, strict=False))
 
     @property
     def crew(self) -> str:
-        """Who worked and served, of the phase with most servers: "3 workers, 1 server"."""
+        """Workers and servers of the phase with the most servers: "3 workers, 1 server"."""
         pairs = list(zip(self.workers, self.servers, strict=False)) or [(0, 0)]
         workers, servers = max(pairs, key=lambda pair: pair[1])
         many = [f"{n} {word}{'s' * (n != 1)}" for n, word in ((workers, "worker"), (servers, "server")) if n]
@@ -89,39 +89,39 @@ class RunSummary:
 
     @property
     def metric(self) -> str:
-        """Its name."""
+        """The name of the metric."""
         return str(self.job.get("metric.name", self.job.get("metric", "accuracy")))
 
     @property
     def higher_is_better(self) -> bool:
-        """Of the metric."""
+        """Whether higher values of the metric are better."""
         return bool(self.job.get("metric.goal", "max") == "max")
 
     @property
     def split(self) -> str:
-        """The samples that it was evaluated on while it trained; "" if it was not."""
+        """The split evaluated during training; "" if there was none."""
         found = set(self.evaluations["split"])
         return next((split for split in EPOCH_END if split in found), "")
 
     @property
     def course(self) -> pd.DataFrame:
-        """The evaluations while it trained."""
+        """The evaluations during training."""
         return self.evaluations[self.evaluations["split"] == self.split]
 
     @property
     def best_metric(self) -> float:
-        """Of the evaluations while it trained."""
+        """The best metric of the evaluations during training."""
         values = self.course["metric"]
         return float(values.max() if self.higher_is_better else values.min())
 
     @property
     def test_loss(self) -> float:
-        """Of the test samples, the last time."""
+        """The loss of the last evaluation on the test samples."""
         return self._last_test("loss")
 
     @property
     def test_metric(self) -> float:
-        """Of the test samples, the last time."""
+        """The metric of the last evaluation on the test samples."""
         return self._last_test("metric")
 
     def _last_test(self, column: str) -> float:
@@ -129,9 +129,9 @@ class RunSummary:
         return float(values.iloc[-1]) if len(values) else NAN
 
     def mean_losses(self, window: float) -> pd.DataFrame:
-        """Columns samples, seconds, loss: after each step the training loss, mean over the last `window` samples.
+        """Columns samples, seconds, loss: after each step, the mean training loss over the last `window` samples.
 
-        Without the first steps, after which there were fewer.
+        The first steps, with fewer samples behind them, are left out.
         """
         rows = self.losses[np.isfinite(self.losses["loss"])]
         samples, loss = rows["samples"].to_numpy(float), rows["loss"].to_numpy(float)
@@ -158,7 +158,7 @@ class RunSummary:
 
 
 def summarise(analysis: Analysis, name: str) -> RunSummary:
-    """Of the run that `analysis` is of, called `name`."""
+    """The summary of the run in `analysis`, under the name `name`."""
     run, phases, times = analysis.run, analysis.phases, analysis.times
     losses, evaluations = analysis.convergence[["samples", "seconds", "loss"]], _evaluations(analysis)
     stale = analysis.staleness["staleness_max"]
@@ -193,13 +193,13 @@ def summarise(analysis: Analysis, name: str) -> RunSummary:
 
 
 def _kept(run: Run) -> float:
-    """The share of all samples that was not lost by resuming from a checkpoint."""
+    """The share of all samples that was not lost when resuming from a checkpoint."""
     every = run.steps(rolled_back=True)["samples"].sum()
     return float(run.steps()["samples"].sum() / every) if every else 1.0
 
 
 def job_keys(run: Run) -> dict[str, Any]:
-    """The resolved job as it is written, key by key: {"train.epochs": 3.0, ...}. Nothing of the user's is imported."""
+    """The resolved job by key: {"train.epochs": 3.0, ...}, without importing user code; {} if it cannot be parsed."""
     try:
         return dict(_flat(jobfile.parse(run.job_text)))
     except ValueError:
@@ -223,14 +223,14 @@ def _evaluations(analysis: Analysis) -> pd.DataFrame:
 
 
 def _count(rows: pd.DataFrame, which: pd.Series[bool]) -> tuple[int, ...]:
-    """Ranks among `which` of the rows, by phase."""
+    """The number of ranks by phase, among the rows selected by `which`."""
     counts = rows[which].groupby("phase")["rank"].nunique()
     return tuple(int(counts.get(phase, 0)) for phase in sorted(rows["phase"].unique()))
 
 
 def _total_seconds(run: Run) -> float:
-    """From the first to the last moment that is in the traces of each attempt, but for spans: those are many, and
-    clocks are measured where a run begins and ends."""
+    """Seconds from the first to the last time in the traces of each attempt, summed. Spans are not read: they are many,
+    and clocks are measured at the beginning and end of a run anyway."""
     bounds: dict[int, tuple[int, int]] = {}
     for table in ("clock", "steps", "events", "resources"):
         for _, attempt, rows in run.blocks(table):

@@ -1,4 +1,4 @@
-"""The comparison as a frame, which is the CSV file too, and as text of at most 100 columns."""
+"""The comparison as a frame, which is also the content of the CSV file, and as text at most 100 characters wide."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ Show = Callable[[Sequence[float]], list[str]]  # of a column
 
 
 def comparison_frame(runs: Mapping[str, RunSummary], targets: Targets, baseline: str | None = None) -> pd.DataFrame:
-    """A row per run, units in the columns' names. Empty: not known; inf: never reached. `baseline`: its letter; with
-    one there are the columns of scaling, too."""
+    """A row per run, with units in the column names. Empty: unknown; inf: never reached. `baseline`: its letter; if
+    given, the columns of `scaling` are added."""
     import pandas as pd
 
     rows = [_row(letter, run, targets) for letter, run in runs.items()]
@@ -91,15 +91,15 @@ def _row(letter: str, run: RunSummary, targets: Targets) -> Row:
 
 
 def _by_phase(counts: Sequence[int]) -> str:
-    """(4, 4, 3) -> "4, 3"."""
+    """Counts by phase without repetitions: (4, 4, 3) -> "4, 3"."""
     changes = [str(n) for i, n in enumerate(counts) if i == 0 or n != counts[i - 1]]
     return ", ".join(changes[:4] + ["..."] * (len(changes) > 4)) or "0"
 
 
 # -- text ----------------------------------------------------------------------------------------------------
 def as_text(frame: pd.DataFrame, definitions: Sequence[str], notes: Sequence[str]) -> str:
-    """Tables of what ran, what was learned, how fast and, with a baseline, how it scales; then what the columns mean,
-    then the notes."""
+    """Tables of the runs, their losses and metrics, their speed and, with a baseline, their scaling; then the meaning
+    of the columns, then the notes."""
     rows: list[Row] = [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
     parts, meanings = [_about(rows), _learned(rows), _speed(rows)], [*definitions, CLOCKS, EFFICIENCY]
     if "baseline" in frame:
@@ -172,8 +172,8 @@ def _body(rows: list[Row], columns: Mapping[str, Show]) -> list[list[str]]:
 
 
 def aligned(head: Cells, body: Cells, left: int) -> str:
-    """Columns two apart, the first `left` to the left, the others to the right; in WIDTH, for which the left columns
-    are clipped, the widest first."""
+    """Align cells in columns two spaces apart: the first `left` columns to the left, the others to the right. To fit
+    into WIDTH, the left columns are clipped, the widest first."""
     widths = [max(len(cell) for cell in column) for column in zip(*head, *body, strict=True)]
     excess = sum(widths) + 2 * (len(widths) - 1) - WIDTH
     while excess > 0 and max(widths[:left]) > NARROWEST:
@@ -188,7 +188,7 @@ def aligned(head: Cells, body: Cells, left: int) -> str:
 
 
 def clip(text: str, width: int) -> str:
-    """At most `width` characters: the beginning and the end of what is longer."""
+    """Shorten `text` to at most `width` characters, keeping its beginning and end."""
     if len(text) <= width:
         return text
     tail = width // 2
@@ -196,12 +196,12 @@ def clip(text: str, width: int) -> str:
 
 
 def number(value: float) -> str:
-    """Four digits; "-": not known."""
+    """A number with four digits; "-" if unknown."""
     return plain([value])[0]
 
 
 def plain(values: Sequence[float]) -> list[str]:
-    """As many decimals for all as the largest needs for four digits and the smallest for two, four at most."""
+    """Use the same number of decimals for all, at most four: four digits for the largest, two for the smallest."""
     powers = [int(f"{value:.3e}".partition("e")[2]) for value in values if math.isfinite(value) and value]
     decimals = max(0, 3 - max(powers), 1 - min(powers)) if powers else 0
     return _cells(values, f",.{min(4, decimals)}f")
@@ -212,7 +212,7 @@ def whole(values: Sequence[float]) -> list[str]:
 
 
 def seconds(values: Sequence[float]) -> list[str]:
-    """Hundredths, where there are minutes whole ones."""
+    """Hundredths of seconds; whole seconds if any value is at least 1000."""
     return _cells(values, ",.0f" if any(math.isfinite(value) and value >= 1000 for value in values) else ".2f")
 
 
@@ -236,6 +236,6 @@ def _cells(values: Sequence[float], form: str) -> list[str]:
 
 
 def _bytes(rows: list[Row], column: str) -> tuple[Show, str]:
-    """(how to show them, the unit that fits the largest)."""
+    """(function that formats the values, the unit that fits the largest)."""
     factor, unit = in_unit(np.array([row[column] for row in rows], float))
     return lambda values: plain([factor * value for value in values]), unit

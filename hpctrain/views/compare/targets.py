@@ -1,4 +1,4 @@
-"""The loss and the metric that runs are compared by: asked for, or what all of them reached."""
+"""The target loss and metric for comparing runs: given by the user, or the best values that all runs reached."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from hpctrain.views.compare.differences import spread
 from hpctrain.views.compare.summary import NAN, RunSummary
 
-WINDOW = 0.05  # of the samples of the shortest run, over which its training loss is averaged
+WINDOW = 0.05  # share of the shortest run's samples over which the training loss is averaged
 Summaries = Mapping[str, RunSummary]  # by letter
 
 
 @dataclass(frozen=True)
 class Targets:
-    """`loss`: training loss, mean over `window` samples. `metric`: of the evaluations while training. NaN: none, since
-    no run says it. `notes`: what they are and where they come from, in sentences."""
+    """`loss`: training loss, mean over `window` samples. `metric`: of the evaluations during training. NaN: no target,
+    because no run has the value. `notes`: sentences on what the targets are and where they come from."""
 
     loss: float
     metric: float
@@ -24,7 +24,7 @@ class Targets:
 
 
 def choose_targets(runs: Summaries, loss: float | None = None, metric: float | None = None) -> Targets:
-    """Those given; in place of None what the worst of the runs reached at best, so that all reach it."""
+    """The given targets. None is replaced by the best value of the worst run, which all runs reach."""
     lengths = [run.samples for run in runs.values() if run.samples]
     window = WINDOW * min(lengths, default=0)
     of_loss, loss = _target_loss(runs, loss, window)
@@ -63,7 +63,7 @@ def _target_metric(runs: Summaries, asked: float | None) -> tuple[list[str], flo
 
 
 def _choose(best: dict[str, float], asked: float | None, worst: Callable[..., float]) -> tuple[float, str]:
-    """(target, where it comes from)."""
+    """(target, text on where it comes from)."""
     known = {letter: value for letter, value in best.items() if value == value}
     if asked is not None:
         return (asked, "as asked for") if known else (NAN, "")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hpctrain.errors import HpctrainError
 
-# In the order in which a report shows them.
+# In the order of the report.
 FIGURES = (
     "timeline",
     "efficiency",
@@ -24,4 +24,4 @@ FIGURES = (
 
 
 class NothingToShow(HpctrainError):
-    """This run has nothing that the figure could show; the message says why."""
+    """Raised if the run has nothing for the figure to show; the message says why."""

@@ -29,7 +29,7 @@ def draw(analysis: Analysis) -> Figure:
     check_matrix(ranks)
     size = float(np.clip(2.5 + 0.3 * ranks, 4.0, 8.0))
     pairs, links = traffic[(traffic["destination"] >= 0) & (traffic["bytes_per_s"] > 0)], analysis.links
-    if pairs.empty and links.empty:  # no message was timed, nor a link measured
+    if pairs.empty and links.empty:  # no messages were timed and no links measured
         figure = new_figure(analysis, "Communication", size + 2, size)
         _draw_matrix(figure.subplots(), traffic, ranks)
         return figure
@@ -41,7 +41,7 @@ def draw(analysis: Analysis) -> Figure:
 
 
 def _draw_matrix(axes: Axes, traffic: pd.DataFrame, ranks: int) -> None:
-    cells = np.full((ranks, ranks + 1), np.nan)  # the last column: to nobody in particular
+    cells = np.full((ranks, ranks + 1), np.nan)  # last column: operations without a single receiver
     cells[traffic["source"], traffic["destination"]] = traffic["bytes"].where(traffic["bytes"] > 0)
     factor, unit = in_unit(cells)
     wide = np.nanmax(cells) > 100 * np.nanmin(cells)

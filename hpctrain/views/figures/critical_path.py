@@ -18,7 +18,7 @@ MOST = 6  # phases
 
 
 def draw(analysis: Analysis) -> Figure:
-    """Bars by rank (%), one group per phase."""
+    """Bars per rank (%), in one group per phase."""
     path = analysis.critical_path
     if path.empty or path["rank"].nunique() < 2 or not path["steps"].sum():
         raise NothingToShow("there are no synchronous steps of several workers, so no rank was the last of one")

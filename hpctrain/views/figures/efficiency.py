@@ -32,7 +32,7 @@ TERMS = {"parallel_efficiency": BLUE, "load_balance": GREEN, "communication_effi
 
 
 def draw(analysis: Analysis) -> Figure:
-    """Two panels: terms of the POP model by phase (%), time by rank and kind (s)."""
+    """Two panels: factors of the POP model by phase (%), time by rank and kind (s)."""
     terms, times = analysis.efficiency, analysis.times
     if terms.empty:
         raise NothingToShow("no worker has finished a step, so there is no efficiency to show")

@@ -33,7 +33,7 @@ CLOCKS = {"step": "updates", "samples": "samples", "seconds": "training time (s)
 
 
 def draw(analysis: Analysis) -> Figure:
-    """Loss above, metric below (if there were evaluations); a column for each clock."""
+    """Loss above, metric below (if there were evaluations), with a column for each clock."""
     losses, metrics = analysis.convergence, analysis.metrics
     if losses.empty:
         raise NothingToShow("no step was finished, so there is no loss to show")
@@ -66,7 +66,7 @@ def _draw_evaluations(axes: Axes, metrics: pd.DataFrame, clock: str, factor: flo
 
 
 def _named(analysis: Analysis, key: str) -> str:
-    """What the job calls its loss or metric."""
+    """The job's name for its loss or metric."""
     return literal(escaped(str(getattr(getattr(analysis.run.job, key, None), "name", key))))
 
 

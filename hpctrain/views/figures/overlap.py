@@ -26,7 +26,7 @@ MOST = 6  # phases: a panel each
 
 
 def draw(analysis: Analysis) -> Figure:
-    """Seconds in flight by rank, hidden and blocked; a panel per phase."""
+    """Seconds in flight by rank, divided into hidden and blocked; a panel per phase."""
     overlap = analysis.overlap[analysis.overlap["in_flight_s"] > 0]
     if overlap.empty:
         raise NothingToShow("nothing was in flight between two ranks")

@@ -16,9 +16,9 @@ Shares = NDArray[np.float64]
 
 
 def kind_shares(run: Run, start_ns: int, end_ns: int, columns: int) -> dict[tuple[int, int], Shares]:
-    """{(rank, lane): shares by (index in KINDS, column)} of the time from `start_ns` to `end_ns`, in equal columns.
+    """{(rank, lane): shares by (index in KINDS, column)} for the time from `start_ns` to `end_ns`, in equal columns.
 
-    Reads the spans a block at a time: 10^6 of them take about a second, and no memory to speak of.
+    Reads the spans one block at a time: 10^6 of them take about a second and almost no memory.
     """
     found: dict[tuple[int, int], Shares] = {}
     width = max(1, end_ns - start_ns) / columns
@@ -32,7 +32,7 @@ def kind_shares(run: Run, start_ns: int, end_ns: int, columns: int) -> dict[tupl
 
 
 def _spread(total: Shares, kind: Any, begin: Any, end: Any) -> None:
-    """Add spans (in columns) to `total`: what lies in their first and last columns, and 1 in all between."""
+    """Add spans, with times in columns, to `total`: partial shares in their first and last columns, 1 in between."""
     kinds, columns = total.shape
     first = np.minimum(begin.astype(np.int64), columns - 1)
     last = np.minimum(end.astype(np.int64), columns - 1)
@@ -46,8 +46,8 @@ def _spread(total: Shares, kind: Any, begin: Any, end: Any) -> None:
 
 
 def paint(shares: Shares, order: list[int], height: int) -> NDArray[np.int64]:
-    """Shares as a picture of `height` by columns pixels, the kinds (indices, `order`) from below; -1: nothing there."""
-    reach = np.cumsum(shares[order], axis=0)  # (kind, column): the upper edge of each kind
+    """Turn shares into a picture of `height` x columns pixels: kind indices, stacked upwards in `order`; -1: empty."""
+    reach = np.cumsum(shares[order], axis=0)  # (kind, column): upper edge of each kind
     level = (np.arange(height)[::-1] + 0.5)[:, None, None] / height
-    above = (reach[None] < level).sum(axis=1)  # how many kinds end below this pixel
+    above = (reach[None] < level).sum(axis=1)  # number of kinds that end below each pixel
     return np.append(np.array(order), -1)[above]

@@ -22,7 +22,7 @@ GIB, MB = 1 / 2**30, 1e-6
 
 
 def draw(analysis: Analysis) -> Figure:
-    """A panel per quantity over seconds since the run's first span, a line per node (GPUs: per rank)."""
+    """A panel per quantity over seconds since the run's first span, with a line per node (GPUs: per rank)."""
     usage = analysis.usage
     if usage.empty:
         raise NothingToShow("resources were not sampled; see trace.resources_seconds")

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def main(draw: Callable[[Analysis], Figure], given: Sequence[str] | None = None) -> None:
-    """Draw the run that the command line (or `given`) names into a file. Ends with status 2 and one sentence if that
-    cannot be done."""
+    """Draw the run given on the command line (or in `given`) into a file. If that fails, exit with status 2 and a
+    one-sentence message."""
     about = sys.modules[draw.__module__].__doc__ or ""
     name = Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)

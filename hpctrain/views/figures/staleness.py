@@ -20,7 +20,7 @@ MOST_BARS = 40
 
 
 def draw(analysis: Analysis) -> Figure:
-    """Histogram (% of gradients) and course over seconds, in versions."""
+    """Staleness in versions: histogram (% of gradients) and course over seconds."""
     stale = analysis.staleness
     if stale.empty:
         raise NothingToShow("no gradient was stale: no phase is asynchronous")

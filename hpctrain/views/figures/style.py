@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
     from hpctrain.analysis import Analysis
 
-# Okabe and Ito's colours (2008); line styles tell ranks of one colour apart.
+# The palette of Okabe and Ito (2008); line styles distinguish ranks of the same colour.
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, YELLOW, BLACK = COLOURS = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000",
 )  # fmt: skip
 LINES = tuple(colour for colour in COLOURS if colour != YELLOW)  # yellow is too light for a line
 STYLES = ("-", "--", ":", "-.")
 GREY = "#999999"
-MANY = 8  # more lines than this cannot be told apart
-MOST_PHASES = 60  # that are marked by lines; more would hide what is drawn
+MANY = 8  # more lines than this cannot be distinguished
+MOST_PHASES = 60  # marked by lines; more would hide the data
 
 # In the order in which they are stacked. Computing is blue to green, communication orange to red, waiting light.
 KIND_COLOURS = {
@@ -49,7 +49,7 @@ KIND_COLOURS = {
 
 
 def new_figure(analysis: Analysis, about: str, width: float = 9.0, height: float = 5.0) -> Figure:
-    """An empty figure (inches) with the run's name, what it is about, and the notes of what is missing."""
+    """An empty figure (size in inches) titled with its subject, the run's name and the notes on what is missing."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -65,30 +65,30 @@ def new_figure(analysis: Analysis, about: str, width: float = 9.0, height: float
 
 
 def literal(text: str) -> str:
-    """`text` for matplotlib, which would set what is between two dollar signs as a formula, or fail to."""
+    """Escape dollar signs in `text`: matplotlib would take text between two of them as a formula, or fail."""
     return text.replace("$", r"\$")
 
 
 def rows_height(rows: int) -> float:
-    """Inches for axes with a row per rank."""
+    """Height in inches of axes with a row per rank."""
     return float(np.clip(0.28 * rows, 1.2, 8.0))
 
 
 def name_rows(axes: Axes, names: Sequence[str], least: int = 1) -> None:
-    """Name rows 0, 1, 2 ... from above, of many every second or third; leave room for at least `least`."""
+    """Label rows 0, 1, 2 ... from the top (every second or third if there are many); make room for at least `least`."""
     every = 1 + (len(names) - 1) // 32 if names else 1
     axes.set_yticks(range(0, len(names), every), list(map(literal, names[::every])), fontsize=8)
     axes.set_ylim(max(len(names), least) - 0.5, -0.5)
 
 
 def look(index: int) -> dict[str, Any]:
-    """Of the index-th line of several."""
+    """Colour and style of the index-th of several lines."""
     return {"color": LINES[index % len(LINES)], "linestyle": STYLES[index // len(LINES) % len(STYLES)]}
 
 
 def rank_lines(axes: Axes, courses: Mapping[int, tuple[Any, Any]], extreme: str = "lowest", what: str = "rank") -> None:
-    """A line per rank (or node: `what`): {rank: (x, y)}. Of many, the three with the `extreme` ("lowest", "highest")
-    means stand out."""
+    """Draw a line per rank (or node: `what`) from {rank: (x, y)}. If there are many, only the three with the `extreme`
+    ("lowest", "highest") means are coloured."""
     shown = len(courses) if len(courses) <= MANY else 3
     means = {rank: float(np.nanmean(y)) if np.isfinite(y).any() else 0.0 for rank, (_, y) in courses.items()}
     order = sorted(means, key=means.__getitem__, reverse=extreme == "highest")
@@ -101,25 +101,25 @@ def rank_lines(axes: Axes, courses: Mapping[int, tuple[Any, Any]], extreme: str 
 
 
 def legend(axes: Axes, columns: int = 1) -> None:
-    """Right of the axes, where it covers nothing."""
+    """Add a legend to the right of the axes, where it covers nothing."""
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, fontsize=8, ncols=columns)
 
 
 def from_zero(axes: Axes) -> None:
-    """Let the vertical axis begin at 0, with a little room above the data."""
+    """Start the vertical axis at 0, with a little room above the data."""
     axes.set_ylim(0, 1.05 * axes.dataLim.y1 if axes.dataLim.y1 > 0 else 1.0)
 
 
 def mark_share(axes: Axes, share: float, colour: str) -> None:
-    """A dashed line across, with its height beside it."""
+    """Draw a dashed horizontal line, labelled with its value."""
     axes.axhline(share, color=colour, linestyle="--", linewidth=1.0)
     axes.annotate(f"even: {share:.3g} %", (1.0, share), xycoords=("axes fraction", "data"), xytext=(4, 0),
                   textcoords="offset points", va="center", fontsize=8, color=colour)  # fmt: skip
 
 
 def mark_phases(axes: Axes, starts: Mapping[int, float], names: Mapping[int, str] | None = None) -> None:
-    """A line where each phase but the first begins; `names` are written above the axes. Nothing where there are more
-    than MOST_PHASES."""
+    """Draw a line at the start of each phase except the first, with `names` above the axes. Draws nothing if there are
+    more than MOST_PHASES."""
     if len(starts) > MOST_PHASES:
         return
     for x in sorted(starts.values())[1:]:
@@ -139,7 +139,7 @@ def phase_names(analysis: Analysis) -> dict[int, str]:
 
 
 def shown_phases(analysis: Analysis, having: pd.Series[Any], most: int) -> tuple[list[int], str]:
-    """(phases to show of those that are in the column `having`, what to say of the others in a title: "" if none)."""
+    """(phases to show among those in the column `having`, text on the others for a title: "" if there are none)."""
     own = analysis.phases[analysis.phases["phase"].isin(having)]
     count = own["phase"].nunique()
     if count <= most:
@@ -148,13 +148,13 @@ def shown_phases(analysis: Analysis, having: pd.Series[Any], most: int) -> tuple
 
 
 def phase_starts(analysis: Analysis) -> dict[int, float]:
-    """When each phase began, in seconds since the run's first span."""
+    """Start of each phase in seconds since the run's first span."""
     starts = analysis.phases.groupby("phase")["start_ns"].min() - analysis.run.start_ns
     return {int(phase): start / 1e9 for phase, start in zip(starts.index, starts, strict=True)}
 
 
 def first_of_phases(losses: pd.DataFrame, clock: str, factor: float = 1.0) -> dict[int, float]:
-    """Where each phase begins on a clock of Analysis.convergence, times `factor`: after the last update before it."""
+    """Start of each phase on a clock of Analysis.convergence, times `factor`: at the last update before it."""
     ended = losses[clock].shift(1, fill_value=0)[~losses["phase"].duplicated()] * factor
     return {int(losses["phase"][i]): float(x) for i, x in zip(ended.index, ended, strict=True)}
 
@@ -169,12 +169,12 @@ def smoothed(losses: pd.DataFrame) -> pd.Series[float]:
 
 
 def short(value: float) -> str:
-    """Two digits at least, for the cells of a matrix."""
+    """Format with at least two digits, for the cells of a matrix."""
     return f"{value:.2g}" if value < 100 else f"{value:.0f}"
 
 
 def in_unit(values: pd.Series[Any] | np.ndarray[Any, Any], unit: str = "B") -> tuple[float, str]:
-    """(factor, unit) that makes the largest of `values` readable: bytes become KiB, MiB, GiB or TiB."""
+    """(factor, unit) that makes the largest of `values` readable: bytes become KiB, MiB, GiB or TiB if large."""
     largest = float(np.nanmax(values)) if len(values) and np.isfinite(values).any() else 0.0
     step = min(4, int(np.log2(largest) // 10)) if largest >= 1 else 0
     return 1024.0**-step, ("", "Ki", "Mi", "Gi", "Ti")[step] + unit

@@ -33,7 +33,7 @@ from hpctrain.views.figures.style import (
 )
 
 COLUMNS = 1200
-MOST_MARKS = 200  # of a kind of event; more would be a bar across the figure
+MOST_MARKS = 200  # per kind of event; more would form a solid bar across the figure
 MARKS = {"switch": "v", "checkpoint": "s", "rebalance": "D", "failure": "X"}
 
 

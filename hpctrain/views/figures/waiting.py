@@ -16,12 +16,12 @@ from hpctrain.views.figures import NothingToShow
 from hpctrain.views.figures.script import main
 from hpctrain.views.figures.style import GREY, KIND_COLOURS, legend, name_rows, new_figure, short
 
-MOST = 16  # ranks in the right panel; numbers in the cells of the left one
+MOST = 16  # ranks in the right panel; also the most for which the left panel shows numbers
 SMALL = 0.005  # ranks that were waited for less than this share of all waiting are left out on the right
 
 
 def draw(analysis: Analysis) -> Figure:
-    """Matrix rank by rank (s), and for every rank waited for what it was doing (s)."""
+    """Matrix of seconds by rank and rank, and for every rank waited for, what it was doing (s)."""
     waits, matrix = analysis.waits, analysis.waiting_matrix()
     if waits.empty or not waits["seconds"].sum() > 0:
         raise NothingToShow("no rank waited for another")

@@ -120,7 +120,7 @@ class SpanStore:
     rows: list[tuple[Spans, PackedSpans]] = field(default_factory=list)
 
     def add(self, rows: Iterable[Spans], share: float) -> None:
-        """Add rows read on the current grid. `share`: share of the run's ranks added so far, including these, 0 to 1."""
+        """Add rows read on the current grid. `share`: of the run's ranks, the part (0 to 1) added after this call."""
         for spans in rows:
             spans.sort()
             self.rows.append((spans, spans.pack()))
