@@ -218,7 +218,7 @@ def _training_seconds(updates: pd.DataFrame, phases: pd.DataFrame, pauses: dict[
         mine = attempts == attempt
         trained = np.zeros(int(mine.sum()), np.int64)
         bounds = edges.loc[edges["attempt"] == attempt, ["start", "end"]].to_numpy(np.int64).tolist()
-        whole = (int(t_ns[mine][0]), int(t_ns[mine][-1]))  # where no phase is known
+        whole = (int(t_ns[mine][0]), int(t_ns[mine][-1]))  # used if no phase is known
         for start, end in _merged(sorted(map(tuple, bounds)) or [whole]):
             trained += _until(t_ns[mine], start, end)
             for pause, over in pauses.get(attempt, []):

@@ -79,5 +79,5 @@ def pop(times: pd.DataFrame) -> pd.DataFrame:
 
 
 def computation_scaling(baseline: float, seconds: float) -> float:
-    """POP's computation scaling: useful seconds per sample of the baseline run over those of this one."""
+    """POP's computation scaling: the baseline run's useful seconds per sample / this run's."""
     return baseline / seconds if seconds > 0 else np.nan

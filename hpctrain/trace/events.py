@@ -18,7 +18,7 @@ from hpctrain.text import escaped
 if TYPE_CHECKING:
     import pandas as pd
 
-KIND_BYTES, JSON_BYTES = 24, 480  # of an event in a file, at most
+KIND_BYTES, JSON_BYTES = 24, 480  # the most for an event in a file
 ELLIPSIS = "…"
 
 
@@ -31,7 +31,7 @@ class Event:
 
 @dataclass(frozen=True)
 class PhaseEntered(Event):
-    """A rank begins a phase, with a role ("worker" or "server"), under a strategy."""
+    """A rank begins a phase, in a role ("worker" or "server") under a strategy."""
 
     kind = "role"
     phase: int

@@ -43,7 +43,7 @@ class Kind(IntEnum):
 
 
 class OutcomeCode(IntEnum):
-    """What became of a step's gradient."""
+    """What happened to a step's gradient."""
 
     APPLIED = 1
     DROPPED = 2

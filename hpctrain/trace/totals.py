@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-_NAME, _CELL = 11, 17  # widths of the columns of the text
+_NAME, _CELL = 11, 17  # column widths of the text
 
 
 def sum_times(run: Run) -> pd.DataFrame:

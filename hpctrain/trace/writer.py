@@ -121,7 +121,7 @@ class TraceWriter:
         """Flush and close the file. Spans still open are lost. May be called more than once."""
         if self._file is not None:
             self.flush()
-            self._append()  # the span of that flush
+            self._append()  # writes the span of the flush itself
         if self._file is not None:
             try:
                 self._file.close()

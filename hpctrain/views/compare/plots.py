@@ -53,7 +53,7 @@ def write_plots(folder: Path, frame: pd.DataFrame, runs: Runs, targets: Targets,
 
 
 def draw_loss(runs: Runs, targets: Targets) -> Figure | None:
-    """Training loss against training time; None if no run has losses."""
+    """Draw training loss against training time; None if no run has losses."""
     figure, axes = _over_time(f"training loss (mean of {max(1, round(targets.window)):,} samples)")
     for index, (letter, run) in enumerate(runs.items()):
         rows = run.mean_losses(targets.window)
@@ -63,7 +63,7 @@ def draw_loss(runs: Runs, targets: Targets) -> Figure | None:
 
 
 def draw_metric(runs: Runs, targets: Targets) -> Figure | None:
-    """The metric of every evaluation against training time; None if no run was evaluated."""
+    """Draw the metric of every evaluation against training time; None if no run was evaluated."""
     kinds = dict.fromkeys(f"{run.split} {run.metric}" for run in runs.values() if run.split)
     figure, axes = _over_time(literal(escaped(" or ".join(kinds))))
     for index, (letter, run) in enumerate(runs.items()):

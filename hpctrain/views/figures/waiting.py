@@ -21,7 +21,7 @@ SMALL = 0.005  # ranks that were waited for less than this share of all waiting 
 
 
 def draw(analysis: Analysis) -> Figure:
-    """Matrix of seconds by rank and rank, and for every rank waited for, what it was doing (s)."""
+    """Matrix of seconds that ranks waited for each other, and what every rank waited for was doing meanwhile (s)."""
     waits, matrix = analysis.waits, analysis.waiting_matrix()
     if waits.empty or not waits["seconds"].sum() > 0:
         raise NothingToShow("no rank waited for another")

@@ -1,4 +1,4 @@
-"""report.html: what a run's traces say, on one page that opens offline.
+"""report.html: the results from a run's traces on one page that opens offline.
 
 `write_report(run_folder)` writes it. Importing this package loads neither pandas, matplotlib nor bokeh.
 """

@@ -72,7 +72,7 @@ def render_page(analysis: Analysis, said: Said) -> tuple[str, str]:
     least, most = TIMELINE_BYTES
     budget = max(least, min(most, LARGEST_PAGE - size))
     values["timeline"] = part("timeline", lambda: timeline(analysis, phases, budget, said))
-    # Notes last: they grow as more of the run is read.
+    # The notes come last because reading more of the run adds to them.
     return fill(values | {"notes": run.notes, "left_out": part.left_out}), headline
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LARGEST_SVG = 100_000  # bytes; a larger figure is smaller as a PNG
 PIXELS_PER_INCH = 120
-INTERACTIVE = "timeline"  # the page has its own
+INTERACTIVE = "timeline"  # left out, because the page has an interactive one
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def draw_pictures(
 
 
 def embed(figure: Figure) -> tuple[str, int]:
-    """(a data: URL, width in CSS pixels) of the figure: SVG where that is small, else PNG."""
+    """(data: URL, width in CSS pixels) of the figure: SVG if that is small, else PNG."""
     picture, kind = _save(figure, "svg"), "svg+xml"
     if len(picture) > LARGEST_SVG:
         picture, kind = _save(figure, "png"), "png"
