@@ -289,8 +289,9 @@ def resumes(comm: Communicator, subject: Subject, folder: Path) -> None:
     """A run resumed from a checkpoint in mid-epoch ends bitwise equal to the uninterrupted one: with momentum, Adam,
     dropout, batch norm."""
     for optimizer in (MOMENTUM, ADAM):
-        train = {"steps": 20, "batch_size": 4, "checkpoint_every": {"steps": 4}, "keep_checkpoints": 9}
-        data = task.points(108), task.points(11)  # no worker gets a single sample: batch norm needs two
+        train = {"steps": 20, "batch_size": 4, "checkpoint_every": {"steps": 3}, "keep_checkpoints": 9}
+        # Of every round each worker has two samples at least: batch norm cannot train on one.
+        data = task.points(30 * _workers(comm, subject)), task.points(11)
         keys = {**train, "accumulate": 2}
         job = subject.job(folder, model=task.noisy_net, data=data, optimizer=optimizer, train=keys)
         whole = quietly(comm, job)
