@@ -87,8 +87,8 @@ def rules(run: Run) -> pd.DataFrame:
     """
     rows = _recorded(run)
     reported = {str(event) for event in rows["event"] if isinstance(event, RuleStatistic) and event.fired}
-    told_twice = [isinstance(event, PhaseSwitch) and str(event) in reported for event in rows["event"]]
-    rows = rows[~np.array(told_twice, bool)]
+    repeated = [isinstance(event, PhaseSwitch) and str(event) in reported for event in rows["event"]]
+    rows = rows[~np.array(repeated, bool)]
     known = [event if isinstance(event, RuleStatistic) else None for event in rows["event"]]
     rows = rows.assign(
         samples=_samples_after(run, rows["t_s"].to_numpy(np.float64)),
