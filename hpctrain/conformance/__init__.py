@@ -93,7 +93,7 @@ def over_real_ranks(subject: Subject, check: Check, comm: Communicator, folder: 
     """Run one check on the ranks of an MPI job. Collective; returns this rank's verdict."""
 
     def run() -> str | None:
-        if check.ends_all and subject.trains_by_itself:
+        if check.virtual_only or (check.ends_all and subject.trains_by_itself):
             return "it ends the MPI job; it is tested over virtual ranks"
         left_out = why_left_out(subject, check, comm.nodes)
         if left_out is None:

@@ -43,6 +43,7 @@ class Check:
     function: Callable[[Communicator, Subject, Path], None]
     left_out: Callable[[Subject, int], str | None]
     ends_all: bool = False
+    virtual_only: bool = False  # a server may end the MPI job with it, alone
 
 
 # -- which strategies a promise applies to -------------------------------------------------------------------------
@@ -341,7 +342,7 @@ CHECKS: tuple[Check, ...] = (
     Check("honours optimizer.schedule", honours_the_learning_rate, always),
     Check("honours train.accumulate", honours_accumulate, if_deterministic),
     Check("stops for a loss that is NaN", stops_for_nan, always, ends_all=True),
-    Check("stops for a gradient that is NaN", stops_for_nan_in_a_gradient, always, ends_all=True),
+    Check("stops for a gradient that is NaN", stops_for_nan_in_a_gradient, always, ends_all=True, virtual_only=True),
     Check("skips steps that are NaN", skips_nan, always),
     Check("takes every sample once", takes_every_sample_once, always),
     Check("is not changed by evaluations and checkpoints", evaluates_without_a_trace, if_deterministic),

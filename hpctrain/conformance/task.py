@@ -126,18 +126,27 @@ class Sometimes(nn.Module):
         return self.last(hidden)
 
 
-class Deep(nn.Module):
-    """If a sample's first feature is 9, the gradient of the last of about 20,000 parameters is NaN, but no loss is."""
+class Late(nn.Module):
+    """Adds a parameter to its inputs; the gradient is NaN, though no output is, for rows marked True."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.wide, self.last, self.late = nn.Linear(7, 2500), nn.Linear(2500, 3), nn.Parameter(torch.zeros(3))
+        self.value = nn.Parameter(torch.zeros(3))
+
+    def forward(self, inputs: Tensor, marked: Tensor) -> Tensor:
+        root = torch.sqrt(self.value * 0.0)  # 0, of slope infinity times 0
+        return inputs + torch.where(marked, root, self.value)
+
+
+class Deep(nn.Module):
+    """The gradient of the last of some 27,000 parameters is NaN, and no loss, where a sample's first feature is 9."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.last, self.late = nn.Linear(7, 2500), nn.Linear(2500, 3), Late()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        marked = inputs[:, :1] == 9.0
-        root = torch.sqrt(self.late * 0.0)  # 0; its derivative is infinity times 0
-        late = torch.where(marked, root, self.late)
-        return self.last(torch.tanh(self.wide(inputs))) / 50.0 + late
+        return self.late(self.last(torch.tanh(self.wide(inputs))) / 50.0, inputs[:, :1] == 9.0)
 
 
 def points(samples: int = SAMPLES, bad: int = -1, value: float = torch.nan) -> TensorDataset:
