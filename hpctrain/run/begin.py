@@ -25,7 +25,7 @@ from hpctrain.run.files import RunFiles
 from hpctrain.run.folder import Narrator
 from hpctrain.run.keeper import Keeper
 from hpctrain.run.prepare import Prepared, prepare
-from hpctrain.run.reserve import reserve
+from hpctrain.run.reserve import models_needed, reserve
 from hpctrain.run.resume import Resume
 from hpctrain.run.totals import Ending, Totals
 from hpctrain.run.tracing import Tracing
@@ -139,7 +139,9 @@ def _open(run: ActiveRun) -> None:
     agreed(comm, lambda: tracing.open(job, prepared, attempt))
     tracing.begin()
     if prepared.device.type == "cpu":
-        reserve(prepared.later_bytes(run.totals.phase, comm.rank))
+        layout = prepared.replica.layout
+        sizes = [models_needed(roles, comm.rank) for roles in prepared.roles[run.totals.phase + 1 :]]
+        reserve(int(max(sizes, default=0.0) * layout.length * layout.dtype.itemsize))
 
 
 def _tell(run: ActiveRun, how: str | None, note: str) -> None:

@@ -119,12 +119,6 @@ class Prepared(Measurable):
         made: Strategy = spec.resolve()(spec.options)
         return made
 
-    def later_bytes(self, phase: int, rank: int) -> int:
-        """The approximate memory in bytes that the most demanding later phase allocates on this rank."""
-        later = zip(self.job.schedule[phase + 1 :], self.roles[phase + 1 :], strict=True)
-        sizes = [spec.strategy.resolve().fills(spec.strategy.options, roles, rank) for spec, roles in later]
-        return int(max(sizes, default=0.0) * self.replica.layout.length * self.replica.layout.dtype.itemsize)
-
     def conductor(self, phase: int, start: int, tell: Callable[[Event], None]) -> Conductor:
         """The conductor of that phase, which began at the cursor `start`; `tell` receives the events of its rule."""
         clock, train = self.clock(phase), self.job.train

@@ -6,7 +6,22 @@ import os
 
 import numpy as np
 
+from hpctrain.cluster import Roles
+
 PAGE = 4096
+
+
+def models_needed(roles: Roles, rank: int) -> float:
+    """Roughly how much memory this rank allocates when a phase with these roles follows another, in models.
+
+    Where there are servers, every rank takes its own parameters and keeps what the previous phase holds; rank 0 takes
+    the optimizer state, as it arrives and leaves; a server takes its workers' gradients and velocities, their sum, the
+    optimizer state and the memory for an update. Without servers the arenas of the previous phase are used again.
+    """
+    if not roles.servers:
+        return 0.0
+    shards = (2 * len(roles.workers) + 5) / len(roles.servers) if rank in roles.servers else 0.0
+    return 2.0 + 3.0 * (rank == 0) + shards
 
 
 def reserve(nbytes: int) -> None:

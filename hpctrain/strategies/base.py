@@ -76,11 +76,6 @@ class Strategy:
     def check(options: Any, roles: Roles) -> None:
         """Refuse options that these roles cannot satisfy (HpctrainError), before anything is allocated."""
 
-    @staticmethod
-    def fills(options: Any, roles: Roles, rank: int) -> float:
-        """Roughly how many times the model's size this rank allocates when such a phase follows another."""
-        return 0.0
-
     def join(self, phase: Phase, state: State | None = None) -> None:
         """Join the phase. Collective over its ranks, servers included. Afterwards all replicas hold rank 0's parameters
         and the optimizer state is `state` (whole on rank 0, None elsewhere; None on all ranks: a fresh start)."""

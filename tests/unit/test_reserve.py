@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from hpctrain.cluster import assign_roles
 from hpctrain.comm.virtual.world import World
 from hpctrain.launcher import MEMORY
 from hpctrain.run.prepare import prepare
-from hpctrain.run.reserve import kept_up_to
+from hpctrain.run.reserve import kept_up_to, models_needed
 from tests import helpers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,36 +80,31 @@ def test_what_the_allocator_keeps_is_in_its_variable(tunables: str, kept: int):
     assert kept_up_to(tunables) == kept
 
 
-def later(folder: Path, ranks: int, *strategies: helpers.Tables) -> list[list[float]]:
-    """By phase and rank, what the phases after it will need, in times of the model's size."""
-    schedule: list[helpers.Tables] = [
-        {"strategy": strategy, "until": {"rule": "after", "samples": 20}} for strategy in strategies
-    ]
-    del schedule[-1]["until"]
-    job = helpers.make_job(folder, phases=schedule)
-    prepared = World(ranks).run(lambda comm: prepare(job, comm))[0]
-    model = prepared.replica.layout.length * prepared.replica.layout.dtype.itemsize
-    return [
-        [prepared.later_bytes(phase, rank) / model for rank in range(ranks)] for phase in range(len(strategies))
-    ]
-
-
-ALL_REDUCE: helpers.Tables = {"name": "all_reduce"}
-
-
 @pytest.mark.parametrize(
-    ("ranks", "served", "needs"),
+    ("ranks", "servers", "colocated", "needed"),
     [
-        (4, helpers.served(servers=1), [5, 2, 2, 2 + 11]),
-        (5, helpers.served(servers=2), [5, 2, 2, 2 + 5.5, 2 + 5.5]),
-        (2, helpers.served(servers=1, colocated=True), [5, 2 + 9]),
+        (4, 1, False, [5, 2, 2, 2 + 11]),
+        (5, 2, False, [5, 2, 2, 2 + 5.5, 2 + 5.5]),
+        (2, 1, True, [5, 2 + 9]),
+        (3, 0, False, [0, 0, 0]),
     ],
 )
-def test_who_will_need_how_much(tmp_path: Path, ranks: int, served: helpers.Tables, needs: list[float]):
-    assert later(tmp_path, ranks, ALL_REDUCE, served) == [needs, [0] * ranks]
+def test_memory_that_each_rank_needs_for_a_phase(ranks: int, servers: int, colocated: bool, needed: list[float]):
+    roles = assign_roles([0] * ranks, servers, colocated)
+    assert [models_needed(roles, rank) for rank in range(ranks)] == needed
 
 
-def test_only_of_the_phases_that_are_still_to_come(tmp_path: Path):
-    needs = later(tmp_path, 4, helpers.served(servers=1), ALL_REDUCE, helpers.served(servers=2), ALL_REDUCE)
-    assert [row[1] for row in needs] == [2, 2, 0, 0]
-    assert [row[3] for row in needs] == [2 + 4.5, 2 + 4.5, 0, 0]
+def test_a_run_reserves_for_the_most_demanding_phase_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    reserved: list[int] = []
+    monkeypatch.setattr("hpctrain.run.begin.reserve", reserved.append)
+    until = {"rule": "after", "steps": 1}
+    served: list[helpers.Tables] = [helpers.served(servers=2), helpers.served(servers=1)]
+    strategies = [served[0], {"name": "all_reduce"}, served[1], {"name": "all_reduce"}]
+    phases: list[helpers.Tables] = [{"strategy": strategy, "until": until} for strategy in strategies]
+    del phases[-1]["until"]
+    job = helpers.make_job(tmp_path, phases=phases)
+    prepared = World(4).run(lambda comm: prepare(job, comm))[0]
+    World(4).run(lambda comm: helpers.quiet_train(comm, job))
+    layout = prepared.replica.layout
+    model = layout.length * layout.dtype.itemsize
+    assert sorted(reserved) == [2 * model, 2 * model, 5 * model, 13 * model]

@@ -58,14 +58,6 @@ class ParameterServer(Strategy):
                 "for; lower strategy.backup_workers or start more ranks"
             )
 
-    @staticmethod
-    def fills(options: ParameterServerOptions, roles: Roles, rank: int) -> float:
-        """Every rank: its own parameters, and what the previous phase holds. Rank 0: the optimizer state, as it arrives
-        and leaves. A server: its workers' gradients and velocities, their sum, the optimizer state, and the memory for
-        an update."""
-        shards = (2 * len(roles.workers) + 5) / len(roles.servers) if rank in roles.servers else 0.0
-        return 2.0 + 3.0 * (rank == 0) + shards
-
     def join(self, phase: Phase, state: State | None = None) -> None:
         self.phase = phase
         self.wiring = Wiring(phase, self.options)
