@@ -32,6 +32,8 @@ def draw(analysis: Analysis) -> Figure:
     if len(steps) < 2:
         raise NothingToShow("fewer than two steps were finished, so there is no throughput")
     start = min([steps["t_s"].min(), *phase_starts(analysis).values()])
+    if steps["t_s"].max() <= start:
+        raise NothingToShow("all steps were finished at the same time, so there is no throughput")
     per_rank = len(steps) // steps["rank"].nunique()
     edges = np.linspace(start, steps["t_s"].max(), int(np.clip(per_rank // 10, 10, 100)) + 1)
     middles, width = (edges[1:] + edges[:-1]) / 2, edges[1] - edges[0]
