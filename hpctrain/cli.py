@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from hpctrain.job import Job
     from hpctrain.run.resume import Resume
 
-DESCRIPTION = "Train PyTorch models on MPI and Slurm clusters with whichever way of synchronising is fastest there."
+DESCRIPTION = "Train PyTorch models on MPI and Slurm clusters with the synchronisation strategy that is fastest there."
 EXPORT = "trace export"
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 SHOW = (
     "Check a job file and print it with every default written out. Nothing that the job names is imported: the options "
-    "of a strategy or rule of your own are printed as they stand; `hpctrain doctor --job FILE` checks those too."
+    "of your own strategies and rules are printed as given; `hpctrain doctor --job FILE` also checks those."
 )
 
 
@@ -92,33 +92,33 @@ def _parser() -> argparse.ArgumentParser:
     _job_arguments(run)
     _resume_arguments(run)
     run.set_defaults(command=_run)
-    evaluate = commands.add_parser("evaluate", help="loss and metric of a run's model on its test samples")
+    evaluate = commands.add_parser("evaluate", help="compute loss and metric of a run's model on its test samples")
     evaluate.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     evaluate.set_defaults(command=_evaluate)
     _add_reading(commands)
     bench = commands.add_parser("bench", help="measure this machine: all-reduce, steps, switches, virtual ranks ...")
     bench.add_argument("what", nargs="?", default="all", choices=CHOICES)
     bench.add_argument("-n", type=int, default=2, metavar="N", help="how many ranks to start (default 2)")
-    bench.add_argument("--json", metavar="FILE", help="write the figures to FILE, too")
+    bench.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     bench.set_defaults(command=_bench)
-    doctor = commands.add_parser("doctor", help="examine ranks, MPI, nodes and network, and say what to do")
-    doctor.add_argument("-n", type=int, metavar="N", help="start N ranks on this machine and examine those")
-    doctor.add_argument("--json", action="store_true", help="print one JSON object: facts, and problems found")
-    doctor.add_argument("--job", metavar="FILE", help="check also whether this job would run")
+    doctor = commands.add_parser("doctor", help="check ranks, MPI, nodes and network, and advise on problems")
+    doctor.add_argument("-n", type=int, metavar="N", help="start N ranks on this machine and check those")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object: the facts and the problems found")
+    doctor.add_argument("--job", metavar="FILE", help="also check whether this job would run")
     doctor.add_argument("overrides", metavar="key=value", nargs="*", help="keys of that job to change")
     doctor.set_defaults(command=_doctor)
-    test = commands.add_parser("test-strategy", help="test a strategy against everything that strategies must keep")
+    test = commands.add_parser("test-strategy", help="test a strategy against every promise that it must keep")
     test.add_argument("name", metavar="NAME", help="as in a job: all_reduce, or my_module:MyStrategy")
-    test.add_argument("options", metavar="key=value", nargs="*", help="its options (default: those it is tested with)")
+    test.add_argument("options", metavar="key=value", nargs="*", help="its options (default: each set that it lists)")
     test.set_defaults(command=_test_strategy)
-    job = commands.add_parser("job", help="about job files")
+    job = commands.add_parser("job", help="show and explain job files")
     about = job.add_subparsers(required=True, metavar="ACTION")
     explain = about.add_parser("explain", help="list every key of a job with its type, default and meaning")
-    explain.add_argument("key", nargs="?", default="", help="only keys that begin so")
-    explain.add_argument("--markdown", action="store_true", help="as the table of docs/job.md")
+    explain.add_argument("key", nargs="?", default="", help="only keys that begin with this")
+    explain.add_argument("--markdown", action="store_true", help="print the table of docs/job.md")
     explain.set_defaults(command=_explain)
     show = about.add_parser(
-        "show", help="print a job with every default written out; imports nothing of what it names", description=SHOW
+        "show", help="print a job with every default written out, and import nothing that it names", description=SHOW
     )
     _job_arguments(show)
     show.set_defaults(command=_show)
@@ -131,34 +131,34 @@ def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     report.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     report.add_argument("-o", "--output", metavar="FILE", type=Path, help="default: report.html in the run folder")
     report.set_defaults(command=_report)
-    compare = commands.add_parser("compare", help="runs side by side: time to a loss, speed, cost, scaling")
+    compare = commands.add_parser("compare", help="compare runs: time to a loss, speed, cost, scaling")
     compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
     compare.add_argument("--baseline", metavar="RUN", type=Path, help="show speed-up and scaling efficiency against it")
-    compare.add_argument("--target-loss", type=float, metavar="X", help="loss to time (default: what all runs reached)")
-    compare.add_argument("--target-metric", type=float, metavar="X", help="metric to time (default: likewise)")
+    compare.add_argument("--target-loss", type=float, metavar="X", help="target loss (default: what all runs reached)")
+    compare.add_argument("--target-metric", type=float, metavar="X", help="target metric (default: likewise)")
     compare.add_argument("--csv", metavar="FILE", type=Path, help="write the table to FILE, with units in its columns")
-    compare.add_argument("-o", "--output", metavar="FOLDER", type=Path, help="write pictures into FOLDER")
+    compare.add_argument("-o", "--output", metavar="FOLDER", type=Path, help="write plots to FOLDER")
     compare.set_defaults(command=_compare)
-    watch = commands.add_parser("watch", help="how a run goes, while it goes: loss, speed, waiting, time left")
+    watch = commands.add_parser("watch", help="follow a run while it trains: loss, speed, waiting, time left")
     watch.add_argument("run", metavar="RUN", type=Path, help="a run folder")
-    watch.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default 2)")
-    watch.add_argument("--once", action="store_true", help="print one picture and exit")
+    watch.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="time between updates (default 2)")
+    watch.add_argument("--once", action="store_true", help="print the current state and exit")
     watch.set_defaults(command=_watch)
-    trace = commands.add_parser("trace", help="where the time of a run went: totals per rank and span kind")
+    trace = commands.add_parser("trace", help="show where a run's time went: totals per rank and span kind")
     trace.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     trace.set_defaults(command=_trace)
     export = commands.add_parser(EXPORT, help="write a run's traces for Perfetto, or as tables")
     export.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     export.add_argument("--format", default="perfetto", metavar="perfetto|csv|parquet", help="default: perfetto")
     export.add_argument("-o", "--output", type=Path, metavar="PATH", help="default: in the run folder")
-    export.add_argument("--ranks", metavar="0,3,8-15", help="only these")
-    export.add_argument("--steps", metavar="FIRST:LAST", help="only the time in which these steps ran; both included")
+    export.add_argument("--ranks", metavar="0,3,8-15", help="only these ranks")
+    export.add_argument("--steps", metavar="FIRST:LAST", help="only the time of these steps, both included")
     export.set_defaults(command=_export)
 
 
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB", nargs="?", help="a job file (TOML)")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to change: train.epochs=3")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to change, such as train.epochs=3")
 
 
 def _named(path: str | None) -> str:
@@ -176,14 +176,14 @@ def _resume_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="here",
         metavar="RUN",
-        help="go on from the newest checkpoint of that run folder, without JOB or with its own; without RUN, of the "
-        "folder that JOB lies in; `latest`: of the newest unfinished run of this Slurm job (outside of Slurm: of "
-        "those made there) with an equal job, or start a new one",
+        help="continue from the newest checkpoint of that run folder (leave JOB out, or give the run's own); without "
+        "RUN: of the folder that contains JOB; `latest`: of the newest unfinished run with an equal job in this Slurm "
+        "job (outside Slurm: among runs started outside Slurm), or start a new run if there is none",
     )
     parser.add_argument(
         "--reset-optimizer",
         action="store_true",
-        help="with --resume: the optimizer begins anew (momentum, Adam's moments), as it must where it is another one",
+        help="with --resume: reset the optimizer's state (momentum, Adam's moments); required if the optimizer changes",
     )
 
 
@@ -287,7 +287,7 @@ def _watch(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from hpctrain import bench, launcher
 
-    if not bench.wants_ranks(options.what, os.environ):
+    if not bench.needs_ranks(options.what, os.environ):
         return bench.main(options.what, options.json)
     bench.check_path(options.json)
     command = [sys.executable, "-m", "hpctrain", "bench", options.what]
@@ -303,13 +303,13 @@ def _doctor(options: argparse.Namespace) -> int:
     from hpctrain.launcher.started import launched_rank, launched_size
 
     if options.overrides and options.job is None:
-        raise HpctrainError(f"{options.overrides[0]}: keys are changed in a job; name its file with --job")
+        raise HpctrainError(f"{options.overrides[0]}: this changes a key of a job; name the job file with --job")
     if options.n is not None:
         launched, by = launched_size(os.environ)
         if launched > 1:
             from hpctrain.comm.connect import report
 
-            mistake = HpctrainError(f"-n {options.n}: {by} has started {launched} ranks already; leave -n out")
+            mistake = HpctrainError(f"-n {options.n}: {by} has already started {launched} ranks; leave -n out")
             return report(mistake, launched_rank(os.environ))
         if options.job is not None:
             Job.load(options.job, options.overrides)  # report a mistake in it before any rank is started

@@ -38,9 +38,9 @@ def assign_roles(nodes: Sequence[int], servers: int, colocated: bool) -> Roles:
     size = len(nodes)
     limit = size if colocated else size - 1
     if servers > limit:
-        who = "can have a server beside it" if colocated else "can be servers, since rank 0 is always a worker"
+        limited = "can have a server beside it" if colocated else "can be servers, since rank 0 is always a worker"
         raise ClusterError(
-            f"strategy.servers = {servers}: of {size} rank{'s' * (size > 1)} at most {limit} {who}; "
+            f"strategy.servers = {servers}: of {size} rank{'s' * (size > 1)} at most {limit} {limited}; "
             "start more ranks or lower strategy.servers"
         )
     candidates = _last_of_each_node_in_turn(nodes)
@@ -61,10 +61,10 @@ def _last_of_each_node_in_turn(nodes: Sequence[int]) -> list[int]:
     return order
 
 
-def share_of_cores(mine: Collection[int], everybodys: Sequence[Collection[int]]) -> float:
-    """A rank's share of the cores (`mine`) that it may use. `everybodys`: the cores that each rank of its node may
+def share_of_cores(mine: Collection[int], all_cores: Sequence[Collection[int]]) -> float:
+    """A rank's share of the cores (`mine`) that it may use. `all_cores`: the cores that each rank of its node may
     use, including this one. A launcher may have bound each rank to its own cores, or bound none."""
-    return len(mine) / max(1, sum(not set(mine).isdisjoint(cores) for cores in everybodys))
+    return len(mine) / max(1, sum(not set(mine).isdisjoint(cores) for cores in all_cores))
 
 
 def threads_for(cores: float, threads: int | str) -> int:
@@ -77,5 +77,5 @@ def device_for(wanted: str, local_rank: int, gpus: int) -> str:
     if wanted == "cpu" or (wanted == "auto" and gpus == 0):
         return "cpu"
     if gpus == 0:
-        raise ClusterError('device = "cuda": this node shows no GPU to torch; use device = "auto" or "cpu"')
+        raise ClusterError('device = "cuda": torch finds no GPU on this node; use device = "auto" or "cpu"')
     return f"cuda:{local_rank % gpus}"

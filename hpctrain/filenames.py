@@ -5,6 +5,6 @@ METRICS = "metrics.csv"
 CHECKPOINTS = "checkpoints"  # a folder
 MODEL = "model.safetensors"  # of a run that has come to its end
 REPORT = "report.html"
-RUN = "run.toml"  # what tells this run from others: its Slurm job, the overrides it was started with
+RUN = "run.toml"  # what distinguishes this run from others: its Slurm job, the overrides it was started with
 HISTORY = "history.jsonl"  # what was changed when it was resumed, a line each
 LOCK = "run.lock"  # while a process uses the folder

@@ -22,7 +22,7 @@ def output_file(path: Path) -> Iterator[Path]:
     An existing device or pipe is written to directly: a file must not replace it.
     """
     beside = path.with_name(f".{path.name}.part")
-    with _told(path):
+    with _naming(path):
         if path.is_dir():
             raise HpctrainError(f"{path}: this is a folder; give the name of a file with -o")
         if path.exists() and not path.is_file():
@@ -53,12 +53,12 @@ def output_text(path: Path) -> Iterator[TextIO]:
 
 def make_folder(path: Path) -> None:
     """Create the folder if it does not exist. Raises HpctrainError if that fails."""
-    with _told(path):
+    with _naming(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -38,7 +38,7 @@ OF_ANY_RANKS, OF_ONE = ("all_reduce", "step"), ("virtual", "trace")  # what `all
 CHOICES = ("all", *TOGETHER, *ALONE)
 
 
-def wants_ranks(what: str, environment: Mapping[str, str]) -> bool:
+def needs_ranks(what: str, environment: Mapping[str, str]) -> bool:
     """Whether ranks must be started first: the bench needs some, and no launcher has started this process."""
     return what not in ALONE and not is_launched(environment)
 
@@ -49,7 +49,7 @@ def check_path(path: str | None) -> None:
         return
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
-        raise HpctrainError(f"--json {path}: there is no folder {folder}; make it, or name another file")
+        raise HpctrainError(f"--json {path}: there is no folder {folder}; create it, or name another file")
     if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise HpctrainError(f"--json {path}: this file cannot be written; name another one")
 
@@ -62,7 +62,7 @@ def main(what: str = "all", path: str | None = None) -> int:
     """
     if what in ALONE:
         check_path(path)
-        _tell(_measure_alone(what), path)
+        _output(_measure_alone(what), path)
         return 0
     from hpctrain.comm.connect import connect, report
 
@@ -102,7 +102,7 @@ def _measure_together(what: str, comm: Communicator, path: str | None) -> None:
     tables = [_function(TOGETHER[name])(comm, progress) for name in names]
     if comm.rank == 0:
         rest = _measure_alone(what) if what == "all" else Report()
-        _tell(Report(tables + rest.tables), path)
+        _output(Report(tables + rest.tables), path)
     # Ranks that only wait for rank 0 must leave it the cores: MPI libraries' own waits use CPU.
     end = comm.start_all_reduce(np.zeros(1))
     while not end.test():
@@ -125,7 +125,7 @@ def _measure_alone(what: str) -> Report:
     return Report([_function(ALONE[name])(_progress) for name in names])
 
 
-def _tell(report: Report, path: str | None) -> None:
+def _output(report: Report, path: str | None) -> None:
     where = "standard output"
     try:
         print(report.text(), flush=True)

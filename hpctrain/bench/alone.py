@@ -31,7 +31,7 @@ def measure_virtual(progress: Callable[[str], None]) -> FigureTable:
         "virtual",
         f"virtual ranks: ring all-reduce of {RANKS} ranks, {ELEMENTS} float32 each; per second, in thousands",
         ["resumptions", "messages"],
-        notes=["On the free network about every second message is there when asked for: nobody waits for it."],
+        notes=["On the free network about every second message has arrived when it is received: no rank waits for it."],
     )
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in NETWORKS}
     for repetition in range(REPETITIONS):
@@ -64,7 +64,9 @@ def measure_trace(progress: Callable[[str], None]) -> FigureTable:
     spans = tuple(measure_span_cost(20_000) * 1e6 for _ in range(9))
     samples = tuple(measure_sample_cost() * 1e6 for _ in range(9))
     table = FigureTable(
-        "trace", "trace: cost of a span, with its two clock readings and its share of draining; of a sample; us", ["us"]
+        "trace",
+        "trace: cost of a span (with its two clock readings and its share of draining) and of a sample, us",
+        ["us"],
     )
     table.rows = {"span": {"us": Sample(spans, "us")}, "sample": {"us": Sample(samples, "us")}}
     return table

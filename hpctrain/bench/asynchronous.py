@@ -36,13 +36,15 @@ UNCOUNTED = 2  # a worker's first pushes, which touch fresh memory
 def measure_pushes(comm: Communicator, progress: Progress) -> FigureTable:
     """Total round trips (push of a gradient, update, pull of the parameters) per second of all workers."""
     if comm.size < 2:
-        raise ClusterError("hpctrain bench pushes: 1 rank was started; a server and a worker are needed: -n 3, say")
+        raise ClusterError(
+            "hpctrain bench pushes: a server and a worker are needed, but 1 rank was started; use -n 3, for example"
+        )
     threads, workload = torch.get_num_threads(), Workload(comm, PUSHED, momentum=0.0)
     megabytes = workload.replica.layout.length * 4 / 1e6
     table = FigureTable(
         "pushes",
-        f"asynchronous parameter server, {comm.size} ranks of {threads} torch threads, 1 server, model of "
-        f"{megabytes:.3g} MB, SGD; round trips per second of all workers",
+        f"asynchronous parameter server, {comm.size} ranks with {threads} torch thread{'s' * (threads > 1)} each, 1 "
+        f"server, model of {megabytes:.3g} MB, SGD; round trips per second of all workers",
         list(COMPUTES),
     )
     taken: dict[str, dict[str, list[float]]] = {name: {column: [] for column in COMPUTES} for name in SERVERS}
@@ -120,8 +122,8 @@ def measure_slow(comm: Communicator, progress: Progress) -> FigureTable:
     """Seconds per epoch with one slow worker, by strategy, and relative to all-reduce."""
     if comm.size != WORKERS + 1:
         raise ClusterError(
-            f"hpctrain bench slow: {WORKERS} workers and 1 server were expected, but there "
-            f"{'is 1 rank' if comm.size == 1 else f'are {comm.size} ranks'}; start it with -n {WORKERS + 1}"
+            f"hpctrain bench slow: {WORKERS} workers and 1 server are needed, but "
+            f"{'1 rank was' if comm.size == 1 else f'{comm.size} ranks were'} started; use -n {WORKERS + 1}"
         )
     table = FigureTable(
         "slow",
@@ -140,8 +142,8 @@ def measure_slow(comm: Communicator, progress: Progress) -> FigureTable:
         _fill_row(table, name, taken, limit)
     milliseconds = COMPUTE_SECONDS * 1e3
     table.notes.append(
-        f"Computation is a sleep of {milliseconds:g} ms a step, so that all workers compute at once also where there "
-        "are fewer cores than workers; the slow one sleeps as debug.slow has it."
+        f"Computation is a sleep of {milliseconds:g} ms per step, so that all workers compute at the same time even on "
+        "fewer cores than workers; the slow one sleeps as long as debug.slow says."
     )
     return table
 
@@ -152,8 +154,8 @@ def _fill_row(table: FigureTable, name: str, taken: dict[str, list[float]], limi
         return
     shares = tuple(own / base for own, base in zip(taken[name], taken[ALL_REDUCE], strict=True))
     row |= {"of all_reduce": Sample(shares, ""), "limit": Sample((limit,), "")}
-    kept = "kept" if row["of all_reduce"].median <= limit else "not kept"
-    table.notes.append(f"{name}: {row['of all_reduce'].median:.3f} of all_reduce's time, limit {limit:g}: {kept}")
+    met = "met" if row["of all_reduce"].median <= limit else "not met"
+    table.notes.append(f"{name}: {row['of all_reduce'].median:.3f} of all_reduce's time, limit {limit:g}: {met}")
 
 
 def _epoch_seconds(comm: Communicator, among: Communicator | None, strategy: dict[str, Any]) -> float:

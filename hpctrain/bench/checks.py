@@ -39,7 +39,7 @@ def measure_checks(comm: Communicator, progress: Callable[[str], None]) -> Figur
     """Milliseconds per step of `all_reduce` with and without the check, and the cost in percent. Collective."""
     table = FigureTable(
         "checks",
-        f"looking whether gradients are finite: all_reduce, {comm.size} rank{'s' * (comm.size > 1)}, ms per step "
+        f"checking that gradients are finite: all_reduce, {comm.size} rank{'s' * (comm.size > 1)}, ms per step "
         f"(turns of {TURN} steps)",
         [WITHOUT, WITH, COST],
     )
@@ -118,7 +118,7 @@ def _turn(session: Session, batches: Iterator[Batch]) -> float:
     for _ in range(TURN):
         batch = next(batches, None)
         if batch is None:
-            raise HpctrainError("hpctrain bench checks: interrupted before all was measured; start it again")
+            raise HpctrainError("hpctrain bench checks: interrupted before it had finished; start it again")
         fit_batch(session, batch)
     return (time.perf_counter() - start) / TURN
 

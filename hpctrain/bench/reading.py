@@ -44,7 +44,7 @@ def measure_read(progress: Callable[[str], None]) -> FigureTable:
         folder = Path(name)
         spans = spans_that_fit(shutil.disk_usage(folder).free)
         if not spans:
-            raise TraceError(f"{folder.parent}: there is no room for traces to read; set TMPDIR to a folder with room")
+            raise TraceError(f"{folder.parent}: too little space for traces to read; set TMPDIR to a folder with more")
         progress(f"read: writing {RANKS} ranks of {spans:,} spans")
         write_run(folder, RANKS, spans)
         size = sum(path.stat().st_size for path in (folder / "trace").iterdir()) / 2**20
@@ -102,7 +102,7 @@ def summarise(folder: Path) -> tuple[float, float]:
 def _table(spans: int, size: float, taken: list[tuple[float, float]]) -> FigureTable:
     table = FigureTable(
         "read",
-        "read: hpctrain.trace.sum_times of a whole run just written, in a process of its own",
+        "read: hpctrain.trace.sum_times of a run just written, in a separate process",
         ["spans, millions", "files, MiB", "seconds", "limit, s", "peak, MiB", "limit, MiB"],
     )
     seconds, peak = Sample(tuple(s for s, _ in taken), "s"), Sample(tuple(m for _, m in taken), "MiB")
@@ -111,9 +111,9 @@ def _table(spans: int, size: float, taken: list[tuple[float, float]]) -> FigureT
     table.rows[f"{RANKS} ranks"] = dict(zip(table.columns, cells, strict=True))
     if spans < SPANS_EACH:
         table.notes.append(
-            f"The temporary folder has no room for {SPANS_EACH:,} spans of each rank: these are {spans:,}, and the "
-            "limits are those of the larger run. Set TMPDIR to a folder with room."
+            f"The temporary folder has no space for {SPANS_EACH:,} spans per rank: this run has {spans:,}, but the "
+            "limits are those of the larger run. Set TMPDIR to a folder with more space."
         )
-    kept = seconds.median <= LIMIT_SECONDS and peak.median <= LIMIT_MIB
-    table.notes.append(f"{seconds.median:.1f} s and {peak.median:.0f} MiB: {'kept' if kept else 'not kept'}")
+    met = seconds.median <= LIMIT_SECONDS and peak.median <= LIMIT_MIB
+    table.notes.append(f"{seconds.median:.1f} s and {peak.median:.0f} MiB: {'met' if met else 'not met'}")
     return table

@@ -87,7 +87,7 @@ def machine() -> str:
     except OSError:
         pass
     cores = len(os.sched_getaffinity(0))
-    return f"{model}, {cores} cores; median (middle half) of interleaved repetitions"
+    return f"{model}, {cores} cores; median (quartiles) of interleaved repetitions"
 
 
 def number(value: float) -> str:

@@ -55,7 +55,9 @@ MODELS = {
 def measure_switch(comm: Communicator, progress: Progress) -> FigureTable:
     """Switch repeatedly from all-reduce to an asynchronous parameter server (one server) and back. Collective."""
     if comm.size < 2:
-        raise ClusterError("hpctrain bench switch: 1 rank was started; a server and a worker are needed: -n 4, say")
+        raise ClusterError(
+            "hpctrain bench switch: a server and a worker are needed, but 1 rank was started; use -n 4, for example"
+        )
     table = FigureTable(
         "switch",
         f"a switch between all_reduce on {comm.size} ranks and an asynchronous parameter server "
@@ -67,7 +69,7 @@ def measure_switch(comm: Communicator, progress: Progress) -> FigureTable:
     for run in range(RUNS):
         for name, model in MODELS.items():
             progress(f"switch of {name}, {run + 1} of {RUNS}")
-            pauses, broadcasts = _switch_to_and_fro(comm, model)
+            pauses, broadcasts = _switch_back_and_forth(comm, model)
             taken[name][TO_ASYNC] += pauses[0::2]
             taken[name][TO_ALL_REDUCE] += pauses[1::2]
             taken[name][BROADCAST] += broadcasts
@@ -81,10 +83,10 @@ def _fill_row(table: FigureTable, name: str, row: dict[str, Sample]) -> None:
     limit = ALLOWANCE_MS + BROADCASTS * row[BROADCAST].median
     table.rows[name] = {**row, LIMIT: Sample((limit,), "ms")}
     slowest = max(row[TO_ASYNC].median, row[TO_ALL_REDUCE].median)
-    table.notes.append(f"{name}: {slowest:.1f} of {limit:.1f} ms: {'kept' if slowest <= limit else 'not kept'}")
+    table.notes.append(f"{name}: {slowest:.1f} ms, limit {limit:.1f} ms: {'met' if slowest <= limit else 'not met'}")
 
 
-def _switch_to_and_fro(comm: Communicator, model: SwitchedModel) -> tuple[list[float], list[float]]:
+def _switch_back_and_forth(comm: Communicator, model: SwitchedModel) -> tuple[list[float], list[float]]:
     """Seconds of each switch of a run, in order, and of broadcasts of its model. Collective."""
     traced = copy(comm)
     traced.recorder = Recorder(comm.now)

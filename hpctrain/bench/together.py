@@ -132,7 +132,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]] | None] = {
 def measure_step(comm: Communicator, progress: Progress) -> FigureTable:
     """Measure a step (forward, backward, strategy, SGD with momentum) by strategy and model."""
     threads = torch.get_num_threads()
-    title = f"synchronous step of {comm.size} workers, torch threads of each: {threads}, ms"
+    title = f"synchronous step of {comm.size} workers, {threads} torch thread{'s' * (threads > 1)} each, ms"
     table = FigureTable("step", title, list(LOADS))
     table.rows = {name: {} for name in WAYS}
     table.notes.append("parameter_server has one server beside each worker.")

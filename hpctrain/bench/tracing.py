@@ -29,7 +29,7 @@ from hpctrain.trace.schema import TABLES
 JOB = Path(__file__).with_name("tracing.toml")  # jobs/tracing.toml links to it
 TURN = 2  # steps: longer turns give fewer pairs, with the same variation
 EARLY = 100  # pairs of turns that are discarded: the first steps do extra work
-TOLD = 500  # pairs between progress messages
+PROGRESS = 500  # pairs between progress messages
 LIMIT = 1.01  # ratio of traced to untraced time
 WITHOUT, WITH, RECORDING = "without, ms", "with, ms", "recording, %"
 SPANS, BYTES = "spans/step", "bytes/step"
@@ -85,14 +85,16 @@ def measure_tracing(comm: Communicator, progress: Callable[[str], None]) -> Figu
         done = all(training.session.totals.cursor == total for training in (plain, traced))
         written = _account(open_run(traced.session.folder), comm.rank) if done else None
     if written is None:
-        raise HpctrainError("hpctrain bench tracing: interrupted before all was measured; start it again")
+        raise HpctrainError("hpctrain bench tracing: interrupted before it had finished; start it again")
     if not pairs:
-        raise HpctrainError(f"hpctrain bench tracing: {comm.size} ranks need less than {TURN} steps; start fewer")
+        raise HpctrainError(
+            f"hpctrain bench tracing: the job has fewer than {TURN} steps on {comm.size} ranks; start fewer ranks"
+        )
     model, batch = job.model.name, job.train.batch_size
     table = FigureTable(
         "tracing",
         f"tracing: {model} on {job.data.name}, batch {batch}, {comm.size} rank{'s' * (comm.size > 1)}; ms per step "
-        "without and with traces, what recording adds, rows and bytes that a step adds to a rank's file",
+        "without and with traces, the cost of recording, rows and bytes that a step adds to a rank's file",
         [WITHOUT, WITH, RECORDING, SPANS, BYTES],
     )
     _fill_row(table, f"{model}, {batch}", pairs, written, measure_sample_cost() / job.trace.resources_seconds)
@@ -109,8 +111,8 @@ def _take_turns(plain: Scenario, traced: Scenario, progress: Callable[[str], Non
         if without is None or with_ is None:
             break
         pairs.append((without, with_))
-        if len(pairs) % TOLD == 1:
-            progress(f"tracing, from pair {len(pairs):,} of turns of {TURN} steps each")
+        if len(pairs) % PROGRESS == 1:
+            progress(f"tracing, pair {len(pairs):,} of turns of {TURN} steps each")
     return pairs[min(EARLY, len(pairs) // 4) :]
 
 
@@ -139,9 +141,9 @@ def _fill_row(
     error = 1.2533 * (high - low) / 1.349 / np.sqrt(len(pairs))
     writing = 1e3 * written.seconds / table.rows[name][WITHOUT].median
     total = ratios.median + writing + sampling
-    kept = "kept" if total <= LIMIT else "not kept"
+    met = "met" if total <= LIMIT else "not met"
     table.notes += [
         f"Recording: median ratio of {len(pairs)} pairs of turns {ratios.median:.4f}, standard error {error:.4f}. "
-        f"Writing, now and then: {writing:.4f}. Sampling of resources: {sampling:.4f}.",
-        f"Together {total:.4f}, limit {LIMIT:g}: {kept}",
+        f"Occasional writing: {writing:.4f}. Sampling of resources: {sampling:.4f}.",
+        f"Together {total:.4f}, limit {LIMIT:g}: {met}",
     ]

@@ -86,7 +86,7 @@ def _by_rank(facts: Sequence[str], members: Sequence[int]) -> str:
     skip = max(0, same - LEAD) if max(map(len, ranks)) > LONGEST else 0
     parts = [f"{'...' * (skip > 0)}{shown(fact[skip:])} on {_ranks(of)}" for fact, of in ranks.items()]
     if len(parts) > MOST_NAMED:
-        parts[MOST_NAMED:] = ["others on the rest"]
+        parts[MOST_NAMED:] = ["other values on the other ranks"]
     return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
@@ -113,12 +113,13 @@ def model_topic(layout: Layout, frozen: Mapping[str, Tensor], buffers: Mapping[s
     facts["the order of the parameters"] = ", ".join(slot.name for slot in layout.slots)
     for index, group in enumerate(layout.groups):
         options = ", ".join(f"{key} = {_option(value)}" for key, value in group.options.items()) or "no options"
-        first = layout.slots_in(group.low, group.high)[0].name if group.high > group.low else "nothing"
-        facts[f"group {index} of the optimizer"] = f"from {first} on with {options}"
+        slots = layout.slots_in(group.low, group.high) if group.high > group.low else []
+        members = f"{slots[0].name} and later parameters" if slots else "no parameters"
+        facts[f"group {index} of the optimizer"] = f"{members}, with {options}"
     for what, tensors in (("frozen parameter", frozen), ("buffer", buffers)):
         for name, tensor in tensors.items():
             facts[f"{what} {name}"] = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
-    return Topic(" is ", "all ranks must build the same model", ModelError, facts, missing="not there")
+    return Topic(" is ", "all ranks must build the same model", ModelError, facts, missing="missing")
 
 
 def data_topic(splits: Splits) -> Topic:
@@ -135,8 +136,8 @@ def data_topic(splits: Splits) -> Topic:
 
 def stream_topic(length: int | None, read: int) -> Topic:
     """Where a stream of unknown length ended; None: not within the `read` samples read so far."""
-    fact = f"ends after {length} samples" if length is not None else f"goes on after {read} samples"
-    advice = "a stream must give the same samples on every rank: hpctrain deals them out itself"
+    fact = f"ends after {length} samples" if length is not None else f"continues past {read} samples"
+    advice = "a stream must yield the same samples on every rank: hpctrain deals them out itself"
     return Topic(" ", advice, DataError, {"the stream": fact})
 
 
@@ -159,5 +160,5 @@ def _length(dataset: Any) -> str:
     try:
         count = len(dataset)
     except (TypeError, NotImplementedError):
-        return "samples without a known number"
+        return "an unknown number of samples"
     return f"{count} sample{'s' * (count != 1)}"

@@ -53,8 +53,8 @@ def place_arenas(job: Job, comm: Communicator, device: torch.device) -> tuple[Co
     if len(set(kinds)) > 1:
         without = [comm.members[rank] for rank, kind in enumerate(kinds) if kind == "cpu"]
         error = ClusterError(
-            f'device = "{job.device}": ranks {without} have no GPU that torch and CuPy can use, the others have one; '
-            'use nodes that are alike, or device = "cpu"'
+            f'device = "{job.device}": ranks {without} have no GPU that torch and CuPy can use, but other ranks do; '
+            'use nodes of the same kind, or device = "cpu"'
         )
         error.everywhere = True
         raise error
@@ -77,7 +77,7 @@ def report(error: HpctrainError, rank: int) -> int:
     return error.status
 
 
-def tell_once(error: HpctrainError, rank: int) -> None:
+def report_once(error: HpctrainError, rank: int) -> None:
     """If nothing catches `error`, which all ranks raise, make rank 0 alone report it, in one sentence. This replaces
     `sys.excepthook` for the lifetime of the error; other exceptions are passed on."""
     former, known = sys.excepthook, weakref.ref(error)

@@ -94,7 +94,7 @@ def over_real_ranks(subject: Subject, check: Check, comm: Communicator, folder: 
 
     def run() -> str | None:
         if check.virtual_only or (check.ends_all and subject.trains_by_itself):
-            return "it ends the MPI job; it is tested over virtual ranks"
+            return "it ends the MPI job, so it is tested on virtual ranks only"
         left_out = why_left_out(subject, check, comm.nodes)
         if left_out is None:
             check.function(traced, subject, folder)

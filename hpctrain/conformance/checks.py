@@ -56,20 +56,20 @@ def if_exact(subject: Subject, workers: int) -> str | None:
     """Applies to exact (synchronous) strategies; with one worker, to all."""
     if subject.strategy().exact or workers == 1:
         return None
-    return "it does not promise the parameters of one process"
+    return "it does not promise to equal one process"
 
 
 def if_deterministic(subject: Subject, workers: int) -> str | None:
     """Does not apply if chance decides the order of updates, or which gradients count."""
     if subject.strategy().deterministic or workers == 1:
         return None
-    return "its numbers depend on who comes first"
+    return "its results depend on the order in which workers arrive"
 
 
 def if_rounds_are_long(subject: Subject, workers: int) -> str | None:
     """Applies to strategies whose workers train independently within a round."""
     strategy = subject.strategy()
-    return None if isinstance(strategy, RoundStrategy) and strategy.length() > 1 else "its rounds have one step"
+    return None if isinstance(strategy, RoundStrategy) and strategy.length() > 1 else "its rounds are one step long"
 
 
 # -- helpers -------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def equals_one_process(comm: Communicator, subject: Subject, folder: Path) -> No
         job = subject.job(folder, optimizer=optimizer, train={"steps": task.STEPS, **keys})
         found = _equal(comm, quietly(comm, job))
         off = distance(found, one_process(job, _workers(comm, subject)))
-        hold(off < 1e-10, f"{optimizer['name']} ends {off:.1e} away from one process with the whole batch")
+        hold(off < 1e-10, f"with {optimizer['name']} it differs by {off:.1e} from one process with the whole batch")
 
 
 def equals_one_process_unevenly(comm: Communicator, subject: Subject, folder: Path) -> None:
@@ -118,7 +118,7 @@ def equals_one_process_unevenly(comm: Communicator, subject: Subject, folder: Pa
     job = subject.job(folder, model=task.Sometimes, data=data, optimizer=optimizer, train=train)
     found = _equal(comm, quietly(comm, job))
     off = distance(found, one_process(job, _workers(comm, subject), task.Sometimes, task.some_count()))
-    hold(off < 1e-10, f"with targets that do not count it ends {off:.1e} away from one process")
+    hold(off < 1e-10, f"with ignored targets it differs by {off:.1e} from one process")
 
 
 def leaves_parameters_without_a_gradient(comm: Communicator, subject: Subject, folder: Path) -> None:
@@ -136,7 +136,7 @@ def leaves_parameters_without_a_gradient(comm: Communicator, subject: Subject, f
 def takes_optimizers_of_whole_parameters(comm: Communicator, subject: Subject, folder: Path) -> None:
     """Adafactor needs whole parameters: none may be split."""
     found = _trained(comm, subject, folder, optimizer={"name": "Adafactor", "lr": 0.01})
-    hold(bool(np.isfinite(found).all()), "Adafactor ends with parameters that are not finite")
+    hold(bool(np.isfinite(found).all()), "with Adafactor the final parameters are not finite")
 
 
 # -- keys of the job ------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def honours_clip_norm(comm: Communicator, subject: Subject, folder: Path) -> Non
         comm, subject, folder, optimizer={"name": "SGD", "lr": 1.0}, train={"steps": steps, "clip_norm": limit}
     )
     most = 1.01 * limit * steps * _workers(comm, subject)
-    hold(float(np.linalg.norm(free - begun)) > 10 * most, "it hardly trains")
+    hold(float(np.linalg.norm(free - begun)) > 10 * most, "without train.clip_norm the parameters barely change")
     hold(0.0 < float(np.linalg.norm(clipped - begun)) <= most, "train.clip_norm has no effect")
 
 
@@ -172,7 +172,7 @@ def honours_accumulate(comm: Communicator, subject: Subject, folder: Path) -> No
     """Two micro-batches of 3 give the result of one batch of 6."""
     whole = _trained(comm, subject, folder, optimizer=MOMENTUM, train={"batch_size": 6})
     halves = _trained(comm, subject, folder, optimizer=MOMENTUM, train={"batch_size": 3, "accumulate": 2})
-    hold(distance(halves, whole) < 1e-10, "train.accumulate changes what is learnt")
+    hold(distance(halves, whole) < 1e-10, "train.accumulate changes the result")
 
 
 def stops_for_nan(comm: Communicator, subject: Subject, folder: Path) -> None:
@@ -190,9 +190,9 @@ def _expect_nan(comm: Communicator, job: Any, words: str) -> None:
     try:
         quietly(comm, job)
     except NanError as error:
-        hold(words in str(error), f"NanError says: {error}")
+        hold(words in str(error), f"NanError has an unexpected message: {error}")
         raise
-    raise BrokenPromiseError('with train.nan = "stop" training went on')
+    raise BrokenPromiseError('with train.nan = "stop" training continued')
 
 
 def skips_nan(comm: Communicator, subject: Subject, folder: Path) -> None:
@@ -200,7 +200,7 @@ def skips_nan(comm: Communicator, subject: Subject, folder: Path) -> None:
     for model, value in ((task.net, torch.nan), (task.Deep, 9.0)):
         keys = {"steps": task.STEPS, "nan": "skip"}
         found = _trained(comm, subject, folder, model=model, data=_bad_data(comm, value), train=keys)
-        hold(bool(np.isfinite(found).all()), 'with train.nan = "skip" it ends with parameters that are not finite')
+        hold(bool(np.isfinite(found).all()), 'with train.nan = "skip" the final parameters are not finite')
 
 
 def _bad_data(comm: Communicator, value: float = torch.nan) -> Any:
@@ -230,10 +230,10 @@ def takes_every_sample_once(comm: Communicator, subject: Subject, folder: Path) 
         together = sorted(pair for own in comm.gather_json(seen) for pair in own)
         if subject.strategy().needs.queue:  # a worker may be dealt samples of the next epoch already
             together = sorted([0, index] for _, index in together)
-            wanted = sorted([0, index] for index in range(samples) for _ in range(epochs))
+            expected = sorted([0, index] for index in range(samples) for _ in range(epochs))
         else:
-            wanted = [[epoch, index] for epoch in range(epochs) for index in range(samples)]
-        hold(together == wanted, "samples of an epoch were left out or repeated")
+            expected = [[epoch, index] for epoch in range(epochs) for index in range(samples)]
+        hold(together == expected, "samples of an epoch were skipped or repeated")
 
 
 def _samples_taken(comm: Communicator, folder: Path, epochs: int, samples: int, keys: Tables) -> list[list[int]]:
@@ -249,7 +249,8 @@ def _samples_taken(comm: Communicator, folder: Path, epochs: int, samples: int, 
             epoch = running.totals.cursor // samples
             seen += [[epoch, int(value)] for value in batch.inputs[:, 0]]
             running.step(running.loss(running.model(batch.inputs / samples), batch.targets))
-    hold(running.result.samples == epochs * samples, f"the run ended after {running.result.samples} samples")
+    taken, total = running.result.samples, epochs * samples
+    hold(taken == total, f"the run ended after {taken} of {total} samples")
     return seen
 
 
@@ -297,12 +298,12 @@ def resumes(comm: Communicator, subject: Subject, folder: Path) -> None:
         keys = {**train, "accumulate": 2}
         job = subject.job(folder, model=task.noisy_net, data=data, optimizer=optimizer, train=keys)
         whole = quietly(comm, job)
-        wanted = _equal(comm, whole)
+        expected = _equal(comm, whole)
         if comm.rank == 0:
             task.forget_after(whole.folder, 1)
         comm.barrier()
         again = _equal(comm, quietly(comm, job, resume=whole.folder))
-        hold(bool((again == wanted).all()), f"a resumed run with {optimizer['name']} ends with other parameters")
+        hold(bool((again == expected).all()), f"with {optimizer['name']} a resumed run ends with different parameters")
 
 
 def hands_its_state_over(comm: Communicator, subject: Subject, folder: Path) -> None:
@@ -316,7 +317,7 @@ def hands_its_state_over(comm: Communicator, subject: Subject, folder: Path) -> 
     job = task.small_job(folder, optimizer=MOMENTUM, train={"steps": task.STEPS})
     if if_exact(subject, _workers(comm, subject)) is None and _workers(comm, subject) == comm.size:
         off = distance(found[0], one_process(job, comm.size))
-        hold(off < 1e-10, f"with phases before and after it ends {off:.1e} away from one process")
+        hold(off < 1e-10, f"with phases before and after, it differs by {off:.1e} from one process")
 
 
 def exchanges_nothing_within_a_round(comm: Communicator, subject: Subject, folder: Path) -> None:
@@ -330,24 +331,24 @@ def exchanges_nothing_within_a_round(comm: Communicator, subject: Subject, folde
     spans = spans[np.flatnonzero(spans["kind"] == Kind.DATA)[0] :]  # training has begun
     busy = spans[is_communication(spans["kind"], spans["id"]) & np.isin(spans["step"], within)]
     kinds = ", ".join(sorted({KINDS[kind - 1] for kind in busy["kind"]}))
-    hold(len(busy) == 0, f"within rounds it communicates: {kinds}")
+    hold(len(busy) == 0, f"it communicates within rounds: {kinds}")
 
 
 CHECKS: tuple[Check, ...] = (
     Check("equals one process", equals_one_process, if_exact),
-    Check("equals one process where workers' shares differ", equals_one_process_unevenly, if_exact),
-    Check("leaves parameters without a gradient alone", leaves_parameters_without_a_gradient, always),
-    Check("takes optimizers of whole parameters", takes_optimizers_of_whole_parameters, always),
+    Check("equals one process when workers' shares differ", equals_one_process_unevenly, if_exact),
+    Check("leaves parameters without a gradient unchanged", leaves_parameters_without_a_gradient, always),
+    Check("supports optimizers that need whole parameters", takes_optimizers_of_whole_parameters, always),
     Check("honours train.clip_norm", honours_clip_norm, always),
     Check("honours optimizer.schedule", honours_the_learning_rate, always),
     Check("honours train.accumulate", honours_accumulate, if_deterministic),
-    Check("stops for a loss that is NaN", stops_for_nan, always, ends_all=True),
-    Check("stops for a gradient that is NaN", stops_for_nan_in_a_gradient, always, ends_all=True, virtual_only=True),
-    Check("skips steps that are NaN", skips_nan, always),
-    Check("takes every sample once", takes_every_sample_once, always),
+    Check("stops on a NaN loss", stops_for_nan, always, ends_all=True),
+    Check("stops on a NaN gradient", stops_for_nan_in_a_gradient, always, ends_all=True, virtual_only=True),
+    Check("skips NaN steps", skips_nan, always),
+    Check("uses every sample once", takes_every_sample_once, always),
     Check("is not changed by evaluations and checkpoints", evaluates_without_a_trace, if_deterministic),
-    Check("may be left by all workers together", may_be_left_by_all, always),
-    Check("resumes with the same bits", resumes, if_deterministic),
-    Check("hands the optimizer's state over", hands_its_state_over, always),
+    Check("lets all workers leave together", may_be_left_by_all, always),
+    Check("resumes bit for bit", resumes, if_deterministic),
+    Check("hands over the optimizer's state", hands_its_state_over, always),
     Check("exchanges nothing within a round", exchanges_nothing_within_a_round, if_rounds_are_long),
 )

@@ -203,6 +203,6 @@ def vector(model: nn.Module) -> Vector:
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach().double().numpy()
 
 
-def distance(found: Vector, wanted: Vector) -> float:
+def distance(found: Vector, expected: Vector) -> float:
     """The relative error of `found` in the Euclidean norm."""
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

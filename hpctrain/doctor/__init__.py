@@ -34,7 +34,7 @@ def main(as_json: bool = False, path: str | None = None, load: Callable[[], Job]
     from hpctrain.doctor.guard import Guard
 
     rank = launched_rank(os.environ)
-    guard = Guard(f"rank {rank} on {socket.gethostname()}", tells=rank == 0)
+    guard = Guard(f"rank {rank} on {socket.gethostname()}", reports=rank == 0)
     try:
         return _examine(as_json, path, load, guard, rank)
     finally:

@@ -36,11 +36,11 @@ def join(known: MpiFacts) -> tuple[Communicator | None, MpiFacts]:
     except Exception as error:  # mpi4py raises various types when it cannot load a library
         why = f"mpi4py cannot start MPI ({type(error).__name__}: {str(error).splitlines()[0]}); install an MPI library"
         return None, replace(known, troubles=known.troubles or [why])
-    told = replace(known, library=library.name(), standard=library.standard(), thread_level=library.thread_level())
+    loaded = replace(known, library=library.name(), standard=library.standard(), thread_level=library.thread_level())
     try:
-        return connect(), told
+        return connect(), loaded
     except ClusterError as error:
-        return None, replace(told, troubles=[*told.troubles, str(error)])
+        return None, replace(loaded, troubles=[*loaded.troubles, str(error)])
 
 
 def collect(comm: Communicator, mpi: MpiFacts, job: Job | None, path: str, stage: Stage) -> Facts:
@@ -52,11 +52,11 @@ def collect(comm: Communicator, mpi: MpiFacts, job: Job | None, path: str, stage
     environment, threads = os.environ, job.threads if job is not None else "auto"
     mine = machine.look_at_rank(comm.rank, comm.nodes[comm.rank], comm.cores, mpi.library, environment, threads)
     ranks = [RankFacts(**values) for values in comm.gather_json(asdict(mine))]
-    stage("looking at devices")
+    stage("checking devices")
     ranks = _devices(ranks, comm, job)
     aware, how = _cuda_aware(comm, ranks, job)
     mpi = MpiFacts(**comm.broadcast_json(asdict(replace(mpi, cuda_aware=aware, cuda_how=how))))
-    stage("trying out shared memory")
+    stage("testing shared memory")
     nodes = _nodes(comm)
     stage("writing to the output folder")
     folders = look_at_output(comm, Path(job.output if job is not None else "runs"))
@@ -102,8 +102,8 @@ def _nodes(comm: Communicator) -> list[NodeFacts]:
     not_shared = try_shared_memory(comm)
     first = comm.local_rank == 0
     mine = machine.look_at_node(comm.nodes[comm.rank], list(comm.local_ranks), not_shared) if first else None
-    told = [values for values in comm.gather_json(asdict(mine) if mine is not None else None) if values is not None]
-    return [NodeFacts(**values) for values in told]
+    found = comm.gather_json(asdict(mine) if mine is not None else None)
+    return [NodeFacts(**values) for values in found if values is not None]
 
 
 def try_shared_memory(comm: Communicator) -> str | None:
@@ -119,7 +119,7 @@ def try_shared_memory(comm: Communicator) -> str | None:
     right = all((part == rank).all() for part, rank in zip(arena.parts, comm.local_ranks, strict=True))
     comm.barrier()
     arena.free()
-    return None if right else "what one rank writes others do not read; set communicator.shared = false in the job"
+    return None if right else "what a rank writes is not seen by others; set communicator.shared = false in the job"
 
 
 def look_at_output(comm: Communicator, path: Path) -> list[FolderFacts]:
@@ -134,11 +134,11 @@ def look_at_output(comm: Communicator, path: Path) -> list[FolderFacts]:
         probe = comm.broadcast_json(probe)
         first = comm.local_rank == 0
         mine = machine.look_at_folder(comm.nodes[comm.rank], path, probe) if first else None
-        told = comm.gather_json(asdict(mine) if mine is not None else None)
+        found = comm.gather_json(asdict(mine) if mine is not None else None)
     finally:
         if made is not None:
             made.unlink(missing_ok=True)
-    return [FolderFacts(**values) for values in told if values is not None]
+    return [FolderFacts(**values) for values in found if values is not None]
 
 
 def look_at_job(comm: Communicator, job: Job, path: str) -> JobFacts:
@@ -163,6 +163,6 @@ def look_at_job(comm: Communicator, job: Job, path: str) -> JobFacts:
         )  # fmt: skip
     except HpctrainError as error:
         facts = replace(facts, troubles=[str(error)])
-    told = comm.gather_json(facts.troubles)
-    every = dict.fromkeys(trouble for troubles in told for trouble in troubles)
+    found = comm.gather_json(facts.troubles)
+    every = dict.fromkeys(trouble for troubles in found for trouble in troubles)
     return replace(facts, troubles=list(every))

@@ -18,19 +18,19 @@ LAST_WORDS = 1.0  # seconds between reporting and killing, so that the other ran
 class Guard:
     """Watches this process until `close`, or until it ends. Create it before starting threads.
 
-    It is a child process, not a thread, because MPI_Init holds the interpreter and may end the process. `who` names
-    this process; `tells`: whether to report slow stages, and this process's death, on stderr. If a stage takes longer
-    than `limit` seconds, every process reports it and is killed.
+    It is a child process, not a thread, because MPI_Init holds the interpreter and may end the process. `process`
+    names this one; `reports`: whether to report slow stages, and this process's death, on stderr. If a stage takes
+    longer than `limit` seconds, every process reports it and is killed.
     """
 
-    def __init__(self, who: str, tells: bool, slow: float = SLOW, limit: float = LIMIT) -> None:
+    def __init__(self, process: str, reports: bool, slow: float = SLOW, limit: float = LIMIT) -> None:
         reading, self._writing = os.pipe()
         parent = os.getpid()
         self._child = os.fork()
         if self._child == 0:
             try:
                 os.close(self._writing)
-                _guard(reading, parent, who, tells, slow, limit)
+                _guard(reading, parent, process, reports, slow, limit)
             finally:
                 os._exit(0)
         os.close(reading)
@@ -47,38 +47,38 @@ class Guard:
         os.waitpid(self._child, 0)
 
 
-def _guard(reading: int, parent: int, who: str, tells: bool, slow: float, limit: float) -> None:
+def _guard(reading: int, parent: int, process: str, reports: bool, slow: float, limit: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent; this process ends with it
     os.closerange(3, reading)
     os.closerange(reading + 1, 4096)  # must not keep a rank's connection to its launcher open
-    stage, began, told = "starting", time.monotonic(), not tells
+    stage, began, reported = "starting", time.monotonic(), not reports
     while True:
-        due = began + (limit if told else min(slow, limit))
+        due = began + (limit if reported else min(slow, limit))
         if select.select([reading], [], [], max(0.0, due - time.monotonic()))[0]:
             data = os.read(reading, 4096)
             if not data:
                 break
-            stage, began, told = data.decode().split("\n")[-2], time.monotonic(), not tells
+            stage, began, reported = data.decode().split("\n")[-2], time.monotonic(), not reports
         elif time.monotonic() >= began + limit:
-            _tell(
-                f"hpctrain doctor: {who} got no further than {stage} in {limit:.0f} s, and is ended; look at what it "
-                "waits for: a rank that has died or was never started, a network that drops messages, or a file "
-                "system that does not answer"
+            _write(
+                f"hpctrain doctor: {process} was still {stage} after {limit:.0f} s and is killed; check what it "
+                "waits for: a rank that has died or was never started, a network that drops messages, or a file system "
+                "that does not respond"
             )
             time.sleep(LAST_WORDS)
             os.kill(parent, signal.SIGKILL)
             return
         else:
-            _tell(f"hpctrain doctor: {stage} ...")
-            told = True
-    if tells and stage != DONE:
-        _tell(
-            f"hpctrain doctor: {who} died while {stage}; see above what was said last. In MPI's start it is most often "
-            "a launcher that does not belong to the library: `hpctrain run` finds the right mpiexec, under Slurm look "
-            "at srun --mpi"
+            _write(f"hpctrain doctor: {stage} ...")
+            reported = True
+    if reports and stage != DONE:
+        _write(
+            f"hpctrain doctor: {process} died while {stage}; see the last output above. If MPI was starting, the usual "
+            "cause is a launcher that does not belong to the library: `hpctrain run` finds the right mpiexec; under "
+            "Slurm, check srun --mpi"
         )
 
 
-def _tell(text: str) -> None:
+def _write(text: str) -> None:
     with contextlib.suppress(OSError):
         os.write(sys.stderr.fileno(), text.encode() + b"\n")

@@ -61,9 +61,9 @@ def measure(comm: Communicator, stage: Callable[[str], None]) -> tuple[list[Link
             elif own.rank == high:
                 follow(own, low)
         _idle(own)
-    told = own.gather_json([[*link.ranks, link.latency_us, link.bandwidth_gb_s, link.nbytes] for link in found])
+    measured = own.gather_json([[*link.ranks, link.latency_us, link.bandwidth_gb_s, link.nbytes] for link in found])
     own.free()
-    rows = sorted((row for rank in told for row in rank), key=lambda row: row[:2])
+    rows = sorted((row for rank in measured for row in rank), key=lambda row: row[:2])
     return [Link((a, b), (comm.nodes[a], comm.nodes[b]), lat, wide, n) for a, b, lat, wide, n in rows], pairs
 
 

@@ -75,7 +75,7 @@ def launcher_mismatch(library: launcher.Library, environment: Mapping[str, str])
     if OPEN_MPI.size not in environment or library.kind == OPEN_MPI.kind:
         return None
     return (
-        f"{OPEN_MPI.name} has started this, but mpi4py loads another MPI library ({library.version}), which does not "
+        f"{OPEN_MPI.name} started this process, but mpi4py loads another MPI library ({library.version}), which cannot "
         "start under it; use the mpiexec that belongs to that library (`hpctrain run` finds it)"
     )
 
@@ -88,7 +88,7 @@ def why_mpi_does_not_start(environment: Mapping[str, str], seconds: float = 30.0
     try:
         done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return f"MPI_Init of a single process does not return within {seconds:.0f} s; look at the network's settings"
+        return f"MPI_Init of a single process did not return within {seconds:.0f} s; check the network settings"
     if done.returncode == 0:
         return None
     how = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]

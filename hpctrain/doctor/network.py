@@ -25,12 +25,13 @@ def links(facts: Facts) -> Iterator[Problem]:
         yield Problem(
             "warning", "MPI", "Open MPI's ranks keep their cores while they wait, and there are more ranks than "
             "cores: an all-reduce takes milliseconds",
-            f"export {OPEN_MPI_IDLE}=1, or start them by `hpctrain run`",
+            f"export {OPEN_MPI_IDLE}=1, or start the ranks with `hpctrain run`",
         )  # fmt: skip
     if within and not crowded and median(_latencies(within)) > SLOW_NODE_US:
         yield Problem(
-            "warning", "messages", f"within a node one takes {median(_latencies(within)):,.0f} us; 1 to 50 is common",
-            "look for other processes on these cores, and at what the MPI library uses within a node (UCX_TLS, "
+            "warning", "messages", f"within a node a message takes {median(_latencies(within)):,.0f} us; 1 to 50 is "
+            "common",
+            "check for other processes on these cores, and what the MPI library uses within a node (UCX_TLS, "
             "OMPI_MCA_btl)",
         )  # fmt: skip
     if not between:
@@ -40,13 +41,13 @@ def links(facts: Facts) -> Iterator[Problem]:
         yield Problem(
             "warning", "messages", f"nodes have a fast network ({', '.join(names)}), but messages between them take "
             f"{median(_latencies(between)):.0f} us and {speed(median(_bandwidths(between)))}, like TCP",
-            "use an MPI that is built for it (the site's module), and look at UCX_TLS, UCX_NET_DEVICES and FI_PROVIDER",
+            "use an MPI that is built for it (the site's module), and check UCX_TLS, UCX_NET_DEVICES and FI_PROVIDER",
         )  # fmt: skip
     elif median(_bandwidths(between)) < SLOW_LINK:
         yield Problem(
-            "warning", "messages", f"between nodes {speed(median(_bandwidths(between)))} pass: exchange may take "
-            "longer than computing",
-            "look whether MPI uses the fastest network there is; exchange less often (train.accumulate)",
+            "warning", "messages", "the bandwidth between nodes is only "
+            f"{speed(median(_bandwidths(between)))}: exchange may take longer than computing",
+            "check that MPI uses the fastest network; exchange less often (train.accumulate)",
         )  # fmt: skip
 
 
@@ -61,9 +62,9 @@ def slow_pairs(facts: Facts) -> Iterator[Problem]:
             if link.bandwidth_gb_s < usual / 3:
                 hosts = " and ".join(dict.fromkeys(facts.nodes[i].host for i in link.nodes))
                 yield Problem(
-                    "warning", f"{named(list(link.ranks))} ({hosts})", f"{speed(link.bandwidth_gb_s)}, where others "
-                    f"{place} have {speed(usual)}", "repeat; if it stays, leave that node out (sbatch --exclude) and "
-                    "tell the site",
+                    "warning", f"{named(list(link.ranks))} ({hosts})", f"{speed(link.bandwidth_gb_s)}, while other "
+                    f"pairs {place} reach {speed(usual)}", "repeat; if it persists, exclude that node (sbatch "
+                    "--exclude) and report it to the site",
                 )  # fmt: skip
 
 
@@ -76,12 +77,12 @@ def fork(facts: Facts) -> Iterator[Problem]:
         if not any(name in first.environment for name in FORK_VARIABLES):
             yield Problem(
                 "note", at(node), "a process that forks while InfiniBand is in use may crash, or send wrong data",
-                "let data sets use threads (data.threads), or processes that are spawned; or export RDMAV_FORK_SAFE=1",
+                "let data sets use threads (data.threads) or spawned processes, or export RDMAV_FORK_SAFE=1",
             )  # fmt: skip
         if node.memlock is not None and node.memlock < GIB:
             yield Problem(
-                "warning", at(node), f"a process may pin {node.memlock / 2**20:,.0f} MiB (ulimit -l), and InfiniBand "
-                "needs more", "have it set to unlimited, also for Slurm's daemon",
+                "warning", at(node), f"a process may pin only {node.memlock / 2**20:,.0f} MiB (ulimit -l), but "
+                "InfiniBand needs more", "ask the site to set it to unlimited, also for Slurm's daemon",
             )  # fmt: skip
         return
 

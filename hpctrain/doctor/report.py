@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from hpctrain.doctor.facts import GIB, Facts, FolderFacts, Link, RankFacts, named, ranges
-from hpctrain.doctor.problem import SEVERITIES, Problem, millions, speed
+from hpctrain.doctor.problem import SEVERITIES, Problem, counted, millions, speed
 from hpctrain.launcher.facts import SLURM
 
 WIDTH = 120
@@ -51,9 +51,9 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     yield "MPI", list(_mpi(facts))
     if facts.ranks[0].versions:
         versions = facts.ranks[0].versions
-        told = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "MPI")
+        listed = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "MPI")
         alike = all(rank.versions == versions for rank in facts.ranks)
-        yield "software", [told + ("" if facts.size == 1 else ", alike on all ranks" if alike else " on rank 0")]
+        yield "software", [listed + ("" if facts.size == 1 else ", the same on all ranks" if alike else " on rank 0")]
     yield "ranks", list(_ranks(facts))
     yield "memory", list(_memory(facts))
     if facts.links:
@@ -63,7 +63,7 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     if facts.slurm:
         yield "Slurm", [", ".join(f"{name.removeprefix(SLURM.prefix)}={value}" for name, value in facts.slurm.items())]
         if facts.plugins:
-            yield "", [f"srun --mpi= takes {', '.join(facts.plugins)}; this library needs {facts.mpi.srun_needs}"]
+            yield "", [f"srun --mpi= accepts {', '.join(facts.plugins)}; this library needs {facts.mpi.srun_needs}"]
     if facts.job is not None:
         yield "job", list(_job(facts))
 
@@ -79,11 +79,11 @@ def _mpi(facts: Facts) -> Iterator[str]:
     if mpi.launcher:
         yield f"started by {mpi.launcher}"
     if mpi.mpiexec is None:
-        yield "no mpiexec on the path" + (f"; `hpctrain run` takes {mpi.runs_with}" if mpi.runs_with else "")
+        yield "no mpiexec on the path" + (f"; `hpctrain run` uses {mpi.runs_with}" if mpi.runs_with else "")
     else:
-        whose = "belongs to it" if mpi.belongs else f"is of {mpi.mpiexec_kind}"
-        takes = "the same" if mpi.runs_with == mpi.mpiexec else mpi.runs_with or "none"
-        yield f"mpiexec on the path: {mpi.mpiexec}, {whose}; `hpctrain run` takes {takes}"
+        whose = f"belongs to {'this library' if mpi.belongs else mpi.mpiexec_kind}"
+        uses = f"uses {'it' if mpi.runs_with == mpi.mpiexec else mpi.runs_with}" if mpi.runs_with else "finds none"
+        yield f"mpiexec on the path: {mpi.mpiexec}, {whose}; `hpctrain run` {uses}"
 
 
 def _tidy(library: str) -> str:
@@ -93,7 +93,7 @@ def _tidy(library: str) -> str:
 def _ranks(facts: Facts) -> Iterator[str]:
     for node in facts.nodes[:MOST_NODES]:
         ranks = facts.on(node)
-        quota = f" (at most {node.quota:g} in the mean)" if node.quota is not None else ""
+        quota = f" (at most {node.quota:g} on average)" if node.quota is not None else ""
         devices = dict.fromkeys(rank.device for rank in ranks)
         threads = sorted({rank.threads for rank in ranks})
         count = "-".join(map(str, threads[:1] + threads[1:][-1:]))
@@ -102,7 +102,7 @@ def _ranks(facts: Facts) -> Iterator[str]:
             f"thread{'s' * (threads != [1])} each, on {', '.join(devices)}"
         )
     if len(facts.nodes) > MOST_NODES:
-        yield f"and {len(facts.nodes) - MOST_NODES} nodes more (--json tells of all)"
+        yield f"and {counted(len(facts.nodes) - MOST_NODES, 'more node')} (--json lists all)"
 
 
 def _affinity(ranks: list[RankFacts]) -> str:
@@ -116,9 +116,9 @@ def _affinity(ranks: list[RankFacts]) -> str:
 def _memory(facts: Facts) -> Iterator[str]:
     few = min(facts.nodes, key=lambda node: node.memory_free)
     shm = min(facts.nodes, key=lambda node: node.shared_parameters)
-    least = "" if len(facts.nodes) == 1 else f" on {few.host}, the least"
+    least = "" if len(facts.nodes) == 1 else f" on {few.host}, the lowest"
     yield f"{few.memory_free / GIB:.1f} of {few.memory_total / GIB:.1f} GiB free{least}"
-    where = "" if len(facts.nodes) == 1 else f" on {shm.host}, the least"
+    where = "" if len(facts.nodes) == 1 else f" on {shm.host}, the lowest"
     ranks = f"{len(shm.ranks)} ranks can share" if len(shm.ranks) > 1 else "enough for"
     yield (
         f"/dev/shm: {shm.shm_free / GIB:.2f} GiB free{where}; {ranks} models of up to "
@@ -132,7 +132,7 @@ def _links(facts: Facts) -> Iterator[str]:
         if links:
             yield f"{place}: {_spread(links)} ({_measured(links, there)})"
     if any(len(node.ranks) > len(set().union(*(rank.cores for rank in facts.on(node)))) for node in facts.nodes):
-        yield "ranks that wait nap for 50 us at a time, as in a run: there are more ranks than cores"
+        yield "waiting ranks nap for 50 us at a time, as in a run: there are more ranks than cores"
 
 
 def _measured(links: list[Link], there: int) -> str:

@@ -56,7 +56,7 @@ class Launcher:
 
     # How `hpctrain run` starts the launcher.
     options: tuple[str, ...] = ()
-    tells_codes: tuple[str, ...] = ()  # options that make it print how each rank ended
+    prints_codes: tuple[str, ...] = ()  # options that make it print how each rank ended
     srun: str = "pmi2"  # what `srun --mpi=` needs for this library
     defaults: Mapping[str, str] = field(default_factory=dict)  # variables for its ranks
     root: Mapping[str, str] = field(default_factory=dict)  # variables that let root start ranks
@@ -111,7 +111,7 @@ MPICH = Launcher(
     connection="PMI_FD",
     private=r"PMI2?_|MPI_LOCAL(RANKID|NRANKS)|HYDI_",
     parents=frozenset({"hydra_pmi_proxy"}),
-    tells_codes=("-print-all-exitcodes",),
+    prints_codes=("-print-all-exitcodes",),
     words=Words(
         block=r"=\s+BAD TERMINATION OF ONE OF YOUR APPL",
         lines=(
@@ -126,7 +126,7 @@ MPICH = Launcher(
         codes=r"^\[mpiexec@\S+\] Exit codes: \[[^]]+\] (?P<codes>[-\d,]+)(?P<more>.*)",
     ),
 )
-INTEL = replace(MPICH, kind="intel", vendor="Intel MPI", version=r"Intel\(R\) MPI", tells_codes=())
+INTEL = replace(MPICH, kind="intel", vendor="Intel MPI", version=r"Intel\(R\) MPI", prints_codes=())
 PMIX = Launcher(name="a launcher that speaks PMIx", rank="PMIX_RANK", private=r"PMIX_(?!MCA_)")
 PALS = Launcher(name="Cray's PALS", private="PALS_")
 SRUN = Launcher(name="srun", rank="SLURM_PROCID", size="SLURM_STEP_NUM_TASKS")

@@ -59,9 +59,9 @@ class Mpi:
         return [self.path, *launcher_of(self.library.kind).options, "-n", str(count)]
 
     @property
-    def tells_codes(self) -> tuple[str, ...]:
+    def prints_codes(self) -> tuple[str, ...]:
         """The options that make it print how each rank ended."""
-        return launcher_of(self.library.kind).tells_codes
+        return launcher_of(self.library.kind).prints_codes
 
 
 def find_library(python: str = sys.executable) -> Library:
@@ -71,7 +71,7 @@ def find_library(python: str = sys.executable) -> Library:
     try:
         done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=60, env=clean)
     except subprocess.TimeoutExpired as error:
-        raise ClusterError("mpi4py did not load its MPI library within 60 s; look at the file system") from error
+        raise ClusterError("mpi4py did not load its MPI library within 60 s; check the file system") from error
     if done.returncode or not done.stdout.strip():
         reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         raise ClusterError(
@@ -94,11 +94,11 @@ def find_mpiexec(python: str = sys.executable) -> Mpi:
         kind, major = launcher_kind(path)
         if library.fits(kind, major):
             return Mpi(path, library)
-        others.append(f"{path} is of {kind} {major}".rstrip())
-    found = "; ".join(others) or "there is none on the path"
+        others.append(f"{path} belongs to {kind} {major}".rstrip())
+    found = "; ".join(others) or "no mpiexec is on the path"
     raise ClusterError(
-        f"no mpiexec of {library.kind} found, which is the MPI that mpi4py loads ({library.version}): {found}; "
-        "put the right one on the path, or install mpi4py for the other"
+        f"no mpiexec found for {library.kind}, the MPI that mpi4py loads ({library.version}): {found}; "
+        "put the right one on the path, or install mpi4py for the other MPI"
     )
 
 

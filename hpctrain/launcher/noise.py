@@ -15,7 +15,7 @@ RULE = re.compile(rb"(-{60,}|={60,})$")
 
 
 @dataclass(frozen=True)
-class Told:
+class Reported:
     """What a launcher reports about a failed rank. `number`: the signal, 0 if the rank exited by itself in mid-run."""
 
     rank: int | None
@@ -41,13 +41,13 @@ CODES = _compiled(lambda words: [words.codes])
 class NoiseFilter:
     """Removes messages about failed ranks from a launcher's output: the ranks have reported their failure themselves.
 
-    A rank that was killed could report nothing: `told` has what the blocks say about it. `codes`: how each rank ended,
-    as from waitpid, if the launcher lists all of them and they were on one host; they may be wrong for ranks that the
-    launcher itself has killed. Lines that might begin a block are held until the next line, or `flush`.
+    A rank that was killed could report nothing: `reported` has what the blocks say about it. `codes`: how each rank
+    ended, as from waitpid, if the launcher lists all of them and they were on one host; they may be wrong for ranks
+    that the launcher itself has killed. Lines that might begin a block are held until the next line, or `flush`.
     """
 
     def __init__(self) -> None:
-        self.told: list[Told] = []
+        self.reported: list[Reported] = []
         self.codes: list[int] = []
         self._held: list[bytes] = []
         self._block: bytes | None = None
@@ -97,16 +97,17 @@ class NoiseFilter:
             return
         who, self._who = self._who.groupdict(), None
         rank, pid = (int(who[key]) if key in who else None for key in ("rank", "pid"))
-        self.told.append(Told(rank, pid, who["host"].decode(), int(number["number"]) if number is not None else 0))
+        signalled = int(number["number"]) if number is not None else 0
+        self.reported.append(Reported(rank, pid, who["host"].decode(), signalled))
 
 
 def _search(patterns: Sequence[re.Pattern[bytes]], text: bytes) -> re.Match[bytes] | None:
     return next((found for pattern in patterns if (found := pattern.search(text))), None)
 
 
-def ended_by(where: str, number: int) -> str:
-    """A message that a signal ended the rank named by `where`, with advice if there is any."""
-    text = f"{where} was ended by {_signal_name(number)}"
+def killed_by(where: str, number: int) -> str:
+    """A message that a signal killed the rank named by `where`, with advice if there is any."""
+    text = f"{where} was killed by {_signal_name(number)}"
     if number == signal.SIGBUS:
         text += f": usually {SHARED} is full ({_free(SHARED)}); remove files there, or make it larger "
         text += "(docker run --shm-size=2g)"
@@ -117,7 +118,7 @@ def _free(path: str) -> str:
     try:
         status = os.statvfs(path)
     except OSError:
-        return "there is none"
+        return "it does not exist"
     free, total = (status.f_frsize * blocks >> 20 for blocks in (status.f_bavail, status.f_blocks))
     return f"{free} of {total} MiB free"
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hpctrain.launcher.facts import LAUNCHERS
-from hpctrain.launcher.noise import Told, ended_by
+from hpctrain.launcher.noise import Reported, killed_by
 from hpctrain.launcher.processes import environments, exit_code, parent
 
 # Slurm's variable is not usable: everything that a batch script starts inherits the script's own rank.
@@ -147,31 +147,35 @@ def _killed_others(end: End, ends: Sequence[End]) -> bool:
 
 
 def verdict(
-    ends: Sequence[End], told: Sequence[Told], codes: Sequence[int], silent: bool, unfinished: Collection[int] = ()
+    ends: Sequence[End],
+    reported: Sequence[Reported],
+    codes: Sequence[int],
+    silent: bool,
+    unfinished: Collection[int] = (),
 ) -> str:
-    """Which rank ended the job, as a sentence without a full stop; "" if none did, or if it reported it itself.
+    """Which rank ended the job, as a sentence without a full stop; "" if none did, or if that rank reported it itself.
 
-    `told`, `codes`: what the launcher reported, see `NoiseFilter`. `silent`: no rank has printed anything.
+    `reported`, `codes`: what the launcher reported, see `NoiseFilter`. `silent`: no rank has printed anything.
     `unfinished`: ranks that were in the middle of a run.
     """
-    for one in told:
+    for one in reported:
         if one.rank is not None:
             pid = next((end.pid for end in ends if end.rank == one.rank), one.pid)  # prterun sometimes reports 0
             return _sentence(f"rank {one.rank} with PID {pid} on {one.host}", one.number, 0, silent)
-    found = culprits([_completed(end, codes) for end in ends], bool(told), unfinished)
+    found = culprits([_completed(end, codes) for end in ends], bool(reported), unfinished)
     if found:
         end, several = found[0], sorted(end.rank for end in found)
         where = f"rank {end.rank} with PID {end.pid}" if len(several) == 1 else f"one of the ranks {several}"
         return _sentence(f"{where} on {socket.gethostname()}", end.signal, end.status or 0, silent)
-    return _sentence(f"a rank on {told[0].host}", told[0].number, 0, silent) if told else ""
+    return _sentence(f"a rank on {reported[0].host}", reported[0].number, 0, silent) if reported else ""
 
 
 def _sentence(where: str, number: int, status: int, silent: bool) -> str:
     if number:
-        return "" if number in ASKED else ended_by(where, number)
+        return "" if number in ASKED else killed_by(where, number)
     if status == 0:
-        return f"{where} ended in the middle of the run, with exit status 0; the launcher then ended the others"
-    return f"{where} ended with exit status {status} and did not say why" if silent else ""
+        return f"{where} ended in the middle of the run, with exit status 0; the launcher then ended the other ranks"
+    return f"{where} ended with exit status {status} and no error message" if silent else ""
 
 
 def _completed(end: End, codes: Sequence[int]) -> End:

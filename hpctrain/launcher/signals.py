@@ -251,7 +251,7 @@ class StopSignals:
         if self._urgent is None:
             self._urgent = now
         elif now - self._urgent >= REPEATED:
-            self._end(number, "a second stop signal came")
+            self._end(number, "a second stop signal was received")
 
     def _watch(self) -> None:
         """Hold the launcher while the step can be expected to end; end this rank when it cannot."""
@@ -261,8 +261,8 @@ class StopSignals:
         elif self.held:
             self.release()
         if patience.asked is not None and patience.over(now):
-            waited = f"{signal.Signals(self.asked).name} came {now - patience.asked:.0f} s ago"
-            self._end(self.asked, f"{waited}, and no step has ended for as long as steps may take")
+            waited = f"{signal.Signals(self.asked).name} was received {now - patience.asked:.0f} s ago"
+            self._end(self.asked, f"{waited}, and no step has ended within the time allowed")
 
     def _keep_waiting(self) -> None:
         watchdog = self._watchdog
@@ -279,7 +279,7 @@ class StopSignals:
 
     def _end(self, number: int, why: str) -> None:
         """End this process. Its launcher ends the others; ranks that are also stuck end themselves."""
-        line = f"hpctrain: rank {self.rank} ends itself: {why}; nothing was saved since the last checkpoint\n".encode()
+        line = f"hpctrain: rank {self.rank} exits: {why}; nothing was saved since the last checkpoint\n".encode()
 
         def last_words() -> None:
             if not self._say_past_launcher(line):
@@ -308,7 +308,7 @@ class StopSignals:
 
 def _has_lost_a_rank(launcher: int) -> bool:
     """Whether a rank of that daemon has ended: then it is about to kill the others, and must be allowed to."""
-    wanted = int(os.environ.get(OPEN_MPI.local_size, "0"))
+    expected = int(os.environ.get(OPEN_MPI.local_size, "0"))
     living = 0
     sign = f"{OPEN_MPI.local_rank}=".encode()
     # Without psutil, which reads a file of every process on the machine. After each file this thread waits for the main
@@ -322,4 +322,4 @@ def _has_lost_a_rank(launcher: int) -> bool:
                     living += sign in file.read()  # empty for a zombie
     except OSError:  # some kernels do not list children
         return False
-    return living < wanted
+    return living < expected

@@ -47,7 +47,7 @@ def run(
     path, *arguments = mpi.command(count)
     with (
         _signals(job),
-        job.start([path, *mpi.tells_codes, *arguments, *command], variables) as process,
+        job.start([path, *mpi.prints_codes, *arguments, *command], variables) as process,
         RankWatch(mark, count) as ranks,
         watcher(process.pid, mark, started, grace),
     ):
@@ -115,9 +115,9 @@ class _Job:
     def why(self, ranks: RankWatch, unfinished: set[int]) -> str:
         """Which rank made the job fail, if that rank could not report it itself; else ""."""
         silent = self.deadline.asked is None and not any(pump.passed for pump in self._pumps)
-        told = [one for pump in self._pumps for one in pump.noise.told]
+        reported = [one for pump in self._pumps for one in pump.noise.reported]
         codes = [code for pump in self._pumps for code in pump.noise.codes]
-        return verdict(ranks.finish(), told, codes, silent, unfinished)
+        return verdict(ranks.finish(), reported, codes, silent, unfinished)
 
     def drain(self) -> None:
         """Wait until all output has been forwarded."""
@@ -129,7 +129,7 @@ class _Job:
             if self.deadline.late():
                 return False
             if self.deadline.long() and not self._said:
-                _say("waiting for the step in progress and its checkpoint; press Ctrl-C again to end at once")
+                _say("waiting for the step in progress and its checkpoint; press Ctrl-C again to stop at once")
                 self._said = True
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.1)

@@ -57,10 +57,10 @@ def check_singleton(size: int, library: str, environment: Mapping[str, str]) -> 
     elif launcher == SRUN.name:
         cure = f"pass srun --mpi={MPICH.srun} for MPICH, --mpi={OPEN_MPI.srun} for Open MPI"
     else:
-        cure = "use the mpiexec that belongs to that library (`hpctrain run` finds it), or under srun another --mpi"
+        cure = "use the mpiexec that belongs to that library (`hpctrain run` finds it), or, under srun, another --mpi"
     raise ClusterError(
-        f"{launcher} started {launched} processes, but each is alone for the MPI library that mpi4py loads "
-        f"({library}): launcher and library do not belong together; {cure}"
+        f"{launcher} started {launched} processes, but the MPI library that mpi4py loads ({library}) sees each of them "
+        f"as a single process: launcher and library do not match; {cure}"
     )
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.connect import connect, tell_once
+from hpctrain.comm.connect import connect, report_once
 from hpctrain.comm.mpi.ending import end_all_ranks
 from hpctrain.data.loader import Batch
 from hpctrain.errors import HpctrainError
@@ -74,7 +74,7 @@ def _whole_job_fails_together(comm: Communicator) -> Iterator[None]:
     except BaseException as error:
         if comm.concurrent:  # virtual ranks share one process
             if isinstance(error, HpctrainError) and (error.everywhere or comm.size == 1):
-                tell_once(error, comm.rank)
+                report_once(error, comm.rank)
             elif comm.size > 1:
                 end_all_ranks(comm.rank, error)
         raise

@@ -52,7 +52,7 @@ def test_ranks_that_srun_did_not_bring_together_are_one_error(slurm: Slurm, tmp_
     errors = [problem for problem in doctor["problems"] if problem["severity"] == "error"]
     assert state == "FAILED"
     assert len(errors) == 1, errors
-    assert "srun started 4 processes, but each is alone" in errors[0]["what"]
+    assert "srun started 4 processes, but the MPI library" in errors[0]["what"]
     assert "srun --mpi=" in errors[0]["do"]
 
 

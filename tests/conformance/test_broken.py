@@ -67,14 +67,14 @@ class Talkative(LocalSGD):
 
 
 BROKEN = [
-    (ByHand, "equals one process", "SGD ends"),
+    (ByHand, "equals one process", "with SGD it differs by"),
     (ByHand, "honours train.clip_norm", "train.clip_norm has no effect"),
     (ByHand, "honours optimizer.schedule", "optimizer.schedule has no effect"),
-    (ByHand, "hands the optimizer's state over", "ends .* away from one process"),
-    (Unweighted, "equals one process where workers' shares differ", "with targets that do not count it ends"),
-    (Alone, "takes optimizers of whole parameters", "the ranks end with different parameters"),
-    (Forgetful, "resumes with the same bits", "a resumed run with SGD ends with other parameters"),
-    (Talkative, "exchanges nothing within a round", "within rounds it communicates: recv"),
+    (ByHand, "hands over the optimizer's state", "differs by .* from one process"),
+    (Unweighted, "equals one process when workers' shares differ", "with ignored targets it differs by"),
+    (Alone, "supports optimizers that need whole parameters", "the ranks end with different parameters"),
+    (Forgetful, "resumes bit for bit", "with SGD a resumed run ends with different parameters"),
+    (Talkative, "exchanges nothing within a round", "it communicates within rounds: recv"),
 ]
 
 

@@ -11,7 +11,7 @@ from tests.helpers_mpi import Join
 
 pytestmark = pytest.mark.mpi
 SUBJECTS = registered()
-EVERYWHERE = ("equals one process", "stops for a loss that is NaN", "resumes with the same bits")
+EVERYWHERE = ("equals one process", "stops on a NaN loss", "resumes bit for bit")
 
 
 def _place(subject: Subject) -> int:

@@ -223,7 +223,7 @@ def test_ranks_that_are_stuck_end_themselves(start: Start) -> None:
     run.ready(3)
     os.kill(int((run.folder / "pid.1").read_text()), signal.SIGTERM)
     assert run.end(15) not in (0, 2, 130), run.text()
-    assert "hpctrain: rank 1 ends itself: SIGTERM came 1 s ago, and no step has ended" in run.text()
+    assert "hpctrain: rank 1 exits: SIGTERM was received 1 s ago, and no step has ended" in run.text()
     run.gone(5)
 
 
@@ -251,8 +251,8 @@ def test_a_second_ctrl_c_kills_at_once(start: Start) -> None:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", " was ended by signal 9 (SIGKILL)"),
-        ("os._exit(0)", " ended in the middle of the run, with exit status 0; the launcher then ended the others"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", " was killed by signal 9 (SIGKILL)"),
+        ("os._exit(0)", " ended in the middle of the run, with exit status 0; the launcher then ended the other ranks"),
         ("os.kill(os.getpid(), signal.SIGBUS)", " (docker run --shm-size=2g)"),
     ],
 )

@@ -131,8 +131,8 @@ def model_of(what: str, rank: int) -> nn.Module:
 MODELS = {
     "order": "the order of the parameters is 0.weight, 0.bias on ranks 0 and 1 and 0.bias, 0.weight on rank 2 (1 more "
     "differs)",
-    "frozen": "parameter 0.bias is float32 of shape (4,) on ranks 0 and 1 and not there on rank 2 (2 more differ)",
-    "longer": "parameter 2.weight is not there on ranks 0 and 1 and float32 of shape (4, 4) on rank 2 (2 more differ)",
+    "frozen": "parameter 0.bias is float32 of shape (4,) on ranks 0 and 1 and missing on rank 2 (2 more differ)",
+    "longer": "parameter 2.weight is missing on ranks 0 and 1 and float32 of shape (4, 4) on rank 2 (2 more differ)",
     "buffer": "buffer bank is float32 of shape (3,) on ranks 0 and 1 and float32 of shape (4,) on rank 2",
 }
 
@@ -152,8 +152,8 @@ def test_groups_that_differ(tmp_path: Path) -> None:
         return {"optimizer": {"name": "SGD", "lr": 0.1, "groups": groups}}
 
     assert str(refused(tmp_path, tables, 2)).startswith(
-        "group 0 of the optimizer is from 0.weight on with weight_decay = 0.0 on rank 0 and from 0.weight on with "
-        "weight_decay = 0.1 on rank 1; "
+        "group 0 of the optimizer is 0.weight and later parameters, with weight_decay = 0.0 on rank 0 and 0.weight and "
+        "later parameters, with weight_decay = 0.1 on rank 1; "
     )
 
 
@@ -179,7 +179,7 @@ def test_parts_of_the_data_that_differ(tmp_path: Path) -> None:
         "the same data set: hpctrain deals out the samples itself"
     )
     error = refused(tmp_path, lambda rank: {"data": lambda: helpers.points(20) if rank else Numbers(20)}, 2)
-    assert "samples without a known number on rank 0 and 20 samples on rank 1" in str(error)
+    assert "an unknown number of samples on rank 0 and 20 samples on rank 1" in str(error)
 
 
 # -- streams whose length nobody knows --------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_streams_that_end_elsewhere(tmp_path: Path, strategy: helpers.Tables, le
         job = helpers.make_job(tmp_path, data=data, strategy=strategy, train={"steps": 9, "batch_size": 6})
         helpers.quiet_train(comm, job)
 
-    with pytest.raises(DataError, match=r"^the stream ends after 4\d samples on rank .* a stream must give the same"):
+    with pytest.raises(DataError, match=r"^the stream ends after 4\d samples on rank .* a stream must yield the same"):
         World(2 + (strategy is STRATEGIES[2])).run(body)
 
 
@@ -220,7 +220,7 @@ def test_a_stream_to_test_on_that_ends_elsewhere(tmp_path: Path) -> None:
         data = (helpers.points(24), Numbers(700 if comm.rank else 500))
         helpers.quiet_train(comm, helpers.make_job(tmp_path, data=data))
 
-    with pytest.raises(DataError, match=r"the stream ends after 500 samples on rank 0 and goes on after 504 samples"):
+    with pytest.raises(DataError, match=r"the stream ends after 500 samples on rank 0 and continues past 504 samples"):
         World(2).run(body)
 
 

@@ -203,7 +203,7 @@ def test_a_slow_worker_holds_up_all_reduce_only():
     assert rows["parameter_server, async"]["of all_reduce"] == pytest.approx(0.4, abs=0.05)
     assert 0.8 < rows["parameter_server, bounded"]["of all_reduce"] <= 1.0
     assert [rows[name]["limit"] for name in list(rows)[1:]] == [0.45, 1.0]
-    assert sum(note.endswith(": kept") for note in table.notes) == 2
+    assert sum(note.endswith(": met") for note in table.notes) == 2
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_numbers_of_ranks_that_do_not_suit(measure: str, size: int, advice: str)
 
 
 # -- switch ------------------------------------------------------------------------------------------------------
-def test_switches_of_a_run_to_and_fro():
+def test_switches_of_a_run_back_and_forth():
     """Virtual time passes only while messages travel: every switch and broadcast takes some."""
     tables = World(4, network=LinkNetwork()).run(lambda comm: switching.measure_switch(comm, silent))
     row = tables[0].rows["small"]
@@ -225,14 +225,14 @@ def test_switches_of_a_run_to_and_fro():
     assert [len(row[name].values) for name in ("to async", "to all_reduce")] == [each, each]
     assert min(min(sample.values) for sample in row.values()) > 0
     assert row["limit"].median == pytest.approx(50 + 2 * row["broadcast"].median)
-    assert any(note.startswith("small: ") and note.endswith(": kept") for note in tables[0].notes)
+    assert any(note.startswith("small: ") and note.endswith(": met") for note in tables[0].notes)
 
 
 def test_a_switch_that_takes_too_long_is_reported():
     table = FigureTable("switch", "", [])
     times = {"to async": (60.0, 60.0), "to all_reduce": (70.0, 90.0), "broadcast": (10.0, 14.0)}
     switching._fill_row(table, "large", {name: Sample(values, "ms") for name, values in times.items()})
-    assert table.notes == ["large: 80.0 of 74.0 ms: not kept"]
+    assert table.notes == ["large: 80.0 ms, limit 74.0 ms: not met"]
 
 
 def test_the_slowest_rank_between_two_phases():
@@ -263,7 +263,7 @@ def test_who_served_counts_from_the_workers_last_step():
 
 
 def test_a_switch_needs_a_server_and_a_worker():
-    with pytest.raises(ClusterError, match=r"^hpctrain bench switch: .*-n 4, say$"):
+    with pytest.raises(ClusterError, match=r"^hpctrain bench switch: .*-n 4, for example$"):
         World(1).run(lambda comm: switching.measure_switch(comm, silent))
 
 
@@ -301,13 +301,13 @@ def test_a_run_to_read_that_has_no_room_is_smaller():
     assert reading.spans_that_fit(3 * 1600 * 80) == 800
     assert reading.spans_that_fit(0) == 0
     table = reading._table(800, 1.0, [(31.0, 100.0)])
-    assert "these are 800" in table.notes[0]
-    assert table.notes[1] == "31.0 s and 100 MiB: not kept"
+    assert "this run has 800" in table.notes[0]
+    assert table.notes[1] == "31.0 s and 100 MiB: not met"
 
 
 def test_no_room_at_all_for_a_run_to_read_is_a_sentence(monkeypatch):
     monkeypatch.setattr(reading, "spans_that_fit", lambda free: 0)
-    with pytest.raises(HpctrainError, match="no room for traces to read; set TMPDIR"):
+    with pytest.raises(HpctrainError, match="too little space for traces to read; set TMPDIR"):
         reading.measure_read(silent)
 
 
@@ -330,9 +330,9 @@ def test_the_cost_of_tracing_is_a_ratio_of_pairs_and_what_comes_on_top():
     assert (row["spans/step"].median, row["bytes/step"].median) == (8.0, 400.0)
     # The middle half is 0.02 wide; 0.02 of 5 ms are for writing.
     assert table.notes == [
-        "Recording: median ratio of 5 pairs of turns 1.0100, standard error 0.0083. Writing, now and then: 0.0040. "
+        "Recording: median ratio of 5 pairs of turns 1.0100, standard error 0.0083. Occasional writing: 0.0040. "
         "Sampling of resources: 0.0010.",
-        "Together 1.0150, limit 1.01: not kept",
+        "Together 1.0150, limit 1.01: not met",
     ]
 
 
@@ -385,14 +385,14 @@ def test_the_job_of_the_bench_is_among_the_jobs():
 
 
 def test_which_measurements_need_ranks():
-    assert bench.wants_ranks("all", {})
-    assert bench.wants_ranks("step", {"PATH": "/bin"})
-    assert not bench.wants_ranks("virtual", {})
-    assert not bench.wants_ranks("trace", {})
-    assert not bench.wants_ranks("read", {})
-    assert bench.wants_ranks("tracing", {})
+    assert bench.needs_ranks("all", {})
+    assert bench.needs_ranks("step", {"PATH": "/bin"})
+    assert not bench.needs_ranks("virtual", {})
+    assert not bench.needs_ranks("trace", {})
+    assert not bench.needs_ranks("read", {})
+    assert bench.needs_ranks("tracing", {})
     for launcher in ({"PMI_SIZE": "1"}, {"OMPI_COMM_WORLD_SIZE": "4"}, {MARK: "x"}):
-        assert not bench.wants_ranks("all", launcher)
+        assert not bench.needs_ranks("all", launcher)
 
 
 def test_figures_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -471,7 +471,7 @@ def test_the_cost_of_tracing_is_measured_on_real_ranks(tmp_path: Path):
         "import sys\n"
         "from pathlib import Path\n"
         "from hpctrain.bench import tracing\n"
-        "tracing.JOB, tracing.EARLY, tracing.TOLD = Path(sys.argv[1]), 5, 20\n"
+        "tracing.JOB, tracing.EARLY, tracing.PROGRESS = Path(sys.argv[1]), 5, 20\n"
         "from hpctrain.cli import main\n"
         "sys.exit(main(['bench', 'tracing', '--json', sys.argv[2]]))\n"
     )
@@ -486,7 +486,7 @@ def test_the_cost_of_tracing_is_measured_on_real_ranks(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("bench")]
-    assert told == [f"bench: tracing, from pair {pair} of turns of 2 steps each" for pair in (1, 21)]
+    assert told == [f"bench: tracing, pair {pair} of turns of 2 steps each" for pair in (1, 21)]
     (row,) = json.loads(path.read_text())["tracing"]["rows"].values()
     assert row["recording, %"]["n"] == 2 * math.ceil(1437 / 48) // tracing.TURN - 5
     assert row["spans/step"]["median"] > 5

@@ -98,5 +98,5 @@ def test_devices() -> None:
     assert device_for("cpu", 0, 4) == device_for("auto", 3, 0) == "cpu"
     assert [device_for("auto", rank, 2) for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
     assert device_for("cuda", 5, 4) == "cuda:1"
-    with pytest.raises(ClusterError, match='device = "cuda": this node shows no GPU'):
+    with pytest.raises(ClusterError, match='device = "cuda": torch finds no GPU'):
         device_for("cuda", 0, 0)

@@ -94,13 +94,13 @@ def test_bound_ranks_that_would_leave_cores_of_theirs_idle_are_told_how_many_thr
     facts = healthy(1)
     bound = [replace(rank, cores=[2 * rank.rank, 2 * rank.rank + 1], threads=1) for rank in facts.ranks]
     problem = only(replace(facts, ranks=bound))
-    assert "ranks 0-3 have 2 cores each to themselves and would compute with 1 torch thread" in problem.what
+    assert "ranks 0-3 would run 1 torch thread per rank, although each has 2 cores to itself" in problem.what
     assert problem.do == "set threads = 2 in the job"
 
 
 def test_more_threads_than_cores_is_a_warning() -> None:
     problem = only(with_ranks(healthy(1), threads=4))
-    assert "4 ranks would compute with 16 torch threads on 8 cores" in problem.what
+    assert "4 ranks would run 16 torch threads on 8 cores" in problem.what
     assert "threads = 2" in problem.do
 
 
@@ -109,16 +109,16 @@ def test_a_host_that_mpi_counts_as_several_nodes() -> None:
     problem = only(facts)
     assert problem.where == "n0"
     assert "counts it as 2 nodes" in problem.what
-    assert "16 torch threads in all on 8 cores" in problem.what
+    assert "16 torch threads in total on 8 cores" in problem.what
 
 
 def test_a_container_that_may_use_fewer_cores_than_it_sees() -> None:
     problem = only(with_nodes(healthy(1), quota=2.0))
-    assert "2 cores in the mean" in problem.what
+    assert "2 cores on average" in problem.what
     assert "8 threads" in problem.what
 
 
-@pytest.mark.parametrize(("value", "told"), [("8", "is 8, but each rank's share"), ("all", "a whole number")])
+@pytest.mark.parametrize(("value", "told"), [("8", "is 8, but each rank's share"), ("all", "a positive whole number")])
 def test_omp_num_threads_set_badly(value: str, told: str) -> None:
     problem = only(with_ranks(healthy(1), environment={"OMP_NUM_THREADS": value}))
     assert problem.where == "OMP_NUM_THREADS"
@@ -165,7 +165,7 @@ GRANTED = {
     ("change", "told", "do"),
     [
         ({"SLURM_NTASKS": "6"}, "SLURM_NTASKS is 6, but 8 ranks were started", "--ntasks=8"),
-        ({"SLURM_JOB_NUM_NODES": "3"}, "3 nodes, but ranks are on 2", "fewer nodes"),
+        ({"SLURM_JOB_NUM_NODES": "3"}, "3 nodes, but its ranks are on 2", "fewer nodes"),
         ({"SLURM_CPUS_PER_TASK": "16"}, "ranks 0-7 may use 8 cores", "srun --cpus-per-task=16"),
     ],
 )
@@ -236,7 +236,7 @@ def test_a_model_that_shared_memory_suffices_for_is_shared(monkeypatch: pytest.M
 
 
 def test_ranks_that_cannot_share_memory() -> None:
-    problem = only(with_nodes(healthy(1), not_shared="/dev/shm cannot be looked at; give it"))
+    problem = only(with_nodes(healthy(1), not_shared="/dev/shm cannot be read; give it"))
     assert (problem.severity, problem.do) == ("warning", "give it")
 
 
@@ -373,7 +373,7 @@ def test_a_job_that_needs_other_ranks_or_has_no_data_is_an_error(tmp_path: Path)
 def test_a_job_whose_arenas_do_not_fit_shared_memory() -> None:
     job = JobFacts("big.toml", "runs", nbytes=6 * GIB, arenas=4, parameters=1)
     whats = [problem.what for problem in problems(replace(healthy(1), job=job))]
-    assert any("49,152 MiB, /dev/shm has 32,768 MiB" in what for what in whats)
+    assert any("49,152 MiB, but /dev/shm has 32,768 MiB" in what for what in whats)
     assert any("98,304 MiB" in what for what in whats)
 
 
@@ -478,7 +478,7 @@ def test_bad_usage_is_one_sentence_and_status_2(
 GUARDED = """
 import ctypes, os, sys, time
 from hpctrain.doctor.guard import Guard
-guard = Guard("rank 3 on n1", tells=True, slow=0.2, limit=0.8)
+guard = Guard("rank 3 on n1", reports=True, slow=0.2, limit=0.8)
 guard.stage("importing torch")
 {body}
 guard.close()
@@ -505,7 +505,7 @@ def test_a_process_that_hangs_is_ended_and_says_in_what(guarded: Any) -> None:
     start = time.monotonic()
     done = guarded(HANG)
     assert done.returncode == -9
-    assert "rank 3 on n1 got no further than starting MPI" in done.stderr
+    assert "rank 3 on n1 was still starting MPI after 1 s" in done.stderr
     assert time.monotonic() - start < 20
 
 

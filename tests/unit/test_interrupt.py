@@ -150,7 +150,7 @@ def test_what_ends_a_rank(tmp_path: Path) -> None:
             rank.send_signal(signal.SIGTERM)
         told = {what: ranks[what].communicate(timeout=30)[1] for what in ("stuck", "steps")}
         assert ranks["stuck"].returncode in (-signal.SIGTERM, -signal.SIGUSR1)
-        assert told["stuck"].startswith("hpctrain: rank 3 ends itself: SIG")
+        assert told["stuck"].startswith("hpctrain: rank 3 exits: SIG")
         assert "no step has ended" in told["stuck"]
         assert told["stuck"].endswith("flushed.")
         assert (ranks["steps"].returncode, told["steps"]) == (0, "")
@@ -162,7 +162,7 @@ def test_what_ends_a_rank(tmp_path: Path) -> None:
         ranks["twice"].send_signal(signal.SIGHUP)
         err = ranks["twice"].communicate(timeout=10)[1]
         assert ranks["twice"].returncode == -signal.SIGHUP
-        assert "rank 3 ends itself: a second stop signal came" in err
+        assert "rank 3 exits: a second stop signal was received" in err
     finally:
         for rank in ranks.values():
             rank.kill()

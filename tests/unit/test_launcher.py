@@ -82,7 +82,7 @@ def filtered(text: bytes) -> bytes:
     """What passes, and below it what was told about killed ranks."""
     noise = NoiseFilter()
     passed = b"".join(noise.feed(line) for line in text.splitlines(keepends=True)) + noise.flush()
-    return passed + b"".join(f"{told.rank} {told.pid} {told.host} {told.number}".encode() for told in noise.told)
+    return passed + b"".join(f"{told.rank} {told.pid} {told.host} {told.number}".encode() for told in noise.reported)
 
 
 def mpiexec(folder: Path, says: str, name: str = "mpiexec") -> str:
@@ -147,16 +147,16 @@ class TestFindMpiexec:
         library.append(OPENMPI)
         monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
         monkeypatch.setattr(finding, "_candidates", lambda library, python: [path])
-        with pytest.raises(ClusterError, match="no mpiexec of openmpi found") as error:
+        with pytest.raises(ClusterError, match="no mpiexec found for openmpi") as error:
             launcher.find_mpiexec(python)
-        assert f"{path} is of " in str(error.value)
+        assert f"{path} belongs to " in str(error.value)
         assert "Open MPI v5.0.11" in str(error.value)
 
     def test_none_at_all_is_said(
         self, python: str, library: list[launcher.Library], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("PATH", "/nowhere")
-        with pytest.raises(ClusterError, match="there is none on the path"):
+        with pytest.raises(ClusterError, match="no mpiexec is on the path"):
             launcher.find_mpiexec(python)
 
     def test_an_mpi4py_without_a_library_is_one_sentence(self, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import uuid
 import pytest
 
 from hpctrain.launcher.facts import MARK
-from hpctrain.launcher.noise import Told
+from hpctrain.launcher.noise import Reported
 from hpctrain.launcher.rankwatch import End, RankWatch, culprits, ranks, verdict
 
 KILLED, SEGMENTATION, BUS = signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS
@@ -66,12 +66,12 @@ class TestVerdict:
         silent: bool = False,
         killed: bool = False,
     ) -> str:
-        return verdict(ends(*told), [Told(None, None, "node7", 9)] if killed else [], codes, silent)
+        return verdict(ends(*told), [Reported(None, None, "node7", 9)] if killed else [], codes, silent)
 
     def test_names_rank_and_signal(self) -> None:
         told = self.told((1, KILLED, 5.0), (0, KILLED, 5.1), killed=True)
         assert told.startswith("rank 1 with PID 101 on ")
-        assert told.endswith(" was ended by signal 9 (SIGKILL)")
+        assert told.endswith(" was killed by signal 9 (SIGKILL)")
         assert self.told((0, KILLED, 5.0), (1, KILLED, 5.0), killed=True).startswith("one of the ranks [0, 1] on ")
 
     def test_says_what_a_bus_error_means(self) -> None:
@@ -82,7 +82,7 @@ class TestVerdict:
 
     def test_a_status_is_told_only_if_the_rank_has_not_spoken(self) -> None:
         assert self.told((1, status(3), 5.0)) == ""
-        assert self.told((1, status(3), 5.0), silent=True).endswith("ended with exit status 3 and did not say why")
+        assert self.told((1, status(3), 5.0), silent=True).endswith("ended with exit status 3 and no error message")
         gone = self.told((1, status(0), 5.0), (0, KILLED, 5.1))
         assert gone.startswith("rank 1 with PID 101")
         assert "ended in the middle of the run, with exit status 0" in gone
@@ -95,10 +95,11 @@ class TestVerdict:
         assert "rank 1 " in self.told(*reversed(unseen), codes=(9, 11, 0))
         assert self.told(*unseen, codes=(0, 0, 0)) == ""
         assert self.told(*unseen) == ""
-        assert self.told(killed=True) == "a rank on node7 was ended by signal 9 (SIGKILL)"
-        assert verdict([], [Told(2, 77, "node7", 0)], [], False).startswith("rank 2 with PID 77 on node7 ended in the")
-        seen = verdict(ends((2, None, 5.0)), [Told(2, 0, "node7", 9)], [], False)
-        assert seen == "rank 2 with PID 102 on node7 was ended by signal 9 (SIGKILL)"
+        assert self.told(killed=True) == "a rank on node7 was killed by signal 9 (SIGKILL)"
+        left = verdict([], [Reported(2, 77, "node7", 0)], [], False)
+        assert left.startswith("rank 2 with PID 77 on node7 ended in the middle")
+        seen = verdict(ends((2, None, 5.0)), [Reported(2, 0, "node7", 9)], [], False)
+        assert seen == "rank 2 with PID 102 on node7 was killed by signal 9 (SIGKILL)"
 
     def test_nobody_is_blamed_for_stopping_when_asked(self) -> None:
         assert self.told((1, signal.SIGUSR1, 5.0), (0, KILLED, 5.1), silent=True) == ""

@@ -47,7 +47,7 @@ def test_what_launchers_say(environment: dict[str, str], rank: int, size: int, l
     [
         ({"OMPI_COMM_WORLD_SIZE": "4"}, MPICH, "use the mpiexec that belongs to that library"),
         ({"OMPI_COMM_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}, MPICH, "use the mpiexec that belongs"),
-        ({"PMI_SIZE": "4"}, OPEN_MPI_LIBRARY, "or under srun another --mpi"),
+        ({"PMI_SIZE": "4"}, OPEN_MPI_LIBRARY, "or, under srun, another --mpi"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, OPEN_MPI_LIBRARY, "--mpi=pmix for Open MPI"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, MPICH, "--mpi=pmi2 for MPICH"),
     ],
@@ -55,7 +55,7 @@ def test_what_launchers_say(environment: dict[str, str], rank: int, size: int, l
 def test_processes_that_believe_to_be_alone(environment: dict[str, str], library: str, cure: str) -> None:
     with pytest.raises(ClusterError, match=cure) as caught:
         check_singleton(1, library, environment)
-    assert "started 4 processes, but each is alone" in str(caught.value)
+    assert "started 4 processes, but the MPI library" in str(caught.value)
     assert library in str(caught.value)
 
 

@@ -49,7 +49,7 @@ def test_a_message_arrives(network, dtype):
 
 
 def test_a_message_too_long_for_its_buffer_is_an_error():
-    with pytest.raises(ValueError, match="40 bytes came for a buffer of 8: recv rank 0"):
+    with pytest.raises(ValueError, match="40 bytes does not fit a buffer of 8: recv rank 0"):
         run(2, lambda c: c.send(np.zeros(5), 1, TAG), lambda c: c.recv(np.zeros(1), 0, TAG))
 
 

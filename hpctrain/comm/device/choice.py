@@ -18,5 +18,5 @@ def open_device(comm: Communicator, index: int, wanted: str = "auto") -> tuple[D
     aware, why = cuda_aware(comm, wanted, index)
     gpu = Gpu.open(index)
     if aware:
-        return DirectCommunicator.around(comm, gpu), f"device buffers are handed to MPI: {why}"
+        return DirectCommunicator.around(comm, gpu), f"device buffers are passed directly to MPI: {why}"
     return StagedCommunicator.around(comm, gpu), f"device buffers are staged through pinned memory: {why}"

@@ -179,6 +179,6 @@ def usable_gpus() -> tuple[int, str | None]:
         return (seen, None) if cupy.cuda.is_available() else (0, "torch sees a GPU, but CuPy finds no CUDA driver")
     except Exception as error:  # CuPy raises various exceptions if it cannot load CUDA's libraries
         return 0, (
-            f"torch sees a GPU, but CuPy cannot be imported ({error}); pip install 'hpctrain[cuda13]' (or cuda12, by "
-            "torch.version.cuda)"
+            f"torch sees a GPU, but CuPy cannot be imported ({error}); pip install 'hpctrain[cuda13]' (or cuda12, to "
+            "match torch.version.cuda)"
         )

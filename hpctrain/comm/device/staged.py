@@ -195,7 +195,7 @@ def _checked(elements: int, part: Buffer, pieces: int, source: int) -> int:
     """The number of elements received. A message of several pieces must fill its buffer: else pieces stay unmatched."""
     if pieces > 1 and elements != part.size:
         raise ValueError(
-            f"a piece of {elements} elements came from rank {source} where {part.size} were expected: a message longer "
+            f"received a piece of {elements} elements from rank {source}, but expected {part.size}: a message longer "
             "than a slot needs a device buffer of its own length"
         )
     return elements

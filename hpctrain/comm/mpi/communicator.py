@@ -47,7 +47,7 @@ def world(recorder: Recorder | None = None, ranks_per_node: int | None = None, w
     """
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise ClusterError(
-            "the MPI library does not offer MPI_THREAD_MULTIPLE, which hpctrain needs; "
+            "the MPI library does not support MPI_THREAD_MULTIPLE, which hpctrain needs; "
             "use an MPI built with thread support"
         )
     handle = MPI.COMM_WORLD.Dup()
@@ -200,7 +200,7 @@ class MpiCommunicator(Communicator):
 
     def wait(self, arena: Arena) -> None:
         if isinstance(arena, SharedArena):
-            with self.span("wait", id=arena.id | arena.epoch):  # also for the last rank: shows whom others waited for
+            with self.span("wait", id=arena.id | arena.epoch):  # also for the last rank, which others waited for
                 if not arena.arrived():
                     self.waiting.until(arena.arrived)
 

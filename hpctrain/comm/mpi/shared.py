@@ -83,17 +83,17 @@ def why_not_shared(node: MPI.Intracomm, nbytes: int) -> str | None:
 
     Touching more shared memory than is available kills the process (a bus error), so this is checked first.
     """
-    wanted = node.allreduce(nbytes)
+    needed = node.allreduce(nbytes)
     reason = None
     if node.rank == 0:
         try:
             status = os.statvfs(SHARED_MEMORY)
             free = status.f_bavail * status.f_frsize
         except OSError as error:
-            return node.bcast(f"{SHARED_MEMORY} cannot be looked at ({error.strerror})")
-        if wanted > 0.9 * free:
+            return node.bcast(f"{SHARED_MEMORY} cannot be accessed ({error.strerror})")
+        if needed > 0.9 * free:
             reason = (
-                f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free and {wanted / 2**20:.0f} MiB are needed; "
+                f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, but {needed / 2**20:.0f} MiB are needed; "
                 "give the node (or container: --shm-size) more shared memory"
             )
     return node.bcast(reason)

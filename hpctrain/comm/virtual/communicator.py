@@ -129,12 +129,12 @@ class VirtualCommunicator(Communicator):
     # -- collectives ---------------------------------------------------------------------------------------
     def barrier(self) -> None:
         with self._collective("wait"):
-            algorithms.dissemination_barrier(self, self.group.everybody)
+            algorithms.dissemination_barrier(self, self.group.all_ranks)
 
     def broadcast(self, buffer: Buffer, root: int = 0) -> None:
-        everybody = self.group.everybody
+        all_ranks = self.group.all_ranks
         with self._collective("send" if self.rank == root else "recv"):
-            algorithms.tree_broadcast(self, buffer, everybody[root:] + everybody[:root])
+            algorithms.tree_broadcast(self, buffer, all_ranks[root:] + all_ranks[:root])
 
     def all_reduce(self, buffer: Buffer, operation: Operation = "sum", algorithm: str = "library") -> None:
         with self._collective("reduce"):
@@ -146,10 +146,10 @@ class VirtualCommunicator(Communicator):
         reduce = algorithms.all_reduce_by(algorithm)
         if buffer.dtype == BFLOAT16:
             wide = buffer.astype(np.float32)
-            reduce(self, wide, operation, self.group.everybody)
+            reduce(self, wide, operation, self.group.all_ranks)
             buffer[:] = wide
         else:
-            reduce(self, buffer, operation, self.group.everybody)
+            reduce(self, buffer, operation, self.group.all_ranks)
 
     def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
         """Runs in a separate coroutine of this rank, with its own messages."""
@@ -164,10 +164,10 @@ class VirtualCommunicator(Communicator):
 
     def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
         with self._collective("recv"):
-            algorithms.ring_all_gather(self, buffer, bounds, self.group.everybody)
+            algorithms.ring_all_gather(self, buffer, bounds, self.group.all_ranks)
 
     def split(self, color: int | None, key: int = 0) -> VirtualCommunicator | None:
-        answers = self._meet("split", self.group.everybody, (color, key))
+        answers = self._meet("split", self.group.all_ranks, (color, key))
         if color is None:
             return None
         chosen = [r for _, r in sorted((k, r) for r, (c, k) in enumerate(answers) if c == color)]
@@ -202,29 +202,29 @@ class VirtualCommunicator(Communicator):
         epoch, world = arena.epochs[arena.index], self.world
         if len(arena.epochs) == 1:
             return
-        with verb_span(self, "wait", id=arena.id | epoch):  # also for the last rank: shows whom others waited for
+        with verb_span(self, "wait", id=arena.id | epoch):  # also for the last rank, which others waited for
             while min(arena.epochs) < epoch:
                 late = [self.members[self.local_ranks[i]] for i, e in enumerate(arena.epochs) if e < epoch]
                 assert world.current is not None
                 arena.waiting.append(world.current)
                 world.block(f"notify of epoch {epoch} by ranks {late}")
 
-    def _meet(self, what: str, who: Sequence[int], value: Any) -> list[Any]:
-        """The values of all ranks in `who`, in their order; waits until all have arrived."""
+    def _meet(self, what: str, ranks: Sequence[int], value: Any) -> list[Any]:
+        """The values of these ranks, in their order; waits until all have arrived."""
         self._count += 1
-        meetings, key = self.group.meetings, (what, self._count, who[0])
+        meetings, key = self.group.meetings, (what, self._count, ranks[0])
         meeting = meetings.setdefault(key, Meeting())
         meeting.values[self.rank] = value
-        if len(meeting.values) == len(who):
+        if len(meeting.values) == len(ranks):
             for task in meeting.tasks:
                 self.world.wake(task)
-        while len(meeting.values) < len(who):
+        while len(meeting.values) < len(ranks):
             assert self.world.current is not None
             meeting.tasks.append(self.world.current)
-            late = [self.members[r] for r in who if r not in meeting.values]
+            late = [self.members[r] for r in ranks if r not in meeting.values]
             self.world.block(f"{what} with ranks {late}")
-        self._take(key, meeting, len(who))
-        return [meeting.values[r] for r in who]
+        self._take(key, meeting, len(ranks))
+        return [meeting.values[r] for r in ranks]
 
     def _shared(self, name: Any, takers: int, make: Callable[[], Made]) -> Made:
         """One object for all `takers` ranks that request it by the same name, after the same number of collectives."""

@@ -169,7 +169,7 @@ def match(world: Platform, send: VirtualSend, recv: VirtualRecv) -> None:
     elif out.size < into.size:
         into[: out.size] = out
     else:
-        raise ValueError(f"a message of {out.nbytes} bytes came for a buffer of {into.nbytes}: {recv}")
+        raise ValueError(f"a message of {out.nbytes} bytes does not fit a buffer of {into.nbytes}: {recv}")
     recv.elements = out.size
     arrives = send.arrives
     if arrives < 0:

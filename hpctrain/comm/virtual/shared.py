@@ -24,7 +24,7 @@ class VirtualGroup:
         for rank, node in enumerate(self.nodes):
             on_node.setdefault(node, []).append(rank)
         self.local_ranks = {node: tuple(ranks) for node, ranks in on_node.items()}
-        self.everybody = tuple(range(len(members)))
+        self.all_ranks = tuple(range(len(members)))
         self.boxes: Boxes = defaultdict(deque)
         self.meetings: dict[Any, Meeting] = {}
 
