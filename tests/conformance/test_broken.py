@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from hpctrain.conformance import CHECKS, Subject, over_virtual_ranks
 from hpctrain.options import Options
 from hpctrain.replica.state import Own
+from hpctrain.strategies.base import Outcome
 from hpctrain.strategies.local_sgd import LocalSGD
 from hpctrain.strategies.round import Round, RoundStrategy, Step
 
@@ -66,6 +69,39 @@ class Talkative(LocalSGD):
         self.comm.all_reduce(np.zeros(1))
 
 
+class Swapping(RoundStrategy):
+    """Evaluates other parameters than it trains, and does not put those back."""
+
+    Options = NoOptions
+    exact = True
+
+    def apply(self, round: Round) -> None:
+        self.optimize(self.exchange.reduce(round.divisor), round)
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        self.phase.replica.values.mul_(0.99)
+        yield
+
+
+class Waiting(Swapping):
+    """Waits on rank 0 for ranks that have left."""
+
+    def drain(self) -> None:
+        if self.comm.rank == 0:
+            self.comm.barrier()
+
+
+class Skipping(Alone):
+    """Skips a sample once."""
+
+    def step(self, samples: int, loss: float) -> Outcome:
+        outcome = super().step(samples, loss)
+        if self.phase.cursor == 12:
+            self.phase.cursor += 1
+        return outcome
+
+
 BROKEN = [
     (ByHand, "equals one process", "with SGD it differs by"),
     (ByHand, "honours train.clip_norm", "train.clip_norm has no effect"),
@@ -73,6 +109,9 @@ BROKEN = [
     (ByHand, "hands over the optimizer's state", "differs by .* from one process"),
     (Unweighted, "equals one process when workers' shares differ", "with ignored targets it differs by"),
     (Alone, "supports optimizers that need whole parameters", "the ranks end with different parameters"),
+    (Skipping, "uses every sample once", "samples of an epoch were skipped or repeated"),
+    (Swapping, "is not changed by evaluations and checkpoints", "evaluations or checkpoints change the parameters"),
+    (Waiting, "lets all workers leave together", "DeadlockError"),
     (Forgetful, "resumes bit for bit", "with SGD a resumed run ends with different parameters"),
     (Talkative, "exchanges nothing within a round", "it communicates within rounds: recv"),
 ]
