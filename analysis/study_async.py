@@ -183,20 +183,20 @@ def tell(found: Table) -> str:
     fired = job["switched"].dropna()
     return f"""# What asynchrony costs in accuracy
 
-Made by `make study-async` (analysis/study_async.py says how; its runs are in asynchrony.csv). Test accuracy: mean over
-seeds, difference from all-reduce's mean in points, and in brackets the least and the number of seeds; an empty cell has
-not run yet.
+Written by `make study-async` (method: analysis/study_async.py; results of all runs: asynchrony.csv). Each cell shows
+the test accuracy: the mean over seeds, its difference from all-reduce's mean in percentage points, and in brackets the
+lowest accuracy and the number of seeds. An empty cell has not run yet.
 
 ## MNIST, lenet5, 3 epochs, batch 32 per worker, one server
 
-4 and 8 workers under mpirun, 16 over virtual ranks.
+4 and 8 workers ran under mpirun, 16 over virtual ranks.
 
 {grid(mnist, ["workers", "optimizer"], MAIN)}
 
-## What the learning rate of one worker's update is divided by
+## How to scale the learning rate of one worker's update
 
-8 workers; `async` is as above: with SGD divided by the number of workers, with Adam by its power of 0.75; a velocity
-per worker.
+8 workers. `async` is as above: for SGD the rate is divided by the number of workers, for Adam by that number to the
+power of 0.75; each worker has its own velocity.
 
 {grid(rates[rates["workers"] == 8], ["task", "optimizer"], RATES)}
 
@@ -204,7 +204,7 @@ per worker.
 
 jobs/digits.toml on 4 ranks: all-reduce until `loss_stable`, then async with 3 workers and a server. The switch fired in
 {len(fired)} of {len(job)} runs, after {fired.min():.0%} to {fired.max():.0%} of the run; test accuracy
-{job["accuracy"].mean():.4f} in the mean, {job["accuracy"].min():.4f} at least.
+{job["accuracy"].mean():.4f} on average, {job["accuracy"].min():.4f} at the lowest.
 """
 
 

@@ -1,7 +1,7 @@
-"""Hashes of all numbers that a matrix of jobs leaves, to show that a change alters none.
+"""Hashes of all numbers that a matrix of jobs produces, to prove that a change alters none.
 
     python -m tests.bits before.json                        over virtual ranks
-    mpiexec -n 3 python -m tests.bits before.json --mpi     over real ones: what is deterministic there
+    mpiexec -n 3 python -m tests.bits before.json --mpi     over real ranks: the deterministic jobs
     python -m tests.bits after.json --against before.json   status 1 and the jobs that differ, if any do
 
 A hash is of the final parameters and buffers, and of every tensor of every checkpoint, by name. Models and data are its
@@ -65,7 +65,7 @@ OPTIMIZERS: dict[str, tuple[Tables, Tables]] = {
 }
 TRAIN = {"epochs": 3, "batch_size": 6, "checkpoint_every": {"samples": 60}, "keep_checkpoints": 9}
 WORLDS = [(0,), (0, 0, 0), (0, 0, 1, 1)]  # the node of each rank
-# With real ranks the order of asynchronous updates is chance, and so is an MPI library's order of summing.
+# On real ranks the order of asynchronous updates is random, and so is an MPI library's order of summation.
 DETERMINISTIC = (
     "shared",
     "ring",
@@ -105,7 +105,7 @@ def jobs(folder: Path) -> Iterator[tuple[str, hpctrain.Job]]:
 
 
 def hashed(comm: Communicator, job: hpctrain.Job) -> list[str]:
-    """Train: what every rank ends with, then what is in the checkpoints; or the sentence of a refusal. Collective."""
+    """Train; hash the final state of every rank and the checkpoints, or the error message. Collective."""
     try:
         result = hpctrain.train(job, comm=comm, out=Narrator(enabled=False))
     except hpctrain.HpctrainError as error:

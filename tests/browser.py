@@ -5,8 +5,8 @@
         page.wheel(500, 300, -240)
         assert not page.complaints
 
-`complaints`: errors of the console and exceptions. `requests`: the addresses that were asked for, the page's own
-(file:) and data: aside.
+`complaints`: console errors and exceptions. `requests`: the requested addresses, except the page's own (file:) and
+data: aside.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in _NAMES if (found := shutil.which(name))), None)
 MISSING = "no Chromium here (chromium, chromium-browser or google-chrome in PATH): pages cannot be opened"
-LIMIT_S = 60.0  # for an answer of Chromium's
+LIMIT_S = 60.0  # for an answer from Chromium
 _OWN = ("file:", "data:", "blob:")
 _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-extensions",
           "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe")  # fmt: skip
@@ -78,7 +78,7 @@ class Page:
 
     # -- the protocol --------------------------------------------------------------------------------------
     def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command's result."""
+        """Run a DevTools command and return its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -117,7 +117,7 @@ class Page:
         elif event == "Network.requestWillBeSent" and not about["request"]["url"].startswith(_OWN):
             self.requests.append(about["request"]["url"])
 
-    # -- what a reader does ----------------------------------------------------------------------------------
+    # -- what a reader of the page does -------------------------------------------------------------------------------
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression (of a promise: what it resolves to)."""
         answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
@@ -141,14 +141,14 @@ class Page:
         return x, y, width, height
 
     def wheel(self, x: float, y: float, delta: float) -> None:
-        """Turn the wheel over a point; up (zooming in) is negative."""
+        """Scroll the mouse wheel over a point; negative is up (zooms in)."""
         self.ask("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=delta)
 
     def move(self, x: float, y: float) -> None:
         self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def drag(self, x: float, y: float, to_x: float, to_y: float) -> None:
-        """With the left button."""
+        """Drag with the left button."""
         button: dict[str, Any] = {"button": "left", "buttons": 1, "clickCount": 1}
         self.move(x, y)
         self.ask("Input.dispatchMouseEvent", type="mousePressed", x=x, y=y, **button)

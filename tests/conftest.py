@@ -33,20 +33,20 @@ class Ended:
 
 
 def pytest_configure() -> None:
-    """Under nohup SIGHUP is ignored, by whatever tests start as well. What is imported is not looked through for
-    garbage."""
+    """Under nohup SIGHUP is ignored, also by processes that tests start. Imported objects are excluded from garbage
+    collection."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """Nor later on."""
+    """Exclude objects of the collected tests from garbage collection."""
     gc.freeze()
     gc.enable()
 
 
 def pytest_unconfigure() -> None:
-    """Nor at the end."""
+    """Exclude all objects from the garbage collection at exit."""
     gc.freeze()
 
 
@@ -60,8 +60,8 @@ def mpi() -> launcher.Mpi:
 def mpirun(mpi: launcher.Mpi, tmp_path: Path) -> Mpirun:
     """mpirun(n, program, *arguments, timeout=60, environment={}, status=0) -> Ended.
 
-    Starts `n` ranks of a Python program: a file, or its text. An exception on one rank ends them all. When it takes
-    longer, or ends with another status than the one asked for (None: any), the test fails and shows its output.
+    Starts `n` ranks of a Python program (a file, or its source). An exception on one rank ends them all. If it takes
+    longer, or ends with another status than the expected one (None: any), the test fails and shows its output.
     """
 
     def start(
@@ -86,7 +86,7 @@ def mpirun(mpi: launcher.Mpi, tmp_path: Path) -> Mpirun:
 
 
 def launch(argv: list[str], mpi: launcher.Mpi, timeout: float, environment: dict[str, str] | None = None) -> Ended:
-    """Run a launcher in a session of its own; whatever happens, none of its processes are left."""
+    """Run a launcher in its own session; none of its processes are left, whatever happens."""
     mark = uuid.uuid4().hex
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     base = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(environment or {})}

@@ -1,6 +1,6 @@
-"""Bodies that run unchanged over virtual ranks and under MPI, and the plain torch loop they are held against.
+"""Test bodies that run unchanged over virtual ranks and under MPI, and the plain torch loop they are compared with.
 
-Models and data that a job can name are here too ("tests.helpers:noisy_net").
+Also models and data that a job can name ("tests.helpers:noisy_net").
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from hpctrain.trace.schema import KIND_CODES, KINDS
 
 difference = distance
 
-# How replicas may agree synchronously: [strategy], and how many ranks are servers.
+# Synchronous strategies: [strategy], and the number of server ranks.
 SYNCHRONOUS: dict[str, tuple[Tables, int]] = {
     "shared": ({"name": "all_reduce", "exchange": "shared"}, 0),
     "message": ({"name": "all_reduce", "exchange": "message"}, 0),
@@ -55,7 +55,7 @@ SYNCHRONOUS: dict[str, tuple[Tables, int]] = {
     "colocated": ({"name": "parameter_server", "mode": "sync", "servers": 1, "colocated": True}, 0),
     "all_serve": ({"name": "parameter_server", "mode": "sync", "servers": -1, "colocated": True}, 0),
 }
-# What is trained with: [optimizer], and keys of [train] that change the arithmetic.
+# Optimizers: [optimizer], and keys of [train] that change the arithmetic.
 RECIPES: dict[str, tuple[Tables, Tables]] = {
     "momentum": ({"name": "SGD", "lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, {}),
     "adam": ({"name": "Adam", "lr": 0.01, "weight_decay": 0.1}, {}),
@@ -112,7 +112,7 @@ def make_job(folder: Path | str, **tables: Any) -> Job:
 
 
 def equivalence_job(folder: Path | str, agree: str, recipe: str, precision: str, size: int) -> Job:
-    """`STEPS` rounds, for `size` ranks, over uneven ends of epochs."""
+    """`STEPS` rounds for `size` ranks, including short last rounds of epochs."""
     strategy, _ = SYNCHRONOUS[agree]
     if strategy.get("servers") == -1:
         strategy = {**strategy, "servers": size}
@@ -126,12 +126,12 @@ def equivalence_job(folder: Path | str, agree: str, recipe: str, precision: str,
 
 
 def workers_of(agree: str, size: int) -> int:
-    """How many of `size` ranks compute gradients."""
+    """The number of workers among `size` ranks."""
     return size - SYNCHRONOUS[agree][1]
 
 
 def quiet_train(comm: Communicator, job: Job, **arguments: Any) -> Result:
-    """`train` without a word."""
+    """`train` without output."""
     return train(job, comm=comm, out=Narrator(enabled=False), **arguments)
 
 
@@ -144,7 +144,7 @@ def plain(
     cursor: int = 0,
     steps: int | None = None,
 ) -> Vector:
-    """As `one_process`, remembering what it gave: all ranks and many tests ask for the same."""
+    """`one_process` with a cache: all ranks and many tests need the same result."""
     tensors = (data or points()).tensors
     key = repr((job.train, job.optimizer, job.seed, workers, cursor, steps)), build, loss, _bytes(tensors)
     if key not in _KNOWN:
@@ -161,7 +161,8 @@ def _bytes(tensors: Sequence[Tensor]) -> bytes:
 
 # -- bodies ------------------------------------------------------------------------------------------------------
 def equivalence(comm: Communicator, folder: Path | str, agree: str, recipe: str, precision: str) -> float:
-    """How far `comm.size` ranks end from one process; every rank holds the same bits."""
+    """The largest difference between the result of `comm.size` ranks and of one process; all ranks must hold the same
+    bits."""
     job = equivalence_job(folder, agree, recipe, precision, comm.size)
     found = vector(quiet_train(comm, job).model)
     table = comm.gather_rows(found)
@@ -170,7 +171,7 @@ def equivalence(comm: Communicator, folder: Path | str, agree: str, recipe: str,
 
 
 def uneven_rounds(comm: Communicator, folder: Path | str, strategy: Tables, servers: int) -> float:
-    """How far ranks end from one process where targets do not count, by uneven shares, and some parameters get no
+    """The largest difference from one process when uneven shares of targets do not count, and some parameters get no
     gradient in some rounds, on some workers."""
     job = make_job(
         folder,
@@ -189,7 +190,7 @@ def uneven_rounds(comm: Communicator, folder: Path | str, strategy: Tables, serv
 def resumed_bits(
     comm: Communicator, folder: Path | str, strategy: Tables, optimizer: Tables, **data: Any
 ) -> None:
-    """A run goes on from its checkpoint in mid-epoch: bit for bit the model of the uninterrupted one.
+    """A run resumes from a checkpoint in mid-epoch: bit for bit the model of the uninterrupted run.
 
     Momentum or Adam, dropout, batch norm, augmentation, accumulation.
     """
@@ -220,7 +221,7 @@ def resumed_bits(
 def every_sample_once(
     comm: Communicator, folder: Path | str, epochs: int = 3, samples: int = 29, **tables: Any
 ) -> None:
-    """In every epoch, all ranks together see each sample exactly once. `data_keys`: of [data]."""
+    """In every epoch, all ranks together see each sample exactly once. `data_keys`: keys of [data]."""
     data = {"name": Counted(samples), **tables.pop("data_keys", {})}
     train_keys = {"epochs": epochs, "batch_size": 3, **tables.pop("train", {})}
     job = make_job(
@@ -244,7 +245,7 @@ def no_metric(outputs: Tensor, targets: Tensor) -> float:
 
 
 def nan_told(comm: Communicator, folder: Path | str, strategy: Tables) -> str:
-    """A sample that is not finite in the third round: the error that every rank raises."""
+    """The error that every rank raises when a sample of the third round is not finite."""
     job = make_job(
         folder, data={"name": "tests.helpers:points", "bad": 12 * comm.size, "shuffle": False}, strategy=strategy
     )
@@ -257,7 +258,7 @@ def nan_told(comm: Communicator, folder: Path | str, strategy: Tables) -> str:
 
 
 def nan_skipped(comm: Communicator, folder: Path | str, strategy: Tables) -> None:
-    """With train.nan = "skip" that round is left out, and the parameters stay finite and equal."""
+    """With train.nan = "skip" that round is left out, and parameters stay finite and equal on all ranks."""
     job = make_job(
         folder,
         data={"name": "tests.helpers:points", "bad": 12, "shuffle": False},
@@ -271,7 +272,7 @@ def nan_skipped(comm: Communicator, folder: Path | str, strategy: Tables) -> Non
 
 
 def messages_are_traced(comm: Communicator) -> None:
-    """Messages in all ways to send and receive them leave a span at both ends, with one number and their bytes."""
+    """Messages, however sent and received, leave a span at both ends, with the same number and their bytes."""
     before, after = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
     comm.recorder.drain()
     incoming = [comm.start_recv(np.zeros(300), before, tag) for tag in (Tag.PUSH, Tag.CONTROL)]
@@ -290,7 +291,7 @@ def messages_are_traced(comm: Communicator) -> None:
 
 
 def barriers_are_traced(comm: Communicator) -> None:
-    """Waits for arenas leave a span on every rank, also on the last to come, each with a number of its own."""
+    """Waits for arenas leave a span on every rank, including the last to arrive, each with its own number."""
     arenas = [comm.arena(4, np.dtype(np.float32), "node") for _ in range(2)]
     comm.recorder.drain()
     for arena in arenas * 2:
@@ -310,14 +311,14 @@ def _spans(comm: Communicator) -> list[tuple[str, int, int, int]]:
 
 # -- asynchronous runs ------------------------------------------------------------------------------------------
 def served(mode: str = "async", **keys: Any) -> Tables:
-    """[strategy] of a parameter server whose updates are one worker's share of a synchronous one, and no other
-    correction is made unless `keys` say so."""
+    """[strategy] of a parameter server whose updates are one worker's share of a synchronous update, without other
+    corrections unless `keys` set them."""
     plain = {"lr_per_update": "workers", "momentum_correction": False, "clip_pushes": 1e9} if mode != "sync" else {}
     return {"name": "parameter_server", "mode": mode, **plain, **keys}
 
 
 class Flat(nn.Module):
-    """65,600 parameters, all of them always equal: what `total` asks of each is the same."""
+    """65,600 parameters that always have equal values, since `total` treats them alike."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,13 +329,13 @@ class Flat(nn.Module):
 
 
 def total(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Its gradient is 1 in everything that was added up."""
+    """A loss whose gradient is 1 in every parameter."""
     return outputs.sum()
 
 
 def whole_pulls(comm: Communicator, folder: Path | str, strategy: Tables, pulls: int) -> int:
-    """Train `Flat`, looking at all parameters after every pull, of which there are `pulls` in all: each must hold one
-    value throughout, which only one update wrote. How many this rank looked at."""
+    """Train `Flat` and check all parameters after each of the `pulls` pulls: all must have the same value, written by
+    one update. Returns the number of pulls that this rank checked."""
     job = make_job(
         folder, model=Flat, loss="tests.helpers:total", metric="tests.helpers:no_metric",
         data={"name": "tests.helpers:points", "samples": 64}, optimizer={"name": "SGD", "lr": 0.001},
@@ -353,7 +354,8 @@ def whole_pulls(comm: Communicator, folder: Path | str, strategy: Tables, pulls:
 
 
 def beginnings(comm: Communicator, job: Job) -> dict[str, list[float]]:
-    """Run the job: by phase, the parameters with which this rank began it as a worker. All ranks end with the same."""
+    """Run the job and return, by phase, the parameters with which this rank began it as a worker. All ranks end with
+    equal parameters."""
     found: dict[str, list[float]] = {}
     with session(job, comm, out=Narrator(enabled=False)) as running:
         for batch in running.batches():
@@ -367,8 +369,8 @@ def beginnings(comm: Communicator, job: Job) -> dict[str, list[float]]:
 
 
 def leads(recording: Recording, epoch: int = SAMPLES) -> list[int]:
-    """At the beginning of every step of every worker, from the trace: by how many steps it is then ahead of whoever
-    has ended fewest and has more to come, counted from the end of the epoch before, where all were together."""
+    """From the trace, for the start of every worker's every step: by how many steps it is ahead of the worker that has
+    ended the fewest and has more to do, counted from the end of the previous epoch, where all were level."""
     begun: dict[tuple[int, int], list[int]] = {}
     ended: dict[tuple[int, int], list[int]] = {}
     for rank, spans in enumerate(recording.spans):
@@ -391,7 +393,7 @@ MILLISECOND = 1_000_000
 
 
 def jitter(seed: int = 1, sigma: float = 0.5, slow: dict[int, float] | None = None) -> Compute:
-    """Virtual computing times: a forward pass takes about 10 ms, lognormally, times what `slow` says of its rank."""
+    """Virtual compute times: a forward pass takes about 10 ms (lognormal), times the rank's factor in `slow`."""
     random = Random(seed)
 
     def cost(rank: int, kind: str, nbytes: int, flops: float) -> int:
@@ -403,7 +405,7 @@ def jitter(seed: int = 1, sigma: float = 0.5, slow: dict[int, float] | None = No
 
 
 def traced(size: int, body: Callable[[Communicator], Any], **arguments: Any) -> tuple[list[Any], list[Tables]]:
-    """Run `body` on virtual ranks: (their results, what each recorded, stamped with virtual time)."""
+    """Run `body` on virtual ranks. Returns (their results, each rank's recorder, in virtual time)."""
     world = World(size, **arguments)
     world.recorders = [Recorder(lambda: world.time) for _ in range(size)]
     results = world.run(body)
@@ -412,7 +414,7 @@ def traced(size: int, body: Callable[[Communicator], Any], **arguments: Any) -> 
 
 @dataclass
 class Recording:
-    """A run that was watched. `batches[rank, step]`: the micro-batches (inputs, targets) that the rank computed on in
+    """A recorded run. `batches[rank, step]`: the micro-batches (inputs, targets) that the rank computed on in
     that step; `steps[rank]`, `spans[rank]`: its rows of the trace."""
 
     job: Job
@@ -422,7 +424,7 @@ class Recording:
     spans: list[np.ndarray[Any, Any]]
 
     def workers(self, phase: int) -> list[int]:
-        """The ranks that took steps in it."""
+        """The ranks that took steps in the phase."""
         return [rank for rank, rows in enumerate(self.steps) if (rows["phase"] == phase).any()]
 
     def row(self, rank: int, step: int) -> Any:
@@ -435,7 +437,7 @@ class Recording:
         return [rows["staleness_max"].tolist() for rows in self.steps]
 
     def samples(self, rank: int, step: int) -> tuple[Tensor, Tensor]:
-        """All that the rank computed on in that step."""
+        """All samples that the rank computed on in that step."""
         inputs, targets = zip(*self.batches[rank, step], strict=True)
         return torch.cat(inputs), torch.cat(targets)
 
@@ -455,7 +457,7 @@ class Recording:
 
 
 def record(size: int, job: Job, **arguments: Any) -> Recording:
-    """Run the job over virtual ranks, watching; further arguments are World's."""
+    """Run the job over virtual ranks and record it; further arguments are World's."""
     batches: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     def body(comm: Communicator) -> Result:
@@ -470,7 +472,7 @@ def record(size: int, job: Job, **arguments: Any) -> Recording:
 
 
 class Replay:
-    """What was recorded, done once more by one process, in torch alone: `vector` must come out the same."""
+    """Repeats a recorded run in one process, in torch alone: `vector` must be the same."""
 
     def __init__(self, recording: Recording) -> None:
         self.recording, job = recording, recording.job
@@ -489,7 +491,7 @@ class Replay:
 
     @property
     def vector(self) -> np.ndarray[Any, Any]:
-        """The parameters at the end."""
+        """The final parameters."""
         return vector(self.model)
 
     def _fresh(self) -> torch.optim.Optimizer:
@@ -558,7 +560,7 @@ class Replay:
                 parameter.copy_(value)
 
     def _gradient(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
-        """Of the mean loss, clipped; at the model's present parameters."""
+        """The clipped gradient of the mean loss at the model's current parameters."""
         self.model.zero_grad()
         nn.functional.cross_entropy(self.model(inputs), targets).backward()
         if self.job.train.clip_norm is not None:
@@ -578,7 +580,7 @@ class Replay:
         self.optimizer.step()
 
     def _rate(self) -> float:
-        """The factor of a course that is constant, or "linear" from 1 to 0, with what `enter` makes of it."""
+        """The learning-rate factor, constant or "linear" from 1 to 0, with the effect of `enter`."""
         linear = self.job.optimizer.schedule.name == "linear"
         course = 1 - self.cursor / self.total if linear else 1.0
         if self.enter.learning_rate == "reset":
@@ -598,7 +600,7 @@ class Replay:
 
 
 def _clip_to_running_mean(gradient: list[Tensor], means: list[float], longest: float) -> None:
-    """In place; `means` of one worker's gradients so far, of which the last counts, is kept."""
+    """Clips in place and updates `means` of one worker's gradients, of which the last one counts."""
     length = float(torch.linalg.vector_norm(torch.cat([part.flatten() for part in gradient])))
     kept = min(length, longest * means[-1]) if means else length
     share = max(0.1, 1 / (len(means) + 1))
@@ -608,7 +610,7 @@ def _clip_to_running_mean(gradient: list[Tensor], means: list[float], longest: f
 
 
 def _compensated(options: Any, gradient: Tensor, now: Tensor, old: Tensor, squares: Tensor) -> Tensor:
-    """DC-ASGD; `squares`, of the adaptive kind, is kept."""
+    """DC-ASGD; updates `squares` in the adaptive mode."""
     if options.delay_compensation == "none":
         return gradient
     strength = options.delay_lambda

@@ -1,4 +1,4 @@
-"""Starting `hpctrain` for tests as users do, finding its ranks, and what jobs in its job files name."""
+"""Start `hpctrain` as users do, find its ranks; objects that job files of the tests name."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ Join = Callable[..., Communicator]  # the fixture `join`
 
 
 def record(comm: Communicator, job: Job) -> helpers.Recording:
-    """Run the job on the ranks of a traced communicator, all on one machine, whose clock is one: every rank's rows of
-    the trace, on every rank."""
+    """Run the job on the ranks of a traced communicator on one machine with one clock. Returns every rank's trace rows,
+    on every rank."""
     comm.recorder.drain()
     result = helpers.quiet_train(comm, job)
     found = comm.recorder.drain()
@@ -49,7 +49,7 @@ def record(comm: Communicator, job: Job) -> helpers.Recording:
 
 
 class Raising(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Raises at sample 17, having said when in the file `said`."""
+    """Raises at sample 17, after writing the time to the file `said`."""
 
     def __init__(self, said: str) -> None:
         self.said = said
@@ -81,12 +81,12 @@ def frozen() -> torch.nn.Module:
 
 
 def uneven() -> TensorDataset:
-    """Longer on every further rank."""
+    """A data set that is longer on each further rank."""
     return helpers.points(helpers.SAMPLES + _rank())
 
 
 def uneven_net() -> nn.Module:
-    """Wider on rank 3."""
+    """A net that is wider on rank 3."""
     width = 4 + _rank() // 3
     return nn.Sequential(nn.Linear(7, width), nn.Linear(width, 3))
 
@@ -96,7 +96,7 @@ def _rank() -> int:
 
 
 def wide() -> torch.nn.Module:
-    """Another model than `helpers.net`."""
+    """A wider model than `helpers.net`."""
     return torch.nn.Linear(7, 3)
 
 
@@ -123,7 +123,7 @@ def write_job(folder: Path, text: str = "", steps: int = 8) -> Path:
 
 
 class Started:
-    """A command in a session of its own, its output in files; `clear` leaves nothing of it."""
+    """A command in its own session, its output in files; `clear` removes all traces of it."""
 
     def __init__(self, folder: Path, argv: list[str], environment: dict[str, str] | None = None) -> None:
         self.mark = f"HPCTRAIN_TEST={uuid.uuid4().hex}"
@@ -169,7 +169,7 @@ class Started:
         return found
 
     def until(self, text: str, seconds: float = 60.0) -> None:
-        """Until the output has that text."""
+        """Wait until the output contains that text."""
         deadline = time.monotonic() + seconds
         while text not in self.out + self.err:
             assert self.process.poll() is None, self.out + self.err
@@ -184,14 +184,14 @@ class Started:
             pytest.fail(f"not ended within {seconds} s\n{self.out}\n{self.err}", pytrace=False)
 
     def gone(self, seconds: float) -> None:
-        """Until none of its processes is left; the test fails if it takes longer."""
+        """Wait until none of its processes is left; the test fails if that takes longer."""
         deadline = time.monotonic() + seconds
         while left := self.living():
             assert time.monotonic() < deadline, f"left: {left}\n{self.out}\n{self.err}"
             time.sleep(0.05)
 
     def clear(self) -> None:
-        """Kill what is left, and remove what the MPI library left."""
+        """Kill remaining processes and remove files that the MPI library left."""
         for pid in self.living():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Cases that only `.ci/run` tries: more of what others have shown already."""
+"""Cases that only `.ci/run` runs: more of what other cases have shown."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def slow(*values: Any) -> Any:
 
 
 def mostly_slow(cases: Iterable[Any], quick: Container[Any]) -> list[Any]:
-    """All cases; those that are not in `quick` are slow. A case of several values is a tuple."""
+    """All cases; those not in `quick` are marked slow. A case of several values is a tuple."""
     return [case if case in quick else slow(*(case if isinstance(case, tuple) else (case,))) for case in cases]

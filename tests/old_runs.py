@@ -1,11 +1,11 @@
-"""The jobs of the run folders in tests/fixtures/runs_0.1, which hpctrain 0.1 wrote: their models, data and tables.
+"""Jobs of the run folders in tests/fixtures/runs_0.1, written by hpctrain 0.1: models, data and tables.
 
-Do not change what is here: the folders were made with it, and name its functions. They were made by
+Do not change this file: the folders were made with it and name its functions. They were made by
 
     hpctrain run -n 3 python -m tests.old_runs FOLDER
 
-without the checkpoints after the one in mid-run, so that a test can resume from that one; with small chunks in their
-traces, and without the name of the machine.
+without the checkpoints after the mid-run one, so that a test can resume from that; with small chunks in their traces,
+and without the machine's name.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def net() -> nn.Module:
 
 
 def samples() -> tuple[TensorDataset, TensorDataset]:
-    """To train and to test with: by formula, so that they are the same with every version of torch."""
+    """Training and test samples, computed by a formula so that they do not depend on the version of torch."""
     numbers = torch.arange(SAMPLES * 3, dtype=torch.float32).reshape(SAMPLES, 3)
     inputs = torch.sin(numbers * 0.7)
     labels = (inputs.sum(1) > 0).long()
@@ -68,13 +68,13 @@ def samples() -> tuple[TensorDataset, TensorDataset]:
 
 
 def job(name: str, **tables: Any) -> hpctrain.Job:
-    """One of `JOBS`. `tables` replace its own."""
+    """One of `JOBS`; `tables` replace the job's own."""
     train = {"epochs": 4, "batch_size": BATCH, "checkpoint_every": {"epochs": 2}, "keep_checkpoints": 9}
     return hpctrain.Job(**{**COMMON, "name": name, "train": train, **JOBS[name], **tables})
 
 
 def make(name: str, folder: Path) -> None:
-    """Write the run of that name into `folder`, without what no test needs. Collective."""
+    """Write the run of that name into `folder`, without files that no test needs. Collective."""
     comm = connect(job(name))
     result = hpctrain.train(job(name), comm=comm, out=Narrator(enabled=False))
     if comm.rank == 0:

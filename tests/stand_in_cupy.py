@@ -1,7 +1,7 @@
 """A stand-in for the few CuPy calls of the device path, over NumPy, for machines without a GPU.
 
-It is lazier than any GPU: what is queued on a stream runs only when somebody waits for it (a stream or an event), so
-that whoever forgets to wait reads old data every time. Fresh memory is full of 0xa5.
+It is lazier than any GPU: work queued on a stream runs only when something waits for it (a stream or an event), so that
+a missing wait always reads old data. Fresh memory is filled with 0xa5.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RUBBISH = 0xA5
 
 
 class Stream:
-    """Work in order, done when it is waited for."""
+    """Work in order, run when it is waited for."""
 
     def __init__(self, non_blocking: bool = False, owner: Cuda | None = None) -> None:
         self.queued: list[Callable[[], None]] = []
@@ -31,7 +31,7 @@ class Stream:
         self.queued.append(work)
 
     def run(self, until: int) -> None:
-        """Everything up to the `until`-th that was ever queued."""
+        """Run all work up to the `until`-th item ever queued."""
         with self._lock:
             while self.ran < until:
                 work = self.queued[self.ran]
@@ -61,7 +61,7 @@ class Stream:
 
 
 class Event:
-    """Passed when the stream has run as far as it was filled when the event was recorded."""
+    """Complete when the stream has run all work that was queued when the event was recorded."""
 
     def __init__(self, disable_timing: bool = False) -> None:
         self.stream: Stream | None = None
@@ -76,7 +76,7 @@ class Event:
 
     @property
     def done(self) -> bool:
-        """Every look lets the device do one thing more."""
+        """Each query lets the device run one more item."""
         if self.stream is None or self.stream.ran >= self.place:
             return True
         self.stream.run(self.stream.ran + 1)
@@ -84,7 +84,7 @@ class Event:
 
 
 class Array:
-    """A device array: not NumPy's, so whoever takes it for one fails. `memory` is what the device holds."""
+    """A device array; not a NumPy array, so code that assumes one fails. `memory` is the device's memory."""
 
     def __init__(self, owner: Cuda, memory: np.ndarray[Any, Any]) -> None:
         self.owner, self.memory = owner, memory
@@ -124,7 +124,7 @@ class Array:
         return len(self.memory)
 
     def __dlpack__(self, **arguments: Any) -> Any:
-        self.owner.compute.synchronize()  # torch, whose stream that is, comes after what is queued there
+        self.owner.compute.synchronize()  # torch, whose stream that is, continues after the work queued there
         return self.memory.__dlpack__()
 
     def __dlpack_device__(self) -> Any:
@@ -178,7 +178,7 @@ class Cuda:
         return Array(self, tensor.numpy())
 
     def launch(self, kernel: Callable[[], Any]) -> None:
-        """On the current stream; at once where none is (the MPI library's own arithmetic)."""
+        """Queue on the current stream; run at once if there is none (the MPI library's own arithmetic)."""
         if self.current:
             self.current[-1].add(kernel)
         else:
@@ -188,7 +188,7 @@ class Cuda:
         return any(np.may_share_memory(array, memory) for memory in self.pinned)
 
     def array(self, values: np.ndarray[Any, Any]) -> Array:
-        """A device array of these values, still being computed: they are there when `compute` has been waited for."""
+        """A device array of these values, still being computed: complete once `compute` has been waited for."""
         result = Array(self, _rubbish(values.nbytes).view(values.dtype))
         self.compute.add(lambda: np.copyto(result.memory, values))
         return result

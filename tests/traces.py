@@ -1,4 +1,4 @@
-"""Runs built by hand, so that what is computed from their traces is known beforehand.
+"""Runs built by hand, so that the results of analysing their traces are known.
 
     with HandMade(tmp_path, size=2) as run:
         run[0].phase(0.0, 0, "worker", "all_reduce")
@@ -26,7 +26,7 @@ JOB = 'model = "mlp"\ndata = "digits"\n'
 
 
 class HandMadeRank:
-    """One rank's trace. `offset_ms`: how far its own clock is behind the run's."""
+    """One rank's trace. `offset_ms`: how far its clock is behind the run's."""
 
     def __init__(self, folder: Path, rank: int, size: int, offset_ms: float = 0.0, **attributes: Any) -> None:
         self._now, self._offset = 0, int(offset_ms * 1e6)
@@ -44,7 +44,7 @@ class HandMadeRank:
         self, kind: str, start: float, end: float, step: int = -1, bytes: int = 0, peer: int = -1, id: int = -1,
         lane: int = 0,
     ) -> None:  # fmt: skip
-        """Spans of one lane must be given in the order of time, and not overlap."""
+        """Spans of one lane must be given in time order and must not overlap."""
         recorder = self.recorder.lane(lane)
         recorder.step = step
         recorder.open(kind, self._at(start), bytes, peer, id)
@@ -57,12 +57,12 @@ class HandMadeRank:
         self.recorder.step_done(columns.pop("epoch", 0.0), loss, samples, columns.pop("lr", 0.1), **columns)
 
     def event(self, at: float, kind: str, text: str = "") -> None:
-        """The event that is told by this sentence."""
+        """The event that this message describes."""
         self._at(at)
         self.recorder.event(parsed(kind, text))
 
     def phase(self, at: float, index: int, role: str, strategy: str) -> None:
-        """The event that every rank leaves where a phase begins."""
+        """The event that every rank records when a phase begins."""
         self.event(at, PhaseEntered.kind, str(PhaseEntered(index, role, strategy)))
 
     def resource(self, at: float, cpu: float, resident: int, *rest: Any) -> None:
@@ -70,7 +70,7 @@ class HandMadeRank:
         self.recorder.resource(cpu, resident, *rest)
 
     def close(self) -> None:
-        """As at a run's end, but without the span of the last flush: the file holds what the test wrote."""
+        """As at the end of a run, but without the span of the last flush: the file holds what the test wrote."""
         self.writer._append()
         self.writer._file.close()
         self.writer._file = None
@@ -87,7 +87,8 @@ class HandMadeRank:
 
 
 class HandMade:
-    """A run of `size` ranks. `roles`, `nodes`: of each; `offsets`: see HandMadeRank; `missing`: have no file."""
+    """A run of `size` ranks. `roles`, `nodes`: per rank; `offsets`: see HandMadeRank; `missing`: ranks without a
+    file."""
 
     def __init__(
         self, folder: Path, size: int, roles: list[str] | None = None, nodes: list[int] | None = None,
@@ -118,7 +119,7 @@ class HandMade:
 
 
 def train_traced(folder: Path, job: Job, size: int, **world: Any) -> Run:
-    """Train over virtual ranks (arguments of `World`), whose traces go to `folder` in virtual time."""
+    """Train over virtual ranks (with `World`'s arguments); traces in virtual time go to `folder`."""
     from hpctrain.comm.virtual.world import World
     from hpctrain.run.api import train
     from hpctrain.run.folder import Narrator

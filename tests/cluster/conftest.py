@@ -15,7 +15,7 @@ from tests.cluster.slurm import PACKAGES, Slurm, SlurmError, install, missing
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
-    """Two nodes. Where CI is set Slurm gets installed, and not having it is a failure; elsewhere tests are skipped."""
+    """Two nodes. If CI is set, Slurm is installed, and a missing Slurm is a failure; otherwise tests are skipped."""
     continuous = os.environ.get("CI", "") not in ("", "0", "false")
     if missing() and continuous:
         try:
@@ -24,7 +24,7 @@ def slurm() -> Iterator[Slurm]:
             pytest.fail(f"Slurm cannot be installed: {error}", pytrace=False)
     if absent := missing():
         pytest.skip(f"no {', '.join(absent)} here; as root: apt-get install {' '.join(PACKAGES)} (or set CI=true)")
-    # A socket's path may have 107 characters: not below pytest's own folders.
+    # A socket's path is limited to 107 characters, so it cannot be in pytest's temporary folders.
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     cluster = Slurm(folder)
     try:

@@ -1,4 +1,4 @@
-"""A real Slurm on this machine, without root's help once installed: munged, slurmctld and some slurmd's."""
+"""A real Slurm on this machine (munged, slurmctld and several slurmds); needs no root once installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
-# srun --mpi=pmix loads libpmix.so, which only the development package has.
+# srun --mpi=pmix loads libpmix.so, which only the development package contains.
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "libpmix-dev")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 SBIN = "/usr/sbin"
@@ -64,12 +64,12 @@ class SlurmError(RuntimeError):
 
 
 def missing() -> list[str]:
-    """The programs of Slurm that are not installed."""
+    """The Slurm programs that are not installed."""
     return [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
 
 
 def install() -> None:
-    """Install Slurm by apt. Needs root. Raises SlurmError with the reason."""
+    """Install Slurm with apt. Needs root. Raises SlurmError with the reason."""
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise SlurmError("installing Slurm needs root and apt-get")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
@@ -152,7 +152,7 @@ class Slurm:
         return "\n".join(texts)
 
     def stop(self) -> None:
-        """Cancel what runs and end every process of this Slurm: daemons, steps and the jobs' own."""
+        """Cancel all jobs and end every process of this Slurm: daemons, steps and the jobs' own processes."""
         with contextlib.suppress(SlurmError, OSError):
             self.command("scancel", "--state=RUNNING", "--quiet", f"--user={_user()}", seconds=5)
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -163,7 +163,7 @@ class Slurm:
             psutil.wait_procs(processes, timeout=5)
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process that was started by this Slurm, known by its environment."""
+        """Every living process started by this Slurm, recognised by its environment."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):

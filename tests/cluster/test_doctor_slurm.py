@@ -1,4 +1,4 @@
-"""`hpctrain doctor` in jobs of a real Slurm: two nodes (which are one machine), two ranks each."""
+"""`hpctrain doctor` in jobs of a real Slurm: two nodes (both this machine) with two ranks each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DOCTOR = f"{sys.executable} -m hpctrain doctor --json"
 
 
 def told(slurm: Slurm, folder: Path, start: str) -> tuple[str, dict[str, Any]]:
-    """(the job's state, what `doctor` printed) when the batch script starts it by `start`."""
+    """(the job's state, doctor's JSON) when the batch script starts doctor with the command `start`."""
     (folder / "doctor.sh").write_text(f"#!/bin/bash\n{start} {DOCTOR} 2>{folder}/err\n")
     options = ["--nodes=2", "--ntasks-per-node=2", f"--output={folder}/out"]
     job = slurm.submit("doctor.sh", cwd=folder, options=options, environment={"PYTHONPATH": str(ROOT)})
@@ -30,14 +30,14 @@ def told(slurm: Slurm, folder: Path, start: str) -> tuple[str, dict[str, Any]]:
     return state, facts
 
 
-def test_it_tells_what_slurm_granted_and_how_ranks_were_started(slurm: Slurm, tmp_path: Path) -> None:
+def test_doctor_reports_slurms_grant_and_how_ranks_were_started(slurm: Slurm, tmp_path: Path) -> None:
     library = launcher.find_library()
     plugin = library.srun
     state, doctor = told(slurm, tmp_path, f"srun --mpi={plugin}")
     facts, whats = doctor["facts"], [problem["what"] for problem in doctor["problems"]]
     assert state == "COMPLETED", whats
     assert len(facts["ranks"]) == 4
-    if library.kind == "mpich" and library.wheel:  # its UCX would hang here now and then
+    if library.kind == "mpich" and library.wheel:  # its UCX hangs here occasionally
         assert {rank["environment"].get("MPIR_CVAR_CH4_NETMOD") for rank in facts["ranks"]} == {"ofi"}
     assert facts["slurm"]["SLURM_NTASKS"] == "4"
     assert plugin in facts["plugins"]
@@ -47,7 +47,7 @@ def test_it_tells_what_slurm_granted_and_how_ranks_were_started(slurm: Slurm, tm
     assert not any("SLURM_" in what for what in whats), whats
 
 
-def test_ranks_that_srun_did_not_bring_together_are_one_error(slurm: Slurm, tmp_path: Path) -> None:
+def test_ranks_that_srun_did_not_connect_are_one_error(slurm: Slurm, tmp_path: Path) -> None:
     state, doctor = told(slurm, tmp_path, "srun --mpi=none")
     errors = [problem for problem in doctor["problems"] if problem["severity"] == "error"]
     assert state == "FAILED"
@@ -56,7 +56,7 @@ def test_ranks_that_srun_did_not_bring_together_are_one_error(slurm: Slurm, tmp_
     assert "srun --mpi=" in errors[0]["do"]
 
 
-def test_in_a_batch_script_it_says_how_to_look_at_all_ranks(slurm: Slurm, tmp_path: Path) -> None:
+def test_in_a_batch_script_doctor_says_how_to_examine_all_ranks(slurm: Slurm, tmp_path: Path) -> None:
     state, doctor = told(slurm, tmp_path, "")
     assert state == "COMPLETED"
     assert any("srun --mpi=" in problem["do"] for problem in doctor["problems"] if problem["where"] == "Slurm")

@@ -1,4 +1,4 @@
-"""slurm/train.sbatch on a real Slurm: two nodes, two ranks each."""
+"""slurm/train.sbatch on a real Slurm: two nodes with two ranks each."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def output(folder: Path, job: int) -> str:
     return file.read_text() if file.exists() else ""
 
 
-def test_srun_with_the_plugin_that_the_library_needs_makes_one_world(slurm: Slurm, folder: Path) -> None:
+def test_srun_with_the_librarys_plugin_makes_one_world(slurm: Slurm, folder: Path) -> None:
     plugin = launcher.find_library().srun
     (folder / "world.py").write_text(WORLD)
     (folder / "world.sh").write_text(f"#!/bin/bash\nsrun --mpi={plugin} {sys.executable} world.py\n")
@@ -72,7 +72,7 @@ def test_the_template_trains_on_two_nodes(slurm: Slurm, folder: Path) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_before_its_time_limit_it_saves_queues_again_and_goes_on(slurm: Slurm, folder: Path) -> None:
+def test_job_saves_and_requeues_before_its_time_limit_and_resumes(slurm: Slurm, folder: Path) -> None:
     """The signal comes twice: before the ranks have begun, and in the middle of training."""
     job = slurm.submit(SCRIPT, "tiny.toml", "train.epochs=3000", cwd=folder, environment=ENVIRONMENT)
 
@@ -89,7 +89,7 @@ def test_before_its_time_limit_it_saves_queues_again_and_goes_on(slurm: Slurm, f
         slurm.command("scancel", "--batch", "--signal=USR1", str(job))
 
     until(lambda: any("train" in argv for argv in ranks(slurm)), 60)
-    announce()  # Python has just been started: torch is not imported yet
+    announce()  # Python has just started: torch is not imported yet
     until(lambda: slurm.state(job)["Restarts"] == "1", 120)
     (run,) = (folder / "runs").iterdir()
     assert list((run / "checkpoints").glob("*.safetensors"))
@@ -107,7 +107,7 @@ def test_before_its_time_limit_it_saves_queues_again_and_goes_on(slurm: Slurm, f
     slurm.command("scancel", str(job))
     slurm.wait(job, 30)
     assert slurm.wait(other, 60) == "COMPLETED", output(folder, other)
-    assert len(list((folder / "runs").iterdir())) == 2  # that one has a run of its own
+    assert len(list((folder / "runs").iterdir())) == 2  # the other job has its own run
     assert not (run / "model.safetensors").exists()
     assert tomllib.loads((run / "run.toml").read_text())["slurm_job"].partition("@")[0] == str(job)
     assert "saved; queueing again (restart 2)" in output(folder, job)
@@ -115,7 +115,7 @@ def test_before_its_time_limit_it_saves_queues_again_and_goes_on(slurm: Slurm, f
 
 
 def ranks(slurm: Slurm) -> list[list[str]]:
-    """The commands of the Python processes that Slurm's tasks are, each as its arguments."""
+    """The command lines of Slurm's tasks that are Python processes."""
     found = []
     for process in slurm.processes():
         with contextlib.suppress(psutil.Error):
@@ -125,7 +125,7 @@ def ranks(slurm: Slurm) -> list[list[str]]:
     return found
 
 
-def test_a_wrong_job_file_is_one_message_and_status_2(slurm: Slurm, folder: Path) -> None:
+def test_wrong_job_file_is_one_message_and_status_2(slurm: Slurm, folder: Path) -> None:
     job = slurm.submit(SCRIPT, "tiny.toml", "train.epochs=-1", cwd=folder, environment=ENVIRONMENT)
     assert slurm.wait(job, 60) == "FAILED"
     text = output(folder, job)

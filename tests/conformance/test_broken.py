@@ -1,4 +1,4 @@
-"""Strategies that forget what they owe are found out, each by the check of what it forgets."""
+"""Broken strategies are detected, each by the check of what it breaks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NoOptions(Options):
 
 
 class ByHand(RoundStrategy):
-    """Updates the parameters itself instead of by the job's optimizer."""
+    """Updates the parameters itself instead of with the job's optimizer."""
 
     Options = NoOptions
     exact = True
@@ -36,7 +36,7 @@ class ByHand(RoundStrategy):
 
 
 class Unweighted(RoundStrategy):
-    """Divides by the number of workers, whatever they bring."""
+    """Divides by the number of workers, ignoring their samples."""
 
     Options = NoOptions
     exact = True
@@ -46,7 +46,7 @@ class Unweighted(RoundStrategy):
 
 
 class Alone(RoundStrategy):
-    """Does not exchange."""
+    """Exchanges nothing."""
 
     Options = NoOptions
 
@@ -55,14 +55,14 @@ class Alone(RoundStrategy):
 
 
 class Forgetful(LocalSGD):
-    """Forgets what is the worker's own."""
+    """Does not save the worker's own state."""
 
     def own(self) -> Own:
         return Own()
 
 
 class Talkative(LocalSGD):
-    """Sends messages within rounds."""
+    """Sends messages within a round."""
 
     def local(self, step: Step) -> None:
         super().local(step)
@@ -123,7 +123,7 @@ def _one_thread() -> None:
 
 
 @pytest.mark.parametrize(("kind", "check", "says"), BROKEN)
-def test_a_broken_promise_is_found(
+def test_each_broken_promise_is_found(
     tmp_path: Path, kind: type[RoundStrategy], check: str, says: str
 ) -> None:
     subject = Subject(f"{__name__}:{kind.__name__}", dict(kind.tested_with[-1]))

@@ -1,4 +1,4 @@
-"""Every registered strategy keeps every promise, over virtual ranks."""
+"""Every registered strategy passes every check, over virtual ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIRST = [subject for subject in SUBJECTS if [s for s in SUBJECTS if s.name == su
 
 
 def _is_quick(case: Case) -> bool:
-    """All of it with two sets of options of each strategy; with the others, equality on two nodes."""
+    """All checks for two sets of options per strategy; for the other sets, equality on two nodes."""
     subject, check, nodes = case
     return subject in FIRST or (check is CHECKS[0] and len(nodes) == 4)
 
@@ -41,5 +41,5 @@ def _one_thread() -> None:
 
 
 @pytest.mark.parametrize(("subject", "check", "nodes"), mostly_slow(CASES, list(filter(_is_quick, CASES))), ids=_name)
-def test_every_promise(tmp_path: Path, subject: Subject, check: Check, nodes: Nodes) -> None:
+def test_strategy_passes_check(tmp_path: Path, subject: Subject, check: Check, nodes: Nodes) -> None:
     assert over_virtual_ranks(subject, check, nodes, tmp_path).broken is None

@@ -1,4 +1,4 @@
-"""The device path on a device. NOT YET RUN: no GPU was at hand when it was written."""
+"""The device path on a real GPU. NOT YET RUN: no GPU was available when it was written."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ def on_gpu(gpu: Gpu, wanted: np.ndarray[Any, Any]) -> Any:
 
 
 def host(array: Any) -> np.ndarray[Any, Any]:
-    """Its values, in float64."""
+    """Its values as a float64 array."""
     copied: np.ndarray[Any, Any] = as_tensor(array).double().cpu().numpy()
     return copied
 
 
 def run(size: int, kind: type[DeviceCommunicator], gpu: Gpu, body: Callable[[DeviceCommunicator], Any]) -> list[Any]:
-    """On virtual ranks, which share the device and this process."""
+    """Run on virtual ranks, which share the device and this process."""
     return World(size).run(lambda inner: body(kind.around(inner, gpu, SlotPool(gpu, SLOT))))
 
 
 # -- memory --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_torch_and_cupy_see_the_same_memory(gpu: Gpu, dtype: np.dtype[Any]) -> None:
+def test_torch_and_cupy_share_memory(gpu: Gpu, dtype: np.dtype[Any]) -> None:
     array = gpu.zeros(1000, dtype)
     tensor = as_tensor(array)
     assert tensor.device == torch.device("cuda:0")
@@ -80,7 +80,7 @@ def test_torch_and_cupy_see_the_same_memory(gpu: Gpu, dtype: np.dtype[Any]) -> N
     assert as_tensor(gpu.zeros(0, dtype)).numel() == 0
 
 
-def test_an_arena_has_an_allocation_of_its_own(gpu: Gpu) -> None:
+def test_arena_has_its_own_allocation(gpu: Gpu) -> None:
     import cupy
 
     used = cupy.get_default_memory_pool().used_bytes()
@@ -136,7 +136,7 @@ def test_collectives(gpu: Gpu, kind: type[DeviceCommunicator], dtype: np.dtype[A
     run(3, kind, gpu, body)
 
 
-def test_another_stream_of_torch_is_waited_for(gpu: Gpu) -> None:
+def test_other_torch_streams_are_waited_for(gpu: Gpu) -> None:
     def body(comm: DeviceCommunicator) -> None:
         buffer = gpu.zeros(1 << 20, np.dtype(np.float32))
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -151,7 +151,7 @@ def test_another_stream_of_torch_is_waited_for(gpu: Gpu) -> None:
 
 
 # -- MPI -----------------------------------------------------------------------------------------------------
-def test_an_mpi_that_is_not_cuda_aware_is_found_out_in_a_process_of_its_own() -> None:
+def test_mpi_without_cuda_awareness_is_detected_in_a_subprocess() -> None:
     if library.cuda_support():
         assert cuda_aware.probe(0) is True
     else:
@@ -159,12 +159,12 @@ def test_an_mpi_that_is_not_cuda_aware_is_found_out_in_a_process_of_its_own() ->
 
 
 @pytest.mark.parametrize("what", ["equivalence", "bfloat16", "resumes"])
-def test_two_ranks_that_share_a_gpu(mpirun: Mpirun, tmp_path: Path, what: str) -> None:
+def test_two_ranks_sharing_a_gpu(mpirun: Mpirun, tmp_path: Path, what: str) -> None:
     ended = mpirun(2, TRAINING, what, str(tmp_path), timeout=110)
     print(ended.out)
 
 
-def test_the_command_line_says_where_it_computes(mpirun: Mpirun, tmp_path: Path) -> None:
+def test_command_line_reports_the_device(mpirun: Mpirun, tmp_path: Path) -> None:
     program = "import sys; from hpctrain.cli import main; sys.exit(main(sys.argv[1:]))"
     keys = ["device=cuda", "train.epochs=1", f"output={tmp_path}"]
     job = Path(__file__).resolve().parents[2] / "jobs" / "all_reduce.toml"

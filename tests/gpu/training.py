@@ -1,4 +1,5 @@
-"""Run by mpiexec: ranks that share a GPU train to what one process on the CPU does. Arguments: what, folder."""
+"""Started by mpiexec: ranks that share a GPU end with the same parameters as one process on the CPU. Arguments: what,
+folder."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ CASES = [("all", "float64", 1e-10), ("momentum", "float32", 1e-5)]
 
 
 def trained(comm: Communicator, job: Job) -> tuple[Communicator, np.ndarray]:
-    """The communicator that the run was on, and the parameters, flat, float64."""
+    """The communicator of the run and the flat parameters in float64."""
     with session(job, comm, out=Narrator(enabled=False)) as running:
         fit(running)
     flat = torch.nn.utils.parameters_to_vector(running.result.model.parameters())
@@ -53,7 +54,7 @@ STAGED = (
 
 
 def bfloat16(comm: Communicator, folder: Path) -> None:
-    """The ranks agree bit for bit, and are about where float32 is."""
+    """The ranks agree bit for bit, and are close to float32."""
     for strategy in STAGED:
         ends = []
         for precision in ("bfloat16", "float32"):

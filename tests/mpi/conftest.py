@@ -1,4 +1,4 @@
-"""pytest under mpiexec: one rank reports, the others only when they have something to say.
+"""pytest under mpiexec: one rank reports; the other ranks report only failures.
 
 Tests marked `launch` start ranks themselves and are run by plain pytest; all others by
 `mpiexec -n N python -m pytest --with-mpi tests/mpi`.
@@ -24,12 +24,12 @@ from tests.helpers_mpi import Join
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """The reports of the ranks behind the first go into a buffer, their temporary files into folders of their own."""
+    """Reports of ranks other than 0 go to a buffer, their temporary files to separate folders."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if config.getoption("--with-mpi") and launched_rank(os.environ) > 0:
         if reporter is not None:
             reporter._tw._file = io.StringIO()
-        # Ranks that tidy up the same folder of old temporary ones remove it under each other's feet.
+        # Ranks that clean up the same parent folder would remove each other's temporary folders.
         own = Path(tempfile.gettempdir()) / f"hpctrain-tests-rank-{launched_rank(os.environ)}"
         own.mkdir(exist_ok=True)
         os.environ["PYTEST_DEBUG_TEMPROOT"] = str(own)
@@ -37,9 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Ranks must not launch ranks, and what needs ranks is not run without.
+    """Ranks must not launch ranks, and tests that need ranks are skipped without them.
 
-    For pytest-mpi the name of this folder is a mark: without --with-mpi it skips whatever is in it.
+    pytest-mpi takes the name of this folder for a mark: without --with-mpi it skips everything in it.
     """
     launching = [item for item in items if item.get_closest_marker("launch") is not None]
     if config.getoption("--with-mpi"):
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """What a rank's buffer holds is shown if one of its tests failed."""
+    """A rank's buffer is shown if one of its tests failed."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or not isinstance(reporter._tw._file, io.StringIO):
         return
@@ -62,7 +62,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def join() -> Join:
-    """join(ranks_per_node=None, traced=False): the communicator over all ranks. Collective, as every use of it."""
+    """join(ranks_per_node=None, traced=False): the communicator over all ranks. Collective."""
     import torch
 
     from hpctrain.comm.mpi import communicator

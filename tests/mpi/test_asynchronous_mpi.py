@@ -1,4 +1,4 @@
-"""Asynchronous training on real ranks: what the bodies over virtual ranks show, and what only real concurrency can."""
+"""Asynchronous training on real ranks: the test bodies for virtual ranks, and tests that need real concurrency."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if comm.rank == 0:
 
 
 def _alone(comm: Communicator, mode: str = "async") -> helpers.Tables:
-    """One worker, all other ranks serve."""
+    """One worker; all other ranks are servers."""
     return served(mode, servers=comm.size - 1) if comm.size > 1 else served(mode, colocated=True)
 
 
@@ -83,7 +83,7 @@ def test_every_sample_once_per_epoch(join: Join, folder: Path, server, queue: st
 
 @mpi_only
 @pytest.mark.parametrize("queue", QUEUES)
-def test_every_sample_once_where_threads_prefetch(join: Join, folder: Path, queue: str) -> None:
+def test_every_sample_once_with_prefetching_threads(join: Join, folder: Path, queue: str) -> None:
     comm = join()
     keys = {"queue": queue, "threads": 3, "prefetch": 3}
     helpers.every_sample_once(
@@ -94,7 +94,7 @@ def test_every_sample_once_where_threads_prefetch(join: Join, folder: Path, queu
 @mpi_only
 @pytest.mark.parametrize("queue", QUEUES)
 @pytest.mark.parametrize("server", SERVED)
-def test_every_sample_once_through_switches_in_mid_epoch(join: Join, folder: Path, server, queue: str) -> None:
+def test_every_sample_once_across_switches_in_mid_epoch(join: Join, folder: Path, server, queue: str) -> None:
     comm = join()
     helpers.every_sample_once(comm, folder, epochs=4, phases=_there_and_back(comm, server), data_keys={"queue": queue})
 
@@ -102,7 +102,7 @@ def test_every_sample_once_through_switches_in_mid_epoch(join: Join, folder: Pat
 @mpi_only
 @pytest.mark.parametrize("server", SERVED)
 def test_all_ranks_end_with_equal_parameters(join: Join, folder: Path, server) -> None:
-    """After every phase: each begins with what rank 0 has, and the last ends on servers too."""
+    """Every phase begins with rank 0's parameters on all ranks; after the last one the servers have them too."""
     comm = join()
     job = helpers.make_job(folder, phases=_there_and_back(comm, server), train={"epochs": 2, "batch_size": 3})
     begun = helpers.beginnings(comm, job)
@@ -115,7 +115,7 @@ def test_all_ranks_end_with_equal_parameters(join: Join, folder: Path, server) -
 @mpi_only
 @pytest.mark.parametrize("bound", [0, 2])
 @pytest.mark.parametrize("queue", QUEUES)
-def test_bounded_never_exceeds_its_bound(join: Join, folder: Path, queue: str, bound: int) -> None:
+def test_bounded_mode_never_exceeds_its_bound(join: Join, folder: Path, queue: str, bound: int) -> None:
     comm = join(traced=True)
     strategy = _dedicated(comm, mode="bounded", bound=bound)
     job = helpers.make_job(
@@ -135,8 +135,8 @@ def test_no_pull_is_torn(join: Join, folder: Path, server) -> None:
 @mpi_only
 @pytest.mark.parametrize("mode", ["async", "bounded"])
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-def test_a_resumed_run_has_the_same_bits(join: Join, folder: Path, optimizer: str, mode: str) -> None:
-    """Of one worker: there is but one order of updates."""
+def test_resumed_run_has_the_same_bits(join: Join, folder: Path, optimizer: str, mode: str) -> None:
+    """With one worker there is only one order of updates."""
     comm = join()
     keys = {"name": optimizer, "lr": 0.01} | ({"momentum": 0.9} if optimizer == "SGD" else {})
     helpers.resumed_bits(comm, folder, _alone(comm, mode), keys)
@@ -144,7 +144,7 @@ def test_a_resumed_run_has_the_same_bits(join: Join, folder: Path, optimizer: st
 
 @mpi_only
 @pytest.mark.parametrize("queue", QUEUES)
-def test_a_resumed_run_of_several_workers_goes_on_where_it_was(join: Join, folder: Path, queue: str) -> None:
+def test_resumed_run_of_several_workers_continues_where_it_was(join: Join, folder: Path, queue: str) -> None:
     comm = join()
     job = helpers.make_job(
         folder, phases=_there_and_back(comm, _beside), data={"queue": queue},
@@ -164,7 +164,7 @@ def test_a_resumed_run_of_several_workers_goes_on_where_it_was(join: Join, folde
 @mpi_only
 @pytest.mark.parametrize("mode", ["async", "bounded"])
 @pytest.mark.parametrize("server", SERVED)
-def test_a_loss_that_is_not_finite_is_told_on_every_rank(join: Join, folder: Path, server, mode: str) -> None:
+def test_non_finite_loss_is_reported_on_every_rank(join: Join, folder: Path, server, mode: str) -> None:
     comm = join()
     told = comm.gather_json(helpers.nan_told(comm, folder, server(comm, mode=mode)))
     assert len(set(told)) == 1
@@ -173,7 +173,7 @@ def test_a_loss_that_is_not_finite_is_told_on_every_rank(join: Join, folder: Pat
 
 @mpi_only
 @pytest.mark.parametrize("server", SERVED)
-def test_updates_with_a_nan_loss_can_be_skipped(join: Join, folder: Path, server) -> None:
+def test_nan_skip_leaves_the_update_out(join: Join, folder: Path, server) -> None:
     comm = join()
     helpers.nan_skipped(comm, folder, server(comm))
 
@@ -182,6 +182,6 @@ def test_updates_with_a_nan_loss_can_be_skipped(join: Join, folder: Path, server
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "servers", "where"), [(5, 2, "alone"), (4, 4, "beside")])
-def test_no_pull_of_thousands_is_torn(mpirun: Mpirun, tmp_path: Path, ranks: int, servers: int, where: str) -> None:
+def test_none_of_many_pulls_is_torn(mpirun: Mpirun, tmp_path: Path, ranks: int, servers: int, where: str) -> None:
     ended = mpirun(ranks, PULLS, str(tmp_path), str(servers), where, timeout=100)
     assert int(ended.out.split()[0]) >= 5000

@@ -1,4 +1,4 @@
-"""Every registered strategy keeps every promise on real ranks: all checks on four, with one set of options."""
+"""Every registered strategy passes every check on four real ranks, with one set of options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EVERYWHERE = ("equals one process", "stops on a NaN loss", "resumes bit for bit"
 
 
 def _place(subject: Subject) -> int:
-    """Of its options among those that the strategy is tested with."""
+    """The index of the options among those that the strategy is tested with."""
     return [other for other in SUBJECTS if other.name == subject.name].index(subject)
 
 
@@ -32,7 +32,7 @@ def _name(value: Subject | Check) -> str:
 
 
 @pytest.mark.parametrize(("subject", "check"), CASES, ids=_name)
-def test_every_promise(join: Join, folder: Path, subject: Subject, check: Check) -> None:
+def test_strategy_passes_check(join: Join, folder: Path, subject: Subject, check: Check) -> None:
     comm = join()
     if comm.size != 4 and check.name not in EVERYWHERE:
         pytest.skip("this check runs on 4 ranks only; others add time and no case")

@@ -1,4 +1,4 @@
-"""The device path over real ranks and threads, with a stand-in for CuPy: an MPI that is not CUDA-aware, staged."""
+"""The staged device path (for an MPI that is not CUDA-aware) over real ranks and threads, with a stand-in for CuPy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.mpi
 
 @pytest.fixture
 def staged() -> StagedCommunicator:
-    """With slots so small that every message needs several."""
+    """A staged communicator with slots so small that every message needs several."""
     torch.set_num_threads(1)
     gpu = Cuda().gpu()
     return StagedCommunicator.around(world(), gpu, SlotPool(gpu, 64))

@@ -1,4 +1,4 @@
-"""`hpctrain doctor` on real ranks, alone, and where launcher and MPI library do not suit each other."""
+"""`hpctrain doctor` on real ranks, alone, and with a launcher that does not match the MPI library."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def severities(told: dict[str, Any]) -> set[str]:
     return {problem["severity"] for problem in told["problems"]}
 
 
-def test_four_ranks_are_told_of_as_one_json_object(mpi: launcher.Mpi) -> None:
+def test_four_ranks_are_reported_as_one_json_object(mpi: launcher.Mpi) -> None:
     ended = doctor(mpi, 4, "--json")
     told = json.loads(ended.out)
     facts = told["facts"]
@@ -57,7 +57,7 @@ def test_four_ranks_are_told_of_as_one_json_object(mpi: launcher.Mpi) -> None:
 
 
 @pytest.mark.slow
-def test_the_text_is_printed_once_by_rank_0_with_job_and_mpiexec(mpi: launcher.Mpi, tmp_path: Path) -> None:
+def test_rank_0_alone_prints_the_report_with_job_and_mpiexec(mpi: launcher.Mpi, tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(mpi.path).parent), os.environ["PATH"]])
     arguments = ["--job", str(ROOT / "jobs/digits.toml"), f"output={tmp_path}"]
     ended = doctor(mpi, 2, *arguments, environment={"PATH": path})
@@ -68,14 +68,14 @@ def test_the_text_is_printed_once_by_rank_0_with_job_and_mpiexec(mpi: launcher.M
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_starts_ranks_itself(tmp_path: Path) -> None:
+def test_doctor_starts_ranks_itself(tmp_path: Path) -> None:
     done = alone(tmp_path, "-n", "2", "--json")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["facts"]["ranks"]) == 2
 
 
 @pytest.mark.slow
-def test_alone_it_looks_at_one_rank_and_leaves_no_shared_memory(tmp_path: Path) -> None:
+def test_doctor_alone_examines_one_rank_and_leaves_no_shared_memory(tmp_path: Path) -> None:
     started = time.time()
     done = alone(tmp_path, "--json")
     left = [path for path in launcher.leftovers(started, 0) if path.parent == Path("/dev/shm")]
@@ -86,7 +86,7 @@ def test_alone_it_looks_at_one_rank_and_leaves_no_shared_memory(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("arguments", [slow([]), ["-n", "2"]])
-def test_without_an_mpi_library_that_is_the_error_which_is_reported(tmp_path: Path, arguments: list[str]) -> None:
+def test_missing_mpi_library_is_the_reported_error(tmp_path: Path, arguments: list[str]) -> None:
     done = alone(tmp_path, "--json", *arguments, environment={"MPI4PY_LIBMPI": "/nowhere/libmpi.so"})
     told = json.loads(done.stdout)
     assert done.returncode == 1
@@ -97,8 +97,9 @@ def test_without_an_mpi_library_that_is_the_error_which_is_reported(tmp_path: Pa
     assert told["facts"]["nodes"][0]["shm_total"] > 0
 
 
-def test_ranks_that_each_believe_to_be_alone_are_told_of_once(mpi: launcher.Mpi, tmp_path: Path) -> None:
-    """As under the other MPI's launcher, which sets its variables and speaks a language that the library does not."""
+def test_ranks_each_in_a_world_of_its_own_are_reported_once(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    """As under another MPI's launcher, which sets its own variables and uses a protocol that the library does not
+    know."""
     prefix = "PMI" if mpi.library.kind == "openmpi" else "OMPI_COMM_WORLD"
     names = f"{prefix}_SIZE", f"{prefix}_RANK"
     ended = [alone(tmp_path, environment=dict(zip(names, ("2", rank), strict=True))) for rank in ("0", "1")]
@@ -108,7 +109,7 @@ def test_ranks_that_each_believe_to_be_alone_are_told_of_once(mpi: launcher.Mpi,
     assert ended[1].stdout == ""
 
 
-def test_a_job_that_cannot_be_read_is_one_sentence_and_status_2(mpi: launcher.Mpi) -> None:
+def test_unreadable_job_is_one_message_and_status_2(mpi: launcher.Mpi) -> None:
     ended = doctor(mpi, 2, "--job", "nowhere.toml")
     assert (ended.status, ended.out) == (2, "")
     assert ended.err.count("hpctrain: ") == 1
@@ -116,10 +117,10 @@ def test_a_job_that_cannot_be_read_is_one_sentence_and_status_2(mpi: launcher.Mp
 
 
 @pytest.mark.slow
-def test_different_environments_and_a_job_that_these_ranks_cannot_run_are_errors(
+def test_differing_environments_and_an_unsuitable_job_are_errors(
     mpi: launcher.Mpi, tmp_path: Path
 ) -> None:
-    """Rank 1 says that its hpctrain is of another version; the job needs 3 ranks."""
+    """Rank 1 reports another version of hpctrain; the job needs 3 ranks."""
     script = tmp_path / "start.py"
     script.write_text(
         "import os, sys\n"

@@ -1,4 +1,4 @@
-"""What goes wrong under a real launcher: told once and clearly, all ranks gone in time, nothing half-written."""
+"""Failures under a real launcher: reported once and clearly, all ranks end in time, no partial files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def start(tmp_path: Path, mpi: launcher.Mpi) -> Iterator[Start]:
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------
-def test_what_the_job_file_tells(mpi: launcher.Mpi, tmp_path: Path) -> None:
+def test_mistakes_in_the_job_file(mpi: launcher.Mpi, tmp_path: Path) -> None:
     """Under plain mpirun, before torch is imported."""
     overrides = ["strategy.name=parameter_server", "strategy.servers=9"]
     argv = [*mpi.command(4), *TRAIN, str(write_job(tmp_path)), *overrides]
@@ -57,7 +57,7 @@ def test_what_the_job_file_tells(mpi: launcher.Mpi, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_missing_job_file_by_hpctrain_run(start: Start, tmp_path: Path) -> None:
+def test_missing_job_file_under_hpctrain_run(start: Start, tmp_path: Path) -> None:
     started = start(4, str(tmp_path / "nowhere.toml"))
     assert started.end(40) == 2
     assert started.err.startswith("hpctrain: there is no job file ")
@@ -118,8 +118,8 @@ if rank == 0:
 """
 
 
-def test_what_only_the_ranks_can_find_out(mpirun: Mpirun, tmp_path: Path) -> None:
-    """One message, by rank 0; no traceback; nothing half-written; all of it in one launch of 4 ranks."""
+def test_mistakes_that_only_the_ranks_can_find(mpirun: Mpirun, tmp_path: Path) -> None:
+    """One message, from rank 0; no traceback; no partial files. All cases in one launch of 4 ranks."""
     (tmp_path / "idx").mkdir()
     for part in ("train", "t10k"):
         for kind in ("images-idx3", "labels-idx1"):
@@ -164,7 +164,7 @@ def test_what_only_the_ranks_can_find_out(mpirun: Mpirun, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("variable", "words"), [("PMI_SIZE", "mpiexec"), ("SLURM_STEP_NUM_TASKS", "srun")])
-def test_a_process_that_wrongly_believes_it_is_alone(tmp_path: Path, variable: str, words: str) -> None:
+def test_process_outside_the_launchers_world(tmp_path: Path, variable: str, words: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), variable: "4"}
     argv = [*TRAIN, str(write_job(tmp_path))]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60)
@@ -175,8 +175,8 @@ def test_a_process_that_wrongly_believes_it_is_alone(tmp_path: Path, variable: s
 
 
 # -- one rank fails ----------------------------------------------------------------------------------------------
-def test_an_exception_in_user_code_on_one_rank(mpi: launcher.Mpi, tmp_path: Path) -> None:
-    """Sample 17 is rank 2's with shuffle = false; the others, and the threads of their servers, wait for it."""
+def test_exception_in_user_code_on_one_rank(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    """With shuffle = false sample 17 is rank 2's; the other ranks and their server threads wait for it."""
     job = write_job(tmp_path, 'strategy = {name = "parameter_server", mode = "sync", servers = 2, colocated = true}')
     said = tmp_path / "said"
     data = ["data.name=tests.helpers_mpi:Raising", f"data.said={said}", "data.shuffle=false"]
@@ -209,8 +209,8 @@ with hpctrain.session(job, comm) as s:
 
 
 @pytest.mark.parametrize(("who", "strategy"), [("one", "parameter_server"), slow("all", "all_reduce")])
-def test_a_users_mistake_in_mid_training(mpi: launcher.Mpi, tmp_path: Path, who: str, strategy: str) -> None:
-    """On one rank alone, or on all of them alike: told once, status 2, nobody waits."""
+def test_user_mistake_during_training(mpi: launcher.Mpi, tmp_path: Path, who: str, strategy: str) -> None:
+    """On one rank or on all ranks: reported once, status 2, no rank is left waiting."""
     program = tmp_path / "program.py"
     program.write_text(LONE)
     argv = [*mpi.command(3), sys.executable, str(program), str(tmp_path / "runs"), who, strategy]
@@ -251,9 +251,9 @@ comm.barrier()
 
 
 @pytest.mark.parametrize("failing", ["1 / 0", "comm.spawn(lambda: 1 / 0) and comm.sleep(50)"])
-def test_a_rank_that_fails_outside_of_a_session(mpi: launcher.Mpi, tmp_path: Path, failing: str) -> None:
-    """It ends the others, as does a thread such as a server's, which nobody joins. The program's exception hooks stay
-    its own, except for an error that all ranks raise."""
+def test_failure_outside_a_session(mpi: launcher.Mpi, tmp_path: Path, failing: str) -> None:
+    """It ends the other ranks, as does a failure in a thread that is never joined, such as a server's. The program's
+    exception hooks stay in place, except for an error that all ranks raise."""
     program = tmp_path / "program.py"
     program.write_text(OUTSIDE.replace("FAILING", failing))
     ended = launch([*mpi.command(3), sys.executable, str(program), str(tmp_path / "runs")], mpi, timeout=60)
@@ -273,7 +273,7 @@ with hpctrain.session(helpers.make_job(sys.argv[1], data={"name": "mnist", "path
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_mistake_that_all_ranks_of_a_program_raise(mpi: launcher.Mpi, tmp_path: Path, count: int) -> None:
+def test_error_raised_on_all_ranks_of_a_program(mpi: launcher.Mpi, tmp_path: Path, count: int) -> None:
     program = tmp_path / "program.py"
     program.write_text(ALL_RAISE)
     ended = launch([*mpi.command(count), sys.executable, str(program), str(tmp_path / "runs")], mpi, timeout=60)
@@ -307,8 +307,8 @@ leave(3, server, lambda: comm.rank == 1 and sys.exit(9))
 """
 
 
-def test_leaving_the_loop_together_and_alone(mpi: launcher.Mpi, tmp_path: Path) -> None:
-    """All ranks come out of three sessions that they leave early; sys.exit() on one rank of a fourth ends them."""
+def test_leaving_the_loop_on_all_ranks_and_on_one(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    """All ranks leave three sessions early and continue; sys.exit() on one rank in a fourth session ends all."""
     program = tmp_path / "program.py"
     program.write_text(LEAVING)
     argv = [*mpi.command(3), sys.executable, str(program), str(tmp_path / "runs")]
@@ -327,8 +327,8 @@ def test_leaving_the_loop_together_and_alone(mpi: launcher.Mpi, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_gradient_that_is_not_finite(mpi: launcher.Mpi, tmp_path: Path) -> None:
-    """The server finds it in the sum, after it has answered the workers: it ends them all."""
+def test_non_finite_gradient(mpi: launcher.Mpi, tmp_path: Path) -> None:
+    """The server finds it in the sum, after it has answered the workers, and ends all ranks."""
     job = write_job(tmp_path, 'strategy = {name = "parameter_server", mode = "sync"}')
     data = ["data.name=tests.unit.test_round:one_bad", "data.place=31", "data.shuffle=false"]
     argv = [*mpi.command(3), *TRAIN, str(job), *data, "model.name=tests.unit.test_round:Poisoned"]
@@ -366,7 +366,7 @@ with hpctrain.session(job) as s:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Of 3 MiB. Skips where this user may not mount one."""
+    """A file system of 3 MiB. Skips if this user may not mount one."""
     place = tmp_path / "small"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "hpctrain-test", str(place)]
@@ -377,8 +377,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_full_disk(mpi: launcher.Mpi, tmp_path: Path, small_disk: Path) -> None:
-    """Traces, checkpoints and model find no room: training goes on, and the end says what is missing."""
+def test_full_disk(mpi: launcher.Mpi, tmp_path: Path, small_disk: Path) -> None:
+    """No space for traces, checkpoints and model: training continues, and the end reports what is missing."""
     program, spare = tmp_path / "program.py", tmp_path / "spare"
     program.write_text(FILLING)
     spare.mkdir()
@@ -405,8 +405,8 @@ def _folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_rank_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
-    """Its trace can be read, like those of the others; no process and no shared memory is left."""
+def test_rank_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
+    """All traces can be read, and no process and no shared memory is left."""
     started = start(3, _endless(tmp_path))
     started.until(" step ")
     time.sleep(1.0)
@@ -422,12 +422,12 @@ def test_a_rank_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
         assert np.isfinite(steps["loss"]).all()
     assert f"hpctrain run: rank 1 with PID {victim} on " in started.err
     assert "was killed by signal 9" in started.err
-    Lock(_folder(tmp_path), {}).release()  # its holder is known to be dead
+    Lock(_folder(tmp_path), {}).release()  # its holder is recognised as dead
 
 
 @pytest.mark.slow
-def test_a_server_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
-    """It has written its trace while it served."""
+def test_server_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
+    """It wrote its trace while it served."""
     started = start(3, _endless(tmp_path, "parameter_server"))
     started.until(" step ")
     time.sleep(1.0)
@@ -442,8 +442,8 @@ def test_a_server_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("plain", [False, slow(True)])
 def test_ctrl_c(start: Start, mpi: launcher.Mpi, tmp_path: Path, plain: bool) -> None:
-    """To `hpctrain run`, or to mpiexec itself: a checkpoint, one line, within 10 s; --resume goes on, with other keys,
-    and not while the run still runs."""
+    """Sent to `hpctrain run` or to mpiexec: saves a checkpoint and prints one line within 10 s; --resume continues,
+    also with changed keys, but not while the run is still running."""
     job = _endless(tmp_path)
     started = start(2, job, plain=plain)
     started.until(" step ")
@@ -456,7 +456,7 @@ def test_ctrl_c(start: Start, mpi: launcher.Mpi, tmp_path: Path, plain: bool) ->
     started.process.send_signal(signal.SIGINT)
     status = started.end(10)
     started.gone(10 - (time.monotonic() - asked))
-    # Open MPI's mpirun has a status of its own when it was interrupted.
+    # Open MPI's mpirun has its own exit status when interrupted.
     assert status == (1 if plain and mpi.library.kind == "openmpi" else 130), started.err
     told = [line for line in (started.out + started.err).splitlines() if "interrupted at sample" in line]
     assert len(told) == 1, started.out + started.err
@@ -478,8 +478,8 @@ def test_ctrl_c(start: Start, mpi: launcher.Mpi, tmp_path: Path, plain: bool) ->
 
 
 @pytest.mark.slow
-def test_a_rank_stuck_in_user_code_does_not_outlive_a_stop_signal(tmp_path: Path) -> None:
-    """Here the only one, without a launcher. It says for how long it has waited: as long as the job allows."""
+def test_rank_stuck_in_user_code_ends_after_a_stop_signal(tmp_path: Path) -> None:
+    """A single rank without a launcher. It reports how long it waited: as long as the job allows."""
     said = tmp_path / "said"
     data = ["data.name=tests.helpers_mpi:Blocking", f"data.said={said}", "data.shuffle=false", "train.stop_seconds=1"]
     started = Started(tmp_path, [*TRAIN, str(write_job(tmp_path)), *data])
@@ -497,6 +497,6 @@ def test_a_rank_stuck_in_user_code_does_not_outlive_a_stop_signal(tmp_path: Path
 
 
 def _rounds(cursor: int) -> int:
-    """Of two workers with 6 samples each, on 103 samples: 9 in an epoch."""
+    """Rounds of two workers with 6 samples each, on 103 samples: 9 per epoch."""
     epochs, rest = divmod(cursor, 103)
     return epochs * 9 + -(-rest // 12)

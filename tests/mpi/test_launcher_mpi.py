@@ -1,4 +1,4 @@
-"""`hpctrain run` with the real mpiexec: output, status, signals, deaths, and that nothing is left behind."""
+"""`hpctrain run` with the real mpiexec: output, status, signals, dying ranks, and clean-up."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ with StopSignals(rank, limit=1.0) as stop:
 
 
 class Started:
-    """`hpctrain run` (or a plain mpiexec) as a process of its own."""
+    """`hpctrain run` (or a plain mpiexec) as a separate process."""
 
     def __init__(self, folder: Path, argv: list[str], environment: dict[str, str]) -> None:
         self.folder = folder
@@ -82,7 +82,7 @@ class Started:
             self.process = subprocess.Popen(argv, env=environment, stdout=out, stderr=err, start_new_session=True)
 
     def ready(self, count: int) -> None:
-        """Until all ranks have said so."""
+        """Wait until all ranks are ready."""
         deadline = time.monotonic() + 30
         while len(list(self.folder.glob("ready.*"))) < count:
             assert self.process.poll() is None, self.text()
@@ -99,7 +99,7 @@ class Started:
         return [int(file.read_text()) for file in self.folder.glob("pid.*")]
 
     def living(self) -> list[int]:
-        """Ranks that are neither gone nor zombies."""
+        """Ranks that have not ended and are not zombies."""
         found = []
         for pid in self.pids():
             with contextlib.suppress(OSError):
@@ -122,7 +122,7 @@ Start = Callable[..., Started]
 
 @pytest.fixture
 def start(tmp_path: Path, mpi: launcher.Mpi) -> Iterator[Start]:
-    """start(count, body, *arguments, plain=False, grace=GRACE): through `run`, or by the bare mpiexec."""
+    """start(count, body, *arguments, plain=False, grace=GRACE): with `run`, or with the bare mpiexec."""
     began = []
     root = str(Path(launcher.__file__).parents[2])
     mark = f"test-{os.getpid()}-{time.monotonic_ns()}"
@@ -147,7 +147,7 @@ def start(tmp_path: Path, mpi: launcher.Mpi) -> Iterator[Start]:
 
 
 def no_files_since(began: float) -> None:
-    """Nothing of an MPI library's is left in shared memory (within 5 s: the watcher may still be at it)."""
+    """No file of an MPI library is left in shared memory (within 5 s: the watcher may still be cleaning up)."""
     deadline = time.monotonic() + 5
     while left := launcher.leftovers(began, launcher=0):
         assert time.monotonic() < deadline, left
@@ -166,7 +166,7 @@ def test_all_ranks_are_in_one_world_and_output_and_status_pass_through(mpi: laun
     assert mpi.library.kind in ("mpich", "openmpi", "intel")
 
 
-def test_lines_arrive_as_they_are_printed_and_a_traceback_without_the_launcher_s_own_words(start: Start) -> None:
+def test_output_arrives_line_by_line_and_tracebacks_without_launcher_noise(start: Start) -> None:
     run = start(
         3,
         "comm.Barrier()\nif rank == 0: print('first', flush=True)\n"
@@ -192,8 +192,8 @@ WAITING = "hpctrain run: waiting for the step in progress and its checkpoint; pr
 @pytest.mark.parametrize(
     ("number", "seconds", "told"), [(signal.SIGINT, 0.5, ""), (signal.SIGTERM, GRACE + 3, WAITING)]
 )
-def test_a_stop_signal_lets_the_ranks_save(start: Start, number: int, seconds: float, told: str) -> None:
-    """Also if that takes longer than the grace."""
+def test_stop_signal_lets_ranks_save(start: Start, number: int, seconds: float, told: str) -> None:
+    """Even if that takes longer than the grace period."""
     run = start(3, STOPPABLE, str(seconds))
     run.ready(3)
     run.process.send_signal(number)
@@ -204,7 +204,7 @@ def test_a_stop_signal_lets_the_ranks_save(start: Start, number: int, seconds: f
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_ctrl_c_and_hang_ups_to_the_bare_launcher_let_the_ranks_save(
+def test_ctrl_c_and_sighup_to_the_bare_launcher_let_ranks_save(
     start: Start, mpi: launcher.Mpi, number: int
 ) -> None:
     run = start(3, STOPPABLE, "0.5", plain=True)
@@ -217,8 +217,8 @@ def test_ctrl_c_and_hang_ups_to_the_bare_launcher_let_the_ranks_save(
         assert run.text().count("stopped, saved\n") == 1
 
 
-def test_ranks_that_are_stuck_end_themselves(start: Start) -> None:
-    """A signal to one of them alone."""
+def test_stuck_ranks_end_themselves(start: Start) -> None:
+    """The signal is sent to one of them only."""
     run = start(3, STUCK, plain=True)
     run.ready(3)
     os.kill(int((run.folder / "pid.1").read_text()), signal.SIGTERM)
@@ -238,7 +238,7 @@ def test_ranks_that_do_not_stop_are_killed_at_the_deadline(start: Start) -> None
     no_files_since(began)
 
 
-def test_a_second_ctrl_c_kills_at_once(start: Start) -> None:
+def test_second_ctrl_c_kills_at_once(start: Start) -> None:
     run = start(2, STUBBORN, grace=60.0)
     run.ready(2)
     run.process.send_signal(signal.SIGINT)
@@ -256,7 +256,7 @@ def test_a_second_ctrl_c_kills_at_once(start: Start) -> None:
         ("os.kill(os.getpid(), signal.SIGBUS)", " (docker run --shm-size=2g)"),
     ],
 )
-def test_a_rank_that_is_gone_without_a_word_ends_all_and_is_named_once(start: Start, how: str, words: str) -> None:
+def test_rank_that_dies_silently_ends_all_and_is_named_once(start: Start, how: str, words: str) -> None:
     began = time.time()
     run = start(3, f"{RUNNING}comm.Barrier()\nif rank == 1:\n    time.sleep(1)\n    {how}\n" + STUBBORN)
     assert run.end(30) not in (0, 2, 130)
@@ -270,7 +270,7 @@ def test_a_rank_that_is_gone_without_a_word_ends_all_and_is_named_once(start: St
 
 
 @pytest.mark.parametrize("victim", ["launcher", "run"])
-def test_no_rank_outlives_what_started_it(start: Start, victim: str) -> None:
+def test_no_rank_outlives_its_launcher(start: Start, victim: str) -> None:
     began = time.time()
     run = start(3, STUBBORN)
     run.ready(3)

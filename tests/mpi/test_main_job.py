@@ -1,4 +1,4 @@
-"""The main job keeps its promise: accuracy at least 0.97 in the mean of five seeds, on four ranks."""
+"""The main job reaches an accuracy of at least 0.97 on average over five seeds, on four ranks."""
 
 from __future__ import annotations
 

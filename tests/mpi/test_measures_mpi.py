@@ -1,4 +1,4 @@
-"""Metrics over real ranks: their states, of unequal lengths, come to rank 0. Run by mpiexec with --with-mpi."""
+"""Metrics over real ranks: states of unequal lengths are gathered on rank 0. Run by mpiexec with --with-mpi."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.mpi
 
 
 @pytest.mark.parametrize("cls", [Bleu, AveragePrecision])
-def test_ranks_find_the_very_value_of_one_process(join: Join, cls: type) -> None:
+def test_ranks_compute_the_same_value_as_one_process(join: Join, cls: type) -> None:
     comm, data = join(), sentences(7)
     alone = cls()
     alone.start()
@@ -21,7 +21,7 @@ def test_ranks_find_the_very_value_of_one_process(join: Join, cls: type) -> None
     assert (found.entries or found.metric) == alone.value()
 
 
-def test_a_metric_that_fails_on_the_last_rank_fails_on_all(join: Join) -> None:
+def test_metric_failing_on_the_last_rank_fails_on_all(join: Join) -> None:
     comm, data = join(), sentences(9)
     data.tensors[0][:] = 0
     data.tensors[0][-1] = 4

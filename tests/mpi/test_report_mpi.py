@@ -1,4 +1,4 @@
-"""The report of real runs: a planted straggler is its headline, and the main job writes it at its end."""
+"""Reports of real runs: a planted straggler is the headline, and the main job writes its report at the end."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def run_digits(mpi: launcher.Mpi, folder: Path, ranks: int, *keys: str) -> tuple
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_straggler_is_the_headline(mpi: launcher.Mpi, tmp_path: Path, name: str) -> None:
-    """Twice as slow, of three workers: these share two cores or so, hence the margin. (All strategies:
+def test_straggler_is_the_headline(mpi: launcher.Mpi, tmp_path: Path, name: str) -> None:
+    """One of three workers is twice as slow; they share about two cores, hence the margin. (All strategies:
     tests/unit/test_headline.py.)"""
     keys = [*STRATEGIES[name], "train.epochs=6", f"debug.slow={{{SLOW} = 2.0}}", "trace.report=false"]
     run, _ = run_digits(mpi, tmp_path, 4, *keys)
@@ -52,7 +52,7 @@ def test_a_straggler_is_the_headline(mpi: launcher.Mpi, tmp_path: Path, name: st
 
 
 def test_the_main_job_switches_and_ends_with_its_report(mpi: launcher.Mpi, tmp_path: Path) -> None:
-    """From all-reduce to two workers and a server, which is told with its reason."""
+    """From all-reduce to two workers and a server; the switch is reported with its reason."""
     keys = ["train.epochs=20", "strategy.until.rounds=5", "strategy.until.threshold=0.05"]
     run, told = run_digits(mpi, tmp_path, 3, *keys)
     assert re.search(r"^switched at sample [\d,]+: loss_stable 0\.\d+ <= 0\.05$", told, re.MULTILINE), told

@@ -1,4 +1,4 @@
-"""The strategies on real ranks: the bodies that also run over virtual ones. Run by mpiexec with --with-mpi."""
+"""Strategies on real ranks: the test bodies that also run over virtual ranks. Run by mpiexec with --with-mpi."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ FOUR = ["shared", "message", "servers", "all_serve"]
 
 
 def _strategy(agree: str, size: int) -> helpers.Tables:
-    """Skips where there are too few ranks."""
+    """Skips if there are too few ranks."""
     strategy, servers = helpers.SYNCHRONOUS[agree]
     if size <= servers:
         pytest.skip(f"needs {servers + 1} ranks")
-    if size > 4 and agree not in ("shared", "servers"):  # more ranks than cores take their time
+    if size > 4 and agree not in ("shared", "servers"):  # more ranks than cores are slow
         pytest.skip("on at most 4 ranks")
     return {**strategy, "servers": size} if strategy.get("servers") == -1 else strategy
 

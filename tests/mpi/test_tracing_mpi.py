@@ -1,4 +1,4 @@
-"""What real ranks leave in their traces."""
+"""Contents of the traces of real ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training as users start it: the command under mpirun, `hpctrain run`, and a script with objects of its own."""
+"""Training as users start it: the command under mpirun, `hpctrain run`, and a script with its own objects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _only(folder: Path) -> Path:
 
 
 def test_the_same_resolved_job_gives_the_same_bits(mpi: launcher.Mpi, tmp_path: Path) -> None:
-    """First with overrides, then from the job that the run folder holds; also under the other launcher."""
+    """First with overrides, then from the job in the run folder; also under the other launcher."""
     job = write_job(tmp_path)
     overrides = ["strategy.name=parameter_server", "strategy.mode=sync", "train.clip_norm=0.5"]
     first = launch([*mpi.command(3), *TRAIN, str(job), *overrides], mpi, timeout=60)
@@ -46,7 +46,7 @@ def test_the_same_resolved_job_gives_the_same_bits(mpi: launcher.Mpi, tmp_path: 
 
 @pytest.mark.slow
 def test_backup_workers_do_not_wait_for_a_slow_rank(mpi: launcher.Mpi, tmp_path: Path) -> None:
-    """Rank 2 takes many times as long as the others: its gradients come late, are dropped and counted."""
+    """Rank 2 is many times slower than the other workers: its gradients arrive late, are dropped and counted."""
     job = write_job(tmp_path)
     sync = ["strategy.name=parameter_server", "strategy.mode=sync", "strategy.backup_workers=1"]
     keys = [*sync, "debug.slow.2=200", "train.steps=40"]
@@ -102,7 +102,7 @@ try:
 except hpctrain.HpctrainError as error:
     refusal = str(error)
 
-# a loop of one's own, with a server
+# a custom loop, with a server
 job = hpctrain.Job(
     name="loop", output=sys.argv[1], model=Net, data=Points(), train={"epochs": 1, "batch_size": 5}, threads=1,
     strategy={"name": "parameter_server", "mode": "sync"}, trace={"enabled": False},
@@ -119,7 +119,7 @@ if MPI.COMM_WORLD.rank == 0:
 """
 
 
-def test_a_script_with_objects_and_a_loop_of_its_own(mpi: launcher.Mpi, tmp_path: Path) -> None:
+def test_script_with_its_own_objects_and_loop(mpi: launcher.Mpi, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(OWN)
     ended = launch([*mpi.command(3), sys.executable, str(program), str(tmp_path / "runs")], mpi, timeout=60)

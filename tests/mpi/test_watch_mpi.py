@@ -1,4 +1,4 @@
-"""`hpctrain watch` beside a real run: it follows to the end, tells a killed run, and never gets in the way."""
+"""`hpctrain watch` beside a real run: it follows it to the end, detects a killed run, and never disturbs it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WATCH = """
 import signal, sys
 from pathlib import Path
 from hpctrain.views.watch import watch
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background of a shell ignore
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
 sys.exit(watch(Path(sys.argv[1]), every=0.3))
 """
 JOB = """
@@ -43,7 +43,7 @@ mode = "async"
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[[int], tuple[subprocess.Popen[str], Path]]]:
-    """start(steps): a run on 3 ranks in the background, and its folder once it is there."""
+    """start(steps): a run on 3 ranks in the background, and its folder once it exists."""
     runs = []
 
     def begin(steps: int) -> tuple[subprocess.Popen[str], Path]:
@@ -65,7 +65,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[int], tuple[subprocess.Popen[str
         run.communicate(timeout=60)
 
 
-def test_a_run_is_followed_from_its_beginning_to_its_end(start):
+def test_watch_follows_a_run_from_start_to_end(start):
     run, folder = start(400)
     watching = subprocess.run([sys.executable, "-c", WATCH, str(folder)], capture_output=True, text=True, timeout=100)
     told, _ = run.communicate(timeout=20)
@@ -82,7 +82,7 @@ def test_a_run_is_followed_from_its_beginning_to_its_end(start):
 
 @contextmanager
 def watched(folder: Path) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
-    """Somebody watches the run, and has seen how long it will take: (the process, what it prints)."""
+    """(a process that watches the run and has shown the time left, its output lines)."""
     watching = subprocess.Popen([sys.executable, "-u", "-c", WATCH, str(folder)], stdout=subprocess.PIPE, text=True)
     assert watching.stdout is not None
     try:
@@ -94,7 +94,7 @@ def watched(folder: Path) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_the_run_alone_and_with_status_0_once_it_was_killed(start):
+def test_ctrl_c_does_not_affect_the_run_and_watch_reports_a_killed_run(start):
     run, folder = start(100_000)
     with watched(folder) as (watching, _):
         watching.send_signal(signal.SIGINT)

@@ -130,7 +130,7 @@ def test_broadcast_from_any_root(size: int, data: st.DataObject, length: int, dt
 
 
 @pytest.mark.parametrize("size", range(1, 18))
-def test_nobody_leaves_a_barrier_before_all_have_come(size: int) -> None:
+def test_no_rank_leaves_a_barrier_before_all_have_arrived(size: int) -> None:
     came: list[int] = []
 
     def body(comm):
@@ -151,7 +151,7 @@ def test_even_bounds(length: int, parts: int) -> None:
     assert sizes.max() - sizes.min() <= 1
 
 
-def test_collectives_on_a_part_of_the_ranks() -> None:
+def test_collectives_on_a_subset_of_the_ranks() -> None:
     def body(comm):
         buffer = np.ones(5)
         if comm.rank in (1, 3, 4):
@@ -161,7 +161,7 @@ def test_collectives_on_a_part_of_the_ranks() -> None:
     assert World(6).run(body) == [1, 3, 1, 3, 3, 1]
 
 
-def test_hierarchical_sends_the_bytes_over_each_link_once() -> None:
+def test_hierarchical_sends_bytes_over_each_link_once() -> None:
     """Two nodes of four: the leaders' ring carries one buffer each way, where a flat tree carries more."""
     crossing: list[int] = []
 
@@ -177,6 +177,6 @@ def test_hierarchical_sends_the_bytes_over_each_link_once() -> None:
     assert sum(crossing) == 2 * 4000
 
 
-def test_an_unknown_algorithm_names_the_known_ones() -> None:
+def test_unknown_algorithm_error_lists_the_known_ones() -> None:
     with pytest.raises(HpctrainError, match=r"'star': expected library, ring, halving_doubling, tree"):
         World(2).run(lambda comm: comm.all_reduce(np.ones(3), algorithm="star"))

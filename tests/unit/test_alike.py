@@ -95,7 +95,7 @@ JOBS: dict[str, tuple[Callable[[int], helpers.Tables], str]] = {
 
 
 @pytest.mark.parametrize("what", list(JOBS))
-def test_jobs_that_differ(tmp_path: Path, what: str) -> None:
+def test_differing_jobs_are_refused(tmp_path: Path, what: str) -> None:
     tables, sentence = JOBS[what]
     error = refused(tmp_path, tables)
     assert isinstance(error, JobError)
@@ -103,7 +103,7 @@ def test_jobs_that_differ(tmp_path: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_under_every_strategy(tmp_path: Path, strategy: helpers.Tables) -> None:
+def test_differing_jobs_are_refused_under_every_strategy(tmp_path: Path, strategy: helpers.Tables) -> None:
     seeds = iter([11, 12, 13])
     error = refused(tmp_path, lambda rank: {"seed": next(seeds), "strategy": strategy})  # as drawn from the clock
     assert str(error).startswith("seed = 11 on rank 0, 12 on rank 1 and 13 on rank 2; ")
@@ -138,13 +138,13 @@ MODELS = {
 
 
 @pytest.mark.parametrize("what", list(MODELS))
-def test_models_that_differ(tmp_path: Path, what: str) -> None:
+def test_differing_models_are_refused(tmp_path: Path, what: str) -> None:
     error = refused(tmp_path, lambda rank: {"model": lambda: model_of(what, rank)})
     assert isinstance(error, ModelError)
     assert str(error) == f"{MODELS[what]}; all ranks must build the same model"
 
 
-def test_groups_that_differ(tmp_path: Path) -> None:
+def test_differing_parameter_groups_are_refused(tmp_path: Path) -> None:
     def tables(rank: int) -> helpers.Tables:
         def groups(model: nn.Module) -> list[dict[str, Any]]:
             return [{"params": list(model.parameters()), "weight_decay": 0.1 * rank}]
@@ -167,7 +167,7 @@ class Numbers(IterableDataset[Any]):
         return iter(helpers.points(self.count))
 
 
-def test_parts_of_the_data_that_differ(tmp_path: Path) -> None:
+def test_differing_data_is_refused(tmp_path: Path) -> None:
     def parts(rank: int) -> helpers.Tables:
         test = helpers.points(9) if rank != 1 else None
         return {"data": {"name": lambda: Splits(helpers.points(20), None, test)}}
@@ -185,7 +185,7 @@ def test_parts_of_the_data_that_differ(tmp_path: Path) -> None:
 # -- streams whose length nobody knows --------------------------------------------------------------------------
 @pytest.mark.parametrize("strategy", [STRATEGIES[0], STRATEGIES[2]])
 @pytest.mark.parametrize("lengths", [(40, 44), (44, 40), (40, 100), (40, 41)])
-def test_streams_that_end_elsewhere(tmp_path: Path, strategy: helpers.Tables, lengths: tuple[int, int]) -> None:
+def test_unequal_streams_are_refused(tmp_path: Path, strategy: helpers.Tables, lengths: tuple[int, int]) -> None:
     def body(comm: Communicator) -> None:
         data = {"name": Numbers(lengths[comm.rank % 2])}
         job = helpers.make_job(tmp_path, data=data, strategy=strategy, train={"steps": 9, "batch_size": 6})
@@ -195,7 +195,7 @@ def test_streams_that_end_elsewhere(tmp_path: Path, strategy: helpers.Tables, le
         World(2 + (strategy is STRATEGIES[2])).run(body)
 
 
-def test_a_thread_that_reads_ahead_of_the_others_changes_nothing() -> None:
+def test_read_ahead_on_one_rank_changes_nothing() -> None:
     """It has seen the end rounds before the others come to it, and compares no sooner and no later than they."""
     def body(comm: Communicator) -> list[list[int]]:
         order = Order(None, shuffle=False)
@@ -215,7 +215,7 @@ def test_a_thread_that_reads_ahead_of_the_others_changes_nothing() -> None:
     assert [bounds[-1] for bounds in first[:4]] == [12, 24, 36, 40]
 
 
-def test_a_stream_to_test_on_that_ends_elsewhere(tmp_path: Path) -> None:
+def test_test_streams_of_different_lengths(tmp_path: Path) -> None:
     def body(comm: Communicator) -> None:
         data = (helpers.points(24), Numbers(700 if comm.rank else 500))
         helpers.quiet_train(comm, helpers.make_job(tmp_path, data=data))
@@ -225,7 +225,7 @@ def test_a_stream_to_test_on_that_ends_elsewhere(tmp_path: Path) -> None:
 
 
 # -- what may differ, and what it costs --------------------------------------------------------------------------
-def test_the_output_folder_is_rank_0s(tmp_path: Path) -> None:
+def test_output_folder_is_rank_0s(tmp_path: Path) -> None:
     def body(comm: Communicator) -> Path:
         output = tempfile.mkdtemp(dir=tmp_path)
         return helpers.quiet_train(comm, helpers.make_job(output)).folder
@@ -235,7 +235,7 @@ def test_the_output_folder_is_rank_0s(tmp_path: Path) -> None:
     assert sum(any(folder.iterdir()) for folder in tmp_path.iterdir()) == 1
 
 
-def test_many_ranks_are_counted() -> None:
+def test_error_counts_ranks_when_there_are_many() -> None:
     def body(comm: Communicator) -> None:
         check_alike(comm, [Topic(" = ", "mend it", JobError, {"same": "1", "key": str(min(comm.rank, 3) % 3)})])
 
@@ -243,7 +243,7 @@ def test_many_ranks_are_counted() -> None:
         World(10).run(body)
 
 
-def test_no_more_than_a_hash_moves_where_all_are_alike() -> None:
+def test_only_a_hash_is_exchanged_when_ranks_agree() -> None:
     facts = {f"key {number}": "value" * 100 for number in range(1000)}
     _, traces = helpers.traced(4, lambda comm: check_alike(comm, [Topic(" = ", "", JobError, facts)]))
     assert all(table["spans"]["bytes"].sum() < 1000 for table in traces)

@@ -46,7 +46,7 @@ def test_several_nodes(tmp_path: Path, agree: str, nodes: tuple[int, ...]):
     assert _distance(tmp_path, agree, "all", "float64", len(nodes), nodes) < 1e-10
 
 
-def test_more_ranks_than_samples_in_a_round_leaves_some_without(tmp_path: Path):
+def test_some_ranks_get_no_sample_when_a_round_is_small(tmp_path: Path):
     job = helpers.make_job(
         tmp_path,
         data={"name": "tests.helpers:points", "samples": 10},
@@ -59,7 +59,7 @@ def test_more_ranks_than_samples_in_a_round_leaves_some_without(tmp_path: Path):
         assert helpers.difference(vector, alone[0]) < 1e-10
 
 
-def test_an_optimizer_that_is_not_elementwise_runs_replicated(tmp_path: Path):
+def test_non_elementwise_optimizer_runs_replicated(tmp_path: Path):
     def run(size: int, batch: int) -> list[np.ndarray]:
         job = helpers.make_job(
             tmp_path,
@@ -73,21 +73,21 @@ def test_an_optimizer_that_is_not_elementwise_runs_replicated(tmp_path: Path):
 
 @pytest.mark.parametrize("optimizer", ["SGD", slow("Adam")])
 @pytest.mark.parametrize(("agree", "nodes"), [("shared", (0, 0, 0)), slow("overlap", (0, 0))])
-def test_a_resumed_run_has_the_same_bits(tmp_path: Path, agree: str, nodes: tuple[int, ...], optimizer: str):
+def test_resumed_run_has_the_same_bits(tmp_path: Path, agree: str, nodes: tuple[int, ...], optimizer: str):
     keys = {"name": optimizer, "lr": 0.01} | ({"momentum": 0.9} if optimizer == "SGD" else {})
     strategy, _ = helpers.SYNCHRONOUS[agree]
     World(len(nodes), nodes=nodes).run(lambda comm: helpers.resumed_bits(comm, tmp_path, strategy, keys))
 
 
 @pytest.mark.parametrize("agree", ["shared", "message", "overlap"])
-def test_a_loss_that_is_not_finite_names_rank_and_step(tmp_path: Path, agree: str):
+def test_non_finite_loss_error_names_rank_and_step(tmp_path: Path, agree: str):
     strategy, _ = helpers.SYNCHRONOUS[agree]
     told = World(3).run(lambda comm: helpers.nan_told(comm, tmp_path, strategy))
     assert len(set(told)) == 1
     assert "loss is nan on rank 0 in step 2 " in told[0]
 
 
-def test_a_gradient_that_is_not_finite_is_noticed_when_clipping(tmp_path: Path):
+def test_non_finite_gradient_is_detected_when_clipping(tmp_path: Path):
     class Steep(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -106,7 +106,7 @@ def test_a_gradient_that_is_not_finite_is_noticed_when_clipping(tmp_path: Path):
         World(2).run(lambda comm: helpers.quiet_train(comm, job))
 
 
-def test_overlap_takes_the_library_only():
+def test_overlap_requires_the_library_algorithm():
     with pytest.raises(JobError, match="overlap"):
         helpers.make_job("runs", strategy={"name": "all_reduce", "overlap": True, "algorithm": "ring"})
 

@@ -31,7 +31,7 @@ def synchronous(folder: Path, offsets: list[float] | None = None) -> Analysis:
     return Analysis(open_run(folder))
 
 
-def test_times_of_a_phase_are_those_of_its_steps(tmp_path: Path) -> None:
+def test_phase_times_are_those_of_its_steps(tmp_path: Path) -> None:
     times = synchronous(tmp_path).times.set_index("rank")
     assert times["total_s"].tolist() == pytest.approx([0.02, 0.02])
     assert times["useful_s"].tolist() == pytest.approx([0.011, 0.019])  # sums out of shared memory are computation
@@ -40,7 +40,7 @@ def test_times_of_a_phase_are_those_of_its_steps(tmp_path: Path) -> None:
     assert times["strategy"].tolist() == ["all_reduce"] * 2
 
 
-def test_the_efficiencies_of_the_pop_model(tmp_path: Path) -> None:
+def test_pop_model_efficiencies(tmp_path: Path) -> None:
     row = synchronous(tmp_path).efficiency.iloc[0]
     assert (row["phase"], row["strategy"], row["workers"]) == (0, "all_reduce", 2)
     assert row["seconds"] == pytest.approx(0.02)
@@ -50,7 +50,7 @@ def test_the_efficiencies_of_the_pop_model(tmp_path: Path) -> None:
     assert computation_scaling(2.0, 2.5) == pytest.approx(0.8)
 
 
-def test_a_barrier_is_waited_for_until_the_last_rank_comes(tmp_path: Path) -> None:
+def test_barrier_wait_lasts_until_the_last_rank_arrives(tmp_path: Path) -> None:
     waits = synchronous(tmp_path).waits
     assert waits[["rank", "peer", "root"]].drop_duplicates().to_numpy().tolist() == [[0, 1, 1]]
     assert waits["seconds"].sum() == pytest.approx(0.008)  # what follows, from 9 ms on, is exchange
@@ -58,7 +58,7 @@ def test_a_barrier_is_waited_for_until_the_last_rank_comes(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("offset", [-7.0, 3_600_000.0])
-def test_clocks_that_differ_change_nothing(tmp_path: Path, offset: float) -> None:
+def test_clock_offsets_change_nothing(tmp_path: Path, offset: float) -> None:
     (tmp_path / "same").mkdir()
     (tmp_path / "other").mkdir()
     same, other = synchronous(tmp_path / "same"), synchronous(tmp_path / "other", [0.0, offset])
@@ -66,14 +66,14 @@ def test_clocks_that_differ_change_nothing(tmp_path: Path, offset: float) -> Non
     assert other.efficiency["parallel_efficiency"][0] == pytest.approx(same.efficiency["parallel_efficiency"][0])
 
 
-def test_the_critical_path_of_synchronous_steps(tmp_path: Path) -> None:
+def test_critical_path_of_synchronous_steps(tmp_path: Path) -> None:
     path = synchronous(tmp_path).critical_path.set_index("rank")
     assert path["share"].tolist() == [0.0, 1.0]
     assert path.loc[1, "compute_s"] == pytest.approx(0.008)
     assert path.loc[1, "exchange_s"] == pytest.approx(0.002)
 
 
-def test_waiting_is_followed_to_the_end_of_the_chain(tmp_path: Path) -> None:
+def test_waiting_is_traced_to_the_end_of_the_chain(tmp_path: Path) -> None:
     """Worker 0 waits for the server, which waits for worker 1, which computes, does nothing traced, then sends."""
     with HandMade(tmp_path, 3, roles=["worker", "worker", "server"]) as run:
         for rank in range(3):
@@ -100,7 +100,7 @@ def test_waiting_is_followed_to_the_end_of_the_chain(tmp_path: Path) -> None:
     assert analysis.waiting_matrix().to_numpy()[0].tolist() == pytest.approx([0.0, 0.004, 0.002])
 
 
-def test_a_colocated_server_is_asked_for_by_its_own_lane(tmp_path: Path) -> None:
+def test_wait_for_a_colocated_server_uses_the_servers_lane(tmp_path: Path) -> None:
     with HandMade(tmp_path, 2) as run:
         for rank in range(2):
             run[rank].phase(0.0, 0, "worker", "parameter_server (async)")
@@ -116,7 +116,7 @@ def test_a_colocated_server_is_asked_for_by_its_own_lane(tmp_path: Path) -> None
     assert waits["seconds"].sum() == pytest.approx(0.002)
 
 
-def test_a_broadcast_is_waited_for_until_its_root_sends(tmp_path: Path) -> None:
+def test_broadcast_wait_lasts_until_the_root_sends(tmp_path: Path) -> None:
     with HandMade(tmp_path, 3) as run:
         for rank in range(3):
             run[rank].phase(0.0, 0, "worker", "all_reduce")
@@ -133,7 +133,7 @@ def test_a_broadcast_is_waited_for_until_its_root_sends(tmp_path: Path) -> None:
     assert waits["seconds"].sum() == pytest.approx(0.002)
 
 
-def test_waits_that_nothing_explains_are_of_nobody(tmp_path: Path) -> None:
+def test_unexplained_waits_are_attributed_to_no_rank(tmp_path: Path) -> None:
     with HandMade(tmp_path, 2, missing=(1,)) as run:
         run[0].phase(0.0, 0, "worker", "all_reduce")
         run[0].span("forward", 1.0, 2.0, 0)
@@ -146,7 +146,7 @@ def test_waits_that_nothing_explains_are_of_nobody(tmp_path: Path) -> None:
     assert any("rank 1 of 2" in note for note in analysis.run.notes)
 
 
-def test_evaluations_checkpoints_and_switches_are_no_training(tmp_path: Path) -> None:
+def test_evaluations_checkpoints_and_switches_are_not_training_time(tmp_path: Path) -> None:
     with HandMade(tmp_path, 2) as run:
         for rank in range(2):
             run[rank].phase(0.0, 0, "worker", "all_reduce")
@@ -182,7 +182,7 @@ def test_each_phase_has_its_own_times(tmp_path: Path) -> None:
     assert times["useful_s"].tolist() == pytest.approx([0.002, 0.002, 0.001, 0.0005])
 
 
-def test_traffic_counts_a_message_once_and_times_what_was_waited_for(tmp_path: Path) -> None:
+def test_traffic_counts_messages_once_and_times_only_awaited_ones(tmp_path: Path) -> None:
     with HandMade(tmp_path, 2) as run:
         for rank in range(2):
             run[rank].phase(0.0, 0, "worker", "all_reduce")
@@ -206,7 +206,7 @@ def test_traffic_counts_a_message_once_and_times_what_was_waited_for(tmp_path: P
     assert row["blocked_s"] == pytest.approx(0.002)
 
 
-def test_what_a_server_sums_and_what_a_broadcast_brings_is_counted_once(tmp_path: Path) -> None:
+def test_bytes_of_server_sums_and_broadcasts_are_counted_once(tmp_path: Path) -> None:
     with HandMade(tmp_path, 2, roles=["worker", "server"]) as run:
         run[0].phase(0.0, 0, "worker", "parameter_server (sync)")
         run[1].phase(0.0, 0, "server", "parameter_server (sync)")
@@ -221,7 +221,7 @@ def test_what_a_server_sums_and_what_a_broadcast_brings_is_counted_once(tmp_path
     assert table[["source", "destination", "bytes"]].to_numpy().tolist() == [[0, 1, 400], [1, -1, 30]]
 
 
-def test_hidden_communication_is_what_was_not_waited_for(tmp_path: Path) -> None:
+def test_overlap_is_communication_that_was_not_waited_for(tmp_path: Path) -> None:
     with HandMade(tmp_path, 1) as run:
         run[0].phase(0.0, 0, "worker", "all_reduce")
         run[0].span("reduce", 1.0, 1.0, 0, bytes=400, id=5)
@@ -231,14 +231,14 @@ def test_hidden_communication_is_what_was_not_waited_for(tmp_path: Path) -> None
     assert Analysis(open_run(tmp_path)).overlap["hidden"].tolist() == pytest.approx([0.8])
 
 
-def test_links_are_those_measured_when_the_run_began(tmp_path: Path) -> None:
+def test_links_are_those_measured_at_the_start(tmp_path: Path) -> None:
     with HandMade(tmp_path, 2) as run:
         run[0].event(0.0, "network", '{"peer": 1, "same_node": true, "latency_s": 1e-6, "bytes_per_s": 2e9}')
         run[1].event(0.0, "network", "spoilt")
     assert Analysis(open_run(tmp_path)).links.to_numpy().tolist() == [[0, 1, True, 1e-6, 2e9]]
 
 
-def test_of_very_many_spans_a_sample_is_taken_and_said(tmp_path: Path) -> None:
+def test_very_long_runs_are_sampled_with_a_note(tmp_path: Path) -> None:
     with HandMade(tmp_path, 2) as run:
         for rank in range(2):
             run[rank].phase(0.0, 0, "worker", "all_reduce")
@@ -255,7 +255,7 @@ def test_of_very_many_spans_a_sample_is_taken_and_said(tmp_path: Path) -> None:
     assert any("20%" in note for note in analysis.run.notes)
 
 
-def test_a_run_without_a_step_has_empty_frames(tmp_path: Path) -> None:
+def test_run_without_steps_has_empty_frames(tmp_path: Path) -> None:
     with HandMade(tmp_path, 2) as run:
         run[0].span("wait", 0.0, 1.0)
     analysis = Analysis(open_run(tmp_path))
@@ -265,7 +265,7 @@ def test_a_run_without_a_step_has_empty_frames(tmp_path: Path) -> None:
     assert analysis.headline == "No step was traced."
 
 
-def test_a_resumed_run_counts_both_attempts(tmp_path: Path) -> None:
+def test_resumed_run_counts_both_attempts(tmp_path: Path) -> None:
     for attempt in (1, 2):
         with HandMade(tmp_path, 1, attempt=attempt) as run:
             run[0].phase(0.0, 0, "worker", "all_reduce")
@@ -293,7 +293,7 @@ def paused_run(folder: Path, steps: int) -> Analysis:
     return Analysis(open_run(folder))
 
 
-def test_pauses_are_whole_also_where_spans_are_sampled(tmp_path: Path) -> None:
+def test_pauses_are_complete_when_spans_are_sampled(tmp_path: Path) -> None:
     analysis = paused_run(tmp_path, 800)
     whole = analysis.efficiency
     sampled = Analysis(analysis.run)
@@ -304,7 +304,7 @@ def test_pauses_are_whole_also_where_spans_are_sampled(tmp_path: Path) -> None:
     assert sampled.efficiency["parallel_efficiency"][0] == pytest.approx(whole["parallel_efficiency"][0], rel=0.1)
 
 
-def test_a_rank_that_writes_a_checkpoint_is_waited_for_by_that_name(tmp_path: Path) -> None:
+def test_waits_for_a_checkpoint_are_labelled_checkpoint(tmp_path: Path) -> None:
     with HandMade(tmp_path, 2) as run:
         for rank in range(2):
             run[rank].phase(0.0, 0, "worker", "all_reduce")
@@ -319,7 +319,7 @@ def test_a_rank_that_writes_a_checkpoint_is_waited_for_by_that_name(tmp_path: Pa
     assert analysis.headline.endswith("is waiting for rank 0, which is mostly writing a checkpoint then.")
 
 
-def test_a_blocking_collective_that_its_messages_cut_hides_nothing(tmp_path: Path) -> None:
+def test_blocking_collective_cut_by_its_messages_has_no_overlap(tmp_path: Path) -> None:
     with HandMade(tmp_path, 1) as run:
         run[0].phase(0.0, 0, "worker", "all_reduce")
         run[0].span("forward", 1.0, 2.0, 0)

@@ -78,7 +78,7 @@ UPDATES = list(product(SERVERS, ["auto", "workers", "staleness", "none"]))
 
 @pytest.mark.parametrize(("servers", "divisor"), mostly_slow(UPDATES, UPDATES[::5] + UPDATES[-1:]))
 @pytest.mark.parametrize("optimizer", [{**SGD, "nesterov": True}, ADAM], ids=["SGD", "Adam"])
-def test_updates_are_those_of_one_process(tmp_path: Path, optimizer: helpers.Tables, servers: str, divisor: str):
+def test_updates_match_one_process(tmp_path: Path, optimizer: helpers.Tables, servers: str, divisor: str):
     keys, alone = SERVERS[servers]
     replayed(tmp_path, 4 + alone, optimizer, served(lr_per_update=divisor, **keys))
 
@@ -95,17 +95,17 @@ def test_updates_are_those_of_one_process(tmp_path: Path, optimizer: helpers.Tab
     ],
 )
 @pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["SGD", "Adam"])
-def test_corrected_updates_are_those_of_one_process(
+def test_corrected_updates_match_one_process(
     tmp_path: Path, optimizer: helpers.Tables, keys: helpers.Tables, train_keys: helpers.Tables
 ):
     replayed(tmp_path, 6, optimizer, served(servers=2, **keys), train=train_keys)
 
 
-def test_updates_with_a_schedule_are_those_of_one_process(tmp_path: Path):
+def test_updates_with_a_learning_rate_schedule_match_one_process(tmp_path: Path):
     replayed(tmp_path, 5, {**SGD, "schedule": "linear"}, served(), data={"queue": "static"})
 
 
-def test_an_optimizer_that_is_not_elementwise_gets_whole_parameters(tmp_path: Path):
+def test_non_elementwise_optimizer_gets_whole_parameters(tmp_path: Path):
     replayed(tmp_path, 6, {"name": "Adafactor", "lr": 0.01}, served(servers=3))
 
 
@@ -148,7 +148,7 @@ def virtual_time(folder: Path, size: int, strategy: helpers.Tables, **tables: An
     return world.time
 
 
-def test_a_slow_worker_does_not_hold_up_the_others(tmp_path: Path):
+def test_slow_worker_does_not_delay_the_others(tmp_path: Path):
     """Three workers and a third of one do in 1.2 s what lockstep takes 4 * 40 / 4 * 30 ms for: 0.4 of it at best."""
     lockstep = virtual_time(tmp_path, 4, {"name": "all_reduce"})
     assert lockstep == 40 * 30 * MILLISECOND
@@ -156,12 +156,12 @@ def test_a_slow_worker_does_not_hold_up_the_others(tmp_path: Path):
 
 
 @pytest.mark.parametrize("bound", [0, 1, 3, 10])
-def test_bounded_never_takes_longer_than_lockstep(tmp_path: Path, bound: int):
+def test_bounded_mode_is_never_slower_than_lockstep(tmp_path: Path, bound: int):
     lockstep = virtual_time(tmp_path, 4, {"name": "all_reduce"})
     assert virtual_time(tmp_path, 5, served("bounded", bound=bound)) <= lockstep
 
 
-def test_no_worker_starves_where_the_server_is_the_slowest(tmp_path: Path):
+def test_no_worker_starves_when_the_server_is_the_bottleneck(tmp_path: Path):
     """Updates take longer than all else: each worker still has its turn, and staleness stays near the workers."""
 
     def compute(rank: int, kind: str, nbytes: int, flops: float) -> int:
@@ -176,7 +176,7 @@ def test_no_worker_starves_where_the_server_is_the_slowest(tmp_path: Path):
 
 # -- the bound ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("bound", [0, slow(1), 3])
-def test_bounded_never_exceeds_its_bound(tmp_path: Path, bound: int):
+def test_bounded_mode_never_exceeds_its_bound(tmp_path: Path, bound: int):
     """As workers see it; test_coordinator.py has more bounds, orders and queues."""
     job = helpers.make_job(
         tmp_path, strategy=served("bounded", bound=bound, servers=2), train={"epochs": 3, "batch_size": 3}
@@ -185,7 +185,7 @@ def test_bounded_never_exceeds_its_bound(tmp_path: Path, bound: int):
     assert max(helpers.leads(recording)) == bound  # and what it allows is used
 
 
-def test_without_a_bound_the_fastest_runs_ahead(tmp_path: Path):
+def test_without_a_bound_the_fastest_worker_runs_ahead(tmp_path: Path):
     job = helpers.make_job(tmp_path, strategy=served(servers=2), train={"epochs": 3, "batch_size": 3})
     recording = helpers.record(6, job, compute=jitter(1, 1.0, {1: 4.0}))
     assert max(helpers.leads(recording)) > 5
@@ -203,7 +203,7 @@ def test_every_sample_once_per_epoch(tmp_path: Path, servers: str, queue: str):
 
 @pytest.mark.parametrize("queue", QUEUES)
 @pytest.mark.parametrize("ahead", [0, 3])
-def test_every_sample_once_where_workers_are_told_of_several_stretches(tmp_path: Path, queue: str, ahead: int):
+def test_every_sample_once_when_workers_get_several_stretches(tmp_path: Path, queue: str, ahead: int):
     data_keys = {"queue": queue, "threads": max(1, ahead), "prefetch": ahead}
     keys: Any = {"strategy": served("bounded", bound=2), "train": {"accumulate": 2, "batch_size": 2}}
     World(5, compute=jitter()).run(
@@ -220,7 +220,7 @@ def test_fewer_stretches_than_workers(tmp_path: Path, queue: str):
     )
 
 
-def test_a_single_sample(tmp_path: Path):
+def test_data_set_of_a_single_sample(tmp_path: Path):
     World(4).run(lambda comm: helpers.every_sample_once(comm, tmp_path, samples=1, strategy=served()))
 
 
@@ -264,7 +264,7 @@ def _evaluated_at(folder: Path) -> list[int]:
 @pytest.mark.parametrize("queue", QUEUES)
 @pytest.mark.parametrize("mode", ["async", "bounded"])
 @pytest.mark.parametrize("servers", list(SERVERS))
-def test_an_evaluation_is_of_one_snapshot_at_an_exact_sample(tmp_path: Path, servers: str, mode: str, queue: str):
+def test_evaluation_uses_one_snapshot_at_an_exact_sample(tmp_path: Path, servers: str, mode: str, queue: str):
     keys, alone = SERVERS[servers]
     job = helpers.make_job(
         tmp_path, model=Watched, data={"name": (helpers.points(), helpers.points(20)), "queue": queue},
@@ -279,7 +279,7 @@ def test_an_evaluation_is_of_one_snapshot_at_an_exact_sample(tmp_path: Path, ser
     assert _evaluated_at(results[0].folder) == [helpers.SAMPLES * epoch for epoch in (1, 2, 3, 4)]
 
 
-def test_what_an_evaluation_costs_is_told_apart(tmp_path: Path):
+def test_cost_of_evaluations_is_reported_separately(tmp_path: Path):
     def run(milliseconds: int) -> tuple[World, Result]:
         def compute(rank: int, kind: str, nbytes: int, flops: float) -> int:
             cost = {"forward": 30 if rank == 1 else 10, "evaluate": milliseconds}
@@ -300,7 +300,7 @@ def test_what_an_evaluation_costs_is_told_apart(tmp_path: Path):
 # -- what is not finite ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", ["async", "bounded"])
 @pytest.mark.parametrize("servers", list(SERVERS))
-def test_a_loss_that_is_not_finite_is_told_on_every_rank(tmp_path: Path, servers: str, mode: str):
+def test_non_finite_loss_is_reported_on_every_rank(tmp_path: Path, servers: str, mode: str):
     told = World(5, compute=jitter()).run(
         lambda comm: helpers.nan_told(comm, tmp_path, served(mode, **SERVERS[servers][0]))
     )
@@ -310,7 +310,7 @@ def test_a_loss_that_is_not_finite_is_told_on_every_rank(tmp_path: Path, servers
 
 @pytest.mark.parametrize("slow", [0, 1, 2])
 @pytest.mark.parametrize("servers", list(SERVERS))
-def test_a_nan_loss_ends_workers_that_wait(tmp_path: Path, servers: str, slow: int):
+def test_nan_loss_ends_waiting_workers(tmp_path: Path, servers: str, slow: int):
     """The last stretch of an epoch is bad, and all others are held back until it is done."""
     data = {"name": "tests.helpers:points", "samples": 36, "bad": 6 * slow, "shuffle": False, "queue": "static"}
     job = helpers.make_job(tmp_path, data=data, strategy=served(**SERVERS[servers][0]), train={"epochs": 2})
@@ -329,7 +329,7 @@ def test_a_nan_loss_ends_workers_that_wait(tmp_path: Path, servers: str, slow: i
 
 
 @pytest.mark.parametrize("servers", list(SERVERS))
-def test_updates_with_a_nan_loss_can_be_skipped(tmp_path: Path, servers: str):
+def test_nan_skip_leaves_the_update_out(tmp_path: Path, servers: str):
     """It alone is left out: versions count the others."""
     data = {"name": "tests.helpers:points", "bad": 12, "shuffle": False}
     keys, alone = SERVERS[servers]

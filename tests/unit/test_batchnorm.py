@@ -182,7 +182,7 @@ def test_forward_and_backward_of_each_kind(shape: tuple[int, ...]) -> None:
             assert torch.equal(row[3].state_dict()[name], found[0][3].state_dict()[name])
 
 
-def test_a_borrowed_sample_leaves_no_trace() -> None:
+def test_borrowed_sample_leaves_no_trace() -> None:
     x = torch.randn(6, 3, dtype=torch.float64)
     layer, scale = nn.BatchNorm1d(3).double(), torch.randn(6, 3, dtype=torch.float64)
     alone, whole = copy.deepcopy(layer), x.clone().requires_grad_()
@@ -194,7 +194,7 @@ def test_a_borrowed_sample_leaves_no_trace() -> None:
     torch.testing.assert_close(found[1][3].running_mean, alone.running_mean)
 
 
-def test_in_half_precision() -> None:
+def test_half_precision() -> None:
     layer, x = nn.BatchNorm2d(3).to(torch.bfloat16), (torch.randn(8, 3, 4, 4) + 20).to(torch.bfloat16)
     found = on_ranks(list(x.split([3, 5])), layer, torch.ones_like(x))
     out = torch.cat([row[0] for row in found])
@@ -208,7 +208,7 @@ def test_autocast_on_virtual_ranks(tmp_path: Path) -> None:
     assert error({"w": four["stem.weight"]}, {"w": one["stem.weight"]}) < 0.05
 
 
-def test_evaluation_mode_and_names_are_torchs() -> None:
+def test_evaluation_mode_and_parameter_names_match_torch() -> None:
     model, x = Branches(), torch.randn(4, 1, 4, 4)
     before, names = model.eval()(x), list(model.state_dict())
 
@@ -224,7 +224,7 @@ def test_evaluation_mode_and_names_are_torchs() -> None:
     World(2).run(body)
 
 
-def test_a_layer_in_evaluation_mode_stays_by_itself() -> None:
+def test_layer_in_evaluation_mode_does_not_communicate() -> None:
     layer = nn.BatchNorm1d(2)
     layer.eval()
     x = torch.arange(8.0).view(4, 2)
@@ -232,12 +232,12 @@ def test_a_layer_in_evaluation_mode_stays_by_itself() -> None:
     torch.testing.assert_close(found[0][0], x[:2], rtol=1e-4, atol=1e-4)
 
 
-def test_one_value_per_channel_is_an_error_everywhere() -> None:
+def test_single_value_per_channel_is_an_error_on_all_ranks() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         on_ranks([torch.randn(1, 3), torch.randn(1, 3)], nn.BatchNorm1d(3), torch.ones(1, 3), counted=[True, False])
 
 
-def test_a_failing_backward_pass_ends_the_world() -> None:
+def test_failing_backward_pass_ends_the_world() -> None:
     class Broken(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ def test_a_failing_backward_pass_ends_the_world() -> None:
         World(3).run(body)
 
 
-def test_copies_go_on_with_the_same_workers() -> None:
+def test_copied_layers_use_the_same_workers() -> None:
     def body(comm: Communicator) -> float:
         model: Any = nn.Sequential(nn.BatchNorm1d(2))
         norms = BatchNorms(model)
@@ -304,7 +304,7 @@ def test_subclasses() -> None:
         BatchNorms(nn.Sequential(OwnForward(3)))
 
 
-def test_torchs_own_synchronised_layer_is_one_more() -> None:
+def test_torch_sync_batchnorm_layer_is_synchronised_too() -> None:
     x = torch.randn(4, 3, 2, dtype=torch.float64)
     whole = nn.BatchNorm1d(3).double()
     found = on_ranks(list(x.split(2)), nn.SyncBatchNorm(3).double(), torch.ones_like(x))
@@ -326,7 +326,7 @@ def test_sync_batch_norm_layers_without_the_key_are_reported(tmp_path: Path) -> 
     assert said == [True, False]
 
 
-def test_a_model_without_batch_norm_is_refused(tmp_path: Path) -> None:
+def test_model_without_batch_norm_is_refused(tmp_path: Path) -> None:
     job = Job(train={"sync_batchnorm": True}, output=str(tmp_path))
     with pytest.raises(HpctrainError, match="has no torch.nn.BatchNorm1d"):
         World(1).run(lambda comm: train(job, comm, out=QUIET))

@@ -60,13 +60,13 @@ def silent(text: str) -> None:
     pass
 
 
-def test_a_sample_is_its_median_and_middle_half():
+def test_sample_has_median_and_middle_half():
     sample = Sample((5.0, 1.0, 2.0, 4.0, 3.0), "ms")
     assert (sample.median, sample.quartiles) == (3, (2, 4))
     assert str(sample) == "3 (2-4)"
 
 
-def test_numbers_have_three_digits():
+def test_numbers_have_three_significant_digits():
     assert [number(x) for x in (0.01234, 1.236, 45.67, 345.6, 234567.8)] == [
         "0.0123",
         "1.24",
@@ -76,7 +76,7 @@ def test_numbers_have_three_digits():
     ]
 
 
-def test_a_table_is_aligned():
+def test_table_is_aligned():
     table = FigureTable("t", "title, ms", ["a", "bb"])
     table.rows = {"first": {"a": Sample((1,), "ms"), "bb": Sample((1000,), "ms")}, "no": {"a": Sample((2,), "ms")}}
     assert table.text().splitlines() == [
@@ -87,14 +87,14 @@ def test_a_table_is_aligned():
     ]
 
 
-def test_virtual_ranks_are_counted():
+def test_bench_virtual_counts_resumptions():
     rates = alone.ring_rates(8, FreeNetwork(), apart=False)
     assert rates[1] > rates[0] > 0
     table = alone.measure_virtual(silent)
     assert set(table.rows) == set(alone.NETWORKS)
 
 
-def test_the_cost_of_a_span():
+def test_cost_of_a_span():
     rows = alone.measure_trace(silent).rows
     assert all(0 < rows[name]["us"].median < 10_000 for name in ("span", "sample"))
 
@@ -108,7 +108,7 @@ def test_all_reduce_by_algorithm_and_size(nodes):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_what_the_shared_sum_gives(size):
+def test_shared_sum_result(size):
     def body(comm):
         shared = together.SharedSum(comm, 1000)
         for step in range(3):
@@ -129,7 +129,7 @@ def test_steps_by_strategy(size):
 
 
 @pytest.mark.parametrize("way", [way for way in together.WAYS.values() if way is not None])
-def test_the_step_that_is_measured_trains(way):
+def test_measured_step_trains(way):
     """All ranks hold the same parameters after a block, and not those before."""
 
     def body(comm):
@@ -144,7 +144,7 @@ def test_the_step_that_is_measured_trains(way):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_what_looking_at_gradients_costs(size):
+def test_cost_of_checking_gradients(size):
     """One training, half of it without the check; which is there again afterwards."""
     before = blocks._is_finite
     table = World(size).run(lambda comm: checks.measure_checks(comm, silent))[0]
@@ -163,7 +163,7 @@ def test_round_trips_by_kind_of_server(size):
         assert all(len(sample.values) == 2 and min(sample.values) > 0 for sample in cells.values())
 
 
-def test_round_trips_of_all_workers_are_added():
+def test_round_trips_of_all_workers_are_added_up():
     """Each of three workers takes 10 ms for a round trip, of which no two are in each other's way."""
 
     class Slow(workload.Workload):
@@ -178,7 +178,7 @@ def test_round_trips_of_all_workers_are_added():
     assert World(4, network=FreeNetwork()).run(body) == pytest.approx([300] * 4)
 
 
-def test_what_is_pushed_is_applied():
+def test_pushed_gradients_are_applied():
     def body(comm):
         trips = workload.Workload(comm, LINEAR, momentum=0.0)
         before = next(trips.replica.model.parameters()).detach().clone()
@@ -195,7 +195,7 @@ def test_first_and_last_round_trips_do_not_count():
     assert asynchronous._rate_of([0, 5]) == 0
 
 
-def test_a_slow_worker_holds_up_all_reduce_only():
+def test_slow_worker_delays_only_all_reduce():
     """In virtual time, where it is known what it must be."""
     table = World(5, network=FreeNetwork()).run(lambda comm: asynchronous.measure_slow(comm, silent))[0]
     rows = {name: {column: sample.median for column, sample in cells.items()} for name, cells in table.rows.items()}
@@ -210,13 +210,13 @@ def test_a_slow_worker_holds_up_all_reduce_only():
     ("measure", "size", "advice"),
     [("measure_pushes", 1, "-n 3"), ("measure_slow", 1, "-n 5"), ("measure_slow", 4, "-n 5")],
 )
-def test_numbers_of_ranks_that_do_not_suit(measure: str, size: int, advice: str):
+def test_unsuitable_numbers_of_ranks_are_refused(measure: str, size: int, advice: str):
     with pytest.raises(ClusterError, match=rf"^hpctrain bench \w+: .*{advice}[^.]*$"):
         World(size).run(lambda comm: getattr(asynchronous, measure)(comm, silent))
 
 
 # -- switch ------------------------------------------------------------------------------------------------------
-def test_switches_of_a_run_back_and_forth():
+def test_switches_in_both_directions_are_measured():
     """Virtual time passes only while messages travel: every switch and broadcast takes some."""
     tables = World(4, network=LinkNetwork()).run(lambda comm: switching.measure_switch(comm, silent))
     row = tables[0].rows["small"]
@@ -228,14 +228,14 @@ def test_switches_of_a_run_back_and_forth():
     assert any(note.startswith("small: ") and note.endswith(": met") for note in tables[0].notes)
 
 
-def test_a_switch_that_takes_too_long_is_reported():
+def test_slow_switch_is_reported():
     table = FigureTable("switch", "", [])
     times = {"to async": (60.0, 60.0), "to all_reduce": (70.0, 90.0), "broadcast": (10.0, 14.0)}
     switching._fill_row(table, "large", {name: Sample(values, "ms") for name, values in times.items()})
     assert table.notes == ["large: 80.0 ms, limit 74.0 ms: not met"]
 
 
-def test_the_slowest_rank_between_two_phases():
+def test_switch_time_is_that_of_the_slowest_rank():
     """From phase 0 to 1, in ms: rank 0 takes 35, rank 1 40. Rank 2 served in phase 0, and its clock is 5 behind: it
     takes 50 from the others' last step, at 10, to its first forward."""
     steps = {0: [(0, 5), (0, 10), (1, 90)], 1: [(0, 10), (1, 91)], 2: [(1, 92)]}
@@ -257,24 +257,24 @@ def test_the_slowest_rank_between_two_phases():
     assert World(3).run(body) == [[pytest.approx(0.05)]] * 3
 
 
-def test_who_served_counts_from_the_workers_last_step():
+def test_switch_time_of_a_server_starts_at_the_workers_last_step():
     assert switching._pause(np.array([20, 30, -1]), np.array([40, 45, 100])) == 70
     assert switching._pause(np.array([20, 30, 10]), np.array([40, 45, -1])) == 20
 
 
-def test_a_switch_needs_a_server_and_a_worker():
+def test_switch_needs_a_server_and_a_worker():
     with pytest.raises(ClusterError, match=r"^hpctrain bench switch: .*-n 4, for example$"):
         World(1).run(lambda comm: switching.measure_switch(comm, silent))
 
 
-def test_a_run_for_a_bench_leaves_nothing(tmp_path: Path, monkeypatch):
+def test_benchmark_run_leaves_no_files(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     World(3).run(lambda comm: switching.measure_switch(comm, silent))
     assert list(tmp_path.iterdir()) == []
 
 
 # -- read --------------------------------------------------------------------------------------------------------
-def test_reading_a_run_that_was_made_for_it(tmp_path: Path, monkeypatch):
+def test_bench_read_reads_a_generated_run(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     table = reading.measure_read(silent)
     row = table.rows["3 ranks"]
@@ -287,7 +287,7 @@ def test_reading_a_run_that_was_made_for_it(tmp_path: Path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_run_to_read_is_as_large_as_it_says(tmp_path: Path):
+def test_generated_run_has_the_stated_size(tmp_path: Path):
     reading.write_run(tmp_path, 4, 4000)
     run = open_run(tmp_path)
     assert (run.ranks, run.notes) == ([0, 1, 2, 3], [])
@@ -296,7 +296,7 @@ def test_the_run_to_read_is_as_large_as_it_says(tmp_path: Path):
     assert (sum_times(run)[list(reading.STEP)] > 0).all(axis=None)
 
 
-def test_a_run_to_read_that_has_no_room_is_smaller():
+def test_generated_run_is_smaller_on_a_full_disk():
     assert reading.spans_that_fit(2**40) == 1600
     assert reading.spans_that_fit(3 * 1600 * 80) == 800
     assert reading.spans_that_fit(0) == 0
@@ -305,13 +305,13 @@ def test_a_run_to_read_that_has_no_room_is_smaller():
     assert table.notes[1] == "31.0 s and 100 MiB: not met"
 
 
-def test_no_room_at_all_for_a_run_to_read_is_a_sentence(monkeypatch):
+def test_no_disk_space_for_a_generated_run_is_one_message(monkeypatch):
     monkeypatch.setattr(reading, "spans_that_fit", lambda free: 0)
     with pytest.raises(HpctrainError, match="too little space for traces to read; set TMPDIR"):
         reading.measure_read(silent)
 
 
-def test_a_process_that_could_not_read_says_why(tmp_path: Path):
+def test_failed_reading_process_reports_why(tmp_path: Path):
     with pytest.raises(RuntimeError, match="no such run folder"):
         reading.summarise(tmp_path / "none")
 
@@ -320,7 +320,7 @@ def test_a_process_that_could_not_read_says_why(tmp_path: Path):
 WRITTEN = tracing.Written(spans=8.0, bytes=400.0, seconds=0.00002)
 
 
-def test_the_cost_of_tracing_is_a_ratio_of_pairs_and_what_comes_on_top():
+def test_tracing_cost_is_a_ratio_of_pairs_plus_writing():
     table = FigureTable("tracing", "", [])
     pairs = [(0.005, 0.0051), (0.006, 0.006), (0.004, 0.00404), (0.005, 0.006), (0.005, 0.005)]
     tracing._fill_row(table, "x", pairs, WRITTEN, sampling=0.001)
@@ -347,7 +347,7 @@ class Turns:
         return next(self.seconds, None)
 
 
-def test_traced_and_untraced_trainings_take_turns_to_be_first(monkeypatch):
+def test_traced_and_untraced_trainings_alternate_in_going_first(monkeypatch):
     monkeypatch.setattr(tracing, "EARLY", 1)
     order: list[str] = []
     pairs = tracing._take_turns(Turns("without", [9, 1, 2, 3], order), Turns("with", [9, 3, 4, 5], order), silent)
@@ -355,12 +355,12 @@ def test_traced_and_untraced_trainings_take_turns_to_be_first(monkeypatch):
     assert order == 2 * ["without", "with", "with", "without"] + ["without", "with"]  # until both are over
 
 
-def test_of_a_few_pairs_the_first_quarter_does_not_count():
+def test_first_quarter_of_the_pairs_is_discarded():
     pairs = tracing._take_turns(Turns("without", [1.0] * 8, []), Turns("with", [2.0] * 8, []), silent)
     assert pairs == [(1.0, 2.0)] * 6
 
 
-def test_what_a_step_adds_to_a_trace_is_counted(tmp_path: Path):
+def test_spans_and_bytes_per_step_are_counted(tmp_path: Path):
     with HandMade(tmp_path, size=2) as run:
         for rank in (0, 1):
             for step in range(4):
@@ -374,7 +374,7 @@ def test_what_a_step_adds_to_a_trace_is_counted(tmp_path: Path):
     assert written.seconds == pytest.approx(0.0015 / 4)
 
 
-def test_the_job_of_the_bench_is_among_the_jobs():
+def test_tracing_job_is_linked_from_jobs():
     linked = Path(bench.__file__).parents[2] / "jobs" / "tracing.toml"
     assert linked.resolve() == tracing.JOB.resolve()
     job = Job.load(linked)
@@ -406,7 +406,7 @@ def test_figures_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize("name", ["no such folder/figures.json", "."])
-def test_a_file_that_cannot_be_written_is_known_before(name: str, tmp_path: Path, monkeypatch, capsys):
+def test_unwritable_output_file_is_reported_before_measuring(name: str, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "trace", "--json", name]) == 2
     out = capsys.readouterr()
@@ -416,7 +416,7 @@ def test_a_file_that_cannot_be_written_is_known_before(name: str, tmp_path: Path
         bench.check_path(name)
 
 
-def test_a_report_has_all_its_tables():
+def test_report_has_all_tables():
     tables = [FigureTable("a", "A, ms", ["x"]), FigureTable("b", "B, us", ["y"])]
     report = Report(tables)
     assert "A, ms" in report.text()
@@ -458,7 +458,7 @@ def test_bench_starts_ranks_itself(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.launch
-def test_the_cost_of_tracing_is_measured_on_real_ranks(tmp_path: Path):
+def test_tracing_cost_is_measured_on_real_ranks(tmp_path: Path):
     """A few steps; the whole of it is `hpctrain bench tracing`."""
     import subprocess
 

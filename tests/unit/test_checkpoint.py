@@ -86,7 +86,7 @@ def test_round_trip_bit_for_bit(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_truncated_at_any_byte(tmp_path: Path) -> None:
+def test_checkpoint_truncated_at_any_byte_is_refused(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, checkpoint(), keep=1)
     whole = path.read_bytes()
     head = 8 + int.from_bytes(whole[:8], "little")
@@ -113,7 +113,7 @@ def test_truncated_at_any_byte(tmp_path: Path) -> None:
         {"hpctrain": "[" * 100_000},
     ],
 )
-def test_foreign_safetensors(tmp_path: Path, header: dict[str, str] | None) -> None:
+def test_foreign_safetensors_files_are_refused(tmp_path: Path, header: dict[str, str] | None) -> None:
     path = tmp_path / "000000000007.safetensors"
     save_file({"x": torch.ones(3)}, path, header)
     with pytest.raises(CheckpointError, match=str(path)) as caught:
@@ -122,14 +122,14 @@ def test_foreign_safetensors(tmp_path: Path, header: dict[str, str] | None) -> N
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a pickle of torch's", b"\xff" * 8, os.urandom(4096)])
-def test_other_files(tmp_path: Path, content: bytes) -> None:
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model.safetensors is truncated or no safetensors file"):
         load_model(path)
 
 
-def test_no_file_and_a_folder(tmp_path: Path) -> None:
+def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="none.safetensors does not exist"):
         load_model(tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -145,13 +145,13 @@ def test_no_file_and_a_folder(tmp_path: Path) -> None:
         (NAMES, "the precision, or the order or groups"),
     ],
 )
-def test_another_model(tmp_path: Path, names: dict[str, tuple[int, ...]], message: str) -> None:
+def test_checkpoint_of_other_model_is_refused(tmp_path: Path, names: dict[str, tuple[int, ...]], message: str) -> None:
     path = save_checkpoint(tmp_path, checkpoint(), keep=1)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path, "beef", names)
 
 
-def test_the_newest_are_kept(tmp_path: Path) -> None:
+def test_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for cursor in (5, 40, 300, 10**12 + 5, 10**13):
         save_checkpoint(tmp_path, checkpoint(cursor), keep=3)
     assert [int(path.stem) for path in list_checkpoints(tmp_path)] == [300, 10**12 + 5, 10**13]
@@ -162,7 +162,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path / "nothing") == []
 
 
-def test_a_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
+def test_checkpoint_is_replaced_atomically(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, checkpoint(), keep=1)
     other = checkpoint()
     other.fingerprint = "beef"
@@ -171,7 +171,7 @@ def test_a_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "."])
-def test_where_nothing_can_be_written(tmp_path: Path, name: str) -> None:
+def test_unwritable_checkpoint_folder(tmp_path: Path, name: str) -> None:
     """A file stands where the folder should be (permissions would not stop root)."""
     folder = tmp_path / "run"
     if name == ".":
@@ -184,13 +184,13 @@ def test_where_nothing_can_be_written(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission(tmp_path: Path) -> None:
+def test_folder_without_permission(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir(mode=0o500)
     with pytest.raises(CheckpointError, match="cannot be written"):
         save_checkpoint(tmp_path, checkpoint(), keep=1)
 
 
-def test_a_failed_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_checkpoint(tmp_path, checkpoint(), keep=1)
 
     def full(*_: Any) -> None:
@@ -203,7 +203,7 @@ def test_a_failed_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.M
     load_checkpoint(path, "f00d", NAMES)
 
 
-def test_the_model_is_plain_safetensors_that_others_may_read(tmp_path: Path) -> None:
+def test_model_is_a_plain_world_readable_safetensors_file(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
         path = save_model(tmp_path, nn.Linear(2, 3).state_dict(), {"framework": "pt"})
@@ -271,7 +271,7 @@ def run(job: Job, ranks: int, resume: Path | None = None) -> list[Any]:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("strategy", ["all_reduce", {"name": "parameter_server", "mode": "sync"}])
-def test_workers_take_up_their_own_buffers(tmp_path: Path, precision: str, strategy: Any) -> None:
+def test_workers_resume_with_their_own_buffers(tmp_path: Path, precision: str, strategy: Any) -> None:
     job = Job(
         model=Odd,
         data=partial(samples),

@@ -17,7 +17,7 @@ from hpctrain.job.explain import explain
 from hpctrain.run.claim import Claim, new_run, run_to_resume
 from hpctrain.run.identity import Identity
 from hpctrain.run.resume import FIXED, FREE, Change, Resume, binding, differences
-from tests.unit.test_runlock import leave
+from tests.unit.test_run_lock import leave
 
 LATEST = Resume("latest")
 FILE = """
@@ -76,7 +76,7 @@ def _outside_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # -- which run it is ---------------------------------------------------------------------------------------------
-def test_a_name_that_begins_alike_is_another_run(folder: Path):
+def test_runs_with_similar_names_are_distinct(folder: Path):
     """Also where a run folder was given another name."""
     adam = interrupted(job(file="digits-adam.toml"))
     assert resumed(job()) == ""
@@ -88,7 +88,7 @@ def test_a_name_that_begins_alike_is_another_run(folder: Path):
     assert resumed(job(file="digits-adam.toml")) == adam
 
 
-def test_outside_of_slurm_the_resolved_job_tells_runs_apart(folder: Path):
+def test_outside_slurm_the_resolved_job_identifies_a_run(folder: Path):
     first, other = interrupted(job()), interrupted(job("optimizer.lr=0.3", "seed=4"))
     assert resumed(job()) == first
     assert resumed(job("seed=4", "optimizer.lr=0.3")) == other  # however it is said
@@ -102,7 +102,7 @@ def test_outside_of_slurm_the_resolved_job_tells_runs_apart(folder: Path):
     assert resumed(job()) == ""
 
 
-def test_a_slurm_job_has_runs_of_its_own(folder: Path):
+def test_slurm_job_has_its_own_runs(folder: Path):
     outside, mine, theirs = interrupted(job()), interrupted(job(), slurm(20)), interrupted(job(), slurm(21))
     assert resumed(job(), slurm(20, restarts=1)) == mine
     assert resumed(job(), slurm(21, restarts=1)) == theirs
@@ -112,12 +112,12 @@ def test_a_slurm_job_has_runs_of_its_own(folder: Path):
     assert f"hpctrain train --resume {theirs}" in str(said)
 
 
-def test_tasks_of_an_array_that_requeue_do_not_take_each_others_runs(folder: Path):
+def test_requeued_array_tasks_keep_their_own_runs(folder: Path):
     runs = [interrupted(job(), slurm(20, task)) for task in range(3)]
     assert [resumed(job(), slurm(20, task, restarts=1)) for task in (2, 0, 1)] == [runs[2], runs[0], runs[1]]
 
 
-def test_a_job_file_that_was_edited_before_the_requeue_is_refused_by_its_keys(folder: Path):
+def test_job_file_edited_before_the_requeue_is_refused_by_key(folder: Path):
     mine = interrupted(job("seed=4"), slurm(20))
     (folder / "digits.toml").write_text(FILE.replace("0.05", "0.3").replace("8", "16") + 'nan = "skip"\n')
     with pytest.raises(CheckpointError) as caught:
@@ -141,7 +141,7 @@ def test_several_jobs_in_one_allocation_are_several_runs(folder: Path):
     assert resumed(job("seed=1", file="digits-b.toml"), slurm(20)) == ""
 
 
-def test_a_run_that_is_going_on_is_not_gone_on_with(folder: Path):
+def test_run_in_use_is_not_resumed(folder: Path):
     """Nor does a second one begin beside it, checkpoint or none; a dead one's lock holds nobody up."""
     for checkpoint in (False, True):
         claim = new_run(job(), slurm(20))
@@ -155,21 +155,21 @@ def test_a_run_that_is_going_on_is_not_gone_on_with(folder: Path):
         assert resumed(job(), slurm(20, restarts=1)) == (mine if checkpoint else "")
 
 
-def test_a_run_of_before_runs_had_identities(folder: Path):
+def test_run_without_a_recorded_identity(folder: Path):
     mine = interrupted(job("seed=4"))
     (mine / RUN).unlink()
     assert resumed(job("seed=4")) == mine
     assert "was begun outside of Slurm" in str(resumed(job("seed=4"), slurm(20)))
 
 
-def test_two_runs_that_begin_at_once_have_folders_of_their_own(folder: Path):
+def test_two_runs_started_at_once_get_their_own_folders(folder: Path):
     claims = [new_run(job()) for _ in range(5)]
     assert len({claim.folder for claim in claims}) == 5
     for claim in claims:
         claim.release()
 
 
-def test_what_cannot_be_made_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_failed_folder_creation_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -180,7 +180,7 @@ def test_what_cannot_be_made_leaves_nothing(folder: Path, monkeypatch: pytest.Mo
 
 
 # -- what the job may change -------------------------------------------------------------------------------------
-def test_what_was_overridden_is_in_the_run_folder(folder: Path):
+def test_overrides_are_recorded_in_the_run_folder(folder: Path):
     mine = interrupted(job("optimizer.lr=0.3", "seed=4"), slurm(20))
     assert (mine / JOB).read_text().splitlines()[0] == "# digits with optimizer.lr=0.3, seed=4"
     assert Identity.read(mine) == Identity("20", str(folder / "digits.toml"), ("optimizer.lr=0.3", "seed=4"))
@@ -190,7 +190,7 @@ def test_what_was_overridden_is_in_the_run_folder(folder: Path):
     assert Job.load(nasty / JOB).data.options == {"path": "a\n[model]"}
 
 
-def test_another_job_is_refused_unless_its_changes_are_to_be_taken(folder: Path):
+def test_differing_job_is_refused_unless_changes_are_taken(folder: Path):
     mine = interrupted(job("seed=4"))
     before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
     keys = ["optimizer.lr=0.3", "optimizer.betas=[0.5, 0.9]", "train.clip_norm=1", "trace.report=true"]
@@ -225,14 +225,14 @@ def test_another_job_is_refused_unless_its_changes_are_to_be_taken(folder: Path)
 @pytest.mark.parametrize(
     "change", ["seed=5", "data.name=mnist", "data.validation=0.2", "data.shuffle=false", "metric.goal=min"]
 )
-def test_what_a_run_keeps_to_its_end_is_refused_by_name(folder: Path, change: str):
+def test_changes_of_fixed_keys_are_refused_by_name(folder: Path, change: str):
     mine = interrupted(job())
     with pytest.raises(CheckpointError, match=rf"^{change.split('=')[0]} = .* begin a new run for that") as caught:
         resumed(job(change), resume=Resume(mine, changes="take"))
     assert "\n" not in str(caught.value)
 
 
-def test_many_changes_are_counted(folder: Path):
+def test_error_counts_changes_when_there_are_many(folder: Path):
     """And where a table has another name, that says it."""
     mine = interrupted(job())
     keys = ["threads=1", "seed=5", *(f"model.option{index}=1" for index in range(6))]
@@ -243,7 +243,7 @@ def test_many_changes_are_counted(folder: Path):
         resumed(job("strategy=parameter_server"), resume=Resume(mine))
 
 
-def test_an_object_of_a_program_is_the_same_whatever_its_line(folder: Path):
+def test_object_of_a_program_is_the_same_on_any_line(folder: Path):
     first = interrupted(Job(model=lambda: None, name="own"))
     second = Job(model=lambda: None, name="own")
     assert resumed(second, resume=Resume(first)) == first
@@ -251,7 +251,7 @@ def test_an_object_of_a_program_is_the_same_whatever_its_line(folder: Path):
         resumed(Job(model=Path, name="own"), resume=Resume(first))
 
 
-def test_keys_that_are_tables_and_lists_are_compared_one_by_one():
+def test_entries_of_tables_and_lists_are_compared_one_by_one():
     base = Job(phases=[{"strategy": "all_reduce", "until": {"rule": "after", "steps": 9}}, {"strategy": "all_reduce"}])
     other = base.override(["phases.0.until.steps=10"])
     assert differences(base.plain(), other.plain()) == [Change("phases.0.until.steps", 9, 10)]
@@ -263,14 +263,14 @@ def test_keys_that_are_tables_and_lists_are_compared_one_by_one():
     assert binding([Change("trace.report", 0, 1), Change("trace_more", 0, 1)]) == [Change("trace_more", 0, 1)]
 
 
-def test_every_key_of_the_tables_exists():
+def test_every_fixed_and_free_key_exists():
     known = {row.key for row in explain()}
     for key in (*FREE, *FIXED):
         assert any(name == key or name.startswith(key + ".") for name in known), key
 
 
 # -- what is said on the command line ----------------------------------------------------------------------------
-def test_the_command_line_says_what_to_resume(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_resume_option_on_the_command_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """With the run's own job, named or not, changes are meant; with another job they are not."""
     seen: list[tuple[Job, Resume | None]] = []
 
@@ -296,18 +296,18 @@ def test_the_command_line_says_what_to_resume(folder: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("words", [["--reset-optimizer"], ["--reset-optimizer", "--resume=latest"]])
-def test_a_reset_needs_a_run(folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]):
+def test_reset_optimizer_needs_a_run(folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]):
     assert main(["run", "digits.toml", *words]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("keys", [{"changes": "yes"}, {"optimizer": "no"}])
-def test_what_resume_can_be_told(keys: dict[str, str]):
+def test_values_of_resume_in_python(keys: dict[str, str]):
     with pytest.raises(JobError, match="must be"):
         Resume("runs/x", **keys)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("keys", [{"changes": "take"}, {"optimizer": "reset"}])
-def test_latest_goes_on_with_a_run_as_it_is(keys: dict[str, str]):
+def test_latest_continues_a_run_unchanged(keys: dict[str, str]):
     with pytest.raises(JobError, match="name the run folder"):
         Resume("latest", **keys)  # type: ignore[arg-type]

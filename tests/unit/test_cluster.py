@@ -81,7 +81,7 @@ def test_too_many_servers(size: int, servers: int, colocated: bool, message: str
         assign_roles([0] * size, servers, colocated)
 
 
-def test_cores_of_ranks_that_are_not_bound_are_divided() -> None:
+def test_unbound_ranks_share_the_cores() -> None:
     node = set(range(8))
     shares = [share_of_cores(node, [node] * ranks) for ranks in (1, 3, 8, 100)]
     assert [threads_for(share, "auto") for share in shares] == [8, 2, 1, 1]
@@ -89,7 +89,7 @@ def test_cores_of_ranks_that_are_not_bound_are_divided() -> None:
     assert threads_for(shares[1], 5) == 5
 
 
-def test_a_rank_that_is_bound_has_its_cores_for_itself() -> None:
+def test_bound_rank_has_its_cores_to_itself() -> None:
     bound = [{0, 1, 2, 3}, {4, 5, 6, 7}, {8}, {8}]
     assert [share_of_cores(mine, bound) for mine in bound] == [4, 4, 0.5, 0.5]
 

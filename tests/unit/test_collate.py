@@ -53,7 +53,7 @@ def as_targets(value: Any, precision: torch.dtype = torch.float32) -> Any:
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_arrays_as_numpy_makes_them(array: Any) -> None:
+def test_numpy_arrays_of_every_kind(array: Any) -> None:
     found = collate([array] * 3, INDICES)
     assert found.tolist() == [array.tolist()] * 3
     assert collate([(array, 1)] * 3, INDICES)[0].tolist() == [array.tolist()] * 3
@@ -103,7 +103,7 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in tensors_of(part)]
 
 
-def test_what_needs_no_cast_is_not_copied() -> None:
+def test_no_copy_when_no_cast_is_needed() -> None:
     batch = {"a": (torch.ones(2), torch.ones(2, dtype=torch.int32), "name")}
     assert as_inputs(batch) is batch
     assert as_targets(torch.ones(2, dtype=torch.int64)).dtype == torch.int64
@@ -168,7 +168,7 @@ class Difference(nn.Module):
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16", "mixed_bfloat16"])
-def test_runs_on_numpy_s_own_types(tmp_path: Path, precision: str) -> None:
+def test_runs_on_numpy_types(tmp_path: Path, precision: str) -> None:
     """Classes of any integer, and measured values; evaluated too."""
     soft = lambda i: np.eye(3)[i]  # noqa: E731
     for target, loss in ((np.uint8, "cross_entropy"), (np.uint16, "cross_entropy"), (np.int32, "cross_entropy"),

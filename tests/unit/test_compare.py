@@ -86,13 +86,13 @@ def change_schema(folder: Path, version=99) -> None:
 
 
 # -- what is computed of a run -------------------------------------------------------------------------------
-def test_time_to_a_loss_is_that_of_the_first_step_at_most_as_high(tmp_path):
+def test_time_to_a_loss_is_the_first_step_at_or_below_it(tmp_path):
     run = summary(make(tmp_path / "a"))
     assert run.time_to_loss(2.0, ROUND) == pytest.approx(0.3)
     assert run.time_to_loss(2.5, ROUND) == pytest.approx(0.3)
 
 
-def test_the_loss_is_averaged_over_the_window_of_samples(tmp_path):
+def test_loss_is_averaged_over_the_window_of_samples(tmp_path):
     run = summary(make(tmp_path / "a"))
     means = run.mean_losses(2 * ROUND)
     assert means["loss"].tolist() == pytest.approx([3.5, 2.5, 1.5])
@@ -101,19 +101,19 @@ def test_the_loss_is_averaged_over_the_window_of_samples(tmp_path):
     assert run.mean_losses(1.5 * ROUND)["loss"].tolist() == pytest.approx([(3 + 4 / 2) / 1.5, (2 + 3 / 2) / 1.5, 4 / 3])
 
 
-def test_steps_of_unknown_loss_count_as_time_but_not_in_the_mean(tmp_path):
+def test_steps_without_a_loss_count_as_time_but_not_in_the_mean(tmp_path):
     run = summary(make(tmp_path / "a", losses=(4.0, float("nan"), 2.0, 1.0)))
     assert run.time_to_loss(2.0, ROUND / 2) == pytest.approx(0.3)
     assert run.training_s == pytest.approx(0.4)
     assert run.steps == 4
 
 
-def test_a_loss_that_was_never_reached_takes_for_ever_and_one_without_losses_is_unknown(tmp_path):
+def test_unreached_loss_takes_forever_and_missing_losses_are_unknown(tmp_path):
     assert summary(make(tmp_path / "a")).time_to_loss(0.5, ROUND) == np.inf
     assert np.isnan(summary(make(tmp_path / "b", losses=(float("nan"),) * 3)).time_to_loss(0.5, ROUND))
 
 
-def test_time_to_a_metric_is_that_of_the_first_evaluation_as_good(tmp_path):
+def test_time_to_a_metric_is_the_first_evaluation_that_reaches_it(tmp_path):
     evaluations = [(1, "validation", 0.3), (2, "validation", 0.6), (3, "validation", 0.5), (4, "validation", 0.7)]
     run = summary(make(tmp_path / "a", evaluations=[*evaluations, (4, "test", 0.9)]))
     assert run.time_to_metric(0.4) == pytest.approx(0.2)
@@ -122,13 +122,13 @@ def test_time_to_a_metric_is_that_of_the_first_evaluation_as_good(tmp_path):
     assert (run.best_metric, run.test_metric, run.test_loss) == (0.7, 0.9, 5)
 
 
-def test_a_metric_that_is_better_when_lower_is_reached_from_above(tmp_path):
+def test_lower_is_better_metric_is_reached_from_above(tmp_path):
     run = summary(make(tmp_path / "a", goal="min", evaluations=[(1, "test", 0.8), (2, "test", 0.4), (4, "test", 0.6)]))
     assert run.time_to_metric(0.5) == pytest.approx(0.2)
     assert run.best_metric == 0.4
 
 
-def test_a_run_without_evaluation_has_no_time_to_a_metric(tmp_path):
+def test_run_without_evaluations_has_no_time_to_a_metric(tmp_path):
     run = summary(make(tmp_path / "a"))
     assert run.split == ""
     assert np.isnan([run.time_to_metric(0.5), run.best_metric, run.test_metric]).all()
@@ -155,7 +155,7 @@ def test_evaluation_counts_in_the_cost_but_not_in_the_training_time(tmp_path):
     assert found.rank_seconds == pytest.approx(1.0)
 
 
-def test_bytes_per_step_are_those_of_all_ranks(tmp_path):
+def test_bytes_per_step_cover_all_ranks(tmp_path):
     frame = frame_of(summary(make(tmp_path / "a", ranks=4)))
     assert frame["bytes_per_step"].iloc[0] == 4000
     assert frame["bytes_per_sample"].iloc[0] == 4000 / ROUND
@@ -174,7 +174,7 @@ def test_efficiency_is_weighted_by_the_seconds_of_the_phases(tmp_path):
     assert found.strategy == "all_reduce → parameter_server (async)"
 
 
-def test_staleness_is_that_of_all_gradients(tmp_path):
+def test_staleness_covers_all_gradients(tmp_path):
     with HandMade(tmp_path, 3, roles=["worker", "worker", "server"]) as run:
         run[2].phase(0, 0, "server", "parameter_server (async)")
         for rank in (0, 1):
@@ -190,7 +190,7 @@ def test_staleness_is_that_of_all_gradients(tmp_path):
     assert (found.workers, found.servers, found.steps) == ((2,), (1,), 20)
 
 
-def test_attempts_are_summed_without_the_time_between(tmp_path):
+def test_attempts_are_summed_without_the_time_in_between(tmp_path):
     make(tmp_path, losses=LOSSES[:2], killed=True)
     make(tmp_path, losses=LOSSES[2:], first=2, attempt=2)
     run = summary(tmp_path)
@@ -199,7 +199,7 @@ def test_attempts_are_summed_without_the_time_between(tmp_path):
     assert run.samples == 4 * ROUND
 
 
-def test_a_run_that_ended_before_its_first_step_is_shown_as_far_as_it_goes(tmp_path, capsys):
+def test_run_that_ended_before_its_first_step_is_shown(tmp_path, capsys):
     (tmp_path / "b").mkdir()
     with HandMade(tmp_path / "b", 2) as run:
         run[0].phase(0, 0, "worker", "all_reduce")
@@ -209,7 +209,7 @@ def test_a_run_that_ended_before_its_first_step_is_shown_as_far_as_it_goes(tmp_p
     assert "nan" not in told
 
 
-def test_a_killed_run_has_what_was_flushed(tmp_path, capsys):
+def test_killed_run_has_what_was_flushed(tmp_path, capsys):
     killed = make(tmp_path / "killed", losses=LOSSES[:3], killed=True)
     assert compare.main([make(tmp_path / "whole"), killed]) == 0
     told = capsys.readouterr().out
@@ -219,7 +219,7 @@ def test_a_killed_run_has_what_was_flushed(tmp_path, capsys):
 
 
 # -- targets -------------------------------------------------------------------------------------------------
-def test_by_default_the_targets_are_what_the_worst_run_reached_at_best(tmp_path):
+def test_default_targets_are_the_best_values_of_the_worst_run(tmp_path):
     good = summary(make(tmp_path / "a", evaluations=[(2, "test", 0.7), (4, "test", 0.9)]))
     bad = summary(make(tmp_path / "b", losses=(4.0, 3.0, 2.5, 2.6), evaluations=[(2, "test", 0.6), (4, "test", 0.5)]))
     targets = choose_targets({"A": good, "B": bad})
@@ -231,7 +231,7 @@ def test_by_default_the_targets_are_what_the_worst_run_reached_at_best(tmp_path)
     assert frame["time_to_metric_s"].tolist() == pytest.approx([0.2, 0.2])
 
 
-def test_targets_asked_for_may_be_out_of_reach_of_some(tmp_path, capsys):
+def test_requested_targets_need_not_be_reached_by_every_run(tmp_path, capsys):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", losses=(4.0, 3.0, 2.5, 2.6))]
     compare.main(runs, target_loss=1.5, csv=tmp_path / "c.csv")
     assert pd.read_csv(tmp_path / "c.csv")["time_to_loss_s"].tolist() == [pytest.approx(0.4), np.inf]
@@ -249,7 +249,7 @@ def test_different_metrics_are_not_compared(tmp_path):
 
 
 # -- scaling -------------------------------------------------------------------------------------------------
-def test_speed_up_efficiency_and_computation_scaling_against_a_baseline(tmp_path):
+def test_scaling_against_a_baseline(tmp_path):
     one = summary(make(tmp_path / "1", ranks=1, round_ms=100, busy_ms=80))
     four = summary(make(tmp_path / "4", ranks=4, round_ms=40, busy_ms=25))
     found = scaling(four, one)
@@ -259,19 +259,19 @@ def test_speed_up_efficiency_and_computation_scaling_against_a_baseline(tmp_path
     assert list(scaling(one, one).values()) == pytest.approx([1, 1, 1])
 
 
-def test_speed_up_is_of_equally_many_samples(tmp_path):
+def test_speed_up_compares_equal_numbers_of_samples(tmp_path):
     short = summary(make(tmp_path / "short", losses=LOSSES[:2]))
     assert scaling(short, summary(make(tmp_path / "long")))["speed_up"] == pytest.approx(1.0)
 
 
-def test_a_curve_is_of_one_strategy_and_in_the_order_of_ranks(tmp_path):
+def test_scaling_curve_has_one_strategy_ordered_by_ranks(tmp_path):
     runs = [summary(make(tmp_path / f"{i}", ranks=n, seed=i)) for i, n in enumerate((4, 1, 4))]
     found = curves(frame_of(*runs, baseline="B"))
     assert list(found) == ["all_reduce"]
     assert found["all_reduce"]["ranks"].tolist() == [1, 4, 4]
 
 
-def test_the_baseline_comes_first_and_only_once(tmp_path, capsys):
+def test_baseline_comes_first_and_only_once(tmp_path, capsys):
     runs = [make(tmp_path / name) for name in ("a", "b")]
     compare.main(runs, baseline=runs[1] / "job.toml", csv=tmp_path / "c.csv")
     frame = pd.read_csv(tmp_path / "c.csv")
@@ -280,7 +280,7 @@ def test_the_baseline_comes_first_and_only_once(tmp_path, capsys):
     assert "Scaling against A" in capsys.readouterr().out
 
 
-def test_a_baseline_that_cannot_be_read_is_said_and_the_others_compared(tmp_path, capsys):
+def test_unreadable_baseline_is_reported_and_the_rest_compared(tmp_path, capsys):
     compare.main([make(tmp_path / "a")], baseline=tmp_path / "none")
     told = " ".join(capsys.readouterr().out.split())
     assert "there is no such run folder" in told
@@ -288,14 +288,14 @@ def test_a_baseline_that_cannot_be_read_is_said_and_the_others_compared(tmp_path
 
 
 # -- notes ---------------------------------------------------------------------------------------------------
-def test_differing_job_keys_are_said_with_their_values(tmp_path):
+def test_differing_job_keys_are_listed_with_their_values(tmp_path):
     runs = {"A": summary(make(tmp_path / "a")), "B": summary(make(tmp_path / "b", model="convnet", seed=1))}
     notes = job_notes(runs)
     assert notes[0].startswith("the runs differ in model")
     assert notes[1:] == ["job key model.name differs: 'mlp' in A; 'convnet' in B"]
 
 
-def test_all_differing_keys_are_said_those_of_model_and_data_first(tmp_path):
+def test_all_differing_keys_are_listed_model_and_data_first(tmp_path):
     a, b = make(tmp_path / "a"), make(tmp_path / "b")
     text = (b / "job.toml").read_text().replace("epochs = 1.0", "epochs = 2.0").replace('"digits"', '"mnist"')
     (b / "job.toml").write_text(f"threads = 2\n{text}")
@@ -303,7 +303,7 @@ def test_all_differing_keys_are_said_those_of_model_and_data_first(tmp_path):
     assert [note.split()[2] for note in notes[1:]] == ["data.name", "train.epochs", "threads"]
 
 
-def test_seed_ranks_and_strategy_may_differ_without_a_word(tmp_path):
+def test_differing_seed_ranks_and_strategy_are_not_noted(tmp_path):
     runs = {"A": summary(make(tmp_path / "a")), "B": summary(make(tmp_path / "b", seed=7, ranks=4))}
     text = (tmp_path / "b" / "job.toml").read_text().replace("all_reduce", "parameter_server")
     (tmp_path / "b" / "job.toml").write_text(f'output = "x"\nranks = 4\n{text}')
@@ -312,19 +312,19 @@ def test_seed_ranks_and_strategy_may_differ_without_a_word(tmp_path):
     assert job_notes(runs) == []
 
 
-def test_what_most_runs_have_is_not_said_of_each():
+def test_notes_omit_what_most_runs_have_in_common():
     assert spread({"A": "1", "B": "2", "C": "1"}) == "1 in A, C; 2 in B"
     assert spread({"A": "1", "B": "2", "C": "1", "D": "1", "E": "1"}) == "2 in B; 1 in the others"
 
 
-def test_evaluations_of_different_samples_are_said(tmp_path):
+def test_evaluations_on_different_samples_are_noted(tmp_path):
     a = summary(make(tmp_path / "a", evaluations=[(2, "validation", 0.7), (4, "test", 0.9)]))
     b = summary(make(tmp_path / "b", evaluations=[(4, "test", 0.8)]))
     notes = choose_targets({"A": a, "B": b}).notes
     assert "validation samples in A; test samples in B" in notes[-1]
 
 
-def test_a_key_that_one_job_does_not_have_is_said(tmp_path):
+def test_key_missing_from_one_job_is_noted(tmp_path):
     runs = {"A": summary(make(tmp_path / "a")), "B": summary(make(tmp_path / "b"))}
     with open(tmp_path / "b" / "job.toml", "a") as file:
         file.write("[debug]\nslow = {2 = 2.0}\n")
@@ -332,7 +332,7 @@ def test_a_key_that_one_job_does_not_have_is_said(tmp_path):
     assert job_notes(runs) == ["job key debug.slow.2 differs: not set in A; 2.0 in B"]
 
 
-def test_a_run_of_another_schema_is_left_out_and_said(tmp_path, capsys):
+def test_run_of_another_schema_is_left_out_with_a_note(tmp_path, capsys):
     runs = [make(tmp_path / name) for name in ("a", "b", "c")]
     change_schema(runs[1])
     assert compare.main(runs, csv=tmp_path / "c.csv") == 0
@@ -342,26 +342,26 @@ def test_a_run_of_another_schema_is_left_out_and_said(tmp_path, capsys):
     assert "schema version 99" in told
 
 
-def test_without_a_readable_run_there_is_one_sentence(tmp_path):
+def test_no_readable_run_is_one_message(tmp_path):
     run = make(tmp_path / "a")
     change_schema(run)
     with pytest.raises(TraceError, match="there is no run to compare.*schema version 99.*no such run folder"):
         compare.main([run, tmp_path / "none"])
 
 
-def test_a_run_given_twice_is_shown_once(tmp_path):
+def test_run_given_twice_is_shown_once(tmp_path):
     run = make(tmp_path / "a")
     compare.main([run, run / "trace.h5", run], csv=tmp_path / "c.csv")
     assert len(pd.read_csv(tmp_path / "c.csv")) == 1
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders():
+def test_runs_with_equal_names_are_distinguished_by_folder():
     assert compare.distinct_names([Path("/x/a/run"), Path("/x/b/run")]) == ["a/run", "b/run"]
     assert compare.distinct_names([Path("/x/run"), Path("/x/b")]) == ["run", "b"]
 
 
 # -- table, CSV file, pictures -------------------------------------------------------------------------------
-def test_the_csv_file_reads_back(tmp_path):
+def test_csv_file_reads_back(tmp_path):
     evaluations = [(2, "test", 0.7), (4, "test", 0.9)]
     a = make(tmp_path / "a", evaluations=evaluations)
     runs = [a, make(tmp_path / "b", round_ms=50, busy_ms=30, evaluations=evaluations)]
@@ -372,7 +372,7 @@ def test_the_csv_file_reads_back(tmp_path):
     assert frame["samples_per_s"].tolist() == pytest.approx([320, 640])
 
 
-def test_the_table_fits_however_long_the_names_are(tmp_path):
+def test_table_fits_with_long_names(tmp_path):
     run = summary(make(tmp_path / ("very-long-name-" * 6), ranks=4, losses=[4e6, 123.0]))
     frame = frame_of(*[run] * 6, baseline="A")
     frame["strategy"] = "all_reduce → parameter_server (async)"
@@ -381,14 +381,14 @@ def test_the_table_fits_however_long_the_names_are(tmp_path):
     assert max(map(len, text.splitlines())) <= WIDTH
 
 
-def test_what_a_run_does_not_say_is_a_dash(tmp_path):
+def test_missing_values_are_shown_as_a_dash(tmp_path):
     text = as_text(frame_of(summary(make(tmp_path / "a"))), [], [])
     row = text.split("\n\n")[1].splitlines()[-1].split()
     assert row == ["A", "all_reduce", "0.40", "-", "1.000", "-", "-", "-", "-"]
     assert "nan" not in text
 
 
-def test_pictures_are_written_of_what_there_is(tmp_path):
+def test_figures_are_written_for_the_available_data(tmp_path):
     bare, evaluated = make(tmp_path / "a"), make(tmp_path / "b", evaluations=[(2, "test", 0.7)])
     compare.main([bare], output=tmp_path / "one")
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"loss.png", "bars.png"}
@@ -397,7 +397,7 @@ def test_pictures_are_written_of_what_there_is(tmp_path):
     assert names == {"loss.png", "metric.png", "bars.png", "scaling.png"}
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_unwritable_output_is_one_message(tmp_path):
     run = make(tmp_path / "a")
     (tmp_path / "file").write_text("")
     with pytest.raises(HpctrainError, match="choose another folder with -o"):

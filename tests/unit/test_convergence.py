@@ -39,7 +39,7 @@ def losses(folder):
     return Analysis(Run(folder)).convergence
 
 
-def test_a_round_is_one_update_with_the_loss_averaged_by_samples(tmp_path):
+def test_round_is_one_update_with_the_loss_averaged_by_samples(tmp_path):
     synchronous(tmp_path)
     found = losses(tmp_path)
     assert found["step"].tolist() == [1, 2, 3]
@@ -48,19 +48,19 @@ def test_a_round_is_one_update_with_the_loss_averaged_by_samples(tmp_path):
     assert found["phase"].tolist() == [0, 0, 0]
 
 
-def test_time_runs_from_the_first_span_and_training_time_leaves_evaluations_out(tmp_path):
+def test_time_starts_at_the_first_span_and_training_time_excludes_evaluations(tmp_path):
     synchronous(tmp_path)
     found = losses(tmp_path)
     assert found["t_s"].tolist() == pytest.approx([0.008, 0.028, 0.058])  # the first span begins at 2 ms
     assert found["seconds"].tolist() == pytest.approx([0.008, 0.028, 0.058 - 0.012])
 
 
-def test_bytes_are_those_of_messages_collectives_and_shared_sums_of_all_ranks_until_then(tmp_path):
+def test_bytes_sum_messages_collectives_and_shared_sums_of_all_ranks(tmp_path):
     synchronous(tmp_path)
     assert losses(tmp_path)["bytes"].tolist() == [220, 222, 2222]
 
 
-def test_what_a_server_sums_up_was_sent_to_it_and_does_not_count_twice(tmp_path):
+def test_server_sums_are_not_counted_twice(tmp_path):
     with HandMade(tmp_path, 3) as run:
         for rank, role in enumerate(["worker", "worker", "server"]):
             run[rank].phase(0.0, 0, role, "parameter_server (sync)")
@@ -74,7 +74,7 @@ def test_what_a_server_sums_up_was_sent_to_it_and_does_not_count_twice(tmp_path)
     assert losses(tmp_path)["bytes"].tolist() == [200]
 
 
-def test_what_is_sent_before_training_begins_is_not_counted(tmp_path):
+def test_bytes_sent_before_training_are_not_counted(tmp_path):
     with HandMade(tmp_path, 2) as run:
         for rank in (0, 1):
             run[rank].span("send", 0.0, 1.0, bytes=10**6, peer=1 - rank, id=1)
@@ -98,7 +98,7 @@ def asynchronous(folder):
     return run
 
 
-def test_asynchronous_updates_are_in_order_each_with_its_own_loss(tmp_path):
+def test_asynchronous_updates_are_ordered_each_with_its_own_loss(tmp_path):
     asynchronous(tmp_path)
     found = losses(tmp_path)
     assert found["samples"].tolist() == [32, 64, 96, 128]
@@ -106,7 +106,7 @@ def test_asynchronous_updates_are_in_order_each_with_its_own_loss(tmp_path):
     assert found["step"].tolist() == [1, 2, 3, 4]
 
 
-def test_time_never_runs_backwards_where_workers_hear_of_their_updates_in_another_order(tmp_path):
+def test_time_is_monotonic_when_workers_learn_of_updates_out_of_order(tmp_path):
     with HandMade(tmp_path, 2) as run:
         for rank in (0, 1):
             run[rank].phase(0.0, 0, "worker", "parameter_server (async)")
@@ -118,7 +118,7 @@ def test_time_never_runs_backwards_where_workers_hear_of_their_updates_in_anothe
     assert found["t_s"].tolist() == pytest.approx([0.02, 0.02])
 
 
-def test_without_cursors_samples_are_counted_in_the_order_of_time(tmp_path):
+def test_without_cursors_samples_are_counted_in_time_order(tmp_path):
     with HandMade(tmp_path, 2) as run:
         for rank in (0, 1):
             run[rank].phase(0.0, 0, "worker", "my_strategy")
@@ -127,7 +127,7 @@ def test_without_cursors_samples_are_counted_in_the_order_of_time(tmp_path):
     assert losses(tmp_path)["samples"].tolist() == [8, 16]
 
 
-def test_a_loss_that_is_not_finite_is_left_out_of_the_mean(tmp_path):
+def test_non_finite_loss_is_left_out_of_the_mean(tmp_path):
     with HandMade(tmp_path, 2) as run:
         for rank in (0, 1):
             run[rank].phase(0.0, 0, "worker", "all_reduce")
@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_is_left_out_of_the_mean(tmp_path):
     assert found["loss"].isna().tolist() == [False, True]
 
 
-def test_what_a_resumed_run_did_twice_counts_once(tmp_path):
+def test_steps_repeated_after_resuming_count_once(tmp_path):
     with HandMade(tmp_path, 1) as run:
         run[0].phase(0.0, 0, "worker", "all_reduce")
         work(run[0], 0.0, 1.0, 0)
@@ -158,7 +158,7 @@ def test_what_a_resumed_run_did_twice_counts_once(tmp_path):
     assert analysis.rules["samples"].tolist() == [64]
 
 
-def test_evaluations_have_the_clocks_of_the_update_before_them(tmp_path):
+def test_evaluations_have_the_clocks_of_the_preceding_update(tmp_path):
     synchronous(tmp_path)
     (tmp_path / "metrics.csv").write_text(METRICS + "2,128,1.0,0.02,validation,2.5,0.75\n3,168,1.3,0.04,test,2.0,0.9\n")
     found = Analysis(Run(tmp_path)).metrics
@@ -168,21 +168,21 @@ def test_evaluations_have_the_clocks_of_the_update_before_them(tmp_path):
     assert found["metric"].tolist() == [0.75, 0.9]
 
 
-def test_a_run_without_evaluations_has_none(tmp_path):
+def test_run_without_evaluations_has_none(tmp_path):
     synchronous(tmp_path)
     found = Analysis(Run(tmp_path)).metrics
     assert len(found) == 0
     assert {"samples", "seconds", "bytes", "loss", "metric"} <= set(found.columns)
 
 
-def test_a_run_without_steps_has_no_losses(tmp_path):
+def test_run_without_steps_has_no_losses(tmp_path):
     with HandMade(tmp_path, 1) as run:
         run[0].phase(0.0, 0, "worker", "all_reduce")
     analysis = Analysis(Run(tmp_path))
     assert len(analysis.convergence) == len(analysis.metrics) == len(analysis.staleness) == len(analysis.rules) == 0
 
 
-def test_staleness_is_that_of_every_asynchronous_gradient(tmp_path):
+def test_staleness_of_every_asynchronous_gradient(tmp_path):
     asynchronous(tmp_path)
     found = Analysis(Run(tmp_path)).staleness
     assert found[["rank", "step", "staleness_min", "staleness_max"]].to_numpy().tolist() == [
@@ -211,14 +211,14 @@ def told(folder, *events):
     return Analysis(Run(folder)).rules
 
 
-def test_what_all_ranks_tell_alike_is_one_row_as_often_as_it_was_told(tmp_path):
+def test_equal_events_of_all_ranks_are_merged_per_occurrence(tmp_path):
     rules = told(tmp_path, (9.0, "rule", "loss_stable 0.5 > 0.01"), (19.0, "rule", "loss_stable 0.5 > 0.01"))
     assert rules["t_s"].tolist() == pytest.approx([0.009, 0.019])
     assert rules["samples"].tolist() == [64, 128]
     assert rules["rule"].tolist() == ["loss_stable"] * 2
 
 
-def test_the_moment_a_rule_fired_is_known_and_told_once(tmp_path):
+def test_moment_a_rule_fired_is_reported_once(tmp_path):
     rules = told(
         tmp_path,
         (9.0, "rule", "loss_stable 0.0500 > 0.01, not armed: loss 2.05 of first 2.31"),
@@ -244,7 +244,7 @@ def test_the_moment_a_rule_fired_is_known_and_told_once(tmp_path):
         ("", None, None, False),
     ],
 )
-def test_the_texts_of_rules_are_understood(tmp_path, text, statistic, threshold, fired):
+def test_rule_messages_are_parsed(tmp_path, text, statistic, threshold, fired):
     (row,) = told(tmp_path, (9.0, "rule", text)).to_dict("records")
     assert row["text"] == text
     assert row["fired"] is fired
@@ -252,13 +252,13 @@ def test_the_texts_of_rules_are_understood(tmp_path, text, statistic, threshold,
         assert row[name] == pytest.approx(float("nan") if expected is None else expected, nan_ok=True)
 
 
-def test_a_phase_that_ends_without_a_statistic_has_a_row(tmp_path):
+def test_phase_that_ends_without_a_statistic_has_a_row(tmp_path):
     (row,) = told(tmp_path, (21.0, "switch", "after 128 >= 128 samples")).to_dict("records")
     assert (row["text"], row["fired"]) == ("after 128 >= 128 samples", True)
     assert row["statistic"] != row["statistic"]
 
 
-def test_a_run_that_tells_of_no_phases_has_losses_and_no_rules(tmp_path):
+def test_run_without_phase_events_has_losses_and_no_rules(tmp_path):
     with HandMade(tmp_path, 1) as run:
         for step in range(3):
             run[0].done(10.0 * (step + 1), step, loss=1.0, cursor=32 * (step + 1))

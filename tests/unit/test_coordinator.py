@@ -90,7 +90,7 @@ def some(message: Any, *names: str) -> tuple[Any, ...]:
 
 # -- whatever the mode -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", list(MODES))
-def test_the_last_worker_that_leaves_ends_the_phase(mode: str):
+def test_last_worker_to_leave_ends_the_phase(mode: str):
     tested = coordinator(mode)
     assert len(tested.begin(0)) == 3
     assert tested.receive(2, LEAVE, 0) == tested.receive(0, LEAVE, 0) == []
@@ -99,21 +99,21 @@ def test_the_last_worker_that_leaves_ends_the_phase(mode: str):
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_state_is_asked_of_all_servers(mode: str):
+def test_state_is_requested_from_all_servers(mode: str):
     tested = coordinator(mode)
     tested.begin(0)
     assert tested.receive(0, STATE, 0) == [Decision(What.STATE)]
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_a_checkpoint_keeps_version_and_dropped(mode: str):
+def test_checkpoint_keeps_version_and_dropped_count(mode: str):
     tested = coordinator(mode)
     tested.load({"version": 7.0, "dropped": 2.0, "clip of worker 0": 1.0})
     assert tested.state() == {"version": 7, "dropped": 2}
     assert [reply.version for reply in tested.begin(0)] == [7, 7, 7]
 
 
-def test_the_reason_why_a_rule_ends_the_phase_is_in_the_replies():
+def test_replies_carry_the_reason_a_rule_ended_the_phase():
     class Flat(Rule):
         def observe(self, cursor: int, loss: float) -> str | None:
             return "loss is flat"
@@ -126,7 +126,7 @@ def test_the_reason_why_a_rule_ends_the_phase_is_in_the_replies():
 
 
 # -- rounds ------------------------------------------------------------------------------------------------------
-def test_a_round_closes_when_all_workers_have_pushed():
+def test_round_closes_when_all_workers_have_pushed():
     tested = coordinator("sync", rate=lambda cursor: 0.5 + cursor, momentum=lambda cursor: 0.25 + cursor, cursor=12)
     assert tested.begin(0) == [Reply(worker, 12, 0) for worker in range(3)]
     bits = [np.array([True, False, False]), np.array([False, True, False]), np.array([False, True, False])]
@@ -139,7 +139,7 @@ def test_a_round_closes_when_all_workers_have_pushed():
     assert decision.used.tolist() == [True, True, False]
 
 
-def test_what_is_asked_after_a_round_is_asked_of_all():
+def test_requests_after_a_round_go_to_all_workers():
     tested = coordinator("sync", conductor=evaluating(24))
     asked = []
     for number in range(1, 5):
@@ -151,7 +151,7 @@ def test_what_is_asked_after_a_round_is_asked_of_all():
 
 
 @pytest.mark.parametrize(("loss", "bad"), [(NAN, 0), (1.0, 2)])
-def test_a_round_with_nan_ends_the_phase_on_all_ranks(loss: float, bad: int):
+def test_nan_in_a_round_ends_the_phase_on_all_ranks(loss: float, bad: int):
     tested = coordinator("sync")
     tested.receive(0, step(end=12, step=5), 0)
     tested.receive(1, step(0, loss, end=12, step=5, bad=bad), 0)
@@ -165,7 +165,7 @@ def test_a_round_with_nan_ends_the_phase_on_all_ranks(loss: float, bad: int):
     assert tested.left == {0, 1, 2}
 
 
-def test_a_round_with_nan_can_be_skipped():
+def test_nan_skip_leaves_the_round_out():
     tested = coordinator("sync", nan="skip")
     tested.receive(0, step(end=12), 0)
     tested.receive(1, step(0, NAN, end=12), 0)
@@ -179,7 +179,7 @@ def test_a_round_with_nan_can_be_skipped():
     assert decisions(messages)[0].what is What.UPDATE
 
 
-def test_backup_workers_are_not_waited_for_and_their_late_gradients_are_dropped():
+def test_backup_workers_are_not_waited_for_and_late_gradients_are_dropped():
     tested = coordinator("sync", backup_workers=1)
     assert tested.receive(0, step(end=12), 0) == []
     messages = tested.receive(2, step(end=12), 0)
@@ -194,7 +194,7 @@ def test_backup_workers_are_not_waited_for_and_their_late_gradients_are_dropped(
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_a_late_loss_that_is_nan_does_no_harm(policy: str):
+def test_late_nan_loss_is_ignored(policy: str):
     tested = coordinator("sync", backup_workers=1, nan=policy)
     tested.receive(0, step(end=12), 0)
     tested.receive(2, step(end=12), 0)
@@ -202,7 +202,7 @@ def test_a_late_loss_that_is_nan_does_no_harm(policy: str):
     assert (late.result, late.nan) == ("dropped", None)
 
 
-def test_a_late_worker_gets_the_nan_of_the_others():
+def test_late_worker_learns_of_the_nan():
     tested = coordinator("sync", backup_workers=1)
     tested.receive(0, step(0, NAN, end=12), 0)
     messages = tested.receive(2, step(end=12), 0)
@@ -215,7 +215,7 @@ def test_a_late_worker_gets_the_nan_of_the_others():
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])
-def test_all_are_dismissed_where_a_worker_has_withdrawn_and_the_others_wait_for_it(first: int):
+def test_all_are_dismissed_when_waiting_for_a_withdrawn_worker(first: int):
     tested = coordinator("sync")
     steps: list[tuple[int, Header]] = [(1, step(end=12)), (2, step(end=12))]
     steps.insert(first, (0, WITHDRAW))
@@ -225,7 +225,7 @@ def test_all_are_dismissed_where_a_worker_has_withdrawn_and_the_others_wait_for_
     assert decision == Decision(What.DROP, take=(1, 2), give=(0, 1, 2))
 
 
-def test_a_round_goes_on_without_a_backup_worker_that_has_withdrawn_until_something_is_asked():
+def test_rounds_continue_without_a_withdrawn_backup_worker_until_a_request():
     tested = coordinator("sync", backup_workers=1, conductor=evaluating(24))
     assert tested.receive(1, WITHDRAW, 0) == []
     tested.receive(0, step(end=12), 0)
@@ -238,7 +238,7 @@ def test_a_round_goes_on_without_a_backup_worker_that_has_withdrawn_until_someth
     assert some(decisions(messages)[0], "take", "give") == ((0, 2), (0, 2, 1))
 
 
-def test_a_round_does_not_wait_for_more_workers_than_are_left():
+def test_round_waits_only_for_the_remaining_workers():
     tested = coordinator("sync", 4, backup_workers=1)
     tested.receive(1, WITHDRAW, 0)
     tested.receive(2, WITHDRAW, 0)
@@ -246,7 +246,7 @@ def test_a_round_does_not_wait_for_more_workers_than_are_left():
     assert some(decisions(tested.receive(3, step(end=16), 0))[0], "what", "take") == (What.UPDATE, (0, 3))
 
 
-def test_nan_ends_the_phase_also_on_a_backup_worker_that_has_withdrawn():
+def test_nan_ends_the_phase_on_a_withdrawn_backup_worker_too():
     tested = coordinator("sync", backup_workers=1)
     tested.receive(1, WITHDRAW, 0)
     tested.receive(0, step(end=12), 0)
@@ -259,7 +259,7 @@ def test_nan_ends_the_phase_also_on_a_backup_worker_that_has_withdrawn():
     ]  # fmt: skip
 
 
-def test_workers_that_all_withdraw_are_dismissed():
+def test_all_workers_withdrawing_are_dismissed():
     tested = coordinator("sync", 2)
     assert tested.receive(0, WITHDRAW, 0) == []
     *answers, decision = tested.receive(1, WITHDRAW, 0)
@@ -268,14 +268,14 @@ def test_workers_that_all_withdraw_are_dismissed():
 
 
 # -- asynchronous ------------------------------------------------------------------------------------------------
-def test_a_static_queue_deals_to_each_worker_its_share_of_a_round():
+def test_static_queue_deals_each_worker_its_share_of_a_round():
     tested = coordinator("async", cursor=100)
     assert [reply.slices for reply in tested.begin(0)] == [((100, 104),), ((104, 108),), ((108, 112),)]
     assert [reply.slices for reply in replies(tested.receive(1, step(), 0))] == [((116, 120),)]
     assert [reply.slices for reply in replies(tested.receive(1, step(1), 0))] == [((128, 132),)]
 
 
-def test_a_shared_queue_deals_the_next_samples_to_whoever_pushes():
+def test_shared_queue_deals_the_next_samples_to_the_pushing_worker():
     tested = coordinator("async", queue="shared")
     assert [reply.slices for reply in tested.begin(0)] == [((0, 4),), ((4, 8),), ((8, 12),)]
     assert [reply.slices for reply in replies(tested.receive(1, step(), 0))] == [((12, 16),)]
@@ -284,13 +284,13 @@ def test_a_shared_queue_deals_the_next_samples_to_whoever_pushes():
 
 
 @pytest.mark.parametrize("queue", QUEUES)
-def test_workers_are_dealt_stretches_ahead(queue: str):
+def test_workers_get_stretches_ahead(queue: str):
     tested = coordinator("async", queue=queue, ahead=2)  # besides the next one
     assert [len(reply.slices) for reply in tested.begin(0)] == [3, 3, 3]
     assert [len(reply.slices) for reply in replies(tested.receive(1, step(), 0))] == [1]
 
 
-def test_every_gradient_is_an_update_as_it_comes():
+def test_every_gradient_is_an_update_as_it_arrives():
     tested = coordinator(
         "async", rate=lambda cursor: 100.0 + cursor, momentum=lambda cursor: 200.0 + cursor,
         per_update=lambda staleness: 2.0**staleness,
@@ -321,7 +321,7 @@ def test_every_gradient_is_an_update_as_it_comes():
 
 
 @pytest.mark.parametrize("queue", QUEUES)
-def test_before_an_evaluation_replies_are_held_back_until_all_have_come(queue: str):
+def test_replies_are_held_back_before_an_evaluation_until_all_have_pushed(queue: str):
     tested = coordinator("async", conductor=evaluating(12), queue=queue)
     tested.begin(0)
     assert tested.receive(1, step(), 1000) == [
@@ -336,7 +336,7 @@ def test_before_an_evaluation_replies_are_held_back_until_all_have_come(queue: s
     assert some(decision, "take", "give", "version") == ((2,), (0, 1, 2), 3)
 
 
-def test_a_wish_is_asked_of_all_as_soon_as_what_was_dealt_is_done():
+def test_wish_is_granted_once_all_dealt_samples_are_done():
     tested = coordinator("async", queue="shared")
     tested.begin(0)
     for worker in range(3):  # each has another stretch by now
@@ -348,7 +348,7 @@ def test_a_wish_is_asked_of_all_as_soon_as_what_was_dealt_is_done():
 
 
 @pytest.mark.parametrize("mode", ["async", "bounded"])
-def test_nan_ends_the_phase_on_the_workers_that_wait_and_on_the_others_as_they_push(mode: str):
+def test_nan_ends_the_phase_on_waiting_workers_and_on_the_rest_as_they_push(mode: str):
     tested = coordinator(mode, 4, conductor=evaluating(16))
     tested.begin(0)
     assert replies(tested.receive(2, step(), 0)) == []  # held back until the evaluation
@@ -367,7 +367,7 @@ def test_nan_ends_the_phase_on_the_workers_that_wait_and_on_the_others_as_they_p
 
 
 @pytest.mark.parametrize("mode", ["async", "bounded"])
-def test_nan_ends_the_phase_also_on_a_worker_that_has_withdrawn(mode: str):
+def test_nan_ends_the_phase_on_a_withdrawn_worker_too(mode: str):
     tested = coordinator(mode, 2)
     tested.begin(0)
     tested.receive(1, WITHDRAW, 0)
@@ -377,7 +377,7 @@ def test_nan_ends_the_phase_also_on_a_worker_that_has_withdrawn(mode: str):
 
 
 @pytest.mark.parametrize(("loss", "bad"), [(NAN, 0), (1.0, 2)])
-def test_an_update_that_is_nan_can_be_skipped(loss: float, bad: int):
+def test_nan_skip_leaves_the_update_out(loss: float, bad: int):
     tested = coordinator("async", nan="skip")
     tested.begin(0)
     tested.receive(0, step(0, 2.0), 0)
@@ -387,7 +387,7 @@ def test_an_update_that_is_nan_can_be_skipped(loss: float, bad: int):
 
 
 @pytest.mark.parametrize("mode", ["async", "bounded"])
-def test_workers_finish_what_they_were_dealt_and_are_dismissed_where_one_has_withdrawn(mode: str):
+def test_after_a_withdrawal_workers_finish_their_stretches_and_are_dismissed(mode: str):
     tested = coordinator(mode, conductor=evaluating(24))
     tested.begin(0)
     assert decisions(tested.receive(1, WITHDRAW, 0)) == [Decision(What.DROP)]
@@ -403,7 +403,7 @@ def test_workers_finish_what_they_were_dealt_and_are_dismissed_where_one_has_wit
 
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
-def test_a_worker_waits_that_is_too_far_ahead_of_the_slowest(bound: int):
+def test_worker_too_far_ahead_of_the_slowest_waits(bound: int):
     tested = coordinator("bounded", 2, bound=bound)
     tested.begin(0)
     for ahead in range(1, bound + 1):
@@ -413,7 +413,7 @@ def test_a_worker_waits_that_is_too_far_ahead_of_the_slowest(bound: int):
     assert held == {0: 150, 1: 0}
 
 
-def test_of_workers_that_may_go_on_the_one_with_fewest_steps_comes_first():
+def test_released_workers_continue_fewest_steps_first():
     tested = coordinator("bounded", 2, bound=1, queue="shared")
     tested.begin(0)
     tested.receive(0, step(), 0)
@@ -422,7 +422,7 @@ def test_of_workers_that_may_go_on_the_one_with_fewest_steps_comes_first():
     assert found == [(1, ((12, 16),)), (0, ((16, 20),))]
 
 
-def test_the_bound_counts_from_where_all_workers_were_last_together():
+def test_bound_counts_from_the_last_point_all_workers_shared():
     tested = coordinator("bounded", 2, bound=2, queue="shared", conductor=evaluating(16))
     tested.begin(0)
     for worker in (0, 0, 0, 1):
@@ -498,7 +498,7 @@ class Play:
     workers=st.integers(1, 5), batch=st.integers(1, 4), epoch=st.integers(1, 30), ahead=st.integers(0, 3),
     every=st.integers(1, 40), bound=st.none() | st.integers(0, 3), queue=st.sampled_from(QUEUES), data=st.data(),
 )  # fmt: skip
-def test_each_sample_once_and_a_prefix_of_them_wherever_something_is_asked(
+def test_each_sample_once_and_a_prefix_at_every_request(
     workers: int, batch: int, epoch: int, ahead: int, every: int, bound: int | None, queue: str, data: st.DataObject
 ):
     keys: Any = {"mode": "async"} if bound is None else {"mode": "bounded", "bound": bound}
@@ -519,7 +519,7 @@ def test_each_sample_once_and_a_prefix_of_them_wherever_something_is_asked(
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("queue", QUEUES)
 @pytest.mark.parametrize("bound", [0, 1, 2, 3, 7])
-def test_a_bound_is_used_and_never_exceeded(bound: int, queue: str, seed: int):
+def test_bound_is_used_and_never_exceeded(bound: int, queue: str, seed: int):
     random = np.random.default_rng(seed)
     tested = coordinator("bounded", 4, bound=bound, queue=queue, conductor=evaluating(0, 400))
     weights = np.array([8.0, 4.0, 4.0, 1.0])  # how quick they are
@@ -557,7 +557,7 @@ def sent(source: Any, target: Any) -> Any:
     numbers=st.tuples(NUMBERS, NUMBERS, NUMBERS),
     data=st.data(),
 )
-def test_a_header_survives_the_wire(slots: int, kind: HeaderKind, numbers: tuple[int, int, int], data: st.DataObject):
+def test_header_survives_the_wire(slots: int, kind: HeaderKind, numbers: tuple[int, int, int], data: st.DataObject):
     used = data.draw(
         st.none() | st.lists(st.booleans(), min_size=slots, max_size=slots).filter(lambda bits: not all(bits))
     )
@@ -575,7 +575,7 @@ def test_a_header_survives_the_wire(slots: int, kind: HeaderKind, numbers: tuple
     data=st.data(), text=st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=100),
     slices=st.lists(st.tuples(NUMBERS, NUMBERS), max_size=STRETCHES),
 )  # fmt: skip
-def test_a_reply_survives_the_wire(data: st.DataObject, text: str, slices: list[Stretch]):
+def test_reply_survives_the_wire(data: st.DataObject, text: str, slices: list[Stretch]):
     record = ReplyRecord(STRETCHES)
     record.write(
         Reply(
@@ -593,7 +593,7 @@ def test_a_reply_survives_the_wire(data: st.DataObject, text: str, slices: list[
 
 @settings(deadline=None)
 @given(slots=st.integers(1, 70), what=st.sampled_from(What), data=st.data())
-def test_a_decision_survives_the_wire(slots: int, what: What, data: st.DataObject):
+def test_decision_survives_the_wire(slots: int, what: What, data: st.DataObject):
     workers = st.sets(st.integers(0, WORKERS - 1)).map(lambda chosen: tuple(sorted(chosen)))
     used = data.draw(
         st.none() | st.lists(st.booleans(), min_size=slots, max_size=slots).filter(lambda bits: not all(bits))
@@ -609,7 +609,7 @@ def test_a_decision_survives_the_wire(slots: int, what: What, data: st.DataObjec
 
 
 @pytest.mark.parametrize("character", ["a", "é", "訓", "🚂"])
-def test_a_long_reason_is_cut_between_two_characters(character: str):
+def test_long_reason_is_cut_between_two_characters(character: str):
     record, fits = ReplyRecord(1), character * (WHY // len(character.encode()))
     for text in (fits, fits + character, 3 * fits):
         record.write(Reply(0, 0, 0, why=text))
@@ -621,6 +621,6 @@ def test_a_long_reason_is_cut_between_two_characters(character: str):
             assert found == character * (len(found) - 1) + "…"
 
 
-def test_more_stretches_than_were_agreed_on_are_refused():
+def test_too_many_stretches_in_a_reply_are_refused():
     with pytest.raises(ValueError, match="broadcast"):
         ReplyRecord(1).write(Reply(0, 0, 0, slices=((0, 1), (1, 2))))

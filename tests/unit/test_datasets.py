@@ -53,7 +53,7 @@ def test_digits() -> None:
     assert splits.validation is None
 
 
-def test_digits_are_scikit_learn_s_and_its_test_part_never_changes() -> None:
+def test_digits_match_scikit_learn_with_a_fixed_test_part() -> None:
     loaded = pytest.importorskip("sklearn.datasets").load_digits()
     splits = digits()
     ours = torch.cat([splits.train.tensors[0], splits.test.tensors[0]]).flatten(1) * 16
@@ -96,7 +96,7 @@ def test_mnist_from_idx_files(folder: Path) -> None:
     assert len(mnist(path=str(folder), limit=7).test) == 5
 
 
-def test_mnist_is_found_by_the_environment(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_mnist_is_found_through_the_environment(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     inner = tmp_path / "all" / "mnist"
     inner.mkdir(parents=True)
     for file in folder.iterdir():
@@ -181,7 +181,7 @@ def test_corrupt_mnist_files_are_named(folder: Path, fault: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_no_more_is_read_than_the_header_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_read_than_the_header_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small file may unpack to any length."""
 
     class Bomb(io.BytesIO):
@@ -198,7 +198,7 @@ def test_no_more_is_read_than_the_header_says(monkeypatch: pytest.MonkeyPatch) -
         read_idx(Path("bomb"))
 
 
-def test_mnist_folders_that_are_none(tmp_path: Path) -> None:
+def test_missing_or_wrong_mnist_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the MNIST folder .*/nowhere does not exist; .* HPCTRAIN_DATA"):
         mnist(path=str(tmp_path / "nowhere"))
     (tmp_path / "file").touch()
@@ -215,7 +215,7 @@ def test_mnist_folders_that_are_none(tmp_path: Path) -> None:
         mnist(path=wrong)
 
 
-def test_the_real_mnist() -> None:
+def test_real_mnist() -> None:
     places = [os.environ.get("HPCTRAIN_DATA"), REPOSITORY.parent / "shared" / "data"]
     found = [Path(place) for place in places if place and (Path(place) / "mnist").is_dir()]
     if not found:
@@ -267,7 +267,7 @@ def test_what_a_data_function_may_return() -> None:
     assert isinstance(load_data(job(Endless)).train, Endless)
 
 
-def test_orders_of_data_sets() -> None:
+def test_orders_of_data_set_kinds() -> None:
     assert make_order(Plain(), 3).length == 10
     assert make_order(Plain(), 3).shuffle
     assert make_order(Endless(), 3).length is None
@@ -275,7 +275,7 @@ def test_orders_of_data_sets() -> None:
 
 
 @pytest.mark.parametrize("validation", [0.1, 0.33])
-def test_validation_is_held_back_by_class_and_seed(validation: float) -> None:
+def test_validation_split_depends_on_class_and_seed(validation: float) -> None:
     data = labelled(100, 50, 10)
     splits = load_data(job(data, validation, seed=1))
     assert len(splits.validation) == round(validation * 160)
@@ -292,7 +292,7 @@ def test_validation_is_held_back_by_class_and_seed(validation: float) -> None:
     assert (len(unknown.train), len(unknown.validation)) == (8, 2)
 
 
-def test_stratified_is_exact() -> None:
+def test_stratified_split_is_exact() -> None:
     targets = np.repeat([4, 7, 9], [1, 10, 23])
     for count in range(35):
         mask = stratified(targets, count, 0)
@@ -301,7 +301,7 @@ def test_stratified_is_exact() -> None:
         assert max(np.abs(shares)) < 1
 
 
-def test_targets_that_are_known() -> None:
+def test_known_targets() -> None:
     data = labelled(2, 3)
     assert known_targets(Subset(Subset(data, [4, 1, 0]), [2, 0])).tolist() == [0, 1]  # type: ignore[union-attr]
     assert known_targets(TensorDataset(torch.ones(3), torch.ones(3))) is None
@@ -334,13 +334,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_data_that_is_refused(case: str) -> None:
+def test_refused_data(case: str) -> None:
     wrong, message = REFUSED[case]
     with pytest.raises(DataError, match=message):
         load_data(wrong)
 
 
-def test_an_error_of_a_data_function_passes_through() -> None:
+def test_data_function_error_passes_through() -> None:
     def broken() -> None:
         raise ZeroDivisionError("mine")
 

@@ -133,7 +133,7 @@ def test_messages_of_every_dtype(kind: type[DeviceCommunicator], dtype: np.dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_still_reads_a_buffer_is_waited_for_before_it_is_received_into(kind: type[DeviceCommunicator]) -> None:
+def test_receive_waits_for_pending_reads_of_its_buffer(kind: type[DeviceCommunicator]) -> None:
     old, new = values(50, np.dtype(np.float32), 1), values(50, np.dtype(np.float32), 2)
 
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
@@ -157,7 +157,7 @@ def test_what_still_reads_a_buffer_is_waited_for_before_it_is_received_into(kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_messages_of_one_sender_keep_their_order(kind: type[DeviceCommunicator]) -> None:
+def test_messages_of_a_sender_keep_their_order(kind: type[DeviceCommunicator]) -> None:
     lengths = [100, 3, 50, 0, 17]
 
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
@@ -176,7 +176,7 @@ def test_messages_of_one_sender_keep_their_order(kind: type[DeviceCommunicator])
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_everybody_sends_and_receives_at_once(kind: type[DeviceCommunicator], size: int) -> None:
+def test_all_ranks_send_and_receive_at_once(kind: type[DeviceCommunicator], size: int) -> None:
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
         left, right = (comm.rank - 1) % size, (comm.rank + 1) % size
         out = cuda.array(values(60 + comm.rank, np.dtype(np.float64), comm.rank))
@@ -189,7 +189,7 @@ def test_everybody_sends_and_receives_at_once(kind: type[DeviceCommunicator], si
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_short_message_may_be_shorter_than_its_buffer(kind: type[DeviceCommunicator]) -> None:
+def test_message_may_be_shorter_than_its_buffer(kind: type[DeviceCommunicator]) -> None:
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
         if comm.rank == 1:
             comm.send(cuda.array(values(5, np.dtype(np.float32))), 0, Tag.PUSH)
@@ -202,7 +202,7 @@ def test_a_short_message_may_be_shorter_than_its_buffer(kind: type[DeviceCommuni
     run(2, kind, body)
 
 
-def test_a_long_staged_message_needs_a_buffer_of_its_length() -> None:
+def test_long_staged_message_needs_a_buffer_of_its_length() -> None:
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
         buffer = cuda.array(np.zeros(5 * PER_SLOT, np.float32))
         if comm.rank == 0:
@@ -233,7 +233,7 @@ def test_host_and_device_messages_are_waited_for_together(kind: type[DeviceCommu
     run(2, kind, body)
 
 
-def test_asking_whether_a_message_has_come_does_not_wait_for_its_copy() -> None:
+def test_testing_a_request_does_not_wait_for_its_copy() -> None:
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
         if comm.rank == 0:
             comm.send(cuda.array(values(3 * PER_SLOT, np.dtype(np.float32))), 1, Tag.PUSH)
@@ -252,7 +252,7 @@ def test_asking_whether_a_message_has_come_does_not_wait_for_its_copy() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_receive_can_be_withdrawn(kind: type[DeviceCommunicator]) -> None:
+def test_receive_can_be_cancelled(kind: type[DeviceCommunicator]) -> None:
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
         buffer = cuda.array(np.zeros(100, np.float32))
         if comm.rank == 0:
@@ -303,7 +303,7 @@ def test_all_reduce_of_every_dtype(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_other_collectives(kind: type[DeviceCommunicator], dtype: np.dtype[Any]) -> None:
+def test_other_collectives(kind: type[DeviceCommunicator], dtype: np.dtype[Any]) -> None:
     bounds = [0, 40, 40, 100]
     summed = total(100, dtype, range(3))
 
@@ -321,7 +321,7 @@ def test_the_other_collectives(kind: type[DeviceCommunicator], dtype: np.dtype[A
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_host_arrays_pass_as_they_are(kind: type[DeviceCommunicator]) -> None:
+def test_host_arrays_pass_through_unchanged(kind: type[DeviceCommunicator]) -> None:
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
         buffer = np.full(3, comm.rank + 1.0)
         comm.all_reduce(buffer)
@@ -337,7 +337,7 @@ def test_host_arrays_pass_as_they_are(kind: type[DeviceCommunicator]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_started_all_reduces_run_in_their_order_beside_other_collectives(kind: type[DeviceCommunicator]) -> None:
+def test_started_all_reduces_keep_their_order_among_other_collectives(kind: type[DeviceCommunicator]) -> None:
     """Only what was queued before the start is waited for, and nobody else's collective gets in between."""
 
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
@@ -359,7 +359,7 @@ def test_started_all_reduces_run_in_their_order_beside_other_collectives(kind: t
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_started_all_reduce_does_not_wait_for_what_is_queued_after_it(kind: type[DeviceCommunicator]) -> None:
+def test_started_all_reduce_does_not_wait_for_later_work(kind: type[DeviceCommunicator]) -> None:
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
         later: list[str] = []
         buffer = cuda.array(values(20, np.dtype(np.float32)))
@@ -372,7 +372,7 @@ def test_a_started_all_reduce_does_not_wait_for_what_is_queued_after_it(kind: ty
     run(2, kind, body)
 
 
-def test_blocking_verbs_take_few_slots() -> None:
+def test_blocking_verbs_use_few_slots() -> None:
     def body(comm: DeviceCommunicator, cuda: Cuda) -> int:
         buffer = cuda.array(np.zeros(50 * PER_SLOT, np.float32))
         comm.all_reduce(buffer)
@@ -409,7 +409,7 @@ def test_copies_overlap_mpi() -> None:
 
 # -- the rest of a communicator ------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_lanes_and_threads_keep_the_way(kind: type[DeviceCommunicator]) -> None:
+def test_parts_lanes_and_threads_keep_the_transfer_path(kind: type[DeviceCommunicator]) -> None:
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
         assert comm.split(None) is None if comm.rank == 2 else isinstance(comm.split(0), kind)
         lane = comm.lane(1)
@@ -429,7 +429,7 @@ def test_parts_lanes_and_threads_keep_the_way(kind: type[DeviceCommunicator]) ->
 
 
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64), BFLOAT16], ids=str)
-def test_private_arenas_lie_on_the_device_and_torch_sees_them(dtype: np.dtype[Any]) -> None:
+def test_private_arenas_are_on_the_device_and_visible_to_torch(dtype: np.dtype[Any]) -> None:
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
         arena = comm.arena(10, dtype)
         assert isinstance(arena.mine, Array)
@@ -446,7 +446,7 @@ def test_private_arenas_lie_on_the_device_and_torch_sees_them(dtype: np.dtype[An
     run(2, StagedCommunicator, body)
 
 
-def test_memory_that_a_node_shares_lies_on_the_host() -> None:
+def test_node_shared_memory_is_on_the_host() -> None:
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
         arena = comm.arena(2, np.dtype(np.float64), "node")
         arena.mine[:] = comm.rank
@@ -483,7 +483,7 @@ def test_direct_training_equals_one_process(tmp_path: Path, agree: str) -> None:
         {"name": "parameter_server", "mode": "async", "delay_compensation": "adaptive"},
     ],
 )
-def test_staged_training_gives_the_bits_of_training_on_the_host(
+def test_staged_training_has_the_same_bits_as_on_the_host(
     tmp_path: Path, strategy: dict[str, Any], precision: str
 ) -> None:
     job = helpers.make_job(tmp_path, strategy=strategy, train={"precision": precision})
@@ -492,7 +492,7 @@ def test_staged_training_gives_the_bits_of_training_on_the_host(
     np.testing.assert_array_equal(host, staged)
 
 
-def test_a_run_on_the_device_resumes_to_the_same_bits(tmp_path: Path) -> None:
+def test_run_on_the_device_resumes_to_the_same_bits(tmp_path: Path) -> None:
     strategy = {"name": "parameter_server", "mode": "sync"}
     optimizer = {"name": "Adam", "lr": 0.01}
     run(3, StagedCommunicator, lambda comm, _: helpers.resumed_bits(comm, tmp_path, strategy, optimizer))
@@ -525,7 +525,7 @@ class Ranks:
         ([True, True], "no", None, False),
     ],
 )
-def test_which_way_is_taken(
+def test_choice_of_the_transfer_path(
     monkeypatch: pytest.MonkeyPatch, answers: list[Any], wanted: str, worked: bool | None, aware: bool
 ) -> None:
     def probe(index: int) -> bool:
@@ -548,17 +548,17 @@ def test_which_way_is_taken(
         ("import time; time.sleep(60)", False),
     ],
 )
-def test_a_trial_that_dies_kills_only_itself(program: str, survives: bool) -> None:
+def test_crashing_trial_kills_only_itself(program: str, survives: bool) -> None:
     assert cuda_aware.probe(0, program, seconds=10.0 if survives else 2.0) is survives
 
 
-def test_the_trial_fails_without_a_gpu() -> None:
+def test_trial_fails_without_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert cuda_aware.probe(0) is False
 
 
-def test_the_trial_sends_the_memory_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_sends_the_memory_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Cuda()
     monkeypatch.setattr(Gpu, "open", lambda index: cuda.gpu())
     monkeypatch.setattr(Array, "fill", lambda self, value: self.memory.fill(value), raising=False)
@@ -570,7 +570,7 @@ def test_the_trial_sends_the_memory_to_itself(monkeypatch: pytest.MonkeyPatch) -
         cuda_aware.trial(0)
 
 
-def test_the_wheels_say_that_they_are_not_cuda_aware() -> None:
+def test_wheels_report_no_cuda_awareness() -> None:
     if not any(name in library.name() for name in ("MPICH Version:      5.0.2", "Open MPI v5.0.11")):
         pytest.skip("another MPI")
     assert library.cuda_support() is False
@@ -579,7 +579,7 @@ def test_the_wheels_say_that_they_are_not_cuda_aware() -> None:
     assert into.tolist() == [2, 2, 2, 2]
 
 
-def test_ranks_with_and_without_a_gpu_do_not_train_together() -> None:
+def test_mixing_ranks_with_and_without_a_gpu_is_refused() -> None:
     job = Job(trace={"enabled": False})
 
     def rank(comm: Communicator) -> str:
@@ -592,12 +592,12 @@ def test_ranks_with_and_without_a_gpu_do_not_train_together() -> None:
     assert all(r"ranks [0] have no GPU" in text for text in World(3).run(rank))
 
 
-def test_on_the_cpu_nothing_is_wrapped() -> None:
+def test_communicator_is_not_wrapped_on_the_cpu() -> None:
     job = Job(device="cpu")
     assert all(World(2).run(lambda comm: place_arenas(job, comm, torch.device("cpu")) == (comm, None)))
 
 
-def test_importing_it_loads_neither_cupy_nor_torch() -> None:
+def test_importing_device_loads_neither_cupy_nor_torch() -> None:
     code = "import sys, hpctrain.comm.device.choice; print(*sorted({'cupy', 'torch', 'mpi4py'} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(Path(hpctrain.__file__).parents[1])}
     argv = [sys.executable, "-c", code]

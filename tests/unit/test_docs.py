@@ -23,7 +23,7 @@ def code_blocks(document: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-def test_the_strategy_of_the_architecture_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strategy_in_architecture_md_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = code_blocks("ARCHITECTURE.md")[0]
     assert text == (ROOT / "hpctrain/strategies/local_sgd.py").read_text()
     (tmp_path / "my_strategies.py").write_text(text)
@@ -42,12 +42,12 @@ def test_the_strategy_of_the_architecture_page_trains(tmp_path: Path, monkeypatc
         assert all(torch.equal(a, b) for a, b in zip(parameters[0], other, strict=True))
 
 
-def test_the_page_on_runs_lists_what_may_change_and_what_may_not() -> None:
+def test_runs_page_lists_free_and_fixed_keys() -> None:
     rows = re.findall(r"^\| `([\w.]+)` \| (.*) \|$", (ROOT / "docs/runs.md").read_text(), re.MULTILINE)
     assert rows == [*FREE.items(), *FIXED.items()]
 
 
-def test_the_page_on_samples_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_on_the_samples_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, metric = code_blocks("docs/samples.md")
     (tmp_path / "my_metrics.py").write_text(metric)
     monkeypatch.syspath_prepend(str(tmp_path))

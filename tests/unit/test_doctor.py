@@ -75,7 +75,7 @@ def test_healthy_ranks_have_no_problems() -> None:
 
 
 # -- cores -----------------------------------------------------------------------------------------------------
-def test_more_ranks_than_cores_is_a_warning_that_says_how_many_fit() -> None:
+def test_more_ranks_than_cores_warns_how_many_fit() -> None:
     problem = only(healthy(1, 4, 2))
     assert (problem.severity, problem.where) == ("warning", "node 0 (n0)")
     assert "4 ranks share 2 cores" in problem.what
@@ -90,7 +90,7 @@ def test_ranks_bound_to_the_same_core_are_named() -> None:
     assert "ranks 1-2 are bound to the same core 3" in problem.what
 
 
-def test_bound_ranks_that_would_leave_cores_of_theirs_idle_are_told_how_many_threads_to_ask_for() -> None:
+def test_bound_ranks_with_idle_cores_get_a_thread_count() -> None:
     facts = healthy(1)
     bound = [replace(rank, cores=[2 * rank.rank, 2 * rank.rank + 1], threads=1) for rank in facts.ranks]
     problem = only(replace(facts, ranks=bound))
@@ -104,7 +104,7 @@ def test_more_threads_than_cores_is_a_warning() -> None:
     assert "threads = 2" in problem.do
 
 
-def test_a_host_that_mpi_counts_as_several_nodes() -> None:
+def test_host_counted_as_several_nodes_by_mpi() -> None:
     facts = with_nodes(healthy(2, 4, 8), host="n0")
     problem = only(facts)
     assert problem.where == "n0"
@@ -112,7 +112,7 @@ def test_a_host_that_mpi_counts_as_several_nodes() -> None:
     assert "16 torch threads in total on 8 cores" in problem.what
 
 
-def test_a_container_that_may_use_fewer_cores_than_it_sees() -> None:
+def test_container_limited_to_fewer_cores_than_visible() -> None:
     problem = only(with_nodes(healthy(1), quota=2.0))
     assert "2 cores on average" in problem.what
     assert "8 threads" in problem.what
@@ -126,17 +126,17 @@ def test_omp_num_threads_set_badly(value: str, told: str) -> None:
     assert "OMP_NUM_THREADS=2" in problem.do
 
 
-def test_omp_num_threads_of_a_ranks_share_is_no_problem() -> None:
+def test_omp_num_threads_equal_to_a_ranks_share_is_no_problem() -> None:
     assert problems(with_ranks(healthy(1), environment={"OMP_NUM_THREADS": "2"})) == []
 
 
-def test_threads_bound_in_ranks_that_are_not() -> None:
+def test_bound_threads_in_unbound_ranks() -> None:
     problem = only(with_ranks(healthy(1), environment={"OMP_PROC_BIND": "close"}))
     assert problem.where == "OMP_PROC_BIND"
 
 
 # -- MPI, Slurm ------------------------------------------------------------------------------------------------
-def test_the_mpiexec_of_another_library_on_the_path() -> None:
+def test_mpiexec_of_another_library_on_the_path() -> None:
     mpi = replace(MPI, mpiexec="/usr/bin/mpiexec", mpiexec_kind="openmpi", belongs=False)
     problem = only(replace(healthy(), mpi=mpi))
     assert problem.severity == "warning"
@@ -144,12 +144,12 @@ def test_the_mpiexec_of_another_library_on_the_path() -> None:
     assert "/mpi/bin/mpiexec" in problem.do
 
 
-def test_what_keeps_mpi_from_working_is_an_error_with_its_cure() -> None:
+def test_broken_mpi_is_an_error_with_a_fix() -> None:
     problem = only(replace(healthy(1, 1), mpi=MpiFacts(troubles=["mpi4py cannot load it; install one"])))
     assert problem == Problem("error", "MPI", "mpi4py cannot load it", "install one")
 
 
-def test_without_a_launcher_alone_is_an_error_and_among_started_ranks_a_note() -> None:
+def test_missing_launcher_is_an_error_alone_and_a_note_among_ranks() -> None:
     mpi = replace(MPI, mpiexec=None, runs_with=None, runs_not="no mpiexec of mpich found; install it")
     assert only(replace(healthy(1, 1), mpi=mpi)).severity == "error"
     assert only(replace(healthy(), mpi=mpi)).severity == "note"
@@ -169,20 +169,20 @@ GRANTED = {
         ({"SLURM_CPUS_PER_TASK": "16"}, "ranks 0-7 may use 8 cores", "srun --cpus-per-task=16"),
     ],
 )
-def test_what_slurm_granted_and_what_was_started_differ(change: dict[str, str], told: str, do: str) -> None:
+def test_slurm_grant_differs_from_started_ranks(change: dict[str, str], told: str, do: str) -> None:
     assert problems(replace(healthy(), slurm=GRANTED)) == []
     problem = only(replace(healthy(), slurm={**GRANTED, **change}))
     assert told in problem.what
     assert do in problem.do
 
 
-def test_a_slurm_that_lacks_the_plugin_which_the_library_needs() -> None:
+def test_slurm_lacks_the_plugin_that_the_library_needs() -> None:
     assert problems(replace(healthy(), slurm=GRANTED, plugins=["none", "pmi2"])) == []
     problem = only(replace(healthy(), slurm=GRANTED, plugins=["none", "pmix_v4"]))
     assert "no --mpi=pmi2" in problem.what
 
 
-def test_one_process_of_a_slurm_job_is_told_how_to_look_at_all() -> None:
+def test_single_process_in_a_slurm_job_is_told_how_to_examine_all_ranks() -> None:
     problem = only(replace(healthy(1, 1), slurm={**GRANTED, "SLURM_JOB_NUM_NODES": "1"}))
     assert problem.severity == "note"
     assert "srun --mpi=pmi2 hpctrain doctor" in problem.do
@@ -192,17 +192,17 @@ def test_one_process_of_a_slurm_job_is_told_how_to_look_at_all() -> None:
     "text",
     ["MPI plugin types are...\n\tnone\n\tpmi2\n\tcray_shasta\n", "srun: MPI types are...\nsrun: none\nsrun: pmi2\n"],
 )
-def test_the_plugins_that_srun_lists(text: str) -> None:
+def test_list_of_srun_plugins(text: str) -> None:
     assert {"none", "pmi2"} <= set(machine.plugins_in(text))
     assert not any(" " in name or "." in name for name in machine.plugins_in(text))
 
 
-def test_versions_of_pmix_are_plugins_too() -> None:
+def test_pmix_versions_are_plugins_too() -> None:
     text = "MPI plugin types are...\n\tnone\n\tpmix\nspecific pmix plugin versions available: pmix_v4,pmix_v5\n"
     assert machine.plugins_in(text) == ["none", "pmix", "pmix_v4", "pmix_v5"]
 
 
-def test_another_mpi_under_open_mpis_mpirun_is_known_before_it_would_die() -> None:
+def test_other_mpi_under_open_mpis_mpirun_is_detected_before_it_dies() -> None:
     ours = launcher.Library("openmpi", "Open MPI v5.0.11", "/x/libmpi.so")
     other = launcher.Library("mpich", "MPICH 5.0.2", "/y/libmpi.so")
     environment = {"OMPI_COMM_WORLD_SIZE": "1"}
@@ -212,7 +212,7 @@ def test_another_mpi_under_open_mpis_mpirun_is_known_before_it_would_die() -> No
 
 
 # -- memory, devices, versions, folders ------------------------------------------------------------------------
-def test_little_shared_memory_is_told_with_the_model_that_it_suffices_for() -> None:
+def test_small_shared_memory_is_reported_with_the_largest_model() -> None:
     facts = with_nodes(healthy(1), shm_free=64 * 2**20)
     assert facts.nodes[0].shared_parameters == int(0.9 * 64 * 2**20 / (4 * 2 * 4))
     problem = only(facts)
@@ -220,7 +220,7 @@ def test_little_shared_memory_is_told_with_the_model_that_it_suffices_for() -> N
     assert "1.9 million parameters" in problem.what
 
 
-def test_a_model_that_shared_memory_suffices_for_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_that_fits_shared_memory_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The formula is that of `why_not_shared`, which asks for parameters and gradients of each rank."""
     code = (
         "import os; from mpi4py import MPI; from hpctrain.comm.mpi import shared\n"
@@ -247,20 +247,20 @@ def test_gpus_on_some_ranks_only_is_an_error() -> None:
     assert (found[0].severity, found[0].where) == ("error", "ranks 4-7")
 
 
-def test_ranks_that_share_a_gpu_and_gpus_that_are_idle() -> None:
+def test_shared_and_idle_gpus() -> None:
     shared = problems(with_ranks(healthy(1), device="cuda:0", gpus=1))
     assert any("ranks 0-3 compute on the same GPU" in problem.what for problem in shared)
     idle = problems(with_ranks(healthy(1, 1), device="cuda:0", gpus=4, threads=8))
     assert any("3 GPUs would be idle" in problem.what for problem in idle)
 
 
-def test_a_gpu_that_this_torch_cannot_use() -> None:
+def test_gpu_not_usable_by_this_torch() -> None:
     problem = only(with_nodes(healthy(1), nvidia=2))
     assert "2 GPUs, but this torch is built without CUDA" in problem.what
 
 
 @pytest.mark.parametrize(("name", "severity"), [("hpctrain", "error"), ("MPI", "error"), ("torch", "warning")])
-def test_versions_that_differ_between_ranks_are_told_with_the_ranks(name: str, severity: str) -> None:
+def test_differing_versions_are_reported_with_their_ranks(name: str, severity: str) -> None:
     facts = healthy()
     other = replace(facts.ranks[5], versions={**VERSIONS, name: "other"})
     problem = only(replace(facts, ranks=[*facts.ranks[:5], other, *facts.ranks[6:]]))
@@ -268,20 +268,20 @@ def test_versions_that_differ_between_ranks_are_told_with_the_ranks(name: str, s
     assert "other on rank 5" in problem.what
 
 
-def test_an_output_folder_that_each_node_has_for_itself_is_an_error() -> None:
+def test_node_local_output_folder_is_an_error() -> None:
     facts = healthy()
     problem = only(replace(facts, folders=[facts.folders[0], replace(facts.folders[1], seen=False)]))
     assert problem.severity == "error"
     assert "node 1 (n1) does not see what rank 0 writes" in problem.what
 
 
-def test_a_folder_that_cannot_be_written_is_an_error() -> None:
+def test_unwritable_folder_is_an_error() -> None:
     facts = healthy(1)
     problem = only(replace(facts, folders=[replace(facts.folders[0], trace="no room; make some")]))
     assert (problem.severity, problem.do) == ("error", "make some")
 
 
-def test_a_network_file_system_and_one_that_cannot_lock_are_notes() -> None:
+def test_network_file_system_and_missing_locks_are_notes() -> None:
     facts = healthy(1)
     folder = replace(facts.folders[0], network=True, type="nfs4", locking="errno 524")
     found = problems(replace(facts, folders=[folder]))
@@ -300,26 +300,26 @@ def test_slow_links_between_nodes() -> None:
     assert "12 MB/s" in only(replace(healthy(), links=with_links(8, 0.012))).what
 
 
-def test_infiniband_that_is_not_used() -> None:
+def test_unused_infiniband() -> None:
     facts = with_ranks(with_nodes(healthy(), infiniband=["mlx5_0"]), environment={"RDMAV_FORK_SAFE": "1"})
     assert problems(replace(facts, links=with_links(8, 12.0, 2.0))) == []
     assert "mlx5_0" in only(replace(facts, links=with_links(8, 1.0))).what
 
 
-def test_a_pair_that_lags_behind_its_like_is_named() -> None:
+def test_pair_slower_than_similar_pairs_is_named() -> None:
     links = with_links(8, 1.0)
     links[1] = replace(links[1], bandwidth_gb_s=0.5)
     assert only(replace(healthy(), links=links)).where == "ranks 0, 2 (n0)"
 
 
-def test_open_mpi_that_does_not_yield_with_more_ranks_than_cores() -> None:
+def test_open_mpi_without_yielding_and_more_ranks_than_cores() -> None:
     facts = replace(healthy(1, 4, 2), mpi=replace(MPI, kind="openmpi"))
     assert any("mpi_yield_when_idle=1" in problem.do for problem in problems(facts))
     yielding = with_ranks(facts, environment={"OMPI_MCA_mpi_yield_when_idle": "1"})
     assert len(problems(yielding)) == 1
 
 
-def test_what_is_measured_over_virtual_ranks_is_what_their_network_does() -> None:
+def test_measurements_over_virtual_ranks_match_their_network() -> None:
     network = LinkNetwork(latency=30_000, bandwidth=1e9, node_latency=2_000, node_bandwidth=4e9)
     world = World(6, nodes=[0, 0, 0, 1, 1, 1], network=network)
     results = world.run(lambda comm: links.measure(comm, lambda text: None))
@@ -333,7 +333,7 @@ def test_what_is_measured_over_virtual_ranks_is_what_their_network_does() -> Non
 
 
 @pytest.mark.parametrize("bandwidth", [1.25e6, 1.25e5])
-def test_a_link_of_a_few_mbit_is_measured_with_less_and_not_for_minutes(bandwidth: float) -> None:
+def test_slow_link_is_measured_with_less_data(bandwidth: float) -> None:
     world = World(2, nodes=[0, 1], network=LinkNetwork(bandwidth=bandwidth))
     ((link,), _) = world.run(lambda comm: links.measure(comm, lambda text: None))[0]
     assert link.nbytes < 2**20
@@ -341,7 +341,7 @@ def test_a_link_of_a_few_mbit_is_measured_with_less_and_not_for_minutes(bandwidt
     assert world.time < 5e9
 
 
-def test_however_many_ranks_there_are_few_pairs_are_measured() -> None:
+def test_few_pairs_are_measured_for_any_number_of_ranks() -> None:
     rounds, between, pairs = links.pairs_of([node for node in range(64) for _ in range(32)])
     assert len(rounds) + len(between) <= links.MOST_WITHIN + links.MOST_BETWEEN
     assert pairs == (64 * 32 * 31 // 2, 64 * 63 // 2)
@@ -352,7 +352,7 @@ def test_however_many_ranks_there_are_few_pairs_are_measured() -> None:
 
 
 # -- a job -----------------------------------------------------------------------------------------------------
-def test_a_job_is_checked_against_the_ranks() -> None:
+def test_job_is_checked_against_the_ranks() -> None:
     job = Job.load(ROOT / "jobs/digits.toml")
     facts = World(3).run(lambda comm: gather.look_at_job(comm, job, "digits.toml"))[0]
     assert facts.troubles == []
@@ -361,7 +361,7 @@ def test_a_job_is_checked_against_the_ranks() -> None:
     assert facts.samples is not None
 
 
-def test_a_job_that_needs_other_ranks_or_has_no_data_is_an_error(tmp_path: Path) -> None:
+def test_job_with_unsuitable_ranks_or_no_data_is_an_error(tmp_path: Path) -> None:
     for override, told in (("ranks=4", "ranks = 4"), ("data={name='mnist', path='/nowhere'}", "/nowhere")):
         job = Job.load(ROOT / "jobs/digits.toml", [override])
         facts = World(2).run(partial(gather.look_at_job, job=job, path="digits.toml"))[0]
@@ -370,7 +370,7 @@ def test_a_job_that_needs_other_ranks_or_has_no_data_is_an_error(tmp_path: Path)
         assert {problem.severity for problem in found} == {"error"}
 
 
-def test_a_job_whose_arenas_do_not_fit_shared_memory() -> None:
+def test_job_whose_arenas_exceed_shared_memory() -> None:
     job = JobFacts("big.toml", "runs", nbytes=6 * GIB, arenas=4, parameters=1)
     whats = [problem.what for problem in problems(replace(healthy(1), job=job))]
     assert any("49,152 MiB, but /dev/shm has 32,768 MiB" in what for what in whats)
@@ -385,7 +385,7 @@ def plant(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_limits_of_control_groups_of_version_2_hold_for_all_groups_above(tmp_path: Path) -> None:
+def test_cgroup_v2_limits_of_parent_groups_apply(tmp_path: Path) -> None:
     root = plant(tmp_path, {
         "proc/self/cgroup": "0::/slurm/job_7\n",
         "sys/fs/cgroup/slurm/cpu.max": "250000 100000\n",
@@ -396,7 +396,7 @@ def test_limits_of_control_groups_of_version_2_hold_for_all_groups_above(tmp_pat
     assert machine.memory_limit(root) == GIB
 
 
-def test_limits_of_control_groups_of_version_1(tmp_path: Path) -> None:
+def test_cgroup_v1_limits(tmp_path: Path) -> None:
     root = plant(tmp_path, {
         "proc/self/cgroup": "5:memory:/a\n4:cpu,cpuacct:/a\n",
         "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "150000\n",
@@ -407,7 +407,7 @@ def test_limits_of_control_groups_of_version_1(tmp_path: Path) -> None:
     assert machine.memory_limit(root) is None
 
 
-def test_a_folder_lies_on_the_innermost_mount(tmp_path: Path) -> None:
+def test_folder_belongs_to_the_innermost_mount(tmp_path: Path) -> None:
     mounts = plant(tmp_path, {"mounts": (
         "22 1 8:1 / / rw - ext4 /dev/sda rw\n"
         f"23 22 0:5 / {tmp_path}/my\\040data rw - nfs4 server:/data rw\n"
@@ -416,13 +416,13 @@ def test_a_folder_lies_on_the_innermost_mount(tmp_path: Path) -> None:
     assert machine.filesystem(tmp_path / "mine", mounts) == ("ext4", "/dev/sda")
 
 
-def test_looking_at_the_output_folder_leaves_nothing_there(tmp_path: Path) -> None:
+def test_checking_the_output_folder_leaves_nothing_there(tmp_path: Path) -> None:
     facts = World(2, nodes=[0, 1]).run(lambda comm: gather.look_at_output(comm, tmp_path / "runs"))[0]
     assert [(folder.seen, folder.trace, folder.locking) for folder in facts] == [(True, None, None)] * 2
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_folder_that_cannot_be_written_is_found_out() -> None:
+def test_unwritable_output_folder_is_detected() -> None:
     # Nobody, not even root, can make a file there.
     (facts,) = World(1).run(lambda comm: gather.look_at_output(comm, Path("/proc/self")))[0]
     assert facts.trace is not None
@@ -433,7 +433,7 @@ def test_ranges_of_ranks() -> None:
 
 
 # -- telling ---------------------------------------------------------------------------------------------------
-def test_the_report_tells_each_problem_with_what_to_do() -> None:
+def test_report_lists_each_problem_with_a_fix() -> None:
     facts = with_nodes(healthy(), shm_free=64 * 2**20)
     text = report.as_text(facts, problems(facts))
     assert "8 ranks on 2 nodes" in text
@@ -442,12 +442,12 @@ def test_the_report_tells_each_problem_with_what_to_do() -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_latencies_of_ranks_that_nap_are_explained() -> None:
+def test_latencies_of_napping_ranks_are_explained() -> None:
     assert "nap" in report.as_text(healthy(1, 4, 2), [])
     assert "nap" not in report.as_text(healthy(1, 4, 8), [])
 
 
-def test_the_json_is_plain_and_whole() -> None:
+def test_json_is_plain_and_complete() -> None:
     facts = replace(healthy(1, 4, 2), slurm=GRANTED, job=JobFacts("x", "runs"))
     told = json.loads(report.as_json(facts, problems(facts)))
     assert set(told) == {"facts", "problems"}
@@ -464,7 +464,7 @@ def test_the_json_is_plain_and_whole() -> None:
         (["-n", "2", "--job", "nowhere.toml"], "nowhere.toml"),
     ],
 )
-def test_bad_usage_is_one_sentence_and_status_2(
+def test_bad_usage_is_one_message_and_status_2(
     arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", *arguments]) == 2
@@ -496,12 +496,12 @@ def guarded() -> Callable[[str], subprocess.CompletedProcess[str]]:
     return run
 
 
-def test_what_takes_long_is_told_and_what_does_not_is_not(guarded: Any) -> None:
+def test_only_slow_stages_are_reported(guarded: Any) -> None:
     done = guarded("time.sleep(0.5); guard.stage('quick')")
     assert (done.returncode, done.stderr) == (0, "hpctrain doctor: importing torch ...\n")
 
 
-def test_a_process_that_hangs_is_ended_and_says_in_what(guarded: Any) -> None:
+def test_hanging_process_is_ended_and_reports_its_stage(guarded: Any) -> None:
     start = time.monotonic()
     done = guarded(HANG)
     assert done.returncode == -9
@@ -509,7 +509,7 @@ def test_a_process_that_hangs_is_ended_and_says_in_what(guarded: Any) -> None:
     assert time.monotonic() - start < 20
 
 
-def test_a_process_that_dies_is_told_of(guarded: Any) -> None:
+def test_dying_process_is_reported(guarded: Any) -> None:
     done = guarded("guard.stage('starting MPI'); os._exit(16)")
     assert done.returncode == 16
     assert "rank 3 on n1 died while starting MPI" in done.stderr

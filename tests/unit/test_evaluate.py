@@ -82,7 +82,7 @@ def counts(outputs: Tensor, targets: Tensor) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(37, 3), (2, 5)])
-def test_entries_are_weighed_by_what_they_count(count: int, ranks: int) -> None:
+def test_metric_entries_are_weighted_by_their_weights(count: int, ranks: int) -> None:
     data = in_memory(count)
     found = World(ranks).run(
         lambda comm: evaluate(
@@ -97,7 +97,7 @@ def test_entries_are_weighed_by_what_they_count(count: int, ranks: int) -> None:
     assert list(found[0].plain()) == ["loss", "metric", "metric.mean", "metric.ones", "metric.even"]
 
 
-def test_tokens_that_do_not_count_have_no_weight_in_the_accuracy() -> None:
+def test_ignored_tokens_have_no_weight_in_the_accuracy() -> None:
     """Of sequences of which most is padding: exact over any batches and ranks, as the loss is."""
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(0, 4, (23, 6), generator=generator)
@@ -149,7 +149,7 @@ def scores(outputs: Tensor, targets: Tensor) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("what", list(JOBS))
-def test_a_run_is_evaluated_again_whatever_its_schedule(tmp_path: Path, what: str) -> None:
+def test_evaluate_reproduces_the_metrics_of_any_job(tmp_path: Path, what: str) -> None:
     job = helpers.make_job(tmp_path, **{**NOISY, **JOBS[what]})
     result = World(4).run(lambda comm: helpers.quiet_train(comm, job))[0]
     lines = dict(line.rsplit(" ", 1) for line in evaluate_run(result.folder))
@@ -168,7 +168,7 @@ def test_a_run_is_evaluated_again_whatever_its_schedule(tmp_path: Path, what: st
         assert [evaluation.metric for evaluation in watched] == [float(row["metric"]) for row in rows]
 
 
-def test_a_run_on_a_gpu_is_evaluated_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_run_is_evaluated_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = helpers.make_job(tmp_path, **NOISY)
     result = World(1).run(lambda comm: helpers.quiet_train(comm, job))[0]
     text = (result.folder / "job.toml").read_text()
@@ -177,7 +177,7 @@ def test_a_run_on_a_gpu_is_evaluated_where_there_is_none(tmp_path: Path, monkeyp
     assert evaluate_run(result.folder)[0] == f"test loss {result.metrics['loss']:.4f}"
 
 
-def test_a_strategy_that_cannot_be_imported_here_does_not_matter(tmp_path: Path) -> None:
+def test_evaluate_does_not_import_the_strategy(tmp_path: Path) -> None:
     job = helpers.make_job(tmp_path, **NOISY)
     folder = World(1).run(lambda comm: helpers.quiet_train(comm, job))[0].folder
     text = (folder / "job.toml").read_text()
@@ -209,7 +209,7 @@ class LastOf(nn.Module):
         return out
 
 
-def test_evaluations_are_in_batches_of_the_trainings_size_or_of_a_keys(tmp_path: Path) -> None:
+def test_evaluation_batch_size_is_the_trainings_or_evaluate_batch(tmp_path: Path) -> None:
     alone = helpers.make_job(tmp_path, model=LastOf, data=(Series(), Series()), train={"epochs": 1, "batch_size": 1})
     result = World(2).run(lambda comm: helpers.quiet_train(comm, alone))[0]
     assert result.model.seen == [1] * 6
@@ -247,7 +247,7 @@ class Pairs(Dataset[Any]):
         return (x, mask), y
 
 
-def test_samples_of_three_items_are_told_how_to_be_given(tmp_path: Path) -> None:
+def test_samples_of_three_items_are_refused_with_advice(tmp_path: Path) -> None:
     job = helpers.make_job(tmp_path, model=Masked, data=(triples(), triples()), train={"steps": 2, "batch_size": 4})
     words = r"samples are of 3 items each, not pairs .* ValueError: .*; return \(\(x, mask\), y\) for two inputs, or"
     with pytest.raises(DataError, match=words):
@@ -256,7 +256,7 @@ def test_samples_of_three_items_are_told_how_to_be_given(tmp_path: Path) -> None
     assert World(2).run(lambda comm: helpers.quiet_train(comm, pairs))[0].samples == 16
 
 
-def test_a_loop_of_ones_own_takes_samples_of_three_items(tmp_path: Path) -> None:
+def test_custom_loop_takes_samples_of_three_items(tmp_path: Path) -> None:
     job = helpers.make_job(tmp_path, model=Masked, data=triples(), train={"steps": 2, "batch_size": 4})
 
     def body(comm: Communicator) -> int:
@@ -269,7 +269,7 @@ def test_a_loop_of_ones_own_takes_samples_of_three_items(tmp_path: Path) -> None
     assert World(2).run(body) == [16, 16]
 
 
-def test_a_model_that_returns_its_own_loss_takes_samples_of_any_kind(tmp_path: Path) -> None:
+def test_model_returning_its_own_loss_takes_any_samples(tmp_path: Path) -> None:
     class Own(Masked):
         def forward(self, given: Any) -> Tensor:
             x, mask, y = given
@@ -283,7 +283,7 @@ def test_a_model_that_returns_its_own_loss_takes_samples_of_any_kind(tmp_path: P
     assert found.metrics["loss"] == pytest.approx(found.metrics["metric"])
 
 
-def test_nothing_is_left_changed() -> None:
+def test_evaluation_changes_nothing() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -312,7 +312,7 @@ def test_nothing_is_left_changed() -> None:
     World(2).run(body)
 
 
-def test_modes_are_put_back_after_an_error() -> None:
+def test_training_mode_is_restored_after_an_error() -> None:
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             raise ZeroDivisionError

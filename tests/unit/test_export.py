@@ -135,12 +135,12 @@ def exchange(tmp_path):
 
 
 # -- timeline ------------------------------------------------------------------------------------------------
-def test_spans_are_told_in_microseconds_of_the_run_clock(exchange):
+def test_spans_are_in_microseconds_of_the_run_clock(exchange):
     shown = [(e["name"], e["ts"], e["dur"]) for e in timeline(exchange).of("X", "update")]
     assert shown == [("update", 3500.0, 1500.0), ("update", 13500.0, 1500.0)]
 
 
-def test_a_message_is_a_flow_between_the_spans_that_sent_and_received_it(exchange):
+def test_message_is_a_flow_from_its_send_to_its_receive_span(exchange):
     shown = timeline(exchange)
     flows = [(shown.thread(a), a["ts"], shown.thread(b), b["ts"], a["args"]["bytes"]) for a, b in shown.flows]
     first, second = "rank 0 (worker)", "rank 1 (worker)"
@@ -160,7 +160,7 @@ def test_flows_begin_and_end_inside_their_spans(exchange):
         assert [e["name"] for e in around] == ["send" if flow["ph"] == "s" else "recv"]
 
 
-def test_a_message_that_came_before_anybody_waited_ends_in_a_span_of_no_length(tmp_path):
+def test_message_received_without_waiting_ends_in_an_empty_span(tmp_path):
     with HandMade(tmp_path, 2) as run:
         run[0].span("send", 1.0, 2.0, bytes=8, peer=1, id=5)
         run[1].span("forward", 0.0, 4.0)
@@ -170,7 +170,7 @@ def test_a_message_that_came_before_anybody_waited_ends_in_a_span_of_no_length(t
     assert (receiving["ts"], receiving["dur"]) == (4000.0, 0.0)
 
 
-def test_a_message_whose_other_end_was_not_traced_is_no_flow(tmp_path):
+def test_message_with_an_untraced_end_is_no_flow(tmp_path):
     with HandMade(tmp_path, 3, missing=(2,)) as run:
         run[0].span("send", 1.0, 2.0, bytes=8, peer=2, id=1)  # that rank has no file
         run[0].span("send", 2.0, 3.0, bytes=8, peer=1, id=1)
@@ -181,7 +181,7 @@ def test_a_message_whose_other_end_was_not_traced_is_no_flow(tmp_path):
     assert [sending["ts"] for sending, _ in timeline(tmp_path).flows] == [1000.0]
 
 
-def test_ids_that_say_nothing_definite_are_no_flows(tmp_path):
+def test_ambiguous_ids_are_no_flows(tmp_path):
     with HandMade(tmp_path, 2) as run:
         run[0].span("send", 1.0, 2.0, bytes=8, peer=1, id=4)
         run[0].span("send", 2.0, 3.0, bytes=8, peer=1, id=4)
@@ -191,7 +191,7 @@ def test_ids_that_say_nothing_definite_are_no_flows(tmp_path):
     assert timeline(tmp_path).flows == []
 
 
-def test_the_messages_of_a_resumed_run_are_not_mixed_with_those_before(tmp_path):
+def test_messages_before_and_after_resuming_are_kept_apart(tmp_path):
     for attempt in (1, 2):
         with HandMade(tmp_path, 2, attempt=attempt) as run:
             at = 100.0 * attempt
@@ -219,7 +219,7 @@ def test_ranks_are_grouped_by_node(tmp_path):
     assert sorted(threads, key=lambda name: threads[name]) == ["rank 1 (worker)", "rank 3 (server)"]
 
 
-def test_a_colocated_server_is_a_thread_of_its_own(tmp_path):
+def test_colocated_server_has_its_own_thread(tmp_path):
     with HandMade(tmp_path, 1) as run:
         run[0].span("forward", 0.0, 6.0)
         run[0].span("send", 6.0, 7.0, bytes=8, peer=0, id=1)
@@ -252,7 +252,7 @@ def test_phases_and_changes_of_role_are_shown(tmp_path):
     ]
 
 
-def test_an_event_of_all_ranks_is_one_line_and_one_of_a_rank_a_mark_there(tmp_path):
+def test_event_of_all_ranks_is_global_and_of_one_rank_local(tmp_path):
     with HandMade(tmp_path, 2) as run:
         for rank in (0, 1):
             run[rank].span("forward", 0.0, 1.0)
@@ -267,7 +267,7 @@ def test_an_event_of_all_ranks_is_one_line_and_one_of_a_rank_a_mark_there(tmp_pa
     ]
 
 
-def test_resources_become_counters_over_the_time_they_tell_of(tmp_path):
+def test_resources_become_counters_over_their_interval(tmp_path):
     with HandMade(tmp_path, 2) as run:
         for rank in (0, 1):
             run[rank].span("forward", 0.0, 4000.0)
@@ -285,19 +285,19 @@ def test_resources_become_counters_over_the_time_they_tell_of(tmp_path):
     assert count == {**each, "network in": 1, "network out": 1}  # no GPU, and the network once per node
 
 
-def test_spans_carry_what_they_are_about(exchange):
+def test_spans_carry_their_attributes(exchange):
     (span,) = [e for e in timeline(exchange).of("X", "send") if e["ts"] == 12000.0]
     assert span["args"] == {"phase": 0, "step": 1, "bytes": 1000, "peer": 1, "id": "101"}
     assert span["cat"] == "communication"
 
 
-def test_every_nanosecond_comes_back_from_a_reader_that_cuts_off(tmp_path):
+def test_nanoseconds_survive_readers_that_truncate(tmp_path):
     ns = np.concatenate([np.arange(5000), 10**15 + np.arange(5000)])
     assert (microseconds(ns) * 1000).astype(np.int64).tolist() == ns.tolist()
     assert np.rint(microseconds(ns) * 1000).astype(np.int64).tolist() == ns.tolist()
 
 
-def test_a_missing_rank_is_said(tmp_path):
+def test_missing_rank_is_noted(tmp_path):
     with HandMade(tmp_path, 2, missing=(1,)) as run:
         run[0].span("forward", 0.0, 1.0)
     out = io.StringIO()
@@ -307,7 +307,7 @@ def test_a_missing_rank_is_said(tmp_path):
     assert [e["name"] for e in shown.of("i")] == ["note: rank 1 of 2: no trace file"]
 
 
-def test_a_damaged_rank_is_said_and_the_others_exported(tmp_path):
+def test_damaged_rank_is_noted_and_the_rest_exported(tmp_path):
     with HandMade(tmp_path, 2) as run:
         for rank in (0, 1):
             run[rank].span("forward", 0.0, 1.0)
@@ -317,25 +317,25 @@ def test_a_damaged_rank_is_said_and_the_others_exported(tmp_path):
     assert [shown.thread(e) for e in shown.of("X")] == ["rank 0 (worker)"]
 
 
-def test_the_facts_of_the_run_are_in_the_timeline(exchange):
+def test_timeline_contains_facts_of_the_run(exchange):
     facts = timeline(exchange).facts
     assert facts["selected"] == "ranks 0-1 of 2"
     assert 'model = "mlp"' in facts["job"]
 
 
-def test_what_perfetto_does_not_know_comes_after_the_events(exchange):
+def test_unknown_keys_for_perfetto_follow_the_events(exchange):
     assert list(timeline(exchange).whole) == ["traceEvents", "displayTimeUnit", "otherData"]
 
 
 # -- selection -----------------------------------------------------------------------------------------------
-def test_of_selected_ranks_only_messages_among_them_are_shown(exchange):
+def test_only_messages_among_selected_ranks_are_shown(exchange):
     shown = timeline(exchange, ranks=[0])
     assert {shown.thread(e) for e in shown.of("X") if e["cat"] != "phase"} == {"rank 0 (worker)"}
     assert shown.flows == []
     assert shown.facts["selected"] == "rank 0 of 2"
 
 
-def test_steps_select_the_time_in_which_they_ran(exchange):
+def test_selected_steps_limit_the_time_range(exchange):
     shown = timeline(exchange, steps=range(1, 2))
     spans = [e for e in shown.of("X") if e["cat"] != "phase"]
     assert [(e["name"], e["ts"]) for e in spans if e["args"]["step"] != 1] == [("recv", 4000.0)]  # on rank 0, meanwhile
@@ -346,7 +346,7 @@ def test_steps_select_the_time_in_which_they_ran(exchange):
     assert shown.of("i") == []  # the roles were told long before
 
 
-def test_a_server_is_cut_at_the_time_of_the_steps_not_by_its_own_count(tmp_path):
+def test_server_spans_are_selected_by_time_not_by_its_own_steps(tmp_path):
     with HandMade(tmp_path, 2, roles=["worker", "server"]) as run:
         for step in (0, 1, 2):
             run[0].span("forward", 10.0 * step, 10.0 * step + 5, step)
@@ -356,14 +356,14 @@ def test_a_server_is_cut_at_the_time_of_the_steps_not_by_its_own_count(tmp_path)
     assert sorted((e["name"], e["ts"]) for e in shown.of("X")) == [("forward", 10000.0), ("update", 16000.0)]
 
 
-def test_tables_are_selected_alike(exchange):
+def test_selection_applies_to_tables_too(exchange):
     folder = export_run(exchange, "csv", ranks=[1], steps=range(1, 2))
     assert {(row["rank"], row["step"]) for row in rows(folder / "spans.csv")} == {("1", "1")}
     assert [row["step"] for row in rows(folder / "steps.csv")] == ["1"]
     assert rows(folder / "events.csv") == []
 
 
-def test_ranks_and_steps_are_written_as_people_write_them():
+def test_ranges_of_ranks_and_steps_are_parsed():
     assert parse_ranks("0,3, 8-10") == [0, 3, 8, 9, 10]
     assert parse_steps("100:110") == range(100, 111)
     assert parse_steps("7") == range(7, 8)
@@ -372,29 +372,29 @@ def test_ranks_and_steps_are_written_as_people_write_them():
 
 
 @pytest.mark.parametrize("text", ["", "1-", "a", "3-1", "1,,2", "-1"])
-def test_ranks_that_are_none_are_refused(text):
+def test_malformed_ranks_are_refused(text):
     with pytest.raises(HpctrainError, match="write ranks such as"):
         parse_ranks(text)
 
 
 @pytest.mark.parametrize("text", ["", ":", "a", "3:1", "1:2:3", "-1"])
-def test_steps_that_are_none_are_refused(text):
+def test_malformed_steps_are_refused(text):
     with pytest.raises(HpctrainError, match="the first step and the last"):
         parse_steps(text)
 
 
-def test_steps_that_nobody_took_are_refused(exchange):
+def test_steps_outside_the_run_are_refused(exchange):
     with pytest.raises(HpctrainError, match="any of the steps 5 to 6; there are steps 0 to 1"):
         export_run(exchange, "csv", steps=range(5, 7))
 
 
-def test_a_rank_that_is_not_there_is_refused(exchange):
+def test_unknown_rank_is_refused(exchange):
     with pytest.raises(HpctrainError, match="no readable trace of rank 2; choose from ranks 0-1"):
         export_run(exchange, "perfetto", ranks=[0, 2])
 
 
 # -- tables --------------------------------------------------------------------------------------------------
-def test_tables_hold_what_the_frames_of_the_run_hold(exchange):
+def test_tables_equal_the_frames_of_the_run(exchange):
     folder = export_run(exchange, "csv")
     run = open_run(exchange)
     for table, frame in (("spans", run.spans()), ("steps", run.steps()), ("resources", run.resources())):
@@ -407,7 +407,7 @@ def test_tables_hold_what_the_frames_of_the_run_hold(exchange):
     assert [row["text"] for row in rows(folder / "events.csv")] == ["phase 0: worker of all_reduce"] * 2
 
 
-def test_tables_are_the_same_however_large_the_blocks_are(exchange, monkeypatch):
+def test_tables_do_not_depend_on_the_block_size(exchange, monkeypatch):
     whole = export_run(exchange, "csv", exchange / "whole")
     original = Run.blocks
     monkeypatch.setattr(Run, "blocks", lambda run, *args, **named: original(run, *args, **{"rows": 2, **named}))
@@ -425,7 +425,7 @@ def test_evaluations_are_exported_with_the_other_tables(exchange):
     assert [row["loss"] for row in rows(folder / "metrics.csv")] == ["2.0"]
 
 
-def test_parquet_tables_read_back_as_the_frames_of_the_run(exchange):
+def test_parquet_tables_equal_the_frames_of_the_run(exchange):
     import pandas as pd
 
     folder = export_run(exchange, "parquet")
@@ -444,42 +444,42 @@ def test_parquet_without_pyarrow_says_what_to_install(exchange, monkeypatch):
 
 
 # -- outputs -------------------------------------------------------------------------------------------------
-def test_a_timeline_is_compressed_if_its_name_ends_so(exchange):
+def test_timeline_is_compressed_if_its_name_ends_in_gz(exchange):
     path = export_run(exchange, "perfetto")
     assert path == exchange / "perfetto.json.gz"
     assert Timeline(path).events == timeline(exchange).events
 
 
-def test_a_timeline_too_large_for_a_browser_is_said(exchange, monkeypatch):
+def test_timeline_too_large_for_a_browser_is_reported(exchange, monkeypatch):
     monkeypatch.setitem(export.LARGE_BYTES, ".gz", 100)
     out = io.StringIO()
     export_run(exchange, "perfetto", out=out)
     assert "--ranks and --steps export a part" in out.getvalue()
 
 
-def test_an_unknown_format_is_refused(exchange):
+def test_unknown_format_is_refused(exchange):
     with pytest.raises(HpctrainError, match="--format otf2: there is no such format; choose perfetto, csv, parquet"):
         export_run(exchange, "otf2")
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_folder_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(HpctrainError, match="this is no run folder"):
         export_run(tmp_path, "perfetto")
 
 
 @pytest.mark.parametrize("format", ["perfetto", "csv"])
-def test_an_output_that_cannot_be_written_is_said(exchange, format):
+def test_unwritable_output_is_reported(exchange, format):
     (exchange / "file").write_text("")
     with pytest.raises(HpctrainError, match="cannot be written .*; choose another place with -o"):
         export_run(exchange, format, exchange / "file" / "out")
 
 
-def test_a_folder_is_not_taken_for_a_timeline(exchange):
+def test_output_that_is_a_folder_is_refused(exchange):
     with pytest.raises(HpctrainError, match="this is a folder; give the name of a file"):
         export_run(exchange, "perfetto", exchange / "trace")
 
 
-def test_an_export_that_fails_leaves_the_one_before(exchange, monkeypatch):
+def test_failed_export_keeps_the_previous_file(exchange, monkeypatch):
     path = export_run(exchange, "perfetto")
     before = path.read_bytes()
     monkeypatch.setattr(messages.Messages, "number", lambda *arguments: 1 / 0)
@@ -489,7 +489,7 @@ def test_an_export_that_fails_leaves_the_one_before(exchange, monkeypatch):
     assert not list(exchange.glob(".*.part"))
 
 
-def test_progress_is_told_only_where_it_takes_long(exchange, monkeypatch):
+def test_progress_is_shown_only_for_long_exports(exchange, monkeypatch):
     out = io.StringIO()
     export_run(exchange, "perfetto", out=out)
     assert out.getvalue() == ""
@@ -499,7 +499,7 @@ def test_progress_is_told_only_where_it_takes_long(exchange, monkeypatch):
 
 
 # -- ids -----------------------------------------------------------------------------------------------------
-def test_ids_keep_their_places():
+def test_ids_keep_their_positions():
     ids = np.array([3, 4, 5, 9, 20, 21])
     kept = Ids(ids)
     assert kept.all().tolist() == ids.tolist()

@@ -170,13 +170,13 @@ def test_legends_cover_neither_data_nor_labels(name, run, request):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_figure_names_its_run_and_what_is_missing(name, incomplete):
+def test_figure_names_its_run_and_what_is_missing(name, incomplete):
     title = " ".join(drawn(name, incomplete).get_suptitle().split())
     assert incomplete.run.folder.name in title
     assert "note: rank 1 of 4: no trace file" in title
 
 
-def test_the_timeline_has_a_row_per_rank_and_shows_who_computes(four):
+def test_timeline_has_a_row_per_rank_and_shows_which_rank_computes(four):
     axes = drawn("timeline", four).axes[0]
     rows = [text.get_text() for text in axes.get_yticklabels()]
     assert rows == ["0 worker", "1 worker", "2 worker", "3 worker/server"]
@@ -185,7 +185,7 @@ def test_the_timeline_has_a_row_per_rank_and_shows_who_computes(four):
     assert axes.get_xlim()[1] == pytest.approx(0.632)
 
 
-def test_shares_of_kinds_in_columns_are_exact(tmp_path):
+def test_shares_of_kinds_per_column_are_exact(tmp_path):
     with HandMade(tmp_path, 1) as made:
         made[0].span("forward", 0.0, 15.0)  # columns of 10 ms: all of the first, half of the second
         made[0].span("wait", 15.0, 17.0)
@@ -221,13 +221,13 @@ def test_efficiency_has_a_bar_per_term_and_phase_and_a_row_per_rank(four):
     assert [text.get_text() for text in lower.get_yticklabels()] == ["0", "1", "2", "3"]
 
 
-def test_the_matrix_of_waiting_is_that_of_the_analysis(four):
+def test_waiting_matrix_equals_the_analysis(four):
     left, right = panels(drawn("waiting", four))
     assert np.allclose(left.images[0].get_array(), four.waiting_matrix().to_numpy())
     assert right.get_yticklabels()[0].get_text() == "2"
 
 
-def test_the_slow_rank_is_last_in_every_step(four):
+def test_slow_rank_is_last_in_every_step(four):
     (axes,) = panels(drawn("critical_path", four))
     assert [bar.get_height() for bar in axes.containers[0]] == [0, 0, 100, 0]
 
@@ -247,7 +247,7 @@ def test_communication_shows_bytes_by_peer_and_those_of_collectives(four):
     assert far.get_ydata()[-1] == pytest.approx(1000.0, rel=0.01)
 
 
-def test_the_loss_is_on_four_clocks_with_the_metric_below(four):
+def test_loss_is_on_four_clocks_with_the_metric_below(four):
     figure = drawn("loss", four)
     assert [axes.get_xlabel() for axes in panels(figure)[4:]] == [
         "updates", "samples", "training time (s)", "bytes exchanged (MiB)",
@@ -257,13 +257,13 @@ def test_the_loss_is_on_four_clocks_with_the_metric_below(four):
     assert texts == ["training loss, running mean", "test", "validation"]
 
 
-def test_without_evaluations_the_loss_has_four_panels(tmp_path):
+def test_loss_without_evaluations_has_four_panels(tmp_path):
     busy(tmp_path)
     (tmp_path / "metrics.csv").unlink()
     assert len(panels(drawn("loss", Analysis(Run(tmp_path))))) == 4
 
 
-def test_throughput_has_a_line_per_worker_and_of_many_those_that_stand_out(four, many):
+def test_throughput_has_a_line_per_worker_or_per_outlier(four, many):
     few, crowd = (panels(drawn("throughput", analysis))[1].get_legend() for analysis in (four, many))
     assert [text.get_text() for text in few.get_texts()] == ["rank 0", "rank 1", "rank 2", "rank 3"]
     assert len(crowd.get_texts()) == 4
@@ -271,13 +271,13 @@ def test_throughput_has_a_line_per_worker_and_of_many_those_that_stand_out(four,
     assert "rank 2" in [text.get_text() for text in crowd.get_texts()]
 
 
-def test_the_histogram_of_staleness_adds_up_to_all_gradients(four):
+def test_staleness_histogram_adds_up_to_all_gradients(four):
     left, right = panels(drawn("staleness", four))
     assert sum(bar.get_height() for bars in left.containers for bar in bars) == pytest.approx(100.0)
     assert len(right.lines) == 3
 
 
-def test_the_moment_of_the_switch_is_marked(four):
+def test_moment_of_the_switch_is_marked(four):
     upper, _ = panels(drawn("switching", four))
     star = next(line for line in upper.lines if line.get_marker() == "*")
     assert star.get_xdata().tolist() == [12 * 4 * 32]
@@ -296,13 +296,13 @@ def test_resources_have_a_panel_per_quantity_and_a_line_per_node(four):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_run_with_nothing_to_show_is_said_in_a_sentence(name, bare):
+def test_run_with_nothing_to_show_is_one_message(name, bare):
     with pytest.raises(NothingToShow, match=r"^[a-z][^\n]{15,}$"):
         import_module(f"hpctrain.views.figures.{name}").draw(bare)
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_run_of_one_rank_is_drawn_or_said_to_have_nothing_to_show(name, single):
+def test_run_of_one_rank_is_drawn_or_reported_as_empty(name, single):
     if name in ("waiting", "critical_path", "overlap"):
         with pytest.raises(NothingToShow):
             import_module(f"hpctrain.views.figures.{name}").draw(single)
@@ -311,7 +311,7 @@ def test_a_run_of_one_rank_is_drawn_or_said_to_have_nothing_to_show(name, single
 
 
 # -- programs ------------------------------------------------------------------------------------------------------
-def test_there_is_a_script_for_every_figure_under_a_screen_long():
+def test_every_figure_has_a_short_script():
     for name in FIGURES:
         link = ROOT / "analysis" / f"{name}.py"
         assert link.is_symlink()
@@ -321,7 +321,7 @@ def test_there_is_a_script_for_every_figure_under_a_screen_long():
         assert f": python analysis/{name}.py RUN -o {name}.png\n\n" in text
 
 
-def test_a_script_draws_a_run_and_says_what_is_wrong_with_a_folder_that_is_none(four, tmp_path):
+def test_script_draws_a_run_and_reports_a_wrong_folder(four, tmp_path):
     script, picture = ROOT / "analysis" / "loss.py", tmp_path / "x.png"
     good, bad = (
         subprocess.run([sys.executable, script, folder, "-o", picture], capture_output=True, text=True)
@@ -342,7 +342,7 @@ def test_a_script_draws_a_run_and_says_what_is_wrong_with_a_folder_that_is_none(
         ("staleness", "x.png", "no phase is asynchronous"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_sentence_and_status_2(figure, output, expected, tmp_path, capsys):
+def test_undrawable_run_is_one_message_and_status_2(figure, output, expected, tmp_path, capsys):
     with HandMade(tmp_path, 1) as run:
         together(run[0], 0, 1, 3)
     with pytest.raises(SystemExit) as ended:
@@ -353,7 +353,7 @@ def test_what_cannot_be_drawn_is_one_sentence_and_status_2(figure, output, expec
     assert len(told.splitlines()) == 1
 
 
-def test_figures_keep_no_state_of_matplotlibs():
+def test_figures_leave_no_matplotlib_state():
     folder = ROOT / "hpctrain" / "views" / "figures"
     modules = [folder / f"{name}.py" for name in (*FIGURES, "style", "raster", "script")]
     assert not any("pyplot" in module.read_text() for module in modules)

@@ -96,13 +96,13 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("model", [Halves, Whole])
-def test_mappings_with_a_target_beside(tmp_path: Path, wanted: Any, wrapper: Any, model: Any) -> None:
+def test_mappings_in_a_pair_with_a_target(tmp_path: Path, wanted: Any, wrapper: Any, model: Any) -> None:
     found = trained(tmp_path, model, lambda x, y: (wrapper(halves(x)), y))
     assert found.metrics == wanted.metrics
     assert torch.equal(found.model.line.weight, wanted.model.line.weight)
 
 
-def test_mappings_alone_are_also_what_loss_and_metric_get(tmp_path: Path, wanted: Any) -> None:
+def test_mappings_alone_are_passed_to_loss_and_metric(tmp_path: Path, wanted: Any) -> None:
     class Labelled(Halves):
         def forward(self, labels: Tensor, **parts: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(parts["left"], parts["right"])
@@ -123,7 +123,7 @@ def test_mappings_alone_are_also_what_loss_and_metric_get(tmp_path: Path, wanted
         (lambda left, right, *, mask: left, r"it takes left, right, mask"),
     ],
 )
-def test_mappings_that_the_model_does_not_take(forward: Any, words: str) -> None:
+def test_mappings_that_the_model_does_not_take_are_refused(forward: Any, words: str) -> None:
     model = nn.Module()
     model.forward = forward
     with pytest.raises(DataError, match=r"mappings with the keys left, right, which Module.*" + words):
@@ -142,7 +142,7 @@ def test_mappings_that_the_model_does_not_take(forward: Any, words: str) -> None
         (lambda x, scale=1.0: x, False),
     ],
 )
-def test_by_keyword_where_forward_takes_the_keys_else_as_one_argument(forward: Any, by_name: bool) -> None:
+def test_mapping_is_passed_by_keyword_or_as_one_argument(forward: Any, by_name: bool) -> None:
     seen: list[tuple[int, int]] = []
     model = nn.Module()
     model.forward = forward
@@ -152,7 +152,7 @@ def test_by_keyword_where_forward_takes_the_keys_else_as_one_argument(forward: A
     assert seen == [(0, 2) if by_name else (1, 0)]
 
 
-def test_a_compiled_model_is_called_as_the_one_inside() -> None:
+def test_compiled_model_is_called_like_the_original() -> None:
     given = halves(torch.ones(7))
     for model, batch in [(Halves(), given), (Whole(), given), (Plain(), torch.ones(2, 7))]:
         batch = {key: part.expand(2, -1) for key, part in batch.items()} if isinstance(batch, dict) else batch
@@ -161,7 +161,7 @@ def test_a_compiled_model_is_called_as_the_one_inside() -> None:
         assert torch.equal(outputs, model.line(torch.ones(2, 7)))
 
 
-def test_a_mapping_that_fails_inside_is_explained(tmp_path: Path) -> None:
+def test_error_inside_forward_is_explained(tmp_path: Path) -> None:
     class Failing(Halves):
         def forward(self, left: Tensor, right: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(left, right)
@@ -171,7 +171,7 @@ def test_a_mapping_that_fails_inside_is_explained(tmp_path: Path) -> None:
         trained(tmp_path, Failing, lambda x, y: halves(x))
 
 
-def test_what_fails_in_a_model_that_takes_the_mapping_and_returns_its_loss_stays_as_it_is() -> None:
+def test_error_in_a_model_returning_its_loss_is_unchanged() -> None:
     forward = Forward(Halves(), ModelLoss())
     batch = Batch({"left": torch.ones(2, 3), "right": torch.ones(2, 3)}, None, 2)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), forward.explained(batch):
@@ -216,7 +216,7 @@ ALONE = {"loss": "model", "metric": "tests.helpers:no_metric"}
 
 @pytest.mark.parametrize("form", ["scalar", "pair", "weights", "object", "pair in an object", "mapping", "losses"])
 @pytest.mark.parametrize("mapping", [False, True])
-def test_a_model_that_returns_its_loss_trains_as_with_that_loss(
+def test_model_returning_its_loss_trains_as_with_that_loss(
     tmp_path: Path, wanted: Any, form: str, mapping: bool
 ) -> None:
     samples = (lambda x, y: {"x": x, "y": y}) if mapping else (lambda x, y: (x, y))
@@ -233,7 +233,7 @@ def test_a_model_that_returns_its_loss_trains_as_with_that_loss(
         ("by sample", r"the model returned a tensor of shape \(4,\), in which there is no loss"),
     ],
 )
-def test_a_model_that_returns_no_loss_is_refused(tmp_path: Path, form: str, words: str) -> None:
+def test_model_returning_no_loss_is_refused(tmp_path: Path, form: str, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         trained(tmp_path, {"name": f"{__name__}:Own", "form": form}, lambda x, y: (x, y), **ALONE)
 
@@ -268,7 +268,7 @@ def detectors_job(folder: Path, traced: bool) -> Job:
     )  # fmt: skip
 
 
-def test_an_evaluation_without_a_loss_says_nothing_of_one(tmp_path: Path, wanted: Any) -> None:
+def test_evaluation_without_a_loss_reports_none(tmp_path: Path, wanted: Any) -> None:
     lines: list[str] = []
 
     class Told(Narrator):
@@ -285,7 +285,7 @@ def test_an_evaluation_without_a_loss_says_nothing_of_one(tmp_path: Path, wanted
     assert not any("nan" in line for line in lines if not line.startswith("phase"))  # whose seconds are virtual: 0
 
 
-def test_readers_take_evaluations_without_a_loss(tmp_path: Path) -> None:
+def test_readers_accept_evaluations_without_a_loss(tmp_path: Path) -> None:
     run = train_traced(tmp_path, detectors_job(tmp_path, traced=True), 2)
     folder = run.folder
     rows = list(csv.DictReader((folder / "metrics.csv").open()))

@@ -337,7 +337,7 @@ def originals(tmp_path_factory):
     return write_run(place / "run", 1), write_run(place / "resumed", 2)
 
 
-def test_the_undamaged_runs_are_read_without_a_note(originals, tmp_path):
+def test_undamaged_runs_are_read_without_a_note(originals, tmp_path):
     for original in originals:
         run = open_run(original)
         format_totals(run)
@@ -348,14 +348,14 @@ def test_the_undamaged_runs_are_read_without_a_note(originals, tmp_path):
 
 
 @pytest.mark.parametrize("tenth", mostly_slow(range(10), (0, 1, 2)))
-def test_damaged_runs_are_read_as_far_as_they_can_be(originals, tmp_path, tenth):
+def test_damaged_runs_are_read_as_far_as_possible(originals, tmp_path, tenth):
     """One reader a case, because they take a while; thousands of cases with all of them were tried by hand."""
     for seed in range(tenth, CASES, 10):
         try_case(seed, originals[seed % 2], tmp_path, READERS[seed % len(READERS)])
 
 
 @pytest.mark.slow
-def test_a_page_is_made_of_damaged_traces_and_says_so(originals, tmp_path):
+def test_report_of_damaged_traces_notes_the_damage(originals, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(originals[0], run)
     with h5py.File(trace_path(run, 1), "r+") as file:
@@ -388,7 +388,7 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize(("table", "column", "value"), IMPOSSIBLE)
-def test_a_row_that_no_rank_writes_is_left_out_and_noted(originals, tmp_path, table, column, value):
+def test_impossible_rows_are_left_out_with_a_note(originals, tmp_path, table, column, value):
     shutil.copytree(originals[0], tmp_path / "run")
     set_rows(trace_path(tmp_path / "run", 1), table, 4, **{column: value})
     whole, run = open_run(originals[0]), open_run(tmp_path / "run")
@@ -401,7 +401,7 @@ def test_a_row_that_no_rank_writes_is_left_out_and_noted(originals, tmp_path, ta
         assert (shot.notes == ("rank 1: 1 damaged rows of its trace are left out",)) is (column != "peer")
 
 
-def test_a_number_of_rows_or_ranks_that_cannot_be_costs_no_memory_and_no_time(originals, tmp_path):
+def test_impossible_counts_cost_neither_memory_nor_time(originals, tmp_path):
     shutil.copytree(originals[0], tmp_path / "run")
     with h5py.File(trace_path(tmp_path / "run", 1), "r+") as file:
         file["spans"].resize(2**60, axis=0)
@@ -418,7 +418,7 @@ def test_a_number_of_rows_or_ranks_that_cannot_be_costs_no_memory_and_no_time(or
 
 
 @pytest.mark.slow
-def test_a_run_that_claims_a_million_ranks_has_no_matrix_of_them(originals, tmp_path):
+def test_run_claiming_a_million_ranks_gets_no_matrix(originals, tmp_path):
     shutil.copytree(originals[0], tmp_path / "run")
     for rank in range(SIZE):
         with h5py.File(trace_path(tmp_path / "run", rank), "r+") as file:
@@ -431,12 +431,12 @@ def test_a_run_that_claims_a_million_ranks_has_no_matrix_of_them(originals, tmp_
     assert Watcher(tmp_path / "run").look().notes == ("no trace file yet of ranks 3-999999",)
 
 
-def test_an_epoch_too_small_to_divide_by_gives_no_total():
+def test_too_small_epoch_gives_no_total():
     watcher: Any = SimpleNamespace(_attempt=SimpleNamespace(cursor=2**62, epoch=5e-324))
     assert Watcher._total(watcher) is None
 
 
-def test_a_damaged_measurement_of_the_clock_moves_no_time(originals, tmp_path):
+def test_damaged_clock_measurement_shifts_no_time(originals, tmp_path):
     shutil.copytree(originals[0], tmp_path / "run")
     set_rows(trace_path(tmp_path / "run", 1), "clock", 1, offset_ns=-(2**62))
     whole, run = open_run(originals[0]).spans(1), open_run(tmp_path / "run").spans(1)
@@ -448,7 +448,7 @@ def test_a_damaged_measurement_of_the_clock_moves_no_time(originals, tmp_path):
     ]
 
 
-def test_nothing_outside_a_run_is_read(originals, tmp_path):
+def test_nothing_outside_the_run_folder_is_read(originals, tmp_path):
     """Links, external storage and virtual tables would fetch it; a pipe would be waited for, a device read for ever."""
     other = trace_path(originals[0], 0)
     for number, name in enumerate(("link", "storage", "virtual")):

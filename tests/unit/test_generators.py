@@ -102,7 +102,7 @@ def epoch_of(data: Any, training: list[str], threads: int, known: bool = True, *
 
 
 # -- the generators themselves -----------------------------------------------------------------------------------
-def test_seeded_they_repeat_and_differ_from_each_other() -> None:
+def test_seeded_draws_repeat_and_differ_between_generators() -> None:
     for seed in (0, 1, 2**32, 2**64 - 1):
         seed_all(seed)
         first = draw_all()
@@ -115,7 +115,7 @@ def test_seeded_they_repeat_and_differ_from_each_other() -> None:
     assert all(a != b for a, b in zip(draw_all(), first, strict=True))
 
 
-def test_what_is_drawn_inside_is_put_back() -> None:
+def test_generator_states_are_restored() -> None:
     draw_all()  # leaves half a pair of normal numbers behind in Python and NumPy
     before = Generators.now()
     with suppress(ZeroDivisionError), kept():
@@ -127,7 +127,7 @@ def test_what_is_drawn_inside_is_put_back() -> None:
 
 
 @pytest.mark.parametrize("other", [np.random.MT19937(3), np.random.PCG64(3)])
-def test_states_as_text(other: Any) -> None:
+def test_states_as_strings(other: Any) -> None:
     standard = numpy.random.mtrand.get_bit_generator()
     try:
         numpy.random.mtrand.set_bit_generator(other)
@@ -157,7 +157,7 @@ def swallowed() -> None:
         torch.rand(2)
 
 
-def test_a_guard_stops_draws_from_torch_s_own_generator() -> None:
+def test_guard_stops_draws_from_torchs_generator() -> None:
     own = torch.Generator()
     assert guarded(lambda: torch.rand(2))
     assert guarded(lambda: torch.rand(2, generator=torch.default_generator))
@@ -179,7 +179,7 @@ def _in_a_thread(function: Callable[[], Any]) -> None:
 # -- samples that draw -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("training", [[], GLOBAL])
 @pytest.mark.parametrize("kind", DRAW)
-def test_the_same_samples_whoever_fetches_them_and_the_training_undisturbed(kind: str, training: list[str]) -> None:
+def test_same_samples_for_any_fetching_thread_and_training_undisturbed(kind: str, training: list[str]) -> None:
     alone = epoch_of(Noisy("Python", begins=99), training, 0)[1]
     for make in (Noisy, NoisyMany, NoisyGather):
         wanted, drawn, _ = epoch_of(make(kind), training, 0)
@@ -193,7 +193,7 @@ def test_the_same_samples_whoever_fetches_them_and_the_training_undisturbed(kind
             assert data.threads == {"MainThread"}
 
 
-def test_what_a_sample_draws_is_of_seed_epoch_and_index() -> None:
+def test_draws_of_a_sample_depend_on_seed_epoch_and_index() -> None:
     data, order = Noisy("NumPy"), Order(60, shuffle=False)
     whole = Loader(data, order, threads=0, seed=1).take(0, 60).inputs
     assert torch.equal(Loader(data, order, threads=0, seed=1).take(20, 25).inputs, whole[20:25])
@@ -201,7 +201,7 @@ def test_what_a_sample_draws_is_of_seed_epoch_and_index() -> None:
     assert not torch.equal(Loader(data, order, threads=0, seed=2).take(0, 60).inputs[:, 1], whole[:, 1])
 
 
-def test_a_data_set_that_draws_nothing_is_fetched_ahead() -> None:
+def test_data_set_without_draws_is_prefetched() -> None:
     for training in ([], ["torch"]):
         data = Noisy("torch", begins=99)
         found, _, _ = epoch_of(data, training, 1)
@@ -212,7 +212,7 @@ def test_a_data_set_that_draws_nothing_is_fetched_ahead() -> None:
 @pytest.mark.parametrize("training", [[], ["torch"]])
 @pytest.mark.parametrize("kind", GLOBAL)
 @pytest.mark.parametrize("make", [Noisy, NoisyMany])
-def test_a_data_set_that_begins_to_draw_in_a_thread(make: Any, kind: str, training: list[str]) -> None:
+def test_data_set_that_starts_drawing_in_a_thread(make: Any, kind: str, training: list[str]) -> None:
     """What it drew there counts for nothing, and from then on it is fetched inline."""
     wanted, alone, _ = epoch_of(make(kind, begins=52), training, 0)
     data = make(kind, begins=52)
@@ -225,7 +225,7 @@ def test_a_data_set_that_begins_to_draw_in_a_thread(make: Any, kind: str, traini
     assert loader._alone
 
 
-def test_a_training_loop_that_draws_from_pythons_or_numpys_has_no_threads_beside_it() -> None:
+def test_no_threads_beside_a_loop_drawing_from_python_or_numpy() -> None:
     for kind in ("Python", "NumPy"):
         data = Noisy("torch", begins=99)
         epoch_of(data, [kind], 1)
@@ -233,7 +233,7 @@ def test_a_training_loop_that_draws_from_pythons_or_numpys_has_no_threads_beside
 
 
 @pytest.mark.parametrize("kind", GLOBAL)
-def test_a_training_loop_that_begins_to_draw_is_not_blamed_on_the_data(kind: str) -> None:
+def test_draws_of_the_training_loop_are_not_blamed_on_the_data(kind: str) -> None:
     """Torch's draws are guarded from then on, and threads go on; the others have none beside them."""
     seed_all(1)
     data = Noisy("torch", begins=99)
@@ -248,7 +248,7 @@ def test_a_training_loop_that_begins_to_draw_is_not_blamed_on_the_data(kind: str
     assert drawn == [DRAW[kind]() for _ in drawn]
 
 
-def test_who_drew_first_is_refused_where_it_cannot_be_told() -> None:
+def test_ambiguous_source_of_draws_is_refused() -> None:
     """Data and training loop begin in the same step, and take turns."""
     turn = threading.Barrier(2, timeout=30)
 
@@ -284,7 +284,7 @@ def test_streams_that_draw(kind: str, known: bool, training: list[str]) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_stream_that_begins_to_draw_in_its_thread(known: bool) -> None:
+def test_stream_that_starts_drawing_in_its_thread(known: bool) -> None:
     """From torch's generator: it is stopped, and read again. From others: refused."""
     wanted, alone, _ = epoch_of(NoisyStream("torch", 30, known=known), ["torch"], 0, known)
     found, drawn, _ = epoch_of(NoisyStream("torch", 30, known=known), ["torch"], 1, known)
@@ -347,7 +347,7 @@ def noisy_points() -> tuple[Dataset[Any], Dataset[Any]]:
 
 
 @pytest.mark.parametrize("strategy", [{"name": "all_reduce"}, {"name": "parameter_server", "mode": "sync"}])
-def test_the_same_job_gives_the_same_bits_and_goes_on_with_them(tmp_path: Path, strategy: helpers.Tables) -> None:
+def test_same_job_and_its_resumed_run_have_the_same_bits(tmp_path: Path, strategy: helpers.Tables) -> None:
     """Whatever was drawn before: data, model, samples, computation and evaluations draw the same."""
     name = "tests.unit.test_generators"
     job = helpers.make_job(

@@ -32,7 +32,7 @@ SLOW = 1
 
 
 @pytest.mark.parametrize("name", mostly_slow(STRATEGIES, ("all_reduce", "sync", "bounded", "switch")))
-def test_a_straggler_is_named_in_every_strategy(tmp_path: Path, name: str) -> None:
+def test_straggler_is_named_in_every_strategy(tmp_path: Path, name: str) -> None:
     strategy, size = STRATEGIES[name]
     slow = {"slow": {SLOW: 2.0}}
     job = make_job(tmp_path / "runs", strategy=strategy, train={"epochs": 4, "batch_size": 2}, debug=slow)
@@ -48,7 +48,7 @@ def test_a_straggler_is_named_in_every_strategy(tmp_path: Path, name: str) -> No
         assert float(late) > float(others)
 
 
-def test_without_a_straggler_nobody_is_blamed(tmp_path: Path) -> None:
+def test_without_a_straggler_no_rank_is_blamed(tmp_path: Path) -> None:
     job = make_job(tmp_path / "runs", strategy={"name": "all_reduce"}, train={"epochs": 4, "batch_size": 2})
     told = headline(Analysis(train_traced(tmp_path / "run", job, 4, compute=jitter(sigma=0.0))))
     assert "no rank holds the others up" in told and "rank 1" not in told
@@ -65,7 +65,7 @@ def steps(run: HandMade, rank: int, forward: float, backward: float, waits: floa
         run[rank].done(at + 20.0, step)
 
 
-def test_the_pass_that_is_slow_is_named(tmp_path: Path) -> None:
+def test_slow_pass_is_named(tmp_path: Path) -> None:
     with HandMade(tmp_path, 3) as run:
         steps(run, 0, 4.0, 4.0, waits=1.0)
         steps(run, 1, 4.0, 4.0, waits=1.0)
@@ -74,7 +74,7 @@ def test_the_pass_that_is_slow_is_named(tmp_path: Path) -> None:
     assert told == "28% of worker time is waiting for rank 2, whose forward pass takes 3.1x as long as the others'."
 
 
-def test_a_server_that_is_busy_is_named_with_what_it_does(tmp_path: Path) -> None:
+def test_busy_server_is_named_with_its_activity(tmp_path: Path) -> None:
     with HandMade(tmp_path, 3, roles=["worker", "worker", "server"]) as run:
         run[2].phase(0.0, 0, "server", "parameter_server (async)")
         for rank in (0, 1):
@@ -89,7 +89,7 @@ def test_a_server_that_is_busy_is_named_with_what_it_does(tmp_path: Path) -> Non
     assert told == "70% of worker time is waiting for rank 2, the server, which is mostly updating parameters then."
 
 
-def test_moving_data_is_told_where_it_takes_the_time(tmp_path: Path) -> None:
+def test_moving_data_is_named_when_it_dominates(tmp_path: Path) -> None:
     with HandMade(tmp_path, 2) as run:
         for rank in (0, 1):
             run[rank].phase(0.0, 0, "worker", "all_reduce")
@@ -100,7 +100,7 @@ def test_moving_data_is_told_where_it_takes_the_time(tmp_path: Path) -> None:
     assert told == "40% of worker time is computation, 60% moving data; no rank holds the others up."
 
 
-def test_the_bytes_of_a_ring_are_counted_once(tmp_path: Path) -> None:
+def test_bytes_of_a_ring_are_counted_once(tmp_path: Path) -> None:
     """2 (W - 1) / W of the buffer per rank (Rabenseifner's bound), besides small change."""
     strategy = {"name": "all_reduce", "exchange": "message", "algorithm": "ring"}
     job = make_job(tmp_path / "runs", strategy=strategy, train={"steps": 8, "batch_size": 2})

@@ -21,7 +21,7 @@ STRATEGIES.remove("hpctrain.strategies.exchange")  # strategies load it when the
 
 
 @pytest.mark.parametrize("module", LIGHT + STRATEGIES)
-def test_importing_it_loads_nothing_heavy(module: str) -> None:
+def test_import_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({HEAVY!r} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     argv = [sys.executable, "-c", code]
@@ -29,7 +29,7 @@ def test_importing_it_loads_nothing_heavy(module: str) -> None:
     assert done.stdout.split() == []
 
 
-def test_the_command_leaves_the_garbage_collector_on_and_what_was_imported_out() -> None:
+def test_command_excludes_imports_from_garbage_collection() -> None:
     """Only in a process of its own: where torch is loaded already nothing changes."""
     code = (
         "import gc, sys\n"
@@ -50,7 +50,7 @@ def test_the_command_leaves_the_garbage_collector_on_and_what_was_imported_out()
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
-def test_a_class_name_means_one_thing() -> None:
+def test_class_names_are_unique() -> None:
     places: dict[str, list[str]] = {}
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):

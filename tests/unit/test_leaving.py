@@ -77,7 +77,7 @@ def test_ranks_that_leave_together_end_the_run(tmp_path: Path, what: str):
     assert not (workers[0][1].folder / "model.safetensors").exists()
 
 
-def test_in_the_middle_of_a_round_and_in_a_later_phase(tmp_path: Path):
+def test_leaving_in_the_middle_of_a_round_and_in_a_later_phase(tmp_path: Path):
     phases = [
         {"strategy": helpers.served("async"), "until": {"rule": "after", "samples": 40}},
         {"strategy": {**AR, "exchange": "message", "overlap": True}},
@@ -97,7 +97,7 @@ def test_in_the_middle_of_a_round_and_in_a_later_phase(tmp_path: Path):
 
 
 @pytest.mark.parametrize("strategy", [AR, helpers.served("async")])
-def test_what_is_left_where_it_ends_by_itself_has_ended(tmp_path: Path, strategy: helpers.Tables):
+def test_leaving_after_the_last_step_counts_as_a_normal_end(tmp_path: Path, strategy: helpers.Tables):
     """After the run's last step nothing but the end is to come."""
     job = helpers.make_job(tmp_path, strategy=strategy, train={"steps": 3})
 
@@ -114,7 +114,7 @@ def test_what_is_left_where_it_ends_by_itself_has_ended(tmp_path: Path, strategy
 
 
 @pytest.mark.parametrize("strategy", [AR, helpers.served("sync")])
-def test_a_loop_left_by_all_after_a_phases_last_step(tmp_path: Path, strategy: helpers.Tables):
+def test_leaving_together_after_the_last_step_of_a_phase(tmp_path: Path, strategy: helpers.Tables):
     phases = [{"strategy": AR, "until": {"rule": "after", "steps": 2}}, {"strategy": strategy}]
     job = helpers.make_job(tmp_path, phases=phases)
 
@@ -133,7 +133,7 @@ def test_a_loop_left_by_all_after_a_phases_last_step(tmp_path: Path, strategy: h
         World(3).run(lambda comm: body(comm, True))
 
 
-def test_sys_exit_on_all_ranks_in_one_step_is_the_programs_own(tmp_path: Path):
+def test_sys_exit_on_all_ranks_in_one_step_passes_through(tmp_path: Path):
     job = helpers.make_job(tmp_path, strategy=helpers.served("sync", colocated=True))
     codes = []
 
@@ -146,7 +146,7 @@ def test_sys_exit_on_all_ranks_in_one_step_is_the_programs_own(tmp_path: Path):
     assert codes == [7] * 3
 
 
-def test_no_rank_begins(tmp_path: Path):
+def test_no_rank_enters_the_loop(tmp_path: Path):
     def body(comm: Communicator) -> None:
         with session(helpers.make_job(tmp_path, strategy=helpers.served()), comm, out=QUIET):
             pass
@@ -156,7 +156,7 @@ def test_no_rank_begins(tmp_path: Path):
 
 # -- alone -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("what", list(STRATEGIES))
-def test_a_rank_that_leaves_alone_is_named(tmp_path: Path, what: str):
+def test_rank_leaving_alone_is_named(tmp_path: Path, what: str):
     job = helpers.make_job(tmp_path, strategy=STRATEGIES[what])
     with pytest.raises(LeftError, match=r"^rank 1 left .* at step 3 while .*\(break or return\)$") as one:
         left_by(4, job, lambda rank, steps: rank == 1 and steps == 3)
@@ -164,7 +164,7 @@ def test_a_rank_that_leaves_alone_is_named(tmp_path: Path, what: str):
 
 
 @pytest.mark.parametrize("what", ["async", "bounded", "backup"])
-def test_nan_on_another_rank_meanwhile_ends_all_of_them(tmp_path: Path, what: str):
+def test_nan_on_another_rank_after_leaving_ends_all(tmp_path: Path, what: str):
     """The rank that has left waits for a reply, which must come."""
     job = helpers.make_job(tmp_path, strategy=STRATEGIES[what])
     errors = []
@@ -183,12 +183,12 @@ def test_nan_on_another_rank_meanwhile_ends_all_of_them(tmp_path: Path, what: st
     assert len(set(errors)) == 1
 
 
-def test_two_that_leave_are_both_named(tmp_path: Path):
+def test_two_leaving_ranks_are_both_named(tmp_path: Path):
     with pytest.raises(LeftError, match="^ranks 0, 2 left"):
         left_by(3, helpers.make_job(tmp_path), lambda rank, steps: rank != 1 and steps == 3)
 
 
-def test_a_worker_that_does_not_begin_and_a_server_that_does_not(tmp_path: Path):
+def test_worker_or_server_that_never_enters_the_loop(tmp_path: Path):
     job = helpers.make_job(tmp_path, strategy=helpers.served())
 
     def body(comm: Communicator, idle: int) -> None:
@@ -250,7 +250,7 @@ QUITS: dict[str, tuple[helpers.Tables, str, int]] = {
 
 
 @pytest.mark.parametrize("what", list(QUITS))
-def test_sys_exit_in_what_the_job_names(tmp_path: Path, what: str):
+def test_sys_exit_in_objects_the_job_names(tmp_path: Path, what: str):
     tables, words, status = QUITS[what]
     with pytest.raises(LeftError, match=words) as told:
         World(2).run(lambda comm: helpers.quiet_train(comm, helpers.make_job(tmp_path, **tables)))
@@ -258,7 +258,7 @@ def test_sys_exit_in_what_the_job_names(tmp_path: Path, what: str):
 
 
 @pytest.mark.parametrize("lone", [False, True])
-def test_with_batch_norm_over_all_workers(tmp_path: Path, lone: bool):
+def test_leaving_with_batch_norm_over_all_workers(tmp_path: Path, lone: bool):
     """Those that go on wait for the others in their forward pass, where they cannot be asked."""
     job = helpers.make_job(
         tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures",
@@ -271,14 +271,14 @@ def test_with_batch_norm_over_all_workers(tmp_path: Path, lone: bool):
         assert [steps for steps, _ in left_by(3, job, lambda rank, steps: steps == 3)] == [3, 3, 3]
 
 
-def test_one_rank_by_itself_may_leave_anywhere(tmp_path: Path):
+def test_single_rank_run_may_leave_anywhere(tmp_path: Path):
     job = helpers.make_job(tmp_path, **QUITS["the metric"][0])
     with pytest.raises(SystemExit):
         World(1).run(lambda comm: helpers.quiet_train(comm, job))
     assert left_by(1, job, lambda rank, steps: steps == 1)[0][0] == 1
 
 
-def test_keyboard_interrupt_of_the_programs_own(tmp_path: Path):
+def test_keyboard_interrupt_raised_by_the_program(tmp_path: Path):
     def body(comm: Communicator) -> None:
         with session(helpers.make_job(tmp_path), comm, out=QUIET) as running:
             for _ in running.batches():

@@ -12,7 +12,7 @@ import pytest
 from hpctrain.launcher.lifeline import Lifeline
 
 
-def test_connections_outlive_their_process_until_the_lifeline_is_closed() -> None:
+def test_connections_stay_open_until_the_lifeline_closes() -> None:
     end, other = os.pipe()
     argv = [sys.executable, "-c", "print('up', flush=True); import time; time.sleep(60)"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, pass_fds=[other]) as process:
@@ -33,7 +33,7 @@ def test_connections_outlive_their_process_until_the_lifeline_is_closed() -> Non
     line.close()
 
 
-def test_only_the_first_rank_below_an_mpiexec_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_rank_below_an_mpiexec_has_a_lifeline(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Lifeline.of_parent() is None
     monkeypatch.setenv("MPI_LOCALRANKID", "0")  # left over from elsewhere: our parent is no proxy
     assert Lifeline.of_parent() is None

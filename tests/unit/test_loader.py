@@ -105,7 +105,7 @@ def assert_equal(one: list[Batch], other: list[Batch]) -> None:
 
 @pytest.mark.parametrize("data", [image_set(), Subset(image_set(), list(range(3, 38))), Squares(35)])
 @pytest.mark.parametrize("augment", [[], [shift, flip]])
-def test_the_same_batches_whichever_number_of_threads(data: Any, augment: list[Any]) -> None:
+def test_same_batches_for_any_number_of_threads(data: Any, augment: list[Any]) -> None:
     found = []
     for threads, prefetch in ((0, 2), (1, 0), (1, 2), (3, 4)):
         order = Order(len(data), seed=5)
@@ -133,7 +133,7 @@ def test_workers_together_take_every_sample_once(length: int, workers: int, batc
         assert sorted(seen) == sorted([*range(length), *range(second, second + length)])
 
 
-def test_in_memory_data_is_gathered_as_its_items_would_be_collated() -> None:
+def test_gathering_in_memory_equals_collating_items() -> None:
     data = image_set(20)
     order = Order(20, seed=2)
     pixels = (data.tensors[0] * 255).to(torch.uint8)
@@ -146,7 +146,7 @@ def test_in_memory_data_is_gathered_as_its_items_would_be_collated() -> None:
     torch.testing.assert_close(images[4][0], (pixels[4] / 255 - 0.1) / 0.3)
 
 
-def test_gathering_in_memory_takes_no_thread() -> None:
+def test_gathering_in_memory_uses_no_thread() -> None:
     before = threading.active_count()
     loader = Loader(image_set(2000), Order(2000))
     loader.take(0, 32)
@@ -156,7 +156,7 @@ def test_gathering_in_memory_takes_no_thread() -> None:
     assert threading.active_count() == before
 
 
-def test_fetched_in_threads_that_end() -> None:
+def test_prefetching_threads_end() -> None:
     data = Squares(64)
     loader = past_probes(Loader(data, Order(64, shuffle=False), threads=2), 62)
     assert data.threads == {threading.current_thread().name}
@@ -178,7 +178,7 @@ def test_closing_waits_for_a_sample_not_for_a_batch() -> None:
     assert time.monotonic() - began < 5
 
 
-def test_what_is_requested_is_fetched_before_it_is_taken() -> None:
+def test_requested_batches_are_fetched_before_they_are_taken() -> None:
     data = Squares(8)
     loader = past_probes(Loader(data, Order(8)), 0)
     data.fetched.clear()
@@ -217,7 +217,7 @@ class Broken(Squares):
 
 
 @pytest.mark.parametrize("threads", [0, 1])
-def test_an_error_of_the_data_set_surfaces_where_it_is_taken(threads: int) -> None:
+def test_data_set_error_surfaces_in_take(threads: int) -> None:
     with Loader(Broken(40), Order(40, shuffle=False), threads=threads) as loader:
         past_probes(loader, 0)
         loader.request(0, 10)
@@ -230,7 +230,7 @@ def test_an_error_of_the_data_set_surfaces_where_it_is_taken(threads: int) -> No
         assert loader.take(20, 30).size == 10
 
 
-def test_samples_of_any_make() -> None:
+def test_samples_of_any_kind() -> None:
     order = Order(6, shuffle=False)
     dictionaries = [{"image": np.ones(3) * i, "name": str(i)} for i in range(6)]
     batch = Loader(dictionaries, order, threads=0).take(0, 2)
@@ -244,7 +244,7 @@ def test_samples_of_any_make() -> None:
     assert (empty.inputs, empty.targets, empty.size) == (None, None, 0)
 
 
-def test_samples_that_make_no_batch() -> None:
+def test_samples_that_do_not_collate() -> None:
     order = Order(4, shuffle=False)
     for samples, words in (
         ([torch.ones(i + 1) for i in range(4)], r"sample 1 of .* with sample 0: it has the shape \(2,\), there it is"),
@@ -260,7 +260,7 @@ def test_samples_that_make_no_batch() -> None:
         Loader(["a"] * 4, order, threads=0, augment=[flip]).take(0, 2)
 
 
-def test_augmentation_is_a_sample_s_own() -> None:
+def test_augmentation_depends_on_the_sample_only() -> None:
     """It depends on the seed, the epoch and the sample, not on the batch it is in."""
     data = image_set(40)
     order = Order(40, seed=1, shuffle=False)
@@ -272,7 +272,7 @@ def test_augmentation_is_a_sample_s_own() -> None:
     assert torch.equal(data.tensors[0], image_set(40).tensors[0])
 
 
-def test_shift_moves_and_fills_with_zeros() -> None:
+def test_shift_fills_with_zeros() -> None:
     image = torch.arange(1.0, 10.0).reshape(1, 3, 3)
     padded = torch.nn.functional.pad(image, (2, 2, 2, 2))
     windows = {(r, c): padded[:, r : r + 3, c : c + 3] for r in range(5) for c in range(5)}
@@ -284,7 +284,7 @@ def test_shift_moves_and_fills_with_zeros() -> None:
     assert shift(image[:, :1, :1], torch.Generator().manual_seed(0), pixels=3).shape == (1, 1, 1)
 
 
-def test_flip_mirrors_half_of_them() -> None:
+def test_flip_mirrors_half_of_the_images() -> None:
     image = torch.arange(9.0).reshape(1, 3, 3)
     flips = [torch.equal(flip(image, torch.Generator().manual_seed(s)), image.flip(-1)) for s in range(200)]
     assert 70 < sum(flips) < 130
@@ -296,7 +296,7 @@ def test_augmentations_by_name() -> None:
         augmentations(["shfit"])
 
 
-def test_a_prefetched_stream_is_begun_once_an_epoch() -> None:
+def test_prefetched_stream_is_started_once_per_epoch() -> None:
     """Guessing beyond an end that is not known yet must not lose the place, and so cost another reading."""
     for length in (100, 96, 97, 112, 24, 5):
         ahead = 1 if length > 24 else 2  # a round, and so an epoch, is at most 24 samples, and two are ahead
@@ -308,7 +308,7 @@ def test_a_prefetched_stream_is_begun_once_an_epoch() -> None:
             assert 3 <= data.begun <= 3 + ahead
 
 
-def test_a_stream_read_backwards_is_read_anew() -> None:
+def test_stream_read_backwards_is_restarted() -> None:
     data = Count(50, known=True)
     with Loader(data, Order(50, shuffle=False)) as loader:
         assert loader.take(40, 44).inputs.tolist() == [40, 41, 42, 43]
@@ -339,7 +339,7 @@ class Guarded(IterableDataset[int]):
         return 1
 
 
-def test_a_stream_is_read_by_one_thread() -> None:
+def test_stream_is_read_by_one_thread() -> None:
     data = Guarded()
     with Loader(data, Order(10**6, shuffle=False), threads=4, prefetch=4) as loader:
         past_probes(loader, 0)
@@ -353,7 +353,7 @@ def test_a_stream_is_read_by_one_thread() -> None:
     assert all(name.startswith("hpctrain-data") for name in data.threads)
 
 
-def test_an_endless_stream_is_not_kept() -> None:
+def test_endless_stream_is_not_kept_in_memory() -> None:
     data, order = Count(10**9), Order(None, shuffle=False)
     loader = Loader(data, order, threads=0)
     run(loader, order, 0, 2, 8, 20_000)
@@ -361,7 +361,7 @@ def test_an_endless_stream_is_not_kept() -> None:
     assert len(loader._stream._ahead) <= 33
 
 
-def test_resuming_in_the_midst_of_a_stream_of_unknown_length() -> None:
+def test_resuming_within_a_stream_of_unknown_length() -> None:
     order = Order(None, shuffle=False)
     loader = Loader(Count(30), order, threads=0)
     bounds = loader.bounds(70, 8, 2)  # what was 10 in the third epoch
@@ -382,7 +382,7 @@ class Failing(IterableDataset[int]):
 
 @pytest.mark.parametrize("threads", [0, 1])
 @pytest.mark.parametrize("length", [None, 100])
-def test_an_error_in_a_stream_is_not_its_end(threads: int, length: int | None) -> None:
+def test_error_in_a_stream_is_not_its_end(threads: int, length: int | None) -> None:
     order = Order(length, shuffle=False)
     with Loader(Failing(20), order, threads=threads) as loader:
         with pytest.raises(OSError, match="the disk is gone"):
@@ -392,7 +392,7 @@ def test_an_error_in_a_stream_is_not_its_end(threads: int, length: int | None) -
     assert order.length == length
 
 
-def test_streams_that_are_too_short() -> None:
+def test_too_short_streams_are_refused() -> None:
     with pytest.raises(DataError, match="the stream ended after 20 samples in epoch 0, but its length is 30"):
         Loader(Count(20), Order(30), threads=0).take(18, 24)
     with pytest.raises(DataError, match="a stream without a single sample"):

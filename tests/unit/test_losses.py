@@ -74,7 +74,7 @@ def bound(spec: Any) -> losses.LossFunction:
     ],
 )
 @pytest.mark.parametrize("shape", [(8,), (8, 5), (8, 2, 3)])
-def test_class_losses_in_parts_are_the_loss_of_the_whole(spec: Any, shape: tuple[int, ...]):
+def test_class_losses_of_parts_add_up_to_the_whole(spec: Any, shape: tuple[int, ...]):
     """Cut into micro-batches, the sums over the weights: what torch says of the whole batch."""
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(8, 3, *shape[1:], generator=generator, dtype=torch.float64)
@@ -88,7 +88,7 @@ def test_class_losses_in_parts_are_the_loss_of_the_whole(spec: Any, shape: tuple
     assert sum(float(part.term) * part.share for part in parts) / weight == pytest.approx(whole.mean, rel=1e-12)
 
 
-def test_a_batch_in_which_nothing_counts_has_no_weight_and_no_gradient():
+def test_batch_without_counting_targets_has_no_weight_and_no_gradient():
     outputs = torch.randn(4, 3, requires_grad=True)
     found = weigh(bound("cross_entropy")(outputs, torch.full((4,), -100)), 4)
     assert (found.mean, found.weight) == (0.0, 0.0)
@@ -104,7 +104,7 @@ def test_probabilities_and_other_losses_are_means_over_samples():
     assert weigh(bound("torch.nn:BCEWithLogitsLoss")(outputs, targets), 4).weight == 4
 
 
-def test_a_sum_with_its_weight():
+def test_loss_returning_sum_and_weight():
     found = weigh((torch.tensor(6.0), torch.tensor(3)), 99)
     assert (found.mean, found.weight, float(found.term), found.share) == (2.0, 3.0, 6.0, 1.0)
 
@@ -122,7 +122,7 @@ def test_a_sum_with_its_weight():
     ],
 )
 @pytest.mark.parametrize("strategy", ["all_reduce", "parameter_server"])
-def test_what_is_no_loss_is_refused_in_a_sentence(tmp_path: Path, loss: Any, words: str, strategy: str):
+def test_invalid_losses_are_refused(tmp_path: Path, loss: Any, words: str, strategy: str):
     def body(comm):
         helpers.quiet_train(comm, helpers.make_job(tmp_path, loss=loss, strategy={"name": strategy}))
 
@@ -131,7 +131,7 @@ def test_what_is_no_loss_is_refused_in_a_sentence(tmp_path: Path, loss: Any, wor
     assert words in str(raised.value)
 
 
-def test_a_loss_with_frozen_parameters_is_taken():
+def test_loss_with_frozen_parameters_is_accepted():
     assert bound(Scaled(trained=False))(torch.randn(2, 3), torch.tensor([0, 1])).numel() == 1
     with pytest.raises(ModelError):
         bound(Scaled())

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_of_more_phases_than_a_byte_counts(tmp_path: Path) -> None:
+def test_run_with_more_phases_than_fit_a_byte(tmp_path: Path) -> None:
     phases = [{"strategy": "all_reduce", "until": {"rule": "after", "steps": 1}} for _ in range(260)]
     del phases[-1]["until"]
     train = {"steps": 260, "batch_size": 4, "evaluate_every": {"steps": 10**6}}
@@ -53,7 +53,7 @@ def test_a_run_of_more_phases_than_a_byte_counts(tmp_path: Path) -> None:
     assert [event.phase for event in run.events(1)["event"] if hasattr(event, "phase")] == list(range(260))
 
 
-def test_a_report_of_1000_phases_is_a_page_like_any_other(folder: Path) -> None:
+def test_report_of_1000_phases_has_a_normal_size(folder: Path) -> None:
     page, _ = write_report(folder)
     text = page.read_text()
     assert page.stat().st_size < 4_800_000
@@ -62,7 +62,7 @@ def test_a_report_of_1000_phases_is_a_page_like_any_other(folder: Path) -> None:
     assert "The 40 longest of 1,000 phases." in text and "and 992 more phases" in text
 
 
-def test_facts_and_tables_say_what_they_leave_out(folder: Path) -> None:
+def test_facts_and_tables_note_what_they_leave_out(folder: Path) -> None:
     analysis = Analysis(open_run(folder))
     facts = [value for name, value in tables.facts(analysis.run, analysis.phases) if name == "strategy"]
     assert facts[0] == "phase 0: all_reduce, 3 workers" and facts[-1] == "and 992 more phases" and len(facts) == 9
@@ -72,6 +72,6 @@ def test_facts_and_tables_say_what_they_leave_out(folder: Path) -> None:
     assert efficiency.note == "The 40 longest of 1,000 phases."
 
 
-def test_compare_of_1000_phases_has_a_short_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_shows_1000_phases_in_a_short_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main([folder]) == 0
     assert "3, 2, 3, 2, ..." in capsys.readouterr().out

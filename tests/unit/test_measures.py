@@ -109,7 +109,7 @@ def no_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("spec", [Bleu, {"name": f"{__name__}:Bleu", "order": 2}, AveragePrecision])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 9])
-def test_ranks_find_the_very_value_of_one_process(spec: Any, ranks: int) -> None:
+def test_ranks_compute_the_same_value_as_one_process(spec: Any, ranks: int) -> None:
     """Unequal shares; of nine ranks two have no batch."""
     data = sentences(7)
     cls, options = (spec, {}) if isinstance(spec, type) else (Bleu, {"order": 2})
@@ -122,7 +122,7 @@ def test_ranks_find_the_very_value_of_one_process(spec: Any, ranks: int) -> None
         assert found.metric == (wanted["bleu"] if isinstance(wanted, dict) else wanted)
 
 
-def test_a_run_with_a_metric_of_a_class(tmp_path: Path) -> None:
+def test_run_with_a_metric_class(tmp_path: Path) -> None:
     """Evaluated several times: nothing is left of the evaluation before."""
     job = helpers.make_job(tmp_path, data=(helpers.points(), helpers.points(40)), metric=Spread)
     job = job.override(["train.evaluate_every={steps=2}"])
@@ -190,7 +190,7 @@ class Fails(Spread):
         ("one", r"value\(\) returned a Tensor of shape \(3,\) under a; it must be a number"),
     ],
 )
-def test_a_class_that_fails_on_one_rank_fails_on_all_in_a_sentence(method: str, words: str) -> None:
+def test_metric_class_failing_on_one_rank_fails_on_all(method: str, words: str) -> None:
     data = TensorDataset(torch.arange(4.0)[:, None] + 1, torch.zeros(4, 1))  # shares of 1, 1 and 2
 
     def body(comm: Communicator) -> str:
@@ -203,7 +203,7 @@ def test_a_class_that_fails_on_one_rank_fails_on_all_in_a_sentence(method: str, 
     assert len(set(World(3).run(body))) == 1
 
 
-def test_a_function_that_fails_on_one_rank_fails_on_all() -> None:
+def test_metric_function_failing_on_one_rank_fails_on_all() -> None:
     def metric(outputs: Tensor, targets: Tensor) -> Any:
         return None if float(outputs[0]) >= 3 else 1.0
 
@@ -216,7 +216,7 @@ def test_a_function_that_fails_on_one_rank_fails_on_all() -> None:
 
 
 @pytest.mark.parametrize("servers", [0, 1])
-def test_servers_do_not_wait_for_workers_whose_metric_failed(tmp_path: Path, servers: int) -> None:
+def test_failing_metric_ends_servers_too(tmp_path: Path, servers: int) -> None:
     """An error that all ranks raise lets each end by itself; one that servers do not raise must end them."""
     strategy = {"name": "parameter_server", "mode": "sync", "servers": 1} if servers else {"name": "all_reduce"}
     data = (helpers.points(), helpers.points(9))
@@ -241,7 +241,7 @@ class Unmade(Spread):
         raise ValueError("no file of words")
 
 
-def test_classes_that_are_no_metrics_are_refused_before_training() -> None:
+def test_invalid_metric_classes_are_refused_before_training() -> None:
     def bind(spec: Any) -> Measure:
         return metrics.bind(Job(metric=spec).metric, no_loss)
 
@@ -269,7 +269,7 @@ STATE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_states_arrive_as_they_were() -> None:
+def test_states_arrive_unchanged() -> None:
     found = unpack(pack(STATE, "it has"))
     assert list(found) == list(STATE)
     for name, value in found.items():
@@ -320,7 +320,7 @@ def test_means_pairs_and_dictionaries() -> None:
     assert math.isnan(nothing)
 
 
-def test_entries_of_ranks_that_had_no_batch() -> None:
+def test_entries_of_ranks_without_a_batch() -> None:
     tallies = [fed(Tally("m", returned), *[({"z": rank, "a": (1.0, 0.0)}, 2)] * rank) for rank in range(3)]
     tallies[0].merge([tally.state() for tally in tallies])
     found = tallies[0].value()
@@ -342,12 +342,12 @@ def test_entries_of_ranks_that_had_no_batch() -> None:
         ({}, "it must have the same keys, and one at least"),
     ],
 )
-def test_what_is_no_metric(value: Any, words: str) -> None:
+def test_invalid_metric_values_are_refused(value: Any, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         fed(Tally("m", returned), (value, 4))
 
 
-def test_keys_that_change() -> None:
+def test_changing_metric_keys_are_refused() -> None:
     for other in [{"b": 2.0, "a": 1.0}, {"a": 1.0}, 3.0]:
         with pytest.raises(ModelError, match="the same keys"):
             fed(Tally("m", returned), ({"a": 1.0, "b": 2.0}, 1), (other, 1))

@@ -56,7 +56,7 @@ def test_classes_in_the_second_or_the_last_dimension(inner: tuple[int, ...], dim
         assert share(outputs, wrong, **keys) == pytest.approx(5 / 6)
 
 
-def test_targets_that_are_probabilities() -> None:
+def test_probabilities_as_targets() -> None:
     for shape in [(4, 3), (4, 3, 5), (4, 3, 3)]:
         classes = torch.randint(0, 3, (shape[0], *shape[2:]), generator=torch.Generator().manual_seed(1))
         soft = scores(classes, 3, 1).softmax(1)
@@ -66,7 +66,7 @@ def test_targets_that_are_probabilities() -> None:
 
 @pytest.mark.parametrize("shapes", [((4,), (4,)), ((4, 1), (4,)), ((4,), (4, 1)), ((4, 1), (4, 1)), ((2, 2), (2, 2))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
-def test_yes_or_no(shapes: tuple[Any, Any], dtype: torch.dtype) -> None:
+def test_binary_classification(shapes: tuple[Any, Any], dtype: torch.dtype) -> None:
     outputs = torch.tensor([-2.0, 0.2, 0.8, 3.0]).view(shapes[0])
     targets = torch.tensor([0, 1, 1, 0]).to(dtype).view(shapes[1])
     assert share(outputs, targets, threshold=0.0) == 0.75
@@ -76,7 +76,7 @@ def test_yes_or_no(shapes: tuple[Any, Any], dtype: torch.dtype) -> None:
             accuracy(outputs, targets)
 
 
-def test_shapes_that_do_not_fit_are_named() -> None:
+def test_mismatched_shapes_are_named() -> None:
     with pytest.raises(ModelError, match=r"outputs of shape \(4, 3, 5\) and targets of shape \(4, 4\) do not fit"):
         accuracy(torch.zeros(4, 3, 5), torch.zeros(4, 4).long())
     with pytest.raises(ModelError, match=r"do not fit with metric.dim = 2"):
@@ -101,7 +101,7 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         ("mse", {}),
     ],
 )
-def test_accuracy_learns_from_the_loss(loss: Any, implied: dict[str, Any]) -> None:
+def test_accuracy_uses_options_of_the_loss(loss: Any, implied: dict[str, Any]) -> None:
     assert keywords(Job(loss=loss)) == implied
     assert keywords(Job(loss=loss, metric={"name": "accuracy", "ignore_index": 9}))["ignore_index"] == 9
 

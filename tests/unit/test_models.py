@@ -47,7 +47,7 @@ def test_resnet18_halves_its_maps_three_times() -> None:
     assert net[:-3](torch.rand(2, 3, 32, 32)).shape == (2, 32, 4, 4)
 
 
-def test_the_same_seed_makes_the_same_model() -> None:
+def test_same_seed_gives_the_same_model() -> None:
     for model in (lenet5, convnet):
         torch.manual_seed(3)
         one = model()
@@ -74,6 +74,6 @@ WRONG: list[tuple[Callable[..., nn.Module], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("model", "options", "message"), WRONG)
-def test_wrong_arguments(model: Callable[..., nn.Module], options: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_refused(model: Callable[..., nn.Module], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         model(**options)

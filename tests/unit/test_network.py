@@ -13,7 +13,7 @@ from hpctrain.comm.virtual.world import World
 LATENCY, WIRE = 20_000, 0.8  # ns; ns per byte at 1.25 GB/s
 
 
-def test_the_free_network_costs_nothing() -> None:
+def test_free_network_costs_nothing() -> None:
     assert FreeNetwork().transfer(0, 1, 10**9, 7) == (7, 7)
     world = World(5)
     world.run(lambda comm: comm.all_reduce(np.ones(1000)))
@@ -25,7 +25,7 @@ def test_one_message_takes_latency_and_wire() -> None:
     assert network.transfer(0, 1, 1_000_000, 500) == (500 + 800_000, 500 + LATENCY + 800_000)
 
 
-def test_within_a_node_links_are_not_used() -> None:
+def test_messages_within_a_node_use_no_link() -> None:
     network = LinkNetwork()
     assert network.transfer(3, 3, 8000, 100) == (100 + 500 + 1000, 100 + 500 + 1000)
     assert network.transfer(3, 3, 8000, 100) == (1600, 1600)
@@ -50,7 +50,7 @@ def test_links_work_both_ways_at_once() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 17), st.sampled_from([4, 1000, 25_000]), st.sampled_from([-1, 8192]))
-def test_a_ring_of_nodes_takes_its_closed_form(size: int, elements: int, eager: int) -> None:
+def test_ring_of_nodes_matches_its_closed_form(size: int, elements: int, eager: int) -> None:
     """2 (p - 1) steps of one latency and one p-th of the buffer."""
     network = LinkNetwork(eager_limit=eager)
     world = World(size, range(size), network)
@@ -59,7 +59,7 @@ def test_a_ring_of_nodes_takes_its_closed_form(size: int, elements: int, eager: 
 
 
 @pytest.mark.parametrize(("size", "steps"), [(2, 1), (4, 2), (8, 3), (16, 4)])
-def test_halving_doubling_takes_its_closed_form(size: int, steps: int) -> None:
+def test_halving_doubling_matches_its_closed_form(size: int, steps: int) -> None:
     """2 log2 p latencies, and the same bytes as the ring."""
     nbytes = 4 * size * 10_000
     world = World(size, range(size), LinkNetwork())
@@ -69,13 +69,13 @@ def test_halving_doubling_takes_its_closed_form(size: int, steps: int) -> None:
     assert world.time == pytest.approx(2 * (steps * LATENCY + sent * WIRE), abs=4 * steps)
 
 
-def test_a_tree_takes_its_closed_form() -> None:
+def test_tree_matches_its_closed_form() -> None:
     world = World(8, range(8), LinkNetwork())
     world.run(lambda comm: comm.all_reduce(np.ones(2500, np.float32), algorithm="tree"))
     assert world.time == 2 * 3 * (LATENCY + 8000)
 
 
-def test_a_server_is_limited_by_its_link() -> None:
+def test_server_is_limited_by_its_link() -> None:
     """Pushing S bytes from each of W workers to one server takes at least W S / R (FIELD's analytic delay)."""
 
     def body(comm):

@@ -82,14 +82,14 @@ def test_every_kind_of_event_is_read() -> None:
 
 
 @pytest.mark.parametrize("name", list(old_runs.JOBS))
-def test_report_writes_a_page(tmp_path: Path, name: str) -> None:
+def test_report_is_written_for_old_runs(tmp_path: Path, name: str) -> None:
     page, headline = write_report(copied(tmp_path, name))
     text = page.read_text()
     assert headline in text and "could not be computed" not in text
     assert "loss_stable" in text or name != "switch"
 
 
-def test_compare_puts_them_side_by_side() -> None:
+def test_compare_shows_old_runs_side_by_side() -> None:
     runs, faults = compare.read_runs([FOLDERS / name for name in old_runs.JOBS])
     assert faults == []
     by_phase = [(run.workers, run.servers) for run in runs]
@@ -99,7 +99,7 @@ def test_compare_puts_them_side_by_side() -> None:
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["all_reduce", "parameter_server_sync", "switch"])
-def test_a_checkpoint_in_mid_run_is_resumed(tmp_path: Path, name: str) -> None:
+def test_mid_run_checkpoint_is_resumed(tmp_path: Path, name: str) -> None:
     """To what the uninterrupted run of 0.1 had: to the bit, where this machine rounds as that did."""
     resumed, recorded = (
         finished(name, tmp_path, copied(tmp_path, name)),
@@ -112,7 +112,7 @@ def test_a_checkpoint_in_mid_run_is_resumed(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(resumed[key], value, rtol=0 if alike else 1e-4, atol=0 if alike else 1e-6)
 
 
-def test_an_asynchronous_checkpoint_is_resumed(tmp_path: Path) -> None:
+def test_asynchronous_checkpoint_is_resumed(tmp_path: Path) -> None:
     """What follows is not deterministic, but it starts from the checkpoint: at half of the run the loss is far lower
     than at its start, and it stays so."""
     name = "parameter_server_async"

@@ -122,7 +122,7 @@ def groups_of(model: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_elementwise_optimizers_may_be_cut_anywhere(name: str, options: dict[str, Any], grouped: bool) -> None:
+def test_elementwise_optimizers_can_be_cut_anywhere(name: str, options: dict[str, Any], grouped: bool) -> None:
     model = Net()
     groups: Any = groups_of(model) if grouped else None
     if name == "Rprop" and grouped:  # has no weight decay
@@ -158,7 +158,7 @@ def test_other_optimizers_are_cut_between_parameters(name: str, options: dict[st
 
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (3, 2), (2, 40)])
 @pytest.mark.parametrize(("name", "options"), CASES + WHOLE)
-def test_state_goes_over_to_another_cut_exactly(name: str, options: dict[str, Any], before: int, after: int) -> None:
+def test_state_moves_to_another_cut_exactly(name: str, options: dict[str, Any], before: int, after: int) -> None:
     model = Net(vectors=name != "Muon")
     choice, layout = choice_of(name, options), Replica(model).layout
     old = Cut(choice, layout, flat_values(model, layout), before)
@@ -214,7 +214,7 @@ def test_state_is_a_copy(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Adam", "Adafactor"])
-def test_state_changes_hands_without_copies(name: str) -> None:
+def test_state_is_handed_over_without_copies(name: str) -> None:
     choice, layout = choice_of(name, {"lr": 0.1}), Replica(Net()).layout
     before, after = (
         make_update(choice, layout, torch.zeros(layout.length, dtype=torch.float64), 0, layout.length) for _ in "12"
@@ -287,7 +287,7 @@ def test_refused(optimizer: Any, options: dict[str, Any], elementwise: bool | No
     assert "\n" not in str(caught.value)
 
 
-def test_elementwise_is_known_of_torchs_own_only() -> None:
+def test_only_torchs_optimizers_are_known_to_be_elementwise() -> None:
     assert OptimizerChoice.of(torch.optim.SGD, {"lr": 0.1}).elementwise
     assert not OptimizerChoice.of(torch.optim.SGD, {"lr": 0.1}, False).elementwise
     assert not OptimizerChoice.of(Own, {"lr": 0.1}).elementwise
@@ -295,7 +295,7 @@ def test_elementwise_is_known_of_torchs_own_only() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_muon_takes_matrices_only() -> None:
+def test_muon_accepts_matrices_only() -> None:
     choice = choice_of("Muon", {"lr": 0.01})
     with pytest.raises(ModelError, match=r"'Muon': parameter scale: Muon only supports 2D"):
         choice.check(Replica(Net()).layout)
@@ -304,7 +304,7 @@ def test_muon_takes_matrices_only() -> None:
         choice.check(Replica(convolution).layout)
 
 
-def test_known_optimizers_are_all_there_are() -> None:
+def test_all_of_torchs_optimizers_are_known() -> None:
     """A class that a new torch brings has to be looked at: is it elementwise?"""
     own = {n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
     assert own - {"Optimizer"} <= ELEMENTWISE | {"LBFGS", "SparseAdam", "Adafactor", "Muon"}
@@ -327,7 +327,7 @@ def test_options_of_groups_are_checked(options: dict[str, Any], message: str) ->
         choice_of("SGD", {"lr": 0.1}).check(Replica(model, groups).layout)
 
 
-def test_decay_spares_vectors() -> None:
+def test_weight_decay_skips_vectors() -> None:
     model = Net()
     layout = Replica(model, decay(model)).layout
     start = flat_values(model, layout)
@@ -411,7 +411,7 @@ def test_groups_in_a_run(tmp_path: Any, strategy: Any, name: str) -> None:
         ({"name": two_rates, "first": 1}, "has no keyword first; it takes last"),
     ],
 )
-def test_groups_that_a_run_refuses(tmp_path: Any, groups: Any, message: str | None) -> None:
+def test_groups_refused_by_a_run(tmp_path: Any, groups: Any, message: str | None) -> None:
     if message is None:  # no opinion: all alike
         run(tmp_path, 1, 8, groups)
         return
@@ -421,7 +421,7 @@ def test_groups_that_a_run_refuses(tmp_path: Any, groups: Any, message: str | No
 
 # -- what asynchronous updates need ------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad", "RMSprop", "AdamW"])
-def test_optimizers_whose_updates_do_not_grow_with_the_gradient_are_recognised(name: str) -> None:
+def test_optimizers_with_gradient_independent_step_size_are_recognised(name: str) -> None:
     assert choice_of(name, {"lr": 0.1}).adaptive == (name != "SGD")
 
 
@@ -433,7 +433,7 @@ def update_of(name: str, options: dict[str, Any]) -> tuple[Update, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
-def test_momentum_is_scaled_for_one_update(name: str) -> None:
+def test_momentum_scale_applies_to_one_update(name: str) -> None:
     """Half the momentum in one update, all of it in the next; against torch, told so."""
     key: dict[str, Any] = {"momentum": 0.8} if name == "SGD" else {"betas": (0.8, 0.99)}
     half: dict[str, Any] = {"momentum": 0.4} if name == "SGD" else {"betas": (0.4, 0.99)}
@@ -451,7 +451,7 @@ def test_momentum_is_scaled_for_one_update(name: str) -> None:
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_each_worker_has_a_velocity_of_its_own(nesterov: bool) -> None:
+def test_each_worker_has_its_own_velocity(nesterov: bool) -> None:
     """Against one torch optimizer per worker, which all move the same parameters."""
     options: dict[str, Any] = {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.05, "nesterov": nesterov}
     update, values = update_of("SGD", options)
@@ -466,7 +466,7 @@ def test_each_worker_has_a_velocity_of_its_own(nesterov: bool) -> None:
     assert mask.any()
 
 
-def test_the_velocity_handed_on_is_the_mean_of_the_workers() -> None:
+def test_velocity_handed_on_is_the_mean_of_the_workers() -> None:
     """Of three workers one has not pushed: its velocity is still the one that was handed over."""
     update, values = update_of("SGD", {"lr": 1e-3, "momentum": 0.5})
     update.apply(torch.full_like(values, 8.0), 1.0)
@@ -482,7 +482,7 @@ def velocity(update: Update) -> float:
 
 
 @pytest.mark.parametrize(("own", "sharpness", "stable"), [(False, 2.0, True), (False, 4.0, False), (True, 12.0, True)])
-def test_a_velocity_per_worker_is_stable_on_sharper_losses(own: bool, sharpness: float, stable: bool) -> None:
+def test_velocity_per_worker_is_stable_on_sharper_losses(own: bool, sharpness: float, stable: bool) -> None:
     """16 workers in turn, each with the gradient of a parabola where it last looked; rate 0.05 / 16, momentum 0.9."""
     update, values = update_of("SGD", {"lr": 0.05 / 16, "momentum": 0.9})
     values.fill_(1.0)
@@ -533,7 +533,7 @@ class Counting(torch.optim.SGD):
         return super().step(closure)
 
 
-def test_state_that_cannot_be_dealt_out_is_refused() -> None:
+def test_state_that_cannot_be_split_is_refused() -> None:
     with pytest.raises(ModelError, match=r"Listing keeps seen, a list, for each parameter.* tensors and numbers"):
         OptimizerChoice.of(Listing, {"lr": 0.1})
     with pytest.raises(ModelError, match=r"row of shape \(2,\) for .*leave optimizer.elementwise out"):
@@ -550,7 +550,7 @@ class Rowed(torch.optim.SGD):
                 self.state[parameter]["row"] = torch.zeros(2)
 
 
-def test_counts_of_all_parameters_together_do_not_cross_a_switch(tmp_path: Any) -> None:
+def test_global_step_counts_do_not_cross_a_switch(tmp_path: Any) -> None:
     def job(**how: Any) -> Job:
         return Job(
             model=small_model, data=few_samples(), metric="tests.helpers:no_metric", output=str(tmp_path),

@@ -34,7 +34,7 @@ def test_every_sample_once_per_epoch(length: int, workers: int, batch: int, seed
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**5), st.integers(1, 4096), st.integers(1, 64))
-def test_a_round_is_dealt_evenly_and_ends_with_the_epoch(
+def test_round_is_dealt_evenly_and_ends_with_the_epoch(
     cursor: int, length: int, round_size: int, workers: int
 ) -> None:
     bounds = round_bounds(cursor, length, round_size, workers)
@@ -45,7 +45,7 @@ def test_a_round_is_dealt_evenly_and_ends_with_the_epoch(
     assert bounds[-1] == min(cursor + round_size, (cursor // length + 1) * length)
 
 
-def test_the_order_is_of_seed_and_epoch_alone() -> None:
+def test_order_depends_only_on_seed_and_epoch() -> None:
     first, again = Order(50, seed=3), Order(50, seed=3)
     later = again.indices(50, 100)  # asked for in another order
     np.testing.assert_array_equal(again.indices(0, 50), first.indices(0, 50))
@@ -55,13 +55,13 @@ def test_the_order_is_of_seed_and_epoch_alone() -> None:
     np.testing.assert_array_equal(Order(50, shuffle=False).indices(60, 63), [10, 11, 12])
 
 
-def test_the_order_is_the_same_for_ever() -> None:
+def test_order_never_changes_between_versions() -> None:
     """Resumed runs need it, whatever the release of NumPy."""
     assert Order(8, seed=1).indices(8, 16).tolist() == [5, 6, 3, 0, 7, 2, 1, 4]
     assert mix(1, 2, np.array([0, 5])).tolist() == [16613338946343043936, 7702586659592502839]
 
 
-def test_a_range_across_an_epoch_end_is_refused() -> None:
+def test_range_across_an_epoch_end_is_refused() -> None:
     order = Order(10)
     assert order.indices(10, 10).tolist() == []
     for start, stop in ((8, 12), (-1, 2), (5, 4)):
@@ -69,7 +69,7 @@ def test_a_range_across_an_epoch_end_is_refused() -> None:
             order.indices(start, stop)
 
 
-def test_a_length_to_be_learnt() -> None:
+def test_length_learned_during_the_run() -> None:
     order = Order(None, shuffle=False)
     assert (order.epoch(10**9), order.epoch_end(5)) == (0, UNKNOWN_END)
     assert round_bounds(96, None, 32, 4) == [96, 104, 112, 120, 128]

@@ -49,13 +49,13 @@ PRINTING = ("job explain", "job show RUN/job.toml", "trace RUN", "watch --once R
 
 
 @pytest.mark.parametrize("command", [*PRINTING, "--help"])
-def test_a_command_whose_output_cannot_be_written_says_so(run, monkeypatch, capsys, command):
+def test_command_reports_unwritable_output(run, monkeypatch, capsys, command):
     with standard_output(monkeypatch, open(FULL, "w")):
         assert main([word.replace("RUN", str(run)) for word in command.split()]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"hpctrain: {NO_SPACE}"
 
 
-def test_a_pipe_that_nobody_reads_ends_a_command_quietly(run, monkeypatch, capsys):
+def test_broken_pipe_ends_a_command_quietly(run, monkeypatch, capsys):
     reading, writing = os.pipe()
     os.close(reading)
     with standard_output(monkeypatch, open(writing, "w")):
@@ -63,7 +63,7 @@ def test_a_pipe_that_nobody_reads_ends_a_command_quietly(run, monkeypatch, capsy
     assert capsys.readouterr().err == ""
 
 
-def test_closed_standard_output_is_no_mistake(run, monkeypatch):
+def test_closed_standard_output_is_no_error(run, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["trace", str(run)]) == 0 and main(["watch", "--once", str(run)]) == 0
     sys.stdout.close()
@@ -78,7 +78,7 @@ def test_closed_standard_output_is_no_mistake(run, monkeypatch):
         ("bench read --json /dev/full", "--json /dev/full: the figures cannot be written (No space left on device)"),
     ],
 )
-def test_a_file_that_cannot_be_written_is_a_sentence(run, capsys, monkeypatch, command, what):
+def test_unwritable_file_is_one_message(run, capsys, monkeypatch, command, what):
     monkeypatch.setattr("hpctrain.bench._measure_alone", lambda what: Report([]))
     monkeypatch.setattr("hpctrain.views.report.page.draw_pictures", lambda *_: ([], []))
     assert main([word.replace("RUN", str(run)) for word in command.split()]) == 2
@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_written_is_a_sentence(run, capsys, monkeypatch, c
     assert stat.S_ISCHR(os.stat(FULL).st_mode) and not os.path.exists("/dev/.full.part")
 
 
-def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
+def test_devices_are_written_to_and_not_replaced(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -112,7 +112,7 @@ def _trainer(job, out):
     return lambda comm: train(job, comm, out=Narrator(out=out))
 
 
-def test_training_goes_on_where_it_cannot_be_told(tmp_path, capsys):
+def test_training_continues_when_output_fails(tmp_path, capsys):
     job = Job(model={"name": "mlp", "inputs": 64, "outputs": 10, "hidden": [8]}, output=str(tmp_path),
               train={"steps": 3, "batch_size": 16})  # fmt: skip
     told = "hpctrain: standard output cannot be written ({}); the run goes on\n"
@@ -124,7 +124,7 @@ def test_training_goes_on_where_it_cannot_be_told(tmp_path, capsys):
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # what it still holds
 
 
-def test_a_narrator_without_standard_output_is_silent(monkeypatch, capsys):
+def test_narrator_without_standard_output_is_silent(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", None)
     narrator = Narrator()
     narrator.say("nobody hears it")
@@ -142,7 +142,7 @@ def test_train_ends_with_the_status_of_the_run(monkeypatch, status):
         assert main(["train", "job.toml"]) == status
 
 
-def test_the_launcher_passes_on_what_it_can():
+def test_launcher_passes_on_what_it_can():
     target = os.open(FULL, os.O_WRONLY)
     Pump(io.BytesIO(), target)._write(b"the ranks go on")
     os.close(target)

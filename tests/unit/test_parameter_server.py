@@ -66,7 +66,7 @@ def line() -> torch.nn.Module:
     return torch.nn.Linear(7, 3)
 
 
-def test_an_optimizer_that_is_not_elementwise_gets_whole_parameters(tmp_path: Path):
+def test_non_elementwise_optimizer_gets_whole_parameters(tmp_path: Path):
     def run(size: int, batch: int, **strategy) -> np.ndarray:
         job = helpers.make_job(
             tmp_path,
@@ -82,13 +82,13 @@ def test_an_optimizer_that_is_not_elementwise_gets_whole_parameters(tmp_path: Pa
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
 @pytest.mark.parametrize("agree", ["servers", "all_serve"])
-def test_a_resumed_run_has_the_same_bits(tmp_path: Path, agree: str, optimizer: str):
+def test_resumed_run_has_the_same_bits(tmp_path: Path, agree: str, optimizer: str):
     keys = {"name": optimizer, "lr": 0.01} | ({"momentum": 0.9} if optimizer == "SGD" else {})
     World(4).run(lambda comm: helpers.resumed_bits(comm, tmp_path, _strategy(agree, 4), keys))
 
 
 @pytest.mark.parametrize("agree", SERVED)
-def test_a_loss_that_is_not_finite_is_told_on_every_rank(tmp_path: Path, agree: str):
+def test_non_finite_loss_is_reported_on_every_rank(tmp_path: Path, agree: str):
     told = World(5).run(lambda comm: helpers.nan_told(comm, tmp_path, _strategy(agree, 5)))
     assert len(set(told)) == 1
     assert "loss is nan on rank " in told[0]
@@ -126,7 +126,7 @@ def test_late_gradients_are_dropped_and_counted(tmp_path: Path, every: dict[str,
     assert all((vector == vectors[0]).all() for vector in vectors)
 
 
-def test_a_coordinator_without_a_shard_counts_them_too(tmp_path: Path):
+def test_coordinator_without_a_shard_counts_dropped_gradients_too(tmp_path: Path):
     strategy = {"name": "parameter_server", "mode": "sync", "servers": 6, "colocated": True, "backup_workers": 1}
     job = _backup_job(tmp_path).override(["model.name=tests.unit.test_parameter_server:line"])
     job = job.override([f"strategy.{key}={str(value).lower()}" for key, value in strategy.items()])
@@ -134,7 +134,7 @@ def test_a_coordinator_without_a_shard_counts_them_too(tmp_path: Path):
     assert results[0].phases[0].dropped > 0
 
 
-def test_the_run_does_not_wait_for_the_slowest(tmp_path: Path):
+def test_run_does_not_wait_for_the_slowest(tmp_path: Path):
     def seconds(backup: int) -> int:
         world = World(4, compute=_slow)
         job = _backup_job(tmp_path).override([f"strategy.backup_workers={backup}"])
@@ -151,7 +151,7 @@ def test_at_least_one_worker_is_waited_for(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_late_loss_that_is_not_finite_does_no_harm(tmp_path: Path):
+def test_late_non_finite_loss_is_ignored(tmp_path: Path):
     job = _backup_job(tmp_path).override(["data.bad=7", "data.shuffle=false", "train.nan=skip"])
     results = World(4, compute=_slow).run(lambda comm: helpers.quiet_train(comm, job))
     assert np.isfinite(helpers.vector(results[0].model)).all()

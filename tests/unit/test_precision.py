@@ -38,7 +38,7 @@ class Mixed(nn.Module):
 
 @pytest.mark.parametrize("own", FLOATS)
 @pytest.mark.parametrize("wanted", [torch.float32, torch.float64, torch.bfloat16])
-def test_what_was_of_the_models_dtype_is_cast_and_nothing_else(own: torch.dtype, wanted: torch.dtype) -> None:
+def test_only_tensors_of_the_models_dtype_are_cast(own: torch.dtype, wanted: torch.dtype) -> None:
     model = Mixed(own)
     before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     dtypes = {name: tensor.dtype for name, tensor in before.items()}
@@ -72,7 +72,7 @@ class Rotated(nn.Module):
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16", "mixed_bfloat16"])
-def test_rotary_embeddings_stay_complex_to_the_saved_model(tmp_path: Path, precision: str) -> None:
+def test_rotary_embeddings_stay_complex_in_the_saved_model(tmp_path: Path, precision: str) -> None:
     inputs = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
     data = TensorDataset(inputs, torch.arange(24) % 3)
     job = helpers.make_job(
@@ -85,7 +85,7 @@ def test_rotary_embeddings_stay_complex_to_the_saved_model(tmp_path: Path, preci
 
 
 # -- memory that several elements share --------------------------------------------------------------------------
-def test_elements_that_share_memory_get_their_own_and_names_stay_tied() -> None:
+def test_shared_elements_are_separated_and_names_stay_tied() -> None:
     model: Any = nn.Module()
     model.line = nn.Linear(2, 2)
     model.inner = nn.Module()
@@ -154,6 +154,6 @@ def test_quantised_values_are_refused_by_name() -> None:
         bring(_with("codes", codes, persistent=False), CPU, torch.float32)
 
 
-def test_what_is_not_saved_may_be_sparse_or_complex128() -> None:
+def test_unsaved_tensors_may_be_sparse_or_complex128() -> None:
     bring(_with("edges", torch.eye(2).to_sparse(), persistent=False), CPU, torch.float64)
     bring(_with("turn", torch.ones(2, dtype=torch.complex128), persistent=False), CPU, torch.float64)

@@ -9,7 +9,7 @@ import time
 from hpctrain.launcher import processes
 
 
-def test_a_process_is_known_until_its_parent_has_collected_it() -> None:
+def test_process_is_known_until_its_parent_reaps_it() -> None:
     with subprocess.Popen(["sh", "-c", "read line; exit 3"], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         pid = process.pid

@@ -38,7 +38,7 @@ def deal(queue: Queue, askers: list[int], limit: int) -> dict[int, list[Stretch]
 
 @pytest.mark.parametrize("kind", QUEUES)
 @given(sizes=sizes, reach=st.integers(1, 200), data=st.data())
-def test_what_is_dealt_up_to_a_limit_is_a_prefix_without_repeats(kind: Kind, sizes, reach: int, data):
+def test_samples_dealt_up_to_a_limit_are_a_prefix_without_repeats(kind: Kind, sizes, reach: int, data):
     """Whoever asks when; and once it is used up, dealing goes on from there."""
     length, batch, workers, start = sizes
     queue = kind(start, length, batch, workers)
@@ -58,7 +58,7 @@ def test_what_is_dealt_up_to_a_limit_is_a_prefix_without_repeats(kind: Kind, siz
 
 @pytest.mark.parametrize("kind", QUEUES)
 @given(sizes=sizes, reach=st.integers(1, 300))
-def test_stretches_are_batches_that_cross_no_end_of_an_epoch(kind: Kind, sizes, reach: int):
+def test_stretches_are_batches_within_an_epoch(kind: Kind, sizes, reach: int):
     length, batch, workers, start = sizes
     queue = kind(start, length, batch, workers)
     for own in deal(queue, list(range(workers)), queue.stop_at(start + reach)).values():
@@ -69,7 +69,7 @@ def test_stretches_are_batches_that_cross_no_end_of_an_epoch(kind: Kind, sizes, 
 
 
 @given(sizes=sizes, reach=st.integers(1, 300), data=st.data())
-def test_static_shares_are_those_of_synchronous_rounds(sizes, reach: int, data):
+def test_static_shares_equal_those_of_synchronous_rounds(sizes, reach: int, data):
     """Whatever a worker's turn."""
     length, batch, workers, start = sizes
     queue = StaticQueue(start, length, batch, workers)
@@ -87,7 +87,7 @@ def test_static_shares_are_those_of_synchronous_rounds(sizes, reach: int, data):
 
 @pytest.mark.parametrize("kind", QUEUES)
 @given(sizes=sizes, taken=st.integers(0, 50), ahead=st.integers(0, 200))
-def test_dealing_can_stop_soon_behind_any_position(kind: Kind, sizes, taken: int, ahead: int):
+def test_dealing_can_stop_shortly_after_any_position(kind: Kind, sizes, taken: int, ahead: int):
     length, batch, workers, start = sizes
     queue = kind(start, length, batch, workers)
     for turn in range(taken):
@@ -97,20 +97,20 @@ def test_dealing_can_stop_soon_behind_any_position(kind: Kind, sizes, taken: int
     assert cursor <= queue.stop_at(cursor) < cursor + min(length, batch * workers)
 
 
-def test_from_a_shared_queue_a_slow_worker_takes_fewer():
+def test_slow_worker_takes_fewer_samples_from_a_shared_queue():
     queue = SharedQueue(0, 40, 4, 2)
     quick = [queue.take(0, 40) for _ in range(3)]
     assert quick == [(0, 4), (4, 8), (8, 12)]
     assert queue.take(1, 40) == (12, 16)
 
 
-def test_from_static_ones_everybody_its_own():
+def test_every_worker_takes_its_own_share_from_a_static_queue():
     queue = StaticQueue(0, 40, 4, 2)
     assert [queue.take(0, 40) for _ in range(3)] == [(0, 4), (8, 12), (16, 20)]
     assert queue.take(1, 40) == (4, 8)
 
 
-def test_a_worker_whose_share_of_a_short_round_is_empty_gets_the_next_one():
+def test_worker_with_an_empty_share_gets_the_next_round():
     queue = StaticQueue(0, 5, 1, 4)  # rounds of 4 samples and of 1
     assert [queue.take(3, 10) for _ in range(3)] == [(3, 4), (8, 9), None]
     assert [queue.take(0, 10) for _ in range(5)] == [(0, 1), (4, 5), (5, 6), (9, 10), None]

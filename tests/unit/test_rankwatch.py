@@ -46,13 +46,13 @@ class TestCulprits:
             ([], []),
         ],
     )
-    def test_of_those_that_ended(self, told: list[End], blamed: list[int]) -> None:
+    def test_culprits_among_ended_ranks(self, told: list[End], blamed: list[int]) -> None:
         assert [end.rank for end in culprits(told, killed=True)] == blamed
 
-    def test_without_the_launcher_s_word_nobody_was_killed(self) -> None:
+    def test_ranks_count_as_killed_only_if_the_launcher_says_so(self) -> None:
         assert culprits(ends((1, KILLED, 5.0), (0, KILLED, 5.1)), killed=False) == []
 
-    def test_who_was_in_the_middle_of_a_run(self) -> None:
+    def test_culprits_among_ranks_in_the_middle_of_a_run(self) -> None:
         told = ends((0, status(0), 5.0), (1, status(0), 5.1), (2, None, 5.1))
         assert culprits(told, killed=False) == []
         assert [end.rank for end in culprits(told, killed=False, unfinished={1, 2})] == [1]
@@ -68,26 +68,26 @@ class TestVerdict:
     ) -> str:
         return verdict(ends(*told), [Reported(None, None, "node7", 9)] if killed else [], codes, silent)
 
-    def test_names_rank_and_signal(self) -> None:
+    def test_verdict_names_rank_and_signal(self) -> None:
         told = self.told((1, KILLED, 5.0), (0, KILLED, 5.1), killed=True)
         assert told.startswith("rank 1 with PID 101 on ")
         assert told.endswith(" was killed by signal 9 (SIGKILL)")
         assert self.told((0, KILLED, 5.0), (1, KILLED, 5.0), killed=True).startswith("one of the ranks [0, 1] on ")
 
-    def test_says_what_a_bus_error_means(self) -> None:
+    def test_verdict_explains_a_bus_error(self) -> None:
         told = self.told((1, BUS, 5.0), (0, KILLED, 5.1))
         assert "signal 7 (SIGBUS): usually /dev/shm is full (" in told
         assert "MiB free" in told
         assert "docker run --shm-size" in told
 
-    def test_a_status_is_told_only_if_the_rank_has_not_spoken(self) -> None:
+    def test_status_is_reported_only_if_the_rank_printed_nothing(self) -> None:
         assert self.told((1, status(3), 5.0)) == ""
         assert self.told((1, status(3), 5.0), silent=True).endswith("ended with exit status 3 and no error message")
         gone = self.told((1, status(0), 5.0), (0, KILLED, 5.1))
         assert gone.startswith("rank 1 with PID 101")
         assert "ended in the middle of the run, with exit status 0" in gone
 
-    def test_what_was_not_seen_the_launcher_tells(self) -> None:
+    def test_launcher_supplies_what_the_watch_missed(self) -> None:
         """Hydra's list is wrong about ranks that it has killed itself: 0 for rank 2."""
         unseen = (1, None, 5.0), (0, None, 5.1), (2, None, 5.1)
         assert self.told(*unseen, codes=(9, 9, 0), killed=True).startswith("rank 1 with PID 101")
@@ -101,11 +101,11 @@ class TestVerdict:
         seen = verdict(ends((2, None, 5.0)), [Reported(2, 0, "node7", 9)], [], False)
         assert seen == "rank 2 with PID 102 on node7 was killed by signal 9 (SIGKILL)"
 
-    def test_nobody_is_blamed_for_stopping_when_asked(self) -> None:
+    def test_no_rank_is_blamed_for_stopping_when_asked(self) -> None:
         assert self.told((1, signal.SIGUSR1, 5.0), (0, KILLED, 5.1), silent=True) == ""
 
 
-def test_ranks_are_watched_but_not_what_they_started() -> None:
+def test_only_ranks_are_watched_not_their_children() -> None:
     mark = uuid.uuid4().hex
 
     def rank(number: int, end: str) -> subprocess.Popen[bytes]:

@@ -48,7 +48,7 @@ def refusal(kind: str, name: str) -> str:
 
 
 @pytest.mark.parametrize(("kind", "name"), NAMES)
-def test_every_name_in_the_tables_exists(kind: str, name: str) -> None:
+def test_every_registered_name_exists(kind: str, name: str) -> None:
     if name == "Muon":
         pytest.importorskip("torch.optim._muon", reason="Muon came with torch 2.9")
     assert callable(registry.resolve(kind, name))
@@ -64,7 +64,7 @@ def test_torchs_optimizers_are_known_with_their_learning_rates() -> None:
                 assert inspect.signature(thing).parameters["lr"].default == registry.LEARNING_RATES[name], name
 
 
-def test_unknown_names_get_a_suggestion_and_the_choice() -> None:
+def test_unknown_names_get_a_suggestion_and_the_list() -> None:
     assert refusal("model", "lenet") == (
         'model "lenet": unknown model (did you mean lenet5?); use one of mlp, lenet5, resnet18, convnet, or '
         '"package.module:attribute"'
@@ -83,11 +83,11 @@ def test_optimizers_that_cannot_work_are_refused_with_the_reason(name: str) -> N
     assert "cannot be used: it" in refusal("optimizer", name)
 
 
-def test_a_path_is_followed_into_classes() -> None:
+def test_path_is_followed_into_classes() -> None:
     assert registry.resolve("model", f"{__name__}:Outer.Inner") is Outer.Inner
 
 
-def test_modules_of_the_current_directory_are_found_and_sys_path_is_not_led_by_it(folder: Path) -> None:
+def test_current_directory_is_appended_to_sys_path(folder: Path) -> None:
     Path("own_net.py").write_text("def net():\n    import own_neighbour\n    return own_neighbour.VALUE\n")
     Path("own_neighbour.py").write_text("VALUE = 5\n")
     before = list(sys.path)
@@ -97,14 +97,14 @@ def test_modules_of_the_current_directory_are_found_and_sys_path_is_not_led_by_i
     assert sys.path == [*before, str(folder)]
 
 
-def test_sys_path_is_as_before_when_the_module_comes_from_elsewhere_or_fails(folder: Path) -> None:
+def test_sys_path_is_restored_after_other_imports_and_failures(folder: Path) -> None:
     before = list(sys.path)
     assert registry.resolve("loss", "json:dumps")
     refusal("model", "no_such_module_here:f")
     assert sys.path == before
 
 
-def test_missing_modules_and_attributes(folder: Path) -> None:
+def test_missing_modules_and_attributes_are_refused(folder: Path) -> None:
     Path("own_models.py").write_text("def small_net(): pass\n")
     text = refusal("model", "own_model:net")
     assert text.startswith('model "own_model:net": there is no module own_model, neither in ') and str(folder) in text
@@ -125,13 +125,13 @@ def test_missing_modules_and_attributes(folder: Path) -> None:
         ("raise RuntimeError", "RuntimeError: no message"),
     ],
 )
-def test_a_module_that_raises_while_imported(folder: Path, code: str, sentence: str) -> None:
+def test_module_that_raises_on_import(folder: Path, code: str, sentence: str) -> None:
     Path("own_broken.py").write_text(code + "\n")
     text = refusal("strategy", "own_broken:Mine")
     assert text.startswith('strategy "own_broken:Mine": importing own_broken failed') and sentence in text
 
 
-def test_a_removed_current_directory_is_no_traceback(folder: Path) -> None:
+def test_removed_current_directory_gives_no_traceback(folder: Path) -> None:
     gone = folder / "gone"
     gone.mkdir()
     os.chdir(gone)
@@ -139,7 +139,7 @@ def test_a_removed_current_directory_is_no_traceback(folder: Path) -> None:
     assert "there is no module" in refusal("model", "no_such_module_here:f")
 
 
-def test_objects_are_named_so_that_the_name_gives_them_again() -> None:
+def test_names_of_objects_resolve_to_the_objects() -> None:
     import torch
 
     for kind, thing, name in [
@@ -152,7 +152,7 @@ def test_objects_are_named_so_that_the_name_gives_them_again() -> None:
         assert registry.resolve(kind, name) is thing
 
 
-def test_objects_that_cannot_be_imported_are_named_by_where_they_stand() -> None:
+def test_objects_that_cannot_be_imported_are_described_by_location() -> None:
     def local() -> None:
         pass
 
@@ -171,7 +171,7 @@ def test_objects_that_cannot_be_imported_are_named_by_where_they_stand() -> None
         assert "was an object" in refusal("model", registry.describe("model", thing))
 
 
-def test_what_the_main_program_defines_is_not_taken_for_importable(tmp_path: Path) -> None:
+def test_objects_of_the_main_program_are_not_importable(tmp_path: Path) -> None:
     script = tmp_path / "train_me.py"
     script.write_text("from hpctrain.job import registry\nclass Net: pass\nprint(registry.describe('model', Net))\n")
     where = dict(os.environ, PYTHONPATH=str(Path(registry.__file__).parents[1]))

@@ -36,7 +36,7 @@ class Tied(nn.Module):
         return out
 
 
-def test_tied_weights_lie_there_once_and_get_both_gradients() -> None:
+def test_tied_weights_are_stored_once_and_get_both_gradients() -> None:
     def body(comm: Communicator) -> None:
         model = Tied()
         twin = copy.deepcopy(model)
@@ -105,7 +105,7 @@ def test_scalars_and_empty_parameters() -> None:
 
 
 @pytest.mark.parametrize("kind", ["transposed", "channels_last", "expanded"])
-def test_parameters_that_are_not_contiguous_keep_their_values(kind: str) -> None:
+def test_non_contiguous_parameters_keep_their_values(kind: str) -> None:
     def body(comm: Communicator) -> None:
         model: Any = nn.Conv2d(3, 4, 2)
         if kind == "transposed":
@@ -129,7 +129,7 @@ def test_parameters_that_are_not_contiguous_keep_their_values(kind: str) -> None
 
 
 # -- what is refused ------------------------------------------------------------------------------------------
-def test_models_that_cannot_be_trained() -> None:
+def test_models_that_cannot_be_trained_are_refused() -> None:
     frozen = nn.Linear(2, 2)
     frozen.requires_grad_(False)
     with pytest.raises(ModelError, match="no trainable parameters"):
@@ -175,7 +175,7 @@ BREAKS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_broken_views_are_noticed(name: str) -> None:
+def test_broken_views_are_detected(name: str) -> None:
     breaks, message = BREAKS[name]
 
     def body(comm: Communicator) -> None:
@@ -190,7 +190,7 @@ def test_broken_views_are_noticed(name: str) -> None:
     alone(body)
 
 
-def test_what_changes_values_in_place_is_fine() -> None:
+def test_in_place_changes_are_accepted() -> None:
     def body(comm: Communicator) -> None:
         model: Any = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
         replica = Replica(model)
@@ -206,7 +206,7 @@ def test_what_changes_values_in_place_is_fine() -> None:
 
 
 # -- placing --------------------------------------------------------------------------------------------------
-def test_arenas_keep_values_when_placed_anew() -> None:
+def test_arenas_keep_values_when_placed_again() -> None:
     def body(comm: Communicator) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
@@ -252,7 +252,7 @@ def test_parameters_exist_once_per_node_when_shared() -> None:
     assert World(4, nodes=[0, 0, 1, 1]).run(body) == [9, 9, 2, 2]
 
 
-def test_shared_arenas_are_kept_for_the_next_time() -> None:
+def test_shared_arenas_are_kept_for_reuse() -> None:
     """Placed privately in between, values go over and back; only other ranks need other arenas."""
 
     def body(comm: Communicator) -> None:
@@ -318,7 +318,7 @@ def test_groups_order_the_arena() -> None:
     assert Replica(model, in_order).layout.fingerprint() != whole
 
 
-def test_frozen_parameters_may_stand_in_groups() -> None:
+def test_frozen_parameters_may_be_in_groups() -> None:
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
     layout = Replica(model, [{"params": list(model.parameters())}]).layout
@@ -340,7 +340,7 @@ def test_frozen_parameters_may_stand_in_groups() -> None:
         (lambda m: [{"params": [*m.parameters(), nn.Parameter(torch.ones(2))]}], r"shape \(2,\) that is no parameter"),
     ],
 )
-def test_groups_that_are_refused(groups: Callable[[nn.Linear], Any], message: str | None) -> None:
+def test_refused_groups(groups: Callable[[nn.Linear], Any], message: str | None) -> None:
     model = nn.Linear(3, 3)
     if message is None:
         Replica(model, groups(model))
@@ -349,7 +349,7 @@ def test_groups_that_are_refused(groups: Callable[[nn.Linear], Any], message: st
         Replica(model, groups(model))
 
 
-def test_fingerprint_tells_models_apart() -> None:
+def test_fingerprint_distinguishes_models() -> None:
     def print_of(*layers: nn.Module) -> str:
         return Replica(nn.Sequential(*layers)).layout.fingerprint()
 
@@ -377,7 +377,7 @@ def test_arrays_and_tensors_share_memory(dtype: torch.dtype, shape: tuple[int, .
 
 
 # -- buckets --------------------------------------------------------------------------------------------------
-def test_buckets_come_from_the_end_once_each_in_one_order() -> None:
+def test_buckets_are_ready_from_the_end_once_each_in_one_order() -> None:
     def body(comm: Communicator) -> None:
         model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(5)])
         replica = Replica(model)

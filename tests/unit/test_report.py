@@ -76,7 +76,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # -- the page ------------------------------------------------------------------------------------------------------
 @pytest.mark.usefixtures("no_figures")
-def test_the_report_lies_in_the_run_folder_and_its_headline_is_returned(tmp_path: Path) -> None:
+def test_report_is_in_the_run_folder_and_its_headline_is_returned(tmp_path: Path) -> None:
     folder = train(tmp_path / "run", 2, 5)
     path, headline = write_report(folder)
     assert path == folder / "report.html"
@@ -86,51 +86,51 @@ def test_the_report_lies_in_the_run_folder_and_its_headline_is_returned(tmp_path
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_the_report_can_be_written_elsewhere(tmp_path: Path) -> None:
+def test_report_can_be_written_elsewhere(tmp_path: Path) -> None:
     path, _ = write_report(train(tmp_path / "run", 1, 3), tmp_path / "page.html")
     assert path == tmp_path / "page.html"
     assert not (tmp_path / "run" / "report.html").exists()
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+def test_unwritable_output_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(HpctrainError, match="cannot be written .*choose another"):
         write_report(train(tmp_path / "run", 1, 3), tmp_path / "no" / "page.html")
 
 
-def test_a_folder_that_is_no_run_is_said(tmp_path: Path) -> None:
+def test_folder_that_is_not_a_run_is_reported(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="no run folder"):
         write_report(tmp_path)
 
 
-def test_nothing_is_fetched_from_elsewhere(report: Path) -> None:
+def test_page_fetches_nothing(report: Path) -> None:
     own = re.sub(r"<script>.*?</script>", "", report.read_text(), flags=re.S)  # Bokeh's own text is run below
     assert not re.findall(r"""(?:src|href|srcset|action)\s*=\s*["']?(?!#|data:)[^"'\s>]+""", own)
     assert "@import" not in own
     assert not re.findall(r"url\((?!['\"]?(?:#|data:))", own)
 
 
-def test_a_small_run_has_a_small_page(report: Path) -> None:
+def test_small_run_has_a_small_page(report: Path) -> None:
     assert report.stat().st_size < 3_000_000
 
 
-def test_every_section_is_there(report: Path) -> None:
+def test_every_section_is_present(report: Path) -> None:
     found = re.findall(r'<section id="([\w-]+)"', report.read_text())
     assert found == ["notes", "facts", "efficiency", "timeline-section", "waiting", "figures", "metrics", "job"]
 
 
-def test_a_missing_rank_is_said_at_the_top(report: Path) -> None:
+def test_missing_rank_is_noted_at_the_top(report: Path) -> None:
     notes = re.search(r'<section id="notes".*?</section>', report.read_text(), re.S)
     assert notes and "rank 3 of 4: no trace file" in notes[0]
 
 
-def test_the_facts_name_ranks_nodes_strategy_and_samples(report: Path) -> None:
+def test_facts_name_ranks_nodes_strategy_and_samples(report: Path) -> None:
     facts = html.unescape(section(report, "facts"))
     for fact in ("4 (3 of them traced)", "2 (host0, host1)", "phase 0: all_reduce, 3 workers", "7,680"):
         assert fact in facts
 
 
-def test_each_term_of_efficiency_has_its_formula(report: Path) -> None:
+def test_each_efficiency_term_has_its_formula(report: Path) -> None:
     terms = section(report, "efficiency")
     assert re.search(r"<td[^>]*>all_reduce</td>", terms)
     assert "mean(U) / max(U)" in terms and "max(U) / T" in terms and "mean(U) / T" in terms
@@ -141,7 +141,7 @@ def test_metrics_and_the_job_are_on_the_page(report: Path) -> None:
     assert 'model = "mlp"' in html.unescape(section(report, "job"))
 
 
-def test_figures_are_images_with_the_command_that_draws_them(report: Path) -> None:
+def test_figures_are_images_with_their_commands(report: Path) -> None:
     figures = section(report, "figures")
     names = re.findall(r'<figure id="figure-(\w+)"', figures)
     assert "efficiency" in names
@@ -149,12 +149,12 @@ def test_figures_are_images_with_the_command_that_draws_them(report: Path) -> No
     assert f"python analysis/efficiency.py {report.parent} -o efficiency.png" in figures
 
 
-def test_a_figure_that_has_nothing_to_show_says_why(report: Path) -> None:
+def test_figure_with_nothing_to_show_says_why(report: Path) -> None:
     missing = section(report, "figures").split("Not drawn for this run")[1]
     assert "staleness: " in missing
 
 
-def test_a_broken_figure_does_not_cost_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_figure_does_not_break_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import hpctrain.views.figures.efficiency as figure
 
     monkeypatch.setattr("hpctrain.views.figures.FIGURES", ("efficiency",))
@@ -165,7 +165,7 @@ def test_a_broken_figure_does_not_cost_the_page(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_what_the_trace_says_cannot_become_markup(tmp_path: Path) -> None:
+def test_trace_contents_cannot_become_markup(tmp_path: Path) -> None:
     with HandMade(tmp_path, 1, job='name = "<script>alert(1)</script>"\n') as run:
         run[0].phase(0.0, 0, "worker", "all_reduce")
         run[0].span("forward", 0.0, 2.0, step=0)
@@ -177,7 +177,7 @@ def test_what_the_trace_says_cannot_become_markup(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_page_that_cannot_hold_every_span_says_how_finely_they_are_drawn(
+def test_page_with_too_many_spans_states_its_resolution(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hpctrain.views.report.page.TIMELINE_BYTES", (2000, 2000))
@@ -191,7 +191,7 @@ def test_a_page_that_cannot_hold_every_span_says_how_finely_they_are_drawn(
 
 # -- odd runs ------------------------------------------------------------------------------------------------------
 @pytest.mark.usefixtures("no_figures")
-def test_a_run_killed_before_its_first_step_is_reported(tmp_path: Path) -> None:
+def test_report_of_a_run_killed_before_its_first_step(tmp_path: Path) -> None:
     with HandMade(tmp_path, 2) as run:
         run[0].phase(0.0, 0, "worker", "all_reduce")
         run[0].span("data", 0.0, 1.0, step=0)
@@ -203,7 +203,7 @@ def test_a_run_killed_before_its_first_step_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_run_without_a_single_span_is_reported(tmp_path: Path) -> None:
+def test_report_of_a_run_without_spans(tmp_path: Path) -> None:
     with HandMade(tmp_path, 2):
         pass
     path, _ = write_report(tmp_path)
@@ -212,7 +212,7 @@ def test_a_run_without_a_single_span_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_resumed_run_is_one_timeline(tmp_path: Path) -> None:
+def test_resumed_run_is_one_timeline(tmp_path: Path) -> None:
     for attempt, start in ((1, 0.0), (2, 50.0)):
         with HandMade(tmp_path, 1, attempt=attempt) as run:
             run[0].phase(start, 0, "worker", "all_reduce")
@@ -226,7 +226,7 @@ def test_a_resumed_run_is_one_timeline(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_the_server_thread_of_a_worker_has_its_own_row(tmp_path: Path) -> None:
+def test_server_thread_of_a_worker_has_its_own_row(tmp_path: Path) -> None:
     with HandMade(tmp_path, 1) as run:
         run[0].phase(0.0, 0, "worker", "parameter_server (sync)")
         run[0].span("forward", 0.0, 2.0, step=0)
@@ -237,7 +237,7 @@ def test_the_server_thread_of_a_worker_has_its_own_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_row_names_the_roles_that_its_rank_had(tmp_path: Path) -> None:
+def test_row_names_the_roles_of_its_rank(tmp_path: Path) -> None:
     with HandMade(tmp_path, 2) as run:
         for phase, roles in enumerate((("worker", "worker"), ("worker", "server"))):
             for rank, role in enumerate(roles):
@@ -298,7 +298,7 @@ def test_spans_come_back_as_they_were_packed(tmp_path: Path) -> None:
     assert unpack(packed) == expected
 
 
-def test_many_spans_are_kept_within_the_budget_by_a_coarser_grid(tmp_path: Path) -> None:
+def test_coarser_grid_keeps_many_spans_within_the_budget(tmp_path: Path) -> None:
     run = open_run(train(tmp_path / "run", 2, 400))
     fine, coarse = collect_spans(run, 10**9), collect_spans(run, 4000)
     assert fine.quantum_ns == 1000 and fine.size() > 4000
@@ -308,7 +308,7 @@ def test_many_spans_are_kept_within_the_budget_by_a_coarser_grid(tmp_path: Path)
     assert spans == fine.hidden[1] and hidden > 0 and seconds > 0
 
 
-def test_a_coarser_grid_is_the_same_as_if_the_trace_had_been_read_with_it(tmp_path: Path) -> None:
+def test_coarsening_afterwards_equals_reading_with_the_coarse_grid(tmp_path: Path) -> None:
     run = open_run(train(tmp_path / "run", 1, 200))
     coarse = collect_spans(run, 1000)
     assert coarse.quantum_ns > 500_000  # coarse enough for spans to vanish
@@ -321,7 +321,7 @@ def test_a_coarser_grid_is_the_same_as_if_the_trace_had_been_read_with_it(tmp_pa
     assert again.hidden[:2] == coarse.hidden[:2]
 
 
-def test_time_by_kind_survives_a_coarse_grid(tmp_path: Path) -> None:
+def test_coarse_grid_preserves_time_by_kind(tmp_path: Path) -> None:
     """Spans shorter than the grid vanish or grow to it: on the whole each kind keeps its time."""
     run = open_run(train(tmp_path / "run", 1, 2000))
     coarse = collect_spans(run, 6000)
@@ -382,19 +382,19 @@ def colours_in(page: Page) -> set[str]:
 
 
 @needs_browser
-def test_the_page_opens_without_errors_and_asks_for_nothing(page: Page) -> None:
+def test_page_opens_without_errors_or_requests(page: Page) -> None:
     assert page.complaints == []
     assert page.requests == []
 
 
 @needs_browser
-def test_the_timeline_shows_every_kind_in_its_colour(page: Page) -> None:
+def test_timeline_shows_every_kind_in_its_colour(page: Page) -> None:
     assert state(page)["visible"] == str(3 * 60 * 8)
     assert {"forward", "backward", "wait", "update"} <= colours_in(page)
 
 
 @needs_browser
-def test_the_wheel_zooms_in_until_single_spans_are_drawn(page: Page) -> None:
+def test_wheel_zooms_in_until_single_spans_are_drawn(page: Page) -> None:
     assert state(page)["mode"] == "shares"
     before = in_view(page)
     x, y, width, _ = page.box("#timeline-plot")
@@ -409,7 +409,7 @@ def test_the_wheel_zooms_in_until_single_spans_are_drawn(page: Page) -> None:
 
 
 @needs_browser
-def test_dragging_moves_what_is_in_view(page: Page) -> None:
+def test_dragging_moves_the_view(page: Page) -> None:
     x, y, width, _ = page.box("#timeline-plot")
     for _ in range(3):
         page.wheel(x + width / 2, y + 80, -400)
@@ -423,7 +423,7 @@ def test_dragging_moves_what_is_in_view(page: Page) -> None:
 
 
 @needs_browser
-def test_pointing_at_a_span_tells_what_it_is(page: Page, report: Path) -> None:
+def test_hovering_over_a_span_describes_it(page: Page, report: Path) -> None:
     spans = open_run(report.parent).spans(0)
     send = spans[(spans["kind"] == "send") & (spans["step"] == 30)].iloc[0]
     middle, length = (send["start_s"] + send["end_s"]) / 2, send["end_s"] - send["start_s"]
@@ -460,7 +460,7 @@ def test_ranks_can_be_chosen(page: Page) -> None:
 
 
 @needs_browser
-def test_the_page_fits_a_phone(report: Path) -> None:
+def test_page_fits_a_phone(report: Path) -> None:
     with Page(report, width=390, height=800) as phone:
         phone.until(DRAWN)
         assert phone.run("document.documentElement.scrollWidth") <= 390

@@ -51,7 +51,7 @@ def measure(tunables: str | None) -> tuple[int, int]:
     return kept, faults
 
 
-def test_what_is_reserved_stays_and_is_there_later():
+def test_reserved_memory_stays_and_is_reused():
     kept, faults = measure(MEMORY)
     assert kept > 120 * MIB
     assert faults < 20
@@ -60,7 +60,7 @@ def test_what_is_reserved_stays_and_is_there_later():
 @pytest.mark.parametrize(
     "tunables", [None, "glibc.malloc.hugetlb=1", "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000"]
 )
-def test_nothing_is_touched_where_the_allocator_would_not_keep_it(tunables: str | None):
+def test_nothing_is_reserved_if_the_allocator_would_not_keep_it(tunables: str | None):
     kept, _ = measure(tunables)
     assert kept < 8 * MIB
 
@@ -76,7 +76,7 @@ def test_nothing_is_touched_where_the_allocator_would_not_keep_it(tunables: str 
         ("glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=much", 0),
     ],
 )
-def test_what_the_allocator_keeps_is_in_its_variable(tunables: str, kept: int):
+def test_allocator_setting_is_read_from_its_variable(tunables: str, kept: int):
     assert kept_up_to(tunables) == kept
 
 
@@ -89,12 +89,12 @@ def test_what_the_allocator_keeps_is_in_its_variable(tunables: str, kept: int):
         (3, 0, False, [0, 0, 0]),
     ],
 )
-def test_memory_that_each_rank_needs_for_a_phase(ranks: int, servers: int, colocated: bool, needed: list[float]):
+def test_memory_needed_by_each_rank_for_a_phase(ranks: int, servers: int, colocated: bool, needed: list[float]):
     roles = assign_roles([0] * ranks, servers, colocated)
     assert [models_needed(roles, rank) for rank in range(ranks)] == needed
 
 
-def test_a_run_reserves_for_the_most_demanding_phase_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_run_reserves_for_the_most_demanding_later_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     reserved: list[int] = []
     monkeypatch.setattr("hpctrain.run.begin.reserve", reserved.append)
     until = {"rule": "after", "steps": 1}

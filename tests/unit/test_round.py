@@ -63,7 +63,7 @@ def not_class_0(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("agree", list(helpers.SYNCHRONOUS))
 @pytest.mark.parametrize("loss", ["class weights", slow("pair")])
-def test_the_mean_is_over_what_counts_in_the_whole_round(tmp_path: Path, agree: str, loss: str):
+def test_mean_is_over_the_weight_of_the_whole_round(tmp_path: Path, agree: str, loss: str):
     keys: Any
     if loss == "pair":
         keys, data, reference = "tests.unit.test_losses:pair", helpers.points(), not_class_0
@@ -77,7 +77,7 @@ def test_the_mean_is_over_what_counts_in_the_whole_round(tmp_path: Path, agree: 
 
 
 @pytest.mark.parametrize("strategy", [helpers.SYNCHRONOUS["shared"][0], helpers.served("sync"), helpers.served()])
-def test_a_round_in_which_nothing_counts_has_a_gradient_of_0(tmp_path: Path, strategy: helpers.Tables):
+def test_round_without_counting_targets_has_a_zero_gradient(tmp_path: Path, strategy: helpers.Tables):
     inputs, targets = helpers.points().tensors
     nothing = TensorDataset(inputs, torch.full_like(targets, -100))
 
@@ -90,7 +90,7 @@ def test_a_round_in_which_nothing_counts_has_a_gradient_of_0(tmp_path: Path, str
     assert all((found == untouched).all() for found in World(3).run(body))
 
 
-def test_evaluation_weighs_the_loss_likewise(tmp_path: Path):
+def test_evaluation_weights_the_loss_in_the_same_way(tmp_path: Path):
     data = helpers.some_count()
     keys = {"precision": "float64"}
     job = helpers.make_job(tmp_path, data=(data, data), metric="tests.helpers:no_metric", train=keys)
@@ -104,7 +104,7 @@ def test_evaluation_weighs_the_loss_likewise(tmp_path: Path):
 # -- parameters without a gradient -------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("agree", ["shared", "message", "colocated"])
-def test_all_of_it_with_small_rounds(tmp_path: Path, agree: str, size: int):
+def test_weights_and_missing_gradients_with_small_rounds(tmp_path: Path, agree: str, size: int):
     """In some of them no target counts, or a parameter has no gradient on any worker."""
     strategy, servers = helpers.SYNCHRONOUS[agree]
     found = World(size).run(lambda comm: helpers.uneven_rounds(comm, tmp_path, strategy, servers))
@@ -112,7 +112,7 @@ def test_all_of_it_with_small_rounds(tmp_path: Path, agree: str, size: int):
 
 
 @pytest.mark.parametrize("agree", ["shared", "message"])
-def test_all_of_it_on_several_nodes(tmp_path: Path, agree: str):
+def test_weights_and_missing_gradients_on_several_nodes(tmp_path: Path, agree: str):
     strategy, servers = helpers.SYNCHRONOUS[agree]
     found = World(5, nodes=[0, 0, 0, 1, 1]).run(lambda comm: helpers.uneven_rounds(comm, tmp_path, strategy, servers))
     assert max(found) < 1e-10
@@ -133,7 +133,7 @@ def test_parameters_without_a_gradient_are_left_alone(tmp_path: Path, agree: str
 
 @pytest.mark.parametrize("optimizer", [ADAMW, MOMENTUM])
 @pytest.mark.parametrize("strategy", [helpers.SYNCHRONOUS["shared"][0], helpers.SYNCHRONOUS["servers"][0]])
-def test_their_state_goes_through_checkpoints_and_phases(
+def test_state_without_a_gradient_survives_checkpoints_and_phases(
     tmp_path: Path, strategy: helpers.Tables, optimizer: helpers.Tables
 ):
     """Resumed in mid-run, and handed from one cut of the arena to another: as without."""
@@ -166,7 +166,9 @@ def test_their_state_goes_through_checkpoints_and_phases(
 
 @pytest.mark.parametrize("keys", [{}, {"momentum_correction": True}])
 @pytest.mark.parametrize("optimizer", [ADAMW, MOMENTUM])
-def test_asynchronous_updates_leave_them_alone_too(tmp_path: Path, optimizer: helpers.Tables, keys: helpers.Tables):
+def test_asynchronous_updates_skip_parameters_without_a_gradient(
+    tmp_path: Path, optimizer: helpers.Tables, keys: helpers.Tables
+):
     """Also where a run is resumed and velocities are kept by worker."""
 
     def body(comm: Communicator) -> list[Any]:
@@ -187,7 +189,7 @@ def test_asynchronous_updates_leave_them_alone_too(tmp_path: Path, optimizer: he
         assert all((weight == before).all() for weight in found)
 
 
-def test_the_user_is_told_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_parameters_without_a_gradient_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     class Unused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -211,7 +213,7 @@ def frozen_first() -> nn.Module:
     return model
 
 
-def test_unfreezing_what_has_no_place_in_the_arena_is_refused(tmp_path: Path):
+def test_unfreezing_a_parameter_outside_the_arena_is_refused(tmp_path: Path):
     def body(comm: Communicator) -> None:
         with session(helpers.make_job(tmp_path, model=frozen_first), comm, out=Narrator(enabled=False)) as s:
             for step, batch in enumerate(s.batches()):
@@ -224,7 +226,7 @@ def test_unfreezing_what_has_no_place_in_the_arena_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("agree", ["shared", "message", "overlap", "servers"])
-def test_freezing_in_the_loop_and_unfreezing_there_works(tmp_path: Path, agree: str):
+def test_freezing_and_unfreezing_in_the_loop_works(tmp_path: Path, agree: str):
     """As the sentence advises: equal to torch."""
     strategy, _ = helpers.SYNCHRONOUS[agree]
     keys = {"steps": 12, "batch_size": 3, "precision": "float64"}
@@ -251,7 +253,7 @@ def test_freezing_in_the_loop_and_unfreezing_there_works(tmp_path: Path, agree: 
     assert helpers.difference(World(SIZE).run(body)[0], wanted) < 1e-10
 
 
-def test_parameters_outside_of_the_model_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_parameters_outside_the_model_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def body(comm: Communicator) -> None:
         head = nn.Linear(3, 3)
         with session(helpers.make_job(tmp_path, train={"steps": 3}), comm) as s:
@@ -332,7 +334,7 @@ def assert_finite(path: Path) -> None:
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("agree", [name for name in helpers.SYNCHRONOUS if name != "all_serve"])
-def test_it_is_noticed_in_the_step_where_it_arises(tmp_path: Path, agree: str, clip: float | None):
+def test_nan_gradient_is_detected_in_its_step(tmp_path: Path, agree: str, clip: float | None):
     strategy = helpers.SYNCHRONOUS[agree][0]
     told = poisoned_run(tmp_path, Poisoned, strategy, clip_norm=clip)
     assert "the gradient of parameter hidden.bias" in told
@@ -345,7 +347,7 @@ def test_it_is_noticed_in_the_step_where_it_arises(tmp_path: Path, agree: str, c
 
 @pytest.mark.parametrize("mode", ["async", "bounded"])
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-def test_a_nan_gradient_is_noticed_in_asynchronous_phases(tmp_path: Path, mode: str, optimizer: str):
+def test_nan_gradient_is_detected_in_asynchronous_phases(tmp_path: Path, mode: str, optimizer: str):
     data = one_bad(30)
 
     def body(comm: Communicator) -> None:
@@ -360,14 +362,14 @@ def test_a_nan_gradient_is_noticed_in_asynchronous_phases(tmp_path: Path, mode: 
 
 
 @pytest.mark.parametrize("agree", ["shared", "message", "ring", "overlap", "servers"])
-def test_a_quick_look_finds_the_rank_before_anything_is_exchanged(tmp_path: Path, agree: str):
+def test_quick_check_finds_the_rank_before_the_exchange(tmp_path: Path, agree: str):
     """All of backward that comes after the fault is not finite, so it is seen where backward ends."""
     told = poisoned_run(tmp_path, PoisonedFirst, helpers.SYNCHRONOUS[agree][0])
     assert "the gradient of parameter hidden.bias is not finite on rank 1 in step 2" in told
 
 
 @pytest.mark.parametrize("agree", list(helpers.SYNCHRONOUS))
-def test_steps_with_nan_gradients_can_be_skipped(tmp_path: Path, agree: str):
+def test_nan_skip_leaves_steps_with_nan_gradients_out(tmp_path: Path, agree: str):
     found, _ = trained(
         tmp_path, agree, model=Poisoned, data={"name": one_bad(40), "shuffle": False}, train={"nan": "skip"}
     )
@@ -375,7 +377,7 @@ def test_steps_with_nan_gradients_can_be_skipped(tmp_path: Path, agree: str):
 
 
 @pytest.mark.parametrize("strategy", [helpers.SYNCHRONOUS["message"][0], helpers.served(colocated=True)])
-def test_no_checkpoint_and_no_model_is_saved_that_is_not_finite(
+def test_non_finite_checkpoints_and_models_are_not_saved(
     tmp_path: Path, strategy: helpers.Tables, capsys: pytest.CaptureFixture[str]
 ):
     """The update overflows, from finite gradients; the next loss would tell, but there is none."""
@@ -407,7 +409,7 @@ def exploding(outputs: Tensor, targets: Tensor) -> Tensor:
 CALLS: list[None] = []
 
 
-def test_buffers_that_hold_nan_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_buffers_with_nan_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The step is skipped, but batch norm has seen the bad batch."""
     splits = helpers.pictures()
     splits.train.tensors[0][3] = torch.nan
@@ -416,7 +418,7 @@ def test_buffers_that_hold_nan_are_told_of(tmp_path: Path, capsys: pytest.Captur
     assert "warning: buffer 1.running_mean of the saved model holds NaN" in capsys.readouterr().out
 
 
-def test_gradients_whose_squares_overflow_are_finite(tmp_path: Path):
+def test_gradients_with_overflowing_squares_count_as_finite(tmp_path: Path):
     def body(comm: Communicator) -> Any:
         job = helpers.make_job(tmp_path, loss="tests.unit.test_round:huge", optimizer={"name": "SGD", "lr": 1e-30})
         return helpers.vector(helpers.quiet_train(comm, job).model)
@@ -452,20 +454,20 @@ class Reentrant(nn.Module):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_overlap_sends_what_is_used_again_when_it_is_final(tmp_path: Path, accumulate: int):
+def test_overlap_sends_reused_parameters_once_final(tmp_path: Path, accumulate: int):
     keys = {"accumulate": accumulate}
     plain_, _ = trained(tmp_path, "message", model=Reentrant, train=keys)
     overlapped, _ = trained(tmp_path, "overlap", model=Reentrant, train=keys)
     assert (plain_ == overlapped).all()
 
 
-def test_overlap_refuses_what_it_could_not_foresee(tmp_path: Path):
+def test_overlap_refuses_unforeseen_reuse(tmp_path: Path):
     with pytest.raises(ModelError, match=r"strategy.overlap = true: the gradient of parameter (last|block|first)"):
         trained(tmp_path, "overlap", model={"name": Reentrant, "first": 4})
 
 
 # -- what goes over the wire -------------------------------------------------------------------------------------
-def test_rows_say_what_was_put_into_them():
+def test_rows_return_what_was_put_into_them():
     used = np.arange(70) % 3 > 0
     for part in (
         Contribution(5, 2.5, 0.25, Ask.INTERRUPT | Ask.CHECKPOINT, 7, used),
@@ -474,7 +476,7 @@ def test_rows_say_what_was_put_into_them():
         assert repr(Contribution.decode(part.encode(70), 70)) == repr(part)
 
 
-def test_a_round_is_what_its_rows_come_to():
+def test_round_combines_its_rows():
     one = Contribution(4, 2.0, 3.0, Ask.INTERRUPT, 0, np.array([True, False, False]))
     two = Contribution(4, 6.0, 1.0, Ask.NOTHING, 0, np.array([False, False, True]))
     found = RoundTotals.of([one, two])

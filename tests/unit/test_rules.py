@@ -53,7 +53,7 @@ FALLING = [2.0, 1.5, 1.0, 0.6, 0.5, 0.49, 0.48, 0.47, 0.46, 0.45, 0.44, 0.43]
 
 
 # -- loss_stable ------------------------------------------------------------------------------------------------
-def test_it_fires_when_the_mean_change_of_a_window_is_small_against_the_first_loss() -> None:
+def test_loss_stable_fires_when_the_mean_change_is_small() -> None:
     steps, why, news = observed(rule({"rule": "loss_stable"}), losses_of(FALLING))
     # changes of 0.01 over the six newest, of the first loss 2: 0.0050; one interval sooner (0.1 + 5 * 0.01) / 6 / 2
     assert (steps, why) == (110, "loss_stable 0.0050 <= 0.01")
@@ -66,13 +66,13 @@ def test_it_fires_when_the_mean_change_of_a_window_is_small_against_the_first_lo
     ]
 
 
-def test_the_statistic_is_the_mean_change_over_the_first_loss() -> None:
+def test_statistic_is_the_mean_change_over_the_first_loss() -> None:
     losses = [4.0, 1.0, 1.5, 1.25]
     _, why, news = observed(rule({"rule": "loss_stable", "window": 3, "rounds": 1}), losses)
     assert (why, news) == (None, ["loss_stable 0.3125 > 0.01"])  # (3 + 0.5 + 0.25) / 3 / 4
 
 
-def test_a_plateau_at_the_start_does_not_end_the_phase() -> None:
+def test_plateau_at_the_start_does_not_end_the_phase() -> None:
     plateau = [2.3] * 9
     _, why, news = observed(rule({"rule": "loss_stable"}), losses_of(plateau))
     assert why is None and news[0] == "loss_stable 0 <= 0.01, not armed: loss 2.3 of first 2.3"
@@ -97,7 +97,7 @@ def test_every_number_is_a_key(keys: dict[str, Any], steps: int | None) -> None:
     assert (found if why else None) == steps
 
 
-def test_losses_count_by_their_samples() -> None:
+def test_losses_are_weighted_by_samples() -> None:
     """The last round of an epoch is smaller."""
     made = rule({"rule": "loss_stable_published", "window": 2, "rounds": 2}, RunClock(epoch=15, round=10, total=999))
     for cursor, loss in ((10, 1.0), (15, 4.0), (25, 2.0), (30, 2.0)):
@@ -105,7 +105,7 @@ def test_losses_count_by_their_samples() -> None:
     assert made.state()["losses"] == [2.0, 2.0]  # (10 * 1 + 5 * 4) / 15
 
 
-def test_in_an_asynchronous_phase_an_interval_is_as_many_updates_as_its_rounds_have_batches() -> None:
+def test_asynchronous_interval_has_one_update_per_batch_of_its_rounds() -> None:
     """Four workers, batches of 5: a round of 20 samples is four updates, whoever made them."""
     clock = RunClock(epoch=10_000, round=20, total=10_000)
     rounds = losses_of(FALLING)
@@ -114,7 +114,7 @@ def test_in_an_asynchronous_phase_an_interval_is_as_many_updates_as_its_rounds_h
     assert (steps, why) == (4 * 110, "loss_stable 0.0050 <= 0.01")
 
 
-def test_rounds_are_counted_from_where_the_phase_began() -> None:
+def test_rounds_are_counted_from_the_start_of_the_phase() -> None:
     start = 50  # the fifth round of an epoch
     steps, why, _ = observed(rule({"rule": "loss_stable"}, start=start), losses_of(FALLING), start=start)
     assert (steps, why) == (110, "loss_stable 0.0050 <= 0.01")
@@ -133,24 +133,24 @@ def test_skipped_steps_do_not_count(name: str, bad: float) -> None:
     assert observed(rule({"rule": name, "rounds": 10, "threshold": 0.02}), losses)[1:] == without[1:]
 
 
-def test_negative_losses_never_arm_it_and_it_says_so() -> None:
+def test_negative_losses_never_arm_the_rule_with_a_note() -> None:
     _, why, news = observed(rule({"rule": "loss_stable"}), losses_of([-1.0 - i for i in range(3)] + [-4.0] * 9))
     assert why is None and news[-1] == "loss_stable 0 <= 0.01, never armed: the first loss, -1, is negative"
 
 
 # -- loss_stable_published --------------------------------------------------------------------------------------
-def test_the_published_rule_fires_on_the_first_plateau() -> None:
+def test_published_rule_fires_on_the_first_plateau() -> None:
     steps, why, _ = observed(rule({"rule": "loss_stable_published"}), [2.30, 2.31, 2.30, 2.29, 2.30, 2.31])
     assert (steps, why) == (6, "loss_stable_published 0.0043 <= 0.01")
 
 
-def test_the_published_statistic_is_relative_to_the_loss_before() -> None:
+def test_published_statistic_is_relative_to_the_previous_loss() -> None:
     _, why, news = observed(rule({"rule": "loss_stable_published", "window": 3}), [4.0, 2.0, 3.0])
     assert (why, news) == (None, ["loss_stable_published 0.5000 > 0.01"])  # 2/4 and 1/2
 
 
 # -- target -----------------------------------------------------------------------------------------------------
-def test_target_ends_the_phase_at_an_evaluation_that_reaches_it() -> None:
+def test_target_ends_the_phase_at_the_evaluation_that_reaches_it() -> None:
     told: list[Event] = []
     conductor = Conductor(1000, 10, 0, rule({"rule": "target", "metric": 0.9}), tell=told.append)
     assert conductor.decide(0, 10, 0.1, Ask.NOTHING) == Ask.EVALUATE and told == []
@@ -164,7 +164,7 @@ def test_target_ends_the_phase_at_an_evaluation_that_reaches_it() -> None:
     ]
 
 
-def test_target_where_less_is_better() -> None:
+def test_target_for_a_lower_is_better_metric() -> None:
     conductor = Conductor(1000, 10, 0, rule({"rule": "target", "metric": 0.5}), higher_is_better=False)
     assert conductor.evaluated(10, 0.51) == Ask.NOTHING
     assert conductor.evaluated(10, 0.5) == Ask.END_PHASE and conductor.why == "target: metric 0.5000 <= 0.5"
@@ -183,7 +183,7 @@ def broken(losses: list[float]) -> bool:
     return losses[10] < 1
 
 
-def test_a_function_ends_the_phase_by_the_losses_of_its_intervals() -> None:
+def test_function_ends_the_phase_by_interval_losses() -> None:
     steps, why, _ = observed(rule({"rule": f"{HERE}:under"}), losses_of(FALLING))
     assert (steps, why) == (50, f"{HERE}:under after 5 intervals: True")
     assert observed(rule({"rule": f"{HERE}:under", "limit": 0.47}), losses_of(FALLING))[0] == 90
@@ -191,7 +191,7 @@ def test_a_function_ends_the_phase_by_the_losses_of_its_intervals() -> None:
     assert (steps, why) == (30, "enough of 2")
 
 
-def test_what_a_function_raises_is_a_sentence() -> None:
+def test_error_in_a_function_is_one_message() -> None:
     with pytest.raises(JobError) as caught:
         observed(rule({"rule": f"{HERE}:broken"}), losses_of(FALLING))
     assert str(caught.value).startswith(f'rule "{HERE}:broken" raised IndexError at test_rules.py:')
@@ -205,7 +205,7 @@ def test_what_a_function_raises_is_a_sentence() -> None:
         ({"losses": [1]}, "has no keyword losses"),
     ],
 )
-def test_a_function_that_does_not_take_the_keys_is_refused(keys: dict[str, Any], sentence: str) -> None:
+def test_function_not_accepting_the_keys_is_refused(keys: dict[str, Any], sentence: str) -> None:
     with pytest.raises(JobError) as caught:
         Job(phases=[{"until": {"rule": f"{HERE}:under", **keys}}, {}])
     assert str(caught.value).startswith(f'phases.0.until.rule = "{HERE}:under": {sentence}')
@@ -213,7 +213,7 @@ def test_a_function_that_does_not_take_the_keys_is_refused(keys: dict[str, Any],
         Job(strategy={"name": "switch", "until": f"{HERE}:in_words"})
 
 
-def test_a_function_of_the_program_itself_is_kept() -> None:
+def test_function_of_the_main_program_is_kept() -> None:
     job = Job(strategy={"name": "switch", "until": {"rule": lambda losses, n=2: len(losses) >= n, "n": 4}})
     spec = job.override(["seed=3"]).schedule[0].until
     assert spec is not None and spec.name.startswith("<lambda in test_rules.py:")
@@ -238,7 +238,7 @@ def test_a_function_of_the_program_itself_is_kept() -> None:
         ({"rule": f"{HERE}:under"}, 10, "asked every 10 rounds, and the run has 10 from there on; train longer"),
     ],
 )
-def test_a_run_too_short_for_one_window_is_reported(keys: dict[str, Any], rounds: int, sentence: str) -> None:
+def test_run_too_short_for_one_window_is_reported(keys: dict[str, Any], rounds: int, sentence: str) -> None:
     short = rule(keys, RunClock(100, 10, rounds * 10))
     assert short.unfit(False) is None  # it is told, not refused: the run may merely have been shortened
     assert sentence in (short.too_short() or "")
@@ -257,7 +257,7 @@ def test_target_needs_evaluations() -> None:
     assert rule({"rule": "after", "steps": 3}).unfit(False) is None
 
 
-def test_an_amount_beyond_the_run_is_reported() -> None:
+def test_amount_beyond_the_run_is_reported() -> None:
     short = rule({"rule": "after", "epochs": 2}, RunClock(100, 10, 200))
     assert short.too_short() == "it ends a phase at sample 200 at the earliest, and the run has 200"
     assert rule({"rule": "after", "epochs": 2}, RunClock(100, 10, 201)).too_short() is None
@@ -289,14 +289,14 @@ def story(keys: dict[str, Any], losses: Sequence[float], size: int, cut: int | N
 
 @pytest.mark.parametrize("keys", KEYS, ids=lambda keys: str(keys["rule"]).split(":")[-1])
 @given(losses=st.lists(LOSS, min_size=1, max_size=60), cut=st.integers(0, 60), size=st.sampled_from([3, 10]))
-def test_a_resumed_rule_goes_on_as_an_uninterrupted_one(
+def test_resumed_rule_continues_like_an_uninterrupted_one(
     keys: dict[str, Any], losses: list[float], cut: int, size: int
 ) -> None:
     assert story(keys, losses, size, cut) == story(keys, losses, size, None)
 
 
 @pytest.mark.parametrize("keys", KEYS, ids=lambda keys: str(keys["rule"]).split(":")[-1])
-def test_a_rule_may_be_interrupted_at_any_step(keys: dict[str, Any]) -> None:
+def test_rule_can_be_interrupted_at_any_step(keys: dict[str, Any]) -> None:
     losses = [2 + math.sin(i * i) for i in range(12)] + [1.1, 0.7] + [1.9 + 0.1 * math.sin(i) for i in range(40)]
     for size in (3, 10):
         whole = story(keys, losses, size, None)

@@ -114,7 +114,7 @@ SERVER = {"name": "parameter_server", "mode": "sync", "servers": 1}
 
 @pytest.mark.parametrize("what", list(AGAINST))
 @pytest.mark.parametrize(("strategy", "size"), [({"name": "all_reduce"}, 3), (SERVER, 3)])
-def test_it_trains_as_torch_does(tmp_path: Path, what: str, strategy: helpers.Tables, size: int) -> None:
+def test_scheduler_trains_as_in_torch(tmp_path: Path, what: str, strategy: helpers.Tables, size: int) -> None:
     optimizer, schedule, make, by_epoch = AGAINST[what]
     job = helpers.make_job(
         tmp_path, optimizer={**optimizer, "schedule": schedule}, strategy=strategy,
@@ -124,14 +124,14 @@ def test_it_trains_as_torch_does(tmp_path: Path, what: str, strategy: helpers.Ta
     assert helpers.difference(found, plain(job, size - (strategy is SERVER), make, by_epoch)) < 1e-12
 
 
-def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
+def test_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
     schedule = {"name": "torch.optim.lr_scheduler:OneCycleLR", "max_lr": 0.2, "total_steps": 9}
     optimizer = {**SGD, "schedule": schedule}
     World(2).run(lambda comm: helpers.resumed_bits(comm, tmp_path, {"name": "all_reduce"}, optimizer))
 
 
 # -- the clock ---------------------------------------------------------------------------------------------------
-def test_the_unit() -> None:
+def test_unit_of_the_schedule() -> None:
     step_lr = {"name": torchs.StepLR, "step_size": 2, "gamma": 0.5}
     one_cycle = {"name": torchs.OneCycleLR, "max_lr": 0.1, "total_steps": 99}
     by_epoch: dict[str, Any] = {"train": {"epochs": 10}}
@@ -157,7 +157,7 @@ def test_rounds_are_counted_as_they_end_and_in_any_order() -> None:
     }  # fmt: skip
 
 
-def test_a_warm_up_multiplies_it_and_reset_begins_it_anew() -> None:
+def test_warm_up_multiplies_the_schedule_and_reset_restarts_it() -> None:
     course = course_of({"name": torchs.StepLR, "step_size": 1, "gamma": 0.5}, warmup=150)
     assert course is not None
     assert [course.factor(cursor) for cursor in (0, 99, 100, 149, 150)] == pytest.approx(
@@ -172,7 +172,7 @@ def test_a_warm_up_multiplies_it_and_reset_begins_it_anew() -> None:
     assert on.momentum_factor(532) == 0.5 * cycle.momentum(532)
 
 
-def test_what_is_not_said_is_told_at_the_start(tmp_path: Path) -> None:
+def test_default_unit_is_reported_at_the_start(tmp_path: Path) -> None:
     out = io.StringIO()
     schedule = {"name": torchs.ExponentialLR, "gamma": 0.9}
     job = helpers.make_job(tmp_path, optimizer={**SGD, "schedule": schedule}, train={"epochs": 0.1})
@@ -201,7 +201,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("what", list(REFUSED))
-def test_refused_in_one_sentence(what: str) -> None:
+def test_refused_with_one_message(what: str) -> None:
     schedule, words = REFUSED[what]
     with pytest.raises(JobError) as caught:
         course_of(schedule)
@@ -209,27 +209,27 @@ def test_refused_in_one_sentence(what: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_momentum_that_the_optimizer_does_not_have() -> None:
+def test_momentum_schedule_for_an_optimizer_without_momentum() -> None:
     schedule = {"name": torchs.OneCycleLR, "max_lr": 0.1, "total_steps": 40}
     with pytest.raises(JobError, match=r"set optimizer.momentum = 0.95, or cycle_momentum = false"):
         course_of(schedule, choice(momentum=0.0))
     assert course_of({**schedule, "cycle_momentum": False}, choice(momentum=0.0)) is not None
 
 
-def test_epochs_of_a_stream_that_does_not_tell_its_length() -> None:
+def test_epochs_of_a_stream_of_unknown_length() -> None:
     schedule = {"name": torchs.ExponentialLR, "gamma": 0.9}
     with pytest.raises(JobError, match="does not tell its length"):
         course_of(schedule, counts_epochs=False)
     assert course_of({**schedule, "unit": "steps"}, counts_epochs=False) is not None
 
 
-def test_an_object_of_the_class() -> None:
+def test_scheduler_object_in_place_of_a_class_is_refused() -> None:
     made = torchs.ExponentialLR(torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1), 0.9)
     with pytest.raises(JobError, match="must be the scheduler's class"):
         Job(optimizer={"schedule": made})
 
 
-def test_functions_of_the_share_are_called_with_nothing_else() -> None:
+def test_course_functions_are_not_called_with_an_optimizer() -> None:
     given: list[Any] = []
 
     def course(share: Any) -> float:
@@ -240,7 +240,7 @@ def test_functions_of_the_share_are_called_with_nothing_else() -> None:
     assert given == [0.0]
 
 
-def test_the_table_grows_as_far_as_asked() -> None:
+def test_table_of_factors_grows_on_demand() -> None:
     factors = Factors(lambda optimizer: torchs.ExponentialLR(optimizer, 0.5), choice())
     assert factors(3)[0] == pytest.approx(1 / 8)
     assert factors.scheduler.last_epoch == 3

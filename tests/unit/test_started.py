@@ -34,7 +34,7 @@ MPICH, OPEN_MPI_LIBRARY = "MPICH Version: 4.3.0", "Open MPI v5.0.8"
         ({"OMPI_COMM_WORLD_SIZE": ""}, 0, 1, ""),
     ],
 )
-def test_what_launchers_say(environment: dict[str, str], rank: int, size: int, launcher: str) -> None:
+def test_what_launchers_set(environment: dict[str, str], rank: int, size: int, launcher: str) -> None:
     assert launched_rank(environment) == rank
     assert launched_size(environment) == (size, launcher)
     check_singleton(max(2, size), MPICH, environment)  # MPI knows of several: all is well
@@ -52,7 +52,7 @@ def test_what_launchers_say(environment: dict[str, str], rank: int, size: int, l
         ({"SLURM_STEP_NUM_TASKS": "4"}, MPICH, "--mpi=pmi2 for MPICH"),
     ],
 )
-def test_processes_that_believe_to_be_alone(environment: dict[str, str], library: str, cure: str) -> None:
+def test_processes_each_in_a_world_of_their_own(environment: dict[str, str], library: str, cure: str) -> None:
     with pytest.raises(ClusterError, match=cure) as caught:
         check_singleton(1, library, environment)
     assert "started 4 processes, but the MPI library" in str(caught.value)
@@ -63,7 +63,7 @@ SRUN = {"SLURM_STEP_ID": "0", "PMI_FD": "11"}
 BOTH = "MPICH Version:      5.0.2\nMPICH Device:       ch4:ucx ofi\nMPICH CC:  cc\0"
 
 
-def test_mpich_takes_ofi_under_sruns_pmi2_where_it_has_the_choice() -> None:
+def test_mpich_with_a_choice_uses_ofi_under_sruns_pmi2() -> None:
     assert netmod_for(BOTH, SRUN) == {"MPIR_CVAR_CH4_NETMOD": "ofi"}
 
 
@@ -80,19 +80,19 @@ def test_mpich_takes_ofi_under_sruns_pmi2_where_it_has_the_choice() -> None:
         (OPEN_MPI_LIBRARY, SRUN),
     ],
 )
-def test_elsewhere_the_library_chooses(library: str, environment: dict[str, str]) -> None:
+def test_otherwise_the_library_chooses_its_network(library: str, environment: dict[str, str]) -> None:
     assert netmod_for(library, environment) == {}
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD", "PMI", "PMIX", "SLURM"])
-def test_a_rank_is_known_by_its_launchers_variables(name: str) -> None:
+def test_rank_comes_from_the_launchers_variables(name: str) -> None:
     rank = {"SLURM": "SLURM_PROCID"}.get(name, f"{name}_RANK")
     assert has_rank({rank: "0"})
     assert not has_rank({"PATH": "/bin"})
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", MARK])
-def test_a_launched_process_is_known_also_when_it_is_alone(name: str) -> None:
+def test_launched_process_is_recognised_even_alone(name: str) -> None:
     assert is_launched({name: "1"})
     assert not is_launched({"SLURM_JOB_ID": "7", "PATH": "/bin"})
 
@@ -102,7 +102,7 @@ def test_only_open_mpi_gives_each_rank_a_terminal() -> None:
     assert not has_own_terminal({"PMI_RANK": "0", "SLURM_PROCID": "0"})
 
 
-def test_what_a_launcher_said_to_its_ranks_is_taken_out_and_what_users_set_is_kept() -> None:
+def test_launcher_variables_are_removed_and_user_settings_kept() -> None:
     said = dict.fromkeys(
         ("PMI_RANK", "PMI2_X", "PMIX_RANK", "HYDI_CONTROL_FD", "MPI_LOCALRANKID", "PALS_RANKID", "PRTE_LAUNCHED",
          "OMPI_COMM_WORLD_SIZE", "OMPI_MCA_num_procs"), "1",

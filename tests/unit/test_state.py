@@ -50,7 +50,7 @@ def assert_equal(one: State, other: State) -> None:
         assert a.tobytes() == b.tobytes()
 
 
-def test_paths_lead_back() -> None:
+def test_state_paths_round_trip() -> None:
     state, again = full(), State.of_head(json.loads(json.dumps(full().head())))
     paths = [path for path, _ in state.arrays()]
     assert len(set(paths)) == len(paths) == 13
@@ -60,7 +60,7 @@ def test_paths_lead_back() -> None:
 
 
 @pytest.mark.parametrize("source", [0, 2])
-def test_one_rank_to_another(source: int) -> None:
+def test_state_moves_from_rank_to_rank(source: int) -> None:
     def body(comm: Communicator) -> State | None:
         if comm.rank == source:
             send_state(comm, full(), 1)
@@ -90,12 +90,12 @@ def test_cut_and_merge(bounds: list[int]) -> None:
     assert_equal(merge(found, 8), state)
 
 
-def test_a_cut_of_a_cut() -> None:
+def test_cut_of_a_cut() -> None:
     inner = full().cut(2, 7, []).cut(3, 5, [])
     assert (inner.low, inner.high, inner.optimizer.flat["exp_avg"].tolist()) == (3, 5, [3.0, 4.0])
 
 
-def test_merging_pieces_of_which_some_lack_a_moment() -> None:
+def test_merging_pieces_when_some_lack_a_moment() -> None:
     with_moment: Any = State(0, 2, {"optimizer": Section({"m": np.ones(2, np.float32)})})
     whole = merge([with_moment, State(2, 5)], 5)
     assert whole.optimizer.flat["m"].tolist() == [1, 1, 0, 0, 0]
@@ -118,7 +118,7 @@ def test_pieces_of_other_ranks_are_collected(bounds: list[int]) -> None:
     assert_equal(found, full())
 
 
-def test_a_copy_has_arrays_of_its_own() -> None:
+def test_copy_has_its_own_arrays() -> None:
     state = full()
     copy = state.copy()
     for _, array in copy.arrays():

@@ -21,7 +21,7 @@ ACCOUNT = """{"books": {"cursor": 60, "step": 5, "phase": 1, "phase_start": 40, 
  "ending": "phase", "why": "after 20 >= 20 samples"}"""
 
 
-def test_what_version_0_1_kept_is_read_and_kept_alike() -> None:
+def test_totals_of_version_0_1_are_read_and_written_unchanged() -> None:
     account = json.loads(ACCOUNT)
     totals = Totals(EarlyStopping(None, None, 0.0))
     totals.take(account)
@@ -36,18 +36,18 @@ def test_what_version_0_1_kept_is_read_and_kept_alike() -> None:
 
 
 @pytest.mark.parametrize(("ending", "stored"), [(Ending.NOTHING, "on"), (Ending.PHASE, "phase"), (Ending.RUN, "stop")])
-def test_endings_are_stored_as_version_0_1_stored_them(ending: Ending, stored: str) -> None:
+def test_endings_are_stored_as_in_version_0_1(ending: Ending, stored: str) -> None:
     assert Totals(EarlyStopping(None, None, 0.0), ending=ending).plain()["ending"] == stored
 
 
-def test_interrupted_and_left_are_this_process_alone() -> None:
+def test_interrupted_and_left_are_not_stored() -> None:
     totals = Totals(EarlyStopping(None, None, 0.0), owed=Ask.EVALUATE | Ask.END_PHASE, interrupted=True, left=True)
     other = Totals(EarlyStopping(None, None, 0.0))
     other.take(totals.plain())
     assert other == Totals(EarlyStopping(None, None, 0.0), owed=Ask.EVALUATE | Ask.END_PHASE)
 
 
-def test_the_training_clock_stands_still() -> None:
+def test_training_clock_can_be_paused() -> None:
     now, summary = [0], PhaseSummary(0, "all_reduce", seconds=1.0)
     clock = TrainingClock(lambda: now[0], summary)
     now[0] = 5_000_000_000

@@ -54,7 +54,7 @@ def made(kind: type[Event]) -> st.SearchStrategy[Event]:
 @pytest.mark.parametrize(
     "event", [event for event, _ in SENTENCES] + [MeasuredLink(1, True, 1e-6, 2e9), SamplingStopped("A", "b")]
 )
-def test_a_short_event_comes_back_as_it_was(event: Event) -> None:
+def test_short_event_round_trips(event: Event) -> None:
     assert event_of(*written(event)) == event
 
 
@@ -75,7 +75,7 @@ def test_any_event_fits_its_columns_and_keeps_its_kind_and_numbers(event: Event)
 
 
 @given(st.text(), st.text())
-def test_whatever_stands_in_a_file_is_read(kind: str, text: str) -> None:
+def test_any_event_text_in_a_file_is_read(kind: str, text: str) -> None:
     found = from_json(kind, text)
     assert str(found) == escaped(str(found)) and found.kind == escaped(kind)
 
@@ -85,16 +85,16 @@ def test_whatever_stands_in_a_file_is_read(kind: str, text: str) -> None:
     ['{"phase":"3","role":"worker","strategy":"a"}', '{"phase":true,"role":"worker","strategy":"a"}', '{"phase":1}',
      '{"phase":1e3,"role":"a","strategy":"b"}', "[1]", "3", "{", f'{{"phase":{2**70},"role":"a","strategy":"b"}}'],
 )  # fmt: skip
-def test_fields_that_are_not_those_of_the_kind_make_a_plain_event(data: str) -> None:
+def test_wrong_fields_make_a_plain_event(data: str) -> None:
     assert from_json("role", data) == PlainEvent("role", data)
 
 
-def test_fields_of_a_newer_version_are_passed_over() -> None:
+def test_fields_of_a_newer_version_are_ignored() -> None:
     found = from_json("role", '{"phase":1,"role":"worker","strategy":"a","island":7}')
     assert found == PhaseEntered(1, "worker", "a")
 
 
-def test_a_kind_that_is_not_known_is_carried_as_it_is() -> None:
+def test_unknown_kind_is_kept_unchanged() -> None:
     assert from_json("rewind", '{"to":12}') == PlainEvent("rewind", '{"to":12}')
 
 
@@ -104,7 +104,7 @@ def test_control_characters_do_not_reach_a_terminal() -> None:
 
 
 @pytest.mark.parametrize(("event", "sentence"), SENTENCES)
-def test_sentences_for_people_and_those_of_version_2(event: Event, sentence: str) -> None:
+def test_messages_of_events_and_those_of_version_2(event: Event, sentence: str) -> None:
     assert str(event) == sentence
     assert parsed(event.kind, sentence) == event
 
@@ -118,5 +118,5 @@ def test_sentences_for_people_and_those_of_version_2(event: Event, sentence: str
         ("rule", "a b <= c"),
     ],
 )
-def test_other_sentences_of_version_2_are_plain(kind: str, text: str) -> None:
+def test_other_messages_of_version_2_are_plain_events(kind: str, text: str) -> None:
     assert parsed(kind, text) == PlainEvent(kind, text)

@@ -111,7 +111,7 @@ def test_frames_select_ranks_kinds_and_steps(tmp_path):
         run.spans(kind="sending")
 
 
-def test_frames_of_nothing_have_all_columns(tmp_path):
+def test_empty_frames_have_all_columns(tmp_path):
     Writing(tmp_path, 0).close()
     run = open_run(tmp_path)
     assert {"rank", "step", "kind", "start_ns", "end_s"} <= set(run.spans().columns)
@@ -121,7 +121,7 @@ def test_frames_of_nothing_have_all_columns(tmp_path):
     assert "unaccounted" in format_totals(run)
 
 
-def test_a_resumed_run_is_one_run(tmp_path):
+def test_resumed_run_is_one_run(tmp_path):
     """The second attempt starts again at step 3; its clock began anew, a minute of the calendar later."""
     for attempt, steps in ((1, range(6)), (2, range(3, 8))):
         writing = Writing(tmp_path, 0, attempt=attempt)
@@ -143,7 +143,7 @@ def test_a_resumed_run_is_one_run(tmp_path):
     assert (run.attributes(0)["attempt"], run.attributes(0, 1)["attempt"]) == (2, 1)
 
 
-def test_a_missing_rank_is_noted(tmp_path):
+def test_missing_rank_is_noted(tmp_path):
     write(tmp_path, ranks=3, size=5, steps=2)
     os.remove(trace_path(tmp_path, 1))
     run = open_run(tmp_path)
@@ -153,7 +153,7 @@ def test_a_missing_rank_is_noted(tmp_path):
     assert "note: ranks 1, 3-4 of 5: no trace file" in format_totals(run)
 
 
-def test_a_file_cut_anywhere_gives_only_true_rows(tmp_path):
+def test_truncated_file_gives_only_true_rows(tmp_path):
     write(tmp_path, steps=300)
     path = trace_path(tmp_path, 1)
     data, seen = path.read_bytes(), set()
@@ -174,7 +174,7 @@ def test_a_file_cut_anywhere_gives_only_true_rows(tmp_path):
     assert {0, 1} <= seen
 
 
-def test_rows_that_never_came_are_left_out_and_noted(tmp_path):
+def test_rows_never_written_are_left_out_with_a_note(tmp_path):
     write(tmp_path, ranks=1, steps=5)
     with h5py.File(trace_path(tmp_path, 0), "r+") as file:
         file["spans"].resize(150, axis=0)
@@ -203,7 +203,7 @@ def set_version(folder, rank, version, attempt=1):
         file.attrs["schema_version"] = version
 
 
-def test_ranks_of_another_schema_version_are_left_out_and_said(tmp_path):
+def test_ranks_of_another_schema_version_are_left_out_with_a_note(tmp_path):
     write(tmp_path, ranks=5, steps=1)
     for rank in (1, 2, 4):
         set_version(tmp_path, rank, 0)
@@ -213,7 +213,7 @@ def test_ranks_of_another_schema_version_are_left_out_and_said(tmp_path):
     assert set(run.spans()["rank"]) == {0, 3}
 
 
-def test_older_schema_versions_are_read_with_what_they_lack(tmp_path):
+def test_older_schema_versions_are_read_with_missing_columns_filled(tmp_path):
     """Version 1 has the layout of version 2."""
     shutil.copytree(Path(__file__).parents[1] / "fixtures" / "runs_0.1" / "all_reduce", tmp_path, dirs_exist_ok=True)
     for rank in (0, 2):
@@ -225,7 +225,7 @@ def test_older_schema_versions_are_read_with_what_they_lack(tmp_path):
     assert run.notes == [f"ranks 0, 2: written in schema version 1: {lacks}"]
 
 
-def test_an_attempt_of_another_schema_version_is_left_out_and_said(tmp_path):
+def test_attempt_of_another_schema_version_is_left_out_with_a_note(tmp_path):
     for attempt in (1, 2):
         for rank in (0, 1):
             Writing(tmp_path, rank, 2, attempt).close()
@@ -235,7 +235,7 @@ def test_an_attempt_of_another_schema_version_is_left_out_and_said(tmp_path):
     assert run.notes == [f"ranks 0-1: each of their files of attempt 2 in trace/ has schema version 99: {ADVICE}"]
 
 
-def test_a_run_of_another_schema_version_is_one_line(tmp_path, capsys):
+def test_run_of_another_schema_version_is_one_message(tmp_path, capsys):
     write(tmp_path, ranks=4, steps=1)
     for rank in range(4):
         set_version(tmp_path, rank, 99)
@@ -244,7 +244,7 @@ def test_a_run_of_another_schema_version_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == f"hpctrain: {tmp_path}: none of its traces can be read: {what}\n"
 
 
-def test_hdf5_that_is_no_trace_is_refused(tmp_path):
+def test_hdf5_file_that_is_not_a_trace_is_refused(tmp_path):
     write(tmp_path, steps=1)
     with h5py.File(trace_path(tmp_path, 1), "w", libver="latest") as file:
         file["something"] = [1, 2, 3]
@@ -262,7 +262,7 @@ def test_hdf5_that_is_no_trace_is_refused(tmp_path):
         (lambda folder: folder.rmdir(), "there is no such run folder"),
     ],
 )
-def test_a_folder_without_traces_is_a_sentence(tmp_path, make, sentence):
+def test_folder_without_traces_is_one_message(tmp_path, make, sentence):
     folder = tmp_path / "run"
     folder.mkdir()
     make(folder)
@@ -270,7 +270,7 @@ def test_a_folder_without_traces_is_a_sentence(tmp_path, make, sentence):
         open_run(folder)
 
 
-def test_a_run_is_found_from_its_files(tmp_path):
+def test_run_is_found_from_its_files(tmp_path):
     write(tmp_path, ranks=1, steps=1)
     (tmp_path / "job.toml").write_text("name = 'x'  # but no [table")
     (tmp_path / "metrics.csv").write_text("step,epoch,loss\n10,0,0.5\n20,1,0.25\n")
@@ -279,7 +279,7 @@ def test_a_run_is_found_from_its_files(tmp_path):
     assert open_run(tmp_path).metrics()["loss"].tolist() == [0.5, 0.25]
 
 
-def test_the_job_is_text_where_it_cannot_be_loaded(tmp_path):
+def test_job_is_text_if_it_cannot_be_loaded(tmp_path):
     write(tmp_path, ranks=1, steps=1)
     assert open_run(tmp_path).job == ""
     (tmp_path / "job.toml").write_text('[model]\nname = "<lambda in train.py:12>"\n')
@@ -288,7 +288,7 @@ def test_the_job_is_text_where_it_cannot_be_loaded(tmp_path):
     assert open_run(tmp_path).job == "this is = = no TOML"
 
 
-def test_blocks_stream_what_frames_hold(tmp_path):
+def test_blocks_stream_the_rows_of_frames(tmp_path):
     write(tmp_path, steps=50)
     run = open_run(tmp_path)
     blocks = list(run.blocks("spans", rows=300))
@@ -310,7 +310,7 @@ def test_blocks_of_some_columns_have_corrected_times(tmp_path):
     assert frame.iloc[0].tolist() == [0, 1, 7_500, "wait", 1.5e-6]
 
 
-def test_no_more_is_held_in_memory_than_is_asked_for(tmp_path):
+def test_memory_is_limited_to_what_is_requested(tmp_path):
     writing = Writing(tmp_path, 0)
     for step in range(200):
         for number in range(2000):
@@ -339,7 +339,7 @@ def test_no_more_is_held_in_memory_than_is_asked_for(tmp_path):
     assert peak(lambda: run.spans(columns=["bytes"]))[1] < whole
 
 
-def test_entries_of_a_metric_may_be_nan_where_the_metric_may_not(tmp_path: Path) -> None:
+def test_metric_entries_may_be_nan_but_not_the_metric(tmp_path: Path) -> None:
     write(tmp_path, ranks=1, steps=1)
     (tmp_path / "metrics.csv").write_text("step,split,loss,metric,metric.f1\n1,test,2,0.5,nan\n2,test,1,nan,0.5\n")
     run = open_run(tmp_path)

@@ -27,7 +27,7 @@ class Clock:
         return self.now
 
 
-def test_a_span_becomes_one_row():
+def test_span_becomes_one_row():
     recorder = Recorder()
     recorder.step = 7
     recorder.open("send", 100, 4096, 3, 1 << 61, 32, 1e18)
@@ -37,7 +37,7 @@ def test_a_span_becomes_one_row():
     assert recorder.drain()["spans"].size == 0
 
 
-def test_a_parent_is_cut_by_its_child_and_keeps_what_it_counts_once():
+def test_child_cuts_its_parent_and_counters_are_kept_once():
     recorder = Recorder()
     recorder.open("reduce", 0, 800, 5, 9, 32, 200.0)
     recorder.open("recv", 10, 400, 2, 1)
@@ -59,7 +59,7 @@ def test_a_parent_is_cut_by_its_child_and_keeps_what_it_counts_once():
     assert set(rows["id"][rows["kind"] == Kind.REDUCE].tolist()) == {9}
 
 
-def test_a_span_without_duration_keeps_its_bytes():
+def test_span_without_duration_keeps_its_bytes():
     recorder = Recorder()
     recorder.open("send", 5, 64)
     recorder.open("wait", 5)
@@ -74,7 +74,7 @@ actions = st.lists(st.tuples(st.sampled_from(["open", "close", "drain"]), st.int
 
 @settings(max_examples=300, deadline=None)
 @given(actions)
-def test_spans_of_a_lane_tile_the_time_that_is_covered(moves):
+def test_spans_of_a_lane_tile_the_covered_time(moves):
     recorder, now, covered = Recorder(), 0, 0
     bytes_by_kind: Counter[str] = Counter()
     own: Counter[str] = Counter()
@@ -105,7 +105,7 @@ def test_spans_of_a_lane_tile_the_time_that_is_covered(moves):
         assert spans["bytes"][mine].sum() == bytes_by_kind[kind]
 
 
-def test_an_open_span_stays_open_when_drained():
+def test_open_span_stays_open_when_drained():
     recorder = Recorder()
     recorder.open("wait", 10)
     assert recorder.drain()["spans"].size == 0
@@ -113,7 +113,7 @@ def test_an_open_span_stays_open_when_drained():
     assert recorder.drain()["spans"][["start_ns", "end_ns"]].tolist() == [(10, 500)]
 
 
-def test_what_is_no_kind_is_said_at_once():
+def test_unknown_kind_is_an_immediate_error():
     with pytest.raises(ValueError, match="'sending' is no span kind; there are data, forward"):
         Recorder().open("sending", 0)
     with pytest.raises(ValueError, match="'lost' is no outcome"):
@@ -184,7 +184,7 @@ def _two_threads():
     assert sum(len(part["events"]) for part in parts) == 2 * count
 
 
-def test_the_null_recorder_does_nothing():
+def test_null_recorder_does_nothing():
     recorder = NullRecorder()
     assert recorder.lane(1) is recorder
     recorder.open("anything", 1)
@@ -197,12 +197,12 @@ def test_the_null_recorder_does_nothing():
     assert all(len(rows) == 0 for rows in recorder.drain().values())
 
 
-def test_a_packed_span_is_a_row_of_the_table():
+def test_packed_span_is_a_row_of_the_table():
     values = (random.getrandbits(60), 3, 1, 0, 5, 6, 7, -1, -2, 32, 1e30)
     assert np.frombuffer(SPAN_STRUCT.pack(*values), SPANS)[0].tolist() == values
 
 
-def test_the_cost_of_a_span_is_measured():
+def test_cost_of_a_span_is_measured():
     assert 0 < measure_span_cost(100) < 1  # seconds
 
 
@@ -215,7 +215,7 @@ def test_importing_loads_neither_h5py_nor_pandas():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_numbers_beyond_their_columns_become_the_nearest():
+def test_numbers_too_large_for_their_column_are_clamped():
     """Nothing is raised, by which a run would end."""
     recorder = Recorder(Clock(5))
     recorder.step = 2**70
@@ -233,7 +233,7 @@ def test_numbers_beyond_their_columns_become_the_nearest():
     assert all(len(block) == 0 for block in recorder.drain().values())
 
 
-def test_more_pieces_than_a_byte_holds_are_numbered_255():
+def test_pieces_beyond_a_byte_are_numbered_255():
     recorder = Recorder()
     recorder.open("forward", 0, items=8)
     for at in range(1, 600, 2):

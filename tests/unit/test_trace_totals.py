@@ -39,7 +39,7 @@ def build(folder):
     other._file = None
 
 
-def test_totals_are_what_was_written(tmp_path):
+def test_totals_equal_what_was_written(tmp_path):
     build(tmp_path)
     rows = sum_times(open_run(tmp_path)).to_dict("records")
     frame = {(row["rank"], row["lane"]): row for row in rows}
@@ -72,7 +72,7 @@ samples                  100                                 0
 samples/s               10.0                               0.0"""
 
 
-def test_the_table_says_it(tmp_path):
+def test_totals_table(tmp_path):
     build(tmp_path)
     text = format_totals(open_run(tmp_path))
     assert [line.split() for line in text.splitlines()] == [line.split() for line in TABLE.splitlines()]
@@ -82,7 +82,7 @@ def test_the_table_says_it(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", slow("svg")])
-def test_the_loss_figure_is_drawn(tmp_path, suffix):
+def test_loss_figure_is_drawn(tmp_path, suffix):
     build(tmp_path)
     figure = tmp_path / f"loss.{suffix}"
     done = subprocess.run([sys.executable, LOSS, tmp_path, "-o", figure], capture_output=True, text=True, timeout=60)
@@ -90,7 +90,7 @@ def test_the_loss_figure_is_drawn(tmp_path, suffix):
     assert figure.stat().st_size > 5000
 
 
-def test_the_loss_figure_of_no_run_is_a_sentence(tmp_path):
+def test_loss_figure_of_a_wrong_folder_is_one_message(tmp_path):
     done = subprocess.run([sys.executable, LOSS, tmp_path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "is no run folder" in done.stderr

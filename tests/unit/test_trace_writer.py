@@ -67,7 +67,7 @@ def write(folder, rank=0, spans=3, close=True, **attributes):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_rank_killed_at_any_moment_leaves_a_complete_file(tmp_path, seed):
+def test_rank_killed_at_any_moment_leaves_a_readable_file(tmp_path, seed):
     child = subprocess.Popen([sys.executable, "-c", PROGRAM, tmp_path], stdout=subprocess.PIPE)
     assert child.stdout is not None
     try:
@@ -92,7 +92,7 @@ def test_a_rank_killed_at_any_moment_leaves_a_complete_file(tmp_path, seed):
     assert [note for note in run.notes if "still running, or killed" in note]
 
 
-def test_a_live_file_is_read_while_it_grows(tmp_path):
+def test_file_can_be_read_while_it_grows(tmp_path):
     writer = write(tmp_path, spans=5, close=False)
     assert len(open_run(tmp_path).spans(kind="forward")) == 0
     writer.flush()
@@ -103,12 +103,12 @@ def test_a_live_file_is_read_while_it_grows(tmp_path):
     assert len(open_run(tmp_path).spans(kind="trace")) == 3
 
 
-def test_the_file_has_its_name_only_when_it_can_be_read(tmp_path):
+def test_file_gets_its_name_only_once_readable(tmp_path):
     write(tmp_path, close=False)
     assert [path.name for path in (tmp_path / "trace").iterdir()] == ["rank_00000.h5"]
 
 
-def test_maybe_flush_waits_for_its_time(tmp_path):
+def test_maybe_flush_waits_for_its_interval(tmp_path):
     now = [0]
     recorder = Recorder(lambda: now[0])
     writer = TraceWriter(trace_path(tmp_path, 0), recorder, ATTRIBUTES, flush_seconds=2.0)
@@ -120,7 +120,7 @@ def test_maybe_flush_waits_for_its_time(tmp_path):
     writer.close()
 
 
-def test_a_flush_is_a_span_and_cuts_what_is_open(tmp_path):
+def test_flush_is_a_span_and_cuts_open_spans(tmp_path):
     recorder = Recorder()
     writer = TraceWriter(trace_path(tmp_path, 0), recorder, ATTRIBUTES)
     recorder.open("evaluate", recorder.now())
@@ -131,7 +131,7 @@ def test_a_flush_is_a_span_and_cuts_what_is_open(tmp_path):
     assert kinds == [["evaluate", 0], ["trace", 0], ["evaluate", 1], ["trace", 0]]
 
 
-def test_attributes_come_back(tmp_path):
+def test_attributes_round_trip(tmp_path):
     write(tmp_path, job="name = 'x'\n" * 9000, torch="2.13.0", empty="")
     found = open_run(tmp_path).attributes(0)
     assert found["host"] == "häst"
@@ -140,20 +140,20 @@ def test_attributes_come_back(tmp_path):
     assert abs(found["unix_ns"] - time.time_ns()) < 60e9
 
 
-def test_an_existing_trace_is_not_overwritten(tmp_path):
+def test_existing_trace_is_not_overwritten(tmp_path):
     write(tmp_path)
     with pytest.raises(TraceError, match="exists already"):
         write(tmp_path)
     assert len(open_run(tmp_path).spans(kind="forward")) == 3
 
 
-def test_an_unwritable_place_is_a_sentence(tmp_path):
+def test_unwritable_folder_is_one_message(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TraceError, match=r"rank_00000.h5: the trace cannot be written here \(Not a directory\)"):
         write(tmp_path / "file")
 
 
-def test_a_full_disk_ends_the_trace_but_not_the_run(tmp_path):
+def test_full_disk_ends_the_trace_but_not_the_run(tmp_path):
     """/dev/full under the file's descriptor makes real HDF5 fail for real; it used to crash at exit."""
     program = f"""
 import os
@@ -215,7 +215,7 @@ def test_resources_are_sampled_in_a_thread(tmp_path):
     assert recorder.drain()["resources"].size == 0
 
 
-def test_network_bytes_leave_loopback_out(monkeypatch):
+def test_network_bytes_exclude_loopback(monkeypatch):
     card = namedtuple("card", "bytes_recv bytes_sent")
     cards = {"lo": card(1000, 1000), "eth0": card(5, 7), "ib0": card(10, 20)}
     monkeypatch.setattr("psutil.net_io_counters", lambda **_: cards)
@@ -226,7 +226,7 @@ def test_network_bytes_leave_loopback_out(monkeypatch):
     assert recorder.drain()["resources"][0][["net_in", "net_out"]].tolist() == (15, 27)
 
 
-def test_the_sampler_asks_the_driver_for_the_gpu(monkeypatch):
+def test_sampler_queries_the_gpu_driver(monkeypatch):
     class Nvml:
         NVMLError = OSError
 
@@ -257,14 +257,14 @@ def test_the_sampler_asks_the_driver_for_the_gpu(monkeypatch):
     assert len(rows) >= 1
 
 
-def test_a_process_ends_though_its_sampler_runs():
+def test_process_ends_while_its_sampler_runs():
     program = "from hpctrain.trace import *; Sampler(Recorder(), 60.0).start(); print('end')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr
 
 
 @pytest.mark.parametrize("error", [OverflowError("too large"), MemoryError(), KeyError("spans"), RuntimeError("")])
-def test_no_fault_of_tracing_ends_a_run(tmp_path, capsys, monkeypatch, error):
+def test_no_tracing_error_ends_a_run(tmp_path, capsys, monkeypatch, error):
     """Whatever it is: the trace stops, one line says so, and what was flushed before is there."""
     writer = write(tmp_path, rank=3, close=False, size=4)
     writer.flush()

@@ -67,7 +67,7 @@ def outcomes(comm: Communicator, folder: Path) -> tuple[list[list[Outcome | None
     return found, coupling.called
 
 
-def test_a_step_returns_its_outcome_after_the_rounds_last_batch(tmp_path: Path) -> None:
+def test_step_returns_the_outcome_after_the_rounds_last_batch(tmp_path: Path) -> None:
     """And a worker whose share of a round is empty gets the same outcome."""
     ranks = World(2).run(lambda comm: outcomes(comm, tmp_path))
     for (first, second), _ in ranks:

@@ -88,7 +88,7 @@ def _plain(tensor: Tensor) -> Tensor:
 @pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("strategy", [{"name": "all_reduce"}, PS])
-def test_all_ranks_begin_with_rank_0s(tmp_path: Path, strategy: helpers.Tables, precision: str) -> None:
+def test_all_ranks_start_with_rank_0s_tensors(tmp_path: Path, strategy: helpers.Tables, precision: str) -> None:
     def body(comm: Communicator) -> tuple[dict[str, Tensor], bool]:
         keys = {"steps": 2, "batch_size": 4, "precision": precision}
         job = helpers.make_job(tmp_path, model=lambda: Odd(comm.rank), strategy=strategy, train=keys)
@@ -106,7 +106,7 @@ def test_all_ranks_begin_with_rank_0s(tmp_path: Path, strategy: helpers.Tables, 
     assert unlike(untrained(Odd(1)), untrained(Odd(0)))
 
 
-def test_nothing_moves_where_all_are_equal(tmp_path: Path) -> None:
+def test_nothing_is_sent_if_all_ranks_are_equal(tmp_path: Path) -> None:
     def moved(seed_of: Callable[[int], int]) -> int:
         def body(comm: Communicator) -> None:
             Untrained(Odd(seed_of(comm.rank))).share(comm)
@@ -176,7 +176,7 @@ def own_state(comm: Communicator, job: Job, resume: Path | None = None) -> tuple
 
 
 @pytest.mark.parametrize("strategy", [{"name": "all_reduce"}, PS])
-def test_a_resumed_run_has_what_was_frozen_in_the_run_before(tmp_path: Path, strategy: helpers.Tables) -> None:
+def test_resumed_run_keeps_the_frozen_parameters(tmp_path: Path, strategy: helpers.Tables) -> None:
     keys = {"steps": 9, "batch_size": 4, "checkpoint_every": {"steps": 3}, "keep_checkpoints": 2}
     job = helpers.make_job(tmp_path, model=Teacher, strategy=strategy, train=keys)
     whole = World(3).run(lambda comm: own_state(comm, job))
@@ -202,14 +202,14 @@ class Steady(nn.Sequential):
         super().__init__(nn.Linear(7, 5).requires_grad_(False), nn.Linear(5, 3))
 
 
-def test_what_stays_as_it_was_is_written_once(tmp_path: Path) -> None:
+def test_unchanged_tensors_are_written_once(tmp_path: Path) -> None:
     keys = {"steps": 9, "batch_size": 4, "checkpoint_every": {"steps": 3}, "keep_checkpoints": 9}
     folder, _ = World(2).run(lambda comm: own_state(comm, helpers.make_job(tmp_path, model=Steady, train=keys)))[0]
     assert len(list_checkpoints(folder)) == 3
     assert len(list((folder / "checkpoints").glob("untrained-*"))) == 1
 
 
-def test_a_checkpoint_of_another_models_buffers(tmp_path: Path) -> None:
+def test_checkpoint_with_another_models_buffers_is_refused(tmp_path: Path) -> None:
     keys = {"steps": 6, "batch_size": 4, "checkpoint_every": {"steps": 3}}
 
     class Net(nn.Module):
@@ -232,7 +232,7 @@ def test_a_checkpoint_of_another_models_buffers(tmp_path: Path) -> None:
         World(2).run(lambda comm: own_state(comm, job("other"), folder))
 
 
-def test_workers_that_were_servers_take_what_is_frozen_too(tmp_path: Path) -> None:
+def test_former_servers_take_frozen_parameters_too(tmp_path: Path) -> None:
     phases = [
         {"strategy": {**PS, "servers": 1}, "until": {"rule": "after", "steps": 3}},
         {"strategy": {"name": "all_reduce"}},
@@ -281,7 +281,7 @@ POLICIES: dict[str, tuple[dict[str, Policy], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("what", list(POLICIES))
-def test_what_evaluation_takes_and_puts_back(what: str) -> None:
+def test_evaluation_applies_buffer_policies_and_restores(what: str) -> None:
     policies, wanted = POLICIES[what]
     if what == "default":
         statistics = ("norm", "other", "sync", "scripted")
@@ -307,7 +307,7 @@ def test_what_evaluation_takes_and_puts_back(what: str) -> None:
     World(3).run(body)
 
 
-def test_means_are_what_they_were(tmp_path: Path) -> None:
+def test_means_are_summed_in_float64_in_rank_order(tmp_path: Path) -> None:
     """Summed in float64, in rank order, rounded once."""
     def body(comm: Communicator) -> None:
         values = [torch.randn(5, generator=torch.Generator().manual_seed(rank)) for rank in range(3)]
@@ -321,13 +321,13 @@ def test_means_are_what_they_were(tmp_path: Path) -> None:
     World(3).run(body)
 
 
-def test_a_pattern_that_matches_nothing() -> None:
+def test_pattern_that_matches_nothing() -> None:
     with pytest.raises(ModelError, match=r'train.buffers: "bnak" matches no buffer of the model; it has .*bank'):
         Untrained(Kinds(), {"bnak": "own"})
     Untrained(nn.Linear(2, 2), {"*": "own"})
 
 
-def test_buffers_that_grow(tmp_path: Path) -> None:
+def test_growing_buffers(tmp_path: Path) -> None:
     """A queue that each worker has filled by another number of samples; and one that is none yet on some."""
     def grown(comm: Communicator) -> Any:
         model: Any = nn.Linear(2, 2)
@@ -379,7 +379,7 @@ class Bank(nn.Module):
     ("given", "unit"),
     [({}, True), ({"buffers": "own"}, True), ({"buffers": "mean"}, False), ({"buffers": {"b*": "mean"}}, False)],
 )
-def test_the_saved_bank_is_one_workers_unless_asked(tmp_path: Path, given: helpers.Tables, unit: bool) -> None:
+def test_saved_memory_bank_is_one_workers_by_default(tmp_path: Path, given: helpers.Tables, unit: bool) -> None:
     data = (helpers.points(), helpers.points(9))
     job = helpers.make_job(tmp_path, model=Bank, data=data, train={"steps": 3, "batch_size": 4, **given})
     results = World(3).run(lambda comm: helpers.quiet_train(comm, job))
@@ -417,12 +417,12 @@ def test_expanded_and_sparse_buffers_train_evaluate_and_resume(tmp_path: Path) -
 @pytest.mark.parametrize(
     "value", ["both", 3, {"a": "both"}, {"": "own"}, ["own"], {"a": {"b": "own"}}]
 )
-def test_policies_that_are_none(value: Any) -> None:
+def test_invalid_policies_are_refused(value: Any) -> None:
     with pytest.raises(JobError, match=r'^train.buffers.*: must be one of "rank0", "mean", "own", or a table of such'):
         Job(train={"buffers": value})
 
 
-def test_policies_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
+def test_policies_in_a_job_file_and_on_the_command_line(tmp_path: Path) -> None:
     job = Job(train={"buffers": {"*.bank": "own", "a b": "mean"}})
     (tmp_path / "job.toml").write_text(job.dump())
     assert Job.load(tmp_path / "job.toml") == job

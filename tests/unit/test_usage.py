@@ -22,7 +22,7 @@ def two_nodes(folder):
     return Analysis(Run(folder)).usage
 
 
-def test_the_network_is_a_rate_told_by_one_rank_of_the_node(tmp_path):
+def test_network_rate_comes_from_one_rank_per_node(tmp_path):
     usage = two_nodes(tmp_path)
     assert usage.loc[usage["rank"] == 0, "net_in_bytes_per_s"].tolist()[1:] == pytest.approx([5e6, 7e6])
     assert usage.loc[usage["rank"] == 2, "net_out_bytes_per_s"].tolist()[1:] == pytest.approx([10e6, 14e6])
@@ -30,7 +30,7 @@ def test_the_network_is_a_rate_told_by_one_rank_of_the_node(tmp_path):
     assert usage.groupby("rank")["node"].first().tolist() == [0, 0, 1]
 
 
-def test_cpu_and_memory_of_a_node_are_the_sum_over_its_ranks(tmp_path):
+def test_cpu_and_memory_are_summed_over_the_ranks_of_a_node(tmp_path):
     nodes = node_usage(two_nodes(tmp_path), moments=3)
     last = nodes.groupby("node").last()
     assert last["cpu_percent"].tolist() == pytest.approx([50.0 + 60.0, 70.0])
@@ -48,7 +48,7 @@ def test_ranks_that_sample_at_different_times_add_up(tmp_path):
     assert set(nodes["resident_bytes"]) == {2 * MIB}
 
 
-def test_a_rank_that_has_ended_adds_nothing(tmp_path):
+def test_ended_rank_adds_nothing(tmp_path):
     with HandMade(tmp_path, 2) as run:
         for rank in (0, 1):
             run[rank].span("forward", 0.0, 1.0)
@@ -59,7 +59,7 @@ def test_a_rank_that_has_ended_adds_nothing(tmp_path):
     assert nodes["resident_bytes"].tolist()[4:] == [MIB] * 7
 
 
-def test_what_is_not_known_is_nan_and_the_first_percentage_is_none(tmp_path):
+def test_unknown_values_and_the_first_percentage_are_nan(tmp_path):
     with HandMade(tmp_path, 1) as run:
         run[0].span("forward", 0.0, 1.0)
         run[0].resource(0.0, 2000.0, MIB)
@@ -71,7 +71,7 @@ def test_what_is_not_known_is_nan_and_the_first_percentage_is_none(tmp_path):
     assert (usage["gpu_percent"][1], usage["gpu_memory_bytes"][1]) == (80.0, 3 * MIB)
 
 
-def test_a_sample_right_after_another_is_left_out(tmp_path):
+def test_sample_right_after_another_is_left_out(tmp_path):
     with HandMade(tmp_path, 1) as run:
         run[0].span("forward", 0.0, 1.0)
         for at in (0.0, 1000.0, 1005.0):
@@ -79,7 +79,7 @@ def test_a_sample_right_after_another_is_left_out(tmp_path):
     assert Analysis(Run(tmp_path)).usage["t_s"].tolist() == pytest.approx([0.0, 1.0])
 
 
-def test_a_counter_that_begins_anew_gives_no_rate(tmp_path):
+def test_counter_reset_gives_no_rate(tmp_path):
     with HandMade(tmp_path, 1) as run:
         run[0].span("forward", 0.0, 1.0)
         for second, received in enumerate([1000, 2000, 500]):
@@ -88,7 +88,7 @@ def test_a_counter_that_begins_anew_gives_no_rate(tmp_path):
     assert rates.isna().tolist() == [True, False, True]
 
 
-def test_a_run_without_samples_has_no_usage(tmp_path):
+def test_run_without_samples_has_no_usage(tmp_path):
     with HandMade(tmp_path, 1) as run:
         run[0].span("forward", 0.0, 1.0)
     usage = Analysis(Run(tmp_path)).usage

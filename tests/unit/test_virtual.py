@@ -48,12 +48,12 @@ def test_a_message_arrives(network, dtype):
     assert got == (3, [0, 1, 2, 0, 0])
 
 
-def test_a_message_too_long_for_its_buffer_is_an_error():
+def test_message_too_long_for_its_buffer_is_an_error():
     with pytest.raises(ValueError, match="40 bytes does not fit a buffer of 8: recv rank 0"):
         run(2, lambda c: c.send(np.zeros(5), 1, TAG), lambda c: c.recv(np.zeros(1), 0, TAG))
 
 
-def test_messages_between_two_ranks_keep_their_order_and_tags_are_apart():
+def test_messages_keep_their_order_per_tag():
     def send(comm):
         requests = [comm.start_send(np.array([float(i)]), 1, tag) for i, tag in enumerate([2, 3, 2, 3])]
         comm.wait_all(requests)
@@ -64,7 +64,7 @@ def test_messages_between_two_ranks_keep_their_order_and_tags_are_apart():
     assert run(2, send, receive)[1] == [1, 0, 3, 2]
 
 
-def test_a_rank_may_send_to_itself():
+def test_rank_may_send_to_itself():
     def body(comm):
         buffer = np.zeros(1)
         return comm.sendrecv(np.array([5.0]), 0, buffer, 0, TAG), buffer[0]
@@ -72,7 +72,7 @@ def test_a_rank_may_send_to_itself():
     assert run(1, body) == [(1, 5)]
 
 
-def test_a_short_message_is_as_it_was_when_sent():
+def test_short_message_is_buffered_when_sent():
     def send(comm):
         buffer = np.array([1.0])
         comm.send(buffer, 1, TAG)
@@ -85,11 +85,11 @@ def test_a_short_message_is_as_it_was_when_sent():
     assert run(2, send, receive, network=LinkNetwork())[1] == 1
 
 
-def test_a_send_receives_no_elements():
+def test_send_receives_no_elements():
     assert run(2, lambda c: c.start_send(np.zeros(1), 1, TAG).wait(), taken)[0] == 0
 
 
-def test_only_receives_are_cancelled():
+def test_only_receives_can_be_cancelled():
     def send(comm):
         request = comm.start_send(np.zeros(1), 1, TAG)
         with pytest.raises(NotImplementedError, match="only a receive"):
@@ -99,7 +99,7 @@ def test_only_receives_are_cancelled():
     run(2, send, taken)
 
 
-def test_wait_any_gives_the_first_that_is_done():
+def test_wait_any_returns_the_first_completed():
     def receive(comm):
         buffers = np.zeros((3, 1))
         requests = [comm.start_recv(buffers[i], i + 1, TAG) for i in range(3)]
@@ -116,7 +116,7 @@ def test_wait_any_gives_the_first_that_is_done():
     assert run(4, receive, send)[0] == ([2, 1, 0], 9 * 10**9)
 
 
-def test_wait_any_of_what_is_on_its_way():
+def test_wait_any_of_messages_in_flight():
     """Both have set out already, and the second is there first; that the first comes later wakes nobody wrongly."""
 
     def receive(comm):
@@ -140,7 +140,7 @@ def test_wait_any_of_what_is_on_its_way():
     assert got[0][1] == (2000, 1, 5 * 10**9 + 501 + 500 + 2000)
 
 
-def test_a_cancelled_receive_takes_nothing():
+def test_cancelled_receive_takes_nothing():
     def receive(comm):
         lost = np.zeros(1)
         comm.start_recv(lost, 0, TAG).cancel()
@@ -156,7 +156,7 @@ def test_a_cancelled_receive_takes_nothing():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 6), st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 40)), max_size=40))
-def test_every_message_arrives_once_in_its_order(size, messages):
+def test_every_message_arrives_once_and_in_order(size, messages):
     """All ranks post all their sends and receives at once, over a network with both kinds of messages."""
     plan = [(a % size, b % size, n) for a, b, n in messages]
 
@@ -176,7 +176,7 @@ def test_every_message_arrives_once_in_its_order(size, messages):
 
 
 # -- deadlock and failures -------------------------------------------------------------------------------------
-def test_a_deadlock_lists_who_waits_for_what():
+def test_deadlock_lists_which_rank_waits_for_what():
     def body(comm):
         comm.recv(np.zeros(4), (comm.rank + 1) % comm.size, TAG)
 
@@ -187,7 +187,7 @@ def test_a_deadlock_lists_who_waits_for_what():
         assert f"rank {rank} waits for recv rank {(rank + 1) % 3} (tag 2, 32 bytes)" in text
 
 
-def test_a_deadlock_of_sends_shows_on_the_free_network():
+def test_deadlock_of_sends_occurs_on_the_free_network():
     with pytest.raises(DeadlockError, match=r"rank 0 waits for send rank 1 .*; rank 1 waits for send rank 0"):
         run(2, lambda c: c.send(np.zeros(1), 1 - c.rank, TAG))
 
@@ -207,12 +207,12 @@ def test_a_deadlock_of_sends_shows_on_the_free_network():
         (lambda c: c.spawn(lambda: taken(c, 1)).join(), "a thread of rank 0 waits for recv rank 1"),
     ],
 )
-def test_a_deadlock_of_every_verb(course, told):
+def test_deadlock_of_every_verb(course, told):
     with pytest.raises(DeadlockError, match=told):
         run(2, course, lambda c: None)
 
 
-def test_a_deadlock_in_a_part_of_the_ranks_names_them_as_of_the_run():
+def test_deadlock_in_a_subset_uses_ranks_of_the_run():
     def body(comm):
         part = comm.split(comm.rank % 2)
         if comm.rank == 3:
@@ -222,7 +222,7 @@ def test_a_deadlock_in_a_part_of_the_ranks_names_them_as_of_the_run():
         run(4, body)
 
 
-def test_waiting_for_a_notice_names_the_late():
+def test_deadlock_waiting_for_a_notice_names_the_late_ranks():
     def body(comm):
         arena = comm.arena(1, np.dtype(np.float64), "node")
         if comm.rank != 1:
@@ -233,7 +233,7 @@ def test_waiting_for_a_notice_names_the_late():
         run(3, body)
 
 
-def test_a_ranks_exception_surfaces_and_the_others_clear_up():
+def test_exception_of_a_rank_surfaces_and_the_others_clean_up():
     cleared = []
 
     def wait(comm):
@@ -250,7 +250,7 @@ def test_a_ranks_exception_surfaces_and_the_others_clear_up():
     assert sorted(cleared) == [0, 1]  # rank 3 had not begun
 
 
-def test_clearing_up_may_try_to_communicate():
+def test_clean_up_may_try_to_communicate():
     cleared = []
 
     def wait(comm):
@@ -268,7 +268,7 @@ def test_clearing_up_may_try_to_communicate():
     assert sorted(cleared) == [0, 1]
 
 
-def test_a_world_can_be_used_again_after_a_failure():
+def test_world_can_be_reused_after_a_failure():
     world = World(2)
     with pytest.raises(DeadlockError):
         world.run(lambda comm: taken(comm, 1 - comm.rank))
@@ -285,7 +285,7 @@ def test_worlds_nest():
 
 
 # -- time ------------------------------------------------------------------------------------------------------
-def test_sleepers_wake_in_the_order_of_their_times():
+def test_sleeping_ranks_wake_in_time_order():
     woken = []
 
     def body(comm):
@@ -298,7 +298,7 @@ def test_sleepers_wake_in_the_order_of_their_times():
     assert world.time == 15 * 10**8
 
 
-def test_spans_of_the_caller_take_what_they_cost():
+def test_spans_of_the_caller_take_their_cost():
     asked = []
 
     def compute(rank, kind, nbytes, flops):
@@ -332,7 +332,7 @@ def test_tracing_takes_no_virtual_time():
     assert plain == traced
 
 
-def test_the_same_run_twice_takes_the_same_turns_and_time():
+def test_repeated_run_takes_the_same_turns_and_time():
     def body(comm):
         rng = np.random.default_rng(comm.rank)
         for _ in range(5):
@@ -356,7 +356,7 @@ def test_the_same_run_twice_takes_the_same_turns_and_time():
 
 
 # -- collectives beside --------------------------------------------------------------------------------------
-def test_a_started_all_reduce_goes_on_by_itself():
+def test_started_all_reduce_progresses_by_itself():
     """While its rank computes: the two overlap."""
 
     def body(comm):
@@ -394,7 +394,7 @@ def test_wait_any_of_started_all_reduces():
     assert run(3, body) == [(0, 3)] * 3
 
 
-def test_split_orders_by_key_and_leaves_out_who_has_no_color():
+def test_split_orders_by_key_and_leaves_out_ranks_without_a_color():
     def body(comm):
         color = None if comm.rank == 5 else comm.rank % 2
         part = comm.split(color, -comm.rank)
@@ -408,7 +408,7 @@ def test_split_orders_by_key_and_leaves_out_who_has_no_color():
     assert got[5] is None
 
 
-def test_messages_of_different_communicators_are_apart():
+def test_messages_of_different_communicators_do_not_mix():
     def body(comm):
         other = comm.split(0)
         if comm.rank == 0:
@@ -438,7 +438,7 @@ def test_shared_arenas_are_seen_by_the_ranks_of_a_node():
     assert got[1] == got[3] == [[1], [3, 3, 3]]
 
 
-def test_an_arena_once_per_node():
+def test_arena_once_per_node():
     def body(comm):
         arena = comm.arena(4 if comm.local_rank == 0 else 0, np.dtype(np.int64), "node")
         arena.parts[0][comm.local_rank] = comm.rank + 10
@@ -449,7 +449,7 @@ def test_an_arena_once_per_node():
     assert run(4, body, nodes=[0, 0, 1, 1]) == [[10, 11, 0, 0]] * 2 + [[12, 13, 0, 0]] * 2
 
 
-def test_waiting_for_notices_is_a_barrier_of_the_node():
+def test_waiting_for_notices_is_a_barrier_within_the_node():
     def body(comm):
         arena = comm.arena(1, np.dtype(np.float64), "node")
         for step in range(20):
@@ -474,7 +474,7 @@ def test_private_arenas_are_private():
     assert run(2, body) == [(1, [0, 0]), (1, [1, 1])]
 
 
-def test_nothing_is_left_of_what_ranks_shared():
+def test_nothing_is_left_of_shared_objects():
     """Arenas, parts and started all-reduces of a long run do not add up."""
     left = []
 
@@ -490,7 +490,7 @@ def test_nothing_is_left_of_what_ranks_shared():
     assert left == [0] * 4
 
 
-def test_a_world_is_forgotten():
+def test_world_is_garbage_collected():
     world = World(3)
     world.run(lambda comm: comm.barrier())
     gone = weakref.ref(world)
@@ -500,7 +500,7 @@ def test_a_world_is_forgotten():
 
 
 # -- threads ---------------------------------------------------------------------------------------------------
-def test_a_spawned_function_runs_beside():
+def test_spawned_function_runs_concurrently():
     def body(comm):
         thread = comm.spawn(lambda: taken(comm, comm.rank) + 1)
         comm.send(np.array([float(comm.rank)]), comm.rank, TAG)
@@ -509,7 +509,7 @@ def test_a_spawned_function_runs_beside():
     assert run(3, body) == [1, 2, 3]
 
 
-def test_joining_what_has_ended_already():
+def test_joining_a_finished_function():
     def body(comm):
         thread = comm.spawn(lambda: "done")
         comm.sleep(1)
@@ -518,7 +518,7 @@ def test_joining_what_has_ended_already():
     assert run(1, body) == [("done", "done")]
 
 
-def test_an_exception_beside_ends_the_run():
+def test_exception_in_a_spawned_function_ends_the_run():
     def body(comm):
         comm.spawn(lambda: [][comm.rank])
         comm.barrier()
@@ -532,7 +532,7 @@ class Everybodys(HpctrainError):
     everywhere = True
 
 
-def test_a_mistake_that_all_learn_of_waits_to_be_joined():
+def test_error_known_to_all_ranks_waits_for_the_join():
     def beside():
         raise Everybodys("told twice")
 
@@ -546,7 +546,7 @@ def test_a_mistake_that_all_learn_of_waits_to_be_joined():
     assert run(2, body) == [10**9] * 2
 
 
-def test_a_deadlock_after_a_user_mistake_reports_the_mistake():
+def test_deadlock_after_a_user_mistake_reports_the_mistake():
     def beside():
         raise Everybodys("the cause")
 
@@ -559,7 +559,7 @@ def test_a_deadlock_after_a_user_mistake_reports_the_mistake():
 
 
 # -- torch -----------------------------------------------------------------------------------------------------
-def test_grad_mode_is_each_ranks_own():
+def test_grad_mode_is_per_rank():
     def body(comm):
         with torch.no_grad() if comm.rank % 2 else torch.enable_grad():
             comm.barrier()
@@ -573,7 +573,7 @@ def test_grad_mode_is_each_ranks_own():
     assert torch.is_grad_enabled()
 
 
-def test_autocast_is_each_ranks_own():
+def test_autocast_is_per_rank():
     weight = torch.ones(4, 4, requires_grad=True)
 
     def body(comm):
@@ -589,7 +589,7 @@ def test_autocast_is_each_ranks_own():
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_autocast_does_not_keep_the_weights_of_another_time():
+def test_autocast_does_not_keep_stale_weights():
     """torch forgets its casts of weights when nobody is in autocast, which several ranks may never agree on."""
 
     def body(comm):
@@ -605,7 +605,7 @@ def test_autocast_does_not_keep_the_weights_of_another_time():
     assert run(2, body) == [[4, 8, 12]] * 2
 
 
-def test_random_numbers_are_each_ranks_own():
+def test_random_numbers_are_per_rank():
     def body(comm):
         torch.manual_seed(comm.rank)
         numbers = []
@@ -624,7 +624,7 @@ def test_random_numbers_are_each_ranks_own():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_failure_leaves_torch_as_it_was():
+def test_failure_leaves_torch_unchanged():
     def body(comm):
         with torch.no_grad():
             torch.manual_seed(comm.rank)
@@ -639,7 +639,7 @@ def test_a_failure_leaves_torch_as_it_was():
 
 
 # -- traces ----------------------------------------------------------------------------------------------------
-def test_waiting_is_traced_and_both_ends_know_a_message_by_one_number():
+def test_waiting_is_traced_and_a_message_has_one_number_at_both_ends():
     recorders = [Recorder() for _ in range(2)]
 
     def body(comm):
@@ -685,7 +685,7 @@ def test_collectives_have_one_number_on_all_ranks():
 
 
 # -- speed -----------------------------------------------------------------------------------------------------
-def test_a_ring_of_many_ranks_is_run_in_one_turn_per_message():
+def test_ring_of_many_ranks_takes_one_turn_per_message():
     """The speed itself is for `hpctrain bench virtual`; here: no more turns than needed."""
     world = World(128, range(128), LinkNetwork())
     got = world.run(lambda comm: _ring_sum(comm))

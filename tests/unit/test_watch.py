@@ -95,7 +95,7 @@ def begin(run, index=0, strategy="all_reduce", servers=(), at=0.0):
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------
-def test_rates_and_shares_of_waiting_are_those_of_the_spans(going):
+def test_rates_and_waiting_shares_come_from_the_spans(going):
     run = going(2)
     begin(run)
     run.steps(0, 20, (40.0, 80.0))
@@ -110,7 +110,7 @@ def test_rates_and_shares_of_waiting_are_those_of_the_spans(going):
     assert shot.elapsed == pytest.approx(2.0)
 
 
-def test_messages_and_collectives_count_as_waiting_and_local_sums_do_not(going):
+def test_messages_and_collectives_count_as_waiting_but_not_local_sums(going):
     run = going(1)
     begin(run)
     for step in range(5):
@@ -122,7 +122,7 @@ def test_messages_and_collectives_count_as_waiting_and_local_sums_do_not(going):
     assert run.watcher().look().ranks[0].waiting == pytest.approx(0.6)
 
 
-def test_a_colocated_servers_thread_is_not_counted(going):
+def test_colocated_servers_thread_is_not_counted(going):
     run = going(1)
     begin(run)
     run.steps(0, 5)
@@ -142,7 +142,7 @@ def test_only_the_last_seconds_count(going):
     assert shot.loss == pytest.approx(1.0)
 
 
-def test_long_steps_are_seen_over_several_of_them(going):
+def test_long_steps_are_averaged_over_several(going):
     run = going(1)
     begin(run)
     for step in range(8):
@@ -155,7 +155,7 @@ def test_long_steps_are_seen_over_several_of_them(going):
     assert (view.rate, view.waiting) == (pytest.approx(360 / 150), pytest.approx(0.5))
 
 
-def test_what_was_seen_is_not_read_again(going):
+def test_rows_are_read_only_once(going):
     run = going(2)
     begin(run)
     run.steps(0, 10, loss=3.0)
@@ -171,7 +171,7 @@ def test_what_was_seen_is_not_read_again(going):
     assert (first.cursor, second.cursor) == (200, 400)
 
 
-def test_a_step_of_which_a_part_was_flushed_counts_as_a_whole(going):
+def test_partly_flushed_step_counts_as_a_whole(going):
     run = going(1)
     begin(run)
     run.steps(0, 1)
@@ -186,7 +186,7 @@ def test_a_step_of_which_a_part_was_flushed_counts_as_a_whole(going):
     assert (view.sample_seconds, view.waiting) == (pytest.approx(0.12 / 20), pytest.approx(0.4))
 
 
-def test_of_a_long_file_only_the_end_is_read_and_the_loss_is_sampled(going, monkeypatch):
+def test_only_the_end_of_a_long_file_is_read_and_the_loss_is_sampled(going, monkeypatch):
     monkeypatch.setattr("hpctrain.views.watch.tail.MOST_ROWS", 60)
     run = going(1)
     begin(run)
@@ -203,7 +203,7 @@ def test_of_a_long_file_only_the_end_is_read_and_the_loss_is_sampled(going, monk
     assert shot.rate == pytest.approx(100.0)
 
 
-def test_rows_that_have_not_arrived_are_waited_for(going):
+def test_missing_rows_are_waited_for(going):
     run = going(1)
     begin(run)
     run.steps(0, 4)
@@ -221,7 +221,7 @@ def test_rows_that_have_not_arrived_are_waited_for(going):
     assert watcher.look().cursor == 40
 
 
-def test_the_course_of_the_loss_is_made_of_means_however_long_it_grows():
+def test_loss_history_is_averaged_as_it_grows():
     history, losses = History(most=10), np.linspace(5.0, 1.0, 160)
     for start in range(0, 160, 7):
         part = losses[start : start + 7]
@@ -232,7 +232,7 @@ def test_the_course_of_the_loss_is_made_of_means_however_long_it_grows():
 
 
 # -- stragglers, staleness, roles --------------------------------------------------------------------------------
-def test_a_straggler_is_marked_with_how_much_slower_it_is(going):
+def test_straggler_is_marked_with_its_slowdown(going):
     run = going(4)
     begin(run)
     run.steps(0, 20, (40.0, 42.0, 84.0, 38.0))
@@ -242,7 +242,7 @@ def test_a_straggler_is_marked_with_how_much_slower_it_is(going):
     }  # fmt: skip
 
 
-def test_a_rank_a_little_slower_is_no_straggler(going):
+def test_slightly_slower_rank_is_no_straggler(going):
     run = going(2)
     begin(run)
     run.steps(0, 20, (40.0, 50.0))
@@ -250,7 +250,7 @@ def test_a_rank_a_little_slower_is_no_straggler(going):
     assert all(view.slowness is None for view in run.watcher().look().ranks)
 
 
-def test_staleness_is_shown_by_rank_where_there_is_any(going):
+def test_staleness_is_shown_per_rank_if_there_is_any(going):
     run = going(2)
     begin(run, strategy="parameter_server (async)")
     run.steps(0, 5, staleness_min=1, staleness_max=1)
@@ -261,7 +261,7 @@ def test_staleness_is_shown_by_rank_where_there_is_any(going):
     assert "2.5, max 4" in drawn(shot)
 
 
-def test_a_server_that_has_not_written_yet_is_told_from_the_job_and_is_not_silent(going):
+def test_server_without_a_trace_yet_is_known_from_the_job(going):
     run = going(3, SWITCH)
     begin(run)
     run.steps(0, 10)
@@ -277,7 +277,7 @@ def test_a_server_that_has_not_written_yet_is_told_from_the_job_and_is_not_silen
     assert shot.ranks[2] == RankView(2, "server")
 
 
-def test_a_phase_begins_with_figures_of_its_own(going):
+def test_phase_starts_with_its_own_figures(going):
     run = going(2, SWITCH)
     begin(run)
     run.steps(0, 20, (80.0, 80.0))
@@ -295,7 +295,7 @@ def test_a_phase_begins_with_figures_of_its_own(going):
 
 
 # -- how far ----------------------------------------------------------------------------------------------------
-def test_the_share_done_and_the_time_left_follow_from_the_job(going):
+def test_progress_and_time_left_follow_from_the_job(going):
     run = going(2)
     begin(run)
     run.steps(0, 40)
@@ -307,7 +307,7 @@ def test_the_share_done_and_the_time_left_follow_from_the_job(going):
     assert "8 %, 0:00:46 left\n" in drawn(shot)
 
 
-def test_a_run_counted_in_steps_has_rounds_of_all_workers(going):
+def test_steps_of_a_run_are_rounds_of_all_workers(going):
     run = going(2, JOB.replace("train.epochs = 10", "train.steps = 130"))
     begin(run)
     run.steps(0, 40)
@@ -317,7 +317,7 @@ def test_a_run_counted_in_steps_has_rounds_of_all_workers(going):
     assert shot.epochs is None
 
 
-def test_that_it_may_stop_early_is_said(going):
+def test_possible_early_stop_is_shown(going):
     run = going(2, JOB + "train.patience = 3\n")
     begin(run)
     run.steps(0, 40)
@@ -325,7 +325,7 @@ def test_that_it_may_stop_early_is_said(going):
     assert "left at most" in drawn(run.watcher().look())
 
 
-def test_without_a_job_that_can_be_loaded_no_time_left_is_claimed(going):
+def test_no_time_left_is_shown_without_a_loadable_job(going):
     run = going(2)
     begin(run)
     run.steps(0, 40)
@@ -338,7 +338,7 @@ def test_without_a_job_that_can_be_loaded_no_time_left_is_claimed(going):
     assert shot.rate == pytest.approx(200.0)
 
 
-def test_evaluations_are_shown_and_a_line_half_written_is_not(going):
+def test_evaluations_are_shown_but_not_a_half_written_line(going):
     run = going(2)
     begin(run)
     run.steps(0, 10)
@@ -352,7 +352,7 @@ def test_evaluations_are_shown_and_a_line_half_written_is_not(going):
     assert "validation accuracy 0.7000, loss 0.8000 at epoch 2.00, best 0.7500" in drawn(shot)
 
 
-def test_what_the_rule_says_and_the_switch_are_shown(going):
+def test_rule_news_and_the_switch_are_shown(going):
     run = going(2, SWITCH)
     begin(run)
     run.steps(0, 10)
@@ -367,7 +367,7 @@ def test_what_the_rule_says_and_the_switch_are_shown(going):
 
 
 # -- beginnings and ends -----------------------------------------------------------------------------------------
-def test_a_run_that_has_not_begun_to_write_is_waited_for(going):
+def test_run_without_traces_yet_is_waited_for(going):
     run = going(2)
     watcher = run.watcher()
     assert watcher.look().status is RunStatus.WAITING
@@ -377,7 +377,7 @@ def test_a_run_that_has_not_begun_to_write_is_waited_for(going):
     assert watcher.look().status is RunStatus.RUNNING
 
 
-def test_a_rank_whose_file_comes_late_is_noted_until_it_comes(going):
+def test_rank_with_a_late_file_is_noted_until_it_appears(going):
     run = going(3)
     begin(run)
     run.steps(0, 5)
@@ -389,7 +389,7 @@ def test_a_rank_whose_file_comes_late_is_noted_until_it_comes(going):
     assert shot.notes == () and [view.rank for view in shot.ranks] == [0, 1, 2]
 
 
-def test_a_rank_that_others_go_on_without_is_silent(going):
+def test_rank_that_stops_writing_is_silent(going):
     run = going(3)
     begin(run)
     run.steps(0, 5)
@@ -406,7 +406,7 @@ def test_a_rank_that_others_go_on_without_is_silent(going):
     assert "silent for 0:00:18" in drawn(shot)
 
 
-def test_of_a_killed_run_it_is_said_since_when_nothing_was_written(going):
+def test_killed_run_shows_the_time_of_the_last_write(going):
     run = going(2)
     begin(run)
     run.steps(0, 5)
@@ -422,7 +422,7 @@ def test_of_a_killed_run_it_is_said_since_when_nothing_was_written(going):
     assert shot.left is None or "left" not in drawn(shot)
 
 
-def test_a_run_that_ended_is_finished_if_it_left_its_model(going):
+def test_run_with_a_model_is_finished(going):
     run = going(2)
     begin(run)
     run.steps(0, 5)
@@ -439,7 +439,7 @@ def test_a_run_that_ended_is_finished_if_it_left_its_model(going):
     assert watcher.look().ranks[0].rate == pytest.approx(100.0)  # its last summary
 
 
-def test_a_resumed_run_is_followed_into_its_next_attempt(going):
+def test_resumed_run_is_followed_into_its_next_attempt(going):
     run = going(2)
     begin(run)
     run.steps(0, 20, loss=3.0)
@@ -460,7 +460,7 @@ def test_a_resumed_run_is_followed_into_its_next_attempt(going):
 
 
 # -- what cannot be read -----------------------------------------------------------------------------------------
-def test_a_damaged_file_is_noted_and_the_others_are_shown(going):
+def test_damaged_file_is_noted_and_the_rest_shown(going):
     run = going(2)
     begin(run)
     run.steps(0, 5)
@@ -473,7 +473,7 @@ def test_a_damaged_file_is_noted_and_the_others_are_shown(going):
         assert "rank 1: trace/rank_00001.h5 cannot be read" in shot.notes[0]
 
 
-def test_a_run_of_which_nothing_can_be_read_is_an_error(going):
+def test_unreadable_run_is_an_error(going):
     run = going(1)
     run.show()
     (run.folder / "trace" / "rank_00000.h5").write_bytes(b"no HDF5 at all")
@@ -481,20 +481,20 @@ def test_a_run_of_which_nothing_can_be_read_is_an_error(going):
         run.watcher().look()
 
 
-def test_a_folder_that_is_no_run_is_an_error(tmp_path):
+def test_folder_that_is_not_a_run_is_an_error(tmp_path):
     with pytest.raises(TraceError, match="this is no run folder"):
         watch(tmp_path)
     with pytest.raises(TraceError, match="no such run folder"):
         watch(tmp_path / "absent")
 
 
-def test_a_run_without_traces_is_an_error(going):
+def test_run_with_tracing_disabled_is_an_error(going):
     run = going(1, JOB + "trace.enabled = false\n")
     with pytest.raises(TraceError, match=r"writes no traces \(trace.enabled = false\)"):
         watch(run.folder)
 
 
-def test_an_interval_of_nothing_is_an_error(going):
+def test_zero_interval_is_an_error(going):
     with pytest.raises(HpctrainError, match="--every 0: expected 0.1 to 3600 seconds"):
         watch(going(1).folder, every=0.0)
 
@@ -527,7 +527,7 @@ def full(size, **changes):
 
 @pytest.mark.parametrize("size", [4, 64])
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (60, 15), (200, 60)])
-def test_a_picture_fits_the_terminal(size, width, height):
+def test_picture_fits_the_terminal(size, width, height):
     lines = drawn(full(size), width, height).splitlines()
     assert len(lines) < height
     assert max(map(len, lines)) <= width
@@ -535,7 +535,7 @@ def test_a_picture_fits_the_terminal(size, width, height):
     assert any("no trace file yet" in text for text in lines)
 
 
-def test_where_ranks_do_not_fit_the_silent_and_the_slow_come_first():
+def test_silent_and_slow_ranks_come_first_if_not_all_fit():
     shot = full(64)
     views = [*shot.ranks[:40], RankView(40, "worker", silent=33.0), *shot.ranks[41:]]
     text = drawn(full(64, ranks=tuple(views)), 80, 24)
@@ -544,32 +544,32 @@ def test_where_ranks_do_not_fit_the_silent_and_the_slow_come_first():
     assert f"{len(rows) - 2} of 64 ranks" in text
 
 
-def test_without_a_limit_of_height_all_ranks_are_shown():
+def test_without_a_height_limit_all_ranks_are_shown():
     assert len([row for row in drawn(full(64)).splitlines() if "server" in row or "worker" in row]) >= 64
 
 
-def test_a_terminal_without_unicode_gets_plain_characters():
+def test_terminal_without_unicode_gets_plain_characters():
     drawn(full(4), encoding="ascii").encode("ascii")
 
 
-def test_a_line_tells_the_essentials():
+def test_line_has_the_essentials():
     text = line(full(4))
     parts = ("running", "14 %", "phase 0 all_reduce", "epoch 12.34", "loss 1.2345", "79,000 samples/s", "waiting 42 %")
     for part in (*parts, "1 d 3:46:40 left at most", "rank 2 straggler: 2.1x"):
         assert part in text
 
 
-def test_a_sparkline_goes_from_the_lowest_to_the_highest():
+def test_sparkline_spans_lowest_to_highest():
     assert sparkline([0.0, 4.0, 8.0], "abc") == "abc"
     assert sparkline([1.0, 10.0, 100.0], "abc") == "abc"
     assert sparkline([5.0, 5.0], "abc") == "aa"
 
 
-def test_durations_are_read_like_clocks():
+def test_durations_are_formatted_like_clocks():
     assert [duration(s) for s in (0, 59.6, 3725, 90061)] == ["0:00:00", "0:01:00", "1:02:05", "1 d 1:01:01"]
 
 
-def test_on_a_terminal_the_picture_is_fitted_into_the_screen(monkeypatch):
+def test_picture_is_fitted_into_the_screen_on_a_terminal(monkeypatch):
     views = [*full(64).ranks[:63], RankView(63, "worker", 617.2, 0.0027, 0.05, (9.9, 31), 2.2)]
     ended = full(64, status=RunStatus.FINISHED)
     monkeypatch.setattr(Watcher, "look", lambda self: ended)
@@ -590,7 +590,7 @@ def test_once_prints_one_picture(going, capsys):
     assert capsys.readouterr().out.count("samples/s, 100 to 100 a worker") == 1
 
 
-def test_elsewhere_than_on_a_terminal_it_tells_a_line_at_a_time_until_the_end(going, capsys, monkeypatch):
+def test_without_a_terminal_watch_prints_lines_until_the_end(going, capsys, monkeypatch):
     run = going(2)
     begin(run)
     run.steps(0, 5)
@@ -614,7 +614,7 @@ def test_elsewhere_than_on_a_terminal_it_tells_a_line_at_a_time_until_the_end(go
 
 
 @pytest.mark.parametrize(("silent", "status"), [(0.0, 130), (1000.0, 0)])
-def test_ctrl_c_says_whether_there_was_more_to_come(going, capsys, monkeypatch, silent, status):
+def test_ctrl_c_status_shows_whether_the_run_was_still_going(going, capsys, monkeypatch, silent, status):
     run = going(2)
     begin(run)
     run.steps(0, 5)
@@ -629,7 +629,7 @@ def test_ctrl_c_says_whether_there_was_more_to_come(going, capsys, monkeypatch, 
     assert "a worker" in capsys.readouterr().out
 
 
-def test_a_run_that_was_killed_long_ago_is_not_waited_for(going, capsys, monkeypatch):
+def test_run_killed_long_ago_is_not_waited_for(going, capsys, monkeypatch):
     run = going(2)
     begin(run)
     run.steps(0, 5)

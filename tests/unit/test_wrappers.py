@@ -90,7 +90,7 @@ WRAPPED = list(product(["compiled", "partly_compiled", "scripted", "partly_scrip
 
 
 @pytest.mark.parametrize(("model", "agree"), mostly_slow(WRAPPED, WRAPPED[::4]))
-def test_it_trains_is_saved_resumed_and_evaluated_as_the_plain_model(tmp_path: Path, model: str, agree: str) -> None:
+def test_trains_saves_resumes_and_evaluates_like_the_plain_model(tmp_path: Path, model: str, agree: str) -> None:
     plain = run(job_of(tmp_path / "plain", "Net", AGREE[agree]))[0]
     job = job_of(tmp_path / "wrapped", model, AGREE[agree])
     found = run(job)[0]
@@ -106,7 +106,7 @@ def test_it_trains_is_saved_resumed_and_evaluated_as_the_plain_model(tmp_path: P
 
 
 @pytest.mark.parametrize("optimizer", [{"name": "Adam", "lr": 0.01}, {"name": "Adafactor", "lr": 0.01}])
-def test_checkpoints_by_the_names_of_older_versions(
+def test_checkpoints_with_names_of_older_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: helpers.Tables
 ) -> None:
     job = job_of(tmp_path, "partly_compiled", AGREE["shared"]).override([f"optimizer.name={optimizer['name']}"])
@@ -124,7 +124,7 @@ def test_checkpoints_by_the_names_of_older_versions(
     assert all(torch.equal(again.model.state_dict()[name], value) for name, value in whole.model.state_dict().items())
 
 
-def test_names() -> None:
+def test_parameter_names() -> None:
     assert plain_name("_orig_mod.a._orig_mod.weight") == "a.weight"
     assert plain_name("worker/0/buffer/_orig_mod.a") == "worker/0/buffer/a"
     assert plain_name("a.my_orig_mod.weight") == "a.my_orig_mod.weight"
@@ -134,7 +134,7 @@ def test_names() -> None:
     assert Replica(model).layout.fingerprint() == Replica(Net()).layout.fingerprint()
 
 
-def test_what_is_loaded_must_be_of_the_model() -> None:
+def test_loaded_state_must_match_the_model() -> None:
     tensors = Net().state_dict()
     load_plain_state(compiled(), tensors)
     with pytest.raises(RuntimeError, match="Missing key"):
@@ -153,7 +153,7 @@ class Stateful(nn.Linear):
         assert state == {"version": 1}
 
 
-def test_extra_state_that_is_no_tensor_is_the_models_own() -> None:
+def test_non_tensor_extra_state_stays_with_the_model() -> None:
     model = Stateful(2, 2)
     assert list(plain_state(model)) == ["weight", "bias"]
     load_plain_state(Stateful(2, 2), plain_state(model))
@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("what", list(REFUSED))
-def test_refused_by_a_sentence_on_every_rank(tmp_path: Path, what: str) -> None:
+def test_refused_with_a_message_on_every_rank(tmp_path: Path, what: str) -> None:
     make, words = REFUSED[what]
 
     def body(comm: Communicator) -> None:
@@ -187,7 +187,7 @@ def test_refused_by_a_sentence_on_every_rank(tmp_path: Path, what: str) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_wrappers_that_spread_a_model_are_known_by_where_their_classes_are_from() -> None:
+def test_distributed_wrappers_are_recognised_by_module() -> None:
     class Fake(nn.Module):
         pass
 

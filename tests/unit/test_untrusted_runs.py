@@ -73,7 +73,7 @@ def trap(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("job", "commands"), [(PHASES, (REPORT, *READING)), (SWITCH, READING)], ids=["phases", "switch"]
 )
-def test_reading_a_run_runs_nothing_that_its_job_names(trap, tmp_path, capsys, job, commands):
+def test_reading_a_run_executes_nothing_its_job_names(trap, tmp_path, capsys, job, commands):
     run = make_run(tmp_path / "run", job)
     (run / "evil.py").write_text((tmp_path / "evil.py").read_text())
     for command in commands:
@@ -84,7 +84,7 @@ def test_reading_a_run_runs_nothing_that_its_job_names(trap, tmp_path, capsys, j
     assert trap.exists()  # the trap works
 
 
-def test_a_recorded_job_keeps_what_is_not_built_in_and_never_imports_it(trap, tmp_path):
+def test_recorded_job_keeps_custom_names_without_importing_them(trap, tmp_path):
     (tmp_path / "job.toml").write_text(PHASES)
     job = Job.recorded(tmp_path / "job.toml")
     first, second = job.schedule
@@ -104,7 +104,7 @@ def test_a_recorded_job_keeps_what_is_not_built_in_and_never_imports_it(trap, tm
     assert not trap.exists()
 
 
-def test_a_recorded_job_of_what_is_built_in_is_the_job(tmp_path):
+def test_recorded_job_of_built_ins_equals_the_job(tmp_path):
     (tmp_path / "job.toml").write_text('model = "mlp"\nstrategy = {name = "switch", then = "all_reduce"}\n')
     recorded = Job.recorded(tmp_path / "job.toml")
     assert recorded == Job.load(tmp_path / "job.toml") and recorded.unchecked == []
@@ -113,7 +113,7 @@ def test_a_recorded_job_of_what_is_built_in_is_the_job(tmp_path):
         Job.recorded(tmp_path / "job.toml")
 
 
-def test_job_show_says_what_it_did_not_check(trap, tmp_path, capsys):
+def test_job_show_reports_what_it_did_not_check(trap, tmp_path, capsys):
     (tmp_path / "job.toml").write_text(PHASES)
     assert main(["job", "show", "job.toml"]) == 0
     shown = capsys.readouterr()
@@ -125,7 +125,7 @@ def test_job_show_says_what_it_did_not_check(trap, tmp_path, capsys):
     ]
 
 
-def test_what_is_built_in_is_not_looked_for_in_the_current_folder(tmp_path, monkeypatch):
+def test_built_ins_are_not_imported_from_the_current_folder(tmp_path, monkeypatch):
     """A file there may bear the name of a module that one of ours imports when it is first asked for."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
@@ -142,7 +142,7 @@ def test_what_is_built_in_is_not_looked_for_in_the_current_folder(tmp_path, monk
     assert seen[0] != str(tmp_path) and seen[1] == str(tmp_path)
 
 
-def test_watch_knows_how_much_is_left_with_a_strategy_of_ones_own(tmp_path):
+def test_watch_knows_the_time_left_with_a_custom_strategy(tmp_path):
     from hpctrain.views.watch.watcher import Watcher
 
     run = make_run(tmp_path / "run", PHASES.replace("[[phases]]", "train = {steps = 10}\n[[phases]]", 1))
@@ -153,7 +153,7 @@ def test_watch_knows_how_much_is_left_with_a_strategy_of_ones_own(tmp_path):
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"
 
 
-def test_nothing_in_a_run_steers_the_terminal(tmp_path, monkeypatch, capsys):
+def test_run_contents_cannot_control_the_terminal(tmp_path, monkeypatch, capsys):
     job = f'name = "x"\nmetric = "<{ESCAPE} in train.py:1>"\n'.encode("unicode_escape").decode().replace("\\n", "\n")
     job = job.replace("\\x", "\\u00")
     run = make_run(tmp_path / f"run{ESCAPE}", job, f"{ESCAPE}strategy", ESCAPE, host=ESCAPE, role=ESCAPE + "worker")
@@ -167,7 +167,7 @@ def test_nothing_in_a_run_steers_the_terminal(tmp_path, monkeypatch, capsys):
     assert "\x1b" not in (run / "csv" / "events.csv").read_text()
 
 
-def test_nothing_in_a_run_becomes_part_of_the_page(tmp_path):
+def test_run_contents_cannot_become_markup_in_the_page(tmp_path):
     script = "<script>alert(1)</script>"
     job = f"name = 'x'\nloss = '<{script}>'\n"
     run = make_run(tmp_path / "<img src=x>$(touch x)", job, script, script, host=script, role=script)

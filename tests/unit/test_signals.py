@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_stop_signal_becomes_a_flag_and_the_first_one_counts(number: signal.Signals) -> None:
+def test_stop_signal_sets_a_flag_and_the_first_counts(number: signal.Signals) -> None:
     with StopSignals() as stop:
         assert stop.asked == 0
         os.kill(os.getpid(), number)
@@ -28,7 +28,7 @@ def test_a_stop_signal_becomes_a_flag_and_the_first_one_counts(number: signal.Si
         assert stop.asked == number
 
 
-def test_the_flag_is_set_while_the_main_thread_is_in_c_code() -> None:
+def test_flag_is_set_while_the_main_thread_is_in_c_code() -> None:
     with StopSignals() as stop:
         seen: list[int] = []
 
@@ -46,7 +46,7 @@ def test_the_flag_is_set_while_the_main_thread_is_in_c_code() -> None:
     assert seen == [signal.SIGTERM]
 
 
-def test_the_former_handlers_come_back() -> None:
+def test_former_handlers_are_restored() -> None:
     former = [signal.getsignal(number) for number in SIGNALS]
     with StopSignals():
         assert [signal.getsignal(number) for number in SIGNALS] != former
@@ -54,7 +54,7 @@ def test_the_former_handlers_come_back() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_without_open_mpi_there_is_no_launcher_to_hold(
+def test_without_open_mpi_there_is_no_launcher_to_stop(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0")  # left over from elsewhere: our parent is no prterun
@@ -68,13 +68,13 @@ def test_without_open_mpi_there_is_no_launcher_to_hold(
 
 # -- how long is waited, and what ends a rank ------------------------------------------------------------------------
 class TestPatience:
-    def test_before_anything_was_asked_nothing_is_over(self) -> None:
+    def test_patience_does_not_expire_before_a_signal(self) -> None:
         patience = Patience()
         patience.stepped(0.0)
         assert patience.hopeful(1e6)
         assert not patience.over(1e6)
 
-    def test_before_the_first_step_and_with_short_steps(self) -> None:
+    def test_patience_before_the_first_step_and_with_short_steps(self) -> None:
         patience = Patience(asked=100.0)
         assert patience.hopeful(100 + GRACE)
         assert not patience.hopeful(100.1 + GRACE)
@@ -96,7 +96,7 @@ class TestPatience:
         assert not patience.over(130.0)
         assert patience.over(132.0)
 
-    def test_a_checkpoint_takes_as_long_as_it_takes_until_the_next_step(self) -> None:
+    def test_checkpoint_may_take_any_time_until_the_next_step(self) -> None:
         patience = Patience(asked=100.0)
         patience.saving(105.0)
         assert patience.hopeful(105 + SAVING)
@@ -105,7 +105,7 @@ class TestPatience:
         patience.stepped(200.0)
         assert patience.over(201 + LIMIT)
 
-    def test_what_the_job_says_counts(self) -> None:
+    def test_stop_seconds_of_the_job_apply(self) -> None:
         patience = Patience(seconds=90.0, asked=100.0)
         patience.stepped(110.0)
         assert patience.hopeful(200.0)
@@ -132,7 +132,7 @@ with StopSignals(3, limit=limit, before_end=lambda: os.write(2, b"flushed.")) as
 """
 
 
-def test_what_ends_a_rank(tmp_path: Path) -> None:
+def test_when_a_stop_signal_ends_a_rank(tmp_path: Path) -> None:
     """One that is stuck, a while after the signal; any, at a second one; none that goes on with its steps."""
 
     def start(what: str) -> subprocess.Popen[str]:
@@ -169,7 +169,7 @@ def test_what_ends_a_rank(tmp_path: Path) -> None:
             rank.wait()
 
 
-def test_a_hang_up_stays_ignored_where_it_was() -> None:
+def test_ignored_sighup_stays_ignored() -> None:
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         with StopSignals() as stop:

@@ -72,7 +72,7 @@ class Full:
         return self.write(*arguments)
 
 
-def test_what_can_be_written_later_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_failed_writes_are_retried_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The disk is full at two evaluations and checkpoints: nothing is missing in the end, and all ends well."""
     job = make_job(tmp_path)
     whole = run(job)[0][0]
@@ -86,7 +86,7 @@ def test_what_can_be_written_later_is(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("strategy", [{"name": "all_reduce"}, PS])
-def test_a_disk_that_stays_full_is_told_once_and_at_the_end(
+def test_permanently_full_disk_is_reported_once_and_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: helpers.Tables
 ):
     job = make_job(tmp_path, strategy=strategy)
@@ -120,14 +120,14 @@ def test_a_disk_that_stays_full_is_told_once_and_at_the_end(
     assert (elsewhere / MODEL).read_bytes() == (whole[0].folder / MODEL).read_bytes()
 
 
-def test_a_model_that_is_written_at_the_second_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_model_written_at_the_second_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(keeper, "save_model", Full(checkpoint.save_model, 0, 1))
     results, said = run(make_job(tmp_path))
     assert (results[0].folder / MODEL).exists()
     assert said.count("model.safetensors can be written again") == 1
 
 
-def test_a_run_folder_that_is_removed_is_made_anew(tmp_path: Path):
+def test_removed_run_folder_is_created_again(tmp_path: Path):
     job = make_job(tmp_path)
     whole = run(job)[0][0]
     texts: list[str] = []
@@ -157,7 +157,7 @@ def failing_metric(outputs: torch.Tensor, targets: torch.Tensor) -> float:
     raise ZeroDivisionError("no metric")
 
 
-def test_a_test_that_fails_leaves_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_failing_test_keeps_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On whichever rank it fails, and however long rank 0 takes to write."""
 
     def slowly(*args: Any) -> Path:
@@ -166,7 +166,7 @@ def test_a_test_that_fails_leaves_the_model(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(keeper, "save_model", slowly)
     job = helpers.make_job(
-        tmp_path, data=(helpers.points(), helpers.points(9)), metric="tests.unit.test_runfiles:failing_metric",
+        tmp_path, data=(helpers.points(), helpers.points(9)), metric="tests.unit.test_run_files:failing_metric",
         train={"evaluate_every": {"fraction": 1}},
     )  # fmt: skip
     with pytest.raises(ZeroDivisionError):
@@ -174,7 +174,7 @@ def test_a_test_that_fails_leaves_the_model(tmp_path: Path, monkeypatch: pytest.
     assert len(list(tmp_path.glob("*/model.safetensors"))) == 1
 
 
-def test_half_a_row_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_partial_row_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What a full disk took of a row goes again, else the next one would be appended to it."""
     runfolder.append_metrics(tmp_path, [dict.fromkeys("abcdefg", "1")])
     before = (tmp_path / METRICS).read_text()
@@ -194,7 +194,7 @@ def test_half_a_row_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert (tmp_path / METRICS).read_text() == before
 
 
-def test_the_run_goes_on_where_nothing_can_be_said():
+def test_run_continues_when_nothing_can_be_printed():
     class Gone(io.StringIO):
         def flush(self) -> None:
             raise BrokenPipeError
@@ -202,7 +202,7 @@ def test_the_run_goes_on_where_nothing_can_be_said():
     Narrator(out=Gone()).say("a word")
 
 
-def test_what_failed_is_forgotten_once_it_works(tmp_path: Path):
+def test_failure_is_forgotten_once_writing_works(tmp_path: Path):
     out = io.StringIO()
     files = RunFiles(tmp_path, Narrator(out=out))
 

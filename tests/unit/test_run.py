@@ -40,7 +40,7 @@ from hpctrain.run.folder import Narrator
 from hpctrain.run.resume import Resume
 from tests import helpers
 from tests.marks import mostly_slow, slow
-from tests.unit.test_runlock import leave
+from tests.unit.test_run_lock import leave
 
 PS = {"name": "parameter_server", "mode": "sync", "servers": 1}
 QUIET = Narrator(enabled=False)
@@ -62,7 +62,7 @@ def metrics_of(folder: Path) -> list[tuple[str, str]]:
 
 # -- the result --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("strategy", [{"name": "all_reduce"}, PS])
-def test_every_rank_gets_the_model_that_is_saved(tmp_path: Path, strategy: helpers.Tables):
+def test_every_rank_gets_the_saved_model(tmp_path: Path, strategy: helpers.Tables):
     job = helpers.make_job(
         tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures", strategy=strategy
     )
@@ -76,7 +76,7 @@ def test_every_rank_gets_the_model_that_is_saved(tmp_path: Path, strategy: helpe
     assert not results[0].interrupted
 
 
-def test_it_learns(tmp_path: Path):
+def test_training_learns_an_easy_task(tmp_path: Path):
     inputs = torch.randn(120, 7, generator=torch.Generator().manual_seed(1))
     easy = TensorDataset(inputs, inputs[:, :3].argmax(1))
     job = helpers.make_job(
@@ -85,7 +85,7 @@ def test_it_learns(tmp_path: Path):
     assert run(3, job)[0].metrics["metric"] > 0.9
 
 
-def test_the_same_resolved_job_gives_the_same_bits(tmp_path: Path):
+def test_same_resolved_job_gives_the_same_bits(tmp_path: Path):
     job = helpers.make_job(
         tmp_path,
         model="tests.helpers:noisy_net",
@@ -99,7 +99,7 @@ def test_the_same_resolved_job_gives_the_same_bits(tmp_path: Path):
     assert (first / "job.toml").read_text() == (second / "job.toml").read_text()
 
 
-def test_only_rank_0_speaks(tmp_path: Path):
+def test_only_rank_0_prints(tmp_path: Path):
     outs = [io.StringIO() for _ in range(3)]
     job = helpers.make_job(tmp_path)
     World(3).run(lambda comm: train(job, comm, out=Narrator(out=outs[comm.rank])))
@@ -107,7 +107,7 @@ def test_only_rank_0_speaks(tmp_path: Path):
     assert [out.getvalue() for out in outs[1:]] == ["", ""]
 
 
-def test_one_narrator_for_all_virtual_ranks_still_speaks(tmp_path: Path):
+def test_one_narrator_for_all_virtual_ranks_prints_once(tmp_path: Path):
     out = io.StringIO()
     job = helpers.make_job(tmp_path)
     narrator = Narrator(out=out)
@@ -131,7 +131,7 @@ def own_loop(comm: Communicator, job: Job, steps: int = 10**9, resume: Path | No
 
 
 @pytest.mark.parametrize("strategy", [{"name": "all_reduce"}, PS])
-def test_a_loop_of_ones_own_does_what_train_does(tmp_path: Path, strategy: helpers.Tables):
+def test_custom_loop_does_what_train_does(tmp_path: Path, strategy: helpers.Tables):
     job = helpers.make_job(tmp_path, strategy=strategy)
     trained = run(4, job)
     looped = World(4).run(lambda comm: own_loop(comm, job))
@@ -139,12 +139,12 @@ def test_a_loop_of_ones_own_does_what_train_does(tmp_path: Path, strategy: helpe
         assert (helpers.vector(result.model) == helpers.vector(running.result.model)).all()
 
 
-def test_on_a_server_batches_serves_and_yields_nothing(tmp_path: Path):
+def test_batches_on_a_server_serves_and_yields_nothing(tmp_path: Path):
     counts = [count for count, _ in World(4).run(lambda comm: own_loop(comm, helpers.make_job(tmp_path, strategy=PS)))]
     assert counts == [8, 8, 8, 0]
 
 
-def test_a_session_that_is_left_early_has_no_result(tmp_path: Path):
+def test_session_left_early_has_no_result(tmp_path: Path):
     job = helpers.make_job(tmp_path)
     _, running = World(2).run(lambda comm: own_loop(comm, job, steps=3))[0]
     with pytest.raises(HpctrainError, match="were not run to the end"):
@@ -152,7 +152,7 @@ def test_a_session_that_is_left_early_has_no_result(tmp_path: Path):
     assert not (running.folder / "model.safetensors").exists()
 
 
-def test_a_session_that_is_left_early_goes_on_from_its_checkpoint(tmp_path: Path):
+def test_session_left_early_resumes_from_its_checkpoint(tmp_path: Path):
     job = helpers.make_job(tmp_path, train={"checkpoint_every": {"steps": 3}})
     whole = run(2, job)[0]
     _, left = World(2).run(lambda comm: own_loop(comm, job, steps=5))[0]
@@ -161,7 +161,7 @@ def test_a_session_that_is_left_early_goes_on_from_its_checkpoint(tmp_path: Path
 
 
 @pytest.mark.parametrize("strategy", [{"name": "all_reduce"}, PS])
-def test_step_belongs_to_a_batch(tmp_path: Path, strategy: helpers.Tables):
+def test_step_requires_a_batch(tmp_path: Path, strategy: helpers.Tables):
     def twice(comm: Communicator) -> None:
         with session(helpers.make_job(tmp_path), comm, out=QUIET) as running:
             for batch in running.batches():
@@ -196,7 +196,7 @@ def test_step_belongs_to_a_batch(tmp_path: Path, strategy: helpers.Tables):
         (lambda s: setattr(s.model[0].weight, "data", torch.zeros(13, 7)), "0.weight no longer lies"),
     ],
 )
-def test_broken_views_are_noticed(tmp_path: Path, harm: Any, words: str):
+def test_broken_views_are_detected(tmp_path: Path, harm: Any, words: str):
     def body(comm: Communicator) -> None:
         with session(helpers.make_job(tmp_path), comm, out=QUIET) as running:
             for batch in running.batches():
@@ -222,7 +222,7 @@ COLOCATED = {"name": "parameter_server", "mode": "sync", "servers": 4, "colocate
 
 
 @pytest.mark.parametrize("middle", [MESSAGE, COLOCATED])
-def test_the_optimizers_state_crosses_to_another_strategy(tmp_path: Path, middle: helpers.Tables):
+def test_optimizer_state_carries_over_to_another_strategy(tmp_path: Path, middle: helpers.Tables):
     """Without a change in the number of workers, a schedule of phases equals one phase."""
     optimizer = {"name": "Adam", "lr": 0.01}
     train_keys = {"steps": 24, "batch_size": 3, "precision": "float64"}
@@ -233,7 +233,7 @@ def test_the_optimizers_state_crosses_to_another_strategy(tmp_path: Path, middle
     assert [p.strategy.split()[0] for p in switched[0].phases] == ["all_reduce", middle["name"], "all_reduce"]
 
 
-def test_roles_change_and_no_sample_is_lost(tmp_path: Path):
+def test_roles_change_without_losing_samples(tmp_path: Path):
     """Servers become workers again; their books are those of the others."""
     phases = [
         {"strategy": AR, "until": {"rule": "after", "samples": 20}},
@@ -253,7 +253,7 @@ def test_roles_change_and_no_sample_is_lost(tmp_path: Path):
     assert "switched at sample 60: after 36 >= 31 samples" in out.getvalue()
 
 
-def test_workers_that_were_servers_take_the_buffers_of_rank_0(tmp_path: Path):
+def test_former_servers_take_rank_0s_buffers(tmp_path: Path):
     seen: dict[int, torch.Tensor] = {}
 
     def body(comm: Communicator) -> None:
@@ -305,7 +305,7 @@ def test_evaluates_once_at_the_end(tmp_path: Path):
 
 
 @pytest.mark.parametrize("strategy", [AR, PS])
-def test_a_target_ends_the_run(tmp_path: Path, strategy: helpers.Tables):
+def test_target_ends_the_run(tmp_path: Path, strategy: helpers.Tables):
     job = helpers.make_job(
         tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures", strategy=strategy,
         train={"epochs": 9, "target": 0.0},
@@ -326,7 +326,7 @@ def test_patience_ends_the_run(tmp_path: Path):
     assert run(2, job)[0].samples == 3 * 75
 
 
-def test_a_rule_that_ends_the_last_phase_ends_the_run(tmp_path: Path):
+def test_rule_ending_the_last_phase_ends_the_run(tmp_path: Path):
     job = helpers.make_job(
         tmp_path, phases=[{"strategy": AR, "until": {"rule": "after", "steps": 3}}], train={"steps": 9}
     )
@@ -350,7 +350,7 @@ class Signals:
 
 
 @pytest.mark.parametrize("strategy", [AR, PS, COLOCATED])
-def test_an_interruption_saves_and_the_resumed_run_has_the_same_bits(tmp_path: Path, strategy: helpers.Tables):
+def test_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, strategy: helpers.Tables):
     job = helpers.make_job(
         tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures", strategy=strategy,
         optimizer={"name": "Adam", "lr": 0.01}, train={"steps": 9, "batch_size": 4},
@@ -443,7 +443,7 @@ def _interrupted_at(job: Job, cursor: int) -> Path:
 
 
 @pytest.mark.parametrize("what", mostly_slow(AT_EVALUATIONS, list(AT_EVALUATIONS)[::2]))
-def test_an_interruption_at_an_evaluation_leaves_it_to_the_resumed_run(tmp_path: Path, what: str):
+def test_evaluation_due_at_an_interruption_is_made_by_the_resumed_run(tmp_path: Path, what: str):
     """For each: the same rows, ends of phases and of the run, and model as of the run that was not interrupted."""
     tables = AT_EVALUATIONS[what]
     tables = {**tables, "train": {**EVALUATED, **tables.get("train", {})}}
@@ -469,7 +469,7 @@ def test_an_interruption_at_an_evaluation_leaves_it_to_the_resumed_run(tmp_path:
         assert (folder / model).read_bytes() == (whole.folder / model).read_bytes()
 
 
-def test_an_owed_evaluation_is_not_told_twice(tmp_path: Path):
+def test_owed_evaluation_is_not_reported_twice(tmp_path: Path):
     """Resumed twice from a checkpoint that owes one, which the first time was made."""
     job = helpers.make_job(tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures", train=EVALUATED)
     folder = _interrupted_at(job, 36)
@@ -480,7 +480,7 @@ def test_an_owed_evaluation_is_not_told_twice(tmp_path: Path):
     assert _metrics_without_seconds(folder) == rows
 
 
-def test_what_was_measured_after_the_checkpoint_is_forgotten(tmp_path: Path):
+def test_measurements_after_the_checkpoint_are_discarded(tmp_path: Path):
     job = helpers.make_job(
         tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures",
         train={"epochs": 3, "checkpoint_every": {"epochs": 1}},
@@ -506,13 +506,13 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
         return iter(helpers.points(11))
 
 
-def test_a_stream_to_test_on(tmp_path: Path):
+def test_testing_on_a_stream(tmp_path: Path):
     listed = helpers.make_job(tmp_path, data=(helpers.points(), helpers.points(11)))
     streamed = helpers.make_job(tmp_path, data=(helpers.points(), Stream()))
     assert run(3, streamed)[0].metrics == pytest.approx(run(3, listed)[0].metrics, rel=1e-6)
 
 
-def test_a_stream_to_train_on(tmp_path: Path):
+def test_training_on_a_stream(tmp_path: Path):
     job = helpers.make_job(tmp_path, data=Stream(), train={"steps": 7, "batch_size": 2})
     result = run(3, job)[0]
     assert result.samples == 44  # 7 full rounds' worth: at the ends of epochs, not known at first, rounds are smaller
@@ -538,7 +538,7 @@ REFUSED: dict[str, tuple[type[HpctrainError], str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("what", list(REFUSED))
-def test_refused_on_every_rank_alike_and_nothing_is_written(tmp_path: Path, what: str):
+def test_refused_on_every_rank_without_writing_anything(tmp_path: Path, what: str):
     kind, words, tables = REFUSED[what]
     job = helpers.make_job(tmp_path / "runs", **tables)
     told = []
@@ -556,13 +556,13 @@ def test_refused_on_every_rank_alike_and_nothing_is_written(tmp_path: Path, what
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_output_that_is_a_file(tmp_path: Path):
+def test_output_that_is_a_file(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(JobError, match="output = "):
         run(2, helpers.make_job(tmp_path / "file"))
 
 
-def test_the_run_folder_goes_if_the_traces_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_run_folder_is_removed_if_traces_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def no_room(self: Any, *_: Any) -> None:
         if self._comm.rank == 1:
             raise TraceError("no room")
@@ -590,12 +590,12 @@ def _files(folder: Path) -> dict[Path, int]:
         (lambda f: f.write_bytes(f.read_bytes()[:-50]), 2, [], "truncated"),
         (lambda f: f.write_bytes(b""), 2, [], "truncated"),
         (lambda f: f.unlink(), 2, [], "no checkpoint to resume from"),
-        (lambda f: None, 2, ["model.name=tests.unit.test_launch:other"], "another model"),
+        (lambda f: None, 2, ["model.name=tests.unit.test_run:other"], "another model"),
         (lambda f: None, 3, [], "was on 2 ranks and is resumed on 3"),
         (lambda f: None, 2, ["strategy=parameter_server"], "another schedule"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit(
+def test_checkpoint_that_does_not_fit_is_refused(
     tmp_path: Path, harm: Any, size: int, overrides: list[str], words: str
 ):
     job, folder = _finished(tmp_path)
@@ -611,7 +611,7 @@ def other() -> nn.Module:
 
 
 # -- whose run folder it is ----------------------------------------------------------------------------------------
-def test_another_job_is_refused_by_name_or_its_changes_are_taken(tmp_path: Path):
+def test_differing_job_is_refused_by_name_or_its_changes_are_taken(tmp_path: Path):
     """On every rank alike; what is taken is told at the start, and from then on is the run's."""
     job, folder = _finished(tmp_path)
     other, before, out = job.override(["optimizer.lr=0.3", "train.steps=10"]), _files(tmp_path), io.StringIO()
@@ -640,7 +640,7 @@ def test_another_job_is_refused_by_name_or_its_changes_are_taken(tmp_path: Path)
         run(2, job.override(["seed=5"]), resume=Resume(folder, changes="take"))
 
 
-def test_what_does_not_change_the_numbers_may_differ(tmp_path: Path):
+def test_keys_that_do_not_affect_numbers_may_differ(tmp_path: Path):
     job, folder = _finished(tmp_path)
     whole = run(2, job)[0].folder
     free = job.override(["output=elsewhere", "trace.flush_seconds=9", "train.keep_checkpoints=5", "data.threads=0"])
@@ -650,7 +650,7 @@ def test_what_does_not_change_the_numbers_may_differ(tmp_path: Path):
     assert (folder / "job.toml").read_text() == text
 
 
-def test_a_run_folder_is_used_by_one_run_at_a_time(tmp_path: Path):
+def test_run_folder_is_used_by_one_run_at_a_time(tmp_path: Path):
     """Neither resuming it nor `latest` gets at it; it is free again after an interruption, an error or the end."""
     job, folder = _finished(tmp_path)
 
@@ -677,7 +677,7 @@ def test_a_run_folder_is_used_by_one_run_at_a_time(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("when", "kept"), [(2, 0), (7, 1)])  # before a checkpoint; before the end
-def test_a_run_that_was_taken_over_writes_no_more(tmp_path: Path, when: int, kept: int):
+def test_run_whose_folder_was_taken_over_stops_writing(tmp_path: Path, when: int, kept: int):
     """It stood still for so long that another process took its folder."""
     job = helpers.make_job(tmp_path, train={"checkpoint_every": {"steps": 4}})
 
@@ -695,7 +695,7 @@ def test_a_run_that_was_taken_over_writes_no_more(tmp_path: Path, when: int, kep
     assert not (folder / "model.safetensors").exists()
 
 
-def test_overrides_are_told_in_the_first_line(tmp_path: Path):
+def test_overrides_are_in_the_first_line(tmp_path: Path):
     job = helpers.make_job(tmp_path).override(["optimizer.lr=0.3", "seed=4"])
     out = io.StringIO()
     narrator = Narrator(out=out)
@@ -706,7 +706,7 @@ def test_overrides_are_told_in_the_first_line(tmp_path: Path):
 
 # -- resuming with another optimizer -----------------------------------------------------------------------------
 ADAM = {"name": "Adam", "lr": 0.01}
-OWN_SGD = {"name": "tests.unit.test_launch:Momentum", "lr": 0.1}  # not known to be elementwise: moments by parameter
+OWN_SGD = {"name": "tests.unit.test_run:Momentum", "lr": 0.1}  # not known to be elementwise: moments by parameter
 
 
 def _without_record(folder: Path) -> None:
@@ -735,7 +735,7 @@ OPTIMIZERS: dict[str, tuple[helpers.Tables, helpers.Tables, str | None, str | No
 
 @pytest.mark.parametrize("recorded", [True, slow(False)])
 @pytest.mark.parametrize("what", list(OPTIMIZERS))
-def test_another_optimizer_is_refused_by_name_or_begins_anew(tmp_path: Path, what: str, recorded: bool):
+def test_other_optimizer_is_refused_by_name_or_reset(tmp_path: Path, what: str, recorded: bool):
     before, after, words, guessed = OPTIMIZERS[what]
     folder = _finished(tmp_path, optimizer=before)[1]
     if not recorded:
@@ -757,7 +757,7 @@ def test_another_optimizer_is_refused_by_name_or_begins_anew(tmp_path: Path, wha
 
 @pytest.mark.parametrize("strategy", [AR, MESSAGE, PS])
 @pytest.mark.parametrize("elementwise", [True, False])
-def test_a_reset_optimizer_begins_as_a_fresh_one(tmp_path: Path, strategy: helpers.Tables, elementwise: bool):
+def test_reset_optimizer_starts_like_a_new_one(tmp_path: Path, strategy: helpers.Tables, elementwise: bool):
     """From the checkpoint's parameters and place on, it is what plain torch does with a new optimizer."""
     keys = {"steps": 8, "precision": "float64", "checkpoint_every": {"steps": 3}, "keep_checkpoints": 9}
     optimizer = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "elementwise": elementwise}
@@ -774,30 +774,30 @@ def test_a_reset_optimizer_begins_as_a_fresh_one(tmp_path: Path, strategy: helpe
     assert helpers.difference(helpers.vector(found), wanted) < 1e-10
 
 
-def test_other_data_than_the_run_was_begun_on_is_refused(tmp_path: Path):
+def test_data_differing_from_the_runs_is_refused(tmp_path: Path):
     folder = _finished(tmp_path, data=helpers.points())[1]
     with pytest.raises(CheckpointError, match="on 103 training samples, and the data set now has 90"):
         run(2, helpers.make_job(tmp_path, data=helpers.points(90)), resume=folder)  # an object of the same description
 
 
-def test_resuming_what_is_no_run_folder(tmp_path: Path):
+def test_resuming_a_folder_that_is_not_a_run(tmp_path: Path):
     with pytest.raises(CheckpointError, match="no checkpoint"):
         run(2, helpers.make_job(tmp_path / "runs"), resume=tmp_path / "nowhere")
     assert not list(tmp_path.iterdir())
 
 
-def test_ranks_need_not_agree_on_the_folder_to_resume(tmp_path: Path):
+def test_rank_0_decides_which_folder_to_resume(tmp_path: Path):
     """A file system may show a rank less than rank 0 sees: rank 0's is what counts."""
     job, folder = _finished(tmp_path)
     World(2).run(lambda comm: helpers.quiet_train(comm, job, resume=folder if comm.rank == 0 else None))
 
 
 # -- objects of a program's own ----------------------------------------------------------------------------------
-def test_a_lambda_is_recorded_by_name_and_refused_when_loaded(tmp_path: Path):
+def test_lambda_is_recorded_by_name_and_refused_on_loading(tmp_path: Path):
     job = helpers.make_job(tmp_path, model=lambda: other(), loss=lambda outputs, targets: outputs.square().mean())
     folder = run(2, job)[0].folder
     text = (folder / "job.toml").read_text()
-    assert "<lambda in test_launch.py:" in text
+    assert "<lambda in test_run.py:" in text
     with pytest.raises(JobError, match="was an object of the program that made this run") as caught:
         Job.load(folder / "job.toml")
     assert "model" in str(caught.value)
@@ -807,7 +807,7 @@ class Momentum(torch.optim.SGD):
     """A class of the user's own."""
 
 
-def test_a_module_a_data_set_a_loss_and_an_optimizer_of_ones_own(tmp_path: Path):
+def test_custom_module_data_set_loss_and_optimizer(tmp_path: Path):
     def body(comm: Communicator) -> np.ndarray:
         torch.manual_seed(3)
         job = helpers.make_job(
@@ -825,7 +825,7 @@ def test_a_module_a_data_set_a_loss_and_an_optimizer_of_ones_own(tmp_path: Path)
 
 
 # -- agreement ---------------------------------------------------------------------------------------------------
-def test_agreed_raises_the_first_ranks_mistake_everywhere():
+def test_agreed_raises_the_first_ranks_error_on_all_ranks():
     told = []
 
     def body(comm: Communicator) -> None:
@@ -842,5 +842,5 @@ def test_agreed_raises_the_first_ranks_mistake_everywhere():
     assert told == [True] * 4
 
 
-def test_agreed_returns_what_each_rank_made():
+def test_agreed_returns_each_ranks_own_value():
     assert World(3).run(lambda comm: agreed(comm, lambda: comm.rank * 2)) == [0, 2, 4]

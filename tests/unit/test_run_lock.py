@@ -57,7 +57,7 @@ def taken(folder: Path, environment: dict[str, str] | None = None) -> bool:
         return False
 
 
-def test_one_at_a_time_and_the_other_is_told_who(tmp_path: Path):
+def test_one_holder_at_a_time_and_the_error_names_it(tmp_path: Path):
     lock = Lock(tmp_path, {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "4", "SLURM_JOB_ID": "13"})
     with pytest.raises(RunInUseError) as caught:
         Lock(tmp_path, {})
@@ -89,7 +89,7 @@ def test_one_at_a_time_and_the_other_is_told_who(tmp_path: Path):
         ({"machine": "x"}, 0, {"SLURM_RESTART_COUNT": "1"}, False),
     ],
 )
-def test_a_dead_holder_is_known(
+def test_dead_holder_is_recognised(
     tmp_path: Path, changes: dict[str, Any], age: float, environment: dict[str, str], free: bool
 ):
     leave(tmp_path, age, **changes)
@@ -98,7 +98,7 @@ def test_a_dead_holder_is_known(
 
 
 @pytest.mark.parametrize("changes", [None, {"token": "../x"}, {"pid": -1}, {"pid": "1"}, {"more": 1}])
-def test_a_lock_that_cannot_be_read_is_judged_by_its_age(tmp_path: Path, changes: dict[str, Any] | None):
+def test_unreadable_lock_is_judged_by_its_age(tmp_path: Path, changes: dict[str, Any] | None):
     path = tmp_path / LOCK
     tables = {**asdict(Holder.here({})), **(changes or {})}
     path.write_text(json.dumps(tables) if changes else '{"token"')
@@ -107,7 +107,7 @@ def test_a_lock_that_cannot_be_read_is_judged_by_its_age(tmp_path: Path, changes
     assert taken(tmp_path)
 
 
-def test_ages_are_by_the_file_systems_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_ages_use_the_file_systems_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Two hours fast is this machine's own clock."""
     leave(tmp_path, machine="another")
     now = time.time
@@ -115,13 +115,13 @@ def test_ages_are_by_the_file_systems_clock(tmp_path: Path, monkeypatch: pytest.
     assert not taken(tmp_path)
 
 
-def test_a_takeover_that_was_cut_short_is_itself_taken_over(tmp_path: Path):
+def test_interrupted_takeover_is_taken_over(tmp_path: Path):
     token = json.loads(dead(tmp_path).read_text())["token"]
     (tmp_path / f".{LOCK}-{token}").write_text(json.dumps(asdict(replace(Holder.here({}), started=1))))
     assert taken(tmp_path)
 
 
-def test_a_takeover_that_goes_on_is_left_alone(tmp_path: Path):
+def test_ongoing_takeover_is_left_alone(tmp_path: Path):
     token = json.loads(dead(tmp_path).read_text())["token"]
     other = tmp_path / f".{LOCK}-{token}"
     other.write_text(json.dumps(asdict(Holder.here({}))))
@@ -158,7 +158,7 @@ def _contend(folder: Path, rounds: int, barrier: Barrier, won: Queue[tuple[int, 
 
 
 @pytest.mark.timeout(120)
-def test_of_many_who_take_over_a_dead_lock_one_gets_it(tmp_path: Path):
+def test_one_of_many_contenders_gets_a_dead_lock(tmp_path: Path):
     context, count, rounds = multiprocessing.get_context("fork"), 5, 25
     barrier, won = context.Barrier(count + 1), context.Queue()
     ranks = [context.Process(target=_contend, args=(tmp_path, rounds, barrier, won)) for _ in range(count)]
@@ -186,7 +186,7 @@ def test_of_many_who_take_over_a_dead_lock_one_gets_it(tmp_path: Path):
     assert [len(tokens) for tokens in winners] == [1] * rounds
 
 
-def test_who_stood_still_for_long_notices_that_another_has_the_folder(tmp_path: Path):
+def test_stalled_holder_notices_that_it_lost_the_folder(tmp_path: Path):
     lock = Lock(tmp_path, {})
     leave(tmp_path, token="t", pid=4711, host="n7")
     with pytest.raises(RunInUseError, match="has been taken over by process 4711 on n7"):
@@ -197,7 +197,7 @@ def test_who_stood_still_for_long_notices_that_another_has_the_folder(tmp_path: 
     lock.check()  # a folder that is removed is told elsewhere
 
 
-def test_it_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_lock_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runlock, "BEAT", 0.01)
     lock = Lock(tmp_path, {})
     os.utime(lock.path, (0, 0))
@@ -209,7 +209,7 @@ def test_it_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lock.release()
 
 
-def test_the_end_of_the_process_lets_go_and_its_forked_children_do_not(tmp_path: Path):
+def test_lock_is_released_at_process_end_but_not_by_forked_children(tmp_path: Path):
     program = """
 import os, pathlib, sys
 from hpctrain.filenames import LOCK
@@ -227,7 +227,7 @@ sys.exit(3)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: Any) -> None:
         raise OSError(errno.EPERM, "no links here")
 
@@ -239,7 +239,7 @@ def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert taken(tmp_path)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path):
+def test_unwritable_folder(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"run.lock cannot be written"):
         Lock(tmp_path / "gone", {})
 
@@ -255,5 +255,5 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path):
         ({"SLURM_JOB_ID": "123", "SLURM_RESTART_COUNT": "2"}, "123"),
     ],
 )
-def test_slurms_jobs(environment: dict[str, str], job: str):
+def test_slurm_job_numbers(environment: dict[str, str], job: str):
     assert slurm_job(environment) == job

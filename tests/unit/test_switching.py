@@ -82,7 +82,7 @@ WAYS = list(product(["auto", "keep", "scale", "reset", "ramp"], ["keep", "scale"
 
 @pytest.mark.parametrize(("rate", "momentum"), mostly_slow(WAYS, WAYS[::5] + WAYS[-1:]))
 @pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["SGD", "Adam"])
-def test_state_and_policies_are_those_of_one_process(
+def test_state_and_policies_match_one_process(
     tmp_path: Path, optimizer: helpers.Tables, rate: str, momentum: str
 ):
     enter = {"learning_rate": rate, "momentum": momentum, "ramp": {"samples": 50}, "scale": 0.4}
@@ -101,11 +101,11 @@ def test_state_and_policies_are_those_of_one_process(
     ids=["sync to bounded", "servers become workers", "beside", "async to async", "corrected"],
 )
 @pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["SGD", "Adam"])
-def test_other_servers_other_shards(tmp_path: Path, optimizer: helpers.Tables, schedule: list[helpers.Tables]):
+def test_different_servers_and_shards(tmp_path: Path, optimizer: helpers.Tables, schedule: list[helpers.Tables]):
     replayed(tmp_path, 5, schedule, optimizer=optimizer)
 
 
-def test_an_optimizer_that_is_not_elementwise_crosses_whole(tmp_path: Path):
+def test_non_elementwise_optimizer_crosses_a_switch(tmp_path: Path):
     schedule = phases((AR, 70), (served(servers=2), 100), (served("sync", servers=3, colocated=True), 0))
     replayed(tmp_path, 5, schedule, optimizer={"name": "Adafactor", "lr": 0.01})
 
@@ -124,7 +124,7 @@ ORDERS = [
 
 @pytest.mark.parametrize("queue", QUEUES)
 @pytest.mark.parametrize("schedule", ORDERS)
-def test_every_sample_once_through_switches_in_mid_epoch(tmp_path: Path, schedule: list[helpers.Tables], queue: str):
+def test_every_sample_once_across_switches_in_mid_epoch(tmp_path: Path, schedule: list[helpers.Tables], queue: str):
     World(4, compute=jitter()).run(
         lambda comm: helpers.every_sample_once(comm, tmp_path, epochs=4, phases=schedule, data_keys={"queue": queue})
     )
@@ -141,7 +141,7 @@ def test_all_workers_begin_every_phase_with_equal_parameters(tmp_path: Path, sch
 
 
 @pytest.mark.parametrize(("nodes", "wanted"), [([0] * 4, [0, 2, 4]), ([0, 0, 1, 1], [0, 1, 2, 3, 4])])
-def test_the_model_is_broadcast_where_ranks_may_differ(
+def test_model_is_broadcast_only_if_ranks_may_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: list[int], wanted: list[int]
 ):
     """Where all ranks were workers of the phase before, on one node, they hold the same parameters: no need then."""
@@ -166,7 +166,7 @@ def test_the_model_is_broadcast_where_ranks_may_differ(
     assert rounds == wanted
 
 
-def test_a_phase_leaves_no_memory_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_phase_frees_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """When the next one allocates its own, what the last one had is free, without the garbage collector."""
     joined: dict[int, list[weakref.ref[Any]]] = {rank: [] for rank in range(4)}
     states: dict[int, list[weakref.ref[State]]] = {rank: [] for rank in range(4)}
@@ -246,7 +246,7 @@ def ruled(folder: Path, until: helpers.Tables, strategy: helpers.Tables | None =
         ({"fraction": 1 / 3}, 103),
     ],
 )
-def test_after_so_much_the_phase_ends_there(tmp_path: Path, until: helpers.Tables, samples: int, queue: str):
+def test_after_ends_the_phase_at_the_amount(tmp_path: Path, until: helpers.Tables, samples: int, queue: str):
     """At a stretch's end, shared; at a round's, static."""
     job = ruled(tmp_path, {"rule": "after", **until}, data={"name": "tests.helpers:points", "queue": queue})
     text, results, _ = told(4, job, compute=jitter())
@@ -271,7 +271,7 @@ def stable(folder: Path, **tables: Any) -> Job:
 
 
 @pytest.mark.parametrize("mode", ["async", slow("bounded")])
-def test_a_stable_loss_ends_an_asynchronous_phase(tmp_path: Path, mode: str):
+def test_loss_stable_ends_an_asynchronous_phase(tmp_path: Path, mode: str):
     """The coordinator decides, its news are in its trace, and rank 0 says why."""
     text, results, events = told(4, stable(tmp_path, strategy=served(mode)), compute=jitter())
     [line] = [line for line in text.splitlines() if line.startswith("switched at sample")]
@@ -290,14 +290,14 @@ def second(losses: list[float], words: str) -> str | None:
     return words if len(losses) == 2 else None
 
 
-def test_a_function_of_the_losses_ends_it(tmp_path: Path):
-    text, results, _ = told(4, ruled(tmp_path, {"rule": "tests.unit.test_switch:second", "words": "enough"}))
+def test_function_of_the_losses_ends_the_phase(tmp_path: Path):
+    text, results, _ = told(4, ruled(tmp_path, {"rule": "tests.unit.test_switching:second", "words": "enough"}))
     samples = results[0].phases[0].samples  # at 20 rounds of 12, of which two at the ends of epochs are smaller; or so
     assert 206 <= samples < 309
     assert f"switched at sample {samples}: enough\n" in text
 
 
-def test_a_target_ends_it_at_an_evaluation(tmp_path: Path):
+def test_target_ends_the_phase_at_an_evaluation(tmp_path: Path):
     job = ruled(tmp_path, {"rule": "target", "metric": 0.0}, data=(helpers.points(), helpers.points(20)))
     text, results, events = told(4, job, compute=jitter())
     assert "switched at sample 103: target: metric 0." in text
@@ -305,7 +305,7 @@ def test_a_target_ends_it_at_an_evaluation(tmp_path: Path):
     assert [kind for kind, _ in events[0]].count("rule") == 1
 
 
-def test_a_rule_that_ends_the_last_phase_ends_the_run(tmp_path: Path):
+def test_rule_ending_the_last_phase_ends_the_run(tmp_path: Path):
     schedule = [{"strategy": AR, "until": {"rule": "after", "samples": 24}},
                 {"strategy": served(), "until": {"rule": "after", "samples": 31}}]  # fmt: skip
     text, results, _ = told(4, helpers.make_job(tmp_path, phases=schedule, train={"epochs": 3, "batch_size": 4}))
@@ -314,7 +314,7 @@ def test_a_rule_that_ends_the_last_phase_ends_the_run(tmp_path: Path):
     assert (results[0].folder / "model.safetensors").exists()
 
 
-def test_the_named_switch(tmp_path: Path):
+def test_switch_strategy_by_name(tmp_path: Path):
     """All-reduce until the loss is stable, then an asynchronous server."""
     job = helpers.make_job(
         tmp_path, strategy={"name": "switch", "until": STABLE, "then": served(servers=2)}, data=easy(),
@@ -331,7 +331,7 @@ def test_the_named_switch(tmp_path: Path):
     assert all((vector == vectors[0]).all() for vector in vectors)
 
 
-def test_a_run_too_short_for_its_rule_trains_to_the_end_and_says_so(tmp_path: Path):
+def test_run_too_short_for_its_rule_trains_to_the_end_with_a_note(tmp_path: Path):
     job = helpers.make_job(tmp_path, strategy={"name": "switch"})
     text, results, _ = told(4, job)
     assert "note: strategy.until cannot end phase 0 in this run, so all_reduce trains to the run's end: one win" in text
@@ -385,7 +385,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("queue", ["shared", slow("static")])
 @pytest.mark.parametrize("what", list(RESUMED))
-def test_a_resumed_run_has_the_same_bits(tmp_path: Path, what: str, queue: str):
+def test_resumed_run_has_the_same_bits(tmp_path: Path, what: str, queue: str):
     """Of a single asynchronous worker: there is but one order. `enter` counts once, at the switch."""
     job = resumable(tmp_path, RESUMED[what], data={"name": "tests.helpers:points", "queue": queue})
     whole = World(4).run(lambda comm: helpers.quiet_train(comm, job))[0]
@@ -399,7 +399,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, what: str, queue: str):
         assert (helpers.vector(again.model) == helpers.vector(whole.model)).all()
 
 
-def test_what_corrections_have_learnt_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_state_of_corrections_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A worker's running mean of its gradients' lengths, and the servers' of the gradients' squares (adaptive DC-ASGD);
     the phase after starts without."""
     kept = served(servers=2, clip_pushes=1.5, delay_compensation="adaptive")
@@ -434,7 +434,7 @@ def test_what_corrections_have_learnt_is_resumed(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("queue", [slow("shared"), "static"])
-def test_of_several_workers_samples_and_versions_fit(tmp_path: Path, queue: str):
+def test_samples_and_versions_of_several_workers_are_consistent(tmp_path: Path, queue: str):
     schedule = phases((AR, 100), (served(servers=2), 100), (served("bounded", bound=1), 0))
     job = resumable(tmp_path, schedule, data={"name": "tests.helpers:points", "queue": queue})
     whole = World(5, compute=jitter(1)).run(lambda comm: helpers.quiet_train(comm, job))[0]
@@ -446,7 +446,7 @@ def test_of_several_workers_samples_and_versions_fit(tmp_path: Path, queue: str)
         assert [summary.steps for summary in again[0].phases] == [summary.steps for summary in whole.phases]
 
 
-def test_a_rule_goes_on_where_it_was(tmp_path: Path):
+def test_rule_resumes_where_it_was(tmp_path: Path):
     """Of one worker, whose losses are the same again."""
     job = stable(tmp_path).override(["train.checkpoint_every.samples=100", "train.keep_checkpoints=99"])
     _, results, events = told(2, job)
@@ -469,7 +469,7 @@ def test_a_rule_goes_on_where_it_was(tmp_path: Path):
         ({"name": "switch", "then": served()}, {"name": "switch", "then": served("bounded")}),
     ],
 )
-def test_another_schedule_is_refused(tmp_path: Path, before: helpers.Tables, after: helpers.Tables):
+def test_resuming_with_different_phases_is_refused(tmp_path: Path, before: helpers.Tables, after: helpers.Tables):
     keys = {"epochs": 2, "batch_size": 3, "checkpoint_every": {"samples": 40}}
     made = [helpers.make_job(tmp_path, strategy=strategy, train=keys) for strategy in (before, after)]
     folder = World(3).run(lambda comm: helpers.quiet_train(comm, made[0]))[0].folder
@@ -498,7 +498,7 @@ class Signals:
 
 @pytest.mark.parametrize("queue", QUEUES)
 @pytest.mark.parametrize("mode", ["async", "bounded"])
-def test_an_interruption_loses_no_sample(tmp_path: Path, mode: str, queue: str):
+def test_interruption_loses_no_sample(tmp_path: Path, mode: str, queue: str):
     """Heard in mid-epoch by a quick worker, while another is far behind; the rest comes after resuming."""
     samples = 60
     job = helpers.make_job(
@@ -590,7 +590,7 @@ REFUSED: dict[str, tuple[type[HpctrainError], str, helpers.Tables]] = {
 
 
 @pytest.mark.parametrize("what", list(REFUSED))
-def test_refused_in_one_sentence_and_nothing_is_written(tmp_path: Path, what: str):
+def test_refused_with_one_message_and_nothing_is_written(tmp_path: Path, what: str):
     kind, words, tables = REFUSED[what]
     with pytest.raises(kind) as caught:
         job = helpers.make_job(tmp_path / "runs", **tables)

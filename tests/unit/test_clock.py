@@ -53,7 +53,7 @@ def test_amounts_in_samples(amount: Amount, samples: int) -> None:
     assert CLOCK.samples(amount) == samples
 
 
-def test_fractions_do_not_round_up_by_rounding_errors() -> None:
+def test_rounding_errors_do_not_round_fractions_up() -> None:
     for percent in range(1, 101):
         assert RunClock(1, 1, 100).samples(Amount(fraction=percent / 100)) == percent
 
@@ -72,7 +72,7 @@ def test_steps_across_uneven_epochs(epoch: int, size: int, start: int, count: in
         assert run_total(Job(train={"steps": count}).train, epoch, size) == ends[-1]
 
 
-def test_a_round_has_ended_when_its_last_sample_has_been_consumed() -> None:
+def test_round_ends_when_its_last_sample_is_consumed() -> None:
     """Asynchronous updates end within rounds."""
     assert [CLOCK.rounds(cursor) for cursor in (0, 31, 32, 33, 96, 99, 100, 131, 132)] == [0, 0, 1, 1, 3, 3, 4, 4, 5]
     assert [CLOCK.round_end(rounds) for rounds in (1, 3, 4, 5)] == [32, 96, 100, 132]
@@ -108,7 +108,7 @@ def test_after(options: dict[str, Any], start: int, ends: int) -> None:
     rule.load({})
 
 
-def test_after_needs_exactly_one() -> None:
+def test_after_needs_exactly_one_amount() -> None:
     for keys in ({}, {"steps": 1, "epochs": 1.0}):
         with pytest.raises(ValidationError, match="exactly one"):
             AfterOptions.model_validate(keys)
@@ -152,7 +152,7 @@ def test_intervals() -> None:
 
 
 @given(SIZES, SIZES, st.integers(1, 200), st.integers(0, 300))
-def test_a_mark_is_never_passed_by(epoch: int, size: int, every: int, start: int) -> None:
+def test_no_mark_is_skipped(epoch: int, size: int, every: int, start: int) -> None:
     """However the run is cut into steps, as many evaluations as marks with a step between them."""
     conductor = Conductor(10**9, every, every, None)
     before = start
@@ -175,7 +175,7 @@ def test_the_run_ends_before_the_phase() -> None:
     assert conductor.why == ""
 
 
-def test_wishes_are_granted() -> None:
+def test_conductor_grants_wishes() -> None:
     conductor = Conductor(1000, 32, 0, None)
     assert conductor.decide(0, 32, 0.0, Ask.INTERRUPT) == Ask.INTERRUPT | Ask.EVALUATE
 
@@ -190,7 +190,7 @@ def test_wishes_are_granted() -> None:
     st.sampled_from([None, {"steps": 3}, {"samples": 40}, {"epochs": 0.7}, {"fraction": 0.2}]),
     st.integers(0, 60),
 )
-def test_due_is_where_something_is_asked_next(
+def test_due_is_the_next_position_with_a_request(
     epoch: int, size: int, cursor: int, total: int, evaluate: Any, checkpoint: Any, after: Any, start: int
 ) -> None:
     clock = RunClock(epoch, size, total)
@@ -214,7 +214,7 @@ class Talkative(Rule):
         return f"metric {metric:g}, {higher_is_better}" if metric < 0 else None
 
 
-def test_news_of_a_rule_are_told_once() -> None:
+def test_news_of_a_rule_is_reported_once() -> None:
     told: list[Event] = []
     conductor = Conductor(1000, 0, 0, Talkative(None, CLOCK, 0), tell=told.append)
     assert conductor.decide(0, 32, 1.0, Ask.NOTHING) == Ask.NOTHING
@@ -223,7 +223,7 @@ def test_news_of_a_rule_are_told_once() -> None:
     assert told == [RuleStatistic("talkative", loss, "against", 0.0) for loss in (1.0, -1.0)]
 
 
-def test_a_rule_may_end_the_phase_after_an_evaluation() -> None:
+def test_rule_may_end_the_phase_after_an_evaluation() -> None:
     conductor = Conductor(1000, 0, 0, Talkative(None, CLOCK, 0), higher_is_better=False)
     assert conductor.evaluated(32, -1.0) == Ask.END_PHASE and conductor.why == "metric -1, False"
     assert Conductor(1000, 0, 0, None).evaluated(32, -1.0) == Ask.NOTHING
@@ -254,7 +254,7 @@ def test_progress_survives_a_checkpoint() -> None:
     assert EarlyStopping(**vars(progress)) == progress
 
 
-def test_a_metric_that_is_not_a_number_never_improves() -> None:
+def test_nan_metric_never_improves() -> None:
     progress = EarlyStopping(0.9, 2, 0.0)
     assert progress.judge(0.5) is None
     assert progress.judge(math.nan) is None
@@ -262,7 +262,7 @@ def test_a_metric_that_is_not_a_number_never_improves() -> None:
     assert progress.best == 0.5
 
 
-def test_a_first_metric_that_is_not_a_number() -> None:
+def test_nan_as_the_first_metric() -> None:
     progress = EarlyStopping(None, 2, 0.0)
     assert progress.judge(math.nan) is None
     assert progress.judge(0.5) is None
@@ -297,7 +297,7 @@ def test_warmup_then_course() -> None:
         (lambda progress: None, {}, "optimizer.schedule"),
     ],
 )
-def test_courses_that_are_refused(function: Any, options: dict[str, Any], message: str) -> None:
+def test_refused_courses(function: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(JobError, match=message):
         FunctionCourse(function, options, 0, 100)
 
@@ -311,13 +311,13 @@ def pace(learning_rate: str, momentum: str = "keep", ramp: int = 0) -> Pace:
     return Pace(COURSE, 60, learning_rate, momentum, scale=0.25, ramp=ramp)
 
 
-def test_the_course_goes_on_or_is_scaled() -> None:
+def test_course_continues_or_is_scaled() -> None:
     assert [pace("auto").rate(cursor) for cursor in (60, 85, 110)] == pytest.approx([0.5, 0.25, 0])
     assert [pace("keep").rate(cursor) for cursor in (60, 85, 110)] == pytest.approx([0.5, 0.25, 0])
     assert [pace("scale").rate(cursor) for cursor in (60, 85, 110)] == pytest.approx([0.125, 0.0625, 0])
 
 
-def test_the_course_begins_anew_over_what_remains() -> None:
+def test_course_restarts_over_the_remaining_samples() -> None:
     """Its warm-up too: 10 of 110 samples become 5 of 50."""
     found = [pace("reset").rate(cursor) for cursor in (60, 62, 65, 110)]
     assert found == pytest.approx([1 / 6, 3 / 6, 1, 0])
@@ -326,7 +326,7 @@ def test_the_course_begins_anew_over_what_remains() -> None:
     assert Pace(COURSE, 110, "reset", "keep", 1.0, 0).rate(110) >= 0
 
 
-def test_a_ramp_rises_to_the_course_and_never_stands_at_zero() -> None:
+def test_ramp_rises_to_the_course_and_is_never_zero() -> None:
     rates = [pace("ramp", ramp=4).rate(cursor) / COURSE.factor(cursor) for cursor in range(60, 66)]
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
     assert pace("ramp").rate(60) == 0.5
@@ -349,5 +349,5 @@ def test_momentum() -> None:
 @pytest.mark.parametrize(
     ("policy", "applies"), [("auto", True), ("keep", False), ("scale", False), ("reset", True), ("ramp", True)]
 )
-def test_who_corrects_the_rate_of_asynchronous_updates(policy: str, applies: bool) -> None:
+def test_which_policies_scale_the_rate_of_asynchronous_updates(policy: str, applies: bool) -> None:
     assert pace(policy).per_update == applies
