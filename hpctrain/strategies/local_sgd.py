@@ -20,7 +20,7 @@ class LocalSGD(RoundStrategy):
 
     Options = LocalSGDOptions
     options: LocalSGDOptions
-    tested_with = ({"every": 1}, {"every": 3}, {})
+    tested_with = ({"every": 3}, {"every": 1}, {})
 
     def length(self) -> int:
         return self.options.every

@@ -179,6 +179,7 @@ def test_nan_skip_leaves_the_update_out(join: Join, folder: Path, server) -> Non
 
 
 # -- tests that start ranks themselves ---------------------------------------------------------------------------
+@pytest.mark.any_mpi
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "servers", "where"), [(5, 2, "alone"), (4, 4, "beside")])

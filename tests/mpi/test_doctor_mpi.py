@@ -56,6 +56,7 @@ def test_four_ranks_are_reported_as_one_json_object(mpi: launcher.Mpi) -> None:
         assert any("4 ranks share" in problem["what"] for problem in told["problems"])
 
 
+@pytest.mark.any_mpi
 @pytest.mark.slow
 def test_rank_0_alone_prints_the_report_with_job_and_mpiexec(mpi: launcher.Mpi, tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(mpi.path).parent), os.environ["PATH"]])
@@ -68,6 +69,7 @@ def test_rank_0_alone_prints_the_report_with_job_and_mpiexec(mpi: launcher.Mpi, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_doctor_starts_ranks_itself(tmp_path: Path) -> None:
     done = alone(tmp_path, "-n", "2", "--json")
     assert done.returncode == 0, done.stderr
@@ -85,6 +87,7 @@ def test_doctor_alone_examines_one_rank_and_leaves_no_shared_memory(tmp_path: Pa
     assert left == []
 
 
+@pytest.mark.any_mpi
 @pytest.mark.parametrize("arguments", [slow([]), ["-n", "2"]])
 def test_missing_mpi_library_is_the_reported_error(tmp_path: Path, arguments: list[str]) -> None:
     done = alone(tmp_path, "--json", *arguments, environment={"MPI4PY_LIBMPI": "/nowhere/libmpi.so"})
@@ -97,6 +100,7 @@ def test_missing_mpi_library_is_the_reported_error(tmp_path: Path, arguments: li
     assert told["facts"]["nodes"][0]["shm_total"] > 0
 
 
+@pytest.mark.slow
 def test_ranks_each_in_a_world_of_its_own_are_reported_once(mpi: launcher.Mpi, tmp_path: Path) -> None:
     """As under another MPI's launcher, which sets its own variables and uses a protocol that the library does not
     know."""
@@ -109,6 +113,7 @@ def test_ranks_each_in_a_world_of_its_own_are_reported_once(mpi: launcher.Mpi, t
     assert ended[1].stdout == ""
 
 
+@pytest.mark.any_mpi
 def test_unreadable_job_is_one_message_and_status_2(mpi: launcher.Mpi) -> None:
     ended = doctor(mpi, 2, "--job", "nowhere.toml")
     assert (ended.status, ended.out) == (2, "")
@@ -116,6 +121,7 @@ def test_unreadable_job_is_one_message_and_status_2(mpi: launcher.Mpi) -> None:
     assert "nowhere.toml" in ended.err
 
 
+@pytest.mark.any_mpi
 @pytest.mark.slow
 def test_differing_environments_and_an_unsuitable_job_are_errors(
     mpi: launcher.Mpi, tmp_path: Path
@@ -139,6 +145,7 @@ def test_differing_environments_and_an_unsuitable_job_are_errors(
     assert any("ranks = 3" in problem["what"] for problem in told["problems"])
 
 
+@pytest.mark.any_mpi
 def test_started_ranks_do_not_start_ranks(mpi: launcher.Mpi) -> None:
     ended = doctor(mpi, 2, "-n", "2")
     assert (ended.status, ended.out) == (2, "")

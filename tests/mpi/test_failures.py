@@ -45,6 +45,7 @@ def start(tmp_path: Path, mpi: launcher.Mpi) -> Iterator[Start]:
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------
+@pytest.mark.any_mpi
 def test_mistakes_in_the_job_file(mpi: launcher.Mpi, tmp_path: Path) -> None:
     """Under plain mpirun, before torch is imported."""
     overrides = ["strategy.name=parameter_server", "strategy.servers=9"]
@@ -57,6 +58,7 @@ def test_mistakes_in_the_job_file(mpi: launcher.Mpi, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.any_mpi
 def test_missing_job_file_under_hpctrain_run(start: Start, tmp_path: Path) -> None:
     started = start(4, str(tmp_path / "nowhere.toml"))
     assert started.end(40) == 2
@@ -118,6 +120,7 @@ if rank == 0:
 """
 
 
+@pytest.mark.any_mpi
 def test_mistakes_that_only_the_ranks_can_find(mpirun: Mpirun, tmp_path: Path) -> None:
     """One message, from rank 0; no traceback; no partial files. All cases in one launch of 4 ranks."""
     (tmp_path / "idx").mkdir()
@@ -163,6 +166,7 @@ def test_mistakes_that_only_the_ranks_can_find(mpirun: Mpirun, tmp_path: Path) -
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.any_mpi
 @pytest.mark.parametrize(("variable", "words"), [("PMI_SIZE", "mpiexec"), ("SLURM_STEP_NUM_TASKS", "srun")])
 def test_process_outside_the_launchers_world(tmp_path: Path, variable: str, words: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), variable: "4"}
@@ -208,7 +212,8 @@ with hpctrain.session(job, comm) as s:
 """
 
 
-@pytest.mark.parametrize(("who", "strategy"), [("one", "parameter_server"), slow("all", "all_reduce")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("who", "strategy"), [("one", "parameter_server"), ("all", "all_reduce")])
 def test_user_mistake_during_training(mpi: launcher.Mpi, tmp_path: Path, who: str, strategy: str) -> None:
     """On one rank or on all ranks: reported once, status 2, no rank is left waiting."""
     program = tmp_path / "program.py"
@@ -250,6 +255,7 @@ comm.barrier()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", ["1 / 0", "comm.spawn(lambda: 1 / 0) and comm.sleep(50)"])
 def test_failure_outside_a_session(mpi: launcher.Mpi, tmp_path: Path, failing: str) -> None:
     """It ends the other ranks, as does a failure in a thread that is never joined, such as a server's. The program's
@@ -272,7 +278,7 @@ with hpctrain.session(helpers.make_job(sys.argv[1], data={"name": "mnist", "path
 """
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, slow(3)])
 def test_error_raised_on_all_ranks_of_a_program(mpi: launcher.Mpi, tmp_path: Path, count: int) -> None:
     program = tmp_path / "program.py"
     program.write_text(ALL_RAISE)
@@ -307,6 +313,7 @@ leave(3, server, lambda: comm.rank == 1 and sys.exit(9))
 """
 
 
+@pytest.mark.slow
 def test_leaving_the_loop_on_all_ranks_and_on_one(mpi: launcher.Mpi, tmp_path: Path) -> None:
     """All ranks leave three sessions early and continue; sys.exit() on one rank in a fourth session ends all."""
     program = tmp_path / "program.py"
@@ -326,6 +333,7 @@ def test_leaving_the_loop_on_all_ranks_and_on_one(mpi: launcher.Mpi, tmp_path: P
         assert not [note for note in open_run(folder).notes if "not closed" in note]
 
 
+@pytest.mark.any_mpi
 @pytest.mark.slow
 def test_non_finite_gradient(mpi: launcher.Mpi, tmp_path: Path) -> None:
     """The server finds it in the sum, after it has answered the workers, and ends all ranks."""
@@ -376,6 +384,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.any_mpi
 @pytest.mark.slow
 def test_full_disk(mpi: launcher.Mpi, tmp_path: Path, small_disk: Path) -> None:
     """No space for traces, checkpoints and model: training continues, and the end reports what is missing."""
@@ -425,6 +434,7 @@ def test_rank_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
     Lock(_folder(tmp_path), {}).release()  # its holder is recognised as dead
 
 
+@pytest.mark.any_mpi
 @pytest.mark.slow
 def test_server_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
     """It wrote its trace while it served."""
@@ -477,6 +487,7 @@ def test_ctrl_c(start: Start, mpi: launcher.Mpi, tmp_path: Path, plain: bool) ->
     assert (folder / "model.safetensors").exists()
 
 
+@pytest.mark.any_mpi
 @pytest.mark.slow
 def test_rank_stuck_in_user_code_ends_after_a_stop_signal(tmp_path: Path) -> None:
     """A single rank without a launcher. It reports how long it waited: as long as the job allows."""

@@ -27,6 +27,7 @@ if comm.rank == 0:
 """
 
 
+@pytest.mark.any_mpi
 @pytest.mark.launch
 @pytest.mark.slow
 @pytest.mark.timeout(300)

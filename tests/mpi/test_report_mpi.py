@@ -32,6 +32,7 @@ def run_digits(mpi: launcher.Mpi, folder: Path, ranks: int, *keys: str) -> tuple
     return run, ended.out
 
 
+@pytest.mark.any_mpi
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_straggler_is_the_headline(mpi: launcher.Mpi, tmp_path: Path, name: str) -> None:
@@ -51,6 +52,8 @@ def test_straggler_is_the_headline(mpi: launcher.Mpi, tmp_path: Path, name: str)
         assert float(late) > float(others)
 
 
+@pytest.mark.slow
+@pytest.mark.any_mpi
 def test_the_main_job_switches_and_ends_with_its_report(mpi: launcher.Mpi, tmp_path: Path) -> None:
     """From all-reduce to two workers and a server; the switch is reported with its reason."""
     keys = ["train.epochs=20", "strategy.until.rounds=5", "strategy.until.threshold=0.05"]

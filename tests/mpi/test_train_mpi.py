@@ -21,6 +21,7 @@ def _only(folder: Path) -> Path:
     return run
 
 
+@pytest.mark.any_mpi
 def test_the_same_resolved_job_gives_the_same_bits(mpi: launcher.Mpi, tmp_path: Path) -> None:
     """First with overrides, then from the job in the run folder; also under the other launcher."""
     job = write_job(tmp_path)
@@ -44,6 +45,7 @@ def test_the_same_resolved_job_gives_the_same_bits(mpi: launcher.Mpi, tmp_path: 
     }  # fmt: skip
 
 
+@pytest.mark.any_mpi
 @pytest.mark.slow
 def test_backup_workers_do_not_wait_for_a_slow_rank(mpi: launcher.Mpi, tmp_path: Path) -> None:
     """Rank 2 is many times slower than the other workers: its gradients arrive late, are dropped and counted."""

@@ -65,6 +65,8 @@ def start(tmp_path: Path) -> Iterator[Callable[[int], tuple[subprocess.Popen[str
         run.communicate(timeout=60)
 
 
+@pytest.mark.slow
+@pytest.mark.any_mpi
 def test_watch_follows_a_run_from_start_to_end(start):
     run, folder = start(400)
     watching = subprocess.run([sys.executable, "-c", WATCH, str(folder)], capture_output=True, text=True, timeout=100)
@@ -93,6 +95,7 @@ def watched(folder: Path) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
         watching.communicate()
 
 
+@pytest.mark.any_mpi
 @pytest.mark.slow
 def test_ctrl_c_does_not_affect_the_run_and_watch_reports_a_killed_run(start):
     run, folder = start(100_000)

@@ -20,6 +20,7 @@ from hpctrain.data.order import Order
 from hpctrain.data.splits import Splits
 from hpctrain.errors import DataError, HpctrainError, JobError, ModelError
 from tests import helpers
+from tests.marks import mostly_slow
 
 STRATEGIES: list[helpers.Tables] = [
     {"name": "all_reduce"},
@@ -102,7 +103,7 @@ def test_differing_jobs_are_refused(tmp_path: Path, what: str) -> None:
     assert str(error) == sentence
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", mostly_slow(STRATEGIES, STRATEGIES[:2]))
 def test_differing_jobs_are_refused_under_every_strategy(tmp_path: Path, strategy: helpers.Tables) -> None:
     seeds = iter([11, 12, 13])
     error = refused(tmp_path, lambda rank: {"seed": next(seeds), "strategy": strategy})  # as drawn from the clock

@@ -40,7 +40,7 @@ def _one_thread():
 
 
 # -- what is computed --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("recipe", list(helpers.RECIPES))
+@pytest.mark.parametrize("recipe", mostly_slow(helpers.RECIPES, list(helpers.RECIPES)[-1:]))
 @pytest.mark.parametrize(
     ("size", "strategy"),
     [
@@ -77,7 +77,7 @@ UPDATES = list(product(SERVERS, ["auto", "workers", "staleness", "none"]))
 
 
 @pytest.mark.parametrize(("servers", "divisor"), mostly_slow(UPDATES, UPDATES[::5] + UPDATES[-1:]))
-@pytest.mark.parametrize("optimizer", [{**SGD, "nesterov": True}, ADAM], ids=["SGD", "Adam"])
+@pytest.mark.parametrize("optimizer", [{**SGD, "nesterov": True}, slow(ADAM)], ids=["SGD", "Adam"])
 def test_updates_match_one_process(tmp_path: Path, optimizer: helpers.Tables, servers: str, divisor: str):
     keys, alone = SERVERS[servers]
     replayed(tmp_path, 4 + alone, optimizer, served(lr_per_update=divisor, **keys))
@@ -94,7 +94,7 @@ def test_updates_match_one_process(tmp_path: Path, optimizer: helpers.Tables, se
         ({"mode": "bounded", "bound": 2}, {"accumulate": 2, "batch_size": 3}),
     ],
 )
-@pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["SGD", "Adam"])
+@pytest.mark.parametrize("optimizer", [SGD, slow(ADAM)], ids=["SGD", "Adam"])
 def test_corrected_updates_match_one_process(
     tmp_path: Path, optimizer: helpers.Tables, keys: helpers.Tables, train_keys: helpers.Tables
 ):
@@ -155,7 +155,7 @@ def test_slow_worker_does_not_delay_the_others(tmp_path: Path):
     assert virtual_time(tmp_path, 5, served()) <= 0.45 * lockstep
 
 
-@pytest.mark.parametrize("bound", [0, 1, 3, 10])
+@pytest.mark.parametrize("bound", [0, slow(1), 3, slow(10)])
 def test_bounded_mode_is_never_slower_than_lockstep(tmp_path: Path, bound: int):
     lockstep = virtual_time(tmp_path, 4, {"name": "all_reduce"})
     assert virtual_time(tmp_path, 5, served("bounded", bound=bound)) <= lockstep
@@ -228,9 +228,9 @@ def test_data_set_of_a_single_sample(tmp_path: Path):
 @pytest.mark.parametrize(
     ("size", "strategy"),
     [
-        (6, served(servers=2)),
+        slow(6, served(servers=2)),
         (4, served(servers=4, colocated=True)),
-        (6, served(servers=2, delay_compensation="constant")),
+        slow(6, served(servers=2, delay_compensation="constant")),
         (6, served("bounded", bound=1, servers=2)),
     ],
 )
@@ -263,7 +263,7 @@ def _evaluated_at(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("queue", QUEUES)
 @pytest.mark.parametrize("mode", ["async", "bounded"])
-@pytest.mark.parametrize("servers", list(SERVERS))
+@pytest.mark.parametrize("servers", mostly_slow(SERVERS, list(SERVERS)[:1]))
 def test_evaluation_uses_one_snapshot_at_an_exact_sample(tmp_path: Path, servers: str, mode: str, queue: str):
     keys, alone = SERVERS[servers]
     job = helpers.make_job(

@@ -32,7 +32,7 @@ from hpctrain.errors import ClusterError
 from hpctrain.job import Job
 from hpctrain.replica.tensors import as_tensor
 from tests import helpers
-from tests.marks import slow
+from tests.marks import mostly_slow, slow
 from tests.stand_in_cupy import Array, Cuda
 
 SLOT = 64  # bytes
@@ -461,7 +461,7 @@ def test_node_shared_memory_is_on_the_host() -> None:
 AGREE = ["message", "ring", "tree", "overlap", "server", "servers", "colocated", "all_serve"]
 
 
-@pytest.mark.parametrize("agree", AGREE)
+@pytest.mark.parametrize("agree", mostly_slow(AGREE, AGREE[::3]))
 @pytest.mark.parametrize("recipe", ["all", slow("momentum")])
 def test_staged_training_equals_one_process(tmp_path: Path, agree: str, recipe: str) -> None:
     found = run(4, StagedCommunicator, lambda comm, _: helpers.equivalence(comm, tmp_path, agree, recipe, "float64"))

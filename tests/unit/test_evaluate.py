@@ -27,6 +27,7 @@ from hpctrain.run.evaluate import evaluate
 from hpctrain.run.folder import COLUMNS, Narrator
 from hpctrain.views.watch.evaluations import read_evaluations
 from tests import helpers
+from tests.marks import mostly_slow
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +149,7 @@ def scores(outputs: Tensor, targets: Tensor) -> dict[str, Any]:
     return {"right": right.double().mean(), "zeros": (right[targets == 0].sum(), (targets == 0).sum())}
 
 
-@pytest.mark.parametrize("what", list(JOBS))
+@pytest.mark.parametrize("what", mostly_slow(JOBS, list(JOBS)[::3]))
 def test_evaluate_reproduces_the_metrics_of_any_job(tmp_path: Path, what: str) -> None:
     job = helpers.make_job(tmp_path, **{**NOISY, **JOBS[what]})
     result = World(4).run(lambda comm: helpers.quiet_train(comm, job))[0]

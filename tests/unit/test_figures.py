@@ -301,6 +301,7 @@ def test_run_with_nothing_to_show_is_one_message(name, bare):
         import_module(f"hpctrain.views.figures.{name}").draw(bare)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_run_of_one_rank_is_drawn_or_reported_as_empty(name, single):
     if name in ("waiting", "critical_path", "overlap"):

@@ -12,6 +12,7 @@ import tomli_w
 
 from hpctrain.errors import ClusterError, JobError
 from hpctrain.job import Job, check_ranks
+from tests.marks import mostly_slow
 
 FILES = 1000
 FULL: dict[str, Any] = {
@@ -167,7 +168,7 @@ def accepted(file: Path, overrides: list[str]) -> bool:
     return True
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", mostly_slow(range(4), (0,)))
 def test_fuzzed_job_files(tmp_path: Path, part: int) -> None:
     dice, count = random.Random(part), 0
     for _ in range(FILES // 4):

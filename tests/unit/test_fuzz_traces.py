@@ -347,7 +347,7 @@ def test_undamaged_runs_are_read_without_a_note(originals, tmp_path):
         export_run(original, "perfetto", tmp_path / "p.json")
 
 
-@pytest.mark.parametrize("tenth", mostly_slow(range(10), (0, 1, 2)))
+@pytest.mark.parametrize("tenth", mostly_slow(range(10), (0,)))
 def test_damaged_runs_are_read_as_far_as_possible(originals, tmp_path, tenth):
     """One reader a case, because they take a while; thousands of cases with all of them were tried by hand."""
     for seed in range(tenth, CASES, 10):

@@ -18,6 +18,7 @@ from hpctrain.trace import open_run
 from hpctrain.views import compare
 from hpctrain.views.report import write_report
 from tests import old_runs
+from tests.marks import mostly_slow
 
 FOLDERS = Path(__file__).parents[1] / "fixtures" / "runs_0.1"
 RANKS, EPOCHS = 3, 4
@@ -81,7 +82,7 @@ def test_every_kind_of_event_is_read() -> None:
     assert events.loc[events["kind"] == "checkpoint", "text"].tolist()[0] == "000000000096.safetensors"
 
 
-@pytest.mark.parametrize("name", list(old_runs.JOBS))
+@pytest.mark.parametrize("name", mostly_slow(old_runs.JOBS, ["switch"]))
 def test_report_is_written_for_old_runs(tmp_path: Path, name: str) -> None:
     page, headline = write_report(copied(tmp_path, name))
     text = page.read_text()

@@ -14,6 +14,7 @@ from hpctrain.job import Job
 from hpctrain.trace.recorder import Recorder
 from hpctrain.trace.schema import OUTCOME_CODES
 from tests import helpers
+from tests.marks import slow
 
 SERVED = ["server", "servers", "colocated", "all_serve"]
 MS = 1_000_000
@@ -36,7 +37,7 @@ def test_sgd_equals_one_process_in_float32(tmp_path: Path, agree: str):
 
 
 @pytest.mark.parametrize(
-    ("agree", "size"), [("server", 2), ("servers", 3), ("servers", 7), ("all_serve", 1), ("all_serve", 9)]
+    ("agree", "size"), [("server", 2), slow("servers", 3), ("servers", 7), ("all_serve", 1), slow("all_serve", 9)]
 )
 def test_any_number_of_ranks(tmp_path: Path, agree: str, size: int):
     found = World(size, nodes=[r // 2 for r in range(size)]).run(
@@ -80,8 +81,8 @@ def test_non_elementwise_optimizer_gets_whole_parameters(tmp_path: Path):
     assert helpers.difference(served, run(1, 18, name="all_reduce")) < 1e-9
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-@pytest.mark.parametrize("agree", ["servers", "all_serve"])
+@pytest.mark.parametrize("optimizer", ["SGD", slow("Adam")])
+@pytest.mark.parametrize("agree", ["servers", slow("all_serve")])
 def test_resumed_run_has_the_same_bits(tmp_path: Path, agree: str, optimizer: str):
     keys = {"name": optimizer, "lr": 0.01} | ({"momentum": 0.9} if optimizer == "SGD" else {})
     World(4).run(lambda comm: helpers.resumed_bits(comm, tmp_path, _strategy(agree, 4), keys))

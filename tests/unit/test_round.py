@@ -23,7 +23,7 @@ from hpctrain.run.api import session, train
 from hpctrain.run.folder import Narrator
 from hpctrain.strategies.contribution import Contribution, RoundTotals
 from tests import helpers
-from tests.marks import slow
+from tests.marks import mostly_slow, slow
 from tests.unit.test_losses import pair
 
 SIZE = 4
@@ -61,7 +61,7 @@ def not_class_0(outputs: Tensor, targets: Tensor) -> Tensor:
     return total / count
 
 
-@pytest.mark.parametrize("agree", list(helpers.SYNCHRONOUS))
+@pytest.mark.parametrize("agree", mostly_slow(helpers.SYNCHRONOUS, ("shared", "message", "servers")))
 @pytest.mark.parametrize("loss", ["class weights", slow("pair")])
 def test_mean_is_over_the_weight_of_the_whole_round(tmp_path: Path, agree: str, loss: str):
     keys: Any
@@ -103,7 +103,7 @@ def test_evaluation_weights_the_loss_in_the_same_way(tmp_path: Path):
 
 # -- parameters without a gradient -------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("agree", ["shared", "message", "colocated"])
+@pytest.mark.parametrize("agree", ["shared", slow("message"), slow("colocated")])
 def test_weights_and_missing_gradients_with_small_rounds(tmp_path: Path, agree: str, size: int):
     """In some of them no target counts, or a parameter has no gradient on any worker."""
     strategy, servers = helpers.SYNCHRONOUS[agree]
@@ -121,7 +121,7 @@ def test_weights_and_missing_gradients_on_several_nodes(tmp_path: Path, agree: s
 @pytest.mark.parametrize(
     "optimizer", [ADAMW, slow(MOMENTUM), slow({"name": "Adafactor", "lr": 0.02, "weight_decay": 0.3})]
 )
-@pytest.mark.parametrize("agree", list(helpers.SYNCHRONOUS))
+@pytest.mark.parametrize("agree", mostly_slow(helpers.SYNCHRONOUS, ("shared", "message", "servers")))
 def test_parameters_without_a_gradient_are_left_alone(tmp_path: Path, agree: str, optimizer: helpers.Tables):
     """As by torch in one process with the whole batch, which counts the steps of each parameter by itself."""
     if optimizer["name"] == "Adafactor" and agree == "shared":
@@ -131,7 +131,7 @@ def test_parameters_without_a_gradient_are_left_alone(tmp_path: Path, agree: str
     assert helpers.difference(found, wanted) < 1e-10
 
 
-@pytest.mark.parametrize("optimizer", [ADAMW, MOMENTUM])
+@pytest.mark.parametrize("optimizer", [ADAMW, slow(MOMENTUM)])
 @pytest.mark.parametrize("strategy", [helpers.SYNCHRONOUS["shared"][0], helpers.SYNCHRONOUS["servers"][0]])
 def test_state_without_a_gradient_survives_checkpoints_and_phases(
     tmp_path: Path, strategy: helpers.Tables, optimizer: helpers.Tables
@@ -165,7 +165,7 @@ def test_state_without_a_gradient_survives_checkpoints_and_phases(
 
 
 @pytest.mark.parametrize("keys", [{}, {"momentum_correction": True}])
-@pytest.mark.parametrize("optimizer", [ADAMW, MOMENTUM])
+@pytest.mark.parametrize("optimizer", [ADAMW, slow(MOMENTUM)])
 def test_asynchronous_updates_skip_parameters_without_a_gradient(
     tmp_path: Path, optimizer: helpers.Tables, keys: helpers.Tables
 ):
@@ -332,7 +332,7 @@ def assert_finite(path: Path) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values() if tensor.is_floating_point())
 
 
-@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("clip", [None, slow(1.0)])
 @pytest.mark.parametrize("agree", [name for name in helpers.SYNCHRONOUS if name != "all_serve"])
 def test_nan_gradient_is_detected_in_its_step(tmp_path: Path, agree: str, clip: float | None):
     strategy = helpers.SYNCHRONOUS[agree][0]
@@ -368,7 +368,7 @@ def test_quick_check_finds_the_rank_before_the_exchange(tmp_path: Path, agree: s
     assert "the gradient of parameter hidden.bias is not finite on rank 1 in step 2" in told
 
 
-@pytest.mark.parametrize("agree", list(helpers.SYNCHRONOUS))
+@pytest.mark.parametrize("agree", mostly_slow(helpers.SYNCHRONOUS, ("shared", "message", "servers")))
 def test_nan_skip_leaves_steps_with_nan_gradients_out(tmp_path: Path, agree: str):
     found, _ = trained(
         tmp_path, agree, model=Poisoned, data={"name": one_bad(40), "shuffle": False}, train={"nan": "skip"}

@@ -271,7 +271,7 @@ def test_former_servers_take_rank_0s_buffers(tmp_path: Path):
     assert not torch.equal(seen[1], seen[0])
 
 
-@pytest.mark.parametrize("index", [0, 1, 2, 3])
+@pytest.mark.parametrize("index", [0, slow(1), slow(2), 3])
 def test_resuming_in_any_phase_and_at_its_end(tmp_path: Path, index: int):
     """Checkpoints every 4 steps; phases end after 8, so that some are made where a phase ends."""
     job = phased(
@@ -349,7 +349,7 @@ class Signals:
         pass
 
 
-@pytest.mark.parametrize("strategy", [AR, PS, COLOCATED])
+@pytest.mark.parametrize("strategy", [AR, PS, slow(COLOCATED)])
 def test_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, strategy: helpers.Tables):
     job = helpers.make_job(
         tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures", strategy=strategy,
@@ -442,7 +442,7 @@ def _interrupted_at(job: Job, cursor: int) -> Path:
     return result.folder
 
 
-@pytest.mark.parametrize("what", mostly_slow(AT_EVALUATIONS, list(AT_EVALUATIONS)[::2]))
+@pytest.mark.parametrize("what", mostly_slow(AT_EVALUATIONS, list(AT_EVALUATIONS)[:1]))
 def test_evaluation_due_at_an_interruption_is_made_by_the_resumed_run(tmp_path: Path, what: str):
     """For each: the same rows, ends of phases and of the run, and model as of the run that was not interrupted."""
     tables = AT_EVALUATIONS[what]

@@ -26,6 +26,7 @@ from hpctrain.run.api import train
 from hpctrain.run.folder import Narrator
 from hpctrain.run.schedulers import Factors, stepped_course
 from tests import helpers
+from tests.marks import mostly_slow
 
 HERE = __name__
 CLOCK = RunClock(epoch=100, round=32, total=1000)  # rounds end at 32, 64, 96, 100 of each epoch
@@ -112,7 +113,7 @@ AGAINST: dict[str, tuple[helpers.Tables, Any, Callable[[Optimizer], LRScheduler]
 SERVER = {"name": "parameter_server", "mode": "sync", "servers": 1}
 
 
-@pytest.mark.parametrize("what", list(AGAINST))
+@pytest.mark.parametrize("what", mostly_slow(AGAINST, list(AGAINST)[::3]))
 @pytest.mark.parametrize(("strategy", "size"), [({"name": "all_reduce"}, 3), (SERVER, 3)])
 def test_scheduler_trains_as_in_torch(tmp_path: Path, what: str, strategy: helpers.Tables, size: int) -> None:
     optimizer, schedule, make, by_epoch = AGAINST[what]

@@ -81,7 +81,7 @@ WAYS = list(product(["auto", "keep", "scale", "reset", "ramp"], ["keep", "scale"
 
 
 @pytest.mark.parametrize(("rate", "momentum"), mostly_slow(WAYS, WAYS[::5] + WAYS[-1:]))
-@pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["SGD", "Adam"])
+@pytest.mark.parametrize("optimizer", [SGD, slow(ADAM)], ids=["SGD", "Adam"])
 def test_state_and_policies_match_one_process(
     tmp_path: Path, optimizer: helpers.Tables, rate: str, momentum: str
 ):
@@ -100,7 +100,7 @@ def test_state_and_policies_match_one_process(
     ],
     ids=["sync to bounded", "servers become workers", "beside", "async to async", "corrected"],
 )
-@pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["SGD", "Adam"])
+@pytest.mark.parametrize("optimizer", [slow(SGD), ADAM], ids=["SGD", "Adam"])
 def test_different_servers_and_shards(tmp_path: Path, optimizer: helpers.Tables, schedule: list[helpers.Tables]):
     replayed(tmp_path, 5, schedule, optimizer=optimizer)
 
@@ -122,7 +122,7 @@ ORDERS = [
 ]
 
 
-@pytest.mark.parametrize("queue", QUEUES)
+@pytest.mark.parametrize("queue", mostly_slow(QUEUES, QUEUES[:1]))
 @pytest.mark.parametrize("schedule", ORDERS)
 def test_every_sample_once_across_switches_in_mid_epoch(tmp_path: Path, schedule: list[helpers.Tables], queue: str):
     World(4, compute=jitter()).run(
@@ -236,7 +236,7 @@ def ruled(folder: Path, until: helpers.Tables, strategy: helpers.Tables | None =
     return helpers.make_job(folder, phases=schedule, **{"train": {"epochs": 3, "batch_size": 4}, **tables})
 
 
-@pytest.mark.parametrize("queue", QUEUES)
+@pytest.mark.parametrize("queue", mostly_slow(QUEUES, QUEUES[:1]))
 @pytest.mark.parametrize(
     ("until", "samples"),
     [
@@ -384,7 +384,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("queue", ["shared", slow("static")])
-@pytest.mark.parametrize("what", list(RESUMED))
+@pytest.mark.parametrize("what", mostly_slow(RESUMED, list(RESUMED)[:1]))
 def test_resumed_run_has_the_same_bits(tmp_path: Path, what: str, queue: str):
     """Of a single asynchronous worker: there is but one order. `enter` counts once, at the switch."""
     job = resumable(tmp_path, RESUMED[what], data={"name": "tests.helpers:points", "queue": queue})
@@ -433,7 +433,8 @@ def test_state_of_corrections_is_resumed(tmp_path: Path, monkeypatch: pytest.Mon
     assert (squares > 0).any()
 
 
-@pytest.mark.parametrize("queue", [slow("shared"), "static"])
+@pytest.mark.slow
+@pytest.mark.parametrize("queue", ["shared", "static"])
 def test_samples_and_versions_of_several_workers_are_consistent(tmp_path: Path, queue: str):
     schedule = phases((AR, 100), (served(servers=2), 100), (served("bounded", bound=1), 0))
     job = resumable(tmp_path, schedule, data={"name": "tests.helpers:points", "queue": queue})
@@ -496,7 +497,7 @@ class Signals:
         self.told.append(text)
 
 
-@pytest.mark.parametrize("queue", QUEUES)
+@pytest.mark.parametrize("queue", mostly_slow(QUEUES, QUEUES[:1]))
 @pytest.mark.parametrize("mode", ["async", "bounded"])
 def test_interruption_loses_no_sample(tmp_path: Path, mode: str, queue: str):
     """Heard in mid-epoch by a quick worker, while another is far behind; the rest comes after resuming."""

@@ -90,6 +90,7 @@ def test_loss_figure_is_drawn(tmp_path, suffix):
     assert figure.stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_loss_figure_of_a_wrong_folder_is_one_message(tmp_path):
     done = subprocess.run([sys.executable, LOSS, tmp_path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2

@@ -10,6 +10,7 @@ import pytest
 from hpctrain.cli import main
 from hpctrain.errors import JobError
 from hpctrain.job import Job, registry
+from tests.marks import slow
 from tests.traces import HandMade
 
 PHASES = """
@@ -71,7 +72,7 @@ def trap(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("job", "commands"), [(PHASES, (REPORT, *READING)), (SWITCH, READING)], ids=["phases", "switch"]
+    ("job", "commands"), [(PHASES, (REPORT, *READING)), slow(SWITCH, READING)], ids=["phases", "switch"]
 )
 def test_reading_a_run_executes_nothing_its_job_names(trap, tmp_path, capsys, job, commands):
     run = make_run(tmp_path / "run", job)

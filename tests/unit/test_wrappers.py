@@ -23,7 +23,7 @@ from hpctrain.run import keeper, untrained
 from hpctrain.run.api import Result
 from hpctrain.run.command import evaluate_run
 from tests import helpers
-from tests.marks import mostly_slow
+from tests.marks import mostly_slow, slow
 
 HERE = __name__
 
@@ -89,7 +89,7 @@ AGREE: dict[str, helpers.Tables] = {
 WRAPPED = list(product(["compiled", "partly_compiled", "scripted", "partly_scripted"], AGREE))
 
 
-@pytest.mark.parametrize(("model", "agree"), mostly_slow(WRAPPED, WRAPPED[::4]))
+@pytest.mark.parametrize(("model", "agree"), mostly_slow(WRAPPED, WRAPPED[:1]))
 def test_trains_saves_resumes_and_evaluates_like_the_plain_model(tmp_path: Path, model: str, agree: str) -> None:
     plain = run(job_of(tmp_path / "plain", "Net", AGREE[agree]))[0]
     job = job_of(tmp_path / "wrapped", model, AGREE[agree])
@@ -105,7 +105,7 @@ def test_trains_saves_resumes_and_evaluates_like_the_plain_model(tmp_path: Path,
     assert (helpers.vector(again.model) == helpers.vector(found.model)).all()
 
 
-@pytest.mark.parametrize("optimizer", [{"name": "Adam", "lr": 0.01}, {"name": "Adafactor", "lr": 0.01}])
+@pytest.mark.parametrize("optimizer", [{"name": "Adam", "lr": 0.01}, slow({"name": "Adafactor", "lr": 0.01})])
 def test_checkpoints_with_names_of_older_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: helpers.Tables
 ) -> None:
