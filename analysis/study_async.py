@@ -1,10 +1,10 @@
 """Does asynchrony cost accuracy? All-reduce against async, bounded and switch, by number of workers and optimizer.
 
-    python analysis/study_async.py            all that is missing in docs/asynchrony.csv, then docs/asynchrony.md
-    python analysis/study_async.py --table    docs/asynchrony.md from docs/asynchrony.csv alone
+    python analysis/study_async.py            run what docs/asynchrony.csv lacks, then write docs/asynchrony.md
+    python analysis/study_async.py --table    write docs/asynchrony.md from docs/asynchrony.csv
 
-About an hour on two cores; it can be interrupted and goes on where it was. 4 and 8 workers train under mpirun, 16
-over virtual ranks, whose computing times are drawn from a log-normal distribution (sigma 0.3). MNIST has to be in
+About an hour on two cores; it can be interrupted and continues where it stopped. 4 and 8 workers train under mpirun, 16
+over virtual ranks, whose computing times are drawn from a log-normal distribution (sigma 0.3). MNIST must be in
 data/mnist (or below HPCTRAIN_DATA).
 """
 
@@ -92,7 +92,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Of all seeds the first comes first, so that an interrupted study tells something too."""
+    """All cases of the first seed come first, so that an interrupted study is of use too."""
     for seed in range(10):
         yield Case("main job", "as it is", 4, "switch", seed)
     for seed in range(5):
@@ -117,7 +117,7 @@ def run(todo: list[Case]) -> None:
     parts = [subprocess.Popen([*this, "--virtual", f"{part}/{cores}"]) for part in range(cores)]
     statuses = [part.wait() for part in parts]
     if any(statuses):
-        raise SystemExit("a part of the study failed; what it finished is kept, start it again")
+        raise SystemExit("a part of the study failed; finished runs are kept: start it again")
 
 
 def run_under_mpi(todo: list[Case], size: int) -> None:
@@ -138,7 +138,7 @@ def run_under_mpi(todo: list[Case], size: int) -> None:
 
 
 def run_virtual(todo: list[Case], part: int, parts: int) -> None:
-    """Every so many-th case."""
+    """Every `parts`-th case."""
     torch.set_num_threads(1)
     for case in [case for case in todo if case.virtual][part::parts]:
         began, job = time.monotonic(), case.job()
@@ -173,8 +173,8 @@ def known() -> Table:
     return pd.read_csv(RESULTS)
 
 
-# -- telling ------------------------------------------------------------------------------------------------------
-def tell(found: Table) -> str:
+# -- writing ------------------------------------------------------------------------------------------------------
+def document(found: Table) -> str:
     """docs/asynchrony.md."""
     found = found.sort_values(["workers", "seed"], kind="stable")
     mnist, job = found[found["task"] == "mnist"], found[found["task"] == "main job"]
@@ -229,7 +229,7 @@ def cell(runs: pd.Series[float], base: float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="only write the table anew")
+    parser.add_argument("--table", action="store_true", help="only rewrite the table")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--virtual", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -243,7 +243,7 @@ def main() -> None:
         if todo and not given.table:
             print(f"{len(todo)} of {len(done) + len(todo)} runs to go", flush=True)
             run(todo)
-        DOCUMENT.write_text(tell(known()))
+        DOCUMENT.write_text(document(known()))
         print(f"wrote {DOCUMENT}")
 
 

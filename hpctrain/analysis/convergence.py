@@ -58,14 +58,14 @@ def evaluations(run: Run, losses: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     names = [*CLOCKS, "epoch", "split", "loss", "metric"]
-    told = run.metrics()
-    if not {"samples", "epoch", "split", "loss", "metric"} <= set(told.columns) or not len(losses):
+    metrics = run.metrics()
+    if not {"samples", "epoch", "split", "loss", "metric"} <= set(metrics.columns) or not len(losses):
         return pd.DataFrame({name: pd.Series(dtype="object" if name == "split" else "float64") for name in names})
-    last = np.searchsorted(losses["samples"].to_numpy(), told["samples"].to_numpy(), side="right") - 1
+    last = np.searchsorted(losses["samples"].to_numpy(), metrics["samples"].to_numpy(), side="right") - 1
     for name in ("step", "t_s", "seconds", "bytes"):
         values = losses[name].to_numpy(np.float64)
-        told[name] = np.where(last >= 0, values[np.maximum(last, 0)], np.nan)
-    return told[names]
+        metrics[name] = np.where(last >= 0, values[np.maximum(last, 0)], np.nan)
+    return metrics[names]
 
 
 def staleness(run: Run) -> pd.DataFrame:

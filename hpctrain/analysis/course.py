@@ -51,7 +51,7 @@ def read_course(run: Run, phases: pd.DataFrame, most: int = MOST) -> Course:
 
     share = min(1.0, most / max(1, sum(run.rows("spans").values())))
     if share < 1.0:
-        run.notes.append(f"waiting and traffic are those of {STRETCHES} stretches with {share:.0%} of the run's spans")
+        run.notes.append(f"waiting and traffic come from {STRETCHES} stretches with {share:.0%} of the run's spans")
     parts, pauses = [], []
     for attempt, of_attempt in phases.groupby("attempt"):
         stretches = _stretches(of_attempt, share) if share < 1.0 else None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 WORTH = 0.05  # of the workers' time: smaller shares are not mentioned
 SLOWER = 1.15  # times the others' median: a rank that computes this much slower is named
 ALIKE = 1.1
-UNTOLD = "doing what no span covers"
+UNTRACED = "doing something that no span covers"
 DOING = {
     "data": "loading data",
     "forward": "in its forward pass",
@@ -28,15 +28,15 @@ DOING = {
     "checkpoint": "writing a checkpoint",
     "evaluate": "evaluating",
     "switch": "switching",
-    "nothing traced": UNTOLD,
+    "nothing traced": UNTRACED,
 }
 NAMES = {"forward": "forward pass", "backward": "backward pass"}
 
 
 @dataclass(frozen=True)
 class Straggler:
-    """The worker that computes slowest. `times`: its time per sample relative to the others' median; `what`: the part
-    that is slower, or "computation"."""
+    """The worker that is the slowest to compute. `times`: its time per sample relative to the others' median; `what`:
+    the part that is slower, or "computation"."""
 
     rank: int
     times: float
@@ -57,11 +57,11 @@ def headline(analysis: Analysis) -> str:
     most = share.drop(-1, errors="ignore")
     if len(most) and most.max() >= WORTH and most.max() > share.sum() / 2:
         return _of_waiting(analysis, int(most.index[int(most.argmax())]), float(most.max()), float(share.sum()))
-    return _of_nobody(workers, total, float(share.sum()))
+    return _of_no_rank(workers, total, float(share.sum()))
 
 
 def straggler(analysis: Analysis) -> Straggler | None:
-    """The worker that computes slowest, if it is clearly slower than the others."""
+    """The worker that is the slowest to compute, if it is clearly slower than the others."""
     cost = _per_sample(analysis)
     if len(cost) < 2:
         return None
@@ -95,26 +95,27 @@ def _waited(analysis: Analysis) -> pd.Series[float]:
 
 
 def _of_straggler(analysis: Analysis, slow: Straggler, share: pd.Series[float], total: float) -> str:
-    because = f"whose {slow.what} takes {slow.times:.1f}x as long as the others'"
+    because = f"whose {slow.what} takes {slow.times:.1f}x as long as the other workers'"
     waited = float(share.get(slow.rank, 0.0))
     late = _lateness(analysis, slow.rank)
     if waited >= WORTH:
         return f"{waited:.0%} of worker time is waiting for rank {slow.rank}, {because}{late and ', and ' + late}."
     spent = _rest(analysis, total)
-    return f"Rank {slow.rank} computes slowest: its {slow.what} takes {slow.times:.1f}x as long as the others'" + (
-        f", and {late}; {spent}." if late else f"; {spent}."
-    )
+    slowest = f"its {slow.what} takes {slow.times:.1f}x as long as the other workers'{late and ', and ' + late}"
+    return f"Rank {slow.rank} is the slowest to compute: {slowest}; {spent}."
 
 
 def _lateness(analysis: Analysis, rank: int) -> str:
-    """ "in asynchronous phases its gradients come 5.2 versions late (the others' 2.0)"; "" if nothing was stale."""
+    """ "in asynchronous phases its gradients arrive 5.2 versions late (the other workers': 2.0)"; "" if nothing was
+    stale."""
     staleness = analysis.staleness
     staleness = staleness[staleness["staleness_max"] >= 0]
     own = staleness.loc[staleness["rank"] == rank, "staleness_max"]
     rest = staleness.loc[staleness["rank"] != rank, "staleness_max"]
     if not len(own) or not len(rest) or staleness["staleness_max"].max() <= 0:
         return ""
-    return f"in asynchronous phases its gradients come {own.mean():.1f} versions late (the others' {rest.mean():.1f})"
+    late = f"{own.mean():.1f} versions late (the other workers': {rest.mean():.1f})"
+    return f"in asynchronous phases its gradients arrive {late}"
 
 
 def _of_waiting(analysis: Analysis, rank: int, own: float, every: float) -> str:
@@ -122,20 +123,20 @@ def _of_waiting(analysis: Analysis, rank: int, own: float, every: float) -> str:
     doing = waits[(waits["root"] == rank)].groupby("doing", observed=True)["seconds"].sum()
     role = analysis.times.loc[analysis.times["rank"] == rank, "role"]
     which = f"rank {rank}" + (", the server" if len(role) and (role == "server").all() else "")
-    most = DOING.get(str(doing.idxmax()), "waiting itself") if len(doing) else UNTOLD
-    more = f" (of {every:.0%} in all)" if every > own + 0.01 else ""
-    return f"{own:.0%} of worker time{more} is waiting for {which}, which is mostly {most} then."
+    most = DOING.get(str(doing.idxmax()), "waiting itself") if len(doing) else UNTRACED
+    more = f" (of {every:.0%} waiting in total)" if every > own + 0.01 else ""
+    return f"{own:.0%} of worker time{more} is waiting for {which}, which meanwhile is mostly {most}."
 
 
-def _of_nobody(workers: pd.DataFrame, total: float, waiting: float) -> str:
+def _of_no_rank(workers: pd.DataFrame, total: float, waiting: float) -> str:
     computing = workers["useful_s"].sum() / total
     transfer = max(0.0, workers["communication_s"].sum() / total - waiting)
-    told = f"{computing:.0%} of worker time is computation"
+    computed = f"{computing:.0%} of worker time is computation"
     if transfer >= WORTH and transfer >= waiting:
-        return f"{told}, {transfer:.0%} moving data; no rank holds the others up."
+        return f"{computed}, {transfer:.0%} moving data; no rank holds the others up."
     if waiting >= WORTH:
-        return f"{told} and {waiting:.0%} waiting, now for one rank, now for another."
-    return f"{told}; no rank holds the others up."
+        return f"{computed} and {waiting:.0%} waiting, for one rank or another."
+    return f"{computed}; no rank holds the others up."
 
 
 def _rest(analysis: Analysis, total: float) -> str:

@@ -57,7 +57,7 @@ def matrix(waits: pd.DataFrame, size: int, phase: int | None = None) -> pd.DataF
 def check_matrix(ranks: int) -> None:
     """Raise TraceError if a matrix of this many ranks is too large: a damaged file may claim a million."""
     if ranks > MOST_RANKS:
-        raise TraceError(f"a matrix of {ranks:,} ranks is too large; there are none of more than {MOST_RANKS:,}")
+        raise TraceError(f"a matrix of {ranks:,} ranks is too large; the limit is {MOST_RANKS:,}")
 
 
 # -- which rank was waited for -------------------------------------------------------------------------------------

@@ -29,6 +29,6 @@ def agreed(comm: Communicator, what: Callable[[], Any]) -> Any:
     if first is None:
         return result
     kind: type[HpctrainError] = getattr(errors, first[0], HpctrainError)
-    told = mine if mine is not None and str(mine) == first[1] else kind(first[1])
-    told.everywhere, told.status = True, first[2]
-    raise told
+    shared = mine if mine is not None and str(mine) == first[1] else kind(first[1])
+    shared.everywhere, shared.status = True, first[2]
+    raise shared

@@ -37,9 +37,9 @@ def begun(job: Job, comm: Communicator, resume: Resume | None, out: Narrator | N
     """Begin a run; if it cannot begin, nothing of it is left behind. Closes the run on exit, whatever the reason.
     Collective over all ranks. Raises HpctrainErrors, on all ranks."""
     with ExitStack() as undo, ExitStack() as closing:
-        told = (out or Narrator()) if comm.rank == 0 else Narrator(enabled=False)
+        narrator = (out or Narrator()) if comm.rank == 0 else Narrator(enabled=False)
         try:
-            run = _begin(job, comm, resume, told, closing, undo)
+            run = _begin(job, comm, resume, narrator, closing, undo)
         except SystemExit as error:
             if comm.size == 1:
                 raise
@@ -83,9 +83,9 @@ def _begin(
     else:
         prepared.untrained.share(comm)
     _open(run)
-    _tell(run, how, note)
+    _announce(run, how, note)
     if resumed:
-        _tell_resumed(run, resume)
+        _announce_resume(run, resume)
     return run
 
 
@@ -144,14 +144,14 @@ def _open(run: ActiveRun) -> None:
         reserve(int(max(sizes, default=0.0) * layout.length * layout.dtype.itemsize))
 
 
-def _tell(run: ActiveRun, how: str | None, note: str) -> None:
+def _announce(run: ActiveRun, how: str | None, note: str) -> None:
     """Report the start of the run. `how`: from `place_arenas`; `note`: about other runs."""
     run.out.say(_headline(run))
     if how is not None:
         run.out.say(how)
     if not run.job.train.sync_batchnorm and run.comm.size > 1 and (layers := sync_layers(run.prepared.model)):
         run.out.say(
-            f"{layers[0]} is a SyncBatchNorm layer, which normalises over each worker's own samples as long as "
+            f"{layers[0]} is a SyncBatchNorm layer, which normalises over each worker's own samples while "
             "train.sync_batchnorm is false"
         )
     for text in [*run.prepared.notes(), *([note] if note else [])]:
@@ -168,7 +168,7 @@ def _headline(run: ActiveRun) -> str:
     )
 
 
-def _tell_resumed(run: ActiveRun, resume: Resume | None) -> None:
+def _announce_resume(run: ActiveRun, resume: Resume | None) -> None:
     """Report the resume and, on rank 0, record what changes from here on. Collective."""
     totals = run.totals
 
@@ -181,9 +181,9 @@ def _tell_resumed(run: ActiveRun, resume: Resume | None) -> None:
         if run.comm.rank == 0:
             _forget_metrics(run)
 
-    told = agreed(run.comm, record)
+    changed = agreed(run.comm, record)
     agreed(run.comm, forget)
-    run.out.say("\n".join([f"resumed at sample {totals.cursor:,} (step {totals.step})", *told]))
+    run.out.say("\n".join([f"resumed at sample {totals.cursor:,} (step {totals.step})", *changed]))
 
 
 def _forget_metrics(run: ActiveRun) -> None:
@@ -191,5 +191,5 @@ def _forget_metrics(run: ActiveRun) -> None:
         runfolder.forget_metrics(run.folder, run.totals.cursor, owed=bool(run.totals.owed & Ask.EVALUATE))
     except OSError as error:
         raise CheckpointError(
-            f"{run.folder}: its metrics.csv cannot be written ({error.strerror}); free space or mend permissions"
+            f"{run.folder}: its metrics.csv cannot be written ({error.strerror}); free space or fix permissions"
         ) from None

@@ -91,8 +91,8 @@ def load_own(folder: Path, cursor: int, worker: int) -> dict[str, Buffer]:
     path = _own_file(folder, cursor, worker)
     if not path.exists():
         raise CheckpointError(
-            f"{path} is missing, which holds the state of worker {worker} of that checkpoint; put it back, or remove "
-            f"{checkpoint_path(folder, cursor).name} to resume from the one before"
+            f"{path}, which holds the state of worker {worker} in that checkpoint, is missing; restore it, or remove "
+            f"{checkpoint_path(folder, cursor).name} to resume from the previous checkpoint"
         )
     return {unquote(name): as_array(tensor) for name, tensor in _read(path)[1].items()}
 
@@ -164,7 +164,7 @@ def load_checkpoint(
     head, saved = _read(path)
     tensors = {plain_name(name): tensor for name, tensor in saved.items()}
     if not isinstance(head, dict) or head.get("format") not in (FORMAT, FORMAT_0_1):
-        raise CheckpointError(f"{path} is not a checkpoint of hpctrain (or one of another version of it); remove it")
+        raise CheckpointError(f"{path} is not an hpctrain checkpoint, or is one of another version; remove it")
     parameters = _below(tensors, "parameter/")
     try:
         if head["fingerprint"] not in (fingerprint, wrapped):
@@ -182,7 +182,7 @@ def load_checkpoint(
         progress = head["progress"]
         return Checkpoint(fingerprint, parameters, state, workers, progress, found, own["numbers"], bool(own["files"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint of hpctrain: its header lacks {error}; remove it") from None
+        raise CheckpointError(f"{path} is not an hpctrain checkpoint: its header lacks {error}; remove it") from None
 
 
 def _of_0_1(head: dict[str, Any]) -> dict[str, Any]:
@@ -202,13 +202,13 @@ def _load_rest(path: Path, code: str | None, own: Mapping[str, Tensor]) -> dict[
     file = _rest_file(path.parent, code)
     if not file.exists():
         raise CheckpointError(
-            f"{file} is missing, which holds the frozen parameters of {path.name}; put it back, or train without "
+            f"{file}, which holds the frozen parameters of {path.name}, is missing; restore it, or train without "
             "--resume"
         )
     found = _read(file)[1]
     for name in [*own, *found]:
         if name not in own or name not in found:
-            raise CheckpointError(f"{path} is a checkpoint of another model: only one of the two has a frozen {name}")
+            raise CheckpointError(f"{path} is a checkpoint of another model: only one of them has a frozen {name}")
     return {name: _stored(tensor, own[name]) for name, tensor in found.items()}
 
 
@@ -244,7 +244,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
     except (SafetensorError, ValueError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); remove it") from None
+        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); remove it") from None
     try:
         return json.loads(metadata.get("hpctrain", "{}")), tensors
     except (ValueError, RecursionError):
@@ -267,7 +267,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} cannot be written ({error}); free space or mend permissions") from None
+        raise CheckpointError(f"{path} cannot be written ({error}); free space or fix permissions") from None
 
 
 def _settle(folder: Path) -> None:
@@ -288,7 +288,7 @@ def _difference(found: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]
         if name not in found:
             return f"it has no parameter {name}, which this model has"
         if tuple(found[name].shape) != tuple(shape):
-            return f"its {name} is {tuple(found[name].shape)}, this model's {tuple(shape)}"
+            return f"its {name} has shape {tuple(found[name].shape)}, this model's {tuple(shape)}"
     extra = [name for name in found if name not in wanted]
     if extra:
         return f"its parameter {extra[0]} is not in this model"

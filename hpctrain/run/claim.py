@@ -55,9 +55,9 @@ class Claim:
             if self.changes:
                 runfolder.write_job(self.folder, job, self.overrides)
         except OSError as error:
-            raise CheckpointError(f"{self.folder}: what changes cannot be written there ({error.strerror})") from None
-        told = [f"changed from here on: {listed(self.changes, '{key} = {new} (was {old})')}"] if self.changes else []
-        return told + (["the optimizer begins anew"] if resume.optimizer == "reset" else [])
+            raise CheckpointError(f"{self.folder}: the changes cannot be recorded there ({error.strerror})") from None
+        texts = [f"changed from here on: {listed(self.changes, '{key} = {new} (was {old})')}"] if self.changes else []
+        return texts + (["the optimizer starts afresh"] if resume.optimizer == "reset" else [])
 
 
 def new_run(job: Job, environment: Mapping[str, str] = os.environ) -> Claim:
@@ -76,8 +76,8 @@ def new_run(job: Job, environment: Mapping[str, str] = os.environ) -> Claim:
         runfolder.discard(folder)
         why = error.strerror if isinstance(error, OSError) else error
         raise JobError(
-            f"output = {job.output!r}: the run folder {folder} cannot be made ({why}); "
-            "choose a folder that you may write to"
+            f"output = {job.output!r}: the run folder {folder} cannot be created ({why}); "
+            "choose a folder that you can write to"
         ) from None
 
 
@@ -110,7 +110,7 @@ def _taken(folder: Path, job: Job, resume: Resume) -> list[Change]:
         if (why := why_fixed(change)) is not None:
             raise CheckpointError(
                 f"{change.key} = {text_of(change.new)}: the run in {folder} has {change.key} = {text_of(change.old)} "
-                f"and keeps it, because {why}; begin a new run for that"
+                f"and keeps it, because {why}; start a new run to change it"
             )
     return every
 
@@ -141,8 +141,8 @@ def _latest(job: Job, environment: Mapping[str, str]) -> Claim | str:
     slurm = Identity.read(elsewhere).slurm_job
     made = f"in Slurm job {slurm}" if slurm else "outside of Slurm"
     return (
-        f"this is a new run; {elsewhere}, unfinished and of an equal job, was begun {made}: "
-        f"hpctrain train --resume {elsewhere} goes on with it"
+        f"this is a new run; {elsewhere}, an unfinished run of an equal job, was started {made}: "
+        f"continue it with hpctrain train --resume {elsewhere}"
     )
 
 
@@ -168,6 +168,6 @@ def _made(folder: Path) -> float:
 def _other_job(folder: Path, changes: list[Change]) -> str:
     differ = listed(changes, "{key} is {old} there and {new} in this job")
     return (
-        f"{folder} is a run of another job: {differ}; begin a new run without --resume, or change the run itself: "
+        f"{folder} is a run of another job: {differ}; start a new run without --resume, or change that run: "
         f'hpctrain train --resume {folder} key=value ... (in Python resume=hpctrain.Resume(folder, changes="take"))'
     )

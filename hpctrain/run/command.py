@@ -120,7 +120,7 @@ def evaluate_run(folder: Path) -> list[str]:
         try:
             load_plain_state(parts.model, tensors)
         except RuntimeError as error:
-            raise CheckpointError(f"{folder / MODEL} is not of the job's model: {error}") from None
+            raise CheckpointError(f"{folder / MODEL} does not fit the job's model: {error}") from None
         splits = parts.splits
         name, dataset = ("test", splits.test) if splits.test is not None else ("validation", splits.validation)
         if dataset is None:

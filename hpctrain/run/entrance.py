@@ -51,7 +51,7 @@ class Entrance:
             run.totals.cursor,
             Watching(run.tick, run.saving),
         )
-        self._tell(phase)
+        self._announce(phase)
         return phase
 
     def release(self) -> None:
@@ -109,7 +109,7 @@ class Entrance:
             conductor.rule.load(known)
         return conductor
 
-    def _tell(self, phase: Phase) -> None:
+    def _announce(self, phase: Phase) -> None:
         schedule = self._run.job.schedule
         name = runfolder.name_of(schedule[phase.index].strategy)
         phase.comm.recorder.event(PhaseEntered(phase.index, phase.roles.of(phase.comm.rank).value, name))

@@ -33,7 +33,7 @@ class RunFiles:
         """Call `save`, which raises CheckpointError or OSError if the file `name` cannot be written, and report a
         failure. True on success. `then`: what happens next, for the message."""
         try:
-            self._make_anew_if_removed()
+            self._recreate_if_removed()
             save()
         except (CheckpointError, OSError) as error:
             text = str(error) if isinstance(error, CheckpointError) else _sentence(self.folder / name, error)
@@ -53,7 +53,7 @@ class RunFiles:
     def write_rows(self) -> None:
         """Write the rows that are not in the file yet."""
         if self._saved < len(self._rows):
-            self.write(METRICS, self._append, "its rows are kept, and written as soon as that is possible")
+            self.write(METRICS, self._append, "its rows are kept and written as soon as possible")
 
     def _append(self) -> None:
         append_metrics(self.folder, self._rows[self._saved :])
@@ -63,13 +63,13 @@ class RunFiles:
         """Call `save(folder)`, with retries; if all fail, save to a new temporary folder."""
         for pause in PAUSES:
             time.sleep(pause)
-            if self.write(MODEL, lambda: save(self.folder), "it is tried again"):
+            if self.write(MODEL, lambda: save(self.folder), "trying again"):
                 return
         with contextlib.suppress(OSError):
             place = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}-"))
             try:
                 save(place)
-                self._notes.append(f"the model is {place / MODEL}: move it to where it is safe")
+                self._notes.append(f"the model is in {place / MODEL}: move it to a safe place")
             except CheckpointError:
                 place.rmdir()
 
@@ -77,17 +77,17 @@ class RunFiles:
         """What the run folder lacks, and why; None if nothing is missing."""
         return "; ".join([*self._failed.values(), *self._notes]) or None
 
-    def _make_anew_if_removed(self) -> None:
+    def _recreate_if_removed(self) -> None:
         """Recreate the folder with its job file: a folder without one is not recognised as a run folder."""
         if self._job is None or (self.folder / JOB).exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / JOB).write_bytes(self._job)
         self._saved = 0
-        text = f"the run folder {self.folder} was removed while the run went on, and is made anew"
-        self._out.say(f"warning: {text}; what was in it is lost, and the traces are")
-        self._notes.append(f"{text}, without what was in it before and without traces")
+        text = f"the run folder {self.folder} was removed during the run and has been recreated"
+        self._out.say(f"warning: {text}; its contents are lost, and so are the traces")
+        self._notes.append(f"{text}, without its earlier contents and without traces")
 
 
 def _sentence(path: Path, error: OSError) -> str:
-    return f"{path} cannot be written ({error.strerror or error}); free space or mend permissions"
+    return f"{path} cannot be written ({error.strerror or error}); free space or fix permissions"

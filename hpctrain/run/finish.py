@@ -42,16 +42,17 @@ def end(run: ActiveRun, phase: Phase, entrance: Entrance) -> RunEnd:
     return RunEnd(result, measured, unwritten)
 
 
-def tell(run: ActiveRun, ended: RunEnd) -> None:
-    """Say how the run ended, and write the report. Collective over all ranks. UnwrittenError if files are missing."""
+def announce(run: ActiveRun, ended: RunEnd) -> None:
+    """Report how the run ended, and write the report. Collective over all ranks. Raises UnwrittenError if files are
+    missing."""
     totals, result = run.totals, ended.result
     if result is None:
         run.out.say(f"left at sample {totals.cursor:,} (step {totals.step}); run folder {run.folder}")
     elif result.interrupted:
-        _tell_interruption(run, ended.unwritten)
+        _announce_interruption(run, ended.unwritten)
         return
     else:
-        _tell_end(run, ended.measured, result)
+        _announce_end(run, ended.measured, result)
         if run.job.trace.report and run.job.trace.enabled and run.comm.concurrent:
             _report(run)
     if ended.unwritten is not None:  # last, because a run with missing files has not succeeded
@@ -84,9 +85,9 @@ def _close_files(run: ActiveRun, untraced: str | None) -> str | None:
     return "; ".join(text for text in (run.files.unwritten(), untraced) if text is not None) or None
 
 
-def _tell_interruption(run: ActiveRun, unwritten: str | None) -> None:
-    told = "" if unwritten is None else f"not all of it was saved: {unwritten}; "
-    text = f"interrupted at sample {run.totals.cursor:,}; {told}go on with: hpctrain train --resume {run.folder}"
+def _announce_interruption(run: ActiveRun, unwritten: str | None) -> None:
+    missing = "" if unwritten is None else f"not all of it was saved: {unwritten}; "
+    text = f"interrupted at sample {run.totals.cursor:,}; {missing}continue with: hpctrain train --resume {run.folder}"
     if run.signals is not None and run.comm.rank == 0:
         run.signals.say(text)
     else:
@@ -94,7 +95,7 @@ def _tell_interruption(run: ActiveRun, unwritten: str | None) -> None:
     run.comm.barrier()  # a held launcher kills all ranks as soon as it is released
 
 
-def _tell_end(run: ActiveRun, measured: str, result: Result) -> None:
+def _announce_end(run: ActiveRun, measured: str, result: Result) -> None:
     run.out.say(runfolder.table(result.phases))
     for summary in result.phases:
         if summary.dropped:

@@ -38,8 +38,8 @@ def create(job: Job) -> Path:
                 break
         except OSError as error:
             raise JobError(
-                f"output = {job.output!r}: the run folder {folder} cannot be made ({error.strerror}); "
-                "choose a folder that you may write to"
+                f"output = {job.output!r}: the run folder {folder} cannot be created ({error.strerror}); "
+                "choose a folder that you can write to"
             ) from None
     raise JobError(f"output = {job.output!r} is a file; choose a folder")
 
@@ -219,4 +219,4 @@ class Narrator:
             self.enabled = self._open = False
             reason = getattr(error, "strerror", None) or error
             with suppress(OSError, ValueError):
-                print(f"hpctrain: standard output cannot be written ({reason}); the run goes on", file=sys.stderr)
+                print(f"hpctrain: standard output cannot be written ({reason}); the run continues", file=sys.stderr)

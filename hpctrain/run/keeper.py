@@ -84,7 +84,7 @@ class Keeper:
         )
         keep = self.prepared.job.train.keep_checkpoints
         save = partial(self._save_finite, checkpoint, keep, failure)
-        if self.files.write(CHECKPOINTS, save, "training goes on without this checkpoint"):
+        if self.files.write(CHECKPOINTS, save, "training continues without this checkpoint"):
             self.comm.recorder.event(CheckpointWritten(checkpoint_path(self.folder, cursor).name))
 
     def _save_own(self, phase: Phase, own: Own, cursor: int) -> tuple[list[dict[str, Any]], bool, str | None]:
@@ -107,7 +107,7 @@ class Keeper:
             raise CheckpointError(failure)
         if (name := self._not_finite()) is not None:
             path = checkpoint_path(self.folder, checkpoint.progress["cursor"])
-            raise CheckpointError(f"{path} is not written, since parameter {name} is not finite; older ones are kept")
+            raise CheckpointError(f"{path} is not written because parameter {name} is not finite; older ones are kept")
         save_checkpoint(self.folder, checkpoint, keep)
 
     def _not_finite(self) -> str | None:
@@ -123,7 +123,7 @@ class Keeper:
         if (name := self._not_finite()) is not None:
             raise NanError(
                 f"parameter {name} is not finite at the end of the run, so no model is saved; lower optimizer.lr, or "
-                f"go on from an earlier checkpoint, if there is one: hpctrain train --resume {self.folder}"
+                f"continue from an earlier checkpoint, if there is one: hpctrain train --resume {self.folder}"
             )
         buffers = self.prepared.untrained.buffers().items()
         return [name for name, buffer in buffers if buffer.is_floating_point() and bool(buffer.isnan().any())]
@@ -202,18 +202,18 @@ class Keeper:
         now, state = self._optimizer(), checkpoint.state
         then = checkpoint.progress.get("optimizer") or _guessed_optimizer(state, now)
         instead = (
-            "resume with the optimizer as it was, or let it begin anew: --reset-optimizer "
+            "resume with the original optimizer, or reset it with --reset-optimizer "
             '(in Python resume=hpctrain.Resume(folder, optimizer="reset"))'
         )
         if then["name"] != now["name"]:
             raise CheckpointError(
-                f"{self.folder}: its checkpoint holds the state of {then['name']}, and the job names {now['name']}; "
+                f"{self.folder}: its checkpoint holds the state of {then['name']}, but the job names {now['name']}; "
                 + instead
             )
         if then["elementwise"] != now["elementwise"]:
-            was, wants = (str(end["elementwise"]).lower() for end in (then, now))
+            was, given = (str(end["elementwise"]).lower() for end in (then, now))
             raise CheckpointError(
-                f"{self.folder}: its checkpoint was made with optimizer.elementwise = {was}, and the job has {wants}; "
+                f"{self.folder}: its checkpoint was made with optimizer.elementwise = {was}, but the job has {given}; "
                 + instead
             )
         for index, (had, keeps) in enumerate(zip(then["moments"], now["moments"], strict=True)):
@@ -235,19 +235,19 @@ class Keeper:
     def _check_resumable(self, head: dict[str, Any]) -> None:
         if head["size"] != self.comm.size:
             raise CheckpointError(
-                f"{self.folder}: the run was on {head['size']} ranks and is resumed on {self.comm.size}; "
+                f"{self.folder}: the run used {head['size']} ranks and is resumed on {self.comm.size}; "
                 f"start {head['size']}"
             )
         length = self.prepared.order.length
         if length is not None and head["length"] not in (None, length):
             raise CheckpointError(
-                f"{self.folder}: the run was on {head['length']:,} training samples, and the data set now has "
-                f"{length:,}; resume with the data that it was begun on"
+                f"{self.folder}: the run had {head['length']:,} training samples, but the data set now has "
+                f"{length:,}; resume with the original data"
             )
         if head["schedule"] != self._schedule():
             raise CheckpointError(
-                f"{self.folder}: its checkpoint is of another schedule ({head['schedule']}) than this job's "
-                f"({self._schedule()}); resume with the job of the run folder"
+                f"{self.folder}: its checkpoint is for other phases ({head['schedule']}) than this job's "
+                f"({self._schedule()}); resume with the job in the run folder"
             )
 
     def _schedule(self) -> str:

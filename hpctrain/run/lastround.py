@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def whole_rounds(length: int | None, round_size: int) -> int:
     """How many of an epoch's samples fill rounds of that size, for data.last = "drop". Raises DataError if none do."""
     if length is None:
-        raise DataError('data.last = "drop": the length of the stream is not known; let it define __len__')
+        raise DataError('data.last = "drop": the length of the stream is unknown; define its __len__')
     if length < round_size:
         raise DataError(
             f'data.last = "drop": an epoch has {length} samples, fewer than the {round_size} of one round; '
@@ -48,12 +48,12 @@ def check_batchnorm(prepared: Prepared) -> None:
         return
     layer = _starved(prepared, layers)
     if layer is not None:
-        share = f"{prepared.epoch % size} of them" if prepared.epoch % size else "them"
         raise ModelError(
             f"layer {layers[layer]} is batch norm over a worker's own samples, and cannot be trained on a single one: "
-            f"an epoch of {prepared.epoch} samples in rounds of {size} leaves a worker one sample of {share} in its "
-            'last round; set data.last = "drop", choose another train.batch_size, or (where workers step together) set '
-            "train.sync_batchnorm = true"
+            f"in an epoch of {prepared.epoch} samples, {size} per round, the last round has "
+            f"{prepared.epoch % size or size} and gives a worker one; "
+            'set data.last = "drop", choose another train.batch_size, or (where workers step '
+            "together) set train.sync_batchnorm = true"
         )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PATIENCE = 30.0  # seconds until a waiting rank reports that it waits, or gives up if it cannot ask the others
 
 
-ALONE = "while others go on; leave it on all ranks after the same step, or on none"
+ALONE = "while others continue; leave it on all ranks after the same step, or on none"
 
 
 def words(error: BaseException | None) -> str:
@@ -54,19 +54,19 @@ def status_of(error: BaseException | None) -> int:
 
 def agree_to_begin(comm: Communicator, how: str | None) -> None:
     """All ranks of the run begin their batches (`how` is None), or all leave before. Raises LeftError. Collective."""
-    told = comm.gather_json(how)
-    left = [rank for rank, word in enumerate(told) if word is not None]
-    if left and len(left) < len(told):
-        where = "before its first step, which the others wait for; run batches() on all ranks, servers too, or on none"
-        raise left_alone(left, told[left[0]], where, LeftError.status)
+    reasons = comm.gather_json(how)
+    left = [rank for rank, reason in enumerate(reasons) if reason is not None]
+    if left and len(left) < len(reasons):
+        where = "before its first step, for which the others wait; run batches() on all ranks, servers too, or on none"
+        raise left_alone(left, reasons[left[0]], where, LeftError.status)
 
 
 def agree_to_leave(phase: Phase, step: int, leaves: bool, error: BaseException | None = None) -> None:
     """All workers leave the loop, or LeftError is raised. Collective over the workers."""
-    told = phase.worker_comm.gather_json([words(error), step, status_of(error)] if leaves else None)
-    left = [worker for worker, row in enumerate(told) if row is not None]
-    if len(left) < len(told):
-        how, at, status = told[left[0]] if left else ("", step, LeftError.status)
+    rows = phase.worker_comm.gather_json([words(error), step, status_of(error)] if leaves else None)
+    left = [worker for worker, row in enumerate(rows) if row is not None]
+    if len(left) < len(rows):
+        how, at, status = rows[left[0]] if left else ("", step, LeftError.status)
         ranks = [phase.comm.members[phase.roles.workers[worker]] for worker in left]
         raise left_alone(ranks, how, f"at step {at} {ALONE}", status)
 
@@ -83,8 +83,8 @@ def all_come(workers: Communicator) -> bool:
 def says_that_it_waits(comm: Communicator, step: int, error: BaseException | None) -> Iterator[None]:
     """Inside the context, ranks that leave wait for the others; after a while they report this."""
     text = (
-        f"hpctrain: rank {comm.rank} left the training loop at step {step} ({words(error)}) and waits for the others "
-        "to leave it, or to take their next step\n"
+        f"hpctrain: rank {comm.rank} left the training loop at step {step} ({words(error)}) and is waiting for the "
+        "others to leave it or to take their next step\n"
     )
     timer = threading.Timer(PATIENCE, sys.stderr.write, [text])
     timer.daemon = True

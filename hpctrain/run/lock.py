@@ -94,7 +94,7 @@ class Lock:
             _take(self.path, own, self.holder)
         except OSError as error:
             raise CheckpointError(
-                f"{self.path} cannot be written ({error.strerror}); a run needs to write into its folder"
+                f"{self.path} cannot be written ({error.strerror}); a run must be able to write to its folder"
             ) from None
         finally:
             with contextlib.suppress(OSError):
@@ -123,8 +123,8 @@ class Lock:
             found = _read(self.path)
         if found is not None and found.token != self.holder.token:
             raise RunInUseError(
-                f"{self.path.parent} has been taken over by {found.holder or 'another process'}, because this one "
-                f"gave no sign of life for {STALE:.0f} s; it ends here and leaves the folder to that one"
+                f"{self.path.parent} has been taken over by {found.holder or 'another process'}, because this "
+                f"process gave no sign of life for {STALE:.0f} s; it stops here and leaves the folder to the other"
             )
 
     def _is_mine(self) -> bool:
@@ -146,8 +146,8 @@ def _take(path: Path, own: Path, me: Holder) -> None:
             continue
         if not _is_dead(found, me, path.parent):
             raise RunInUseError(
-                f"{path.parent} is in use by {found.holder or 'a process that cannot be named'}; wait for its end, or "
-                f"start a new run without --resume (if it is dead, it is known to be after {STALE:.0f} s at most)"
+                f"{path.parent} is in use by {found.holder or 'an unknown process'}; wait for it to end, or start a "
+                f"new run without --resume (if it is dead, this is detected within {STALE:.0f} s)"
             )
         succession = _beside(path, found.token)
         _take(succession, own, me)

@@ -35,7 +35,7 @@ class Milestones:
         if run.asked_to_stop():
             phase.step.wish = Ask.INTERRUPT
         if run.out.due():
-            self._tell_progress(outcome.loss)
+            self._show_progress(outcome.loss)
         return self._heed(outcome.ask, outcome.why, outcome.held) if outcome.ask else False
 
     def pay(self) -> bool:
@@ -70,7 +70,7 @@ class Milestones:
         before, self._version = self._version, outcome.version
         return max(1, outcome.version - before)
 
-    def _tell_progress(self, loss: float) -> None:
+    def _show_progress(self, loss: float) -> None:
         run, totals, seconds = self._run, self._run.totals, self._clock.seconds
         rate = self._summary.samples / seconds if seconds > 0 else 0.0
         share, epoch = 100 * totals.cursor / run.prepared.total, totals.cursor / run.prepared.epoch

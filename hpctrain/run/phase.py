@@ -25,6 +25,6 @@ def updating(optimizer: OptimizerChoice, layout: Layout, **keys: Any) -> Updatin
 
 def split_by_role(comm: Communicator, roles: Roles) -> tuple[Communicator, Communicator | None]:
     """A phase's own communicators: all ranks, and the workers (None on a dedicated server). Collective."""
-    everybody = comm.split(0, comm.rank)
-    assert everybody is not None
-    return everybody, everybody.split(0 if comm.rank in roles.workers else None, comm.rank)
+    everyone = comm.split(0, comm.rank)
+    assert everyone is not None
+    return everyone, everyone.split(0 if comm.rank in roles.workers else None, comm.rank)

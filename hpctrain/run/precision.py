@@ -37,14 +37,14 @@ def _check(model: nn.Module) -> None:
     for what, name, tensor in _named(model):
         kind = str(tensor.dtype).removeprefix("torch.")
         if tensor.is_quantized:
-            raise ModelError(f"{what} {name} is quantised ({kind}), which cannot be trained with; dequantize() it")
+            raise ModelError(f"{what} {name} is quantised ({kind}), which cannot be trained; dequantize() it")
         if tensor.requires_grad and tensor.is_complex():
             raise ModelError(
-                f"{what} {name} is {kind}, but gradients lie in an arena of real numbers; store it as pairs of real "
+                f"{what} {name} is {kind}, but the gradient arena holds real numbers; store it as pairs of real "
                 "numbers (torch.view_as_real) and use torch.view_as_complex in forward"
             )
         if tensor.requires_grad and tensor.layout is not torch.strided:
-            raise ModelError(f"{what} {name} is sparse, but gradients lie in a dense arena; make it dense")
+            raise ModelError(f"{what} {name} is sparse, but the gradient arena is dense; make it dense")
         if name in saved and tensor.layout is not torch.strided:
             raise ModelError(
                 f"{what} {name} is sparse, which model.safetensors cannot hold; make it dense, or keep it out of the "

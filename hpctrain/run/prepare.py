@@ -101,7 +101,7 @@ class Prepared(Measurable):
             if rule is not None and (why := rule.too_short()) is not None:
                 yield (
                     f"{self.job.key(index, 'until')} cannot end phase {index} in this run, so "
-                    f"{phase.strategy.name} trains to the run's end: {why}"
+                    f"{phase.strategy.name} trains until the run ends: {why}"
                 )
 
     def clock(self, phase: int) -> RunClock:
@@ -194,8 +194,8 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     epoch = order.length
     if epoch is None and job.train.steps is None:
         raise DataError(
-            f"data.name = {job.data.name!r} is a stream that does not tell its length, so train.epochs cannot be "
-            "counted; give train.steps, or let the data set define __len__"
+            f"data.name = {job.data.name!r} is a stream of unknown length, so train.epochs cannot be counted; "
+            "set train.steps, or define __len__ in the data set"
         )
     total = run_total(job.train, epoch or 2**62, batch * len(roles[0].workers))
     schedule = job.optimizer.schedule
@@ -221,23 +221,23 @@ def _check_strategies(job: Job, optimizer: OptimizerChoice) -> None:
         needs = spec.resolve()(spec.options).needs
         if job.train.sync_batchnorm and not needs.lockstep:
             raise ModelError(
-                f"train.sync_batchnorm = true: under strategy {spec.name} workers do not take their steps together, "
-                "so they have no batch in common; leave the key out"
+                f"train.sync_batchnorm = true: under strategy {spec.name} workers do not step together, "
+                "so they share no batch; leave the key out"
             )
 
 
 def _check_schedule(prepared: Prepared) -> None:
-    """Refuse rules that could never end their phase, and data that cannot be dealt out."""
+    """Refuse rules that could never end their phase, and data that cannot be divided among workers."""
     job, schedule = prepared.job, prepared.job.schedule
     queued = any(prepared.strategy(index).needs.queue for index in range(len(schedule)))
     if job.data.queue == "shared" and not queued:
         raise JobError(
-            'data.queue = "shared": all phases are synchronous, and deal out rounds by rank; use "auto" or "static"'
+            'data.queue = "shared": all phases are synchronous and divide rounds by rank; use "auto" or "static"'
         )
     if prepared.order.length is None and queued:
         raise DataError(
-            f"data.name = {job.data.name!r} is a stream that does not tell its length, so it cannot be dealt out to "
-            "workers that do not step together; let it define __len__, or use synchronous strategies"
+            f"data.name = {job.data.name!r} is a stream of unknown length, so it cannot be divided among workers "
+            "that do not step together; define its __len__, or use synchronous strategies"
         )
     for index in range(len(schedule)):
         rule = prepared.rule(index, 0)
@@ -274,7 +274,7 @@ def _model(job: Job, device: torch.device) -> nn.Module:
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
         raise ModelError(
             f"model.name = {job.model.name!r} has lazy parameters whose shapes are not known yet; "
-            "give the layers their sizes"
+            "specify the layers' sizes"
         )
     check_model(f"model.name = {job.model.name!r}", model)
     return bring(model, device, DTYPES.get(job.train.precision, torch.float32)).train()

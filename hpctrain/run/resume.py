@@ -17,26 +17,26 @@ MOST_SHOWN = 6  # maximum number of changes listed in one sentence
 # Keys that do not affect a run's numbers. They may differ between a run and its continuation, and do not distinguish
 # two runs. A key stands for all keys below it.
 FREE = {
-    "output": "where new run folders are made",
-    "ranks": "the checkpoint itself knows on how many ranks the run was",
+    "output": "where new run folders are created",
+    "ranks": "the checkpoint records how many ranks the run used",
     "data.prefetch": "how far ahead samples are fetched",
     "data.threads": "how many threads fetch them",
     "train.checkpoint_every": "how often a checkpoint is saved",
     "train.keep_checkpoints": "how many are kept",
-    "trace": "what is written down about the run",
+    "trace": "what is recorded about the run",
     "communicator.wait": "how ranks wait",
-    "communicator.cuda_aware": "which way buffers take",
+    "communicator.cuda_aware": "how buffers reach MPI",
     "debug": "for tests and studies",
 }
 # Keys that a run keeps from beginning to end, and why. (Its strategies, and the parameters' shapes and precision, are
 # in the checkpoint, which is also compared.)
 FIXED = {
-    "seed": "the order of its samples is drawn from it",
-    "data.name": "its place is counted in that data set's samples",
-    "data.validation": "the samples that were held back would be others",
-    "data.last": "its epochs are that long",
-    "data.shuffle": "the order of its samples depends on it",
-    "metric": "metrics.csv and the best value so far are of that metric",
+    "seed": "it determines the order of the samples",
+    "data.name": "its position is counted in that data set's samples",
+    "data.validation": "other samples would be held out",
+    "data.last": "it determines how long an epoch is",
+    "data.shuffle": "the order of the samples depends on it",
+    "metric": "metrics.csv and the best value so far are for that metric",
 }
 
 
@@ -63,8 +63,8 @@ class Resume:
             raise JobError(f'Resume: optimizer = {value_text(self.optimizer)}: must be "keep" or "reset"')
         if self.latest and (self.changes, self.optimizer) != ("refuse", "keep"):
             raise JobError(
-                'resuming "latest" goes on with a run as it is, each time anew; name the run folder to change its '
-                "keys or reset its optimizer"
+                'resuming "latest" continues a run unchanged, every time; name the run folder to change its keys '
+                "or reset its optimizer"
             )
 
     @property

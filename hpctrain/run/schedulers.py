@@ -51,7 +51,7 @@ def stepped_course(
     if unit is None:
         unit = "steps" if job.train.steps is not None or isinstance(factors.scheduler, BY_BATCH) else "epochs"
     if unit == "epochs" and not counts_epochs:
-        raise JobError('optimizer.schedule.unit = "epochs": the data set does not tell its length; use "steps"')
+        raise JobError('optimizer.schedule.unit = "epochs": the length of the data set is unknown; use "steps"')
     course = SteppedCourse(factors, clock, unit == "epochs", warmup)
     factors.check(course.steps(max(0, clock.total - 1)), unit)
     return course
@@ -68,7 +68,7 @@ class Factors:
         self._group = self._optimizer.param_groups[0]
         self._rate, self._momentum = float(self._group["lr"]), momentum_of(self._group)
         self._fixed = {key: value for key, value in self._group.items() if key not in ("params", *STEERED)}
-        self.scheduler = _tried("cannot be made", lambda: make(self._optimizer))
+        self.scheduler = _tried("cannot be created", lambda: make(self._optimizer))
         if isinstance(self.scheduler, ReduceLROnPlateau):
             raise JobError(_PLATEAU)
         self._optimizer.step()  # otherwise torch warns that step() was not called
@@ -93,12 +93,12 @@ class Factors:
         name = type(self.scheduler).__name__
         if not 0 <= rate < float("inf"):
             raise JobError(
-                f"optimizer.schedule: {name} gives the learning rate {float(self._group['lr']):g} at its step "
+                f"optimizer.schedule: {name} sets the learning rate to {float(self._group['lr']):g} at its step "
                 f"{len(self._rates)}; expected a number >= 0"
             )
         if momentum != self._momentum and self._momentum == 0:
             raise JobError(
-                f"optimizer.schedule: {name} sets a momentum of {momentum:g}, and the optimizer has none; set "
+                f"optimizer.schedule: {name} sets a momentum of {momentum:g}, but the optimizer has none; set "
                 f"optimizer.momentum = {momentum:g}, or cycle_momentum = false in [optimizer.schedule]"
             )
         changed = [key for key, value in self._fixed.items() if self._group[key] != value]
@@ -129,8 +129,8 @@ def _maker(job: Job, optimizer: OptimizerChoice) -> Maker | None:
     named = spec.resolve()
     if isinstance(named, LRScheduler):
         raise JobError(
-            f'optimizer.schedule = "{spec.name}" is a scheduler made already; name its class, its arguments beside it, '
-            "or a function of the optimizer that makes it"
+            f'optimizer.schedule = "{spec.name}" is a scheduler object; name its class, with its arguments as keys, '
+            "or a function of the optimizer that creates it"
         )
     if isinstance(named, type) and issubclass(named, ReduceLROnPlateau):
         raise JobError(_PLATEAU)

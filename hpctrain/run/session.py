@@ -92,7 +92,7 @@ class Session:
         """The result of the run, once the session has ended."""
         if self._result is None:
             where = f" (left at sample {self.totals.cursor:,})" if self.totals.left else ""
-            raise HpctrainError(f"the session has no result: its batches() were not run to the end{where}")
+            raise HpctrainError(f"the session has no result: its batches() was not run to the end{where}")
         return self._result
 
     def step(self, loss: Tensor | tuple[Tensor, Any]) -> None:
@@ -108,7 +108,7 @@ class Session:
     def batches(self) -> Iterator[Batch]:
         """This rank's batches, phase after phase, while it is a worker; serves in between. Collective."""
         if self._begun:
-            raise HpctrainError("batches() was called twice; a session is one run: open another one")
+            raise HpctrainError("batches() was called twice; a session is one run; open another")
         self._begun = True
         leaving.agree_to_begin(self.comm, None)
         yield from self._course()
@@ -131,7 +131,7 @@ class Session:
             work.end()
         yield from work.batches()
         if self._over:  # the loop was left, but another batch was requested
-            raise HpctrainError("batches() was asked for a batch after its session had ended")
+            raise HpctrainError("a batch was requested after the session had ended")
         self._leave(work)
 
     def _leave(self, work: Work) -> None:
@@ -151,10 +151,10 @@ class Session:
         """Whether another phase follows. Collective over all ranks; rank 0, always a worker, decides."""
         self._phase_over, totals = False, self.totals
         account = totals.plain(newest=1) if self.comm.rank == 0 else None
-        told = self.comm.gather_json([totals.step, totals.interrupted, totals.left, account])
-        _, totals.interrupted, totals.left, account = told[0]
+        rows = self.comm.gather_json([totals.step, totals.interrupted, totals.left, account])
+        _, totals.interrupted, totals.left, account = rows[0]
         totals.take(account)
-        totals.step = max(row[0] for row in told)  # if workers do not step together, some took more steps
+        totals.step = max(row[0] for row in rows)  # if workers do not step together, some took more steps
         if totals.left or totals.interrupted or totals.ending is not Ending.PHASE:
             return False
         if phase.index + 1 >= len(self.job.schedule):
@@ -191,7 +191,8 @@ class Session:
             self._over = True
             if self.comm.size > 1:  # within a collective operation, ranks cannot leave together
                 where = (
-                    f"in step {self.totals.step}, where the others wait for it; leave it between steps, on all ranks"
+                    f"in step {self.totals.step}, where the others wait for it; leave the loop between steps, "
+                    "on all ranks"
                 )
                 raise leaving.left_alone([self.comm.rank], leaving.words(error), where, leaving.status_of(error))
             return
@@ -209,4 +210,4 @@ class Session:
         ended = finish.end(self.run, phase, self._entrance)
         self._over = True
         self._result = ended.result
-        finish.tell(self.run, ended)
+        finish.announce(self.run, ended)

@@ -118,7 +118,7 @@ class Trainer:
             self._inspect(0, phase.replica.layout.length)
         if self.samples and not self._looked:
             self._looked = True
-            self._tell_unused()
+            self._warn_unused()
         phase.step.number, phase.step.weight = self.steps, self._weight
         outcome = self.strategy.step(self.samples, loss)
         self.steps += 1
@@ -205,15 +205,15 @@ class Trainer:
         if not self.phase.step.bad and not is_finite(part):
             self.phase.step.bad = self.phase.replica.layout.first_not_finite(part, low)
 
-    def _tell_unused(self) -> None:
+    def _warn_unused(self) -> None:
         """Warn once per phase about parameters that are not updated because no loss depends on them."""
         replica = self.phase.replica
         used = replica.used()
         if used is not None:
             names = [slot.name for slot, has in zip(replica.layout.slots, used.tolist(), strict=True) if not has]
             self.warn(
-                f"{some_of(names)} took no part in the loss of the first step; what gets no gradient is not updated, "
-                "nor does it decay"
+                f"{some_of(names)} did not contribute to the loss of the first step; without a gradient there is no "
+                "update and no weight decay"
             )
 
     def _find_foreign(self, loss: Tensor) -> None:
@@ -222,7 +222,7 @@ class Trainer:
         if shapes:
             self.warn(
                 f"the loss depends on {some_of([f'of shape {shape}' for shape in shapes])} of no module in the model; "
-                "hpctrain does not train what the model does not contain"
+                "hpctrain trains only the model's own parameters"
             )
 
 

@@ -105,7 +105,7 @@ def open_file(path: Path, rank: int, attempt: int) -> TraceFile:
     try:
         return _open_file(path, rank, attempt)
     except UNREADABLE as error:
-        raise UnreadableTrace(path, rank, f"cannot be read: it is damaged or cut ({why(error)})") from None
+        raise UnreadableTrace(path, rank, f"cannot be read: it is damaged or truncated ({why(error)})") from None
 
 
 def _open_file(path: Path, rank: int, attempt: int) -> TraceFile:
@@ -113,7 +113,7 @@ def _open_file(path: Path, rank: int, attempt: int) -> TraceFile:
         attributes, faults = _attributes(h5)
         version = attributes.get("schema_version")
         if version is None:
-            raise UnreadableTrace(path, rank, "has no schema version: it is no trace")
+            raise UnreadableTrace(path, rank, "has no schema version, so it is not a trace")
         if version != SCHEMA_VERSION and version not in OLDER_VERSIONS:
             advice = f"this hpctrain reads version {SCHEMA_VERSION}; read it with the hpctrain that wrote it"
             raise UnreadableTrace(path, rank, f"has schema version {version}: {advice}")
@@ -150,12 +150,12 @@ def _layout_fault(h5: Any, name: str, dtype: np.dtype[Any]) -> str | None:
 
     link = h5.get(name, getlink=True)
     if link is not None and not isinstance(link, h5py.HardLink):
-        return "leads into another place"
+        return "links to data elsewhere"
     table = h5[name]
     if not isinstance(table, h5py.Dataset) or table.ndim != 1 or table.dtype != dtype:
-        return "does not have the columns of its schema"
+        return "lacks the columns of its schema"
     if table.chunks is None or not 1 <= table.chunks[0] <= LONGEST_CHUNK or table.id.get_create_plist().get_nfilters():
-        return "is not laid out as traces are"
+        return "has a storage layout that traces do not use"
     return None
 
 

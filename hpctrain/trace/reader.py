@@ -86,14 +86,14 @@ class Run:
                 faults.setdefault((attempt, error.reason), {})[rank] = error
         for file in strays(files):
             files.remove(file)
-            stray = UnreadableTrace(file.path, file.rank, "was made years from the others: its clocks are damaged")
+            stray = UnreadableTrace(file.path, file.rank, "is dated years from the others: its clocks are damaged")
             faults.setdefault((file.attempt, stray.reason), {})[file.rank] = stray
-        told = [_tell_fault(attempt, reason, errors) for (attempt, reason), errors in faults.items()]
+        texts = [_fault_text(attempt, reason, errors) for (attempt, reason), errors in faults.items()]
         if not files:
-            if told:
-                raise TraceError(f"{self.folder}: none of its traces can be read: {'; '.join(told[:3])}")
+            if texts:
+                raise TraceError(f"{self.folder}: none of its traces can be read: {'; '.join(texts[:3])}")
             raise TraceError(f"{self.folder}: this run has no traces (was it started with trace.enabled = false?)")
-        self.notes += map(escaped, told)
+        self.notes += map(escaped, texts)
         return files
 
     def _by_attempt(self) -> dict[int, list[TraceFile]]:
@@ -119,7 +119,7 @@ class Run:
         for file in self._files:
             if file.faults:
                 names = ", ".join(file.faults[:8])
-                self._note(f"rank {file.rank}: trace/{file.path.name} is damaged: its {names} cannot be")
+                self._note(f"rank {file.rank}: trace/{file.path.name} is damaged: invalid {names}")
             for name, claimed in file.claimed.items():
                 if claimed < 0:
                     self._note(f"rank {file.rank}: /{name} of trace/{file.path.name} cannot be read")
@@ -133,7 +133,7 @@ class Run:
 
     def _note_lost(self, file: TraceFile, table: str, lost: int, whole: int) -> None:
         where = f"rows of /{table} of trace/{file.path.name}"
-        text = f"rank {file.rank}: {lost} of {whole} {where} cannot be read: the file is damaged or cut"
+        text = f"rank {file.rank}: {lost} of {whole} {where} cannot be read: the file is damaged or truncated"
         known = next((i for i, note in enumerate(self.notes) if f" {where} " in note), None)
         if known is None:
             self._note(text)
@@ -169,7 +169,8 @@ class Run:
             if file.rank == rank and attempt in (None, file.attempt):
                 return dict(file.attributes)
         which = f" in attempt {attempt}" if attempt is not None else ""
-        raise TraceError(f"{self.folder}: there is no readable trace of rank {rank}{which}; there are {self.ranks}")
+        known = name_ranks(self.ranks)
+        raise TraceError(f"{self.folder}: no readable trace of rank {rank}{which}; choose from {known}")
 
     @cached_property
     def start_ns(self) -> int:
@@ -212,7 +213,7 @@ class Run:
         absent = sorted(wanted - set(self.ranks))
         if absent:
             known = name_ranks(self.ranks)
-            raise TraceError(f"{self.folder}: no readable trace of {name_ranks(absent)}; there are {known}")
+            raise TraceError(f"{self.folder}: no readable trace of {name_ranks(absent)}; choose from {known}")
         return [file for file in self._files if file.rank in wanted]
 
     def _blocks(
@@ -371,12 +372,12 @@ class Run:
 def run_folder(path: Path) -> Path:
     """The run folder that `path` names or lies in. Raises TraceError."""
     if not path.exists():
-        raise TraceError(f"{path}: there is no such run folder")
+        raise TraceError(f"{path}: no such run folder")
     folder = path if path.is_dir() else path.parent
     if folder.name == "trace" and not (folder / "trace").exists():
         folder = folder.parent
     if not (folder / "trace").is_dir() and not (folder / JOB).exists():
-        raise TraceError(f"{path}: this is no run folder (it has neither trace/ nor job.toml); give a folder runs/...")
+        raise TraceError(f"{path}: not a run folder (it has neither trace/ nor job.toml); give a folder runs/...")
     return folder
 
 
@@ -387,7 +388,7 @@ def size_of(files: Sequence[TraceFile]) -> int:
     return max([int(size), *(file.rank + 1 for file in files)])
 
 
-def _tell_fault(attempt: int, reason: str, errors: Mapping[int, UnreadableTrace]) -> str:
+def _fault_text(attempt: int, reason: str, errors: Mapping[int, UnreadableTrace]) -> str:
     """Describe a fault that the files of one or more ranks share."""
     if len(errors) == 1:
         return str(*errors.values())

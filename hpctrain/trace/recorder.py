@@ -164,7 +164,7 @@ class Recorder:
     def close(self, now_ns: int) -> None:
         """End the innermost open span; the enclosing span continues from here."""
         if not self.stack:
-            raise RuntimeError(f"lane {self.number}: a span is closed that was never opened")
+            raise RuntimeError(f"lane {self.number}: closed a span that was never opened")
         self.stack[-1].__exit__(None, None, None, now_ns)
 
     def learn(self, bytes: int, peer: int, id: int) -> None:

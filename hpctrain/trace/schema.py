@@ -64,7 +64,7 @@ class _Codes(dict[Any, int]):
 
     def __missing__(self, key: Any) -> int:
         names = ", ".join(name for name in self if isinstance(name, str))
-        raise ValueError(f"{key!r} is no {self._what}; there are {names}")
+        raise ValueError(f"{key!r} is not a known {self._what}; choose from {names}")
 
 
 KIND_CODES = _Codes("span kind", Kind)

@@ -28,8 +28,8 @@ Rows = np.ndarray[Any, Any]
 
 # Older versions that can be read, with what they lack.
 OLDER_VERSIONS = {
-    1: "messages and barriers that nobody waited for are not in it, nor are items and operations of spans",
-    2: "items and operations of spans are not in it",
+    1: "messages and barriers that no rank waited for are not recorded, nor are items and operations of spans",
+    2: "items and operations of spans are not recorded",
 }
 SAID = {1: OLDER_VERSIONS[1]}  # what a reader of the figures must know
 

@@ -74,7 +74,7 @@ class TraceWriter:
         import h5py
 
         if self.path.exists():
-            raise TraceError(f"{self.path}: this trace exists already; a resumed run must write the next attempt")
+            raise TraceError(f"{self.path}: this trace already exists; a resumed run must write the next attempt")
         unfinished = self.path.with_name(self.path.name + ".part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class TraceWriter:
                 unfinished.unlink()
             raise TraceError(
                 f"{self.path}: the trace cannot be written here ({_reason(error)}); "
-                "make room or choose another place (output = ...), or set trace.enabled = false"
+                "free space, choose another place (output = ...), or set trace.enabled = false"
             ) from None
 
     def maybe_flush(self, now_ns: int) -> bool:
@@ -148,7 +148,7 @@ class TraceWriter:
         if self.stopped is None:
             self.stopped = f"rank {self._rank}: the trace {self.path} ends here ({_reason(error)})"
             with contextlib.suppress(OSError):
-                text = f"{self.stopped}; the run goes on, and what this rank does from now on is missing from its trace"
+                text = f"{self.stopped}; the run continues, but what this rank does from now on is not traced"
                 print(f"hpctrain: warning: {text}", file=sys.stderr, flush=True)
         self._abandon()
 

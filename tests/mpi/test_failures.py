@@ -326,7 +326,7 @@ def test_leaving_the_loop_on_all_ranks_and_on_one(mpi: launcher.Mpi, tmp_path: P
         f"after-{number}-{rank}" for number in range(3) for rank in range(3)
     ]
     assert ended.out.count("left at sample ") == 3, ended.out
-    assert ended.err.count("rank 1 left the training loop at step 5 while others go on") == 1, ended.err
+    assert ended.err.count("rank 1 left the training loop at step 5 while others continue") == 1, ended.err
     assert "(sys.exit(9))" in ended.err
     assert "Traceback" not in ended.err
     for folder in runs[:3]:

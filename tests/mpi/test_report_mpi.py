@@ -48,7 +48,7 @@ def test_straggler_is_the_headline(mpi: launcher.Mpi, tmp_path: Path, name: str)
         assert re.match(rf"\d+% of worker time is waiting for rank {SLOW}, whose", analysis.headline)
     else:
         assert f"ank {SLOW}" in analysis.headline
-        late, others = re.search(r"([\d.]+) versions late \(the others' ([\d.]+)\)", analysis.headline).groups()  # type: ignore
+        late, others = re.search(r"([\d.]+) versions late \(the other workers': ([\d.]+)\)", analysis.headline).groups()  # type: ignore
         assert float(late) > float(others)
 
 

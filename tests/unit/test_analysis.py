@@ -316,7 +316,7 @@ def test_waits_for_a_checkpoint_are_labelled_checkpoint(tmp_path: Path) -> None:
             run[rank].done(9.0, 0)
     analysis = Analysis(open_run(tmp_path))
     assert analysis.waits[["rank", "root", "doing"]].to_numpy().tolist() == [[1, 0, "checkpoint"]]
-    assert analysis.headline.endswith("is waiting for rank 0, which is mostly writing a checkpoint then.")
+    assert analysis.headline.endswith("is waiting for rank 0, which meanwhile is mostly writing a checkpoint.")
 
 
 def test_blocking_collective_cut_by_its_messages_has_no_overlap(tmp_path: Path) -> None:

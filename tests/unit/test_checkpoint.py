@@ -125,7 +125,7 @@ def test_foreign_safetensors_files_are_refused(tmp_path: Path, header: dict[str,
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model.safetensors is truncated or no safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors is truncated or not a safetensors file"):
         load_model(path)
 
 

@@ -108,7 +108,7 @@ def test_slurm_job_has_its_own_runs(folder: Path):
     assert resumed(job(), slurm(21, restarts=1)) == theirs
     assert resumed(job()) == outside
     said = resumed(job(), slurm(22))
-    assert f"this is a new run; {theirs}, unfinished and of an equal job, was begun in Slurm job 21" in str(said)
+    assert f"this is a new run; {theirs}, an unfinished run of an equal job, was started in Slurm job 21" in str(said)
     assert f"hpctrain train --resume {theirs}" in str(said)
 
 
@@ -124,7 +124,7 @@ def test_job_file_edited_before_the_requeue_is_refused_by_key(folder: Path):
         resumed(job("seed=4"), slurm(20, restarts=1))
     assert (
         f"{mine} is a run of another job: optimizer.lr is 0.05 there and 0.3 in this job, train.batch_size is 8 there "
-        'and 16 in this job, train.nan is "stop" there and "skip" in this job; begin a new run' in str(caught.value)
+        'and 16 in this job, train.nan is "stop" there and "skip" in this job; start a new run' in str(caught.value)
     )
     assert "\n" not in str(caught.value)
 
@@ -174,7 +174,7 @@ def test_failed_folder_creation_leaves_nothing(folder: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Identity, "write", full)
-    with pytest.raises(JobError, match=r"cannot be made \(No space left on device\)"):
+    with pytest.raises(JobError, match=r"cannot be created \(No space left on device\)"):
         new_run(job())
     assert list((folder / "runs").iterdir()) == []
 
@@ -209,7 +209,7 @@ def test_differing_job_is_refused_unless_changes_are_taken(folder: Path):
     said = claim.record(other, take, 96)
     claim.release()
     assert said[0].startswith("changed from here on: optimizer.lr = 0.3 (was 0.05), trace.report = true (was false), ")
-    assert said[1] == "the optimizer begins anew"
+    assert said[1] == "the optimizer starts afresh"
     assert Job.load(mine / JOB) == other
     assert (mine / JOB).read_text().startswith(f"# digits with seed=4\n# changed since, see {HISTORY}\n")
     rows = [json.loads(line) for line in (mine / HISTORY).read_text().splitlines()]
@@ -227,7 +227,7 @@ def test_differing_job_is_refused_unless_changes_are_taken(folder: Path):
 )
 def test_changes_of_fixed_keys_are_refused_by_name(folder: Path, change: str):
     mine = interrupted(job())
-    with pytest.raises(CheckpointError, match=rf"^{change.split('=')[0]} = .* begin a new run for that") as caught:
+    with pytest.raises(CheckpointError, match=rf"^{change.split('=')[0]} = .* start a new run to change it") as caught:
         resumed(job(change), resume=Resume(mine, changes="take"))
     assert "\n" not in str(caught.value)
 

@@ -225,7 +225,7 @@ def test_default_targets_are_the_best_values_of_the_worst_run(tmp_path):
     targets = choose_targets({"A": good, "B": bad})
     assert targets.loss == pytest.approx(2.5)
     assert targets.metric == 0.6
-    assert "2.5 (what B reached at best, the worst of the runs)" in targets.notes[0]
+    assert "2.5 (the best of B, the worst run)" in targets.notes[0]
     frame = comparison_frame({"A": good, "B": bad}, targets)
     assert frame["time_to_loss_s"].tolist() == pytest.approx([0.3, 0.3])
     assert frame["time_to_metric_s"].tolist() == pytest.approx([0.2, 0.2])
@@ -236,7 +236,7 @@ def test_requested_targets_need_not_be_reached_by_every_run(tmp_path, capsys):
     compare.main(runs, target_loss=1.5, csv=tmp_path / "c.csv")
     assert pd.read_csv(tmp_path / "c.csv")["time_to_loss_s"].tolist() == [pytest.approx(0.4), np.inf]
     told = capsys.readouterr().out
-    assert "Target loss 1.5 (as asked for)" in told
+    assert "Target loss 1.5 (as requested)" in told
     assert "never" in told
 
 
@@ -283,7 +283,7 @@ def test_baseline_comes_first_and_only_once(tmp_path, capsys):
 def test_unreadable_baseline_is_reported_and_the_rest_compared(tmp_path, capsys):
     compare.main([make(tmp_path / "a")], baseline=tmp_path / "none")
     told = " ".join(capsys.readouterr().out.split())
-    assert "there is no such run folder" in told
+    assert "no such run folder" in told
     assert "speed-up" not in told
 
 

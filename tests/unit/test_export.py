@@ -458,12 +458,12 @@ def test_timeline_too_large_for_a_browser_is_reported(exchange, monkeypatch):
 
 
 def test_unknown_format_is_refused(exchange):
-    with pytest.raises(HpctrainError, match="--format otf2: there is no such format; choose perfetto, csv, parquet"):
+    with pytest.raises(HpctrainError, match="--format otf2: no such format; choose perfetto, csv, parquet"):
         export_run(exchange, "otf2")
 
 
 def test_folder_that_is_not_a_run_is_refused(tmp_path):
-    with pytest.raises(HpctrainError, match="this is no run folder"):
+    with pytest.raises(HpctrainError, match="not a run folder"):
         export_run(tmp_path, "perfetto")
 
 

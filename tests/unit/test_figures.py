@@ -332,7 +332,7 @@ def test_script_draws_a_run_and_reports_a_wrong_folder(four, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert bad.returncode == 2
     assert len(bad.stderr.splitlines()) == 1
-    assert "this is no run folder" in bad.stderr
+    assert "not a run folder" in bad.stderr
 
 
 @pytest.mark.parametrize(

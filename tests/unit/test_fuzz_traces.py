@@ -365,8 +365,8 @@ def test_report_of_damaged_traces_notes_the_damage(originals, tmp_path):
         file.attrs["size"], file.attrs["role"] = 2**40, np.arange(3)
     _, headline = write_report(run)
     page = (run / "report.html").read_text()
-    assert "4 of 45 rows of /spans of trace/rank_00001.h5 cannot be read: the file is damaged or cut" in page
-    assert "trace/rank_00001.h5 is damaged: its size, role cannot be" in page.replace("role, size", "size, role")
+    assert "4 of 45 rows of /spans of trace/rank_00001.h5 cannot be read: the file is damaged or truncated" in page
+    assert "trace/rank_00001.h5 is damaged: invalid size, role" in page.replace("role, size", "size, role")
     assert "could not be" not in page and "worker time" in headline
 
 
@@ -394,7 +394,8 @@ def test_impossible_rows_are_left_out_with_a_note(originals, tmp_path, table, co
     whole, run = open_run(originals[0]), open_run(tmp_path / "run")
     there, left = (len(getattr(one, table)(1)) for one in (whole, run))
     assert left == there - 1
-    lost = f"rank 1: 1 of {there} rows of /{table} of trace/rank_00001.h5 cannot be read: the file is damaged or cut"
+    lost = f"rank 1: 1 of {there} rows of /{table} of trace/rank_00001.h5 cannot be read: "
+    lost += "the file is damaged or truncated"
     assert run.notes == [lost] and whole.notes == []
     if table in ("spans", "steps", "events"):
         shot = Watcher(tmp_path / "run").look()
@@ -428,7 +429,7 @@ def test_run_claiming_a_million_ranks_gets_no_matrix(originals, tmp_path):
         with pytest.raises(HpctrainError, match=r"a matrix of 1,000,000 ranks is too large"):
             make()
     assert "ranks 3-999999 of 1000000: no trace file" in format_totals(analysis.run)
-    assert Watcher(tmp_path / "run").look().notes == ("no trace file yet of ranks 3-999999",)
+    assert Watcher(tmp_path / "run").look().notes == ("no trace file yet from ranks 3-999999",)
 
 
 def test_too_small_epoch_gives_no_total():
@@ -444,7 +445,7 @@ def test_damaged_clock_measurement_shifts_no_time(originals, tmp_path):
     shutil.copytree(originals[0], tmp_path / "far")
     set_rows(trace_path(tmp_path / "far", 1), "clock", slice(None), offset_ns=2**62)
     assert open_run(tmp_path / "far").notes == [
-        "rank 1: trace/rank_00001.h5 was made years from the others: its clocks are damaged"
+        "rank 1: trace/rank_00001.h5 is dated years from the others: its clocks are damaged"
     ]
 
 
@@ -467,7 +468,7 @@ def test_nothing_outside_the_run_folder_is_read(originals, tmp_path):
                 file.create_virtual_dataset("spans", layout)
         opened = open_run(run)
         assert opened.ranks == [0, 2], name
-        wrong = "leads into another place" if number == 0 else "is not laid out as traces are"
+        wrong = "links to data elsewhere" if number == 0 else "has a storage layout that traces do not use"
         assert opened.notes == [f"rank 1: trace/rank_00001.h5 {wrong} in /spans"]
     for path in ("job.toml", "metrics.csv", "trace/rank_00001.h5"):
         (run / path).unlink()

@@ -115,7 +115,7 @@ def _trainer(job, out):
 def test_training_continues_when_output_fails(tmp_path, capsys):
     job = Job(model={"name": "mlp", "inputs": 64, "outputs": 10, "hidden": [8]}, output=str(tmp_path),
               train={"steps": 3, "batch_size": 16})  # fmt: skip
-    told = "hpctrain: standard output cannot be written ({}); the run goes on\n"
+    told = "hpctrain: standard output cannot be written ({}); the run continues\n"
     with open(FULL, "w") as full:
         for out, reason in ((full, "No space left on device"), (Closing(), "Broken pipe")):
             result = World(2).run(_trainer(job, out))[0]

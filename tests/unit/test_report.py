@@ -161,7 +161,7 @@ def test_broken_figure_does_not_break_the_page(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(figure, "draw", lambda analysis: 1 / 0)
     path, _ = write_report(train(tmp_path / "run", 2, 4))
     assert "efficiency: it could not be drawn (ZeroDivisionError" in section(path, "figures")
-    assert "Who waited for whom" in path.read_text()
+    assert "Which rank waited for which" in path.read_text()
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -208,7 +208,7 @@ def test_report_of_a_run_without_spans(tmp_path: Path) -> None:
         pass
     path, _ = write_report(tmp_path)
     assert "No spans were recorded" in section(path, "timeline-section")
-    assert "none was finished" in section(path, "facts")
+    assert "none finished" in section(path, "facts")
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -147,7 +147,7 @@ def test_batches_on_a_server_serves_and_yields_nothing(tmp_path: Path):
 def test_session_left_early_has_no_result(tmp_path: Path):
     job = helpers.make_job(tmp_path)
     _, running = World(2).run(lambda comm: own_loop(comm, job, steps=3))[0]
-    with pytest.raises(HpctrainError, match="were not run to the end"):
+    with pytest.raises(HpctrainError, match="was not run to the end"):
         _ = running.result
     assert not (running.folder / "model.safetensors").exists()
 
@@ -592,7 +592,7 @@ def _files(folder: Path) -> dict[Path, int]:
         (lambda f: f.unlink(), 2, [], "no checkpoint to resume from"),
         (lambda f: None, 2, ["model.name=tests.unit.test_run:other"], "another model"),
         (lambda f: None, 3, [], "was on 2 ranks and is resumed on 3"),
-        (lambda f: None, 2, ["strategy=parameter_server"], "another schedule"),
+        (lambda f: None, 2, ["strategy=parameter_server"], "for other phases"),
     ],
 )
 def test_checkpoint_that_does_not_fit_is_refused(

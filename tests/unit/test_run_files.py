@@ -145,7 +145,7 @@ def test_removed_run_folder_is_created_again(tmp_path: Path):
 
     out = io.StringIO()
     World(3).run(body)
-    assert out.getvalue().count("was removed while the run went on, and is made anew") == 1
+    assert out.getvalue().count("was removed during the run and has been recreated") == 1
     [folder] = [path for path in (tmp_path / "runs").iterdir() if path != whole.folder]
     assert (folder / JOB).read_text() == texts[0]
     assert rows(folder) == rows(whole.folder)

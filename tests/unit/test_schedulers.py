@@ -219,7 +219,7 @@ def test_momentum_schedule_for_an_optimizer_without_momentum() -> None:
 
 def test_epochs_of_a_stream_of_unknown_length() -> None:
     schedule = {"name": torchs.ExponentialLR, "gamma": 0.9}
-    with pytest.raises(JobError, match="does not tell its length"):
+    with pytest.raises(JobError, match="length of the data set is unknown"):
         course_of(schedule, counts_epochs=False)
     assert course_of({**schedule, "unit": "steps"}, counts_epochs=False) is not None
 

@@ -105,9 +105,9 @@ def test_frames_select_ranks_kinds_and_steps(tmp_path):
     assert run.events()["text"].tolist() == ["loss 0.1 <= 0.2"] * 3
     assert run.resources(2)[["cpu", "resident", "gpu"]].to_numpy().tolist() == [[50.0, 1000.0, -1.0]]
     assert run.metrics().empty
-    with pytest.raises(TraceError, match=r"no readable trace of rank 7; there are ranks 0-2"):
+    with pytest.raises(TraceError, match=r"no readable trace of rank 7; choose from ranks 0-2"):
         run.spans(7)
-    with pytest.raises(ValueError, match="'sending' is no span kind"):
+    with pytest.raises(ValueError, match="'sending' is not a known span kind"):
         run.spans(kind="sending")
 
 
@@ -190,7 +190,7 @@ def test_foreign_files_are_refused_by_name(tmp_path):
     with h5py.File(trace_path(tmp_path, 3), "r+") as file:
         file.attrs["schema_version"] = 99
     notes = open_run(tmp_path).notes
-    damaged = "ranks 1-2: each of their files in trace/ cannot be read: it is damaged or cut"
+    damaged = "ranks 1-2: each of their files in trace/ cannot be read: it is damaged or truncated"
     assert any(note.startswith(damaged) for note in notes)
     assert f"rank 3: trace/rank_00003.h5 has schema version 99: {ADVICE}" in notes
     os.remove(trace_path(tmp_path, 0))
@@ -221,7 +221,7 @@ def test_older_schema_versions_are_read_with_missing_columns_filled(tmp_path):
     run = open_run(tmp_path)
     assert run.ranks == [0, 1, 2] and set(run.spans()["rank"]) == {0, 1, 2}
     assert not run.spans()[["items", "flops"]].to_numpy().any() and set(run.steps()["phase"]) == {0}
-    lacks = "messages and barriers that nobody waited for are not in it, nor are items and operations of spans"
+    lacks = "messages and barriers that no rank waited for are not recorded, nor are items and operations of spans"
     assert run.notes == [f"ranks 0, 2: written in schema version 1: {lacks}"]
 
 
@@ -249,17 +249,17 @@ def test_hdf5_file_that_is_not_a_trace_is_refused(tmp_path):
     with h5py.File(trace_path(tmp_path, 1), "w", libver="latest") as file:
         file["something"] = [1, 2, 3]
     assert open_run(tmp_path).notes == [
-        "rank 1: trace/rank_00001.h5 has no schema version: it is no trace"
+        "rank 1: trace/rank_00001.h5 has no schema version, so it is not a trace"
     ]
 
 
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda folder: None, "is no run folder"),
+        (lambda folder: None, "not a run folder"),
         (lambda folder: folder.joinpath("job.toml").write_text(""), "has no traces"),
         (lambda folder: folder.joinpath("trace").mkdir(), "has no traces"),
-        (lambda folder: folder.rmdir(), "there is no such run folder"),
+        (lambda folder: folder.rmdir(), "no such run folder"),
     ],
 )
 def test_folder_without_traces_is_one_message(tmp_path, make, sentence):

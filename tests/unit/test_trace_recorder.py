@@ -114,9 +114,9 @@ def test_open_span_stays_open_when_drained():
 
 
 def test_unknown_kind_is_an_immediate_error():
-    with pytest.raises(ValueError, match="'sending' is no span kind; there are data, forward"):
+    with pytest.raises(ValueError, match="'sending' is not a known span kind; choose from data, forward"):
         Recorder().open("sending", 0)
-    with pytest.raises(ValueError, match="'lost' is no outcome"):
+    with pytest.raises(ValueError, match="'lost' is not a known outcome"):
         Recorder().step_done(0, 1.0, 1, 0.1, "lost")
     with pytest.raises(RuntimeError, match="never opened"):
         Recorder().close(1)

@@ -94,5 +94,5 @@ def test_loss_figure_is_drawn(tmp_path, suffix):
 def test_loss_figure_of_a_wrong_folder_is_one_message(tmp_path):
     done = subprocess.run([sys.executable, LOSS, tmp_path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "is no run folder" in done.stderr
+    assert "not a run folder" in done.stderr
     assert "Traceback" not in done.stderr

@@ -334,7 +334,7 @@ def test_no_time_left_is_shown_without_a_loadable_job(going):
     shot = run.watcher().look()
     assert (shot.total, shot.left, shot.share) == (None, None, None)
     assert "job.toml cannot be read" in shot.notes[0]
-    assert "of how many is not known" in drawn(shot)
+    assert "the total is unknown" in drawn(shot)
     assert shot.rate == pytest.approx(200.0)
 
 
@@ -383,7 +383,7 @@ def test_rank_with_a_late_file_is_noted_until_it_appears(going):
     run.steps(0, 5)
     run.show(0, 2)
     watcher = run.watcher()
-    assert watcher.look().notes == ("no trace file yet of rank 1",)
+    assert watcher.look().notes == ("no trace file yet from rank 1",)
     run.show(1)
     shot = watcher.look()
     assert shot.notes == () and [view.rank for view in shot.ranks] == [0, 1, 2]
@@ -482,7 +482,7 @@ def test_unreadable_run_is_an_error(going):
 
 
 def test_folder_that_is_not_a_run_is_an_error(tmp_path):
-    with pytest.raises(TraceError, match="this is no run folder"):
+    with pytest.raises(TraceError, match="not a run folder"):
         watch(tmp_path)
     with pytest.raises(TraceError, match="no such run folder"):
         watch(tmp_path / "absent")
@@ -520,7 +520,7 @@ def full(size, **changes):
         "epoch": 12.34, "epochs": 90.0, "cursor": 15_812_345, "total": 115_315_200, "left": 100_000.0,
         "may_stop_early": True, "rate": 79_000.0, "loss": 1.2345, "history": tuple(3.0 - 0.03 * i for i in range(60)),
         "ranks": tuple(views),
-        "notes": ("no trace file yet of ranks 64, 65, 66, 67, 68, 69, 70, 71, 72, 73, 74, 75, 76",),
+        "notes": ("no trace file yet from ranks 64, 65, 66, 67, 68, 69, 70, 71, 72, 73, 74, 75, 76",),
     }  # fmt: skip
     return Snapshot(**{**values, **changes})
 
@@ -643,4 +643,4 @@ def test_run_killed_long_ago_is_not_waited_for(going, capsys, monkeypatch):
 def test_many_notes_leave_room_for_the_ranks():
     text = drawn(full(4, notes=tuple(f"rank {rank}: damaged" for rank in range(30))))
     assert "rank 3: damaged" in text and "rank 4: damaged" not in text
-    assert "and 26 notes more" in text
+    assert "and 26 more notes" in text

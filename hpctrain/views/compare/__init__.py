@@ -109,7 +109,7 @@ def _remarks(runs: Mapping[str, RunSummary]) -> list[str]:
             why = "still running, interrupted or killed"
             remarks.append(f"{letter}: not finished ({why}), {run.samples:,} samples so far")
         if run.attempts > 1:
-            remarks.append(f"{letter}: {run.attempts} attempts, whose seconds are summed; those between do not count")
+            remarks.append(f"{letter}: {run.attempts} attempts; their seconds are summed, without the time between")
         remarks += [f"{letter}: {note}" for note in run.notes]
     return remarks
 
@@ -119,6 +119,6 @@ def _write_csv(frame: pd.DataFrame, path: Path) -> None:
         frame.to_csv(path, index=False)
     except OSError as error:
         raise HpctrainError(
-            f"{path}: the CSV file cannot be written ({error.strerror or error}); choose another with --csv"
+            f"{path}: the CSV file cannot be written ({error.strerror or error}); choose another file with --csv"
         ) from None
     print(f"wrote {shown_path(path)}")

@@ -16,14 +16,14 @@ SPELLED_OUT = 8  # number of keys shown with their values; of the rest only the 
 def job_notes(runs: Mapping[str, RunSummary]) -> list[str]:
     """A sentence for each job key that differs, with those of the model and the data first. `runs`: by letter."""
     jobs = {letter: run.job for letter, run in runs.items() if run.job}
-    notes = [f"{letter}: its job cannot be read, so it is not known what else differs" for letter in runs.keys() - jobs]
+    notes = [f"{letter}: its job cannot be read, so other differences are unknown" for letter in runs.keys() - jobs]
     keys = differing_keys(jobs.values())
     tasks = sorted({table for key in keys if (table := _table(key)) in TASK}, key=TASK.index)
     if tasks:
         notes.append(f"the runs differ in {' and '.join(tasks)}: losses and metrics may not be comparable")
     notes += [f"job key {key} differs: {_values(jobs, key)}" for key in keys[:SPELLED_OUT]]
     if len(keys) > SPELLED_OUT:
-        notes.append(f"further job keys that differ: {', '.join(keys[SPELLED_OUT:])}")
+        notes.append(f"other job keys that differ: {', '.join(keys[SPELLED_OUT:])}")
     return notes
 
 

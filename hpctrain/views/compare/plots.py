@@ -129,7 +129,7 @@ def draw_scaling(frame: pd.DataFrame) -> Figure:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
     many = "s" * (base > 1)
     head = literal(escaped(f"baseline: {baseline['name']}, {baseline['strategy']} on {base} rank{many}"))
-    figure.suptitle(f"{head}\nfilled: runs; open: means of a strategy's runs of one number of ranks", fontsize=9)
+    figure.suptitle(f"{head}\nfilled: runs; open: means of a strategy's runs on the same number of ranks", fontsize=9)
     return figure
 
 

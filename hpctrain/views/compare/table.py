@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 WIDTH, NARROWEST = 100, 8  # of the text, of a clipped column
 CLOCKS = (
-    "Times are seconds of training, without evaluation and checkpoints; in all: with them, without the "
-    "start of Python and MPI; cost: ranks x seconds in all."
+    "Times are seconds of training, without evaluation and checkpoints; in all: with them, but without "
+    "the start of Python and MPI; cost: ranks x seconds in all."
 )
 EFFICIENCY = (
     "Parallel efficiency (POP): useful computation of the workers / their time, over all phases. Bytes: sent by all "
-    "ranks, through shared memory too; a step is a round, or where workers do not step together, an update. "
-    "Staleness: in updates, of each gradient."
+    "ranks, including through shared memory; a step is a round or, where workers do not step together, an update. "
+    "Staleness: of each gradient, in updates."
 )
 SCALING = (
     "speed-up, its training seconds per sample / the run's; scaling efficiency, speed-up / ratio of ranks, servers "

@@ -32,18 +32,18 @@ def choose_targets(runs: Summaries, loss: float | None = None, metric: float | N
     return Targets(loss, metric, window, (*of_loss, *of_metric))
 
 
-def _target_loss(runs: Summaries, asked: float | None, window: float) -> tuple[list[str], float]:
+def _target_loss(runs: Summaries, requested: float | None, window: float) -> tuple[list[str], float]:
     best = {letter: float(run.mean_losses(window)["loss"].min()) for letter, run in runs.items()}
-    target, source = _choose(best, asked, max)
+    target, source = _choose(best, requested, max)
     if target != target:
         return ["No run has losses, so there is no time to a loss."], NAN
     return [
         f"Target loss {target:.4g} ({source}): training loss, mean over the last {max(1, round(window)):,} samples; "
-        "reached at the first step with at most that."
+        "reached at the first step where it is at most that."
     ], target
 
 
-def _target_metric(runs: Summaries, asked: float | None) -> tuple[list[str], float]:
+def _target_metric(runs: Summaries, requested: float | None) -> tuple[list[str], float]:
     kinds = {(run.metric, run.higher_is_better) for run in runs.values() if len(run.course)}
     if not kinds:
         return ["No run was evaluated while it trained, so there is no time to a metric."], NAN
@@ -51,24 +51,25 @@ def _target_metric(runs: Summaries, asked: float | None) -> tuple[list[str], flo
         names = " and ".join(sorted(name for name, _ in kinds))
         return [f"The runs have different metrics ({names}), so there is no time to a metric."], NAN
     (name, higher), splits = kinds.pop(), sorted({run.split for run in runs.values()} - {""})
-    target, source = _choose({letter: run.best_metric for letter, run in runs.items()}, asked, min if higher else max)
+    best, worst = {letter: run.best_metric for letter, run in runs.items()}, min if higher else max
+    target, source = _choose(best, requested, worst)
     notes = [
         f"Target {name} {target:.4g} ({source}): of the {' or '.join(splits)} samples; reached at the first evaluation "
-        f"with {'at least' if higher else 'at most'} that, not interpolated."
+        f"where it is {'at least' if higher else 'at most'} that, not interpolated."
     ]
     if len(splits) > 1:
         which = spread({letter: f"{run.split} samples" for letter, run in runs.items() if run.split})
-        notes.append(f"Times to {name} are not of the same data: {which}.")
+        notes.append(f"Times to {name} are measured on different data: {which}.")
     return notes, target
 
 
-def _choose(best: dict[str, float], asked: float | None, worst: Callable[..., float]) -> tuple[float, str]:
+def _choose(best: dict[str, float], requested: float | None, worst: Callable[..., float]) -> tuple[float, str]:
     """(target, text on where it comes from)."""
     known = {letter: value for letter, value in best.items() if value == value}
-    if asked is not None:
-        return (asked, "as asked for") if known else (NAN, "")
+    if requested is not None:
+        return (requested, "as requested") if known else (NAN, "")
     if not known:
         return NAN, ""
     target = worst(known.values())
     whose = next(letter for letter, value in known.items() if value == target)
-    return target, f"what {whose} reached at best{', the worst of the runs' * (len(known) > 1)}"
+    return target, f"the best of {whose}{', the worst run' * (len(known) > 1)}"

@@ -50,17 +50,17 @@ def export_run(
     from hpctrain.views.progress import Progress
 
     opened = open_run(run)
-    told, out = len(opened.notes), out or sys.stderr
+    written, out = len(opened.notes), out or sys.stderr
     for note in opened.notes:
         print(f"note: {note}", file=out)
     selection = select(opened, ranks, steps)
     path = Path(output) if output is not None else opened.folder / DEFAULT_OUTPUT[format]
     with Progress(out) as progress:
         write(opened, selection, path, progress)
-    for note in opened.notes[told:]:
+    for note in opened.notes[written:]:
         print(f"note: {note}", file=out)
     if path.is_file() and path.stat().st_size > LARGE_BYTES[".gz" if path.suffix == ".gz" else ""]:
-        print("note: a browser may not open that much; --ranks and --steps export a part of the run", file=out)
+        print("note: a browser may fail to open such a file; --ranks and --steps export a part of the run", file=out)
     return path
 
 
@@ -78,7 +78,7 @@ def _export(format: str) -> Export:
 
         find_pyarrow()  # fail before the run is read
         return export_parquet
-    raise HpctrainError(f"--format {format}: there is no such format; choose {', '.join(FORMATS)}")
+    raise HpctrainError(f"--format {format}: no such format; choose {', '.join(FORMATS)}")
 
 
 def parse_ranks(text: str) -> list[int]:
@@ -87,7 +87,7 @@ def parse_ranks(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
-            raise HpctrainError(f"--ranks {text}: {part.strip()!r} is no rank; write ranks such as 0,3 or 0-7")
+            raise HpctrainError(f"--ranks {text}: {part.strip()!r} is not a rank; write ranks such as 0,3 or 0-7")
         ranks.update(range(int(first), int(last or first) + 1))
     return sorted(ranks)
 

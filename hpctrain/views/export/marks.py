@@ -25,13 +25,13 @@ Series = tuple[str, str, list[float]]  # name, unit, values (NaN: unknown)
 
 def draw_events(layout: TrackLayout, selection: Selection) -> Iterator[str]:
     """Draw events of the whole run as a line across the timeline, others as a mark on their rank."""
-    told = set()
+    seen = set()
     for row in layout.events.to_dict("records"):
         rank, attempt, t_ns, kind, text = (row[name] for name in ("rank", "attempt", "t_ns", "kind", "text"))
-        if not _is_in(selection.window(attempt), t_ns) or (attempt, kind, text) in told:
+        if not _is_in(selection.window(attempt), t_ns) or (attempt, kind, text) in seen:
             continue
         if kind in SHARED_EVENTS:
-            told.add((attempt, kind, text))
+            seen.add((attempt, kind, text))
         args = {"kind": kind, "text": text, "rank": rank, "attempt": attempt}
         place = (
             (layout.run_pid, layout.run_tid, "g")

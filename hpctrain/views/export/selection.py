@@ -51,7 +51,7 @@ def select(run: Run, ranks: Iterable[int] | None, steps: range | None) -> Select
     absent = [rank for rank in wanted if rank not in run.ranks]
     if absent or not wanted:
         raise HpctrainError(
-            f"{run.folder}: there is no readable trace of rank {', '.join(map(str, absent)) or '(none given)'}; "
+            f"{run.folder}: no readable trace of rank {', '.join(map(str, absent)) or '(none given)'}; "
             f"choose from {name_ranks(run.ranks)}"
         )
     return Selection(wanted, steps, None if steps is None else _windows(run, steps))
@@ -77,6 +77,6 @@ def _windows(run: Run, steps: range) -> dict[int, Window]:
         known = windows.get(attempt, (after, until))
         windows[attempt] = min(known[0], after), max(known[1], until)
     if not windows:
-        there = f"there are steps {seen[0]} to {seen[1]}" if seen[1] >= 0 else "no step was traced"
+        there = f"the run has steps {seen[0]} to {seen[1]}" if seen[1] >= 0 else "no step was traced"
         raise HpctrainError(f"{run.folder}: no rank has any of the steps {steps.start} to {steps.stop - 1}; {there}")
     return windows

@@ -1,8 +1,9 @@
 """Bytes by sender and receiver, and the bandwidth achieved: python analysis/communication.py RUN -o communication.png
 
-Left, what each rank (rows) sent to each rank (columns); "all" is what it gave to collectives and to memory that the
-node's ranks share. Right, a point per pair: the mean size of its messages, and the bandwidth at which they arrived. The
-lines are what the links gave when they were measured as the run began: messages of that size, one at a time.
+Left, what each rank (rows) sent to each rank (columns); "all" is what it sent through collectives and through
+memory that the node's ranks share. Right, a point per pair: the mean size of its messages, and the bandwidth at which
+they arrived. The lines are the bandwidths of the links as measured when the run began: one message of that size at a
+time.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _draw_bandwidth(axes: Axes, pairs: pd.DataFrame, links: pd.DataFrame) -> Non
     low, high = np.log10(axes.get_ylim())
     axes.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))
     if links.empty:
-        axes.set_title("the links were not measured as the run began", fontsize=9)
+        axes.set_title("the links were not measured when the run began", fontsize=9)
     legend(axes)
     axes.grid(alpha=0.3)
 

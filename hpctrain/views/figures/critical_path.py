@@ -1,7 +1,7 @@
 """How often each rank was the last that a step waited for: python analysis/critical_path.py RUN -o critical_path.png
 
-Of the synchronous steps, the share in which a rank came last to the exchange, and so set the step's length. Equal ranks
-come last equally often: that is the dashed line. A rank far above it slows all others down.
+The share of synchronous steps in which a rank was the last to reach the exchange, and so set the step's length. Equal
+ranks are last equally often: the dashed line. A rank far above it slows all others down.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def draw(analysis: Analysis) -> Figure:
     """Bars per rank (%), in one group per phase."""
     path = analysis.critical_path
     if path.empty or path["rank"].nunique() < 2 or not path["steps"].sum():
-        raise NothingToShow("there are no synchronous steps of several workers, so no rank was the last of one")
+        raise NothingToShow("no synchronous step had several workers, so no rank arrived last")
     phases, fewer = shown_phases(analysis, path["phase"], MOST)
     ranks = sorted(path.loc[path["phase"].isin(phases), "rank"].unique())
     inches = float(np.clip(3 + 0.35 * len(ranks), 7, 14))

@@ -2,7 +2,7 @@
 
 Above, the factors of the POP model for each phase: parallel efficiency is load balance times communication efficiency;
 100 % is a phase in which all workers compute all the time. Below, the seconds of every rank by kind of span, over all
-phases; what is blue, green or yellow is computing.
+phases; blue, green and yellow are computation.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""How much communication hid behind computation: python analysis/overlap.py RUN -o overlap.png
+"""How much communication was hidden behind computation: python analysis/overlap.py RUN -o overlap.png
 
-A bar per rank: the time during which it had messages or collectives in flight. Green is the part of it that it computed
-meanwhile: communication that cost nothing. Red is the part in which it could only wait. The number is the green share.
+A bar per rank: the time during which it had messages or collectives in flight. Green is the part in which it was
+computing meanwhile: communication that cost nothing. Red is the part in which it could only wait. The number is the
+green share.
 """
 
 from __future__ import annotations

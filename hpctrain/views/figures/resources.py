@@ -1,7 +1,7 @@
 """CPU, memory, network and GPUs over time, by node: python analysis/resources.py RUN -o resources.png
 
 CPU and memory are those of the run's own processes, summed over a node's ranks; 100 % is one core. The network is the
-whole node's, without loopback, whoever used it. GPUs are those of the ranks, where the driver can be asked.
+whole node's, without loopback, for all processes. GPUs are those of the ranks, where the driver reports them.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def _save(draw: Callable[[Analysis], Figure], run: str, output: str) -> None:
     from hpctrain.trace import open_run
 
     if Path(output).suffix not in (".png", ".pdf", ".svg"):
-        raise HpctrainError(f"{output}: a figure is a .png, .pdf or .svg file; name it so")
+        raise HpctrainError(f"{output}: a figure must be a .png, .pdf or .svg file")
     try:
         figure = draw(Analysis(open_run(run)))
     except NothingToShow as error:

@@ -1,7 +1,7 @@
 """How stale gradients were: python analysis/staleness.py RUN -o staleness.png
 
 Staleness is the number of updates between reading the parameters and applying the gradient computed on them. Left, how
-often each happened; right, over time, running means by worker. A worker that computes slowly has the stalest gradients.
+often each value occurred; right, over time, running means by worker. A slow worker has the stalest gradients.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def rank_lines(axes: Axes, courses: Mapping[int, tuple[Any, Any]], extreme: str 
     for i, rank in enumerate(sorted(order[:shown])):
         axes.plot(*courses[rank], label=f"{what} {rank}", linewidth=1.3, **look(i))
     if shown < len(courses):
-        axes.plot([], [], color="#BBBBBB", linewidth=0.6, label=f"the {len(courses) - shown} others")
+        axes.plot([], [], color="#BBBBBB", linewidth=0.6, label=f"the other {len(courses) - shown}")
 
 
 def legend(axes: Axes, columns: int = 1) -> None:

@@ -1,7 +1,7 @@
 """What the rule that ends a phase computed: python analysis/switching.py RUN -o switching.png
 
-Above, the rule's statistic after every window of losses, with its threshold; hollow points are those at which it might
-not fire yet (its text says why). The star is where it fired. Below, the training loss that it saw.
+Above, the rule's statistic after every window of losses, with its threshold; hollow points are those where it could
+not fire yet (the event's text says why). The star is where it fired. Below, the training loss that it received.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Samples per second of every worker over time: python analysis/throughput.py RUN -o throughput.png
 
-Above, all workers together; below, each one. Means over equal stretches of the run; evaluations and checkpoints are in
-them, as dips. In asynchronous phases a slow worker is the low line, in synchronous ones all go at its pace.
+Above, all workers together; below, each one. Means over equal stretches of the run; evaluations and checkpoints
+show as dips. In asynchronous phases a slow worker is the low line; in synchronous ones all workers run at its pace.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What every rank did when, by kind of span: python analysis/timeline.py RUN -o timeline.png
+"""What each rank did and when, by kind of span: python analysis/timeline.py RUN -o timeline.png
 
 A row per rank, and one per colocated server's thread. Time is cut into 1,200 columns; where several kinds share a
 column their heights in the row are their shares of it. White is time that no span covers. Dashed lines are where
-phases begin, triangles are events; neither is drawn where there are very many.
+phases begin, triangles are events; neither is drawn if there are very many.
 """
 
 from __future__ import annotations

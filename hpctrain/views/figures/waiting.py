@@ -1,7 +1,7 @@
-"""Who waited for whom, and what that rank was doing: python analysis/waiting.py RUN -o waiting.png
+"""Which rank waited for which, and what that rank was doing: python analysis/waiting.py RUN -o waiting.png
 
 Left, the seconds that each rank (rows) waited for each rank (columns): for the one at the end of the chain, if that one
-was itself kept waiting. A dark column is a rank that holds up others. Right, what the ranks waited for did meanwhile.
+was waiting itself. A dark column is a rank that holds up others. Right, what the ranks that were waited for were doing.
 """
 
 from __future__ import annotations

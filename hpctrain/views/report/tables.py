@@ -76,9 +76,9 @@ def _work(run: Run) -> list[tuple[str, str]]:
     """Steps, samples and seconds, as far as known from /steps."""
     steps = run.steps()
     if not len(steps):
-        return [("steps", "none was finished")]
+        return [("steps", "none finished")]
     last, cursor = int(steps["step"].max()) + 1, int(steps["cursor"].max())
-    found = [("steps", f"{last:,} of each worker at most, {len(steps):,} in all")]
+    found = [("steps", f"at most {last:,} per worker, {len(steps):,} in total")]
     if cursor >= 0:
         found.append(("samples", f"{cursor:,}"))
     return [*found, ("time", f"{steps['t_s'].max():.1f} s from the first span to the end of the last step")]
@@ -155,7 +155,7 @@ def waiting(matrix: pd.DataFrame) -> PageTable | None:
         for rank, line in zip(matrix.index, values, strict=True)
     ]
     shades = [[0.0, *(line / values.max()), 0.0] for line in values]
-    heads = ["waiting ↓ for →", *(_rank(rank).removeprefix("rank ") for rank in matrix.columns), "in all"]
+    heads = ["waiting ↓ for →", *(_rank(rank).removeprefix("rank ") for rank in matrix.columns), "total"]
     return PageTable(heads, rows, shades)
 
 
@@ -171,7 +171,7 @@ def _largest(matrix: pd.DataFrame) -> PageTable:
 
 
 def _rank(rank: Any) -> str:
-    return f"rank {rank}" if int(rank) >= 0 else "not known"
+    return f"rank {rank}" if int(rank) >= 0 else "unknown"
 
 
 # -- results -------------------------------------------------------------------------------------------------------

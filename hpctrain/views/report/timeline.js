@@ -1,5 +1,5 @@
 // The timeline of the report: unpacks the spans, draws them into the image of a Bokeh plot whenever its range changes,
-// and tells what is under the pointer. Data: timeline.py and spans.py.
+// and shows what is under the pointer. Data: timeline.py and spans.py.
 "use strict"
 const hpctrainTimeline = (() => {
   const PHASES = 20, MARKS = 18, GAP = 1 // heights of the strips above the rows, and between rows, in CSS pixels
@@ -105,7 +105,7 @@ const hpctrainTimeline = (() => {
     return last - first
   }
 
-  // A line at the end of each span that is wide enough: spans of one kind in a row are told apart.
+  // A line at the end of each span that is wide enough: separates spans of one kind in a row.
   function outline(row, {width, from, to}, first, last, base, height, image) {
     const scale = width / (to - from)
     for (let i = first; i < last; i++) {
@@ -209,10 +209,10 @@ const hpctrainTimeline = (() => {
       source.data = {image: [new NDArray(painted, [height, width])], x: [from], y: [0], dw: [to - from],
         dh: [rows.length * rowPixels]}
       this.namePhases(from, to, inner)
-      this.tell(visible, visible < (width / 8) * rows.length, (to - from) / inner, performance.now() - before)
+      this.showStatus(visible, visible < (width / 8) * rows.length, (to - from) / inner, performance.now() - before)
     }
 
-    tell(visible, single, perPixel, took) {
+    showStatus(visible, single, perPixel, took) {
       const box = element("timeline"), count = visible.toLocaleString("en")
       Object.assign(box.dataset, {visible, drawMs: took.toFixed(1), mode: single ? "spans" : "shares"})
       box.dataset.drawn = +(box.dataset.drawn ?? 0) + 1

@@ -37,7 +37,7 @@ def watch(run: Path, every: float = 2.0, once: bool = False) -> int:
     from hpctrain.views.watch.watcher import Watcher
 
     if not 0.1 <= every <= 3600:
-        raise HpctrainError(f"--every {every:g}: expected 0.1 to 3600 seconds between two looks")
+        raise HpctrainError(f"--every {every:g}: expected 0.1 to 3600 seconds between updates")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a run's name may have characters the terminal cannot show
     console, watcher = Console(highlight=False), Watcher(run_folder(run))
@@ -46,7 +46,7 @@ def watch(run: Path, every: float = 2.0, once: bool = False) -> int:
     shot = watcher.look()
     if not once and not shot.status.over:
         try:
-            (_redraw if redraws else _tell)(console, watcher, shot, every)
+            (_redraw if redraws else _print_lines)(console, watcher, shot, every)
         except KeyboardInterrupt:
             left = True
         shot = watcher.look()
@@ -72,7 +72,7 @@ def _redraw(console: Console, watcher: Watcher, shot: Snapshot, every: float) ->
             shot = watcher.look()
 
 
-def _tell(console: Console, watcher: Watcher, shot: Snapshot, every: float) -> None:
+def _print_lines(console: Console, watcher: Watcher, shot: Snapshot, every: float) -> None:
     """Print a line per look until the run is over, or silent for so long that it must have been killed."""
     from hpctrain.views.watch.picture import line
 

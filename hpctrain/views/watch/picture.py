@@ -35,16 +35,16 @@ class LivePicture:
         head = [*_head(shot, width, ascii_only)]
         foot = [Text(f"note: {note}", style="yellow") for note in shot.notes[:MOST_NOTES]]
         if len(shot.notes) > MOST_NOTES:
-            foot.append(Text(f"and {len(shot.notes) - MOST_NOTES} notes more", style="yellow"))
+            foot.append(Text(f"and {len(shot.notes) - MOST_NOTES} more notes", style="yellow"))
         room = max(1, options.max_height - len(head) - len(foot) - MARGIN - 1) if self.fit else None
         for line in head:
             line.truncate(width, overflow="crop" if ascii_only else "ellipsis")
             yield line
         if shot.ranks:
             shown = _choose(shot.ranks, room)
-            yield _table(shown, tell_ended=not shot.status.over)
+            yield _table(shown, mark_ended=not shot.status.over)
             if len(shown) < len(shot.ranks):
-                yield Text(f"{len(shown)} of {len(shot.ranks)} ranks; most worth a look first", style="dim")
+                yield Text(f"{len(shown)} of {len(shot.ranks)} ranks; silent and slowest ranks first", style="dim")
         for line in foot:
             line.truncate(width, overflow="crop" if ascii_only else "ellipsis")
             yield line
@@ -66,8 +66,8 @@ def _head(shot: Snapshot, width: int, ascii_only: bool) -> Iterable[Text]:
     for row in shot.evaluations:
         best = shot.best if shot.best is not None and shot.best.split == row.split else None
         yield Text(f"{row.split:<10} {_evaluation(shot, row)}{f', best {best.metric:.4f}' if best else ''}")
-    for told in shot.told:
-        yield Text(f"{told.kind:<10} at {duration(told.seconds)}: {told.text}")
+    for notice in shot.notices:
+        yield Text(f"{notice.kind:<10} at {duration(notice.seconds)}: {notice.text}")
     if shot.ranks:
         yield Text(f"of the last {SECONDS} seconds:", style="dim")
 
@@ -97,9 +97,9 @@ def _explain(shot: Snapshot) -> str:
     since = f"{time.strftime('%H:%M:%S', time.localtime(shot.since))} ({duration(shot.silence)} ago)"
     match shot.status:
         case RunStatus.WAITING:
-            return f"the run has not begun to write; its folder was made at {since}"
+            return f"the run has not started writing; its folder was created at {since}"
         case RunStatus.SILENT:
-            return f"nothing written since {since}: the run hangs, or was killed"
+            return f"nothing written since {since}: the run hangs or was killed"
         case RunStatus.STOPPED:
             return f"the run stopped before its end, at {since}; hpctrain train --resume {shot.folder}"
         case _:
@@ -108,7 +108,7 @@ def _explain(shot: Snapshot) -> str:
 
 def _progress(shot: Snapshot, ascii_only: bool) -> Iterable[Text]:
     if shot.share is None:
-        yield Text(f"done       {shot.cursor:,} samples; of how many is not known")
+        yield Text(f"done       {shot.cursor:,} samples; the total is unknown")
         return
     full, empty = ASCII_BAR if ascii_only else BAR
     bar = (full * round(BAR_WIDTH * shot.share)).ljust(BAR_WIDTH, empty)
@@ -133,7 +133,7 @@ def _speed(shot: Snapshot) -> Text:
     text = f"speed      {shot.rate:,.0f} samples/s"
     rates = sorted(view.rate for view in shot.ranks if view.rate is not None)
     if len(rates) > 1:
-        text += f", {rates[0]:,.0f} to {rates[-1]:,.0f} a worker"
+        text += f", {rates[0]:,.0f} to {rates[-1]:,.0f} per worker"
     waits = _waits(shot)
     if len(waits) > 1:
         text += f"; waiting {100 * median(waits):.0f} % ({100 * waits[0]:.0f} to {100 * waits[-1]:.0f} %)"
@@ -175,7 +175,7 @@ def _choose(ranks: Sequence[RankView], room: int | None) -> Sequence[RankView]:
     return sorted(ranks, key=lambda r: (-(r.silent or 0.0), r.role != "worker", -(r.sample_seconds or 0.0)))[:room]
 
 
-def _table(ranks: Sequence[RankView], tell_ended: bool) -> Table:
+def _table(ranks: Sequence[RankView], mark_ended: bool) -> Table:
     stale = any(view.staleness is not None and view.staleness[1] > 0 for view in ranks)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("rank", justify="right", no_wrap=True)
@@ -185,7 +185,7 @@ def _table(ranks: Sequence[RankView], tell_ended: bool) -> Table:
     table.add_column("", no_wrap=True, overflow="crop")
     for view in ranks:
         cells = [str(view.rank), view.role, *_numbers(view), *([_staleness(view)] if stale else [])]
-        table.add_row(*cells, _mark(view, tell_ended), style=_style(view))
+        table.add_row(*cells, _mark(view, mark_ended), style=_style(view))
     return table
 
 
@@ -200,10 +200,10 @@ def _staleness(view: RankView) -> str:
     return UNKNOWN if view.staleness is None else f"{view.staleness[0]:.1f}, max {view.staleness[1]}"
 
 
-def _mark(view: RankView, tell_ended: bool = False) -> str:
+def _mark(view: RankView, mark_ended: bool = False) -> str:
     marks = [f"silent for {duration(view.silent)}"] if view.silent is not None else []
     marks += [f"straggler: {view.slowness:.1f}x"] if view.slowness is not None else []
-    return ", ".join(marks or ["ended"] * (view.ended and tell_ended))
+    return ", ".join(marks or ["ended"] * (view.ended and mark_ended))
 
 
 def _style(view: RankView) -> str:

@@ -9,7 +9,7 @@ from enum import Enum
 class RunStatus(Enum):
     """The state of a run, as far as its folder shows."""
 
-    WAITING = "has not begun to write"
+    WAITING = "has not started writing"
     RUNNING = "running"
     SILENT = "silent"  # open files without new rows: the run hangs or was killed
     STOPPED = "stopped before its end"  # interrupted, or ended by an error
@@ -74,7 +74,7 @@ class Snapshot:
     phases of the job, if known. `cursor`, `total`: samples consumed so far and samples of the whole run; `left`:
     seconds the rest takes at the recent pace (an upper bound if it `may_stop_early`). `rate`: samples per second of all
     workers. `loss`: mean of the last seconds; `history`: mean losses over the whole run so far. `evaluations`: the
-    newest of each split; `best`: the best of the first split. `told`: the newest event of each kind that is shown.
+    newest of each split; `best`: the best of the first split. `notices`: the newest event of each kind that is shown.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Snapshot:
     metric: str = "metric"
     evaluations: tuple[EvaluationRow, ...] = ()
     best: EvaluationRow | None = None
-    told: tuple[Notice, ...] = ()
+    notices: tuple[Notice, ...] = ()
     ranks: tuple[RankView, ...] = ()
     notes: tuple[str, ...] = ()
 

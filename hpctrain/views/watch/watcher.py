@@ -31,7 +31,7 @@ STRAGGLER_STEPS = 3  # ... over at least this many steps
 SILENT_SECONDS = 10.0  # a rank without new rows counts as silent after this time ...
 SILENT_TIMES = 5  # ... and this many times its flush interval and its step
 PACE_SECONDS = 120  # the time left is computed from the pace over these last seconds
-TOLD = ("rule", "switch", "rebalance", "failure", "checkpoint")
+SHOWN_EVENTS = ("rule", "switch", "rebalance", "failure", "checkpoint")
 
 
 @dataclass
@@ -59,7 +59,7 @@ class _Attempt:
     number: int
     ranks: dict[int, _Rank] = field(default_factory=dict)
     faults: dict[int, str] = field(default_factory=dict)
-    told: dict[str, tuple[int, str]] = field(default_factory=dict)
+    notices: dict[str, tuple[int, str]] = field(default_factory=dict)
     phase: int = -1
     strategy: str = ""
     cursor: int = -1
@@ -153,9 +153,9 @@ class Watcher:
 
     def _note_event(self, rank: _Rank, t_ns: int, event: Event) -> None:
         attempt = self._attempt
-        if event.kind in TOLD:
+        if event.kind in SHOWN_EVENTS:
             newest = t_ns, str(event)
-            attempt.told[event.kind] = max(attempt.told.get(event.kind, newest), newest)
+            attempt.notices[event.kind] = max(attempt.notices.get(event.kind, newest), newest)
         if not isinstance(event, PhaseEntered):
             return
         rank.phase, rank.role = event.phase, event.role
@@ -208,7 +208,7 @@ class Watcher:
             metric=escaped(plan.metric),
             evaluations=tuple({row.split: row for row in evaluations}.values()),
             best=_best(evaluations, plan.higher_is_better),
-            told=self._told(),
+            notices=self._notices(),
             ranks=views,
             notes=self._notes(),
         )
@@ -278,8 +278,8 @@ class Watcher:
         if attempt.cursor < 0 or attempt.epoch <= 0 or not math.isfinite(attempt.cursor / attempt.epoch):
             return None
         planned = self._plan.roles(0, attempt.nodes)  # empty for a custom strategy
-        told = {number: rank.tail.file.attributes.get("role") for number, rank in attempt.ranks.items()}
-        workers = list((planned or told).values()).count("worker")
+        roles = {number: rank.tail.file.attributes.get("role") for number, rank in attempt.ranks.items()}
+        workers = list((planned or roles).values()).count("worker")
         return self._plan.total(round(attempt.cursor / attempt.epoch), workers)
 
     def _left(self, total: int | None) -> float | None:
@@ -289,21 +289,21 @@ class Watcher:
         seconds = (pace[-1][0] - pace[0][0]) / 1e9
         return max(0, total - self._attempt.cursor) * seconds / (pace[-1][1] - pace[0][1])
 
-    def _told(self) -> tuple[Notice, ...]:
+    def _notices(self) -> tuple[Notice, ...]:
         begun = self._attempt.begun_ns
-        events = sorted((t_ns, kind, text) for kind, (t_ns, text) in self._attempt.told.items())
+        events = sorted((t_ns, kind, text) for kind, (t_ns, text) in self._attempt.notices.items())
         return tuple(Notice((t_ns - begun) / 1e9, kind, text) for t_ns, kind, text in events)
 
     def _notes(self) -> tuple[str, ...]:
         attempt = self._attempt
         found = attempt.ranks.keys() | attempt.faults.keys()
         missing = [rank for rank in range(attempt.size) if rank not in found]
-        notes = [f"no trace file yet of {name_ranks(missing)}"] if missing else []
+        notes = [f"no trace file yet from {name_ranks(missing)}"] if missing else []
         damaged = {number: rank.tail.damaged for number, rank in attempt.ranks.items() if rank.tail.damaged}
         notes += [f"rank {number}: {rows} damaged rows of its trace are left out" for number, rows in damaged.items()]
         notes += attempt.faults.values()
         if self._plan.job is None:
-            notes.append("job.toml cannot be read, so how much of the run is left is not known")
+            notes.append("job.toml cannot be read, so the remaining time is unknown")
         return tuple(map(escaped, notes))
 
 
