@@ -60,7 +60,7 @@ PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscrib
 
 
 class SlurmError(RuntimeError):
-    """Slurm did not do what the test needs; the message ends with what its logs say."""
+    """Slurm did not do what the test needs; the message ends with its logs."""
 
 
 def missing() -> list[str]:
@@ -130,7 +130,7 @@ class Slurm:
         return int(out.split(";")[0])
 
     def state(self, job: int) -> dict[str, str]:
-        """What `scontrol show job` says, key by key."""
+        """The fields of `scontrol show job`."""
         text = self.command("scontrol", "show", "job", str(job), "--oneliner")
         return dict(field.split("=", 1) for field in text.split() if "=" in field)
 

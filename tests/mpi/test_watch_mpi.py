@@ -105,7 +105,7 @@ def test_ctrl_c_does_not_affect_the_run_and_watch_reports_a_killed_run(start):
         assert run.poll() is None
     with watched(folder) as (watching, lines):
         ranks = [child for child in psutil.Process(run.pid).children(recursive=True) if "train" in child.cmdline()]
-        ranks[-1].kill()  # the launcher then ends the others
+        ranks[-1].kill()  # the launcher then ends the remaining ranks
         assert any("nothing written since" in line for line in lines)
         watching.send_signal(signal.SIGINT)
         assert watching.wait(20) == 0

@@ -1,4 +1,4 @@
-"""The collectives built from messages against NumPy's sums: any rank count, length, dtype, nodes and network."""
+"""Collectives built from messages, compared with NumPy's sums: any rank count, length, dtype, nodes and network."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ networks = st.builds(FreeNetwork, st.sampled_from([-1, 64])) | st.builds(
 
 @st.composite
 def clusters(draw: st.DrawFn) -> list[int]:
-    """The node of every rank, in any order."""
+    """The node of each rank, in any order."""
     size = draw(ranks)
     return draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
 
 
 def given_values(size: int, length: int, dtype: Any) -> list[np.ndarray]:
-    """Whole numbers whose sums are exact in every dtype, so that the order of additions cannot matter."""
+    """Whole numbers whose sums are exact in every dtype, so that the order of additions does not matter."""
     rng = np.random.default_rng(size * 5000 + length)
     return [rng.integers(-8, 9, length).astype(dtype) for _ in range(size)]
 
@@ -89,7 +89,7 @@ def test_sums_have_the_same_bits_on_all_ranks_and_every_time(
 
 @st.composite
 def cuts(draw: st.DrawFn) -> list[int]:
-    """Bounds of slices, some of them empty, of a buffer for as many ranks."""
+    """Bounds of one slice per rank of a buffer, some of them empty."""
     sizes = draw(st.lists(st.integers(0, 9), min_size=1, max_size=17))
     return [0, *np.cumsum(sizes).tolist()]
 

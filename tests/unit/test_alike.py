@@ -1,4 +1,4 @@
-"""Ranks that were not given the same: one sentence naming the key and the ranks, before anything hangs or is summed."""
+"""Ranks with differing inputs: one message naming key and ranks, before anything hangs or is summed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STRATEGIES: list[helpers.Tables] = [
 
 
 def refused(folder: Path, tables_of: Callable[[int], helpers.Tables], size: int = 3) -> HpctrainError:
-    """What every rank raises alike of jobs that differ; nothing is left behind."""
+    """The error that every rank raises for differing jobs; no files are left."""
     errors = []
 
     def body(comm: Communicator) -> None:
@@ -106,7 +106,7 @@ def test_differing_jobs_are_refused(tmp_path: Path, what: str) -> None:
 @pytest.mark.parametrize("strategy", mostly_slow(STRATEGIES, STRATEGIES[:2]))
 def test_differing_jobs_are_refused_under_every_strategy(tmp_path: Path, strategy: helpers.Tables) -> None:
     seeds = iter([11, 12, 13])
-    error = refused(tmp_path, lambda rank: {"seed": next(seeds), "strategy": strategy})  # as drawn from the clock
+    error = refused(tmp_path, lambda rank: {"seed": next(seeds), "strategy": strategy})  # as if drawn from the clock
     assert str(error).startswith("seed = 11 on rank 0, 12 on rank 1 and 13 on rank 2; ")
     error = refused(tmp_path, lambda rank: {"model": lambda: model_of("wider", rank), "strategy": strategy})
     assert str(error).startswith("parameter 0.weight is float32 of shape (4, 7) on rank 0 and float32 of shape (5, 7)")
@@ -115,7 +115,7 @@ def test_differing_jobs_are_refused_under_every_strategy(tmp_path: Path, strateg
 
 
 def model_of(what: str, rank: int) -> nn.Module:
-    """Another one on rank 2."""
+    """A different model on rank 2."""
     model: Any = nn.Sequential(nn.Linear(7, 5 if what == "wider" and rank else 4), nn.Tanh())
     other = rank == 2
     if what == "order" and other:
@@ -159,7 +159,7 @@ def test_differing_parameter_groups_are_refused(tmp_path: Path) -> None:
 
 
 class Numbers(IterableDataset[Any]):
-    """A stream that does not tell its length."""
+    """A stream of unknown length."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -183,7 +183,7 @@ def test_differing_data_is_refused(tmp_path: Path) -> None:
     assert "an unknown number of samples on rank 0 and 20 samples on rank 1" in str(error)
 
 
-# -- streams whose length nobody knows --------------------------------------------------------------------------
+# -- streams of unknown length --------------------------------------------------------------------------
 @pytest.mark.parametrize("strategy", [STRATEGIES[0], STRATEGIES[2]])
 @pytest.mark.parametrize("lengths", [(40, 44), (44, 40), (40, 100), (40, 41)])
 def test_unequal_streams_are_refused(tmp_path: Path, strategy: helpers.Tables, lengths: tuple[int, int]) -> None:
@@ -197,7 +197,7 @@ def test_unequal_streams_are_refused(tmp_path: Path, strategy: helpers.Tables, l
 
 
 def test_read_ahead_on_one_rank_changes_nothing() -> None:
-    """It has seen the end rounds before the others come to it, and compares no sooner and no later than they."""
+    """It sees the end rounds before the other ranks, but compares in the same round as they do."""
     def body(comm: Communicator) -> list[list[int]]:
         order = Order(None, shuffle=False)
         loader = Loader(Numbers(40), order, threads=0, workers=comm)

@@ -1,4 +1,4 @@
-"""All-reduce over virtual ranks: equal to one process, on one node and on several, by every way of exchange."""
+"""All-reduce over virtual ranks: equal to one process, on one node and on several, with every exchange."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times, efficiencies, waits, critical path and traffic of runs built by hand, whose answers are known."""
+"""Times, efficiencies, waits, critical path and traffic of runs built by hand, with known results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def synchronous(folder: Path, offsets: list[float] | None = None) -> Analysis:
 def test_phase_times_are_those_of_its_steps(tmp_path: Path) -> None:
     times = synchronous(tmp_path).times.set_index("rank")
     assert times["total_s"].tolist() == pytest.approx([0.02, 0.02])
-    assert times["useful_s"].tolist() == pytest.approx([0.011, 0.019])  # sums out of shared memory are computation
+    assert times["useful_s"].tolist() == pytest.approx([0.011, 0.019])  # sums from shared memory are computation
     assert times["communication_s"].tolist() == pytest.approx([0.009, 0.001])
     assert times["backward"].tolist() == pytest.approx([0.006, 0.014])
     assert times["strategy"].tolist() == ["all_reduce"] * 2
@@ -93,7 +93,7 @@ def test_waiting_is_traced_to_the_end_of_the_chain(tmp_path: Path) -> None:
     assert {key: round(1e3 * value, 3) for key, value in own.items()} == {
         (1, "forward"): 3.0,  # 2 to 5 ms
         (1, "nothing traced"): 1.0,  # to 6 ms, when rank 1 sends
-        (2, "wait"): 0.5,  # its message is under way
+        (2, "wait"): 0.5,  # its message is in transit
         (2, "update"): 1.5,
     }
     assert analysis.waits[analysis.waits["rank"] == 0]["peer"].unique().tolist() == [2]
@@ -200,7 +200,7 @@ def test_traffic_counts_messages_once_and_times_only_awaited_ones(tmp_path: Path
     assert table[["messages", "bytes"]].to_numpy()[1].tolist() == [2, 5000]
     assert table.loc[(0, 1), "seconds"] == pytest.approx(0.002)
     assert table.loc[(0, 1), "bytes_per_s"] == pytest.approx(4000 / 0.002)
-    assert table[["messages", "bytes"]].to_numpy()[0].tolist() == [1, 100]  # the sum out of shared memory
+    assert table[["messages", "bytes"]].to_numpy()[0].tolist() == [1, 100]  # the sum from shared memory
     row = analysis.overlap.iloc[0]
     assert row["in_flight_s"] == pytest.approx(0.002)
     assert row["blocked_s"] == pytest.approx(0.002)

@@ -1,4 +1,4 @@
-"""Asynchronous and bounded parameter servers over virtual ranks: what is computed, in what time, on which samples."""
+"""Asynchronous and bounded parameter servers over virtual ranks: results, times and samples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.marks import mostly_slow, slow
 
 SGD = {"name": "SGD", "lr": 0.05, "momentum": 0.9}
 ADAM = {"name": "Adam", "lr": 0.01}
-# How ranks serve: options, and how many ranks serve alone.
+# Servers: options, and the number of dedicated servers.
 SERVERS: dict[str, tuple[helpers.Tables, int]] = {
     "one": ({"servers": 1}, 1),
     "two": ({"servers": 2}, 2),
@@ -62,7 +62,7 @@ def test_one_worker_equals_one_process(tmp_path: Path, size: int, strategy: help
 
 
 def replayed(folder: Path, size: int, optimizer: helpers.Tables, strategy: helpers.Tables, **tables: Any) -> None:
-    """Several workers' updates are those that one process makes of the same gradients, as stale, in the same order."""
+    """Several workers' updates equal those of one process with the same gradients, staleness and order."""
     train_keys = {"epochs": 3, "batch_size": 6, "precision": "float64", **tables.pop("train", {})}
     job = helpers.make_job(folder, optimizer=optimizer, strategy=strategy, train=train_keys, **tables)
     recording = helpers.record(size, job, compute=jitter(3))
@@ -111,7 +111,7 @@ def test_non_elementwise_optimizer_gets_whole_parameters(tmp_path: Path):
 
 @pytest.mark.parametrize("mode", ["async", "bounded"])
 def test_more_servers_than_the_model_has_cache_lines(tmp_path: Path, mode: str):
-    """Some shards are empty, the coordinator's among them."""
+    """Some shards are empty, including the coordinator's."""
     strategy = served(mode, servers=6, colocated=True)
     replayed(
         tmp_path, 6, ADAM, strategy, model="tests.unit.test_parameter_server:line",
@@ -138,7 +138,7 @@ def _one_three_times_slower(rank: int, kind: str, nbytes: int, flops: float) -> 
 
 
 def virtual_time(folder: Path, size: int, strategy: helpers.Tables, **tables: Any) -> int:
-    """Of an epoch on a network that costs nothing, in nanoseconds."""
+    """The virtual time of an epoch on a free network, in nanoseconds."""
     world = World(size, compute=_one_three_times_slower)
     job = helpers.make_job(
         folder, data={"name": "tests.helpers:points", "samples": 1280}, strategy=strategy,
@@ -149,7 +149,7 @@ def virtual_time(folder: Path, size: int, strategy: helpers.Tables, **tables: An
 
 
 def test_slow_worker_does_not_delay_the_others(tmp_path: Path):
-    """Three workers and a third of one do in 1.2 s what lockstep takes 4 * 40 / 4 * 30 ms for: 0.4 of it at best."""
+    """Three workers and a third of one take 0.4 of the lockstep time of 4 * 40 / 4 * 30 ms at best."""
     lockstep = virtual_time(tmp_path, 4, {"name": "all_reduce"})
     assert lockstep == 40 * 30 * MILLISECOND
     assert virtual_time(tmp_path, 5, served()) <= 0.45 * lockstep
@@ -162,7 +162,7 @@ def test_bounded_mode_is_never_slower_than_lockstep(tmp_path: Path, bound: int):
 
 
 def test_no_worker_starves_when_the_server_is_the_bottleneck(tmp_path: Path):
-    """Updates take longer than all else: each worker still has its turn, and staleness stays near the workers."""
+    """Updates take longest: each worker still has its turn, and staleness stays near the number of workers."""
 
     def compute(rank: int, kind: str, nbytes: int, flops: float) -> int:
         return {"update": 10, "forward": 1}.get(kind, 0) * MILLISECOND
@@ -177,12 +177,12 @@ def test_no_worker_starves_when_the_server_is_the_bottleneck(tmp_path: Path):
 # -- the bound ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("bound", [0, slow(1), 3])
 def test_bounded_mode_never_exceeds_its_bound(tmp_path: Path, bound: int):
-    """As workers see it; test_coordinator.py has more bounds, orders and queues."""
+    """From the workers' view; test_coordinator.py tests more bounds, orders and queues."""
     job = helpers.make_job(
         tmp_path, strategy=served("bounded", bound=bound, servers=2), train={"epochs": 3, "batch_size": 3}
     )
     recording = helpers.record(6, job, compute=jitter(0, 1.0, {1: 4.0}))
-    assert max(helpers.leads(recording)) == bound  # and what it allows is used
+    assert max(helpers.leads(recording)) == bound  # and the bound is reached
 
 
 def test_without_a_bound_the_fastest_worker_runs_ahead(tmp_path: Path):
@@ -235,7 +235,7 @@ def test_data_set_of_a_single_sample(tmp_path: Path):
     ],
 )
 def test_no_pull_is_torn(tmp_path: Path, size: int, strategy: helpers.Tables):
-    """Pulls travel while updates go on: three nodes, whose links take as long as a step."""
+    """Pulls are in transit during updates: three nodes, with links that take as long as a step."""
     counts = World(size, nodes=[rank % 3 for rank in range(size)], network=LinkNetwork(), compute=jitter()).run(
         lambda comm: helpers.whole_pulls(comm, tmp_path, strategy, pulls=300)
     )
@@ -244,7 +244,7 @@ def test_no_pull_is_torn(tmp_path: Path, size: int, strategy: helpers.Tables):
 
 # -- evaluation --------------------------------------------------------------------------------------------------
 class Watched(nn.Sequential):
-    """`helpers.net`, which remembers what its parameters were whenever it was evaluated."""
+    """`helpers.net`, recording its parameters at each evaluation."""
 
     def __init__(self) -> None:
         super().__init__(*helpers.net().children())
@@ -293,7 +293,7 @@ def test_cost_of_evaluations_is_reported_separately(tmp_path: Path):
 
     (_, quick), (world, slow) = run(0), run(500)
     assert slow.phases[0].seconds == pytest.approx(quick.phases[0].seconds, abs=1e-6)
-    assert slow.phases[0].pauses == pytest.approx(quick.phases[0].pauses + 3 * 0.5, abs=1e-6)  # the last is behind it
+    assert slow.phases[0].pauses == pytest.approx(quick.phases[0].pauses + 3 * 0.5, abs=1e-6)  # the last is after it
     assert world.time / 1e9 == pytest.approx(slow.phases[0].seconds + slow.phases[0].pauses + 0.5, abs=0.05)
 
 
@@ -311,7 +311,7 @@ def test_non_finite_loss_is_reported_on_every_rank(tmp_path: Path, servers: str,
 @pytest.mark.parametrize("slow", [0, 1, 2])
 @pytest.mark.parametrize("servers", list(SERVERS))
 def test_nan_loss_ends_waiting_workers(tmp_path: Path, servers: str, slow: int):
-    """The last stretch of an epoch is bad, and all others are held back until it is done."""
+    """The last stretch of an epoch is bad, and all other workers are held until it is done."""
     data = {"name": "tests.helpers:points", "samples": 36, "bad": 6 * slow, "shuffle": False, "queue": "static"}
     job = helpers.make_job(tmp_path, data=data, strategy=served(**SERVERS[servers][0]), train={"epochs": 2})
     told: list[str] = []
@@ -330,7 +330,7 @@ def test_nan_loss_ends_waiting_workers(tmp_path: Path, servers: str, slow: int):
 
 @pytest.mark.parametrize("servers", list(SERVERS))
 def test_nan_skip_leaves_the_update_out(tmp_path: Path, servers: str):
-    """It alone is left out: versions count the others."""
+    """Only that update is left out: versions count the other updates."""
     data = {"name": "tests.helpers:points", "bad": 12, "shuffle": False}
     keys, alone = SERVERS[servers]
     job = helpers.make_job(

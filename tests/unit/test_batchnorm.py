@@ -1,4 +1,4 @@
-"""train.sync_batchnorm: the workers' layers normalise as one process with all their samples would."""
+"""train.sync_batchnorm: the workers' layers normalise like one process with all samples."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _one_thread() -> Any:
 
 
 class Branches(nn.Module):
-    """Two ways that meet again: their backward passes are ready at the same time."""
+    """Two branches that join again: their backward passes are ready at the same time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def samples(count: int) -> Dataset[Any]:
 
 
 def trained(tmp_path: Path, ranks: int, batch: int, count: int, strategy: Any = "all_reduce", **more: Any) -> list[Any]:
-    """The state_dicts of all ranks after two epochs (and a bit)."""
+    """The state_dicts of all ranks after a little more than two epochs."""
     job = Job(
         model=Branches,
         data=partial(samples, count),
@@ -69,7 +69,7 @@ def trained(tmp_path: Path, ranks: int, batch: int, count: int, strategy: Any = 
         trace={"enabled": False},
     )
     results = World(ranks).run(lambda comm: train(job, comm, out=QUIET))
-    assert type(results[0].model.norm) is nn.BatchNorm2d  # torch's own again
+    assert type(results[0].model.norm) is nn.BatchNorm2d  # torch's own layer again
     return [result.model.state_dict() for result in results]
 
 
@@ -101,7 +101,7 @@ def test_equals_one_process_with_the_whole_batch(tmp_path: Path, ranks: int, str
 
 
 def test_more_workers_than_samples(tmp_path: Path) -> None:
-    """Some never have a sample of their own."""
+    """Some workers never have a sample."""
     assert error(trained(tmp_path, 5, 1, 3)[0], trained(tmp_path, 1, 3, 3)[0]) < 1e-9
 
 
@@ -138,7 +138,7 @@ def test_every_sample_counts_once(tmp_path: Path) -> None:
 
 
 def on_ranks(parts: list[Tensor], layer: nn.Module, scale: Tensor, counted: list[bool] | None = None) -> list[Any]:
-    """(output, input's gradient, weight's and bias' gradients, layer) of every rank, each with its own part."""
+    """(output, gradients of input, weight and bias, layer) of every rank, each with its own part of the batch."""
     copies = [copy.deepcopy(layer) for _ in parts]
     scales = scale.split([len(part) for part in parts]) if counted is None else [scale[: len(p)] for p in parts]
 
@@ -202,7 +202,7 @@ def test_half_precision() -> None:
 
 
 def test_autocast_on_virtual_ranks(tmp_path: Path) -> None:
-    """torch keeps casts of weights while anybody is in autocast; they must not outlive the weights' update."""
+    """torch caches casts of weights while any thread is in autocast; they must not survive a weight update."""
     one = trained(tmp_path, 1, 12, 48, precision="mixed_bfloat16", steps=4)[0]
     four = trained(tmp_path, 4, 3, 48, precision="mixed_bfloat16", steps=4)[0]
     assert error({"w": four["stem.weight"]}, {"w": one["stem.weight"]}) < 0.05
@@ -216,7 +216,7 @@ def test_evaluation_mode_and_parameter_names_match_torch() -> None:
         mine = copy.deepcopy(model)
         norms = BatchNorms(mine)
         norms.join(comm)
-        if comm.rank == 0:  # alone: nothing may be collective
+        if comm.rank == 0:  # on one rank alone: nothing may be collective
             assert torch.equal(mine.eval()(x), before)
         assert list(mine.state_dict()) == names
         assert isinstance(mine.norm, nn.BatchNorm2d)
@@ -288,7 +288,7 @@ class OwnForward(nn.BatchNorm2d):
 
 
 class OwnCheck(nn.BatchNorm2d):
-    """Takes anything, like timm's."""
+    """Accepts any input, like timm's."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -313,7 +313,7 @@ def test_torch_sync_batchnorm_layer_is_synchronised_too() -> None:
 
 
 def test_sync_batch_norm_layers_without_the_key_are_reported(tmp_path: Path) -> None:
-    """It would synchronise in torch.distributed, and does not here."""
+    """Such a layer would synchronise in torch.distributed, but does not here."""
     said = []
     for tables in ({}, {"sync_batchnorm": True}):
         out = io.StringIO()

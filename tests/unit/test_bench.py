@@ -30,7 +30,7 @@ from tests.traces import HandMade
 
 @pytest.fixture(autouse=True)
 def _little(monkeypatch):
-    """Every measurement, but short."""
+    """Shorten every measurement."""
     torch.set_num_threads(1)
     monkeypatch.setattr(alone, "RANKS", 8)
     monkeypatch.setattr(together, "SECONDS", 0.0)
@@ -130,7 +130,7 @@ def test_steps_by_strategy(size):
 
 @pytest.mark.parametrize("way", [way for way in together.WAYS.values() if way is not None])
 def test_measured_step_trains(way):
-    """All ranks hold the same parameters after a block, and not those before."""
+    """After a block all ranks hold equal parameters, which have changed."""
 
     def body(comm):
         steps = together.StepBench(comm, LINEAR)
@@ -145,7 +145,7 @@ def test_measured_step_trains(way):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_cost_of_checking_gradients(size):
-    """One training, half of it without the check; which is there again afterwards."""
+    """One training, half of it without the check, which is restored afterwards."""
     before = blocks._is_finite
     table = World(size).run(lambda comm: checks.measure_checks(comm, silent))[0]
     assert {len(cell.values) for cell in table.rows["linear"].values()} == {LINEAR.blocks}
@@ -164,7 +164,7 @@ def test_round_trips_by_kind_of_server(size):
 
 
 def test_round_trips_of_all_workers_are_added_up():
-    """Each of three workers takes 10 ms for a round trip, of which no two are in each other's way."""
+    """Each of three workers takes 10 ms per round trip, without delaying another."""
 
     class Slow(workload.Workload):
         def compute(self):
@@ -196,7 +196,7 @@ def test_first_and_last_round_trips_do_not_count():
 
 
 def test_slow_worker_delays_only_all_reduce():
-    """In virtual time, where it is known what it must be."""
+    """In virtual time, where the result is known."""
     table = World(5, network=FreeNetwork()).run(lambda comm: asynchronous.measure_slow(comm, silent))[0]
     rows = {name: {column: sample.median for column, sample in cells.items()} for name, cells in table.rows.items()}
     assert rows["all_reduce"] == {"seconds": pytest.approx(2048 / (4 * 32) * 0.03)}
@@ -217,7 +217,7 @@ def test_unsuitable_numbers_of_ranks_are_refused(measure: str, size: int, advice
 
 # -- switch ------------------------------------------------------------------------------------------------------
 def test_switches_in_both_directions_are_measured():
-    """Virtual time passes only while messages travel: every switch and broadcast takes some."""
+    """Virtual time passes only in communication: every switch and broadcast takes some time."""
     tables = World(4, network=LinkNetwork()).run(lambda comm: switching.measure_switch(comm, silent))
     row = tables[0].rows["small"]
     assert set(row) == {"to async", "to all_reduce", "broadcast", "limit"}
@@ -236,8 +236,8 @@ def test_slow_switch_is_reported():
 
 
 def test_switch_time_is_that_of_the_slowest_rank():
-    """From phase 0 to 1, in ms: rank 0 takes 35, rank 1 40. Rank 2 served in phase 0, and its clock is 5 behind: it
-    takes 50 from the others' last step, at 10, to its first forward."""
+    """From phase 0 to 1, in ms: rank 0 takes 35, rank 1 40. Rank 2 was a server in phase 0, and its clock is 5 behind:
+    it takes 50 from the workers' last step, at 10, to its first forward."""
     steps = {0: [(0, 5), (0, 10), (1, 90)], 1: [(0, 10), (1, 91)], 2: [(1, 92)]}
     forwards = {0: [(0, 1), (1, 45), (1, 70)], 1: [(0, 1), (1, 50)], 2: [(1, 55)]}
 
@@ -337,7 +337,7 @@ def test_tracing_cost_is_a_ratio_of_pairs_plus_writing():
 
 
 class Turns:
-    """A training of which every turn takes as long as is said here."""
+    """A training in which every turn takes the given time."""
 
     def __init__(self, name: str, seconds: list[float], order: list[str]):
         self.name, self.seconds, self.order = name, iter(seconds), order
@@ -351,8 +351,8 @@ def test_traced_and_untraced_trainings_alternate_in_going_first(monkeypatch):
     monkeypatch.setattr(tracing, "EARLY", 1)
     order: list[str] = []
     pairs = tracing._take_turns(Turns("without", [9, 1, 2, 3], order), Turns("with", [9, 3, 4, 5], order), silent)
-    assert pairs == [(1, 3), (2, 4), (3, 5)]  # the first ones do not count
-    assert order == 2 * ["without", "with", "with", "without"] + ["without", "with"]  # until both are over
+    assert pairs == [(1, 3), (2, 4), (3, 5)]  # the first pairs do not count
+    assert order == 2 * ["without", "with", "with", "without"] + ["without", "with"]  # until both have ended
 
 
 def test_first_quarter_of_the_pairs_is_discarded():
@@ -380,7 +380,7 @@ def test_tracing_job_is_linked_from_jobs():
     job = Job.load(linked)
     assert job.trace.enabled
     steps = (job.train.epochs or 0) * (1437 // (2 * job.train.batch_size))
-    assert steps * 0.005 > 2 * job.trace.flush_seconds  # the trace is written meanwhile
+    assert steps * 0.005 > 2 * job.trace.flush_seconds  # the trace is flushed meanwhile
     assert steps // tracing.TURN > 10 * tracing.EARLY
 
 
@@ -426,7 +426,7 @@ def test_report_has_all_tables():
 @pytest.mark.slow
 @pytest.mark.launch
 def test_bench_starts_ranks_itself(tmp_path: Path):
-    """One size and the real launcher; the whole of it is `hpctrain bench`."""
+    """One size with the real launcher; `hpctrain bench` runs all of it."""
     import subprocess
 
     program = tmp_path / "bench.py"
@@ -459,7 +459,7 @@ def test_bench_starts_ranks_itself(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.launch
 def test_tracing_cost_is_measured_on_real_ranks(tmp_path: Path):
-    """A few steps; the whole of it is `hpctrain bench tracing`."""
+    """A few steps only; `hpctrain bench tracing` runs all of it."""
     import subprocess
 
     from hpctrain import launcher

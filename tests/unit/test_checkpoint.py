@@ -1,4 +1,4 @@
-"""Checkpoints and models on disk: bit for bit, never half, never foreign."""
+"""Checkpoints and models on disk: exact to the bit, never partial, never another model's."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for cursor in (5, 40, 300, 10**12 + 5, 10**13):
         save_checkpoint(tmp_path, checkpoint(cursor), keep=3)
     assert [int(path.stem) for path in list_checkpoints(tmp_path)] == [300, 10**12 + 5, 10**13]
-    (tmp_path / "checkpoints" / "zbest.safetensors").touch()  # somebody's own
+    (tmp_path / "checkpoints" / "zbest.safetensors").touch()  # the user's own file
     save_checkpoint(tmp_path, checkpoint(2 * 10**13), keep=1)
     assert [int(path.stem) for path in list_checkpoints(tmp_path)] == [2 * 10**13]
     assert (tmp_path / "checkpoints" / "zbest.safetensors").exists()
@@ -172,7 +172,7 @@ def test_checkpoint_is_replaced_atomically(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["checkpoints", "."])
 def test_unwritable_checkpoint_folder(tmp_path: Path, name: str) -> None:
-    """A file stands where the folder should be (permissions would not stop root)."""
+    """A file is in the folder's place (permissions would not stop root)."""
     folder = tmp_path / "run"
     if name == ".":
         folder.write_text("a file")
@@ -215,7 +215,7 @@ def test_model_is_a_plain_world_readable_safetensors_file(tmp_path: Path) -> Non
 
 # -- a worker's own tensors, end to end -----------------------------------------------------------------------
 class Odd(nn.Module):
-    """Buffers of every kind, changed by every step, and differently on every worker."""
+    """Buffers of every kind, changed in every step, differently on each worker."""
 
     scalar: Tensor
     count: Tensor
@@ -254,7 +254,7 @@ def samples() -> TensorDataset:
 
 
 def run(job: Job, ranks: int, resume: Path | None = None) -> list[Any]:
-    """(run folder, model's tensors, the worker's own buffers before they were averaged) of every rank."""
+    """(run folder, model's tensors, the worker's own buffers before averaging) of every rank."""
     own: dict[int, dict[str, Tensor]] = {}
     settle = Untrained.settle
 

@@ -1,4 +1,4 @@
-"""Which run is gone on with, and which is refused: fake environments, folders without a model in them."""
+"""Which run is resumed and which is refused, with fake environments and folders without a model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ batch_size = 8
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The current one; digits.toml and digits-adam.toml are in it."""
+    """The current folder, with digits.toml and digits-adam.toml."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits.toml").write_text(FILE)
     (tmp_path / "digits-adam.toml").write_text(FILE.replace('"digits"', '"digits-adam"'))
@@ -51,7 +51,7 @@ def slurm(number: int, task: int | None = None, restarts: int = 0) -> dict[str, 
 
 
 def interrupted(made: Job, environment: Mapping[str, str] = os.environ) -> Path:
-    """The folder of a run that was begun so, and stopped after a checkpoint."""
+    """The folder of a run that was started with these arguments and stopped after a checkpoint."""
     claim = new_run(made, environment)
     (claim.folder / "checkpoints").mkdir()
     (claim.folder / "checkpoints" / "000000000008.safetensors").touch()
@@ -60,7 +60,7 @@ def interrupted(made: Job, environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def resumed(made: Job, environment: Mapping[str, str] = os.environ, resume: Resume = LATEST) -> Path | str:
-    """Which run goes on; or what is said of the new one."""
+    """The run that is resumed, or the message about the new one."""
     found = run_to_resume(made, resume, environment)
     if isinstance(found, Claim):
         found.release()
@@ -77,7 +77,7 @@ def _outside_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # -- which run it is ---------------------------------------------------------------------------------------------
 def test_runs_with_similar_names_are_distinct(folder: Path):
-    """Also where a run folder was given another name."""
+    """Also if a run folder was renamed."""
     adam = interrupted(job(file="digits-adam.toml"))
     assert resumed(job()) == ""
     mine = interrupted(job())
@@ -91,7 +91,7 @@ def test_runs_with_similar_names_are_distinct(folder: Path):
 def test_outside_slurm_the_resolved_job_identifies_a_run(folder: Path):
     first, other = interrupted(job()), interrupted(job("optimizer.lr=0.3", "seed=4"))
     assert resumed(job()) == first
-    assert resumed(job("seed=4", "optimizer.lr=0.3")) == other  # however it is said
+    assert resumed(job("seed=4", "optimizer.lr=0.3")) == other  # in whatever order
     assert resumed(job("seed=4")) == ""
     assert resumed(job("trace.report=true", "train.checkpoint_every.epochs=1", "data.threads=0")) == first
     again = interrupted(job())
@@ -130,7 +130,7 @@ def test_job_file_edited_before_the_requeue_is_refused_by_key(folder: Path):
 
 
 def test_several_jobs_in_one_allocation_are_several_runs(folder: Path):
-    """One with other overrides or another file is meant to be another; each goes on with its own."""
+    """Other overrides or another file mean another run; each job resumes its own."""
     one, two = interrupted(job("seed=1"), slurm(20)), interrupted(job("seed=2"), slurm(20))
     other = interrupted(job("seed=1", file="digits-adam.toml"), slurm(20))
     assert resumed(job("seed=3"), slurm(20)) == ""
@@ -142,7 +142,7 @@ def test_several_jobs_in_one_allocation_are_several_runs(folder: Path):
 
 
 def test_run_in_use_is_not_resumed(folder: Path):
-    """Nor does a second one begin beside it, checkpoint or none; a dead one's lock holds nobody up."""
+    """No second run starts beside it, with or without a checkpoint; a dead run's lock blocks none."""
     for checkpoint in (False, True):
         claim = new_run(job(), slurm(20))
         claim.release()
@@ -233,7 +233,7 @@ def test_changes_of_fixed_keys_are_refused_by_name(folder: Path, change: str):
 
 
 def test_error_counts_changes_when_there_are_many(folder: Path):
-    """And where a table has another name, that says it."""
+    """If a table has another name, only that is reported."""
     mine = interrupted(job())
     keys = ["threads=1", "seed=5", *(f"model.option{index}=1" for index in range(6))]
     with pytest.raises(CheckpointError, match="model.option3 is left out there and 1 in this job and 2 more; begin"):
@@ -269,9 +269,9 @@ def test_every_fixed_and_free_key_exists():
         assert any(name == key or name.startswith(key + ".") for name in known), key
 
 
-# -- what is said on the command line ----------------------------------------------------------------------------
+# -- the command line ----------------------------------------------------------------------------
 def test_resume_option_on_the_command_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """With the run's own job, named or not, changes are meant; with another job they are not."""
+    """Overrides are changes with the run's own job, named or not, but not with another job."""
     seen: list[tuple[Job, Resume | None]] = []
 
     def train(load: Callable[[], tuple[Job, Resume | None]]) -> int:

@@ -1,4 +1,4 @@
-"""The clock of a run, the rules that end phases, and everything timed by samples: plain arithmetic."""
+"""The clock of a run, the rules that end phases, and everything timed by samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hpctrain.trace.events import Event, RuleStatistic
 
 
 def cursors(epoch: int, round_size: int, start: int, count: int) -> list[int]:
-    """Where `count` rounds end that begin at `start`, as the trainer goes."""
+    """The ends of `count` rounds from `start` on, as in the trainer."""
     found = []
     for _ in range(count):
         start = round_bounds(start, epoch, round_size, 1)[-1]
@@ -141,7 +141,7 @@ def test_conductor_by_samples() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 def test_conductor_by_rounds(steps: int) -> None:
-    """Every so many rounds, though the last of an epoch has fewer samples."""
+    """Counted in rounds, although the last round of an epoch has fewer samples."""
     found = decisions(Conductor(10**6, interval(CLOCK, Amount(steps=steps)), 0, None))
     assert asked(found, Ask.EVALUATE) == list(found)[steps - 1 :: steps]
 
@@ -153,7 +153,7 @@ def test_intervals() -> None:
 
 @given(SIZES, SIZES, st.integers(1, 200), st.integers(0, 300))
 def test_no_mark_is_skipped(epoch: int, size: int, every: int, start: int) -> None:
-    """However the run is cut into steps, as many evaluations as marks with a step between them."""
+    """However the run is split into steps, there is one evaluation per mark with a step in between."""
     conductor = Conductor(10**9, every, every, None)
     before = start
     for cursor in cursors(epoch, size, start, 20):
@@ -204,7 +204,7 @@ def test_due_is_the_next_position_with_a_request(
 
 
 class Talkative(Rule):
-    """Has news of every step, and ends the phase at a loss or a metric under 0."""
+    """Has news in every step, and ends the phase at a loss or a metric below 0."""
 
     def observe(self, cursor: int, loss: float) -> str | None:
         self.news = RuleStatistic("talkative", loss, "against", 0.0)
@@ -307,7 +307,7 @@ COURSE = FunctionCourse(linear, {}, warmup=10, total=110)
 
 
 def pace(learning_rate: str, momentum: str = "keep", ramp: int = 0) -> Pace:
-    """Of a phase that begins at 60 of 110 samples."""
+    """The pace of a phase that begins at 60 of 110 samples."""
     return Pace(COURSE, 60, learning_rate, momentum, scale=0.25, ramp=ramp)
 
 

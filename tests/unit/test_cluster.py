@@ -1,4 +1,4 @@
-"""Who does what where: pure functions, tested without ranks."""
+"""Roles and devices: pure functions, tested without ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hpctrain.errors import ClusterError
         ([0, 0, 1, 1], 3, (1, 2, 3)),
         ([0, 1, 0, 1], 2, (2, 3)),
         ([0, 0, 1, 1, 2, 2], 4, (1, 3, 4, 5)),
-        ([0, 1, 1, 1], 2, (2, 3)),  # node 0 has but rank 0
+        ([0, 1, 1, 1], 2, (2, 3)),  # node 0 has only rank 0
         ([0, 0, 0, 1], 2, (2, 3)),
         ([0], 0, ()),
     ],

@@ -1,4 +1,4 @@
-"""Samples of any make: into batches, onto the device, and in dtypes that a model and a loss can compute with."""
+"""Samples of any kind: collated into batches, moved to the device, in dtypes that models and losses can use."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def as_targets(value: Any, precision: torch.dtype = torch.float32) -> Any:
         np.arange(6, dtype=np.longdouble),
         np.arange(6, dtype=np.float16),
         np.array([True, False]),
-        np.zeros(3, np.dtype([("a", np.int8), ("b", np.float64)]))["b"],  # its stride is no multiple of 8 bytes
+        np.zeros(3, np.dtype([("a", np.int8), ("b", np.float64)]))["b"],  # its stride is not a multiple of 8 bytes
         np.array(2.5),
         np.array(2, np.uint16),
         *[np.arange(6, dtype=kind) for kind in UNSIGNED],
@@ -88,7 +88,7 @@ def test_containers_keep_their_types(sample: Any, precision: torch.dtype) -> Non
 
 
 def shape_of(value: Any) -> Any:
-    """Its containers, without what is in them."""
+    """The structure of containers without their contents."""
     if isinstance(value, (dict, UserDict)):
         return type(value), {key: shape_of(part) for key, part in value.items()}
     if isinstance(value, (tuple, list)) and not all(isinstance(part, str) for part in value):
@@ -156,7 +156,7 @@ class Measured(Dataset[Any]):
 
 
 class Difference(nn.Module):
-    """Uses the names."""
+    """Uses the field names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class Difference(nn.Module):
 
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16", "mixed_bfloat16"])
 def test_runs_on_numpy_types(tmp_path: Path, precision: str) -> None:
-    """Classes of any integer, and measured values; evaluated too."""
+    """Classes of any integer type, and measured values; also evaluated."""
     soft = lambda i: np.eye(3)[i]  # noqa: E731
     for target, loss in ((np.uint8, "cross_entropy"), (np.uint16, "cross_entropy"), (np.int32, "cross_entropy"),
                          (soft, "mse"), (soft, "cross_entropy")):  # fmt: skip

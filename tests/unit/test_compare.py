@@ -1,4 +1,4 @@
-"""Runs side by side: hand-built ones with known answers, and what is said of those that cannot be compared."""
+"""Runs side by side: hand-built runs with known results, and notes on runs that cannot be compared."""
 
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def change_schema(folder: Path, version=99) -> None:
             file.attrs["schema_version"] = version
 
 
-# -- what is computed of a run -------------------------------------------------------------------------------
+# -- what is computed from a run -------------------------------------------------------------------------------
 def test_time_to_a_loss_is_the_first_step_at_or_below_it(tmp_path):
     run = summary(make(tmp_path / "a"))
     assert run.time_to_loss(2.0, ROUND) == pytest.approx(0.3)

@@ -1,4 +1,4 @@
-"""Losses and evaluations on four clocks, staleness and rules, of hand-built runs whose answers are known."""
+"""Losses and evaluations on four clocks, staleness and rules, of hand-built runs with known results."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_server_sums_are_not_counted_twice(tmp_path):
         for rank in (0, 1):
             work(run[rank], 1.0, 2.0, 0)
             run[rank].span("send", 2.0, 3.0, 0, bytes=100, peer=2, id=rank)
-        run[0].span("reduce", 3.0, 4.0, 0, bytes=5000, lane=1)  # a server beside a worker
+        run[0].span("reduce", 3.0, 4.0, 0, bytes=5000, lane=1)  # a colocated server
         run[2].span("reduce", 4.0, 5.0, 0, bytes=5000)
         for rank in (0, 1):
             run[rank].done(6.0, 0, cursor=64)
@@ -199,7 +199,7 @@ def test_synchronous_phases_have_no_staleness(tmp_path):
 
 
 def told(folder, *events):
-    """A run of two workers that both tell of (ms, kind, text); steps end at 10, 20 ... ms."""
+    """The rules of a run of two workers that both record events (ms, kind, text); steps end at 10, 20 ... ms."""
     with HandMade(folder, 2) as run:
         for rank in (0, 1):
             run[rank].phase(0.0, 0, "worker", "all_reduce")

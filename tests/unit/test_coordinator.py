@@ -1,4 +1,4 @@
-"""The coordinator of a parameter server by itself: headers in, replies and decisions out. The records on the wire."""
+"""The coordinator of a parameter server alone: headers in, replies and decisions out. The records on the wire."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LEAVE, STATE, WITHDRAW = Header(HeaderKind.LEAVE), Header(HeaderKind.STATE), Hea
 
 
 def coordinator(mode: str, workers: int = 3, **keys: Any) -> Any:
-    """Of a run of 10,000 samples in epochs of 1,000, in which nothing is asked before the end. `keys`: options of the
+    """A coordinator for 10,000 samples in epochs of 1,000, without requests before the end. `keys`: options of the
     strategy, and fields of the `Terms`."""
     fields: dict[str, Any] = {
         "conductor": Conductor(10_000, 0, 0, None),
@@ -69,7 +69,7 @@ def evaluating(every: int, total: int = 10_000) -> Conductor:
 def step(
     version: int = 0, loss: float = 1.0, samples: int = BATCH, *, end: int = 0, step: int = 0, **part: Any
 ) -> Header:
-    """A push of a gradient, computed on that version; `end`: of its round."""
+    """The header of a gradient computed on that version; `end`: the end of its round."""
     wish = part.pop("wish", Ask.NOTHING)
     contribution = Contribution(samples, float(part.pop("weight", samples)), loss, wish, **part)
     return Header(HeaderKind.STEP, version, end, step, contribution)
@@ -84,11 +84,11 @@ def decisions(messages: Iterable[Message]) -> list[Decision]:
 
 
 def some(message: Any, *names: str) -> tuple[Any, ...]:
-    """These fields of it."""
+    """These fields of a record."""
     return tuple(getattr(message, name) for name in names)
 
 
-# -- whatever the mode -------------------------------------------------------------------------------------------
+# -- all modes -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", list(MODES))
 def test_last_worker_to_leave_ends_the_phase(mode: str):
     tested = coordinator(mode)
@@ -135,7 +135,7 @@ def test_round_closes_when_all_workers_have_pushed():
     *answers, decision = tested.receive(1, headers[1], 0)
     assert answers == [Reply(worker, 24, 1, result="applied", loss=2.0, samples=12) for worker in range(3)]
     assert some(decision, "what", "take", "give", "version", "step") == (What.UPDATE, (0, 1, 2), (0, 1, 2), 1, 9)
-    assert some(decision, "weight", "rate", "momentum", "nan") == (3.0, 12.5, 12.25, None)  # as the round began
+    assert some(decision, "weight", "rate", "momentum", "nan") == (3.0, 12.5, 12.25, None)  # as at its start
     assert decision.used.tolist() == [True, True, False]
 
 
@@ -285,7 +285,7 @@ def test_shared_queue_deals_the_next_samples_to_the_pushing_worker():
 
 @pytest.mark.parametrize("queue", QUEUES)
 def test_workers_get_stretches_ahead(queue: str):
-    tested = coordinator("async", queue=queue, ahead=2)  # besides the next one
+    tested = coordinator("async", queue=queue, ahead=2)  # in addition to the next one
     assert [len(reply.slices) for reply in tested.begin(0)] == [3, 3, 3]
     assert [len(reply.slices) for reply in replies(tested.receive(1, step(), 0))] == [1]
 
@@ -433,17 +433,17 @@ def test_bound_counts_from_the_last_point_all_workers_shared():
 
 # -- whole runs --------------------------------------------------------------------------------------------------
 class Play:
-    """Workers that push what they are dealt until the phase ends; `choose` says which of them is next."""
+    """Workers that push what they are dealt until the phase ends; `choose` picks the next one."""
 
     def __init__(self, tested: Any, choose: Callable[[list[int]], int]) -> None:
         self.tested, self.choose = tested, choose
         self.known: list[list[Stretch]] = [[] for _ in range(tested.workers)]
         self.versions = [0] * tested.workers
         self.asks: list[Ask] = [Ask.NOTHING] * tested.workers
-        self.busy: set[int] = set()  # have their reply
+        self.busy: set[int] = set()  # workers that have their reply
         self.consumed: list[Stretch] = []
-        self.ends: list[tuple[int, Ask]] = []  # cursor and what is asked of all there
-        self.done, self.lead = [0] * tested.workers, 0  # since all were last together
+        self.ends: list[tuple[int, Ask]] = []  # cursor and request, the same for all workers
+        self.done, self.lead = [0] * tested.workers, 0  # since all were last level
 
     def run(self) -> None:
         self._take(self.tested.begin(0))
@@ -483,7 +483,7 @@ class Play:
         return bool(found) and found[-1].what is What.END
 
     def _check_ask(self, answers: list[Reply]) -> None:
-        """All are asked the same, at one cursor, up to which each sample was consumed once."""
+        """All get the same request at one cursor, up to which each sample was consumed once."""
         assert [reply.worker for reply in answers] == list(range(self.tested.workers))
         assert len({(reply.ask, reply.cursor, reply.version) for reply in answers}) == 1
         stretches = sorted(self.consumed)
@@ -512,7 +512,7 @@ def test_each_sample_once_and_a_prefix_at_every_request(
     assert play.ends[-1][1] & Ask.STOP
     if bound is not None:
         assert play.lead <= bound
-    if queue == "shared":  # stops at the first stretch's end at or behind the mark
+    if queue == "shared":  # stops at the first end of a stretch at or past the mark
         assert all(end % every < batch for end, ask in play.ends if ask & Ask.EVALUATE)
 
 
@@ -522,7 +522,7 @@ def test_each_sample_once_and_a_prefix_at_every_request(
 def test_bound_is_used_and_never_exceeded(bound: int, queue: str, seed: int):
     random = np.random.default_rng(seed)
     tested = coordinator("bounded", 4, bound=bound, queue=queue, conductor=evaluating(0, 400))
-    weights = np.array([8.0, 4.0, 4.0, 1.0])  # how quick they are
+    weights = np.array([8.0, 4.0, 4.0, 1.0])  # relative speeds
 
     def choose(able: list[int]) -> int:
         return int(random.choice(able, p=weights[able] / weights[able].sum()))
@@ -541,12 +541,12 @@ WORKERS, STRETCHES = 9, 3
 
 
 def sent(source: Any, target: Any) -> Any:
-    """What is read from `target` once the bytes of `source` have come."""
+    """The record in `target` once the bytes of `source` have arrived."""
     for record in (source, target):
         assert (record.bytes.dtype, record.bytes.ndim) == (np.uint8, 1)
     target.bytes[:] = source.bytes
     found = target.read()
-    target.bytes[:] = 255  # the next one may come before this is dealt with
+    target.bytes[:] = 255  # the next one may arrive before this one is handled
     return found
 
 

@@ -25,13 +25,13 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def job(data: Any, validation: float = 0.0, seed: int = 0, **options: Any) -> Any:
-    """What load_data looks at of a job."""
+    """The parts of a job that load_data uses."""
     spec = SimpleNamespace(name="mine:data", options=options, validation=validation, resolve=lambda: data)
     return SimpleNamespace(data=spec, seed=seed)
 
 
 def labelled(*counts: int) -> TensorDataset:
-    """As many samples of class 0, 1, ... as told."""
+    """The given numbers of samples of class 0, 1, ..."""
     targets = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     return TensorDataset(torch.arange(sum(counts)).float(), targets)
 
@@ -67,7 +67,7 @@ def test_digits_match_scikit_learn_with_a_fixed_test_part() -> None:
 
 
 def idx(array: Any) -> bytes:
-    """The array of bytes as an idx file."""
+    """An array of bytes in idx format."""
     sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
     header = bytes([0, 0, 8, array.ndim]) + sizes
     return header + bytes(array.astype(np.uint8).tobytes())
@@ -111,7 +111,7 @@ def test_mnist_is_found_through_the_environment(folder: Path, tmp_path: Path, mo
 
 
 def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    """What replaces the content of a file of the folder."""
+    """A function that replaces the content of a file in the folder."""
 
     def spoil(folder: Path) -> None:
         (folder / name).write_bytes(change((folder / name).read_bytes()))
@@ -120,7 +120,7 @@ def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Non
 
 
 def no_images(folder: Path) -> None:
-    """A training part that is whole, and empty."""
+    """A valid but empty training part."""
     (folder / IMAGES).write_bytes(idx(np.zeros((0, 28, 28))))
     (folder / LABELS).write_bytes(gzip.compress(idx(np.zeros(0))))
 
@@ -149,8 +149,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "label": (rewrite(LABELS, lambda data: gzip.compress(idx(np.arange(12) + 20))), "holds the label 31"),
     "bad gzip": (rewrite(LABELS, lambda data: b"<html>not found</html>"), "is not a whole gzip file"),
-    "cut gzip": (rewrite(LABELS, lambda data: data[:-9]), "is not a whole gzip file"),
-    "spoilt gzip": (
+    "truncated gzip": (rewrite(LABELS, lambda data: data[:-9]), "is not a whole gzip file"),
+    "corrupt gzip": (
         rewrite(LABELS, lambda data: data[:12] + b"\xff\xff\xff" + data[15:]),
         "is not a whole gzip",
     ),
@@ -182,7 +182,7 @@ def test_corrupt_mnist_files_are_named(folder: Path, fault: str) -> None:
 
 
 def test_no_more_is_read_than_the_header_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small file may unpack to any length."""
+    """A small file may decompress to any length."""
 
     class Bomb(io.BytesIO):
         unpacked = 0
@@ -232,7 +232,7 @@ def test_real_mnist() -> None:
 
 
 class Plain(Dataset[int]):
-    """Ten numbers, of which nothing else is known."""
+    """Ten numbers, without targets."""
 
     def __len__(self) -> int:
         return 10
@@ -250,7 +250,7 @@ class Endless(IterableDataset[int]):
 
 
 class Lengthless(Dataset[int]):
-    """A data set that forgot its length."""
+    """A data set without a length."""
 
     def __getitem__(self, index: int) -> int:
         return index

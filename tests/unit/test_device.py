@@ -1,6 +1,6 @@
-"""The device path without a device: the ways of moving buffers, over virtual ranks and a stand-in for CuPy.
+"""The device path without a device: the transfer paths, over virtual ranks and a stand-in for CuPy.
 
-The stand-in runs nothing before it is waited for, so a wait that is missing shows as wrong values.
+The stand-in runs nothing before it is waited for, so a missing wait gives wrong values.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _one_thread() -> None:
 
 
 def run(size: int, kind: type[DeviceCommunicator], body: Body, nodes: tuple[int, ...] | None = None) -> list[Any]:
-    """`body(communicator, stand-in)` on every virtual rank; nobody keeps a slot."""
+    """Run `body(communicator, stand-in)` on every virtual rank; no slot may stay in use."""
 
     def rank(inner: Communicator) -> Any:
         cuda = Cuda()
@@ -76,7 +76,7 @@ def total(length: int, dtype: Any, ranks: Iterable[int]) -> np.ndarray[Any, Any]
 
 
 def read(cuda: Cuda, array: Array) -> np.ndarray[Any, Any]:
-    """What torch would see, being on the same stream."""
+    """What torch would read on the same stream."""
     cuda.compute.synchronize()
     return array.memory
 
@@ -338,7 +338,7 @@ def test_host_arrays_pass_through_unchanged(kind: type[DeviceCommunicator]) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_started_all_reduces_keep_their_order_among_other_collectives(kind: type[DeviceCommunicator]) -> None:
-    """Only what was queued before the start is waited for, and nobody else's collective gets in between."""
+    """Only work queued before the start is waited for, and no other collective comes in between."""
 
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
         for _ in range(2):
@@ -387,7 +387,7 @@ def test_blocking_verbs_use_few_slots() -> None:
 
 
 def test_copies_overlap_mpi() -> None:
-    """While one piece is with MPI, the next is being copied already, and the last one back."""
+    """While one piece is with MPI, the next is already being copied, and the previous one copied back."""
 
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
         seen: list[tuple[int, int]] = []
@@ -498,9 +498,9 @@ def test_run_on_the_device_resumes_to_the_same_bits(tmp_path: Path) -> None:
     run(3, StagedCommunicator, lambda comm, _: helpers.resumed_bits(comm, tmp_path, strategy, optimizer))
 
 
-# -- which way, and whether at all ---------------------------------------------------------------------------
+# -- choice of the transfer path ---------------------------------------------------------------------------
 class Ranks:
-    """A communicator of which only the setting up is used."""
+    """A communicator of which only the set-up is used."""
 
     rank, concurrent = 0, True
 

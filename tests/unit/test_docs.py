@@ -1,4 +1,4 @@
-"""The documents' code runs, and their tables are what the program says."""
+"""The code in the documents runs, and their tables match the program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hpctrain doctor`: what it makes of planted facts, how it reads a machine, and its guard against hanging."""
+"""`hpctrain doctor`: the problems it finds in planted facts, how it reads a machine, and its guard against hanging."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ VERSIONS = {"hpctrain": "0.1.0 (aa)", "torch": "2.8.0", "MPI": "MPICH"}
 
 
 def healthy(nodes: int = 2, per_node: int = 4, cores: int = 8) -> Found:
-    """Nothing is wrong: ranks of a node share its cores, unbound."""
+    """Facts without a problem: ranks of a node share its cores, unbound."""
     ranks = [
         RankFacts(r, r // per_node, f"n{r // per_node}", list(range(cores)), cores // per_node, versions=dict(VERSIONS))
         for r in range(nodes * per_node)
@@ -221,7 +221,7 @@ def test_small_shared_memory_is_reported_with_the_largest_model() -> None:
 
 
 def test_model_that_fits_shared_memory_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The formula is that of `why_not_shared`, which asks for parameters and gradients of each rank."""
+    """The formula is that of `why_not_shared`, which needs parameters and gradients of each rank."""
     code = (
         "import os; from mpi4py import MPI; from hpctrain.comm.mpi import shared\n"
         "from hpctrain.doctor.facts import NodeFacts\n"
@@ -423,7 +423,7 @@ def test_checking_the_output_folder_leaves_nothing_there(tmp_path: Path) -> None
 
 
 def test_unwritable_output_folder_is_detected() -> None:
-    # Nobody, not even root, can make a file there.
+    # No user, not even root, can create a file there.
     (facts,) = World(1).run(lambda comm: gather.look_at_output(comm, Path("/proc/self")))[0]
     assert facts.trace is not None
 
@@ -432,7 +432,7 @@ def test_ranges_of_ranks() -> None:
     assert ranges([0, 1, 2, 3, 7]) == "0-3, 7"
 
 
-# -- telling ---------------------------------------------------------------------------------------------------
+# -- output ---------------------------------------------------------------------------------------------------
 def test_report_lists_each_problem_with_a_fix() -> None:
     facts = with_nodes(healthy(), shm_free=64 * 2**20)
     text = report.as_text(facts, problems(facts))

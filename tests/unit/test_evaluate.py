@@ -1,4 +1,4 @@
-"""Evaluation: every sample once, over any number of workers, and nothing left changed."""
+"""Evaluation: every sample once, over any number of workers, without side effects."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _one_thread() -> None:
 
 
 class Numbers(IterableDataset[Any]):
-    """A stream that does not tell its length."""
+    """A stream of unknown length."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -68,7 +68,7 @@ def measure(model: nn.Module, dataset: Any, comm: Communicator, batch_size: int 
 @pytest.mark.parametrize("count", [1, 3, 16, 37])
 @pytest.mark.parametrize("ranks", [1, 3, 5])
 def test_every_sample_once(kind: Any, count: int, ranks: int) -> None:
-    """The means do not depend on the ranks, of which some may have no sample."""
+    """The means do not depend on the number of ranks, some of which may have no sample."""
     results = World(ranks).run(lambda comm: measure(nn.Identity(), kind(count), comm))
     squares = sum(number**2 for number in range(count)) / count
     assert results == [pytest.approx((squares, (count - 1) / 2))] * ranks
@@ -77,7 +77,7 @@ def test_every_sample_once(kind: Any, count: int, ranks: int) -> None:
 
 # -- what a metric returns -----------------------------------------------------------------------------------------
 def counts(outputs: Tensor, targets: Tensor) -> dict[str, Any]:
-    """The largest output; how many there are; the mean of those that are even, over those."""
+    """The largest output; the number of outputs; the mean of the even ones, weighted by their number."""
     even = outputs[outputs % 2 == 0]
     return {"mean": outputs.mean(), "ones": (len(outputs), len(outputs)), "even": (even.sum(), len(even))}
 
@@ -99,7 +99,7 @@ def test_metric_entries_are_weighted_by_their_weights(count: int, ranks: int) ->
 
 
 def test_ignored_tokens_have_no_weight_in_the_accuracy() -> None:
-    """Of sequences of which most is padding: exact over any batches and ranks, as the loss is."""
+    """For sequences that are mostly padding: exact for any batches and ranks, as is the loss."""
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(0, 4, (23, 6), generator=generator)
     outputs = torch.randn(23, 4, 6, generator=generator)
@@ -132,7 +132,7 @@ JOBS: dict[str, helpers.Tables] = {
     "phases": {"phases": [{"strategy": AR, "until": AFTER}, {"strategy": ASYNC}]},
     "a switch": {"strategy": {"name": "switch", "until": AFTER}},
     "batch norm over workers": {"train": {"sync_batchnorm": True}},
-    "ranks, and one that is slow": {"ranks": 4, "debug": {"slow": {3: 1.5}}},
+    "a slow rank": {"ranks": 4, "debug": {"slow": {3: 1.5}}},
     "a rule that needs evaluations": {
         "phases": [{"strategy": AR, "until": {"rule": "target", "metric": 2.0}}, {"strategy": AR}],
         "train": {"steps": 8, "evaluate_every": {"steps": 2}},
@@ -188,7 +188,7 @@ def test_evaluate_does_not_import_the_strategy(tmp_path: Path) -> None:
 
 # -- batches ---------------------------------------------------------------------------------------------------------
 class Series(Dataset[Any]):
-    """Sequences of different lengths: they make a batch only where there is one of them."""
+    """Sequences of different lengths, which collate only in batches of one."""
 
     def __len__(self) -> int:
         return 12

@@ -1,4 +1,4 @@
-"""The export: read back, held against the rules of the trace-event format, and against runs whose course is known."""
+"""The export: read back and checked against the trace-event format and against runs built by hand."""
 
 import csv
 import gzip
@@ -30,10 +30,10 @@ REQUIRED = {
 
 
 class Timeline:
-    """A timeline read back, and taken in as Perfetto does: in the order of time, a stack of open spans per thread.
+    """A timeline read back as Perfetto does it: in time order, with a stack of open spans per thread.
 
-    `flows`: (sending span, receiving span) of every message; `lost`: flows that end before they begin, as Perfetto
-    sees it, which drops them.
+    `flows`: (sending span, receiving span) of every message; `lost`: flows that end before they begin, which Perfetto
+    drops.
     """
 
     def __init__(self, path):
@@ -64,7 +64,7 @@ class Timeline:
         open_spans: defaultdict[tuple[int, int], list[Any]] = defaultdict(list)
         begun, flows = {}, {}
         timed = [event for event in self.events if event["ph"] in "Xsf"]
-        for event in sorted(timed, key=lambda event: int(event["ts"] * 1000)):  # cut off, as older readers do
+        for event in sorted(timed, key=lambda event: int(event["ts"] * 1000)):  # truncated, as in older readers
             stack = open_spans[event["pid"], event["tid"]]
             if event["ph"] == "X":
                 begin = int(event["ts"] * 1000)
@@ -124,7 +124,7 @@ def exchange(tmp_path):
             at = 10.0 * step
             run[0].span("forward", at, at + 2, step)
             run[0].span("send", at + 2, at + 2.5, step, 1000, 1, 100 + step)
-            run[0].span("send", at + 2.5, at + 3, step, 0, 1, 100 + step)  # waits for its end
+            run[0].span("send", at + 2.5, at + 3, step, 0, 1, 100 + step)  # waits until it is received
             run[0].span("recv", at + 4, at + 8, step, 500, 1, 200 + step)
             run[0].done(at + 9, step)
             run[1].span("recv", at + 1, at + 3.5, step, 1000, 0, 100 + step)
@@ -172,7 +172,7 @@ def test_message_received_without_waiting_ends_in_an_empty_span(tmp_path):
 
 def test_message_with_an_untraced_end_is_no_flow(tmp_path):
     with HandMade(tmp_path, 3, missing=(2,)) as run:
-        run[0].span("send", 1.0, 2.0, bytes=8, peer=2, id=1)  # that rank has no file
+        run[0].span("send", 1.0, 2.0, bytes=8, peer=2, id=1)  # rank 2 has no file
         run[0].span("send", 2.0, 3.0, bytes=8, peer=1, id=1)
         run[0].span("send", 3.0, 4.0, bytes=8, peer=1, id=2)  # never received
         run[1].span("recv", 2.0, 5.0, bytes=8, peer=0, id=1)
@@ -343,7 +343,7 @@ def test_selected_steps_limit_the_time_range(exchange):
     assert [sending["args"]["step"] for sending, _ in shown.flows] == [1, 1]
     (phase,) = [e for e in shown.of("X") if e["cat"] == "phase"]
     assert (phase["ts"], phase["ts"] + phase["dur"]) == (6500.0, 18000.0)  # rank 1 was done first; the last span
-    assert shown.of("i") == []  # the roles were told long before
+    assert shown.of("i") == []  # the roles were set long before
 
 
 def test_server_spans_are_selected_by_time_not_by_its_own_steps(tmp_path):

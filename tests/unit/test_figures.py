@@ -1,4 +1,4 @@
-"""The figures of hand-built runs: that they are drawn, and show what they promise."""
+"""Figures of hand-built runs: they are drawn and show what they should."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WITHOUT_UNIT = {"rank", "rank that waited", "rank waited for", "rank that sent",
 
 
 def busy(folder, size=4, steps=12, missing=()):
-    """All-reduce, in which rank 2 is twice as slow, then an asynchronous phase with the last rank as the server."""
+    """All-reduce with rank 2 twice as slow, then an asynchronous phase with the last rank as the server."""
     (folder / "metrics.csv").write_text(
         "step,samples,epoch,seconds,split,loss,metric\n"
         f"{steps},{steps * size * 32},1.0,0.3,validation,0.5,0.8\n{steps},{steps * size * 32},1.0,0.3,test,0.6,0.7\n"
@@ -124,7 +124,7 @@ def single(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """A rank that has done nothing yet."""
+    """A rank without any span."""
     folder = tmp_path_factory.mktemp("bare")
     with HandMade(folder, 1) as run:
         run[0].phase(0.0, 0, "worker", "all_reduce")
@@ -133,7 +133,7 @@ def bare(tmp_path_factory):
 
 @cache
 def drawn(name: str, analysis: Analysis) -> Figure:
-    """Drawn and laid out, and a picture of it below $FIGURES, if that is set, to look at."""
+    """The figure, drawn and laid out; saved below $FIGURES, if that is set, for inspection."""
     figure = import_module(f"hpctrain.views.figures.{name}").draw(analysis)
     figure.draw_without_rendering()
     if "FIGURES" in os.environ:

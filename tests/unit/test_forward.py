@@ -1,4 +1,4 @@
-"""How the standard loop and evaluations call a model: samples that are mappings, and models that return their loss."""
+"""How the standard loop and evaluations call a model: samples as mappings, and models that return their loss."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WRAPPERS: list[Callable[[dict[str, Any]], Any]] = [dict, UserDict]
 
 
 class Samples(Dataset[Any]):
-    """The samples of `helpers.points` in another form."""
+    """The samples of `helpers.points` in other forms."""
 
     def __init__(self, form: Callable[[Tensor, Tensor], Any], count: int = 30) -> None:
         self.inputs, self.targets = helpers.points(count).tensors
@@ -180,7 +180,7 @@ def test_error_in_a_model_returning_its_loss_is_unchanged() -> None:
 
 # -- models that return their own loss ---------------------------------------------------------------------------------
 class Object:
-    """What Hugging Face's models return."""
+    """An output object like Hugging Face's."""
 
     def __init__(self, loss: Any, logits: Tensor) -> None:
         self.loss, self.logits = loss, logits
@@ -244,7 +244,7 @@ def test_loss_model_takes_no_options(tmp_path: Path) -> None:
 
 
 class Detector(Own):
-    """As torchvision's: losses in training, in evaluation mode what it found."""
+    """Like torchvision's: losses in training, detections in evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__("losses")
@@ -254,7 +254,7 @@ class Detector(Own):
 
 
 def right(outputs: list[dict[str, Tensor]], batch: dict[str, Tensor]) -> tuple[int, int]:
-    """Gets the whole mapping, since there are no targets beside."""
+    """A metric that gets the whole mapping, since there are no separate targets."""
     found = torch.cat([each["labels"] for each in outputs])
     return int((found == batch["y"]).sum()), len(found)
 

@@ -1,4 +1,4 @@
-"""A thousand broken job files, seeded: each is a job, or refused by a sentence; never a traceback."""
+"""A thousand broken job files, seeded: each is accepted or refused with a message; never a traceback."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def copied(value: Any) -> Any:
 
 
 def mutate(job: dict[str, Any], dice: random.Random) -> None:
-    """One change somewhere: another value, a key more, less, renamed or moved elsewhere."""
+    """One random change: another value, or a key added, removed, renamed or moved."""
     place = dice.choice(containers(job))
     value = copied(dice.choice([*ODD, dice.choice(containers(FULL)), dice.randint(-5, 5), dice.uniform(-2, 2)]))
     if isinstance(place, list):
@@ -141,7 +141,7 @@ def mutate(job: dict[str, Any], dice: random.Random) -> None:
 
 
 def broken_text(text: str, dice: random.Random) -> bytes:
-    """A few bytes of the file changed, taken out, or doubled."""
+    """A few bytes of the file changed, removed or doubled."""
     content = bytearray(text.encode())
     for _ in range(dice.randint(1, 4)):
         at = dice.randrange(len(content))
@@ -153,7 +153,7 @@ def broken_text(text: str, dice: random.Random) -> bytes:
 
 
 def accepted(file: Path, overrides: list[str]) -> bool:
-    """Whether the file is a job; anything but a sentence fails the test."""
+    """Whether the file is a job; any failure other than a message fails the test."""
     try:
         job = Job.load(file, overrides)
         check_ranks(job, 4)

@@ -1,4 +1,4 @@
-"""Damaged run folders, seeded: readers make of each what they can, or refuse it by a sentence; never a traceback."""
+"""Damaged run folders, seeded: readers read what they can, or refuse with a message; never a traceback."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ FRAMES = [name for name, value in vars(Analysis).items() if not name.startswith(
 
 
 def write_run(folder: Path, attempts: int = 1) -> Path:
-    """A run of three ranks with everything in it that a trace can have: two phases, a server thread, messages ..."""
+    """A run of three ranks with everything a trace can contain: two phases, a server thread, messages ..."""
     folder.mkdir()
     for attempt in range(1, attempts + 1):
         with HandMade(folder, SIZE, nodes=[0, 0, 1], offsets=[0.0, 2.5, -7.0], attempt=attempt, job=JOB) as run:
@@ -129,7 +129,7 @@ ODD_TEXTS = [
 
 
 def change_rows(dice: random.Random, path: Path) -> None:
-    """Some values of columns, or all of one."""
+    """Change some values of columns, or a whole column."""
     name = dice.choice(["spans"] * 4 + ["steps"] * 3 + list(TABLES))
     with h5py.File(path, "r+") as file:
         rows = _few(file[name])
@@ -141,7 +141,7 @@ def change_rows(dice: random.Random, path: Path) -> None:
 
 
 def _few(table: Any) -> Any:
-    """Its rows, unless an earlier damage has made it claim very many."""
+    """The table's rows, unless earlier damage made it claim very many."""
     if len(table) > 10_000:
         raise ValueError("too many rows")
     return table[:]
@@ -186,7 +186,7 @@ def change_attribute(dice: random.Random, path: Path) -> None:
 
 
 def replace_table(dice: random.Random, path: Path) -> None:
-    """By another type, shape or kind of thing; or by a link that leads elsewhere."""
+    """Replace a table by another type, shape or object, or by a link to another place."""
     name = dice.choice(list(TABLES))
     chunked = {"maxshape": (None,), "chunks": (64,)}
     outside = path.parent.parent.parent / "outside.h5"
@@ -212,7 +212,7 @@ def replace_table(dice: random.Random, path: Path) -> None:
 
 
 def damage_text(dice: random.Random, path: Path) -> None:
-    """metrics.csv, job.toml: cells and whole files."""
+    """Damage cells or the whole of metrics.csv or job.toml."""
     text = path.read_bytes()
     cells = [b"", b"nan", b"inf", b"-1", b"1e999", b"9" * 400, b"text", b"\0", b"\xff\xfe", b'"', b"1.5", b"\r", b"a,b"]
     cells.append(b"x" * 200_000)
@@ -229,7 +229,7 @@ def damage_text(dice: random.Random, path: Path) -> None:
 
 
 def replace_file(dice: random.Random, path: Path) -> None:
-    """By a folder, a link to nowhere, another rank's file ..."""
+    """Replace a file by a folder, a dangling link, another rank's file ..."""
     other = trace_path(path.parent.parent, 0)
     path.unlink()
     dice.choice([
@@ -247,14 +247,14 @@ TO_TEXTS = (flip_bytes, cut, blank, damage_text, damage_text, damage_text, repla
 
 
 def damage(dice: random.Random, folder: Path) -> list[str]:
-    """One to three damages; their names."""
+    """Apply one to three kinds of damage; returns their names."""
     done = []
     for _ in range(dice.choice([1, 1, 2, 3])):
         if dice.random() < 0.15:
             path, how = folder / dice.choice(["metrics.csv", "job.toml"]), dice.choice(TO_TEXTS)
         else:
             path, how = dice.choice(sorted((folder / "trace").glob("rank_*.h5"))), dice.choice(TO_TRACES)
-        if not path.is_file():  # replaced already: a device would be read for ever
+        if not path.is_file():  # replaced already: reading a device would never end
             continue
         try:
             how(dice, path)
@@ -279,7 +279,7 @@ def readers(folder: Path, beside: Path) -> dict[str, Callable[[], Any]]:
 
 
 def _frames(folder: Path) -> None:
-    """Of the analysis, each by itself: what one of them lacks must not hide another's fault."""
+    """Each frame of the analysis separately, so that one failure does not hide another."""
     analysis = analyse(folder)
     for name in (*FRAMES, "waiting_matrix"):
         try:
@@ -349,7 +349,7 @@ def test_undamaged_runs_are_read_without_a_note(originals, tmp_path):
 
 @pytest.mark.parametrize("tenth", mostly_slow(range(10), (0,)))
 def test_damaged_runs_are_read_as_far_as_possible(originals, tmp_path, tenth):
-    """One reader a case, because they take a while; thousands of cases with all of them were tried by hand."""
+    """One reader per case, to save time; thousands of cases with all readers were run by hand."""
     for seed in range(tenth, CASES, 10):
         try_case(seed, originals[seed % 2], tmp_path, READERS[seed % len(READERS)])
 
@@ -410,7 +410,7 @@ def test_impossible_counts_cost_neither_memory_nor_time(originals, tmp_path):
     tracemalloc.start()
     try:
         assert "cannot be read" in format_totals(open_run(tmp_path / "run"))
-        assert open_run(tmp_path / "run").size == SIZE  # as the other two say
+        assert open_run(tmp_path / "run").size == SIZE  # as the other two files state
         analyse(tmp_path / "run").waiting_matrix()
         assert Watcher(tmp_path / "run").look().size == SIZE
         assert tracemalloc.get_traced_memory()[1] < 100e6
@@ -441,7 +441,7 @@ def test_damaged_clock_measurement_shifts_no_time(originals, tmp_path):
     shutil.copytree(originals[0], tmp_path / "run")
     set_rows(trace_path(tmp_path / "run", 1), "clock", 1, offset_ns=-(2**62))
     whole, run = open_run(originals[0]).spans(1), open_run(tmp_path / "run").spans(1)
-    assert (whole["start_ns"] - run["start_ns"]).abs().max() <= 1000  # what the second measurement said of the drift
+    assert (whole["start_ns"] - run["start_ns"]).abs().max() <= 1000  # the drift from the second measurement
     shutil.copytree(originals[0], tmp_path / "far")
     set_rows(trace_path(tmp_path / "far", 1), "clock", slice(None), offset_ns=2**62)
     assert open_run(tmp_path / "far").notes == [
@@ -450,7 +450,7 @@ def test_damaged_clock_measurement_shifts_no_time(originals, tmp_path):
 
 
 def test_nothing_outside_the_run_folder_is_read(originals, tmp_path):
-    """Links, external storage and virtual tables would fetch it; a pipe would be waited for, a device read for ever."""
+    """Links, external storage and virtual tables would read other files; a pipe would block, a device never end."""
     other = trace_path(originals[0], 0)
     for number, name in enumerate(("link", "storage", "virtual")):
         run = tmp_path / name

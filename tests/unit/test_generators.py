@@ -1,4 +1,4 @@
-"""Global generators: what samples draw is theirs alone, whoever fetches them, and the training loop loses nothing."""
+"""Global generators: samples draw independently of the fetching thread and never disturb the training loop."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def draw_all() -> list[float]:
 
 
 class Noisy(Dataset[Any]):
-    """Sample i is i plus what it draws, from sample `begins` on; remembers which threads fetched."""
+    """Sample i is i plus random numbers, from sample `begins` on; records the fetching threads."""
 
     def __init__(self, kind: str, begins: int = 0, length: int = 60) -> None:
         self.kind, self.begins, self.length = kind, begins, length
@@ -53,21 +53,21 @@ class Noisy(Dataset[Any]):
 
 
 class NoisyMany(Noisy):
-    """Asked for many at once."""
+    """Fetches many samples at once."""
 
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
         return [self[index] for index in indices]
 
 
 class NoisyGather(Noisy):
-    """Gathers in its own way."""
+    """Has its own gather method."""
 
     def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         return torch.stack([self[int(index)] for index in indices]), indices
 
 
 class NoisyStream(IterableDataset[Any]):
-    """Reads its samples in an order drawn as it begins; each draws too, from place `begins` on."""
+    """Reads its samples in an order drawn at its start; from place `begins` on each sample draws too."""
 
     def __init__(self, kind: str, begins: int = 0, length: int = 60, known: bool = True) -> None:
         self.kind, self.begins, self.length = kind, begins, length
@@ -81,14 +81,14 @@ class NoisyStream(IterableDataset[Any]):
 
 
 class NoisyKnownStream(NoisyStream):
-    """Tells its length."""
+    """A stream of known length."""
 
     def __len__(self) -> int:
         return self.length
 
 
 def epoch_of(data: Any, training: list[str], threads: int, known: bool = True, **arguments: Any) -> Any:
-    """(an epoch of samples, what the training loop draws beside, the loader); fetched ahead as a trainer does."""
+    """(an epoch of samples, the training loop's own draws, the loader); prefetched as by a trainer."""
     seed_all(1)
     order, cursor, found, drawn = Order(data.length if known else None, seed=4), 0, [], []
     with Loader(data, order, threads=threads, seed=4, **arguments) as loader:
@@ -142,7 +142,7 @@ def test_states_as_strings(other: Any) -> None:
 
 
 def guarded(function: Callable[[], Any]) -> bool:
-    """Whether it is stopped, having drawn nothing."""
+    """Whether a draw is stopped without drawing anything."""
     before = Generators.now()
     try:
         NoDraws(set()).run(function)
@@ -213,7 +213,7 @@ def test_data_set_without_draws_is_prefetched() -> None:
 @pytest.mark.parametrize("kind", GLOBAL)
 @pytest.mark.parametrize("make", [Noisy, NoisyMany])
 def test_data_set_that_starts_drawing_in_a_thread(make: Any, kind: str, training: list[str]) -> None:
-    """What it drew there counts for nothing, and from then on it is fetched inline."""
+    """Its draws there are discarded, and from then on it is fetched inline."""
     wanted, alone, _ = epoch_of(make(kind, begins=52), training, 0)
     data = make(kind, begins=52)
     seen = set(Order(60, seed=4).indices(0, 4 * PROBES).tolist())
@@ -234,7 +234,7 @@ def test_no_threads_beside_a_loop_drawing_from_python_or_numpy() -> None:
 
 @pytest.mark.parametrize("kind", GLOBAL)
 def test_draws_of_the_training_loop_are_not_blamed_on_the_data(kind: str) -> None:
-    """Torch's draws are guarded from then on, and threads go on; the others have none beside them."""
+    """From then on torch's draws are guarded, and threads continue; with other generators there are no threads."""
     seed_all(1)
     data = Noisy("torch", begins=99)
     with Loader(data, Order(60, shuffle=False), threads=1) as loader:
@@ -249,7 +249,7 @@ def test_draws_of_the_training_loop_are_not_blamed_on_the_data(kind: str) -> Non
 
 
 def test_ambiguous_source_of_draws_is_refused() -> None:
-    """Data and training loop begin in the same step, and take turns."""
+    """Data and training loop start drawing in the same step, and alternate."""
     turn = threading.Barrier(2, timeout=30)
 
     class Late(Noisy):
@@ -285,7 +285,7 @@ def test_streams_that_draw(kind: str, known: bool, training: list[str]) -> None:
 
 @pytest.mark.parametrize("known", [True, False])
 def test_stream_that_starts_drawing_in_its_thread(known: bool) -> None:
-    """From torch's generator: it is stopped, and read again. From others: refused."""
+    """Torch's generator: the stream is stopped and read again. Other generators: refused."""
     wanted, alone, _ = epoch_of(NoisyStream("torch", 30, known=known), ["torch"], 0, known)
     found, drawn, _ = epoch_of(NoisyStream("torch", 30, known=known), ["torch"], 1, known)
     assert torch.equal(found, wanted)
@@ -313,7 +313,7 @@ def test_augmentations_that_draw() -> None:
 
 # -- runs --------------------------------------------------------------------------------------------------------
 class NoisyNet(nn.Module):
-    """Initialised, and computing, with numbers of all three generators."""
+    """Initialises and computes with numbers from all three generators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -348,7 +348,7 @@ def noisy_points() -> tuple[Dataset[Any], Dataset[Any]]:
 
 @pytest.mark.parametrize("strategy", [{"name": "all_reduce"}, {"name": "parameter_server", "mode": "sync"}])
 def test_same_job_and_its_resumed_run_have_the_same_bits(tmp_path: Path, strategy: helpers.Tables) -> None:
-    """Whatever was drawn before: data, model, samples, computation and evaluations draw the same."""
+    """Data, model, samples, computation and evaluations draw the same, whatever was drawn before."""
     name = "tests.unit.test_generators"
     job = helpers.make_job(
         tmp_path, model=f"{name}:NoisyNet", data=f"{name}:noisy_points", strategy=strategy,

@@ -1,4 +1,4 @@
-"""The headline: a planted straggler is named in every strategy; what else it says, on runs built by hand."""
+"""The headline: a planted straggler is named in every strategy; other headlines on runs built by hand."""
 
 from __future__ import annotations
 
@@ -103,12 +103,12 @@ def test_moving_data_is_named_when_it_dominates(tmp_path: Path) -> None:
 
 
 def test_bytes_of_a_ring_are_counted_once(tmp_path: Path) -> None:
-    """2 (W - 1) / W of the buffer per rank (Rabenseifner's bound), besides small change."""
+    """2 (W - 1) / W of the buffer per rank (Rabenseifner's bound), plus a few bytes."""
     strategy = {"name": "all_reduce", "exchange": "message", "algorithm": "ring"}
     job = make_job(tmp_path / "runs", strategy=strategy, train={"steps": 8, "batch_size": 2})
     analysis = Analysis(train_traced(tmp_path / "run", job, 4, compute=jitter(sigma=0.0)))
     parameters = 7 * 13 + 13 + 13 * 5 + 5 + 5 * 3 + 3
     step = 2 * 3 * 4 * parameters
     assert 7 * step <= analysis.traffic["bytes"].sum() <= 8 * 1.5 * step
-    clock = analysis.convergence["bytes"].tolist()  # at no cost messages coincide with the phase's very ends
+    clock = analysis.convergence["bytes"].tolist()  # on a free network messages coincide with the ends of the phase
     assert step <= (clock[6] - clock[1]) / 5 <= 1.5 * step

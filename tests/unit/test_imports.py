@@ -1,4 +1,4 @@
-"""A job is checked before anything heavy is loaded: what these modules bring with them."""
+"""A job is checked before heavy modules are loaded: what these modules import."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_import_loads_nothing_heavy(module: str) -> None:
 
 
 def test_command_excludes_imports_from_garbage_collection() -> None:
-    """Only in a process of its own: where torch is loaded already nothing changes."""
+    """Runs in a separate process: nothing changes if torch is already loaded."""
     code = (
         "import gc, sys\n"
         "from hpctrain.run.command import _imports_kept\n"

@@ -1,4 +1,4 @@
-"""The job: files in and out, overrides, objects in place of names, and a sentence for every mistake."""
+"""The job: loading and dumping files, overrides, objects in place of names, and a message for every mistake."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HERE = __name__
 
 
 class Tiny:
-    """A strategy as far as a job looks at it."""
+    """A strategy, as far as a job uses it."""
 
     class Options(options.Options):
         servers: int = Field(default=1, ge=1, le=64, description="how many")
@@ -35,7 +35,7 @@ class Tiny:
 
 
 class Loose:
-    """A strategy whose options take what they are given and convert what they can."""
+    """A strategy whose options accept extra keys and convert values."""
 
     class Options(BaseModel):
         model_config = ConfigDict(extra="allow")
@@ -123,7 +123,7 @@ def mistakes(call: Any, *arguments: Any, **keys: Any) -> list[str]:
     return str(caught.value).splitlines()
 
 
-# Files in and out
+# Loading and dumping files
 
 
 def test_dumped_job_loads_as_the_same_job_and_text(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_learning_rate_defaults_to_the_optimizers() -> None:
     assert Job(optimizer={"name": "a.b:C", "lr": 2}).optimizer.lr == 2.0
 
 
-# What is wrong with a file
+# Mistakes in files
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_long_path_is_shown_in_full(tmp_path: Path) -> None:
     assert f"{folder}/job.toml" in str(caught.value)
 
 
-# What is wrong with a job
+# Mistakes in jobs
 
 MISTAKES = [
     ("trian = 3", "trian: unknown key (did you mean train?); a job has name, seed,"),
@@ -591,7 +591,7 @@ def test_single_string_is_not_a_list_of_overrides() -> None:
     assert "are a list" in line
 
 
-# Switch: a schedule of two phases under a name of its own
+# Switch: two phases under one name
 
 
 def test_switch_is_short_for_two_phases() -> None:

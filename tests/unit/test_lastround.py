@@ -1,4 +1,4 @@
-"""The last round of an epoch: dropped where a job says so, and checked where batch norm cannot take it."""
+"""The last round of an epoch: dropped if the job says so, and refused if batch norm cannot handle it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_batch_norm_with_one_sample_is_refused_before_training(
         (34, {"data": {"last": "drop"}}),
         (37, {"strategy": ASYNC, "data": {"last": "drop"}}),
         (34, {"train": {"sync_batchnorm": True}}),
-        (34, {"train": {"steps": 4}}),  # it does not come to the epoch's end
+        (34, {"train": {"steps": 4}}),  # it does not reach the end of the epoch
         (34, {"model": "tests.helpers:net"}),
     ],
 )

@@ -1,4 +1,4 @@
-"""Finding the right mpiexec, the environment of the ranks, and what is kept of a launcher's output: no MPI needed."""
+"""Finding the right mpiexec, the ranks' environment, and filtering a launcher's output; no MPI needed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ prterun has exited due to process rank 0 with PID 0 on node vm calling
 
 
 def filtered(text: bytes) -> bytes:
-    """What passes, and below it what was told about killed ranks."""
+    """The output that passes, followed by the reports of killed ranks."""
     noise = NoiseFilter()
     passed = b"".join(noise.feed(line) for line in text.splitlines(keepends=True)) + noise.flush()
     return passed + b"".join(f"{told.rank} {told.pid} {told.host} {told.number}".encode() for told in noise.reported)
@@ -95,14 +95,14 @@ def mpiexec(folder: Path, says: str, name: str = "mpiexec") -> str:
 
 @pytest.fixture
 def python(tmp_path: Path) -> str:
-    """A Python in a folder of its own, as in a virtual environment."""
+    """A Python in its own folder, as in a virtual environment."""
     (tmp_path / "venv").mkdir()
     return str(tmp_path / "venv" / "python")
 
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> list[launcher.Library]:
-    """What mpi4py is said to load: the last entry."""
+    """Set the library that mpi4py seems to load: the last entry."""
     loaded: list[launcher.Library] = [MPICH]
     monkeypatch.setattr(finding, "find_library", lambda python: loaded[-1])
     return loaded
@@ -187,7 +187,7 @@ class TestRankEnvironment:
         assert launcher.rank_environment(OPENMPI, given)["OMPI_MCA_mpi_yield_when_idle"] == "0"
 
     def test_freed_memory_is_kept_unless_the_user_sets_otherwise(self) -> None:
-        """The job template says the same as `hpctrain run`."""
+        """The job template sets the same as `hpctrain run`."""
         assert launcher.rank_environment(MPICH, {})["GLIBC_TUNABLES"] == launcher.MEMORY
         given = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
         assert launcher.rank_environment(MPICH, given)["GLIBC_TUNABLES"] == given["GLIBC_TUNABLES"]

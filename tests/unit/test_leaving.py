@@ -1,4 +1,4 @@
-"""Leaving the training loop early: all ranks together, which ends the run, or one alone, which ends the job."""
+"""Leaving the training loop early: on all ranks, which ends the run, or on one rank, which ends the job."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def loop(running: Session, job: Job, leaves: Callable[[int], bool]) -> int:
 
 
 def left_by(size: int, job: Job, leaves: Callable[[int, int], bool], **world: Any) -> list[tuple[int, Session]]:
-    """All ranks' (steps, session), each having left its loop once `leaves(rank, steps)`."""
+    """All ranks' (steps, session) after leaving the loop when `leaves(rank, steps)` is true."""
 
     def body(comm: Communicator) -> tuple[int, Session]:
         with session(job, comm, out=QUIET) as running:
@@ -65,7 +65,7 @@ def left_by(size: int, job: Job, leaves: Callable[[int, int], bool], **world: An
 # -- together ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("what", list(STRATEGIES))
 def test_ranks_that_leave_together_end_the_run(tmp_path: Path, what: str):
-    """Also where they come to it at times of their own; what follows the session runs on all of them."""
+    """Even at different times; code after the session runs on all ranks."""
     job = helpers.make_job(tmp_path, strategy=STRATEGIES[what])
     ended = left_by(4, job, lambda rank, steps: steps == 3, compute=helpers.jitter())
     workers = [(steps, running) for steps, running in ended if steps]
@@ -98,7 +98,7 @@ def test_leaving_in_the_middle_of_a_round_and_in_a_later_phase(tmp_path: Path):
 
 @pytest.mark.parametrize("strategy", [AR, helpers.served("async")])
 def test_leaving_after_the_last_step_counts_as_a_normal_end(tmp_path: Path, strategy: helpers.Tables):
-    """After the run's last step nothing but the end is to come."""
+    """After the run's last step only the end of the run follows."""
     job = helpers.make_job(tmp_path, strategy=strategy, train={"steps": 3})
 
     def body(comm: Communicator) -> Session:
@@ -165,7 +165,7 @@ def test_rank_leaving_alone_is_named(tmp_path: Path, what: str):
 
 @pytest.mark.parametrize("what", ["async", "bounded", "backup"])
 def test_nan_on_another_rank_after_leaving_ends_all(tmp_path: Path, what: str):
-    """The rank that has left waits for a reply, which must come."""
+    """The rank that left waits for a reply, which must arrive."""
     job = helpers.make_job(tmp_path, strategy=STRATEGIES[what])
     errors = []
 
@@ -202,7 +202,7 @@ def test_worker_or_server_that_never_enters_the_loop(tmp_path: Path):
 
 
 class Quitting(Dataset[Any]):
-    """Ends the program at sample 20, on rank 1 of two that do not shuffle."""
+    """Ends the program at sample 20, on rank 1 of two without shuffling."""
 
     def __init__(self, samples: int = 60) -> None:
         self.samples = samples
@@ -259,7 +259,7 @@ def test_sys_exit_in_objects_the_job_names(tmp_path: Path, what: str):
 
 @pytest.mark.parametrize("lone", [False, True])
 def test_leaving_with_batch_norm_over_all_workers(tmp_path: Path, lone: bool):
-    """Those that go on wait for the others in their forward pass, where they cannot be asked."""
+    """Remaining ranks wait in their forward pass, where they cannot be asked."""
     job = helpers.make_job(
         tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures",
         train={"sync_batchnorm": True, "batch_size": 6},

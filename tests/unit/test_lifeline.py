@@ -1,4 +1,4 @@
-"""A lifeline keeps open what a process that dies was connected to."""
+"""A lifeline keeps open the connections of a process that dies."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def test_connections_stay_open_until_the_lifeline_closes() -> None:
 
 def test_only_the_first_rank_below_an_mpiexec_has_a_lifeline(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Lifeline.of_parent() is None
-    monkeypatch.setenv("MPI_LOCALRANKID", "0")  # left over from elsewhere: our parent is no proxy
+    monkeypatch.setenv("MPI_LOCALRANKID", "0")  # left over: our parent is not a proxy
     assert Lifeline.of_parent() is None
     assert Lifeline.of(2**22 + 1) is None

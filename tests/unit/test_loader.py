@@ -1,4 +1,4 @@
-"""The loader: the same batches whoever fetches them and when; errors surface; streams know their place."""
+"""The loader: the same batches for any thread and time of fetching; errors surface; streams keep their position."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hpctrain.errors import DataError, JobError
 
 
 class Squares(Dataset[tuple[Tensor, int]]):
-    """(i, i squared), one at a time; slowly if told."""
+    """(i, i squared), one at a time; with a delay if set."""
 
     def __init__(self, length: int, seconds: float = 0.0) -> None:
         self.length = length
@@ -42,7 +42,7 @@ class Squares(Dataset[tuple[Tensor, int]]):
 
 
 class Count(IterableDataset[Any]):
-    """0, 1, 2, ... `length` - 1, plus 1000 per epoch; remembers how often it was begun."""
+    """0, 1, 2, ... `length` - 1, plus 1000 per epoch; counts how often it was started."""
 
     def __init__(self, length: int, known: bool = False) -> None:
         self.length = length
@@ -60,14 +60,14 @@ class Count(IterableDataset[Any]):
 
 
 class KnownCount(Count):
-    """A stream that tells its length."""
+    """A stream of known length."""
 
     def __len__(self) -> int:
         return self.length
 
 
 def past_probes(loader: Loader, start: int) -> Loader:
-    """A loader that has fetched its first batches inline, of one sample each from `start` on."""
+    """A loader past its first inline batches, of one sample each from `start` on."""
     for place in range(start, start + PROBES):
         loader.take(place, place + 1)
     return loader
@@ -81,7 +81,7 @@ def image_set(length: int = 40) -> TensorDataset:
 
 
 def run(loader: Loader, order: Order, worker: int, workers: int, batch: int, samples: int) -> list[Batch]:
-    """A worker's batches until the cursor is at `samples`, fetched ahead as a trainer does."""
+    """A worker's batches until the cursor is at `samples`, prefetched as by a trainer."""
     taken, cursor = [], 0
     while cursor < samples:
         bounds = loader.bounds(cursor, workers * batch, workers)
@@ -261,7 +261,7 @@ def test_samples_that_do_not_collate() -> None:
 
 
 def test_augmentation_depends_on_the_sample_only() -> None:
-    """It depends on the seed, the epoch and the sample, not on the batch it is in."""
+    """It depends on seed, epoch and sample, not on the batch."""
     data = image_set(40)
     order = Order(40, seed=1, shuffle=False)
     whole = Loader(data, order, threads=0, augment=[shift], seed=1).take(0, 40).inputs
@@ -297,7 +297,7 @@ def test_augmentations_by_name() -> None:
 
 
 def test_prefetched_stream_is_started_once_per_epoch() -> None:
-    """Guessing beyond an end that is not known yet must not lose the place, and so cost another reading."""
+    """Prefetching past a still unknown end must not lose the position and require reading again."""
     for length in (100, 96, 97, 112, 24, 5):
         ahead = 1 if length > 24 else 2  # a round, and so an epoch, is at most 24 samples, and two are ahead
         for worker in range(3):
@@ -320,7 +320,7 @@ def test_stream_read_backwards_is_restarted() -> None:
 
 
 class Guarded(IterableDataset[int]):
-    """0, 1, 2, ...; remembers which threads read it, and whether two did at once."""
+    """0, 1, 2, ...; records which threads read it, and whether two did at once."""
 
     def __init__(self) -> None:
         self.inside = 0
@@ -370,7 +370,7 @@ def test_resuming_within_a_stream_of_unknown_length() -> None:
 
 
 class Failing(IterableDataset[int]):
-    """Raises after `good` samples, as a generator: what follows looks like its end."""
+    """A generator that raises after `good` samples; afterwards it looks exhausted."""
 
     def __init__(self, good: int) -> None:
         self.good = good

@@ -1,4 +1,4 @@
-"""What a loss may be, what it is weighed by, and how one that is none is refused."""
+"""Valid losses, their weights, and how invalid losses are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum over the targets that are not class 0, and how many these are."""
+    """The sum over the targets that are not class 0, and their number."""
     counted = targets != 0
     return functional.cross_entropy(outputs[counted], targets[counted], reduction="sum"), counted.sum()
 
@@ -47,7 +47,7 @@ def negative(outputs: Tensor, targets: Tensor) -> tuple[Tensor, float]:
 
 
 class Scaled(nn.Module):
-    """With a temperature of its own."""
+    """A loss with its own temperature."""
 
     def __init__(self, trained: bool = True) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def bound(spec: Any) -> losses.LossFunction:
 )
 @pytest.mark.parametrize("shape", [(8,), (8, 5), (8, 2, 3)])
 def test_class_losses_of_parts_add_up_to_the_whole(spec: Any, shape: tuple[int, ...]):
-    """Cut into micro-batches, the sums over the weights: what torch says of the whole batch."""
+    """Over micro-batches, sums divided by weights equal torch's loss of the whole batch."""
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(8, 3, *shape[1:], generator=generator, dtype=torch.float64)
     targets = torch.randint(3, shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Jobs of very many phases: they run, with traces, and what people look at stays small and readable."""
+"""Jobs with very many phases: they run, with traces, and views stay small and readable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PHASES = 1000
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 1,000 phases, by turns all-reduce with three workers and a parameter server with two."""
+    """A run of 1,000 phases, alternating all-reduce with three workers and a parameter server with two."""
     folder = tmp_path_factory.mktemp("phases")
     with HandMade(folder, 3) as run:
         for phase in range(PHASES):

@@ -1,4 +1,4 @@
-"""Metrics over several ranks: functions that are summed up, and classes that are not means of batches."""
+"""Metrics over several ranks: functions that are summed up, and classes that are not means over batches."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def no_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 @pytest.mark.parametrize("spec", [Bleu, {"name": f"{__name__}:Bleu", "order": 2}, AveragePrecision])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 9])
 def test_ranks_compute_the_same_value_as_one_process(spec: Any, ranks: int) -> None:
-    """Unequal shares; of nine ranks two have no batch."""
+    """Unequal shares; two of nine ranks have no batch."""
     data = sentences(7)
     cls, options = (spec, {}) if isinstance(spec, type) else (Bleu, {"order": 2})
     alone = cls(**options)
@@ -123,7 +123,7 @@ def test_ranks_compute_the_same_value_as_one_process(spec: Any, ranks: int) -> N
 
 
 def test_run_with_a_metric_class(tmp_path: Path) -> None:
-    """Evaluated several times: nothing is left of the evaluation before."""
+    """Evaluated several times: nothing is left from the previous evaluation."""
     job = helpers.make_job(tmp_path, data=(helpers.points(), helpers.points(40)), metric=Spread)
     job = job.override(["train.evaluate_every={steps=2}"])
     results = World(3).run(partial(helpers.quiet_train, job=job))
@@ -131,7 +131,7 @@ def test_run_with_a_metric_class(tmp_path: Path) -> None:
 
 
 class Spread:
-    """How many samples there were."""
+    """The number of samples."""
 
     def start(self) -> None:
         self.count = 0
@@ -151,7 +151,7 @@ class Spread:
 
 # -- what a class does wrong -------------------------------------------------------------------------------------
 class Fails(Spread):
-    """In one method: in `update` on the rank whose samples are from 3 on, in `state` on the one that had two."""
+    """Fails in one method: in `update` on the rank whose samples start at 3, in `state` on the rank that had two."""
 
     def __init__(self, method: str) -> None:
         self.method = method
@@ -217,7 +217,7 @@ def test_metric_function_failing_on_one_rank_fails_on_all() -> None:
 
 @pytest.mark.parametrize("servers", [0, 1])
 def test_failing_metric_ends_servers_too(tmp_path: Path, servers: int) -> None:
-    """An error that all ranks raise lets each end by itself; one that servers do not raise must end them."""
+    """If all ranks raise an error, each ends by itself; an error that servers do not raise must end them."""
     strategy = {"name": "parameter_server", "mode": "sync", "servers": 1} if servers else {"name": "all_reduce"}
     data = (helpers.points(), helpers.points(9))
     metric = {"name": f"{__name__}:Fails", "method": "merge"}
@@ -298,7 +298,7 @@ def test_states_of_any_lengths_come_to_rank_0_in_order() -> None:
 
 # -- functions -----------------------------------------------------------------------------------------------------
 def fed(tally: Tally, *batches: tuple[Any, int]) -> Tally:
-    """The outputs of each batch are what its function returns."""
+    """A function metric evaluated on batches whose outputs it returns."""
     tally.start()
     for measured, samples in batches:
         tally.update(measured, None, samples)

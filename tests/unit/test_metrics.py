@@ -1,4 +1,4 @@
-"""Accuracy by the shapes of outputs and targets, and what it takes from the job's loss."""
+"""Accuracy for every shape of outputs and targets, and options it takes from the job's loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models by name: sizes, shapes, and sentences for wrong keyword arguments."""
+"""Models by name: sizes, shapes, and messages for wrong keyword arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network that virtual time runs on: what messages and collectives take, in closed form."""
+"""The network of virtual time: times of messages and collectives in closed form."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def analysed(name: str) -> Analysis:
 
 
 def finished(name: str, output: Path, resume: Path | None = None) -> dict[str, Tensor]:
-    """The parameters that the job ends with here."""
+    """The final parameters of the job with this version."""
     job = old_runs.job(name, output=str(output), trace={"enabled": False})
     results = World(RANKS).run(lambda comm: train(job, comm, resume, Narrator(enabled=False)))
     return load_file(results[0].folder / "model.safetensors")
@@ -101,7 +101,7 @@ def test_compare_shows_old_runs_side_by_side() -> None:
 # -- checkpoints ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["all_reduce", "parameter_server_sync", "switch"])
 def test_mid_run_checkpoint_is_resumed(tmp_path: Path, name: str) -> None:
-    """To what the uninterrupted run of 0.1 had: to the bit, where this machine rounds as that did."""
+    """Ends like the uninterrupted run of 0.1: to the bit, if this machine rounds as that one did."""
     resumed, recorded = (
         finished(name, tmp_path, copied(tmp_path, name)),
         load_file(FOLDERS / name / "model.safetensors"),
@@ -114,8 +114,8 @@ def test_mid_run_checkpoint_is_resumed(tmp_path: Path, name: str) -> None:
 
 
 def test_asynchronous_checkpoint_is_resumed(tmp_path: Path) -> None:
-    """What follows is not deterministic, but it starts from the checkpoint: at half of the run the loss is far lower
-    than at its start, and it stays so."""
+    """The rest is not deterministic, but starts from the checkpoint: halfway through the run the loss is far lower than
+    at the start, and stays so."""
     name = "parameter_server_async"
     folder = copied(tmp_path, name)
     finished(name, tmp_path, folder)

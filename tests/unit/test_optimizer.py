@@ -1,4 +1,4 @@
-"""Optimizers on stretches of the arena: cut or whole they give the same; their state survives other cuts."""
+"""Optimizers on stretches of the arena: the same results whole or cut; their state survives other cuts."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def flat_values(model: nn.Module, layout: Layout) -> Tensor:
 
 
 def by_torch(model: nn.Module, layout: Layout, name: str, options: dict[str, Any], groups: Any, steps: int) -> Tensor:
-    """The values after so many steps of torch's optimizer on the model itself, at halved rates in odd steps."""
+    """The values after this many steps of torch's optimizer on the model itself, with halved rates in odd steps."""
     optimizer = getattr(torch.optim, name)(groups or model.parameters(), **options)
     named = dict(model.named_parameters())
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -92,7 +92,7 @@ def factor(step: int) -> float:
 
 
 class Cut:
-    """The arena cut into `parts`, each with an update of its own."""
+    """The arena cut into `parts`, each with its own update."""
 
     def __init__(self, choice: OptimizerChoice, layout: Layout, values: Tensor, parts: int) -> None:
         bounds = slice_bounds(layout, parts, choice.elementwise)
@@ -245,11 +245,11 @@ def test_implementations_agree(name: str, more: dict[str, Any]) -> None:
 
 # -- what is refused ------------------------------------------------------------------------------------------
 class Own(torch.optim.SGD):
-    """A user's optimizer: whether it is elementwise is not known."""
+    """A user's optimizer, not known to be elementwise."""
 
 
 class Greedy(torch.optim.Optimizer):
-    """Takes anything, wants a closure."""
+    """Accepts any option, needs a closure."""
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, options)
@@ -305,7 +305,7 @@ def test_muon_accepts_matrices_only() -> None:
 
 
 def test_all_of_torchs_optimizers_are_known() -> None:
-    """A class that a new torch brings has to be looked at: is it elementwise?"""
+    """A new optimizer class in torch must be classified: is it elementwise?"""
     own = {n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
     assert own - {"Optimizer"} <= ELEMENTWISE | {"LBFGS", "SparseAdam", "Adafactor", "Muon"}
 
@@ -412,7 +412,7 @@ def test_groups_in_a_run(tmp_path: Any, strategy: Any, name: str) -> None:
     ],
 )
 def test_groups_refused_by_a_run(tmp_path: Any, groups: Any, message: str | None) -> None:
-    if message is None:  # no opinion: all alike
+    if message is None:  # no groups: all parameters are treated alike
         run(tmp_path, 1, 8, groups)
         return
     with pytest.raises(HpctrainError, match=message):
@@ -426,7 +426,7 @@ def test_optimizers_with_gradient_independent_step_size_are_recognised(name: str
 
 
 def update_of(name: str, options: dict[str, Any]) -> tuple[Update, Tensor]:
-    """Over all of a small model, and the values that it changes."""
+    """An update over all of a small model, and the values that it changes."""
     replica = Replica(Net())
     values = torch.zeros(replica.layout.length, dtype=torch.float64)
     return make_update(choice_of(name, options), replica.layout, values, 0, replica.layout.length), values
@@ -434,7 +434,7 @@ def update_of(name: str, options: dict[str, Any]) -> tuple[Update, Tensor]:
 
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 def test_momentum_scale_applies_to_one_update(name: str) -> None:
-    """Half the momentum in one update, all of it in the next; against torch, told so."""
+    """Half the momentum in one update, all of it in the next; compared with torch with the same settings."""
     key: dict[str, Any] = {"momentum": 0.8} if name == "SGD" else {"betas": (0.8, 0.99)}
     half: dict[str, Any] = {"momentum": 0.4} if name == "SGD" else {"betas": (0.4, 0.99)}
     update, values = update_of(name, {"lr": 0.1, **key})
@@ -452,7 +452,7 @@ def test_momentum_scale_applies_to_one_update(name: str) -> None:
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_each_worker_has_its_own_velocity(nesterov: bool) -> None:
-    """Against one torch optimizer per worker, which all move the same parameters."""
+    """Compared with one torch optimizer per worker, all on the same parameters."""
     options: dict[str, Any] = {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.05, "nesterov": nesterov}
     update, values = update_of("SGD", options)
     plain = torch.zeros_like(values, requires_grad=True)
@@ -467,7 +467,7 @@ def test_each_worker_has_its_own_velocity(nesterov: bool) -> None:
 
 
 def test_velocity_handed_on_is_the_mean_of_the_workers() -> None:
-    """Of three workers one has not pushed: its velocity is still the one that was handed over."""
+    """One of three workers has not pushed: its velocity is still the one it was given."""
     update, values = update_of("SGD", {"lr": 1e-3, "momentum": 0.5})
     update.apply(torch.full_like(values, 8.0), 1.0)
     for worker, gradient in ((0, 1.0), (2, 2.0), (0, 3.0)):  # v = v / 2 + g: 8 -> 5 -> 5.5, 8, 8 -> 6
@@ -483,7 +483,7 @@ def velocity(update: Update) -> float:
 
 @pytest.mark.parametrize(("own", "sharpness", "stable"), [(False, 2.0, True), (False, 4.0, False), (True, 12.0, True)])
 def test_velocity_per_worker_is_stable_on_sharper_losses(own: bool, sharpness: float, stable: bool) -> None:
-    """16 workers in turn, each with the gradient of a parabola where it last looked; rate 0.05 / 16, momentum 0.9."""
+    """16 workers in turn, each with a parabola's gradient at its last pull; rate 0.05 / 16, momentum 0.9."""
     update, values = update_of("SGD", {"lr": 0.05 / 16, "momentum": 0.9})
     values.fill_(1.0)
     seen = [values.clone() for _ in range(16)]
@@ -508,7 +508,7 @@ def test_adaptive_optimizers_have_one_state_for_all_workers(name: str) -> None:
 
 
 def matrices(options: dict[str, Any]) -> tuple[Update, Tensor]:
-    """As `update_of`, of matrices alone."""
+    """Like `update_of`, with matrices only."""
     replica = Replica(Net(vectors=False))
     values = torch.zeros(replica.layout.length, dtype=torch.float64)
     choice = OptimizerChoice.of(torch.optim.Muon, options)
@@ -526,7 +526,7 @@ class Listing(torch.optim.SGD):
 
 
 class Counting(torch.optim.SGD):
-    """Counts its steps for all parameters together."""
+    """Has one step count for all parameters."""
 
     def step(self, closure: Any = None) -> Any:
         self.param_groups[0]["count"] = self.param_groups[0].get("count", 0) + 1

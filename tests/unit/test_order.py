@@ -11,7 +11,7 @@ from hpctrain.data.order import UNKNOWN_END, Order, mix, round_bounds
 
 
 def walk(order: Order, epochs: int, round_size: int, workers: int) -> list[list[int]]:
-    """The samples of each round of a run, in the order of its workers."""
+    """The samples of each round of a run, in order of workers."""
     rounds, cursor = [], 0
     assert order.length is not None
     while cursor < epochs * order.length:
@@ -47,7 +47,7 @@ def test_round_is_dealt_evenly_and_ends_with_the_epoch(
 
 def test_order_depends_only_on_seed_and_epoch() -> None:
     first, again = Order(50, seed=3), Order(50, seed=3)
-    later = again.indices(50, 100)  # asked for in another order
+    later = again.indices(50, 100)  # requested in another order
     np.testing.assert_array_equal(again.indices(0, 50), first.indices(0, 50))
     np.testing.assert_array_equal(first.indices(50, 100), later)
     assert not np.array_equal(first.indices(0, 50), later)
@@ -56,7 +56,7 @@ def test_order_depends_only_on_seed_and_epoch() -> None:
 
 
 def test_order_never_changes_between_versions() -> None:
-    """Resumed runs need it, whatever the release of NumPy."""
+    """Resumed runs depend on it, with any release of NumPy."""
     assert Order(8, seed=1).indices(8, 16).tolist() == [5, 6, 3, 0, 7, 2, 1, 4]
     assert mix(1, 2, np.array([0, 5])).tolist() == [16613338946343043936, 7702586659592502839]
 

@@ -1,4 +1,5 @@
-"""Output that cannot be written: one sentence and a status that is not 0, but training goes on; devices stay."""
+"""Output that cannot be written: one message and a non-zero status, but training continues; devices are not
+replaced."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def run(tmp_path):
 
 @contextmanager
 def standard_output(monkeypatch, out):
-    """In a test itself, for pytest sets it anew after the fixtures."""
+    """Called in the test itself, since pytest replaces it after the fixtures."""
     with out, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", out)
         yield
@@ -100,7 +101,7 @@ def test_devices_are_written_to_and_not_replaced(tmp_path):
 
 # -- training --------------------------------------------------------------------------------------------------------
 class Closing(io.StringIO):
-    """Takes a few lines; then nobody reads any more."""
+    """Accepts a few lines, then behaves like a broken pipe."""
 
     def write(self, text):
         if self.getvalue().count("\n") >= 2:
@@ -121,7 +122,7 @@ def test_training_continues_when_output_fails(tmp_path, capsys):
             result = World(2).run(_trainer(job, out))[0]
             assert (result.folder / "model.safetensors").exists()
             assert capsys.readouterr().err == told.format(reason)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # what it still holds
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # flushes what it still holds
 
 
 def test_narrator_without_standard_output_is_silent(monkeypatch, capsys):

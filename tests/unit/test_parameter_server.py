@@ -1,4 +1,4 @@
-"""The synchronous parameter server over virtual ranks: equal to one process; backup workers; what is not finite."""
+"""The synchronous parameter server over virtual ranks: equal to one process; backup workers; non-finite losses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_any_number_of_ranks(tmp_path: Path, agree: str, size: int):
 
 
 def test_more_servers_than_the_model_has_cache_lines(tmp_path: Path):
-    """Some shards are empty, the coordinator's among them; clipping still asks all."""
+    """Some shards are empty, including the coordinator's; clipping still involves all."""
     def run(size: int, **strategy) -> list[np.ndarray]:
         job = helpers.make_job(
             tmp_path,
@@ -98,7 +98,7 @@ def test_non_finite_loss_is_reported_on_every_rank(tmp_path: Path, agree: str):
 
 # -- backup workers ----------------------------------------------------------------------------------------------
 def _slow(rank: int, kind: str, nbytes: int, flops: float) -> int:
-    """Rank 1 computes for 7 ms, the others for 2."""
+    """Rank 1 computes for 7 ms, the other ranks for 2."""
     if kind == "backward":
         return 7 * MS if rank == 1 else 2 * MS
     return 0

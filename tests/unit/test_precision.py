@@ -1,4 +1,4 @@
-"""What becomes of a model's tensors in a job's precision: what takes part in training is cast, and nothing else."""
+"""A model's tensors in a job's precision: what takes part in training is cast, and nothing else."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_rotary_embeddings_stay_complex_in_the_saved_model(tmp_path: Path, preci
     assert all(torch.equal(result.model.get_buffer("turn"), saved["turn"]) for result in results)
 
 
-# -- memory that several elements share --------------------------------------------------------------------------
+# -- memory shared by several elements --------------------------------------------------------------------------
 def test_shared_elements_are_separated_and_names_stay_tied() -> None:
     model: Any = nn.Module()
     model.line = nn.Linear(2, 2)
@@ -109,7 +109,7 @@ def test_shared_elements_are_separated_and_names_stay_tied() -> None:
     assert float(model.row[0]) == 7.0
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------
+# -- refused models ---------------------------------------------------------------------------------------------
 def _with(name: str, tensor: Tensor, **how: Any) -> nn.Module:
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].register_buffer(name, tensor, **how)

@@ -1,4 +1,4 @@
-"""What is found out about other processes, also when they have ended."""
+"""Information about other processes, including ended ones."""
 
 from __future__ import annotations
 

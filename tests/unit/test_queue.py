@@ -1,4 +1,4 @@
-"""The queues of asynchronous phases: what is dealt out, to whom, and where dealing stops."""
+"""The queues of asynchronous phases: which worker gets which samples, and where dealing stops."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ sizes = st.tuples(
     st.integers(1, 60),  # samples per epoch
     st.integers(1, 9),  # batch
     st.integers(1, 5),  # workers
-    st.integers(0, 150),  # where the phase begins, perhaps in mid-epoch
+    st.integers(0, 150),  # start of the phase, perhaps in mid-epoch
 )
 
 
 def deal(queue: Queue, askers: list[int], limit: int) -> dict[int, list[Stretch]]:
-    """What each worker gets, asking in that order, then in turn until nobody gets anything."""
+    """What each worker gets, asking in the given order and then in turn until no worker gets anything."""
     found: dict[int, list[Stretch]] = {worker: [] for worker in askers}
 
     def ask(worker: int) -> bool:
@@ -39,7 +39,7 @@ def deal(queue: Queue, askers: list[int], limit: int) -> dict[int, list[Stretch]
 @pytest.mark.parametrize("kind", QUEUES)
 @given(sizes=sizes, reach=st.integers(1, 200), data=st.data())
 def test_samples_dealt_up_to_a_limit_are_a_prefix_without_repeats(kind: Kind, sizes, reach: int, data):
-    """Whoever asks when; and once it is used up, dealing goes on from there."""
+    """In any order of workers; once the limit is reached and raised, dealing continues from there."""
     length, batch, workers, start = sizes
     queue = kind(start, length, batch, workers)
     everybody = list(range(workers))
@@ -70,7 +70,7 @@ def test_stretches_are_batches_within_an_epoch(kind: Kind, sizes, reach: int):
 
 @given(sizes=sizes, reach=st.integers(1, 300), data=st.data())
 def test_static_shares_equal_those_of_synchronous_rounds(sizes, reach: int, data):
-    """Whatever a worker's turn."""
+    """In any order of workers."""
     length, batch, workers, start = sizes
     queue = StaticQueue(start, length, batch, workers)
     limit = queue.stop_at(start + reach)
@@ -92,7 +92,7 @@ def test_dealing_can_stop_shortly_after_any_position(kind: Kind, sizes, taken: i
     queue = kind(start, length, batch, workers)
     for turn in range(taken):
         queue.take(turn % workers, FAR)
-    assert queue.stop_at(queue.furthest) == queue.furthest  # what has begun to be dealt out is dealt out whole
+    assert queue.stop_at(queue.furthest) == queue.furthest  # a round that has begun is dealt out completely
     cursor = queue.furthest + ahead
     assert cursor <= queue.stop_at(cursor) < cursor + min(length, batch * workers)
 

@@ -1,4 +1,4 @@
-"""Which rank ended first, and how; the processes are real, the launcher is not."""
+"""Which rank ended first, and how; with real processes but without a launcher."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ KILLED, SEGMENTATION, BUS = signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS
 
 
 def ends(*told: tuple[int, int | None, float]) -> list[End]:
-    """(rank, code, time); those of one time were noticed together."""
+    """Ends from (rank, code, time); ends with equal times were noticed together."""
     return [End(rank, 100 + rank, code, time, int(1000 * time)) for rank, code, time in told]
 
 
 def status(number: int) -> int:
-    """An exit status as a code of waitpid."""
+    """An exit status as a waitpid code."""
     return number << 8
 
 
@@ -35,14 +35,14 @@ class TestCulprits:
             (ends((2, KILLED, 5.0), (1, status(1), 5.1), (0, KILLED, 5.1)), [1]),  # MPI_Abort, with its own words
             (ends((1, KILLED, 5.0), (0, KILLED, 5.1), (2, KILLED, 5.1)), [1]),  # killed; the launcher killed the others
             (ends((1, status(0), 5.0), (0, KILLED, 5.1), (2, KILLED, 5.1)), [1]),  # os._exit(0)
-            (ends((0, KILLED, 5.0), (2, KILLED, 5.0), (1, SEGMENTATION, 5.0)), [1]),  # a crash tells itself
+            (ends((0, KILLED, 5.0), (2, KILLED, 5.0), (1, SEGMENTATION, 5.0)), [1]),  # a crash is recognisable
             (ends((0, KILLED, 5.0), (2, KILLED, 5.0), (1, KILLED, 5.1)), [0, 2]),  # noticed together
             (ends((1, None, 5.0), (0, None, 5.1)), []),  # the launcher may know
             (ends((2, status(3), 5.0), (0, KILLED, 5.1)), [2]),
             (ends((0, status(0), 5.0), (1, status(0), 5.0), (2, KILLED, 5.1)), [2]),  # the end of the run
             (ends((0, status(0), 1.0), (1, KILLED, 9.0)), [1]),  # long after rank 0 had finished
             (ends((0, status(0), 5.0), (1, status(0), 5.1)), []),
-            (ends((1, status(0), 5.0), (0, status(2), 5.3), (2, KILLED, 5.4)), [0]),  # a mistake, told by rank 0
+            (ends((1, status(0), 5.0), (0, status(2), 5.3), (2, KILLED, 5.4)), [0]),  # a mistake, reported by rank 0
             ([], []),
         ],
     )
@@ -88,7 +88,7 @@ class TestVerdict:
         assert "ended in the middle of the run, with exit status 0" in gone
 
     def test_launcher_supplies_what_the_watch_missed(self) -> None:
-        """Hydra's list is wrong about ranks that it has killed itself: 0 for rank 2."""
+        """Hydra's list is wrong for ranks that it killed itself: 0 for rank 2."""
         unseen = (1, None, 5.0), (0, None, 5.1), (2, None, 5.1)
         assert self.told(*unseen, codes=(9, 9, 0), killed=True).startswith("rank 1 with PID 101")
         assert "exit status 0" in self.told(*unseen, codes=(9, 0, 0), killed=True)
@@ -114,7 +114,7 @@ def test_only_ranks_are_watched_not_their_children() -> None:
         return subprocess.Popen([sys.executable, "-c", code], env=variables)
 
     def runs(process: subprocess.Popen[bytes]) -> bool:
-        """Unlike `poll`, this leaves the exit status in /proc, where the watch is about to read it."""
+        """Unlike `poll`, this leaves the exit status in /proc for the watch to read."""
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     started = [rank(0, "time.sleep(60)"), rank(1, "os._exit(3)")]
@@ -123,7 +123,7 @@ def test_only_ranks_are_watched_not_their_children() -> None:
             deadline = time.monotonic() + 20
             while not watch.ends:
                 found = ranks(mark).keys()
-                if all(map(runs, started)):  # what an ended one has started is an orphan, and counts as a rank
+                if all(map(runs, started)):  # a child of an ended rank is an orphan, and counts as a rank
                     assert found <= {process.pid for process in started}
                 assert time.monotonic() < deadline
                 time.sleep(0.02)

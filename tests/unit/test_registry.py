@@ -29,7 +29,7 @@ def module_function() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty current directory; what is imported from it, and its place in sys.path, is forgotten after."""
+    """An empty current directory; modules imported from it and its entry in sys.path are removed afterwards."""
     before = dict(sys.modules)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p and Path(p) != tmp_path])
@@ -157,7 +157,7 @@ def test_objects_that_cannot_be_imported_are_described_by_location() -> None:
         pass
 
     @functools.wraps(module_function)
-    def wrapped() -> None:  # says that it is module_function, and is not
+    def wrapped() -> None:  # claims to be module_function, but is not
         pass
 
     line = local.__code__.co_firstlineno

@@ -1,4 +1,4 @@
-"""The replica: what lies in the arenas, how they are placed, and what breaks them."""
+"""The replica: the contents of the arenas, how they are placed, and what breaks them."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_parameters_exist_once_per_node_when_shared() -> None:
             replica.values.fill_(9)
         comm.barrier()
         seen = float(model.weight[0, 0].detach())
-        replica.place(comm, shared=False)  # and from now on each has its own
+        replica.place(comm, shared=False)  # from now on each rank has its own
         replica.values.fill_(float(comm.rank))
         comm.barrier()
         assert float(model.weight[0, 0].detach()) == comm.rank
@@ -253,7 +253,7 @@ def test_parameters_exist_once_per_node_when_shared() -> None:
 
 
 def test_shared_arenas_are_kept_for_reuse() -> None:
-    """Placed privately in between, values go over and back; only other ranks need other arenas."""
+    """With private placement in between, values are copied both ways; only other ranks need other arenas."""
 
     def body(comm: Communicator) -> None:
         replica = Replica(nn.Linear(3, 2))
@@ -402,11 +402,11 @@ def test_buckets_are_ready_from_the_end_once_each_in_one_order() -> None:
         buckets.flush()
         assert heard == whole
         heard.clear()
-        buckets.flush()  # a round without a sample of one's own
+        buckets.flush()  # a round without a sample on this rank
         assert heard == whole
         heard.clear()
         buckets.arm()
-        model[2](torch.ones(1, 16)).sum().backward()  # most took no part
+        model[2](torch.ones(1, 16)).sum().backward()  # most parameters took no part
         assert heard == []
         buckets.flush()
         assert heard == whole

@@ -1,4 +1,4 @@
-"""report.html: written for every run that can be read, whole in itself, and its timeline works in a browser."""
+"""report.html: written for every readable run, self-contained, and with a timeline that works in a browser."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEP = (("data", 0.4), ("forward", 2.0), ("backward", 3.0), ("send", 0.2), ("red
 
 
 def train(folder: Path, ranks: int, steps: int, **options: Any) -> Path:
-    """A run of all-reduce, 8 spans per step of about 8 ms with noise; rank 1 is slow, the others wait for it."""
+    """An all-reduce run, 8 spans per step of about 8 ms with noise; rank 1 is slow, the other ranks wait for it."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     with HandMade(folder, ranks, **options) as run:
@@ -52,7 +52,7 @@ def section(path: Path, name: str) -> str:
 
 
 def payload(path: Path) -> dict[str, Any]:
-    """What the page's timeline is made from."""
+    """The data of the page's timeline."""
     found = re.search(r'<script type="application/json" id="timeline-data">(.*?)</script>', path.read_text(), re.S)
     assert found
     content: dict[str, Any] = json.loads(found[1])
@@ -70,7 +70,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what does not depend on them: they take most of the time."""
+    """No figures, for tests that do not need them: they take most of the time."""
     monkeypatch.setattr("hpctrain.views.figures.FIGURES", ())
 
 
@@ -269,7 +269,7 @@ def test_phases_and_events_are_marked_once_for_all_ranks(tmp_path: Path) -> None
 
 # -- packing the spans -----------------------------------------------------------------------------------------------
 def unpack(spans: PackedSpans) -> list[tuple[int, ...]]:
-    """As the page does: (start, end, kind, step, peer, bytes), times in quanta."""
+    """Unpack spans as the page does: (start, end, kind, step, peer, bytes), times in quanta."""
     data = np.frombuffer(zlib.decompress(spans.data), np.uint8)
     kinds, at, columns = data[: spans.count], spans.count, []
     for place, planes in enumerate(spans.planes):
@@ -322,7 +322,7 @@ def test_coarsening_afterwards_equals_reading_with_the_coarse_grid(tmp_path: Pat
 
 
 def test_coarse_grid_preserves_time_by_kind(tmp_path: Path) -> None:
-    """Spans shorter than the grid vanish or grow to it: on the whole each kind keeps its time."""
+    """Spans shorter than the grid vanish or grow to it, so that each kind keeps its total time."""
     run = open_run(train(tmp_path / "run", 1, 2000))
     coarse = collect_spans(run, 6000)
     columns = coarse.rows[0][0].columns
@@ -347,7 +347,7 @@ def page(report: Path) -> Iterator[Page]:
 
 @pytest.fixture(autouse=True)
 def whole_run_in_view(request: pytest.FixtureRequest) -> None:
-    """Each test begins with the timeline as it was opened."""
+    """Each test starts with the initial view of the timeline."""
     if "page" in request.fixturenames:
         opened: Page = request.getfixturevalue("page")
         reset(opened)
@@ -359,7 +359,7 @@ def reset(page: Page) -> None:
 
 
 def settle(page: Page) -> None:
-    """Until what was asked for is drawn: two frames on."""
+    """Wait until the change is drawn: two frames."""
     page.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 50))))")
 
 
@@ -440,7 +440,7 @@ def test_hovering_over_a_span_describes_it(page: Page, report: Path) -> None:
 
 
 def point_at(page: Page, share: float, row: int) -> None:
-    """The pointer over a row (from 0, the uppermost), at a share of the plot's width."""
+    """Move the pointer over a row (0 is the top one), at a fraction of the plot's width."""
     frame = "(v => v.frame.bbox)([...Bokeh.index.roots][0])"
     x, y, _, _ = page.box("#timeline-plot")
     left, top, width = page.run(f"(b => [b.left, b.top, b.width])({frame})")

@@ -1,4 +1,4 @@
-"""Memory that is touched when a run begins, so that a switch does not have to."""
+"""Memory that is touched when a run starts, so that a switch does not have to."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ print(kept, touched() - before)
 
 
 def measure(tunables: str | None) -> tuple[int, int]:
-    """(bytes that stay with a process that reserves 128 MiB, page faults of then filling 96 MiB)."""
+    """(bytes that a process keeps after reserving 128 MiB, page faults when it then fills 96 MiB)."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("GLIBC_TUNABLES", None)
     if tunables is not None:

@@ -1,5 +1,5 @@
-"""What every round owes, whichever strategy closes it: the weight of its loss, gradients that are not finite,
-parameters that no loss depends on, and stretches of the gradient that are sent only when they are final."""
+"""What every round must handle under any strategy: the weight of its loss, non-finite gradients, parameters that no
+loss depends on, and gradient stretches that are sent only when final."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_weights_and_missing_gradients_on_several_nodes(tmp_path: Path, agree: s
 )
 @pytest.mark.parametrize("agree", mostly_slow(helpers.SYNCHRONOUS, ("shared", "message", "servers")))
 def test_parameters_without_a_gradient_are_left_alone(tmp_path: Path, agree: str, optimizer: helpers.Tables):
-    """As by torch in one process with the whole batch, which counts the steps of each parameter by itself."""
+    """As torch does in one process with the whole batch, which counts the steps of each parameter separately."""
     if optimizer["name"] == "Adafactor" and agree == "shared":
         pytest.skip("not elementwise: goes by messages")
     found, job = trained(tmp_path, agree, model=helpers.Sometimes, optimizer=optimizer)
@@ -136,7 +136,7 @@ def test_parameters_without_a_gradient_are_left_alone(tmp_path: Path, agree: str
 def test_state_without_a_gradient_survives_checkpoints_and_phases(
     tmp_path: Path, strategy: helpers.Tables, optimizer: helpers.Tables
 ):
-    """Resumed in mid-run, and handed from one cut of the arena to another: as without."""
+    """Resumed in mid-run, or moved from one cut of the arena to another: the same result."""
     keys = {"steps": 24, "batch_size": 3, "checkpoint_every": {"steps": 7}, "keep_checkpoints": 9}
     keys["precision"] = "float64"
     served = helpers.served("sync", servers=2, colocated=True)
@@ -169,7 +169,7 @@ def test_state_without_a_gradient_survives_checkpoints_and_phases(
 def test_asynchronous_updates_skip_parameters_without_a_gradient(
     tmp_path: Path, optimizer: helpers.Tables, keys: helpers.Tables
 ):
-    """Also where a run is resumed and velocities are kept by worker."""
+    """Also in a resumed run, and with velocities per worker."""
 
     def body(comm: Communicator) -> list[Any]:
         job = helpers.make_job(
@@ -228,7 +228,7 @@ def test_unfreezing_a_parameter_outside_the_arena_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("agree", ["shared", "message", "overlap", "servers"])
 def test_freezing_and_unfreezing_in_the_loop_works(tmp_path: Path, agree: str):
-    """As the sentence advises: equal to torch."""
+    """As the error message advises: equal to torch."""
     strategy, _ = helpers.SYNCHRONOUS[agree]
     keys = {"steps": 12, "batch_size": 3, "precision": "float64"}
     job = helpers.make_job(tmp_path, strategy=strategy, optimizer=ADAMW, train=keys)
@@ -269,7 +269,7 @@ def test_parameters_outside_the_model_are_reported(tmp_path: Path, capsys: pytes
 
 # -- gradients that are not finite -----------------------------------------------------------------------------
 class _Poison(torch.autograd.Function):
-    """The identity, but where `bad` the gradient of what came is not finite."""
+    """The identity, except that the gradient is not finite where `bad`."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, bad: bool) -> Tensor:
@@ -282,7 +282,7 @@ class _Poison(torch.autograd.Function):
 
 
 class Poisoned(nn.Module):
-    """Sample 99's gradient of `hidden.bias` is not finite, the loss is. `wide` is what a quick look finds clean."""
+    """Sample 99's gradient of `hidden.bias` is not finite, the loss is. The quick check only covers `wide`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -294,7 +294,7 @@ class Poisoned(nn.Module):
 
 
 class PoisonedFirst(Poisoned):
-    """With that parameter at the arena's beginning."""
+    """With that parameter at the beginning of the arena."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -308,7 +308,7 @@ def one_bad(place: int) -> TensorDataset:
 
 
 def poisoned_run(tmp_path: Path, model: type, strategy: helpers.Tables, **train: Any) -> str:
-    """Worker 1's third step of two workers or more has the bad sample; the error's text."""
+    """The error of a run in which worker 1's third step has the bad sample."""
     size = 3 if strategy.get("colocated") else 3 + strategy.get("servers", 0)
     data = one_bad(2 * 6 * 3 + 7)
     keys = {"steps": 8, "checkpoint_every": {"steps": 1}, "keep_checkpoints": 2, **train}
@@ -364,7 +364,7 @@ def test_nan_gradient_is_detected_in_asynchronous_phases(tmp_path: Path, mode: s
 
 @pytest.mark.parametrize("agree", ["shared", "message", "ring", "overlap", "servers"])
 def test_quick_check_finds_the_rank_before_the_exchange(tmp_path: Path, agree: str):
-    """All of backward that comes after the fault is not finite, so it is seen where backward ends."""
+    """Everything in backward after the fault is not finite, so it is visible where backward ends."""
     told = poisoned_run(tmp_path, PoisonedFirst, helpers.SYNCHRONOUS[agree][0])
     assert "the gradient of parameter hidden.bias is not finite on rank 1 in step 2" in told
 
@@ -381,7 +381,7 @@ def test_nan_skip_leaves_steps_with_nan_gradients_out(tmp_path: Path, agree: str
 def test_non_finite_checkpoints_and_models_are_not_saved(
     tmp_path: Path, strategy: helpers.Tables, capsys: pytest.CaptureFixture[str]
 ):
-    """The update overflows, from finite gradients; the next loss would tell, but there is none."""
+    """The update overflows with finite gradients; the next loss would show it, but there is none."""
 
     def body(comm: Communicator) -> None:
         job = helpers.make_job(
@@ -433,7 +433,7 @@ def huge(outputs: Tensor, targets: Tensor) -> Tensor:
 
 # -- overlap -----------------------------------------------------------------------------------------------------
 class Reentrant(nn.Module):
-    """A block that is used three times, each under reentrant checkpointing; from some pass on only, if asked."""
+    """A block that is used three times, each under reentrant checkpointing; optionally only from some pass on."""
 
     def __init__(self, first: int = 0) -> None:
         super().__init__()

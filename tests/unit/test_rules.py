@@ -1,4 +1,4 @@
-"""The rules that end phases by what was observed: when they fire, what they say, and how they are resumed."""
+"""Rules that end phases: when they fire, what they report, and how they are resumed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HERE = __name__
 
 
 def rule(keys: dict[str, Any], clock: RunClock = CLOCK, start: int = 0) -> Rule:
-    """As a job's phase makes it."""
+    """The rule as a job's phase creates it."""
     spec = RuleSpec.model_validate(keys)
     made: Rule = spec.resolve()(spec.options, clock, start)
     return made
@@ -37,7 +37,7 @@ def losses_of(intervals: Sequence[float], rounds: int = 10) -> list[float]:
 def observed(
     made: Rule, losses: Sequence[float], samples: int = 10, start: int = 0
 ) -> tuple[int, str | None, list[str]]:
-    """(how many losses it took, why it fired or None, its news)."""
+    """(number of losses until it fired, its reason or None, its news)."""
     news = []
     for index, loss in enumerate(losses):
         why = made.observe(start + (index + 1) * samples, loss)
@@ -77,7 +77,7 @@ def test_plateau_at_the_start_does_not_end_the_phase() -> None:
     _, why, news = observed(rule({"rule": "loss_stable"}), losses_of(plateau))
     assert why is None and news[0] == "loss_stable 0 <= 0.01, not armed: loss 2.3 of first 2.3"
     assert observed(rule({"rule": "loss_stable", "armed": 2.0}), losses_of(plateau))[1] == "loss_stable 0 <= 0.01"
-    fall = [*plateau, 1.0, *[1.2] * 7]  # once armed it stays so
+    fall = [*plateau, 1.0, *[1.2] * 7]  # once armed it stays armed
     assert observed(rule({"rule": "loss_stable"}), losses_of(fall))[:2] == (170, "loss_stable 0 <= 0.01")
 
 
@@ -106,7 +106,7 @@ def test_losses_are_weighted_by_samples() -> None:
 
 
 def test_asynchronous_interval_has_one_update_per_batch_of_its_rounds() -> None:
-    """Four workers, batches of 5: a round of 20 samples is four updates, whoever made them."""
+    """Four workers, batches of 5: a round of 20 samples is four updates, from any workers."""
     clock = RunClock(epoch=10_000, round=20, total=10_000)
     rounds = losses_of(FALLING)
     updates = [loss + extra for loss in rounds for extra in (-0.1, 0.1, -0.05, 0.05)]
@@ -128,7 +128,7 @@ def test_skipped_steps_do_not_count(name: str, bad: float) -> None:
     for index in (0, 13, 14, 55, 101):
         losses[index] = bad
     assert observed(rule({"rule": name, "rounds": 10, "threshold": 0.02}), losses) == clean
-    losses[20:30] = [bad] * 10  # an interval without losses is none
+    losses[20:30] = [bad] * 10  # an interval without losses does not count
     without = observed(rule({"rule": name, "rounds": 10, "threshold": 0.02}), losses_of(FALLING[:2] + FALLING[3:]))
     assert observed(rule({"rule": name, "rounds": 10, "threshold": 0.02}), losses)[1:] == without[1:]
 
@@ -240,12 +240,12 @@ def test_function_of_the_main_program_is_kept() -> None:
 )
 def test_run_too_short_for_one_window_is_reported(keys: dict[str, Any], rounds: int, sentence: str) -> None:
     short = rule(keys, RunClock(100, 10, rounds * 10))
-    assert short.unfit(False) is None  # it is told, not refused: the run may merely have been shortened
+    assert short.unfit(False) is None  # reported, not refused: the run may only have been shortened
     assert sentence in (short.too_short() or "")
     assert sentence.split(",")[0] in (rule(keys, RunClock(100, 10, (rounds + 3) * 10), start=30).too_short() or "")
     enough = RunClock(100, 10, (rounds + 1) * 10)
     assert rule(keys, enough).too_short() is None
-    conductor = Conductor(enough.total, 0, 0, rule(keys, enough))  # and one round more is really enough
+    conductor = Conductor(enough.total, 0, 0, rule(keys, enough))  # one more round is enough
     asks = [conductor.decide(i * 10, i * 10 + 10, 0.1 if i else 1.0, Ask.NOTHING) for i in range(rounds + 1)]
     assert any(ask & Ask.END_PHASE for ask in asks)
 
@@ -275,7 +275,7 @@ KEYS: list[dict[str, Any]] = [
 
 
 def story(keys: dict[str, Any], losses: Sequence[float], size: int, cut: int | None) -> list[Any]:
-    """What a rule says of each loss, and its state at the end; interrupted at `cut`."""
+    """A rule's news for each loss, and its final state; interrupted at `cut`."""
     made, found = rule(keys, start=40), []
     for index, loss in enumerate(losses):
         if index == cut:

@@ -115,9 +115,9 @@ def test_one_narrator_for_all_virtual_ranks_prints_once(tmp_path: Path):
     assert out.getvalue().count("3 ranks on 1 node") == 1
 
 
-# -- a loop of one's own -----------------------------------------------------------------------------------------
+# -- a custom loop -----------------------------------------------------------------------------------------
 def own_loop(comm: Communicator, job: Job, steps: int = 10**9, resume: Path | None = None) -> tuple[int, Any]:
-    """(batches seen, the session), leaving the session after `steps`."""
+    """(batches seen, the session); leaves the session after `steps`."""
     count = 0
     with session(job, comm, resume=resume, out=QUIET) as running:
         for batch in running.batches():
@@ -223,7 +223,7 @@ COLOCATED = {"name": "parameter_server", "mode": "sync", "servers": 4, "colocate
 
 @pytest.mark.parametrize("middle", [MESSAGE, COLOCATED])
 def test_optimizer_state_carries_over_to_another_strategy(tmp_path: Path, middle: helpers.Tables):
-    """Without a change in the number of workers, a schedule of phases equals one phase."""
+    """With a constant number of workers, several phases equal one phase."""
     optimizer = {"name": "Adam", "lr": 0.01}
     train_keys = {"steps": 24, "batch_size": 3, "precision": "float64"}
     whole = run(4, helpers.make_job(tmp_path, optimizer=optimizer, train=train_keys))
@@ -234,7 +234,7 @@ def test_optimizer_state_carries_over_to_another_strategy(tmp_path: Path, middle
 
 
 def test_roles_change_without_losing_samples(tmp_path: Path):
-    """Servers become workers again; their books are those of the others."""
+    """Servers become workers again; their totals equal the other ranks'."""
     phases = [
         {"strategy": AR, "until": {"rule": "after", "samples": 20}},
         {"strategy": {**PS, "servers": 2}, "until": {"rule": "after", "samples": 31}},
@@ -273,7 +273,7 @@ def test_former_servers_take_rank_0s_buffers(tmp_path: Path):
 
 @pytest.mark.parametrize("index", [0, slow(1), slow(2), 3])
 def test_resuming_in_any_phase_and_at_its_end(tmp_path: Path, index: int):
-    """Checkpoints every 4 steps; phases end after 8, so that some are made where a phase ends."""
+    """Checkpoints every 4 steps; phases end after 8, so that some coincide with the end of a phase."""
     job = phased(
         tmp_path, AR, PS, AR, train={"checkpoint_every": {"samples": 48}, "keep_checkpoints": 99},
         optimizer={"name": "SGD", "lr": 0.05, "momentum": 0.9},
@@ -289,7 +289,7 @@ def test_resuming_in_any_phase_and_at_its_end(tmp_path: Path, index: int):
 
 # -- stopping ----------------------------------------------------------------------------------------------------
 def test_evaluates_once_at_the_end(tmp_path: Path):
-    """Validation where the run stops, test once; a lone part once."""
+    """Validation where the run stops, test once; if there is only one part, once."""
     parts = helpers.pictures()
     for data, wanted in (
         (parts, [("5", "validation"), ("10", "validation"), ("10", "test")]),
@@ -314,7 +314,7 @@ def test_target_ends_the_run(tmp_path: Path, strategy: helpers.Tables):
     results = World(3).run(lambda comm: train(job, comm, out=Narrator(out=out)))
     assert results[0].samples == 75
     assert "stopped at sample 75: target 0 reached" in out.getvalue()
-    again = run(3, job, resume=results[0].folder)[0]  # what has ended stays so
+    again = run(3, job, resume=results[0].folder)[0]  # an ended phase stays ended
     assert again.samples == 75
 
 
@@ -337,7 +337,7 @@ def test_rule_ending_the_last_phase_ends_the_run(tmp_path: Path):
 
 
 class Signals:
-    """What there is in place of StopSignals."""
+    """Replaces StopSignals."""
 
     def __init__(self, told: list[str]) -> None:
         self.asked, self.say = 0, told.append
@@ -365,14 +365,14 @@ def test_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, strategy: help
                 running.step(running.loss(running.model(batch.inputs), batch.targets))
                 count += 1
                 signals = Signals(told)
-                signals.asked = 2 * (comm.rank == 1 and count == 4)  # a signal comes, to one rank alone
+                signals.asked = 2 * (comm.rank == 1 and count == 4)  # the signal arrives on one rank only
                 running.run.signals = signals  # type: ignore[assignment]
         return running.result
 
     left = World(4).run(body)[0]
     assert left.interrupted
     assert left.metrics == {}
-    assert left.phases[0].steps == 6  # heard after the fifth, agreed on with the sixth
+    assert left.phases[0].steps == 6  # noticed after the fifth, agreed on with the sixth
     assert len(told) == 1
     assert "--resume" in told[0]
     assert str(left.folder) in told[0]
@@ -383,7 +383,7 @@ def test_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, strategy: help
 
 
 class SecondEvaluation(Rule):
-    """Ends a phase at the second evaluation in it."""
+    """Ends a phase at its second evaluation."""
 
     Options = TargetOptions
     seen = 0
@@ -444,7 +444,7 @@ def _interrupted_at(job: Job, cursor: int) -> Path:
 
 @pytest.mark.parametrize("what", mostly_slow(AT_EVALUATIONS, list(AT_EVALUATIONS)[:1]))
 def test_evaluation_due_at_an_interruption_is_made_by_the_resumed_run(tmp_path: Path, what: str):
-    """For each: the same rows, ends of phases and of the run, and model as of the run that was not interrupted."""
+    """In each case rows, ends of phases and of the run, and the model equal those of the uninterrupted run."""
     tables = AT_EVALUATIONS[what]
     tables = {**tables, "train": {**EVALUATED, **tables.get("train", {})}}
     job = helpers.make_job(
@@ -461,7 +461,7 @@ def test_evaluation_due_at_an_interruption_is_made_by_the_resumed_run(tmp_path: 
         assert [(p.index, p.steps, p.samples) for p in resumed.phases] == [
             (p.index, p.steps, p.samples) for p in whole.phases
         ]
-        if "lockstep" in what:  # who trains on what depends on when the queue was asked
+        if "lockstep" in what:  # samples per worker depend on the timing of queue requests
             assert [row[1:4] for row in found] == [row[1:4] for row in rows]
             continue
         assert found == rows
@@ -470,7 +470,7 @@ def test_evaluation_due_at_an_interruption_is_made_by_the_resumed_run(tmp_path: 
 
 
 def test_owed_evaluation_is_not_reported_twice(tmp_path: Path):
-    """Resumed twice from a checkpoint that owes one, which the first time was made."""
+    """Resumed twice from a checkpoint that owes one, which the first resumed run made."""
     job = helpers.make_job(tmp_path, model="tests.helpers:noisy_net", data="tests.helpers:pictures", train=EVALUATED)
     folder = _interrupted_at(job, 36)
     run(3, job, resume=folder)
@@ -612,7 +612,7 @@ def other() -> nn.Module:
 
 # -- whose run folder it is ----------------------------------------------------------------------------------------
 def test_differing_job_is_refused_by_name_or_its_changes_are_taken(tmp_path: Path):
-    """On every rank alike; what is taken is told at the start, and from then on is the run's."""
+    """On every rank alike; accepted changes are reported at the start and kept by the run."""
     job, folder = _finished(tmp_path)
     other, before, out = job.override(["optimizer.lr=0.3", "train.steps=10"]), _files(tmp_path), io.StringIO()
     told: list[str] = []
@@ -651,7 +651,7 @@ def test_keys_that_do_not_affect_numbers_may_differ(tmp_path: Path):
 
 
 def test_run_folder_is_used_by_one_run_at_a_time(tmp_path: Path):
-    """Neither resuming it nor `latest` gets at it; it is free again after an interruption, an error or the end."""
+    """Neither resuming nor `latest` can use it; it is free after an interruption, an error or the end."""
     job, folder = _finished(tmp_path)
 
     def refused(resume: Path | str) -> None:
@@ -678,7 +678,7 @@ def test_run_folder_is_used_by_one_run_at_a_time(tmp_path: Path):
 
 @pytest.mark.parametrize(("when", "kept"), [(2, 0), (7, 1)])  # before a checkpoint; before the end
 def test_run_whose_folder_was_taken_over_stops_writing(tmp_path: Path, when: int, kept: int):
-    """It stood still for so long that another process took its folder."""
+    """It stalled for so long that another process took over its folder."""
     job = helpers.make_job(tmp_path, train={"checkpoint_every": {"steps": 4}})
 
     def body(comm: Communicator) -> None:
@@ -710,7 +710,7 @@ OWN_SGD = {"name": "tests.unit.test_run:Momentum", "lr": 0.1}  # not known to be
 
 
 def _without_record(folder: Path) -> None:
-    """As a checkpoint was before it said what its optimizer is."""
+    """A checkpoint without a record of its optimizer, as in older versions."""
     [path] = (folder / "checkpoints").iterdir()
     with safe_open(path, framework="pt") as file:
         head = json.loads(file.metadata()["hpctrain"])
@@ -721,14 +721,14 @@ def _without_record(folder: Path) -> None:
 MOMENTUM = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
 WHOLE = {**ADAM, "elementwise": False}
 OPTIMIZERS: dict[str, tuple[helpers.Tables, helpers.Tables, str | None, str | None]] = {
-    # begun with, resumed with, the error's words: of a checkpoint that says its optimizer, and of one that does not
-    "another one": (ADAM, MOMENTUM, "the state of Adam, and the job names SGD", "keeps exp_avg, exp_avg_sq, step,"),
-    "a sister": (ADAM, {**ADAM, "name": "AdamW"}, "the state of Adam, and the job names AdamW", None),
+    # started with, resumed with, the messages for a checkpoint with and without a record of its optimizer
+    "another class": (ADAM, MOMENTUM, "the state of Adam, and the job names SGD", "keeps exp_avg, exp_avg_sq, step,"),
+    "a variant": (ADAM, {**ADAM, "name": "AdamW"}, "the state of Adam, and the job names AdamW", None),
     "more moments": (ADAM, {**ADAM, "amsgrad": True}, "no max_exp_avg_sq, which optimizer Adam with", "max_e"),
     "fewer moments": ({**ADAM, "amsgrad": True}, ADAM, None, "that keeps exp_avg, exp_avg_sq, max_exp_avg_sq, step,"),
     "a first moment": ({"name": "SGD"}, MOMENTUM, "no momentum_buffer, which", "no momentum_buffer, which"),
     "other numbers": (ADAM, {**ADAM, "lr": 0.3, "betas": [0.5, 0.9], "weight_decay": 0.1}, None, None),
-    "cut otherwise": (WHOLE, ADAM, "optimizer.elementwise = false, and the job has true", "elementwise = false"),
+    "other cuts": (WHOLE, ADAM, "optimizer.elementwise = false, and the job has true", "elementwise = false"),
     "by parameter": ({**OWN_SGD, "momentum": 0.9}, ADAM, "of Momentum, and the job names Adam", "momentum_buffer"),
 }
 
@@ -758,7 +758,7 @@ def test_other_optimizer_is_refused_by_name_or_reset(tmp_path: Path, what: str, 
 @pytest.mark.parametrize("strategy", [AR, MESSAGE, PS])
 @pytest.mark.parametrize("elementwise", [True, False])
 def test_reset_optimizer_starts_like_a_new_one(tmp_path: Path, strategy: helpers.Tables, elementwise: bool):
-    """From the checkpoint's parameters and place on, it is what plain torch does with a new optimizer."""
+    """From the checkpoint's parameters and position on, it equals plain torch with a new optimizer."""
     keys = {"steps": 8, "precision": "float64", "checkpoint_every": {"steps": 3}, "keep_checkpoints": 9}
     optimizer = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "elementwise": elementwise}
     job = helpers.make_job(tmp_path, strategy=strategy, optimizer=optimizer, train=keys)
@@ -787,7 +787,7 @@ def test_resuming_a_folder_that_is_not_a_run(tmp_path: Path):
 
 
 def test_rank_0_decides_which_folder_to_resume(tmp_path: Path):
-    """A file system may show a rank less than rank 0 sees: rank 0's is what counts."""
+    """A file system may show another rank fewer files than rank 0; rank 0's view counts."""
     job, folder = _finished(tmp_path)
     World(2).run(lambda comm: helpers.quiet_train(comm, job, resume=folder if comm.rank == 0 else None))
 

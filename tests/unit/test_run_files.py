@@ -1,4 +1,4 @@
-"""A full disk, or a run folder that is removed, while a run goes on: told once, ended loudly, nothing more is lost."""
+"""A full disk or a removed run folder during a run: reported once and at the end; nothing more is lost."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_job(folder: Path, **tables: Any) -> Job:
 
 
 def run(job: Job) -> tuple[list[Result], str]:
-    """The results, and what was said."""
+    """The results and the output."""
     out = io.StringIO()
     return World(3).run(lambda comm: train(job, comm, out=Narrator(out=out))), out.getvalue()
 
@@ -60,7 +60,7 @@ def rows(folder: Path) -> list[list[str]]:
 
 
 class Full:
-    """In place of a function that writes: no room from its call `first` on, for so many `calls`."""
+    """Replaces a writing function: no space from its call `first` on, for this many `calls`."""
 
     def __init__(self, write: Any, first: int, calls: int = 10**6) -> None:
         self.write, self.count, self.full = write, 0, range(first, first + calls)
@@ -73,7 +73,7 @@ class Full:
 
 
 def test_failed_writes_are_retried_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The disk is full at two evaluations and checkpoints: nothing is missing in the end, and all ends well."""
+    """The disk is full at two evaluations and checkpoints: in the end nothing is missing and the status is 0."""
     job = make_job(tmp_path)
     whole = run(job)[0][0]
     monkeypatch.setattr(runfiles, "append_metrics", Full(runfolder.append_metrics, 1, 2))
@@ -158,7 +158,7 @@ def failing_metric(outputs: torch.Tensor, targets: torch.Tensor) -> float:
 
 
 def test_failing_test_keeps_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """On whichever rank it fails, and however long rank 0 takes to write."""
+    """On any rank, and however long rank 0 takes to write."""
 
     def slowly(*args: Any) -> Path:
         time.sleep(0.5)
@@ -175,7 +175,7 @@ def test_failing_test_keeps_the_model(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_partial_row_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What a full disk took of a row goes again, else the next one would be appended to it."""
+    """A partly written row is removed, or the next one would be appended to it."""
     runfolder.append_metrics(tmp_path, [dict.fromkeys("abcdefg", "1")])
     before = (tmp_path / METRICS).read_text()
 

@@ -1,4 +1,4 @@
-"""The lock of a run folder: who has it, who is dead, and that of many who take it over one alone gets it."""
+"""The lock on a run folder: its holder, dead holders, and that only one of many contenders takes it over."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ SLURM = {"SLURM_JOB_ID": "123"}
 
 @pytest.fixture(autouse=True)
 def _nothing_left(tmp_path: Path) -> Iterator[None]:
-    """No thread, and no file but the lock."""
+    """Tests leave no thread, and no file but the lock."""
     yield
     assert [thread.name for thread in threading.enumerate() if thread.name == "run-lock"] == []
     assert {path.name for path in tmp_path.iterdir()} <= {LOCK, "gone"}
 
 
 def leave(folder: Path, age: float = 0.0, **changes: Any) -> Path:
-    """A lock whose holder is this process, but for `changes`; last renewed so many seconds ago."""
+    """A lock held by this process, except for `changes`; last renewed this many seconds ago."""
     path = folder / LOCK
     path.write_text(json.dumps(asdict(replace(Holder.here({}), **changes))))
     os.utime(path, (time.time() - age, time.time() - age))
@@ -46,7 +46,7 @@ def leave(folder: Path, age: float = 0.0, **changes: Any) -> Path:
 
 
 def dead(folder: Path) -> Path:
-    return leave(folder, started=1)  # its PID is another process's by now
+    return leave(folder, started=1)  # its PID now belongs to another process
 
 
 def taken(folder: Path, environment: dict[str, str] | None = None) -> bool:
@@ -76,12 +76,12 @@ def test_one_holder_at_a_time_and_the_error_names_it(tmp_path: Path):
     ("changes", "age", "environment", "free"),
     [
         ({}, 0, {}, False),
-        ({}, 10 * STALE, {}, False),  # it stands still, but lives
+        ({}, 10 * STALE, {}, False),  # it stalls, but lives
         ({"started": 1}, 0, {}, True),
         ({"pid": 2**22 - 1}, 0, {}, True),
         ({"machine": "another boot"}, STALE - 10, {}, False),
         ({"machine": "another boot"}, STALE + 10, {}, True),
-        ({"machine": ""}, STALE - 10, {}, False),  # where nothing is known, the sign of life counts
+        ({"machine": ""}, STALE - 10, {}, False),  # if nothing is known, the last renewal counts
         ({"machine": ""}, STALE + 10, {}, True),
         ({"machine": "x", "slurm_job": "123"}, 0, {**SLURM, "SLURM_RESTART_COUNT": "1"}, True),
         ({"machine": "x", "slurm_job": "123", "restarts": 1}, 0, {**SLURM, "SLURM_RESTART_COUNT": "1"}, False),
@@ -108,7 +108,7 @@ def test_unreadable_lock_is_judged_by_its_age(tmp_path: Path, changes: dict[str,
 
 
 def test_ages_use_the_file_systems_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Two hours fast is this machine's own clock."""
+    """This machine's own clock is two hours fast."""
     leave(tmp_path, machine="another")
     now = time.time
     monkeypatch.setattr("time.time", lambda: now() + 7200)
@@ -138,7 +138,7 @@ def _late(inner: Callable[..., Any], rng: random.Random) -> Callable[..., Any]:
 
 
 def _contend(folder: Path, rounds: int, barrier: Barrier, won: Queue[tuple[int, str]]) -> None:
-    """Try for the lock in every round; pauses at random shake up who does what when."""
+    """Try to get the lock in every round; random pauses vary the interleaving."""
     rng = random.Random(os.getpid())
     for name in ("_read", "_link", "_put"):
         setattr(runlock, name, _late(getattr(runlock, name), rng))
@@ -150,8 +150,8 @@ def _contend(folder: Path, rounds: int, barrier: Barrier, won: Queue[tuple[int, 
             won.put((index, lock.holder.token))
         except HpctrainError:
             pass
-        barrier.wait(60)  # the winner has it until all have tried,
-        barrier.wait(60)  # and until the test has looked
+        barrier.wait(60)  # the winner holds it until all have tried,
+        barrier.wait(60)  # and until the test has checked
         if lock is not None:
             lock.release()
         barrier.wait(60)
@@ -192,9 +192,9 @@ def test_stalled_holder_notices_that_it_lost_the_folder(tmp_path: Path):
     with pytest.raises(RunInUseError, match="has been taken over by process 4711 on n7"):
         lock.check()
     lock.release()
-    assert (tmp_path / LOCK).exists()  # not its own
+    assert (tmp_path / LOCK).exists()  # not its own lock
     (tmp_path / LOCK).unlink()
-    lock.check()  # a folder that is removed is told elsewhere
+    lock.check()  # a removed folder is reported elsewhere
 
 
 def test_lock_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

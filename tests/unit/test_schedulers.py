@@ -1,4 +1,4 @@
-"""Torch's learning-rate schedulers as optimizer.schedule: stepped as torch steps them, on any number of ranks."""
+"""Torch's learning-rate schedulers as optimizer.schedule: stepped as in torch, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _one_thread() -> None:
 
 
 def warm_then_cosine(optimizer: Optimizer, length: int = 6) -> LRScheduler:
-    """A scheduler made of others, as a job file can name it."""
+    """A scheduler composed of others, which a job file can name."""
     parts = [torchs.LinearLR(optimizer, 0.25, total_iters=2), torchs.CosineAnnealingLR(optimizer, length, eta_min=0.01)]
     return torchs.SequentialLR(optimizer, parts, milestones=[2])
 
@@ -48,7 +48,7 @@ def plateau(optimizer: Optimizer) -> torchs.ReduceLROnPlateau:
 
 
 class Wild(LRScheduler):
-    """Of the user's own; `what` it does wrong at its third step."""
+    """A user's scheduler; `what` it does wrong at its third step."""
 
     def __init__(self, optimizer: Optimizer, what: str) -> None:
         self.what = what
@@ -106,8 +106,8 @@ AGAINST: dict[str, tuple[helpers.Tables, Any, Callable[[Optimizer], LRScheduler]
                                 lambda o: torchs.OneCycleLR(o, 0.2, total_steps=30), False),
     "one cycle, first beta too": (ADAM, {"name": torchs.OneCycleLR, "max_lr": 0.05, "total_steps": 30},
                                   lambda o: torchs.OneCycleLR(o, 0.05, total_steps=30), False),
-    "a function that makes one": (SGD, f"{HERE}:warm_then_cosine", warm_then_cosine, False),
-    "a lambda that makes one": (SGD, lambda given: torchs.LambdaLR(given, lambda n: 0.9**n),
+    "a factory function": (SGD, f"{HERE}:warm_then_cosine", warm_then_cosine, False),
+    "a factory lambda": (SGD, lambda given: torchs.LambdaLR(given, lambda n: 0.9**n),
                                 lambda o: torchs.LambdaLR(o, lambda n: 0.9**n), False),
 }  # fmt: skip
 SERVER = {"name": "parameter_server", "mode": "sync", "servers": 1}
@@ -152,7 +152,7 @@ def test_unit_of_the_schedule() -> None:
 def test_rounds_are_counted_as_they_end_and_in_any_order() -> None:
     course = course_of({"name": torchs.ExponentialLR, "gamma": 0.5, "unit": "steps"})
     assert course is not None
-    found = {cursor: course.factor(cursor) for cursor in (999, 100, 0, 31, 96, 32, 99)}  # pure: no order to keep
+    found = {cursor: course.factor(cursor) for cursor in (999, 100, 0, 31, 96, 32, 99)}  # a pure function: any order
     assert {cursor: found[cursor] for cursor in (0, 31, 32, 96, 99, 100)} == {
         0: 1, 31: 1, 32: 0.5, 96: 0.125, 99: 0.125, 100: 0.0625,
     }  # fmt: skip
@@ -181,7 +181,7 @@ def test_default_unit_is_reported_at_the_start(tmp_path: Path) -> None:
     assert "note: optimizer.schedule is stepped after every epoch; optimizer.schedule.unit" in out.getvalue()
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------
+# -- refused schedulers ---------------------------------------------------------------------------------------------
 REFUSED: dict[str, tuple[Any, str]] = {
     "a metric": ({"name": torchs.ReduceLROnPlateau}, "ReduceLROnPlateau needs a metric"),
     "a metric, by a function": (f"{HERE}:plateau", "ReduceLROnPlateau needs a metric"),
@@ -194,10 +194,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"name": torchs.OneCycleLR, "max_lr": 0.1, "total_steps": 12},
         "(this run steps it 39 times, once per step)",
     ),
-    "a failure later": ({"name": Wild, "what": "raises"}, "the scheduler fails at its step 3: no more"),
+    "a later failure": ({"name": Wild, "what": "raises"}, "the scheduler fails at its step 3: no more"),
     "a negative rate": ({"name": Wild, "what": "negative"}, "gives the learning rate -1 at its step 3"),
     "another key": ({"name": Wild, "what": "weight_decay"}, "changes the optimizer's weight_decay"),
-    "a unit of nothing": ({"name": "cosine", "unit": "epochs"}, "only schedulers are stepped"),
+    "a needless unit": ({"name": "cosine", "unit": "epochs"}, "only schedulers are stepped"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Stop signals without a launcher: a flag instead of death."""
+"""Stop signals without a launcher: they set a flag instead of killing the process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_flag_is_set_while_the_main_thread_is_in_c_code() -> None:
 
         thread = threading.Thread(target=send_and_look)
         thread.start()
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # a second or so that no signal cuts short
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # about a second that no signal interrupts
         assert seen, "the computation was too short to show anything"
         thread.join()
     assert seen == [signal.SIGTERM]
@@ -57,7 +57,7 @@ def test_former_handlers_are_restored() -> None:
 def test_without_open_mpi_there_is_no_launcher_to_stop(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0")  # left over from elsewhere: our parent is no prterun
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0")  # left over: our parent is not prterun
     assert prte_parent() is None
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -83,7 +83,7 @@ class TestPatience:
         patience.stepped(120.0)
         patience.stepped(120.5)
         assert patience.hopeful(122.0)  # twice the longest step, and a second
-        assert not patience.hopeful(122.6)  # the launcher need not wait any longer
+        assert not patience.hopeful(122.6)  # the launcher need not wait longer
         assert not patience.over(120 + LIMIT)
         assert patience.over(121 + LIMIT)
 
@@ -133,7 +133,7 @@ with StopSignals(3, limit=limit, before_end=lambda: os.write(2, b"flushed.")) as
 
 
 def test_when_a_stop_signal_ends_a_rank(tmp_path: Path) -> None:
-    """One that is stuck, a while after the signal; any, at a second one; none that goes on with its steps."""
+    """A stuck rank, some time after the signal; any rank, at a second signal; never a rank that continues its steps."""
 
     def start(what: str) -> subprocess.Popen[str]:
         variables = {**os.environ, "PYTHONPATH": str(ROOT), STOPPING: str(tmp_path / what)}
@@ -156,7 +156,7 @@ def test_when_a_stop_signal_ends_a_rank(tmp_path: Path) -> None:
         assert (ranks["steps"].returncode, told["steps"]) == (0, "")
         assert (tmp_path / "steps").exists(), "the launcher was not told to wait"
         assert ranks["twice"].poll() is None
-        ranks["twice"].send_signal(signal.SIGUSR1)  # an announcement, repeated
+        ranks["twice"].send_signal(signal.SIGUSR1)  # an announcement, sent again
         time.sleep(0.3)
         assert ranks["twice"].poll() is None
         ranks["twice"].send_signal(signal.SIGHUP)

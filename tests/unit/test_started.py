@@ -1,4 +1,4 @@
-"""What a process knows of its launcher before MPI starts: pure functions of the environment."""
+"""What a process knows about its launcher before MPI starts: pure functions of the environment."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MPICH, OPEN_MPI_LIBRARY = "MPICH Version: 4.3.0", "Open MPI v5.0.8"
 def test_what_launchers_set(environment: dict[str, str], rank: int, size: int, launcher: str) -> None:
     assert launched_rank(environment) == rank
     assert launched_size(environment) == (size, launcher)
-    check_singleton(max(2, size), MPICH, environment)  # MPI knows of several: all is well
+    check_singleton(max(2, size), MPICH, environment)  # MPI has several ranks: no error
     if size == 1:
         check_singleton(1, MPICH, environment)
 

@@ -1,4 +1,4 @@
-"""What goes from phase to phase, from rank to rank, and into files."""
+"""State that moves between phases and ranks, and into files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hpctrain.replica.state import Section, State, collect_state, merge, recv_st
 
 
 def full() -> State:
-    """Of an arena of 8, with everything that can be in it."""
+    """The state of an arena of 8, with everything it can contain."""
     optimizer = Section(
         flat={"exp_avg": np.arange(8.0), "half": np.arange(8, dtype=np.float32).astype(BFLOAT16), "a/b %": np.ones(8)},
         named={
@@ -69,7 +69,7 @@ def test_state_moves_from_rank_to_rank(source: int) -> None:
             state = recv_state(comm, source)
             assert_equal(recv_state(comm, source), State(3, 3))
             for _, array in state.arrays():
-                array[...] = array  # its own memory, to be written to
+                array[...] = array  # its own, writable memory
             return state
         return None
 

@@ -1,4 +1,4 @@
-"""From one strategy to another in a run, over virtual ranks: what crosses, when, resuming, and what is refused."""
+"""Switching strategies in a run, over virtual ranks: what carries over, when, resuming, and refusals."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _one_thread():
 
 
 def phases(*parts: tuple[helpers.Tables, int], **enter: Any) -> list[helpers.Tables]:
-    """Strategies, each until it has consumed so many samples (0: to the end). `enter`: how the second begins."""
+    """Phases, each until it has consumed the given samples (0: to the end). `enter`: how the second begins."""
     found: list[helpers.Tables] = [{"strategy": strategy} for strategy, _ in parts]
     for phase, (_, samples) in zip(found, parts, strict=True):
         if samples:
@@ -66,7 +66,7 @@ def phases(*parts: tuple[helpers.Tables, int], **enter: Any) -> list[helpers.Tab
 
 # -- what crosses ------------------------------------------------------------------------------------------------
 def replayed(folder: Path, size: int, schedule: list[helpers.Tables], **tables: Any) -> helpers.Recording:
-    """All ranks end with what one process comes to by the same updates in the same order."""
+    """All ranks end with the result of one process with the same updates in the same order."""
     train_keys = {"epochs": 3, "batch_size": 4, "precision": "float64", **tables.pop("train", {})}
     job = helpers.make_job(folder, phases=schedule, train=train_keys, **tables)
     recording = helpers.record(size, job, compute=jitter(2))
@@ -144,7 +144,7 @@ def test_all_workers_begin_every_phase_with_equal_parameters(tmp_path: Path, sch
 def test_model_is_broadcast_only_if_ranks_may_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: list[int], wanted: list[int]
 ):
-    """Where all ranks were workers of the phase before, on one node, they hold the same parameters: no need then."""
+    """If all ranks were workers in the previous phase, on one node, they hold equal parameters: no broadcast."""
     phase, broadcast = [-1], VirtualCommunicator.broadcast
     enter, rounds = Entrance.enter, []
 
@@ -167,7 +167,7 @@ def test_model_is_broadcast_only_if_ranks_may_differ(
 
 
 def test_phase_frees_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """When the next one allocates its own, what the last one had is free, without the garbage collector."""
+    """When the next phase allocates its memory, the previous one's is free, without the garbage collector."""
     joined: dict[int, list[weakref.ref[Any]]] = {rank: [] for rank in range(4)}
     states: dict[int, list[weakref.ref[State]]] = {rank: [] for rank in range(4)}
     checked = []
@@ -210,20 +210,20 @@ def test_phase_frees_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         World(4).run(lambda comm: train(job, comm, out=QUIET))
     finally:
         gc.enable()
-    assert [len(seen) for seen in joined.values()] == [5, 5, 6, 6]  # two serve besides, in the fourth phase
+    assert [len(seen) for seen in joined.values()] == [5, 5, 6, 6]  # in the fourth phase two are servers
     assert len(states[0]) == len(schedule) - 1
     assert [alive for row in checked for alive in row if alive is not None] == []
 
 
 # -- rules -------------------------------------------------------------------------------------------------------
 def event_of(row: Any) -> tuple[str, str]:
-    """A row of the trace: (its kind, its sentence)."""
+    """(kind, message) of an event in the trace."""
     kind = row["kind"].decode()
     return kind, str(from_json(kind, row["json"].decode()))
 
 
 def told(size: int, job: Job, **world: Any) -> tuple[str, list[Result], list[list[tuple[str, str]]]]:
-    """(what the run said, its results, every rank's events as (kind, text))."""
+    """(the run's output, its results, every rank's events as (kind, message))."""
     out = io.StringIO()
     results, traces = helpers.traced(size, lambda comm: train(job, comm, out=Narrator(out=out)), **world)
     events = [[event_of(row) for row in trace["events"]] for trace in traces]
@@ -247,7 +247,7 @@ def ruled(folder: Path, until: helpers.Tables, strategy: helpers.Tables | None =
     ],
 )
 def test_after_ends_the_phase_at_the_amount(tmp_path: Path, until: helpers.Tables, samples: int, queue: str):
-    """At a stretch's end, shared; at a round's, static."""
+    """With a shared queue at the end of a stretch, with static ones at the end of a round."""
     job = ruled(tmp_path, {"rule": "after", **until}, data={"name": "tests.helpers:points", "queue": queue})
     text, results, _ = told(4, job, compute=jitter())
     assert f"switched at sample {samples}: after {samples} >= {samples} samples\n" in text
@@ -255,7 +255,7 @@ def test_after_ends_the_phase_at_the_amount(tmp_path: Path, until: helpers.Table
 
 
 def easy() -> TensorDataset:
-    """Soon learnt."""
+    """Quickly learned."""
     inputs = torch.randn(240, 7, generator=torch.Generator().manual_seed(1))
     return TensorDataset(inputs, inputs[:, :3].argmax(1))
 
@@ -272,7 +272,7 @@ def stable(folder: Path, **tables: Any) -> Job:
 
 @pytest.mark.parametrize("mode", ["async", slow("bounded")])
 def test_loss_stable_ends_an_asynchronous_phase(tmp_path: Path, mode: str):
-    """The coordinator decides, its news are in its trace, and rank 0 says why."""
+    """The coordinator decides and traces its news, and rank 0 prints the reason."""
     text, results, events = told(4, stable(tmp_path, strategy=served(mode)), compute=jitter())
     [line] = [line for line in text.splitlines() if line.startswith("switched at sample")]
     samples = results[0].phases[0].samples
@@ -315,7 +315,7 @@ def test_rule_ending_the_last_phase_ends_the_run(tmp_path: Path):
 
 
 def test_switch_strategy_by_name(tmp_path: Path):
-    """All-reduce until the loss is stable, then an asynchronous server."""
+    """All-reduce until the loss is stable, then an asynchronous parameter server."""
     job = helpers.make_job(
         tmp_path, strategy={"name": "switch", "until": STABLE, "then": served(servers=2)}, data=easy(),
         optimizer={"name": "Adam", "lr": 0.02}, train={"epochs": 20, "batch_size": 8},
@@ -368,7 +368,7 @@ def head_of(path: Path) -> dict[str, Any]:
 
 
 def moments(folder: Path) -> list[torch.Tensor]:
-    """The newest checkpoint's mean squares of gradients, of delay compensation."""
+    """The newest checkpoint's mean squares of gradients (delay compensation)."""
     path = sorted((folder / "checkpoints").iterdir())[-1]
     with safe_open(path, "pt") as file:
         return [file.get_tensor(name) for name in file.keys() if quote(MEAN_SQUARE) in name]  # noqa: SIM118
@@ -386,7 +386,7 @@ RESUMED = {
 @pytest.mark.parametrize("queue", ["shared", slow("static")])
 @pytest.mark.parametrize("what", mostly_slow(RESUMED, list(RESUMED)[:1]))
 def test_resumed_run_has_the_same_bits(tmp_path: Path, what: str, queue: str):
-    """Of a single asynchronous worker: there is but one order. `enter` counts once, at the switch."""
+    """With a single asynchronous worker there is only one order. `enter` applies once, at the switch."""
     job = resumable(tmp_path, RESUMED[what], data={"name": "tests.helpers:points", "queue": queue})
     whole = World(4).run(lambda comm: helpers.quiet_train(comm, job))[0]
     before = heads(whole.folder)
@@ -400,8 +400,8 @@ def test_resumed_run_has_the_same_bits(tmp_path: Path, what: str, queue: str):
 
 
 def test_state_of_corrections_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A worker's running mean of its gradients' lengths, and the servers' of the gradients' squares (adaptive DC-ASGD);
-    the phase after starts without."""
+    """A worker's running mean of gradient lengths, and the servers' of squared gradients (adaptive DC-ASGD); the next
+    phase starts without them."""
     kept = served(servers=2, clip_pushes=1.5, delay_compensation="adaptive")
     job = resumable(tmp_path, phases((kept, 200), (AR, 0)))
     whole = World(5).run(lambda comm: helpers.quiet_train(comm, job))[0]
@@ -448,7 +448,7 @@ def test_samples_and_versions_of_several_workers_are_consistent(tmp_path: Path, 
 
 
 def test_rule_resumes_where_it_was(tmp_path: Path):
-    """Of one worker, whose losses are the same again."""
+    """With one worker, whose losses repeat."""
     job = stable(tmp_path).override(["train.checkpoint_every.samples=100", "train.keep_checkpoints=99"])
     _, results, events = told(2, job)
     folder = results[0].folder
@@ -481,7 +481,7 @@ def test_resuming_with_different_phases_is_refused(tmp_path: Path, before: helpe
 
 
 class Signals:
-    """In place of StopSignals: a signal comes to one rank."""
+    """Replaces StopSignals: a signal arrives on one rank."""
 
     def __init__(self, asked: bool) -> None:
         self.asked = 2 * asked
@@ -500,7 +500,7 @@ class Signals:
 @pytest.mark.parametrize("queue", mostly_slow(QUEUES, QUEUES[:1]))
 @pytest.mark.parametrize("mode", ["async", "bounded"])
 def test_interruption_loses_no_sample(tmp_path: Path, mode: str, queue: str):
-    """Heard in mid-epoch by a quick worker, while another is far behind; the rest comes after resuming."""
+    """Received in mid-epoch by a fast worker while another is far behind; the rest follows after resuming."""
     samples = 60
     job = helpers.make_job(
         tmp_path, model=lambda: nn.Linear(1, 1), loss="mse", metric="tests.helpers:no_metric",
@@ -527,7 +527,7 @@ def test_interruption_loses_no_sample(tmp_path: Path, mode: str, queue: str):
     assert sorted(seen) == sorted(2 * list(range(samples)))
 
 
-# -- what is refused: in one sentence, before anything is written ------------------------------------------------
+# -- refused with one message, before anything is written ------------------------------------------------
 class Endless(IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Any:
         return iter(helpers.points(11))
@@ -548,7 +548,7 @@ REFUSED: dict[str, tuple[type[HpctrainError], str, helpers.Tables]] = {
         {"strategy": {"name": "parameter_server", "mode": "sync", "lr_per_update": "none"}},
     ),
     "strength without compensation": (JobError, "delay_lambda", {"strategy": served(delay_lambda=1.0)}),
-    "a mode that is not": (JobError, "strategy.mode", {"strategy": {"name": "parameter_server", "mode": "asynch"}}),
+    "an unknown mode": (JobError, "strategy.mode", {"strategy": {"name": "parameter_server", "mode": "asynch"}}),
     "target without evaluations": (
         JobError,
         "phases.0.until: it looks at evaluations",
@@ -561,7 +561,7 @@ REFUSED: dict[str, tuple[type[HpctrainError], str, helpers.Tables]] = {
         {"strategy": {"name": "switch", "until": STABLE, "then": served(servers=9)}, "train": {"epochs": 20}},
     ),
     "a stream": (DataError, "stream of unknown length", {"data": Endless(), "strategy": served()}),
-    "a stream later": (
+    "a later stream": (
         DataError,
         "stream of unknown length",
         {"data": Endless(), "phases": phases((AR, 20), (served(), 0))},

@@ -1,4 +1,4 @@
-"""What a run adds up, and what of that a checkpoint keeps."""
+"""The totals of a run, and which of them a checkpoint keeps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_totals_of_version_0_1_are_read_and_written_unchanged() -> None:
     assert totals.seconds == 2.0
     assert totals.summaries[1] == PhaseSummary(1, "parameter_server (async)", 4, 20, 0.5, 0.0, 0.6, 2)
     assert totals.stopping.best == 0.9
-    del account["stopping"]["history"]  # which nothing has read
+    del account["stopping"]["history"]  # which nothing reads
     assert json.loads(json.dumps(totals.plain())) == {**account, "owed": 0}
 
 

@@ -1,4 +1,4 @@
-"""Typed events: what is written is read again, whatever texts hold; foreign events are carried; old sentences parse."""
+"""Typed events: they round-trip with any strings; unknown events are kept; messages of old versions parse."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hpctrain.trace.files import event_of
 from hpctrain.trace.versions import parsed
 
 VALUES = {"int": st.integers(0, 2**31), "float": st.floats(), "bool": st.booleans(), "str": st.text(max_size=600)}
-# What each says, and what version 2 wrote for it where that can be told from the sentence.
+# The message of each, and what version 2 wrote for it if its message can be parsed.
 WITHOUT_SENTENCE = [MeasuredLink(1, True, 1e-6, 2e9), SamplingStopped("OSError", "no such file")]
 SENTENCES: list[tuple[Event, str]] = [
     (PhaseEntered(3, "server", "parameter_server (async)"), "phase 3: server of parameter_server (async)"),
@@ -71,7 +71,7 @@ def test_any_event_fits_its_columns_and_keeps_its_kind_and_numbers(event: Event)
             assert after == shown or shown.startswith(after.removesuffix("…")) or "\\" in shown
         else:
             assert after == before or (math.isnan(after) and math.isnan(before))
-    json.loads(data, parse_constant=pytest.fail)  # no NaN, which is no JSON
+    json.loads(data, parse_constant=pytest.fail)  # no NaN, which is not JSON
 
 
 @given(st.text(), st.text())

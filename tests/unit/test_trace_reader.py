@@ -1,4 +1,4 @@
-"""The reader: corrected times, resumed runs, and what is missing or damaged said instead of raised."""
+"""The reader: corrected times, resumed runs, and notes instead of errors for missing or damaged data."""
 
 import os
 import random
@@ -122,7 +122,7 @@ def test_empty_frames_have_all_columns(tmp_path):
 
 
 def test_resumed_run_is_one_run(tmp_path):
-    """The second attempt starts again at step 3; its clock began anew, a minute of the calendar later."""
+    """The second attempt starts at step 3; its clock restarted, one minute of wall time later."""
     for attempt, steps in ((1, range(6)), (2, range(3, 8))):
         writing = Writing(tmp_path, 0, attempt=attempt)
         writing.recorder.clock(0, 1)

@@ -1,4 +1,4 @@
-"""The writer: what is flushed survives kill -9, and a disk that fills up does not end the training."""
+"""The writer: flushed data survives kill -9, and a full disk does not end training."""
 
 import os
 import random
@@ -36,7 +36,7 @@ ATTRIBUTES = {
     "attempt": 1,
 }
 
-# Writes spans as fast as it can, flushes after each block, and says how many spans the file must now hold.
+# Writes spans as fast as it can, flushes after each block, and prints how many spans the file must now hold.
 PROGRAM = """
 import os, random, sys
 from hpctrain.trace import Recorder, TraceWriter, trace_path
@@ -155,7 +155,7 @@ def test_unwritable_folder_is_one_message(tmp_path):
 
 
 def test_full_disk_ends_the_trace_but_not_the_run(tmp_path):
-    """/dev/full under the file's descriptor makes real HDF5 fail for real; it used to crash at exit."""
+    """/dev/full under the file's descriptor makes the real HDF5 fail; it used to crash at exit."""
     program = f"""
 import os
 from hpctrain.trace import Recorder, TraceWriter, trace_path
@@ -266,7 +266,7 @@ def test_process_ends_while_its_sampler_runs():
 
 @pytest.mark.parametrize("error", [OverflowError("too large"), MemoryError(), KeyError("spans"), RuntimeError("")])
 def test_no_tracing_error_ends_a_run(tmp_path, capsys, monkeypatch, error):
-    """Whatever it is: the trace stops, one line says so, and what was flushed before is there."""
+    """On any exception the trace stops with one message, and everything flushed before is kept."""
     writer = write(tmp_path, rank=3, close=False, size=4)
     writer.flush()
 
@@ -285,7 +285,7 @@ def test_no_tracing_error_ends_a_run(tmp_path, capsys, monkeypatch, error):
 
 
 class Faulty:
-    """A recorder whose `drain` is another."""
+    """A recorder with another `drain`."""
 
     def __init__(self, recorder, drain):
         self._recorder, self.drain = recorder, drain

@@ -36,7 +36,7 @@ def trainer_of(prepared: Prepared, comm: Communicator, coupling: Coupling) -> Tr
 
 
 class HooksCalled(Coupling):
-    """Notes the hooks that are called."""
+    """Records the hooks that are called."""
 
     def __init__(self) -> None:
         self.called: list[str] = []
@@ -50,7 +50,8 @@ class HooksCalled(Coupling):
 
 
 def outcomes(comm: Communicator, folder: Path) -> tuple[list[list[Outcome | None]], list[str]]:
-    """Of two steps what `step` returned, or `finish` where the worker had no batch; the hooks called. 13 samples: 12 in
+    """For two steps: what `step` returned (`finish` if the worker had no batch), and the hooks called. 13 samples: 12
+    in
     the first round, 1 in the second."""
     data = {"name": "tests.helpers:points", "samples": 13, "shuffle": False}
     job = helpers.make_job(folder, data=data, train={"batch_size": 3, "accumulate": 2, "epochs": 2})
@@ -68,7 +69,7 @@ def outcomes(comm: Communicator, folder: Path) -> tuple[list[list[Outcome | None
 
 
 def test_step_returns_the_outcome_after_the_rounds_last_batch(tmp_path: Path) -> None:
-    """And a worker whose share of a round is empty gets the same outcome."""
+    """A worker with an empty share of the round gets the same outcome."""
     ranks = World(2).run(lambda comm: outcomes(comm, tmp_path))
     for (first, second), _ in ranks:
         before, after = first

@@ -1,4 +1,4 @@
-"""Frozen parameters and buffers: all ranks begin with rank 0's, evaluation and the saved model take them as asked."""
+"""Frozen parameters and buffers: all ranks start with rank 0's; evaluation and the saved model follow train.buffers."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_nothing_is_sent_if_all_ranks_are_equal(tmp_path: Path) -> None:
 
 
 class Loaded(nn.Module):
-    """Statistics loaded from a file on rank 0 alone, of layers that are not trained further."""
+    """Statistics that only rank 0 loads from a file, for layers that are not trained further."""
 
     def __init__(self, mean: float) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def test_statistics_that_rank_0_loaded_are_not_halved(tmp_path: Path) -> None:
 
 # -- phases, checkpoints, the end ----------------------------------------------------------------------------------
 class Teacher(nn.Module):
-    """A frozen copy that follows the trained layer, and a table that is not saved; both begin as NumPy draws them."""
+    """A frozen copy that follows the trained layer, and a table that is not saved; both drawn by NumPy."""
 
     table: Tensor
     wide: Tensor
@@ -196,7 +196,7 @@ def test_resumed_run_keeps_the_frozen_parameters(tmp_path: Path, strategy: helpe
 
 
 class Steady(nn.Sequential):
-    """A frozen layer that stays as it was drawn."""
+    """A frozen layer that never changes."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(7, 5).requires_grad_(False), nn.Linear(5, 3))
@@ -254,7 +254,7 @@ def test_former_servers_take_frozen_parameters_too(tmp_path: Path) -> None:
 
 # -- evaluation and the saved model ------------------------------------------------------------------------------
 class Kinds(nn.Module):
-    """Buffers that are running statistics, and some that only look like it."""
+    """Buffers that are running statistics, and some that only look like them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,7 +328,8 @@ def test_pattern_that_matches_nothing() -> None:
 
 
 def test_growing_buffers(tmp_path: Path) -> None:
-    """A queue that each worker has filled by another number of samples; and one that is none yet on some."""
+    """A queue that each worker has filled with a different number of samples, and one that some workers do not have
+    yet."""
     def grown(comm: Communicator) -> Any:
         model: Any = nn.Linear(2, 2)
         model.twin = nn.Module()
@@ -359,7 +360,7 @@ def test_growing_buffers(tmp_path: Path) -> None:
 
 
 class Bank(nn.Module):
-    """A memory bank of unit vectors, of other samples on every worker."""
+    """A memory bank of unit vectors, from different samples on each worker."""
 
     bank: Tensor
 

@@ -1,4 +1,4 @@
-"""Run folders of somebody else: reading one runs nothing that it names, and obeys nothing that is written in it."""
+"""Run folders from others: reading one executes nothing that it names and obeys nothing written in it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def make_run(folder, job=PHASES, strategy="evil:Strategy", text="loss 0.1 <= 0.2
 
 @pytest.fixture
 def trap(tmp_path, monkeypatch):
-    """The file that comes into being if anything imports `evil`, which lies in the current folder."""
+    """The file that appears if anything imports `evil`, a module in the current folder."""
     sprung, code = tmp_path / "sprung", tmp_path / "evil.py"
     code.write_text(f"open({str(sprung)!r}, 'w').close()\n")
     monkeypatch.chdir(tmp_path)
@@ -127,7 +127,7 @@ def test_job_show_reports_what_it_did_not_check(trap, tmp_path, capsys):
 
 
 def test_built_ins_are_not_imported_from_the_current_folder(tmp_path, monkeypatch):
-    """A file there may bear the name of a module that one of ours imports when it is first asked for."""
+    """A file there may have the name of a module that one of ours imports lazily."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     seen = []

@@ -1,4 +1,4 @@
-"""CPU, memory, network and GPUs of hand-built runs whose answers are known."""
+"""CPU, memory, network and GPUs of hand-built runs with known results."""
 
 from __future__ import annotations
 

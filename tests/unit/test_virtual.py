@@ -25,7 +25,7 @@ TAG = 2
 
 
 def run(size: int, *courses: Callable[[Any], Any], **options: Any) -> list[Any]:
-    """Rank r runs courses[r]; the last course is for all others."""
+    """Rank r runs courses[r]; further ranks run the last one."""
     return World(size, **options).run(lambda comm: courses[min(comm.rank, len(courses) - 1)](comm))
 
 
@@ -117,7 +117,8 @@ def test_wait_any_returns_the_first_completed():
 
 
 def test_wait_any_of_messages_in_flight():
-    """Both have set out already, and the second is there first; that the first comes later wakes nobody wrongly."""
+    """Both are already in flight, and the second arrives first; the later arrival of the first wakes no rank
+    wrongly."""
 
     def receive(comm):
         comm.sleep(1e-9)
@@ -355,9 +356,9 @@ def test_repeated_run_takes_the_same_turns_and_time():
     assert seen[0] == seen[1]
 
 
-# -- collectives beside --------------------------------------------------------------------------------------
+# -- started collectives --------------------------------------------------------------------------------------
 def test_started_all_reduce_progresses_by_itself():
-    """While its rank computes: the two overlap."""
+    """It overlaps with its rank's computation."""
 
     def body(comm):
         buffer = np.ones(10**6, np.float32)
@@ -475,7 +476,7 @@ def test_private_arenas_are_private():
 
 
 def test_nothing_is_left_of_shared_objects():
-    """Arenas, parts and started all-reduces of a long run do not add up."""
+    """Arenas, parts and started all-reduces do not accumulate in a long run."""
     left = []
 
     def body(comm):
@@ -590,7 +591,7 @@ def test_autocast_is_per_rank():
 
 
 def test_autocast_does_not_keep_stale_weights():
-    """torch forgets its casts of weights when nobody is in autocast, which several ranks may never agree on."""
+    """torch drops its cached casts when no thread is in autocast, which may never happen with several ranks."""
 
     def body(comm):
         weight, found = torch.ones(2, 2, requires_grad=True), []
@@ -686,7 +687,7 @@ def test_collectives_have_one_number_on_all_ranks():
 
 # -- speed -----------------------------------------------------------------------------------------------------
 def test_ring_of_many_ranks_takes_one_turn_per_message():
-    """The speed itself is for `hpctrain bench virtual`; here: no more turns than needed."""
+    """`hpctrain bench virtual` measures the speed; this tests that there are no more turns than needed."""
     world = World(128, range(128), LinkNetwork())
     got = world.run(lambda comm: _ring_sum(comm))
     assert got == [128.0] * 128

@@ -1,4 +1,4 @@
-"""`hpctrain watch`: what it makes of a run that grows, ends, dies, or has not begun, and that it fits a terminal."""
+"""`hpctrain watch` on runs that grow, end, die or have not started, and how it fits a terminal."""
 
 import io
 import os
@@ -29,7 +29,7 @@ SECOND = 1000.0  # HandMade counts milliseconds
 
 
 class Going:
-    """A run that is being written: `show` puts what its ranks have flushed so far where it is watched."""
+    """A run that is being written: `show` copies what its ranks have flushed so far to the watched folder."""
 
     def __init__(self, tmp_path, size=2, job=JOB, attempt=1, **how):
         self.folder, self.now = tmp_path / "run", time.time()
@@ -43,7 +43,7 @@ class Going:
         return self.ranks[rank]
 
     def steps(self, first, last, rank_ms=(), cursor=None, start=0.0, phase=0, **columns):
-        """Steps of 100 ms and 10 samples on every rank: computing for `rank_ms[rank]` of them (40), waiting else."""
+        """Steps of 100 ms and 10 samples on every rank: `rank_ms[rank]` ms (40) of computation, then waiting."""
         for step in range(first, last):
             for number, rank in self.ranks.ranks.items():
                 at = start + 100.0 * step
@@ -455,7 +455,7 @@ def test_resumed_run_is_followed_into_its_next_attempt(going):
     assert (shot.attempt, shot.cursor, shot.status) == (2, 300, RunStatus.RUNNING)
     assert shot.loss == pytest.approx(1.0)
     assert shot.history[0] == pytest.approx(3.0) and shot.history[-1] == pytest.approx(1.0)
-    assert sum(loss == pytest.approx(3.0) for loss in shot.history) <= 11  # what was done again is forgotten
+    assert sum(loss == pytest.approx(3.0) for loss in shot.history) <= 11  # repeated steps are dropped
     assert "attempt 2" in drawn(shot)
 
 
@@ -508,7 +508,7 @@ def drawn(shot, width=80, height=None, encoding="utf-8"):
 
 
 def full(size, **changes):
-    """A snapshot that has something in every line."""
+    """A snapshot with content in every line."""
     views = [
         RankView(r, "server" if r % 16 == 15 else "worker", 1234.5, 0.00123, 0.421, (2.3, 9), None, None)
         for r in range(size)

@@ -1,4 +1,4 @@
-"""Models that are compiled, scripted or wrapped: they train as the plain one does, under its names, or are refused."""
+"""Models that are compiled, scripted or wrapped: they train like the plain model, under its names, or are refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _one_thread() -> None:
 
 
 class Net(nn.Module):
-    """With batch norm, dropout and a tensor of its own, for images (1, 8, 8); `wrap` is applied to its first part."""
+    """With batch norm, dropout and an own tensor, for images (1, 8, 8); `wrap` is applied to its first part."""
 
     def __init__(self, wrap: Callable[[nn.Module], Any] = lambda module: module) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def test_loaded_state_must_match_the_model() -> None:
 
 
 class Stateful(nn.Linear):
-    """Keeps something that is no tensor in its state_dict."""
+    """Keeps a value other than a tensor in its state_dict."""
 
     def get_extra_state(self) -> Any:
         return {"version": 1}
