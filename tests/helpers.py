@@ -244,7 +244,7 @@ def no_metric(outputs: Tensor, targets: Tensor) -> float:
     return 0.0
 
 
-def nan_told(comm: Communicator, folder: Path | str, strategy: Tables) -> str:
+def nan_error(comm: Communicator, folder: Path | str, strategy: Tables) -> str:
     """The error that every rank raises when a sample of the third round is not finite."""
     job = make_job(
         folder, data={"name": "tests.helpers:points", "bad": 12 * comm.size, "shuffle": False}, strategy=strategy

@@ -49,10 +49,10 @@ def record(comm: Communicator, job: Job) -> helpers.Recording:
 
 
 class Raising(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Raises at sample 17, after writing the time to the file `said`."""
+    """Raises at sample 17, after writing the time to the file `mark`."""
 
-    def __init__(self, said: str) -> None:
-        self.said = said
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
         self.points = helpers.points()
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class Raising(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         if index == 17:
-            Path(self.said).write_text(str(time.time()))
+            Path(self.mark).write_text(str(time.time()))
             raise ZeroDivisionError("sample 17 is bad")
         return self.points[index]
 
@@ -70,7 +70,7 @@ class Blocking(Raising):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         if index == 17:
-            Path(self.said).touch()
+            Path(self.mark).touch()
             time.sleep(1000)
         return self.points[index]
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCTOR = f"{sys.executable} -m hpctrain doctor --json"
 
 
-def told(slurm: Slurm, folder: Path, start: str) -> tuple[str, dict[str, Any]]:
+def doctor_report(slurm: Slurm, folder: Path, start: str) -> tuple[str, dict[str, Any]]:
     """(the job's state, doctor's JSON) when the batch script starts doctor with the command `start`."""
     (folder / "doctor.sh").write_text(f"#!/bin/bash\n{start} {DOCTOR} 2>{folder}/err\n")
     options = ["--nodes=2", "--ntasks-per-node=2", f"--output={folder}/out"]
@@ -33,7 +33,7 @@ def told(slurm: Slurm, folder: Path, start: str) -> tuple[str, dict[str, Any]]:
 def test_doctor_reports_slurms_grant_and_how_ranks_were_started(slurm: Slurm, tmp_path: Path) -> None:
     library = launcher.find_library()
     plugin = library.srun
-    state, doctor = told(slurm, tmp_path, f"srun --mpi={plugin}")
+    state, doctor = doctor_report(slurm, tmp_path, f"srun --mpi={plugin}")
     facts, whats = doctor["facts"], [problem["what"] for problem in doctor["problems"]]
     assert state == "COMPLETED", whats
     assert len(facts["ranks"]) == 4
@@ -48,7 +48,7 @@ def test_doctor_reports_slurms_grant_and_how_ranks_were_started(slurm: Slurm, tm
 
 
 def test_ranks_that_srun_did_not_connect_are_one_error(slurm: Slurm, tmp_path: Path) -> None:
-    state, doctor = told(slurm, tmp_path, "srun --mpi=none")
+    state, doctor = doctor_report(slurm, tmp_path, "srun --mpi=none")
     errors = [problem for problem in doctor["problems"] if problem["severity"] == "error"]
     assert state == "FAILED"
     assert len(errors) == 1, errors
@@ -57,6 +57,6 @@ def test_ranks_that_srun_did_not_connect_are_one_error(slurm: Slurm, tmp_path: P
 
 
 def test_in_a_batch_script_doctor_says_how_to_examine_all_ranks(slurm: Slurm, tmp_path: Path) -> None:
-    state, doctor = told(slurm, tmp_path, "")
+    state, doctor = doctor_report(slurm, tmp_path, "")
     assert state == "COMPLETED"
     assert any("srun --mpi=" in problem["do"] for problem in doctor["problems"] if problem["where"] == "Slurm")

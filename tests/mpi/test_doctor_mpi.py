@@ -34,16 +34,16 @@ def alone(folder: Path, *arguments: str, environment: dict[str, str] | None = No
     return subprocess.run([*DOCTOR, *arguments], cwd=folder, env=variables, capture_output=True, text=True, timeout=90)
 
 
-def severities(told: dict[str, Any]) -> set[str]:
-    return {problem["severity"] for problem in told["problems"]}
+def severities(reported: dict[str, Any]) -> set[str]:
+    return {problem["severity"] for problem in reported["problems"]}
 
 
 def test_four_ranks_are_reported_as_one_json_object(mpi: launcher.Mpi) -> None:
     ended = doctor(mpi, 4, "--json")
-    told = json.loads(ended.out)
-    facts = told["facts"]
-    assert ended.status == 0, told["problems"]
-    assert "error" not in severities(told)
+    reported = json.loads(ended.out)
+    facts = reported["facts"]
+    assert ended.status == 0, reported["problems"]
+    assert "error" not in severities(reported)
     assert facts["mpi"]["kind"] == mpi.library.kind
     assert facts["mpi"]["thread_level"] == "MPI_THREAD_MULTIPLE"
     assert facts["mpi"]["runs_with"] == mpi.path
@@ -53,7 +53,7 @@ def test_four_ranks_are_reported_as_one_json_object(mpi: launcher.Mpi) -> None:
     assert len(facts["links"]) == 6
     assert all(link["latency_us"] > 0 and link["bandwidth_gb_s"] > 0 for link in facts["links"])
     if len(facts["ranks"][0]["cores"]) < 4:
-        assert any("4 ranks share" in problem["what"] for problem in told["problems"])
+        assert any("4 ranks share" in problem["what"] for problem in reported["problems"])
 
 
 @pytest.mark.any_mpi
@@ -81,9 +81,9 @@ def test_doctor_alone_examines_one_rank_and_leaves_no_shared_memory(tmp_path: Pa
     started = time.time()
     done = alone(tmp_path, "--json")
     left = [path for path in launcher.leftovers(started, 0) if path.parent == Path("/dev/shm")]
-    told = json.loads(done.stdout)
-    assert (done.returncode, len(told["facts"]["ranks"]), told["facts"]["links"]) == (0, 1, [])
-    assert told["facts"]["mpi"]["standard"]
+    reported = json.loads(done.stdout)
+    assert (done.returncode, len(reported["facts"]["ranks"]), reported["facts"]["links"]) == (0, 1, [])
+    assert reported["facts"]["mpi"]["standard"]
     assert left == []
 
 
@@ -91,13 +91,13 @@ def test_doctor_alone_examines_one_rank_and_leaves_no_shared_memory(tmp_path: Pa
 @pytest.mark.parametrize("arguments", [slow([]), ["-n", "2"]])
 def test_missing_mpi_library_is_the_reported_error(tmp_path: Path, arguments: list[str]) -> None:
     done = alone(tmp_path, "--json", *arguments, environment={"MPI4PY_LIBMPI": "/nowhere/libmpi.so"})
-    told = json.loads(done.stdout)
+    reported = json.loads(done.stdout)
     assert done.returncode == 1
-    (error,) = [problem for problem in told["problems"] if problem["severity"] == "error"]
+    (error,) = [problem for problem in reported["problems"] if problem["severity"] == "error"]
     assert error["where"] == "MPI"
     assert "cannot load" in error["what"]
     assert "install one" in error["do"]
-    assert told["facts"]["nodes"][0]["shm_total"] > 0
+    assert reported["facts"]["nodes"][0]["shm_total"] > 0
 
 
 @pytest.mark.slow
@@ -139,10 +139,10 @@ def test_differing_environments_and_an_unsuitable_job_are_errors(
     )
     arguments = ["--json", "--job", str(ROOT / "jobs/digits.toml"), "ranks=3"]
     ended = launch([*mpi.command(2), sys.executable, str(script), *arguments], mpi, 90.0)
-    told = json.loads(ended.out)
+    reported = json.loads(ended.out)
     assert ended.status == 1
-    assert any(problem["where"] == "hpctrain" and "on rank 1" in problem["what"] for problem in told["problems"])
-    assert any("ranks = 3" in problem["what"] for problem in told["problems"])
+    assert any(problem["where"] == "hpctrain" and "on rank 1" in problem["what"] for problem in reported["problems"])
+    assert any("ranks = 3" in problem["what"] for problem in reported["problems"])
 
 
 @pytest.mark.any_mpi

@@ -78,10 +78,10 @@ folder, job = pathlib.Path(sys.argv[1]), sys.argv[2]
 rank = int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", 0)))
 found = {}
 def run(what, overrides=(), resume=None):
-    began, told = time.monotonic(), io.StringIO()
-    with redirect_stderr(told):
+    began, printed = time.monotonic(), io.StringIO()
+    with redirect_stderr(printed):
         status = main(lambda: (Job.load(job, overrides), resume))
-    found[what] = [status, told.getvalue(), time.monotonic() - began]
+    found[what] = [status, printed.getvalue(), time.monotonic() - began]
 
 good = folder / "good"
 run("fine", [f"output={good}", "train.checkpoint_every.steps=3"])
@@ -154,15 +154,15 @@ def test_mistakes_that_only_the_ranks_can_find(mpirun: Mpirun, tmp_path: Path) -
     for rank, (found, same) in enumerate(everybody):
         assert found.pop("fine")[:2] == [0, ""]
         assert same, "a refused resumption wrote into the run folder"
-        for what, (status, told, seconds) in found.items():
+        for what, (status, printed, seconds) in found.items():
             assert status == (2 if rank == 0 else 0), (what, rank)
             assert seconds < 10, (what, rank)
             if rank == 0:
-                assert told.startswith("hpctrain: "), (what, told)
-                assert words[what] in told
-                assert told.count("\n") == 1 + (what == "values"), told  # a line for each
+                assert printed.startswith("hpctrain: "), (what, printed)
+                assert words[what] in printed
+                assert printed.count("\n") == 1 + (what == "values"), printed  # a line for each
             else:
-                assert told == "", (what, rank)
+                assert printed == "", (what, rank)
     assert not (tmp_path / "runs").exists()
 
 
@@ -182,15 +182,15 @@ def test_process_outside_the_launchers_world(tmp_path: Path, variable: str, word
 def test_exception_in_user_code_on_one_rank(mpi: launcher.Mpi, tmp_path: Path) -> None:
     """With shuffle = false sample 17 is rank 2's; the other ranks and their server threads wait for it."""
     job = write_job(tmp_path, 'strategy = {name = "parameter_server", mode = "sync", servers = 2, colocated = true}')
-    said = tmp_path / "said"
-    data = ["data.name=tests.helpers_mpi:Raising", f"data.said={said}", "data.shuffle=false"]
+    mark = tmp_path / "mark"
+    data = ["data.name=tests.helpers_mpi:Raising", f"data.mark={mark}", "data.shuffle=false"]
     ended = launch([*mpi.command(3), *TRAIN, str(job), *data], mpi, timeout=60)
-    gone = time.time() - float(said.read_text())
+    gone = time.time() - float(mark.read_text())
     assert ended.status not in (0, 2)
-    told = [line for line in ended.err.splitlines() if line.strip()]
-    assert told[0] == "rank 2: Traceback (most recent call last):", ended.err
-    assert "rank 2: ZeroDivisionError: sample 17 is bad" in told
-    assert not [line for line in told if line.startswith(("rank 0", "rank 1"))]
+    printed = [line for line in ended.err.splitlines() if line.strip()]
+    assert printed[0] == "rank 2: Traceback (most recent call last):", ended.err
+    assert "rank 2: ZeroDivisionError: sample 17 is bad" in printed
+    assert not [line for line in printed if line.startswith(("rank 0", "rank 1"))]
     assert gone < 5, gone
 
 
@@ -342,8 +342,8 @@ def test_non_finite_gradient(mpi: launcher.Mpi, tmp_path: Path) -> None:
     argv = [*mpi.command(3), *TRAIN, str(job), *data, "model.name=tests.unit.test_round:Poisoned"]
     ended = launch(argv, mpi, timeout=60)
     assert ended.status == 2, ended
-    told = "hpctrain: rank 2: the gradient of parameter hidden.bias is not finite on rank 1 in step 2 (phase 0)"
-    assert ended.err.count(told) == 1, ended.err
+    printed = "hpctrain: rank 2: the gradient of parameter hidden.bias is not finite on rank 1 in step 2 (phase 0)"
+    assert ended.err.count(printed) == 1, ended.err
     assert "Traceback" not in ended.err
 
 
@@ -468,8 +468,8 @@ def test_ctrl_c(start: Start, mpi: launcher.Mpi, tmp_path: Path, plain: bool) ->
     started.gone(10 - (time.monotonic() - asked))
     # Open MPI's mpirun has its own exit status when interrupted.
     assert status == (1 if plain and mpi.library.kind == "openmpi" else 130), started.err
-    told = [line for line in (started.out + started.err).splitlines() if "interrupted at sample" in line]
-    assert len(told) == 1, started.out + started.err
+    printed = [line for line in (started.out + started.err).splitlines() if "interrupted at sample" in line]
+    assert len(printed) == 1, started.out + started.err
     assert "Traceback" not in started.err
     folder = _folder(tmp_path)
     [checkpoint] = (folder / "checkpoints").iterdir()
@@ -491,12 +491,12 @@ def test_ctrl_c(start: Start, mpi: launcher.Mpi, tmp_path: Path, plain: bool) ->
 @pytest.mark.slow
 def test_rank_stuck_in_user_code_ends_after_a_stop_signal(tmp_path: Path) -> None:
     """A single rank without a launcher. It reports how long it waited: as long as the job allows."""
-    said = tmp_path / "said"
-    data = ["data.name=tests.helpers_mpi:Blocking", f"data.said={said}", "data.shuffle=false", "train.stop_seconds=1"]
+    mark = tmp_path / "mark"
+    data = ["data.name=tests.helpers_mpi:Blocking", f"data.mark={mark}", "data.shuffle=false", "train.stop_seconds=1"]
     started = Started(tmp_path, [*TRAIN, str(write_job(tmp_path)), *data])
     try:
         deadline = time.monotonic() + 60
-        while not said.exists():
+        while not mark.exists():
             assert started.process.poll() is None, started.err
             assert time.monotonic() < deadline, started.err
             time.sleep(0.05)

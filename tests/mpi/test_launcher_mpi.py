@@ -190,16 +190,16 @@ WAITING = "hpctrain run: waiting for the step in progress and its checkpoint; pr
 
 
 @pytest.mark.parametrize(
-    ("number", "seconds", "told"), [(signal.SIGINT, 0.5, ""), (signal.SIGTERM, GRACE + 3, WAITING)]
+    ("number", "seconds", "warning"), [(signal.SIGINT, 0.5, ""), (signal.SIGTERM, GRACE + 3, WAITING)]
 )
-def test_stop_signal_lets_ranks_save(start: Start, number: int, seconds: float, told: str) -> None:
+def test_stop_signal_lets_ranks_save(start: Start, number: int, seconds: float, warning: str) -> None:
     """Even if that takes longer than the grace period."""
     run = start(3, STOPPABLE, str(seconds))
     run.ready(3)
     run.process.send_signal(number)
     assert run.end(seconds + 10) == 130
     assert len(list(run.folder.glob("saved.*"))) == 3
-    assert (run.folder / "err").read_text() == told + "stopped, saved\n"
+    assert (run.folder / "err").read_text() == warning + "stopped, saved\n"
     assert not run.living()
 
 

@@ -57,11 +57,11 @@ def test_straggler_is_the_headline(mpi: launcher.Mpi, tmp_path: Path, name: str)
 def test_the_main_job_switches_and_ends_with_its_report(mpi: launcher.Mpi, tmp_path: Path) -> None:
     """From all-reduce to two workers and a server; the switch is reported with its reason."""
     keys = ["train.epochs=20", "strategy.until.rounds=5", "strategy.until.threshold=0.05"]
-    run, told = run_digits(mpi, tmp_path, 3, *keys)
-    assert re.search(r"^switched at sample [\d,]+: loss_stable 0\.\d+ <= 0\.05$", told, re.MULTILINE), told
-    assert re.search(r"^ +1  parameter_server \(async\) ", told, re.MULTILINE), told
-    assert float(told.partition("test accuracy ")[2].split()[0]) > 0.9
-    headline, last = told.splitlines()[-2:]
+    run, output = run_digits(mpi, tmp_path, 3, *keys)
+    assert re.search(r"^switched at sample [\d,]+: loss_stable 0\.\d+ <= 0\.05$", output, re.MULTILINE), output
+    assert re.search(r"^ +1  parameter_server \(async\) ", output, re.MULTILINE), output
+    assert float(output.partition("test accuracy ")[2].split()[0]) > 0.9
+    headline, last = output.splitlines()[-2:]
     assert last == f"report {run / 'report.html'}"
     page = (run / "report.html").read_text()
     assert escape(headline) in page

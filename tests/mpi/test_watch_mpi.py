@@ -70,7 +70,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[int], tuple[subprocess.Popen[str
 def test_watch_follows_a_run_from_start_to_end(start):
     run, folder = start(400)
     watching = subprocess.run([sys.executable, "-c", WATCH, str(folder)], capture_output=True, text=True, timeout=100)
-    told, _ = run.communicate(timeout=20)
+    output, _ = run.communicate(timeout=20)
     assert (run.returncode, watching.returncode) == (0, 0), watching.stderr
     lines = watching.stdout.splitlines()
     assert any("running" in line and "parameter_server (async)" in line and "samples/s" in line for line in lines)
@@ -78,7 +78,7 @@ def test_watch_follows_a_run_from_start_to_end(start):
     assert any(line.startswith("the run finished at") for line in lines)
     assert any(line.split()[:2] == ["1", "worker"] and "straggler" in line for line in lines)
     assert any(line.split()[:2] == ["2", "server"] for line in lines)
-    assert "test accuracy" in told
+    assert "test accuracy" in output
     assert open_run(folder).notes == []
 
 

@@ -85,9 +85,9 @@ def test_resumed_run_has_the_same_bits(tmp_path: Path, agree: str, nodes: tuple[
 @pytest.mark.parametrize("agree", ["shared", "message", "overlap"])
 def test_non_finite_loss_error_names_rank_and_step(tmp_path: Path, agree: str):
     strategy, _ = helpers.SYNCHRONOUS[agree]
-    told = World(3).run(lambda comm: helpers.nan_told(comm, tmp_path, strategy))
-    assert len(set(told)) == 1
-    assert "loss is nan on rank 0 in step 2 " in told[0]
+    messages = World(3).run(lambda comm: helpers.nan_error(comm, tmp_path, strategy))
+    assert len(set(messages)) == 1
+    assert "loss is nan on rank 0 in step 2 " in messages[0]
 
 
 def test_non_finite_gradient_is_detected_when_clipping(tmp_path: Path):

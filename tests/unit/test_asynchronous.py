@@ -301,11 +301,11 @@ def test_cost_of_evaluations_is_reported_separately(tmp_path: Path):
 @pytest.mark.parametrize("mode", ["async", "bounded"])
 @pytest.mark.parametrize("servers", list(SERVERS))
 def test_non_finite_loss_is_reported_on_every_rank(tmp_path: Path, servers: str, mode: str):
-    told = World(5, compute=jitter()).run(
-        lambda comm: helpers.nan_told(comm, tmp_path, served(mode, **SERVERS[servers][0]))
+    messages = World(5, compute=jitter()).run(
+        lambda comm: helpers.nan_error(comm, tmp_path, served(mode, **SERVERS[servers][0]))
     )
-    assert len(set(told)) == 1
-    assert "loss is nan on rank " in told[0]
+    assert len(set(messages)) == 1
+    assert "loss is nan on rank " in messages[0]
 
 
 @pytest.mark.parametrize("slow", [0, 1, 2])
@@ -314,18 +314,18 @@ def test_nan_loss_ends_waiting_workers(tmp_path: Path, servers: str, slow: int):
     """The last stretch of an epoch is bad, and all other workers are held until it is done."""
     data = {"name": "tests.helpers:points", "samples": 36, "bad": 6 * slow, "shuffle": False, "queue": "static"}
     job = helpers.make_job(tmp_path, data=data, strategy=served(**SERVERS[servers][0]), train={"epochs": 2})
-    told: list[str] = []
+    messages: list[str] = []
 
     def body(comm: Communicator) -> None:
         with pytest.raises(NanError) as caught:
             helpers.quiet_train(comm, job)
         assert caught.value.everywhere
-        told.append(str(caught.value))
+        messages.append(str(caught.value))
 
     World(5, compute=jitter(1, 0.1, {slow: 30.0})).run(body)
-    assert len(told) == 5
-    assert len(set(told)) == 1
-    assert f"loss is nan on rank {slow}" in told[0]
+    assert len(messages) == 5
+    assert len(set(messages)) == 1
+    assert f"loss is nan on rank {slow}" in messages[0]
 
 
 @pytest.mark.parametrize("servers", list(SERVERS))

@@ -314,7 +314,7 @@ def test_torch_sync_batchnorm_layer_is_synchronised_too() -> None:
 
 def test_sync_batch_norm_layers_without_the_key_are_reported(tmp_path: Path) -> None:
     """Such a layer would synchronise in torch.distributed, but does not here."""
-    said = []
+    reported = []
     for tables in ({}, {"sync_batchnorm": True}):
         out = io.StringIO()
         job = Job(
@@ -322,8 +322,8 @@ def test_sync_batch_norm_layers_without_the_key_are_reported(tmp_path: Path) -> 
             train={"steps": 1, "batch_size": 4, **tables}, output=str(tmp_path), trace={"enabled": False},
         )  # fmt: skip
         World(2).run(partial(train, job, out=Narrator(out=out)))
-        said.append("1 is a SyncBatchNorm layer, which normalises over each worker's own samples" in out.getvalue())
-    assert said == [True, False]
+        reported.append("1 is a SyncBatchNorm layer, which normalises over each worker's own samples" in out.getvalue())
+    assert reported == [True, False]
 
 
 def test_model_without_batch_norm_is_refused(tmp_path: Path) -> None:

@@ -398,8 +398,8 @@ def test_which_measurements_need_ranks():
 def test_figures_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "figures.json"
     assert main(["bench", "trace", "--json", str(path)]) == 0
-    told = json.loads(path.read_text())
-    assert told["trace"]["rows"]["span"]["us"]["unit"] == "us"
+    reported = json.loads(path.read_text())
+    assert reported["trace"]["rows"]["span"]["us"]["unit"] == "us"
     out = capsys.readouterr()
     assert "cost of a span" in out.out
     assert out.err == "bench: trace\n"
@@ -485,8 +485,8 @@ def test_tracing_cost_is_measured_on_real_ranks(tmp_path: Path):
         env={**os.environ, "PYTHONPATH": str(Path(launcher.__file__).resolve().parents[2]), "TMPDIR": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
-    told = [line for line in done.stderr.splitlines() if line.startswith("bench")]
-    assert told == [f"bench: tracing, pair {pair} of turns of 2 steps each" for pair in (1, 21)]
+    reported = [line for line in done.stderr.splitlines() if line.startswith("bench")]
+    assert reported == [f"bench: tracing, pair {pair} of turns of 2 steps each" for pair in (1, 21)]
     (row,) = json.loads(path.read_text())["tracing"]["rows"].values()
     assert row["recording, %"]["n"] == 2 * math.ceil(1437 / 48) // tracing.TURN - 5
     assert row["spans/step"]["median"] > 5

@@ -107,9 +107,9 @@ def test_slurm_job_has_its_own_runs(folder: Path):
     assert resumed(job(), slurm(20, restarts=1)) == mine
     assert resumed(job(), slurm(21, restarts=1)) == theirs
     assert resumed(job()) == outside
-    said = resumed(job(), slurm(22))
-    assert f"this is a new run; {theirs}, an unfinished run of an equal job, was started in Slurm job 21" in str(said)
-    assert f"hpctrain train --resume {theirs}" in str(said)
+    notes = resumed(job(), slurm(22))
+    assert f"this is a new run; {theirs}, an unfinished run of an equal job, was started in Slurm job 21" in str(notes)
+    assert f"hpctrain train --resume {theirs}" in str(notes)
 
 
 def test_requeued_array_tasks_keep_their_own_runs(folder: Path):
@@ -206,10 +206,10 @@ def test_differing_job_is_refused_unless_changes_are_taken(folder: Path):
     claim = run_to_resume(other, take)
     assert isinstance(claim, Claim)
     assert Change("trace.report", False, True) in claim.changes
-    said = claim.record(other, take, 96)
+    notes = claim.record(other, take, 96)
     claim.release()
-    assert said[0].startswith("changed from here on: optimizer.lr = 0.3 (was 0.05), trace.report = true (was false), ")
-    assert said[1] == "the optimizer starts afresh"
+    assert notes[0].startswith("changed from here on: optimizer.lr = 0.3 (was 0.05), trace.report = true (was false), ")
+    assert notes[1] == "the optimizer starts afresh"
     assert Job.load(mine / JOB) == other
     assert (mine / JOB).read_text().startswith(f"# digits with seed=4\n# changed since, see {HISTORY}\n")
     rows = [json.loads(line) for line in (mine / HISTORY).read_text().splitlines()]

@@ -215,12 +215,12 @@ class Talkative(Rule):
 
 
 def test_news_of_a_rule_is_reported_once() -> None:
-    told: list[Event] = []
-    conductor = Conductor(1000, 0, 0, Talkative(None, CLOCK, 0), tell=told.append)
+    reported: list[Event] = []
+    conductor = Conductor(1000, 0, 0, Talkative(None, CLOCK, 0), tell=reported.append)
     assert conductor.decide(0, 32, 1.0, Ask.NOTHING) == Ask.NOTHING
     assert conductor.evaluated(32, 1.0) == Ask.NOTHING
     assert conductor.decide(32, 64, -1.0, Ask.NOTHING) == Ask.END_PHASE and conductor.why == "seen enough"
-    assert told == [RuleStatistic("talkative", loss, "against", 0.0) for loss in (1.0, -1.0)]
+    assert reported == [RuleStatistic("talkative", loss, "against", 0.0) for loss in (1.0, -1.0)]
 
 
 def test_rule_may_end_the_phase_after_an_evaluation() -> None:

@@ -204,18 +204,18 @@ def test_run_that_ended_before_its_first_step_is_shown(tmp_path, capsys):
     with HandMade(tmp_path / "b", 2) as run:
         run[0].phase(0, 0, "worker", "all_reduce")
     assert compare.main([make(tmp_path / "a"), tmp_path / "b"], output=tmp_path / "pictures") == 0
-    told = capsys.readouterr().out
-    assert "B: not finished (still running, interrupted or killed), 0 samples so far" in told
-    assert "nan" not in told
+    printed = capsys.readouterr().out
+    assert "B: not finished (still running, interrupted or killed), 0 samples so far" in printed
+    assert "nan" not in printed
 
 
 def test_killed_run_has_what_was_flushed(tmp_path, capsys):
     killed = make(tmp_path / "killed", losses=LOSSES[:3], killed=True)
     assert compare.main([make(tmp_path / "whole"), killed]) == 0
-    told = capsys.readouterr().out
-    assert "B: not finished (still running, interrupted or killed), 96 samples so far" in told
-    assert "B: rank 0 of 2: trace not closed" in told
-    assert "A: not finished" not in told
+    printed = capsys.readouterr().out
+    assert "B: not finished (still running, interrupted or killed), 96 samples so far" in printed
+    assert "B: rank 0 of 2: trace not closed" in printed
+    assert "A: not finished" not in printed
 
 
 # -- targets -------------------------------------------------------------------------------------------------
@@ -235,9 +235,9 @@ def test_requested_targets_need_not_be_reached_by_every_run(tmp_path, capsys):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", losses=(4.0, 3.0, 2.5, 2.6))]
     compare.main(runs, target_loss=1.5, csv=tmp_path / "c.csv")
     assert pd.read_csv(tmp_path / "c.csv")["time_to_loss_s"].tolist() == [pytest.approx(0.4), np.inf]
-    told = capsys.readouterr().out
-    assert "Target loss 1.5 (as requested)" in told
-    assert "never" in told
+    printed = capsys.readouterr().out
+    assert "Target loss 1.5 (as requested)" in printed
+    assert "never" in printed
 
 
 def test_different_metrics_are_not_compared(tmp_path):
@@ -282,9 +282,9 @@ def test_baseline_comes_first_and_only_once(tmp_path, capsys):
 
 def test_unreadable_baseline_is_reported_and_the_rest_compared(tmp_path, capsys):
     compare.main([make(tmp_path / "a")], baseline=tmp_path / "none")
-    told = " ".join(capsys.readouterr().out.split())
-    assert "no such run folder" in told
-    assert "speed-up" not in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "no such run folder" in printed
+    assert "speed-up" not in printed
 
 
 # -- notes ---------------------------------------------------------------------------------------------------
@@ -337,9 +337,9 @@ def test_run_of_another_schema_is_left_out_with_a_note(tmp_path, capsys):
     change_schema(runs[1])
     assert compare.main(runs, csv=tmp_path / "c.csv") == 0
     assert pd.read_csv(tmp_path / "c.csv")["name"].tolist() == ["a", "c"]
-    told = " ".join(capsys.readouterr().out.split())
-    assert "note: left out:" in told
-    assert "schema version 99" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "note: left out:" in printed
+    assert "schema version 99" in printed
 
 
 def test_no_readable_run_is_one_message(tmp_path):

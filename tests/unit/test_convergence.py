@@ -198,7 +198,7 @@ def test_synchronous_phases_have_no_staleness(tmp_path):
     assert Analysis(Run(tmp_path)).staleness["phase"].tolist() == [1]
 
 
-def told(folder, *events):
+def rules_of(folder, *events):
     """The rules of a run of two workers that both record events (ms, kind, text); steps end at 10, 20 ... ms."""
     with HandMade(folder, 2) as run:
         for rank in (0, 1):
@@ -212,14 +212,14 @@ def told(folder, *events):
 
 
 def test_equal_events_of_all_ranks_are_merged_per_occurrence(tmp_path):
-    rules = told(tmp_path, (9.0, "rule", "loss_stable 0.5 > 0.01"), (19.0, "rule", "loss_stable 0.5 > 0.01"))
+    rules = rules_of(tmp_path, (9.0, "rule", "loss_stable 0.5 > 0.01"), (19.0, "rule", "loss_stable 0.5 > 0.01"))
     assert rules["t_s"].tolist() == pytest.approx([0.009, 0.019])
     assert rules["samples"].tolist() == [64, 128]
     assert rules["rule"].tolist() == ["loss_stable"] * 2
 
 
 def test_moment_a_rule_fired_is_reported_once(tmp_path):
-    rules = told(
+    rules = rules_of(
         tmp_path,
         (9.0, "rule", "loss_stable 0.0500 > 0.01, not armed: loss 2.05 of first 2.31"),
         (19.0, "rule", "loss_stable 0.0050 <= 0.01, not armed: loss 1.2 of first 2.31"),
@@ -245,7 +245,7 @@ def test_moment_a_rule_fired_is_reported_once(tmp_path):
     ],
 )
 def test_rule_messages_are_parsed(tmp_path, text, statistic, threshold, fired):
-    (row,) = told(tmp_path, (9.0, "rule", text)).to_dict("records")
+    (row,) = rules_of(tmp_path, (9.0, "rule", text)).to_dict("records")
     assert row["text"] == text
     assert row["fired"] is fired
     for name, expected in (("statistic", statistic), ("threshold", threshold)):
@@ -253,7 +253,7 @@ def test_rule_messages_are_parsed(tmp_path, text, statistic, threshold, fired):
 
 
 def test_phase_that_ends_without_a_statistic_has_a_row(tmp_path):
-    (row,) = told(tmp_path, (21.0, "switch", "after 128 >= 128 samples")).to_dict("records")
+    (row,) = rules_of(tmp_path, (21.0, "switch", "after 128 >= 128 samples")).to_dict("records")
     assert (row["text"], row["fired"]) == ("after 128 >= 128 samples", True)
     assert row["statistic"] != row["statistic"]
 

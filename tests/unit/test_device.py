@@ -584,10 +584,10 @@ def test_mixing_ranks_with_and_without_a_gpu_is_refused() -> None:
 
     def rank(comm: Communicator) -> str:
         device = torch.device("cuda:0" if comm.rank else "cpu")
-        with pytest.raises(ClusterError) as told:
+        with pytest.raises(ClusterError) as caught:
             place_arenas(job, comm, device)
-        assert told.value.everywhere
-        return str(told.value)
+        assert caught.value.everywhere
+        return str(caught.value)
 
     assert all(r"ranks [0] have no GPU" in text for text in World(3).run(rank))
 

@@ -118,11 +118,11 @@ def test_container_limited_to_fewer_cores_than_visible() -> None:
     assert "8 threads" in problem.what
 
 
-@pytest.mark.parametrize(("value", "told"), [("8", "is 8, but each rank's share"), ("all", "a positive whole number")])
-def test_omp_num_threads_set_badly(value: str, told: str) -> None:
+@pytest.mark.parametrize(("value", "shown"), [("8", "is 8, but each rank's share"), ("all", "a positive whole number")])
+def test_omp_num_threads_set_badly(value: str, shown: str) -> None:
     problem = only(with_ranks(healthy(1), environment={"OMP_NUM_THREADS": value}))
     assert problem.where == "OMP_NUM_THREADS"
-    assert told in problem.what
+    assert shown in problem.what
     assert "OMP_NUM_THREADS=2" in problem.do
 
 
@@ -162,17 +162,17 @@ GRANTED = {
 
 
 @pytest.mark.parametrize(
-    ("change", "told", "do"),
+    ("change", "shown", "do"),
     [
         ({"SLURM_NTASKS": "6"}, "SLURM_NTASKS is 6, but 8 ranks were started", "--ntasks=8"),
         ({"SLURM_JOB_NUM_NODES": "3"}, "3 nodes, but its ranks are on 2", "fewer nodes"),
         ({"SLURM_CPUS_PER_TASK": "16"}, "ranks 0-7 may use 8 cores", "srun --cpus-per-task=16"),
     ],
 )
-def test_slurm_grant_differs_from_started_ranks(change: dict[str, str], told: str, do: str) -> None:
+def test_slurm_grant_differs_from_started_ranks(change: dict[str, str], shown: str, do: str) -> None:
     assert problems(replace(healthy(), slurm=GRANTED)) == []
     problem = only(replace(healthy(), slurm={**GRANTED, **change}))
-    assert told in problem.what
+    assert shown in problem.what
     assert do in problem.do
 
 
@@ -362,10 +362,10 @@ def test_job_is_checked_against_the_ranks() -> None:
 
 
 def test_job_with_unsuitable_ranks_or_no_data_is_an_error(tmp_path: Path) -> None:
-    for override, told in (("ranks=4", "ranks = 4"), ("data={name='mnist', path='/nowhere'}", "/nowhere")):
+    for override, shown in (("ranks=4", "ranks = 4"), ("data={name='mnist', path='/nowhere'}", "/nowhere")):
         job = Job.load(ROOT / "jobs/digits.toml", [override])
         facts = World(2).run(partial(gather.look_at_job, job=job, path="digits.toml"))[0]
-        assert any(told in trouble for trouble in facts.troubles)
+        assert any(shown in trouble for trouble in facts.troubles)
         found = problems(replace(healthy(), job=facts))
         assert {problem.severity for problem in found} == {"error"}
 
@@ -449,15 +449,15 @@ def test_latencies_of_napping_ranks_are_explained() -> None:
 
 def test_json_is_plain_and_complete() -> None:
     facts = replace(healthy(1, 4, 2), slurm=GRANTED, job=JobFacts("x", "runs"))
-    told = json.loads(report.as_json(facts, problems(facts)))
-    assert set(told) == {"facts", "problems"}
-    assert set(told["problems"][0]) == {"severity", "where", "what", "do"}
-    assert told["facts"]["ranks"][3]["cores"] == [0, 1]
-    assert told["facts"]["nodes"][0]["shared_parameters"] > 0
+    shown = json.loads(report.as_json(facts, problems(facts)))
+    assert set(shown) == {"facts", "problems"}
+    assert set(shown["problems"][0]) == {"severity", "where", "what", "do"}
+    assert shown["facts"]["ranks"][3]["cores"] == [0, 1]
+    assert shown["facts"]["nodes"][0]["shared_parameters"] > 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "shown"),
     [
         (["-n", "0"], "at least 1 rank"),
         (["train.epochs=1"], "--job"),
@@ -465,11 +465,11 @@ def test_json_is_plain_and_complete() -> None:
     ],
 )
 def test_bad_usage_is_one_message_and_status_2(
-    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", *arguments]) == 2
     captured = capsys.readouterr()
-    assert told in captured.err
+    assert shown in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
 

@@ -275,11 +275,11 @@ def test_resources_become_counters_over_their_interval(tmp_path):
             run[rank].resource(2000.0, 50.0, 3 << 20, 5_000_000, 1_000_000, -1.0, -1)
             run[rank].resource(2001.0, 0.0, 3 << 20, 5_000_000, 1_000_000, -1.0, -1)  # too soon for a mean
     shown = timeline(tmp_path).of("C")
-    told = {(e["name"], e["ts"] / 1e6): e["args"] for e in shown}
-    assert told["rank 1 CPU", 1.0] == {"%": 50.0}
-    assert told["rank 1 memory", 2.0] == {"MiB": 3.0}
-    assert told["network in", 1.0] == {"MB/s": 5.0}
-    assert told["network out", 1.0] == {"MB/s": 1.0}
+    counters = {(e["name"], e["ts"] / 1e6): e["args"] for e in shown}
+    assert counters["rank 1 CPU", 1.0] == {"%": 50.0}
+    assert counters["rank 1 memory", 2.0] == {"MiB": 3.0}
+    assert counters["network in", 1.0] == {"MB/s": 5.0}
+    assert counters["network out", 1.0] == {"MB/s": 1.0}
     count = Counter(e["name"] for e in shown)
     each = {"rank 0 CPU": 1, "rank 1 CPU": 1, "rank 0 memory": 3, "rank 1 memory": 3}
     assert count == {**each, "network in": 1, "network out": 1}  # no GPU, and the network once per node

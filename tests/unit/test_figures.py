@@ -349,9 +349,9 @@ def test_undrawable_run_is_one_message_and_status_2(figure, output, expected, tm
     with pytest.raises(SystemExit) as ended:
         main(import_module(f"hpctrain.views.figures.{figure}").draw, [str(tmp_path), "-o", str(tmp_path / output)])
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert expected in told
-    assert len(told.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert len(printed.splitlines()) == 1
 
 
 def test_figures_leave_no_matplotlib_state():

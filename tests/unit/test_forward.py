@@ -271,17 +271,17 @@ def detectors_job(folder: Path, traced: bool) -> Job:
 def test_evaluation_without_a_loss_reports_none(tmp_path: Path, wanted: Any) -> None:
     lines: list[str] = []
 
-    class Told(Narrator):
+    class Collector(Narrator):
         def say(self, text: str) -> None:
             lines.append(text)
 
     job = detectors_job(tmp_path, traced=False)
-    result = World(2).run(lambda comm: train(job, comm, out=Told(enabled=comm.rank == 0)))[0]
+    result = World(2).run(lambda comm: train(job, comm, out=Collector(enabled=comm.rank == 0)))[0]
     assert result.metrics == {"metric": wanted.metrics["metric"]}
     assert torch.allclose(result.model.line.weight, wanted.model.line.weight, rtol=1e-5, atol=1e-7)
-    told = [line for line in lines if line.startswith("epoch")]
-    assert told
-    assert all(":right 0." in line and "loss" not in line for line in told)
+    reported = [line for line in lines if line.startswith("epoch")]
+    assert reported
+    assert all(":right 0." in line and "loss" not in line for line in reported)
     assert not any("nan" in line for line in lines if not line.startswith("phase"))  # whose seconds are virtual: 0
 
 

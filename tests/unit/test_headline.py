@@ -37,21 +37,21 @@ def test_straggler_is_named_in_every_strategy(tmp_path: Path, name: str) -> None
     slow = {"slow": {SLOW: 2.0}}
     job = make_job(tmp_path / "runs", strategy=strategy, train={"epochs": 4, "batch_size": 2}, debug=slow)
     run = train_traced(tmp_path / "run", job, size, compute=jitter(sigma=0.0))
-    told = headline(Analysis(run))
-    assert f"ank {SLOW}" in told, told
+    text = headline(Analysis(run))
+    assert f"ank {SLOW}" in text, text
     found = straggler(Analysis(run))
     assert found is not None and found.times == pytest.approx(2.0, rel=0.05)
     if name.startswith(("all_reduce", "message", "ring", "overlap", "sync", "bounded", "switch")):
-        assert re.match(r"\d+% of worker time is waiting for rank 1, whose computation takes 2.0x as long", told), told
+        assert re.match(r"\d+% of worker time is waiting for rank 1, whose computation takes 2.0x as long", text), text
     if name.startswith(("async", "switch")):
-        late, others = re.search(r"arrive ([\d.]+) versions late \(the other workers': ([\d.]+)\)", told).groups()  # type: ignore
+        late, others = re.search(r"arrive ([\d.]+) versions late \(the other workers': ([\d.]+)\)", text).groups()  # type: ignore
         assert float(late) > float(others)
 
 
 def test_without_a_straggler_no_rank_is_blamed(tmp_path: Path) -> None:
     job = make_job(tmp_path / "runs", strategy={"name": "all_reduce"}, train={"epochs": 4, "batch_size": 2})
-    told = headline(Analysis(train_traced(tmp_path / "run", job, 4, compute=jitter(sigma=0.0))))
-    assert "no rank holds the others up" in told and "rank 1" not in told
+    text = headline(Analysis(train_traced(tmp_path / "run", job, 4, compute=jitter(sigma=0.0))))
+    assert "no rank holds the others up" in text and "rank 1" not in text
 
 
 def steps(run: HandMade, rank: int, forward: float, backward: float, waits: float = 0.0) -> None:
@@ -70,9 +70,9 @@ def test_slow_pass_is_named(tmp_path: Path) -> None:
         steps(run, 0, 4.0, 4.0, waits=1.0)
         steps(run, 1, 4.0, 4.0, waits=1.0)
         steps(run, 2, 12.4, 4.0, waits=1.0)
-    told = headline(Analysis(open_run(tmp_path)))
+    text = headline(Analysis(open_run(tmp_path)))
     reason = "whose forward pass takes 3.1x as long as the other workers'"
-    assert told == f"28% of worker time is waiting for rank 2, {reason}."
+    assert text == f"28% of worker time is waiting for rank 2, {reason}."
 
 
 def test_busy_server_is_named_with_its_activity(tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_busy_server_is_named_with_its_activity(tmp_path: Path) -> None:
         run[2].span("update", 3.0, 10.0, 0)
         run[2].span("send", 10.0, 10.1, 0, bytes=8, peer=0, id=0)
         run[2].span("send", 10.1, 10.2, 0, bytes=8, peer=1, id=1)
-    told = headline(Analysis(open_run(tmp_path)))
+    text = headline(Analysis(open_run(tmp_path)))
     reason = "which meanwhile is mostly updating parameters"
-    assert told == f"70% of worker time is waiting for rank 2, the server, {reason}."
+    assert text == f"70% of worker time is waiting for rank 2, the server, {reason}."
 
 
 def test_moving_data_is_named_when_it_dominates(tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_moving_data_is_named_when_it_dominates(tmp_path: Path) -> None:
             run[rank].span("forward", 1.0, 5.0, 0)
             run[rank].span("reduce", 5.0, 11.0, 0, bytes=8, id=3)
             run[rank].done(11.0, 0)
-    told = headline(Analysis(open_run(tmp_path)))
-    assert told == "40% of worker time is computation, 60% moving data; no rank holds the others up."
+    text = headline(Analysis(open_run(tmp_path)))
+    assert text == "40% of worker time is computation, 60% moving data; no rank holds the others up."
 
 
 def test_bytes_of_a_ring_are_counted_once(tmp_path: Path) -> None:

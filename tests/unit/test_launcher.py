@@ -82,7 +82,7 @@ def filtered(text: bytes) -> bytes:
     """The output that passes, followed by the reports of killed ranks."""
     noise = NoiseFilter()
     passed = b"".join(noise.feed(line) for line in text.splitlines(keepends=True)) + noise.flush()
-    return passed + b"".join(f"{told.rank} {told.pid} {told.host} {told.number}".encode() for told in noise.reported)
+    return passed + b"".join(f"{end.rank} {end.pid} {end.host} {end.number}".encode() for end in noise.reported)
 
 
 def mpiexec(folder: Path, says: str, name: str = "mpiexec") -> str:

@@ -252,9 +252,9 @@ QUITS: dict[str, tuple[helpers.Tables, str, int]] = {
 @pytest.mark.parametrize("what", list(QUITS))
 def test_sys_exit_in_objects_the_job_names(tmp_path: Path, what: str):
     tables, words, status = QUITS[what]
-    with pytest.raises(LeftError, match=words) as told:
+    with pytest.raises(LeftError, match=words) as caught:
         World(2).run(lambda comm: helpers.quiet_train(comm, helpers.make_job(tmp_path, **tables)))
-    assert told.value.status == status
+    assert caught.value.status == status
 
 
 @pytest.mark.parametrize("lone", [False, True])
@@ -284,6 +284,6 @@ def test_keyboard_interrupt_raised_by_the_program(tmp_path: Path):
             for _ in running.batches():
                 raise KeyboardInterrupt
 
-    with pytest.raises(LeftError, match=r"\(KeyboardInterrupt\)") as told:
+    with pytest.raises(LeftError, match=r"\(KeyboardInterrupt\)") as caught:
         World(2).run(body)
-    assert told.value.status == 130
+    assert caught.value.status == 130

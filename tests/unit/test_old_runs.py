@@ -119,6 +119,6 @@ def test_asynchronous_checkpoint_is_resumed(tmp_path: Path) -> None:
     name = "parameter_server_async"
     folder = copied(tmp_path, name)
     finished(name, tmp_path, folder)
-    told = open_run(folder).metrics()
-    assert told["samples"].tolist() == [48, 96, 144, 192]
-    assert told["loss"].iloc[2] < 0.5 * told["loss"].iloc[0]
+    metrics = open_run(folder).metrics()
+    assert metrics["samples"].tolist() == [48, 96, 144, 192]
+    assert metrics["loss"].iloc[2] < 0.5 * metrics["loss"].iloc[0]

@@ -116,12 +116,12 @@ def _trainer(job, out):
 def test_training_continues_when_output_fails(tmp_path, capsys):
     job = Job(model={"name": "mlp", "inputs": 64, "outputs": 10, "hidden": [8]}, output=str(tmp_path),
               train={"steps": 3, "batch_size": 16})  # fmt: skip
-    told = "hpctrain: standard output cannot be written ({}); the run continues\n"
+    message = "hpctrain: standard output cannot be written ({}); the run continues\n"
     with open(FULL, "w") as full:
         for out, reason in ((full, "No space left on device"), (Closing(), "Broken pipe")):
             result = World(2).run(_trainer(job, out))[0]
             assert (result.folder / "model.safetensors").exists()
-            assert capsys.readouterr().err == told.format(reason)
+            assert capsys.readouterr().err == message.format(reason)
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # flushes what it still holds
 
 

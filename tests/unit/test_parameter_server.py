@@ -90,10 +90,10 @@ def test_resumed_run_has_the_same_bits(tmp_path: Path, agree: str, optimizer: st
 
 @pytest.mark.parametrize("agree", SERVED)
 def test_non_finite_loss_is_reported_on_every_rank(tmp_path: Path, agree: str):
-    told = World(5).run(lambda comm: helpers.nan_told(comm, tmp_path, _strategy(agree, 5)))
-    assert len(set(told)) == 1
-    assert "loss is nan on rank " in told[0]
-    assert "in step " in told[0]
+    messages = World(5).run(lambda comm: helpers.nan_error(comm, tmp_path, _strategy(agree, 5)))
+    assert len(set(messages)) == 1
+    assert "loss is nan on rank " in messages[0]
+    assert "in step " in messages[0]
 
 
 # -- backup workers ----------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from hpctrain.launcher.rankwatch import End, RankWatch, culprits, ranks, verdict
 KILLED, SEGMENTATION, BUS = signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS
 
 
-def ends(*told: tuple[int, int | None, float]) -> list[End]:
+def ends(*reported: tuple[int, int | None, float]) -> list[End]:
     """Ends from (rank, code, time); ends with equal times were noticed together."""
-    return [End(rank, 100 + rank, code, time, int(1000 * time)) for rank, code, time in told]
+    return [End(rank, 100 + rank, code, time, int(1000 * time)) for rank, code, time in reported]
 
 
 def status(number: int) -> int:
@@ -30,7 +30,7 @@ def status(number: int) -> int:
 
 class TestCulprits:
     @pytest.mark.parametrize(
-        ("told", "blamed"),
+        ("reported", "blamed"),
         [
             (ends((2, KILLED, 5.0), (1, status(1), 5.1), (0, KILLED, 5.1)), [1]),  # MPI_Abort, with its own words
             (ends((1, KILLED, 5.0), (0, KILLED, 5.1), (2, KILLED, 5.1)), [1]),  # killed; the launcher killed the others
@@ -46,63 +46,63 @@ class TestCulprits:
             ([], []),
         ],
     )
-    def test_culprits_among_ended_ranks(self, told: list[End], blamed: list[int]) -> None:
-        assert [end.rank for end in culprits(told, killed=True)] == blamed
+    def test_culprits_among_ended_ranks(self, reported: list[End], blamed: list[int]) -> None:
+        assert [end.rank for end in culprits(reported, killed=True)] == blamed
 
     def test_ranks_count_as_killed_only_if_the_launcher_says_so(self) -> None:
         assert culprits(ends((1, KILLED, 5.0), (0, KILLED, 5.1)), killed=False) == []
 
     def test_culprits_among_ranks_in_the_middle_of_a_run(self) -> None:
-        told = ends((0, status(0), 5.0), (1, status(0), 5.1), (2, None, 5.1))
-        assert culprits(told, killed=False) == []
-        assert [end.rank for end in culprits(told, killed=False, unfinished={1, 2})] == [1]
+        reported = ends((0, status(0), 5.0), (1, status(0), 5.1), (2, None, 5.1))
+        assert culprits(reported, killed=False) == []
+        assert [end.rank for end in culprits(reported, killed=False, unfinished={1, 2})] == [1]
 
 
 class TestVerdict:
-    def told(
+    def reported(
         self,
-        *told: tuple[int, int | None, float],
+        *reported: tuple[int, int | None, float],
         codes: tuple[int, ...] = (),
         silent: bool = False,
         killed: bool = False,
     ) -> str:
-        return verdict(ends(*told), [Reported(None, None, "node7", 9)] if killed else [], codes, silent)
+        return verdict(ends(*reported), [Reported(None, None, "node7", 9)] if killed else [], codes, silent)
 
     def test_verdict_names_rank_and_signal(self) -> None:
-        told = self.told((1, KILLED, 5.0), (0, KILLED, 5.1), killed=True)
-        assert told.startswith("rank 1 with PID 101 on ")
-        assert told.endswith(" was killed by signal 9 (SIGKILL)")
-        assert self.told((0, KILLED, 5.0), (1, KILLED, 5.0), killed=True).startswith("one of the ranks [0, 1] on ")
+        reported = self.reported((1, KILLED, 5.0), (0, KILLED, 5.1), killed=True)
+        assert reported.startswith("rank 1 with PID 101 on ")
+        assert reported.endswith(" was killed by signal 9 (SIGKILL)")
+        assert self.reported((0, KILLED, 5.0), (1, KILLED, 5.0), killed=True).startswith("one of the ranks [0, 1] on ")
 
     def test_verdict_explains_a_bus_error(self) -> None:
-        told = self.told((1, BUS, 5.0), (0, KILLED, 5.1))
-        assert "signal 7 (SIGBUS): usually /dev/shm is full (" in told
-        assert "MiB free" in told
-        assert "docker run --shm-size" in told
+        reported = self.reported((1, BUS, 5.0), (0, KILLED, 5.1))
+        assert "signal 7 (SIGBUS): usually /dev/shm is full (" in reported
+        assert "MiB free" in reported
+        assert "docker run --shm-size" in reported
 
     def test_status_is_reported_only_if_the_rank_printed_nothing(self) -> None:
-        assert self.told((1, status(3), 5.0)) == ""
-        assert self.told((1, status(3), 5.0), silent=True).endswith("ended with exit status 3 and no error message")
-        gone = self.told((1, status(0), 5.0), (0, KILLED, 5.1))
+        assert self.reported((1, status(3), 5.0)) == ""
+        assert self.reported((1, status(3), 5.0), silent=True).endswith("ended with exit status 3 and no error message")
+        gone = self.reported((1, status(0), 5.0), (0, KILLED, 5.1))
         assert gone.startswith("rank 1 with PID 101")
         assert "ended in the middle of the run, with exit status 0" in gone
 
     def test_launcher_supplies_what_the_watch_missed(self) -> None:
         """Hydra's list is wrong for ranks that it killed itself: 0 for rank 2."""
         unseen = (1, None, 5.0), (0, None, 5.1), (2, None, 5.1)
-        assert self.told(*unseen, codes=(9, 9, 0), killed=True).startswith("rank 1 with PID 101")
-        assert "exit status 0" in self.told(*unseen, codes=(9, 0, 0), killed=True)
-        assert "rank 1 " in self.told(*reversed(unseen), codes=(9, 11, 0))
-        assert self.told(*unseen, codes=(0, 0, 0)) == ""
-        assert self.told(*unseen) == ""
-        assert self.told(killed=True) == "a rank on node7 was killed by signal 9 (SIGKILL)"
+        assert self.reported(*unseen, codes=(9, 9, 0), killed=True).startswith("rank 1 with PID 101")
+        assert "exit status 0" in self.reported(*unseen, codes=(9, 0, 0), killed=True)
+        assert "rank 1 " in self.reported(*reversed(unseen), codes=(9, 11, 0))
+        assert self.reported(*unseen, codes=(0, 0, 0)) == ""
+        assert self.reported(*unseen) == ""
+        assert self.reported(killed=True) == "a rank on node7 was killed by signal 9 (SIGKILL)"
         left = verdict([], [Reported(2, 77, "node7", 0)], [], False)
         assert left.startswith("rank 2 with PID 77 on node7 ended in the middle")
         seen = verdict(ends((2, None, 5.0)), [Reported(2, 0, "node7", 9)], [], False)
         assert seen == "rank 2 with PID 102 on node7 was killed by signal 9 (SIGKILL)"
 
     def test_no_rank_is_blamed_for_stopping_when_asked(self) -> None:
-        assert self.told((1, signal.SIGUSR1, 5.0), (0, KILLED, 5.1), silent=True) == ""
+        assert self.reported((1, signal.SIGUSR1, 5.0), (0, KILLED, 5.1), silent=True) == ""
 
 
 def test_only_ranks_are_watched_not_their_children() -> None:

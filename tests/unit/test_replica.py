@@ -382,38 +382,38 @@ def test_buckets_are_ready_from_the_end_once_each_in_one_order() -> None:
         model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(5)])
         replica = Replica(model)
         replica.place(comm, shared=False)
-        heard: list[tuple[int, int]] = []
-        buckets = Buckets(replica, 2000, lambda low, high: heard.append((low, high)))
+        ready: list[tuple[int, int]] = []
+        buckets = Buckets(replica, 2000, lambda low, high: ready.append((low, high)))
         model(torch.ones(1, 16)).sum().backward()
-        assert heard == []  # not the last micro-batch
+        assert ready == []  # not the last micro-batch
         buckets.arm()
         model(torch.ones(1, 16)).sum().backward()
-        assert heard == []  # the first round shows whether hooks are called once
+        assert ready == []  # the first round shows whether hooks are called once
         buckets.flush()
-        whole = list(heard)
-        heard.clear()
+        whole = list(ready)
+        ready.clear()
         buckets.arm()
         model(torch.ones(1, 16)).sum().backward()
-        assert heard == whole
-        assert heard[0][1] == replica.layout.length
-        assert [high for _, high in heard[1:]] == [low for low, _ in heard[:-1]]
-        assert heard[-1][0] == 0
-        assert all((high - low) * 4 >= 2000 for low, high in heard[:-1])
+        assert ready == whole
+        assert ready[0][1] == replica.layout.length
+        assert [high for _, high in ready[1:]] == [low for low, _ in ready[:-1]]
+        assert ready[-1][0] == 0
+        assert all((high - low) * 4 >= 2000 for low, high in ready[:-1])
         buckets.flush()
-        assert heard == whole
-        heard.clear()
+        assert ready == whole
+        ready.clear()
         buckets.flush()  # a round without a sample on this rank
-        assert heard == whole
-        heard.clear()
+        assert ready == whole
+        ready.clear()
         buckets.arm()
         model[2](torch.ones(1, 16)).sum().backward()  # most parameters took no part
-        assert heard == []
+        assert ready == []
         buckets.flush()
-        assert heard == whole
+        assert ready == whole
         buckets.remove()
         buckets.arm()
-        heard.clear()
+        ready.clear()
         model(torch.ones(1, 16)).sum().backward()
-        assert heard == []
+        assert ready == []
 
     alone(body)

@@ -182,10 +182,10 @@ def test_page_with_too_many_spans_states_its_resolution(
 ) -> None:
     monkeypatch.setattr("hpctrain.views.report.page.TIMELINE_BYTES", (2000, 2000))
     path, _ = write_report(train(tmp_path / "run", 2, 300))
-    said = re.search(r"Times are drawn to (\d+) µs.*?([\d,]+) spans shorter", section(path, "timeline-section"), re.S)
-    assert said and float(said[1]) == pytest.approx(1e6 * payload(path)["data"]["quantum"])
+    note = re.search(r"Times are drawn to (\d+) µs.*?([\d,]+) spans shorter", section(path, "timeline-section"), re.S)
+    assert note and float(note[1]) == pytest.approx(1e6 * payload(path)["data"]["quantum"])
     rows = payload(path)["data"]["rows"]
-    assert sum(row["count"] for row in rows) == 2 * 300 * 8 - int(said[2].replace(",", ""))
+    assert sum(row["count"] for row in rows) == 2 * 300 * 8 - int(note[2].replace(",", ""))
     assert sum(len(row["data"]) for row in rows) <= 2000
 
 
@@ -431,12 +431,12 @@ def test_hovering_over_a_span_describes_it(page: Page, report: Path) -> None:
     page.run(move % (middle - length, middle + length))
     settle(page)
     point_at(page, 0.5, 0)
-    told = page.run("document.getElementById('timeline-tip').innerText").splitlines()
-    assert told[0] == "rank 0 on host0"
-    kind, micros = re.fullmatch(r"(\w+): ([\d.]+) µs", told[1]).groups()  # type: ignore[union-attr]
+    shown = page.run("document.getElementById('timeline-tip').innerText").splitlines()
+    assert shown[0] == "rank 0 on host0"
+    kind, micros = re.fullmatch(r"(\w+): ([\d.]+) µs", shown[1]).groups()  # type: ignore[union-attr]
     assert kind == "send"
     assert float(micros) == pytest.approx(1e6 * length, abs=2.0)
-    assert told[2:5] == ["step 30", "with rank 1", "4,096 bytes"]
+    assert shown[2:5] == ["step 30", "with rank 1", "4,096 bytes"]
 
 
 def point_at(page: Page, share: float, row: int) -> None:

@@ -337,13 +337,13 @@ def assert_finite(path: Path) -> None:
 @pytest.mark.parametrize("agree", [name for name in helpers.SYNCHRONOUS if name != "all_serve"])
 def test_nan_gradient_is_detected_in_its_step(tmp_path: Path, agree: str, clip: float | None):
     strategy = helpers.SYNCHRONOUS[agree][0]
-    told = poisoned_run(tmp_path, Poisoned, strategy, clip_norm=clip)
-    assert "the gradient of parameter hidden.bias" in told
-    assert "in step 2 (phase 0)" in told
+    message = poisoned_run(tmp_path, Poisoned, strategy, clip_norm=clip)
+    assert "the gradient of parameter hidden.bias" in message
+    assert "in step 2 (phase 0)" in message
     if strategy["name"] == "all_reduce" and strategy["exchange"] == "message" and agree != "overlap":
-        assert "summed over the workers, is not finite" in told
+        assert "summed over the workers, is not finite" in message
     else:
-        assert "is not finite on rank 1" in told
+        assert "is not finite on rank 1" in message
 
 
 @pytest.mark.parametrize("mode", ["async", "bounded"])
@@ -365,8 +365,8 @@ def test_nan_gradient_is_detected_in_asynchronous_phases(tmp_path: Path, mode: s
 @pytest.mark.parametrize("agree", ["shared", "message", "ring", "overlap", "servers"])
 def test_quick_check_finds_the_rank_before_the_exchange(tmp_path: Path, agree: str):
     """Everything in backward after the fault is not finite, so it is visible where backward ends."""
-    told = poisoned_run(tmp_path, PoisonedFirst, helpers.SYNCHRONOUS[agree][0])
-    assert "the gradient of parameter hidden.bias is not finite on rank 1 in step 2" in told
+    message = poisoned_run(tmp_path, PoisonedFirst, helpers.SYNCHRONOUS[agree][0])
+    assert "the gradient of parameter hidden.bias is not finite on rank 1 in step 2" in message
 
 
 @pytest.mark.parametrize("agree", mostly_slow(helpers.SYNCHRONOUS, ("shared", "message", "servers")))

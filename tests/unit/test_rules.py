@@ -151,13 +151,13 @@ def test_published_statistic_is_relative_to_the_previous_loss() -> None:
 
 # -- target -----------------------------------------------------------------------------------------------------
 def test_target_ends_the_phase_at_the_evaluation_that_reaches_it() -> None:
-    told: list[Event] = []
-    conductor = Conductor(1000, 10, 0, rule({"rule": "target", "metric": 0.9}), tell=told.append)
-    assert conductor.decide(0, 10, 0.1, Ask.NOTHING) == Ask.EVALUATE and told == []
+    reported: list[Event] = []
+    conductor = Conductor(1000, 10, 0, rule({"rule": "target", "metric": 0.9}), tell=reported.append)
+    assert conductor.decide(0, 10, 0.1, Ask.NOTHING) == Ask.EVALUATE and reported == []
     assert conductor.evaluated(10, 0.89) == Ask.NOTHING
     assert conductor.evaluated(10, math.nan) == Ask.NOTHING
     assert conductor.evaluated(10, 0.9) == Ask.END_PHASE and conductor.why == "target: metric 0.9000 >= 0.9"
-    assert list(map(str, told)) == [
+    assert list(map(str, reported)) == [
         "target: metric 0.8900 < 0.9",
         "target: metric nan against 0.9",
         "target: metric 0.9000 >= 0.9",

@@ -339,8 +339,8 @@ def test_rule_ending_the_last_phase_ends_the_run(tmp_path: Path):
 class Signals:
     """Replaces StopSignals."""
 
-    def __init__(self, told: list[str]) -> None:
-        self.asked, self.say = 0, told.append
+    def __init__(self, messages: list[str]) -> None:
+        self.asked, self.say = 0, messages.append
 
     def stepped(self) -> None:
         pass
@@ -356,7 +356,7 @@ def test_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, strategy: help
         optimizer={"name": "Adam", "lr": 0.01}, train={"steps": 9, "batch_size": 4},
     )  # fmt: skip
     whole = run(4, job)[0]
-    told: list[str] = []
+    messages: list[str] = []
 
     def body(comm: Communicator) -> Result:
         count = 0
@@ -364,7 +364,7 @@ def test_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, strategy: help
             for batch in running.batches():
                 running.step(running.loss(running.model(batch.inputs), batch.targets))
                 count += 1
-                signals = Signals(told)
+                signals = Signals(messages)
                 signals.asked = 2 * (comm.rank == 1 and count == 4)  # the signal arrives on one rank only
                 running.run.signals = signals  # type: ignore[assignment]
         return running.result
@@ -373,9 +373,9 @@ def test_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, strategy: help
     assert left.interrupted
     assert left.metrics == {}
     assert left.phases[0].steps == 6  # noticed after the fifth, agreed on with the sixth
-    assert len(told) == 1
-    assert "--resume" in told[0]
-    assert str(left.folder) in told[0]
+    assert len(messages) == 1
+    assert "--resume" in messages[0]
+    assert str(left.folder) in messages[0]
     resumed = run(4, job, resume="latest")[0]
     assert resumed.folder == left.folder
     assert (helpers.vector(resumed.model) == helpers.vector(whole.model)).all()
@@ -541,18 +541,18 @@ REFUSED: dict[str, tuple[type[HpctrainError], str, dict[str, Any]]] = {
 def test_refused_on_every_rank_without_writing_anything(tmp_path: Path, what: str):
     kind, words, tables = REFUSED[what]
     job = helpers.make_job(tmp_path / "runs", **tables)
-    told = []
+    messages = []
 
     def body(comm: Communicator) -> None:
         with pytest.raises(kind, match=words) as caught:
             helpers.quiet_train(comm, job)
         assert caught.value.everywhere
-        told.append(str(caught.value))
+        messages.append(str(caught.value))
 
     World(3).run(body)
-    assert len(told) == 3
-    assert len(set(told)) == 1
-    assert "\n" not in told[0]
+    assert len(messages) == 3
+    assert len(set(messages)) == 1
+    assert "\n" not in messages[0]
     assert not (tmp_path / "runs").exists()
 
 
@@ -615,17 +615,17 @@ def test_differing_job_is_refused_by_name_or_its_changes_are_taken(tmp_path: Pat
     """On every rank alike; accepted changes are reported at the start and kept by the run."""
     job, folder = _finished(tmp_path)
     other, before, out = job.override(["optimizer.lr=0.3", "train.steps=10"]), _files(tmp_path), io.StringIO()
-    told: list[str] = []
+    messages: list[str] = []
     words = "optimizer.lr is 0.1 there and 0.3 in this job, train.steps is 8 there and 10 in this job; begin"
 
     def refused(comm: Communicator) -> None:
         with pytest.raises(CheckpointError, match=words) as caught:
             helpers.quiet_train(comm, other, resume=folder)
-        told.append(str(caught.value))
+        messages.append(str(caught.value))
         assert caught.value.everywhere
 
     World(2).run(refused)
-    assert len(set(told)) == 1
+    assert len(set(messages)) == 1
     assert _files(tmp_path) == before
     narrator = Narrator(out=out)
     World(2).run(lambda comm: train(other, comm, Resume(folder, changes="take"), narrator))
@@ -826,7 +826,7 @@ def test_custom_module_data_set_loss_and_optimizer(tmp_path: Path):
 
 # -- agreement ---------------------------------------------------------------------------------------------------
 def test_agreed_raises_the_first_ranks_error_on_all_ranks():
-    told = []
+    messages = []
 
     def body(comm: Communicator) -> None:
         def what() -> int:
@@ -836,10 +836,10 @@ def test_agreed_raises_the_first_ranks_error_on_all_ranks():
 
         with pytest.raises(DataError, match="of rank 1") as caught:
             agreed(comm, what)
-        told.append(caught.value.everywhere)
+        messages.append(caught.value.everywhere)
 
     World(4).run(body)
-    assert told == [True] * 4
+    assert messages == [True] * 4
 
 
 def test_agreed_returns_each_ranks_own_value():

@@ -78,11 +78,11 @@ def test_failed_writes_are_retried_later(tmp_path: Path, monkeypatch: pytest.Mon
     whole = run(job)[0][0]
     monkeypatch.setattr(runfiles, "append_metrics", Full(runfolder.append_metrics, 1, 2))
     monkeypatch.setattr(keeper, "save_checkpoint", Full(checkpoint.save_checkpoint, 1, 2))
-    results, said = run(job)
+    results, output = run(job)
     assert rows(results[0].folder) == rows(whole.folder)
-    assert said.count("metrics.csv cannot be written (No space left on device)") == 1
-    assert said.count("metrics.csv can be written again") == 1
-    assert said.count("checkpoints cannot be written") == said.count("checkpoints can be written again") == 1
+    assert output.count("metrics.csv cannot be written (No space left on device)") == 1
+    assert output.count("metrics.csv can be written again") == 1
+    assert output.count("checkpoints cannot be written") == output.count("checkpoints can be written again") == 1
 
 
 @pytest.mark.parametrize("strategy", [{"name": "all_reduce"}, PS])
@@ -103,9 +103,9 @@ def test_permanently_full_disk_is_reported_once_and_at_the_end(
         errors.append(caught.value)
 
     World(3).run(body)
-    said = out.getvalue()
+    output = out.getvalue()
     for name in (METRICS, "checkpoints", MODEL):
-        assert said.count(f"{name} cannot be written") == 1, said
+        assert output.count(f"{name} cannot be written") == 1, output
     for error, result in zip(errors, whole, strict=True):
         assert (error.everywhere, error.status) == (True, 1)
         assert error.result.metrics == result.metrics
@@ -122,9 +122,9 @@ def test_permanently_full_disk_is_reported_once_and_at_the_end(
 
 def test_model_written_at_the_second_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(keeper, "save_model", Full(checkpoint.save_model, 0, 1))
-    results, said = run(make_job(tmp_path))
+    results, output = run(make_job(tmp_path))
     assert (results[0].folder / MODEL).exists()
-    assert said.count("model.safetensors can be written again") == 1
+    assert output.count("model.safetensors can be written again") == 1
 
 
 def test_removed_run_folder_is_created_again(tmp_path: Path):

@@ -164,8 +164,8 @@ def test_warm_up_multiplies_the_schedule_and_reset_restarts_it() -> None:
     assert [course.factor(cursor) for cursor in (0, 99, 100, 149, 150)] == pytest.approx(
         [1 / 151, 100 / 151, 0.5 * 101 / 151, 0.5 * 150 / 151, 0.5]
     )
-    anew = Pace(course, 250, "reset", "keep", 1.0, 0)
-    assert [anew.rate(cursor) for cursor in (350, 449, 450)] == pytest.approx([0.5 * 101 / 113, 0.5, 0.25])
+    restarted = Pace(course, 250, "reset", "keep", 1.0, 0)
+    assert [restarted.rate(cursor) for cursor in (350, 449, 450)] == pytest.approx([0.5 * 101 / 113, 0.5, 0.25])
     cycle = course_of({"name": torchs.OneCycleLR, "max_lr": 0.1, "total_steps": 50})
     assert cycle is not None
     again, on = Pace(cycle, 500, "reset", "keep", 1.0, 0), Pace(cycle, 500, "auto", "scale", 0.5, 0)

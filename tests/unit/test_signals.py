@@ -148,13 +148,13 @@ def test_when_a_stop_signal_ends_a_rank(tmp_path: Path) -> None:
         for rank in ranks.values():
             rank.send_signal(signal.SIGUSR1)
             rank.send_signal(signal.SIGTERM)
-        told = {what: ranks[what].communicate(timeout=30)[1] for what in ("stuck", "steps")}
+        messages = {what: ranks[what].communicate(timeout=30)[1] for what in ("stuck", "steps")}
         assert ranks["stuck"].returncode in (-signal.SIGTERM, -signal.SIGUSR1)
-        assert told["stuck"].startswith("hpctrain: rank 3 exits: SIG")
-        assert "no step has ended" in told["stuck"]
-        assert told["stuck"].endswith("flushed.")
-        assert (ranks["steps"].returncode, told["steps"]) == (0, "")
-        assert (tmp_path / "steps").exists(), "the launcher was not told to wait"
+        assert messages["stuck"].startswith("hpctrain: rank 3 exits: SIG")
+        assert "no step has ended" in messages["stuck"]
+        assert messages["stuck"].endswith("flushed.")
+        assert (ranks["steps"].returncode, messages["steps"]) == (0, "")
+        assert (tmp_path / "steps").exists(), "the launcher was not asked to wait"
         assert ranks["twice"].poll() is None
         ranks["twice"].send_signal(signal.SIGUSR1)  # an announcement, sent again
         time.sleep(0.3)

@@ -103,12 +103,12 @@ def test_only_open_mpi_gives_each_rank_a_terminal() -> None:
 
 
 def test_launcher_variables_are_removed_and_user_settings_kept() -> None:
-    said = dict.fromkeys(
+    from_launcher = dict.fromkeys(
         ("PMI_RANK", "PMI2_X", "PMIX_RANK", "HYDI_CONTROL_FD", "MPI_LOCALRANKID", "PALS_RANKID", "PRTE_LAUNCHED",
          "OMPI_COMM_WORLD_SIZE", "OMPI_MCA_num_procs"), "1",
     )  # fmt: skip
     kept = dict.fromkeys(("PATH", "PRTE_ALLOW_RUN_AS_ROOT", "PMIX_MCA_gds", "HYDRA_LAUNCHER", "OMPI_MCA_btl"), "1")
-    assert without_launcher({**said, **kept}) == kept
+    assert without_launcher({**from_launcher, **kept}) == kept
 
 
 def test_every_kind_of_library_has_one_launcher() -> None:

@@ -222,7 +222,7 @@ def event_of(row: Any) -> tuple[str, str]:
     return kind, str(from_json(kind, row["json"].decode()))
 
 
-def told(size: int, job: Job, **world: Any) -> tuple[str, list[Result], list[list[tuple[str, str]]]]:
+def observed(size: int, job: Job, **world: Any) -> tuple[str, list[Result], list[list[tuple[str, str]]]]:
     """(the run's output, its results, every rank's events as (kind, message))."""
     out = io.StringIO()
     results, traces = helpers.traced(size, lambda comm: train(job, comm, out=Narrator(out=out)), **world)
@@ -249,7 +249,7 @@ def ruled(folder: Path, until: helpers.Tables, strategy: helpers.Tables | None =
 def test_after_ends_the_phase_at_the_amount(tmp_path: Path, until: helpers.Tables, samples: int, queue: str):
     """With a shared queue at the end of a stretch, with static ones at the end of a round."""
     job = ruled(tmp_path, {"rule": "after", **until}, data={"name": "tests.helpers:points", "queue": queue})
-    text, results, _ = told(4, job, compute=jitter())
+    text, results, _ = observed(4, job, compute=jitter())
     assert f"switched at sample {samples}: after {samples} >= {samples} samples\n" in text
     assert [summary.samples for summary in results[0].phases] == [samples, 309 - samples]
 
@@ -273,7 +273,7 @@ def stable(folder: Path, **tables: Any) -> Job:
 @pytest.mark.parametrize("mode", ["async", slow("bounded")])
 def test_loss_stable_ends_an_asynchronous_phase(tmp_path: Path, mode: str):
     """The coordinator decides and traces its news, and rank 0 prints the reason."""
-    text, results, events = told(4, stable(tmp_path, strategy=served(mode)), compute=jitter())
+    text, results, events = observed(4, stable(tmp_path, strategy=served(mode)), compute=jitter())
     [line] = [line for line in text.splitlines() if line.startswith("switched at sample")]
     samples = results[0].phases[0].samples
     assert line.startswith(f"switched at sample {samples:,}: loss_stable 0.0")
@@ -291,7 +291,7 @@ def second(losses: list[float], words: str) -> str | None:
 
 
 def test_function_of_the_losses_ends_the_phase(tmp_path: Path):
-    text, results, _ = told(4, ruled(tmp_path, {"rule": "tests.unit.test_switching:second", "words": "enough"}))
+    text, results, _ = observed(4, ruled(tmp_path, {"rule": "tests.unit.test_switching:second", "words": "enough"}))
     samples = results[0].phases[0].samples  # at 20 rounds of 12, of which two at the ends of epochs are smaller; or so
     assert 206 <= samples < 309
     assert f"switched at sample {samples}: enough\n" in text
@@ -299,7 +299,7 @@ def test_function_of_the_losses_ends_the_phase(tmp_path: Path):
 
 def test_target_ends_the_phase_at_an_evaluation(tmp_path: Path):
     job = ruled(tmp_path, {"rule": "target", "metric": 0.0}, data=(helpers.points(), helpers.points(20)))
-    text, results, events = told(4, job, compute=jitter())
+    text, results, events = observed(4, job, compute=jitter())
     assert "switched at sample 103: target: metric 0." in text
     assert [summary.samples for summary in results[0].phases] == [103, 206]
     assert [kind for kind, _ in events[0]].count("rule") == 1
@@ -308,7 +308,7 @@ def test_target_ends_the_phase_at_an_evaluation(tmp_path: Path):
 def test_rule_ending_the_last_phase_ends_the_run(tmp_path: Path):
     schedule = [{"strategy": AR, "until": {"rule": "after", "samples": 24}},
                 {"strategy": served(), "until": {"rule": "after", "samples": 31}}]  # fmt: skip
-    text, results, _ = told(4, helpers.make_job(tmp_path, phases=schedule, train={"epochs": 3, "batch_size": 4}))
+    text, results, _ = observed(4, helpers.make_job(tmp_path, phases=schedule, train={"epochs": 3, "batch_size": 4}))
     assert results[0].samples == 32 + 32  # rounds of 16; stretches of 4
     assert text.count("switched at") == 1
     assert (results[0].folder / "model.safetensors").exists()
@@ -320,7 +320,7 @@ def test_switch_strategy_by_name(tmp_path: Path):
         tmp_path, strategy={"name": "switch", "until": STABLE, "then": served(servers=2)}, data=easy(),
         optimizer={"name": "Adam", "lr": 0.02}, train={"epochs": 20, "batch_size": 8},
     )  # fmt: skip
-    text, results, events = told(5, job, compute=jitter())
+    text, results, events = observed(5, job, compute=jitter())
     samples = results[0].phases[0].samples
     assert f"switched at sample {samples:,}: loss_stable 0.0" in text
     assert [summary.strategy for summary in results[0].phases] == ["all_reduce", "parameter_server (async)"]
@@ -333,11 +333,11 @@ def test_switch_strategy_by_name(tmp_path: Path):
 
 def test_run_too_short_for_its_rule_trains_to_the_end_with_a_note(tmp_path: Path):
     job = helpers.make_job(tmp_path, strategy={"name": "switch"})
-    text, results, _ = told(4, job)
+    text, results, _ = observed(4, job)
     assert "note: strategy.until cannot end phase 0 in this run, so all_reduce trains to the run's end: one win" in text
     assert "takes 70 rounds, and the run has 8 from there on" in text
     assert [summary.steps for summary in results[0].phases] == [8]
-    assert "note:" not in told(4, helpers.make_job(tmp_path, strategy={"name": "switch", "until": STABLE},
+    assert "note:" not in observed(4, helpers.make_job(tmp_path, strategy={"name": "switch", "until": STABLE},
                                                    train={"epochs": 4}))[0]  # fmt: skip
 
 
@@ -450,15 +450,15 @@ def test_samples_and_versions_of_several_workers_are_consistent(tmp_path: Path, 
 def test_rule_resumes_where_it_was(tmp_path: Path):
     """With one worker, whose losses repeat."""
     job = stable(tmp_path).override(["train.checkpoint_every.samples=100", "train.keep_checkpoints=99"])
-    _, results, events = told(2, job)
+    _, results, events = observed(2, job)
     folder = results[0].folder
     news = [text for kind, text in events[1] if kind == "rule"]
     for index in (5, 1):
         helpers.forget_after(folder, index)
         _, again = helpers.traced(2, lambda comm: helpers.quiet_train(comm, job, resume=folder))
-        told_again = [text for kind, text in map(event_of, again[1]["events"]) if kind == "rule"]
-        assert 0 < len(told_again) < len(news)
-        assert told_again == news[-len(told_again) :]
+        repeated = [text for kind, text in map(event_of, again[1]["events"]) if kind == "rule"]
+        assert 0 < len(repeated) < len(news)
+        assert repeated == news[-len(repeated) :]
 
 
 @pytest.mark.parametrize(
@@ -485,7 +485,7 @@ class Signals:
 
     def __init__(self, asked: bool) -> None:
         self.asked = 2 * asked
-        self.told: list[str] = []
+        self.messages: list[str] = []
 
     def stepped(self) -> None:
         pass
@@ -494,7 +494,7 @@ class Signals:
         pass
 
     def say(self, text: str) -> None:
-        self.told.append(text)
+        self.messages.append(text)
 
 
 @pytest.mark.parametrize("queue", mostly_slow(QUEUES, QUEUES[:1]))

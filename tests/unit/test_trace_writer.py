@@ -72,14 +72,14 @@ def test_rank_killed_at_any_moment_leaves_a_readable_file(tmp_path, seed):
     child = subprocess.Popen([sys.executable, "-c", PROGRAM, tmp_path], stdout=subprocess.PIPE)
     assert child.stdout is not None
     try:
-        said = [child.stdout.readline()]  # the file exists and has been flushed once
+        printed = [child.stdout.readline()]  # the file exists and has been flushed once
         time.sleep(random.Random(seed).uniform(0.0, 0.3))
         child.kill()
-        said += child.stdout.read().split(b"\n")[:-1]  # the last line may have been cut by the kill
+        printed += child.stdout.read().split(b"\n")[:-1]  # the last line may have been cut by the kill
     finally:
         child.kill()
         child.wait(timeout=10)
-    flushed = int(said[-1])
+    flushed = int(printed[-1])
     run = open_run(tmp_path)
     spans = run.spans(kind="send")
     steps = np.arange(len(spans))
@@ -88,8 +88,8 @@ def test_rank_killed_at_any_moment_leaves_a_readable_file(tmp_path, seed):
     assert (spans["step"] == steps).all()
     assert (spans["start_ns"] == 10 * steps + 1).all()
     assert (spans["bytes"] == steps).all()
-    assert len(run.steps()) >= len(said)
-    assert run.events()["text"].iloc[len(said) - 1] == said[-1].decode().strip()
+    assert len(run.steps()) >= len(printed)
+    assert run.events()["text"].iloc[len(printed) - 1] == printed[-1].decode().strip()
     assert [note for note in run.notes if "still running, or killed" in note]
 
 
@@ -277,10 +277,10 @@ def test_no_tracing_error_ends_a_run(tmp_path, capsys, monkeypatch, error):
     writer.flush()
     writer.flush()
     writer.close()
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and type(error).__name__ in said.replace("RuntimeError", "RuntimeError: ")
-    assert said.startswith("hpctrain: warning: rank 3: the trace ") and "missing from its trace" in said
-    assert writer.stopped is not None and writer.stopped in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and type(error).__name__ in printed.replace("RuntimeError", "RuntimeError: ")
+    assert printed.startswith("hpctrain: warning: rank 3: the trace ") and "missing from its trace" in printed
+    assert writer.stopped is not None and writer.stopped in printed
     assert len(open_run(tmp_path).spans(kind="forward")) == 3
 
 

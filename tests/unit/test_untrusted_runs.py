@@ -162,9 +162,9 @@ def test_run_contents_cannot_control_the_terminal(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     for command in (*READING, ("trace", "RUN/nowhere")):
         status = main([word.replace("RUN", run.name) for word in command])
-        told = capsys.readouterr()
-        assert status == (2 if command[-1] == "RUN/nowhere" else 0), told.err
-        assert "\x1b" not in told.out + told.err and "\x07" not in told.out + told.err, command
+        output = capsys.readouterr()
+        assert status == (2 if command[-1] == "RUN/nowhere" else 0), output.err
+        assert "\x1b" not in output.out + output.err and "\x07" not in output.out + output.err, command
     assert "\x1b" not in (run / "csv" / "events.csv").read_text()
 
 

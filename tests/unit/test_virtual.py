@@ -194,7 +194,7 @@ def test_deadlock_of_sends_occurs_on_the_free_network():
 
 
 @pytest.mark.parametrize(
-    ("course", "told"),
+    ("course", "message"),
     [
         (lambda c: c.barrier(), r"rank 0 waits for recv rank 1 \(tag 1, 1 bytes\)"),
         (lambda c: c.split(0), r"rank 0 waits for split with ranks \[1\]"),
@@ -208,8 +208,8 @@ def test_deadlock_of_sends_occurs_on_the_free_network():
         (lambda c: c.spawn(lambda: taken(c, 1)).join(), "a thread of rank 0 waits for recv rank 1"),
     ],
 )
-def test_deadlock_of_every_verb(course, told):
-    with pytest.raises(DeadlockError, match=told):
+def test_deadlock_of_every_verb(course, message):
+    with pytest.raises(DeadlockError, match=message):
         run(2, course, lambda c: None)
 
 
