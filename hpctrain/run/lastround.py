@@ -51,9 +51,9 @@ def check_batchnorm(prepared: Prepared) -> None:
         raise ModelError(
             f"layer {layers[layer]} is batch norm over a worker's own samples, and cannot be trained on a single one: "
             f"in an epoch of {prepared.epoch} samples, {size} per round, the last round has "
-            f"{prepared.epoch % size or size} and gives a worker one; "
-            'set data.last = "drop", choose another train.batch_size, or (where workers step '
-            "together) set train.sync_batchnorm = true"
+            f"{prepared.epoch % size or size} and leaves a worker a batch of one; "
+            'set data.last = "drop", choose another train.batch_size, or (where workers step together) set '
+            "train.sync_batchnorm = true"
         )
 
 

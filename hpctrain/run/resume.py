@@ -32,7 +32,7 @@ FREE = {
 # in the checkpoint, which is also compared.)
 FIXED = {
     "seed": "it determines the order of the samples",
-    "data.name": "its position is counted in that data set's samples",
+    "data.name": "the run's position is counted in that data set's samples",
     "data.validation": "other samples would be held out",
     "data.last": "it determines how long an epoch is",
     "data.shuffle": "the order of the samples depends on it",

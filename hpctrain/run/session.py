@@ -108,7 +108,7 @@ class Session:
     def batches(self) -> Iterator[Batch]:
         """This rank's batches, phase after phase, while it is a worker; serves in between. Collective."""
         if self._begun:
-            raise HpctrainError("batches() was called twice; a session is one run; open another")
+            raise HpctrainError("batches() was called twice; a session is one run: open another one")
         self._begun = True
         leaving.agree_to_begin(self.comm, None)
         yield from self._course()

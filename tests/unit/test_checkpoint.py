@@ -140,7 +140,7 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     ("names", "message"),
     [
         ({**NAMES, "c": (1,)}, "it has no parameter c, which this model has"),
-        ({**NAMES, "a.weight": (3, 2)}, r"its a.weight is \(2, 3\), this model's \(3, 2\)"),
+        ({**NAMES, "a.weight": (3, 2)}, r"its a.weight has shape \(2, 3\), this model's \(3, 2\)"),
         ({"a.weight": (2, 3), "b": ()}, "its parameter h is not in this model"),
         (NAMES, "the precision, or the order or groups"),
     ],

@@ -159,7 +159,7 @@ def test_run_without_a_recorded_identity(folder: Path):
     mine = interrupted(job("seed=4"))
     (mine / RUN).unlink()
     assert resumed(job("seed=4")) == mine
-    assert "was begun outside of Slurm" in str(resumed(job("seed=4"), slurm(20)))
+    assert "was started outside of Slurm" in str(resumed(job("seed=4"), slurm(20)))
 
 
 def test_two_runs_started_at_once_get_their_own_folders(folder: Path):
@@ -198,7 +198,7 @@ def test_differing_job_is_refused_unless_changes_are_taken(folder: Path):
     with pytest.raises(CheckpointError) as caught:
         resumed(other, resume=Resume(mine))
     words = "optimizer.lr is 0.05 there and 0.3 in this job, optimizer.betas is left out there and [0.5, 0.9] in this"
-    assert f"{words} job, train.clip_norm is left out there and 1.0 in this job; begin" in str(caught.value)
+    assert f"{words} job, train.clip_norm is left out there and 1.0 in this job; start" in str(caught.value)
     assert "trace" not in str(caught.value)
     assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
 
@@ -236,9 +236,9 @@ def test_error_counts_changes_when_there_are_many(folder: Path):
     """If a table has another name, only that is reported."""
     mine = interrupted(job())
     keys = ["threads=1", "seed=5", *(f"model.option{index}=1" for index in range(6))]
-    with pytest.raises(CheckpointError, match="model.option3 is left out there and 1 in this job and 2 more; begin"):
+    with pytest.raises(CheckpointError, match="model.option3 is left out there and 1 in this job and 2 more; start"):
         resumed(job(*keys), resume=Resume(mine))
-    other = '"all_reduce" there and "parameter_server" in this job; begin'
+    other = '"all_reduce" there and "parameter_server" in this job; start'
     with pytest.raises(CheckpointError, match=f"another job: strategy.name is {other}"):
         resumed(job("strategy=parameter_server"), resume=Resume(mine))
 

@@ -402,5 +402,5 @@ def test_unwritable_output_is_one_message(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(HpctrainError, match="choose another folder with -o"):
         compare.main([run], output=tmp_path / "file" / "x")
-    with pytest.raises(HpctrainError, match="choose another with --csv"):
+    with pytest.raises(HpctrainError, match="choose another file with --csv"):
         compare.main([run], csv=tmp_path / "none" / "c.csv")

@@ -384,7 +384,7 @@ def test_malformed_steps_are_refused(text):
 
 
 def test_steps_outside_the_run_are_refused(exchange):
-    with pytest.raises(HpctrainError, match="any of the steps 5 to 6; there are steps 0 to 1"):
+    with pytest.raises(HpctrainError, match="any of the steps 5 to 6; the run has steps 0 to 1"):
         export_run(exchange, "csv", steps=range(5, 7))
 
 

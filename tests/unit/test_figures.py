@@ -267,7 +267,7 @@ def test_throughput_has_a_line_per_worker_or_per_outlier(four, many):
     few, crowd = (panels(drawn("throughput", analysis))[1].get_legend() for analysis in (four, many))
     assert [text.get_text() for text in few.get_texts()] == ["rank 0", "rank 1", "rank 2", "rank 3"]
     assert len(crowd.get_texts()) == 4
-    assert crowd.get_texts()[-1].get_text() == "the 61 others"
+    assert crowd.get_texts()[-1].get_text() == "the other 61"
     assert "rank 2" in [text.get_text() for text in crowd.get_texts()]
 
 
@@ -338,7 +338,7 @@ def test_script_draws_a_run_and_reports_a_wrong_folder(four, tmp_path):
 @pytest.mark.parametrize(
     ("figure", "output", "expected"),
     [
-        ("loss", "x.txt", "is a .png, .pdf or .svg file"),
+        ("loss", "x.txt", "must be a .png, .pdf or .svg file"),
         ("loss", "nowhere/x.png", "cannot be written (No such file or directory)"),
         ("staleness", "x.png", "no phase is asynchronous"),
     ],

@@ -99,7 +99,7 @@ def test_unwritable_output_is_one_message(tmp_path: Path) -> None:
 
 
 def test_folder_that_is_not_a_run_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match="no run folder"):
+    with pytest.raises(TraceError, match="not a run folder"):
         write_report(tmp_path)
 
 
@@ -182,7 +182,7 @@ def test_page_with_too_many_spans_states_its_resolution(
 ) -> None:
     monkeypatch.setattr("hpctrain.views.report.page.TIMELINE_BYTES", (2000, 2000))
     path, _ = write_report(train(tmp_path / "run", 2, 300))
-    note = re.search(r"Times are drawn to (\d+) µs.*?([\d,]+) spans shorter", section(path, "timeline-section"), re.S)
+    note = re.search(r"Times are rounded to (\d+) µs.*?([\d,]+) spans shorter", section(path, "timeline-section"), re.S)
     assert note and float(note[1]) == pytest.approx(1e6 * payload(path)["data"]["quantum"])
     rows = payload(path)["data"]["rows"]
     assert sum(row["count"] for row in rows) == 2 * 300 * 8 - int(note[2].replace(",", ""))

@@ -591,7 +591,7 @@ def _files(folder: Path) -> dict[Path, int]:
         (lambda f: f.write_bytes(b""), 2, [], "truncated"),
         (lambda f: f.unlink(), 2, [], "no checkpoint to resume from"),
         (lambda f: None, 2, ["model.name=tests.unit.test_run:other"], "another model"),
-        (lambda f: None, 3, [], "was on 2 ranks and is resumed on 3"),
+        (lambda f: None, 3, [], "used 2 ranks and is resumed on 3"),
         (lambda f: None, 2, ["strategy=parameter_server"], "for other phases"),
     ],
 )
@@ -616,7 +616,7 @@ def test_differing_job_is_refused_by_name_or_its_changes_are_taken(tmp_path: Pat
     job, folder = _finished(tmp_path)
     other, before, out = job.override(["optimizer.lr=0.3", "train.steps=10"]), _files(tmp_path), io.StringIO()
     messages: list[str] = []
-    words = "optimizer.lr is 0.1 there and 0.3 in this job, train.steps is 8 there and 10 in this job; begin"
+    words = "optimizer.lr is 0.1 there and 0.3 in this job, train.steps is 8 there and 10 in this job; start"
 
     def refused(comm: Communicator) -> None:
         with pytest.raises(CheckpointError, match=words) as caught:
@@ -722,14 +722,14 @@ MOMENTUM = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
 WHOLE = {**ADAM, "elementwise": False}
 OPTIMIZERS: dict[str, tuple[helpers.Tables, helpers.Tables, str | None, str | None]] = {
     # started with, resumed with, the messages for a checkpoint with and without a record of its optimizer
-    "another class": (ADAM, MOMENTUM, "the state of Adam, and the job names SGD", "keeps exp_avg, exp_avg_sq, step,"),
-    "a variant": (ADAM, {**ADAM, "name": "AdamW"}, "the state of Adam, and the job names AdamW", None),
+    "another class": (ADAM, MOMENTUM, "the state of Adam, but the job names SGD", "keeps exp_avg, exp_avg_sq, step,"),
+    "a variant": (ADAM, {**ADAM, "name": "AdamW"}, "the state of Adam, but the job names AdamW", None),
     "more moments": (ADAM, {**ADAM, "amsgrad": True}, "no max_exp_avg_sq, which optimizer Adam with", "max_e"),
     "fewer moments": ({**ADAM, "amsgrad": True}, ADAM, None, "that keeps exp_avg, exp_avg_sq, max_exp_avg_sq, step,"),
     "a first moment": ({"name": "SGD"}, MOMENTUM, "no momentum_buffer, which", "no momentum_buffer, which"),
     "other numbers": (ADAM, {**ADAM, "lr": 0.3, "betas": [0.5, 0.9], "weight_decay": 0.1}, None, None),
-    "other cuts": (WHOLE, ADAM, "optimizer.elementwise = false, and the job has true", "elementwise = false"),
-    "by parameter": ({**OWN_SGD, "momentum": 0.9}, ADAM, "of Momentum, and the job names Adam", "momentum_buffer"),
+    "other cuts": (WHOLE, ADAM, "optimizer.elementwise = false, but the job has true", "elementwise = false"),
+    "by parameter": ({**OWN_SGD, "momentum": 0.9}, ADAM, "of Momentum, but the job names Adam", "momentum_buffer"),
 }
 
 
@@ -776,7 +776,7 @@ def test_reset_optimizer_starts_like_a_new_one(tmp_path: Path, strategy: helpers
 
 def test_data_differing_from_the_runs_is_refused(tmp_path: Path):
     folder = _finished(tmp_path, data=helpers.points())[1]
-    with pytest.raises(CheckpointError, match="on 103 training samples, and the data set now has 90"):
+    with pytest.raises(CheckpointError, match="had 103 training samples, but the data set now has 90"):
         run(2, helpers.make_job(tmp_path, data=helpers.points(90)), resume=folder)  # an object of the same description
 
 

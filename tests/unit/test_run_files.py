@@ -116,7 +116,7 @@ def test_permanently_full_disk_is_reported_once_and_at_the_end(
     assert rows(folder) == rows(whole[0].folder)[:2]
     assert not (folder / MODEL).exists()
     [elsewhere] = (tmp_path / "elsewhere").iterdir()
-    assert f"the model is {elsewhere / MODEL}" in str(errors[0])
+    assert f"the model is in {elsewhere / MODEL}" in str(errors[0])
     assert (elsewhere / MODEL).read_bytes() == (whole[0].folder / MODEL).read_bytes()
 
 
@@ -140,7 +140,7 @@ def test_removed_run_folder_is_created_again(tmp_path: Path):
                     if running.totals.step == 3 and comm.rank == 0:
                         texts.append((running.folder / JOB).read_text())
                         shutil.rmtree(running.folder)
-            assert "was removed while the run went on" in str(caught.value)
+            assert "was removed during the run" in str(caught.value)
         assert running.result.metrics == whole.metrics
 
     out = io.StringIO()

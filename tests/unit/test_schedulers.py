@@ -195,7 +195,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "(this run steps it 39 times, once per step)",
     ),
     "a later failure": ({"name": Wild, "what": "raises"}, "the scheduler fails at its step 3: no more"),
-    "a negative rate": ({"name": Wild, "what": "negative"}, "gives the learning rate -1 at its step 3"),
+    "a negative rate": ({"name": Wild, "what": "negative"}, "sets the learning rate to -1 at its step 3"),
     "another key": ({"name": Wild, "what": "weight_decay"}, "changes the optimizer's weight_decay"),
     "a needless unit": ({"name": "cosine", "unit": "epochs"}, "only schedulers are stepped"),
 }

@@ -334,7 +334,8 @@ def test_switch_strategy_by_name(tmp_path: Path):
 def test_run_too_short_for_its_rule_trains_to_the_end_with_a_note(tmp_path: Path):
     job = helpers.make_job(tmp_path, strategy={"name": "switch"})
     text, results, _ = observed(4, job)
-    assert "note: strategy.until cannot end phase 0 in this run, so all_reduce trains to the run's end: one win" in text
+    note = "note: strategy.until cannot end phase 0 in this run, so all_reduce trains until the run ends: one win"
+    assert note in text
     assert "takes 70 rounds, and the run has 8 from there on" in text
     assert [summary.steps for summary in results[0].phases] == [8]
     assert "note:" not in observed(4, helpers.make_job(tmp_path, strategy={"name": "switch", "until": STABLE},

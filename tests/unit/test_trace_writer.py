@@ -143,7 +143,7 @@ def test_attributes_round_trip(tmp_path):
 
 def test_existing_trace_is_not_overwritten(tmp_path):
     write(tmp_path)
-    with pytest.raises(TraceError, match="exists already"):
+    with pytest.raises(TraceError, match="already exists"):
         write(tmp_path)
     assert len(open_run(tmp_path).spans(kind="forward")) == 3
 
@@ -279,7 +279,7 @@ def test_no_tracing_error_ends_a_run(tmp_path, capsys, monkeypatch, error):
     writer.close()
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and type(error).__name__ in printed.replace("RuntimeError", "RuntimeError: ")
-    assert printed.startswith("hpctrain: warning: rank 3: the trace ") and "missing from its trace" in printed
+    assert printed.startswith("hpctrain: warning: rank 3: the trace ") and "from now on is not traced" in printed
     assert writer.stopped is not None and writer.stopped in printed
     assert len(open_run(tmp_path).spans(kind="forward")) == 3
 

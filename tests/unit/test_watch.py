@@ -418,7 +418,7 @@ def test_killed_run_shows_the_time_of_the_last_write(going):
     shot = watcher.look()
     assert shot.status is RunStatus.SILENT and shot.since == pytest.approx(written)
     at = time.strftime("%H:%M:%S", time.localtime(written))
-    assert f"nothing written since {at} (0:02:05 ago): the run hangs, or was killed" in drawn(shot)
+    assert f"nothing written since {at} (0:02:05 ago): the run hangs or was killed" in drawn(shot)
     assert shot.left is None or "left" not in drawn(shot)
 
 
@@ -587,7 +587,7 @@ def test_once_prints_one_picture(going, capsys):
     run.steps(0, 5)
     run.show()
     assert watch(run.folder, once=True) == 0
-    assert capsys.readouterr().out.count("samples/s, 100 to 100 a worker") == 1
+    assert capsys.readouterr().out.count("samples/s, 100 to 100 per worker") == 1
 
 
 def test_without_a_terminal_watch_prints_lines_until_the_end(going, capsys, monkeypatch):
@@ -626,7 +626,7 @@ def test_ctrl_c_status_shows_whether_the_run_was_still_going(going, capsys, monk
 
     monkeypatch.setattr("hpctrain.views.watch.time.sleep", interrupt)
     assert watch(run.folder) == status
-    assert "a worker" in capsys.readouterr().out
+    assert "per worker" in capsys.readouterr().out
 
 
 def test_run_killed_long_ago_is_not_waited_for(going, capsys, monkeypatch):
