@@ -77,7 +77,7 @@ class Started:
     """`hpctrain run` (or a plain mpiexec) as a separate process."""
 
     def __init__(self, folder: Path, argv: list[str], environment: dict[str, str]) -> None:
-        self.folder = folder
+        self.folder, self.began = folder, time.time()
         with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
             self.process = subprocess.Popen(argv, env=environment, stdout=out, stderr=err, start_new_session=True)
 
@@ -144,6 +144,9 @@ def start(tmp_path: Path, mpi: launcher.Mpi) -> Iterator[Start]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         each.process.wait()
+        for path in launcher.leftovers(each.began, each.process.pid):  # of a bare mpiexec that was killed
+            if path.is_file():
+                path.unlink()
 
 
 def no_files_since(began: float) -> None:
@@ -186,7 +189,7 @@ def test_output_arrives_line_by_line_and_tracebacks_without_launcher_noise(start
     assert lines[-1] == "ValueError: mine"
 
 
-WAITING = "hpctrain run: waiting for the step in progress and its checkpoint; press Ctrl-C again to end at once\n"
+WAITING = "hpctrain run: waiting for the step in progress and its checkpoint; press Ctrl-C again to stop at once\n"
 
 
 @pytest.mark.parametrize(
