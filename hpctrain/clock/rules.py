@@ -331,7 +331,7 @@ class Target(Rule):
         if evaluates:
             return None
         return (
-            "it looks at evaluations, and there are none in this phase; hold samples back with data.validation, and "
+            "it needs evaluations, but there are none in this phase; hold samples back with data.validation, and "
             "set train.evaluate_every to less than the run"
         )
 
@@ -393,14 +393,14 @@ class FunctionRule(Rule):
         return (
             f'rule "{self.name}" raised {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno} '
             f"after {len(self.losses)} intervals of {ROUNDS} rounds: {text}; it is called with a list of losses, and "
-            "must return true or a text to end the phase"
+            "must return true or a string to end the phase"
         )
 
     def too_short(self) -> str | None:
         left = self.intervals.left()
         if left > ROUNDS:
             return None
-        return f"it is asked every {ROUNDS} rounds, and the run has {left} from there on; train longer"
+        return f"it is called every {ROUNDS} rounds, and the run has {left} from there on; train longer"
 
     def state(self) -> dict[str, Any]:
         return {"intervals": self.intervals.state(), "losses": self.losses}

@@ -15,7 +15,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from hpctrain.errors import DataError
 
-ADVICE = "a sample is a tensor, array, number or string, or a tuple, list or dictionary of such"
+ADVICE = "a sample is a tensor, array, number or string, or a tuple, list or dictionary of these"
 
 
 def collate(items: Sequence[Any], indices: NDArray[np.int64]) -> Any:
@@ -26,7 +26,7 @@ def collate(items: Sequence[Any], indices: NDArray[np.int64]) -> Any:
     try:
         return torch_collate(list(items), collate_fn_map=_KINDS)
     except (TypeError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(_misfit(items, indices) or f"the samples make no batch ({error}); {ADVICE}") from error
+        raise DataError(_misfit(items, indices) or f"the samples cannot be batched ({error}); {ADVICE}") from error
 
 
 def tensor_of(array: NDArray[Any]) -> Tensor:
@@ -80,16 +80,16 @@ def _unlike(value: Any, other: Any, place: str = "it") -> str | None:
     if isinstance(value, (Tensor, np.ndarray)) and isinstance(other, (Tensor, np.ndarray)):
         if tuple(value.shape) == tuple(other.shape):
             return None
-        return f"{place} has the shape {tuple(value.shape)}, there it is {tuple(other.shape)}"
+        return f"{place} has shape {tuple(value.shape)}, but there it has {tuple(other.shape)}"
     if isinstance(value, (Mapping, tuple, list)) and type(value) is type(other):
         own, others = dict(_parts(value)), dict(_parts(other))
         if own.keys() != others.keys():
-            return f"{place} has the parts {list(own)}, there it has {list(others)}"
+            return f"{place} has the parts {list(own)}, but there it has {list(others)}"
         parts = (_unlike(own[key], others[key], f"{_place(place)}[{key!r}]") for key in own)
         return next((fault for fault in parts if fault is not None), None)
     if isinstance(value, type(other)) or isinstance(other, type(value)):
         return None
-    return f"{place} is of type {type(value).__name__}, there it is of type {type(other).__name__}"
+    return f"{place} is of type {type(value).__name__}, but there it is of type {type(other).__name__}"
 
 
 def _parts(value: Any) -> list[tuple[Any, Any]]:

@@ -194,7 +194,7 @@ class Loader:
 
     def _fetch_ahead(self, start: int, stop: int, known: int | None) -> Batch:
         if self._outdated(stop, known):
-            raise ValueError("behind the end of the stream")  # never taken, and reading it would lose the position
+            raise ValueError("past the end of the stream")  # never taken, and reading it would lose the position
         return self._fetch(start, stop)
 
     def _fetch(self, start: int, stop: int) -> Batch:
@@ -242,7 +242,7 @@ class Loader:
             if not isinstance(sample, Tensor):
                 raise DataError(
                     f"data.augment works on tensors and arrays, but sample {index} of the data set is of type "
-                    f"{type(sample).__name__}; let the data set give tensors, or augment in it"
+                    f"{type(sample).__name__}; return tensors from the data set, or augment there"
                 )
             augment = partial(self._augment_one, sample, seed)
             sample = self._run(seed ^ _AUGMENT, augment) if self._draws_augmenting else augment()

@@ -29,9 +29,9 @@ def mnist(path: str | None = None, limit: int | None = None) -> Splits:
     for files that are missing or corrupt.
     """
     if path is not None and not isinstance(path, (str, os.PathLike)):
-        raise DataError(f"data.path = {path!r}: a folder's name was expected")
+        raise DataError(f"data.path = {path!r}: expected the name of a folder")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise DataError(f"data.limit = {limit!r}: a whole number of images, at least 1, was expected")
+        raise DataError(f"data.limit = {limit!r}: expected a whole number of images, at least 1")
     folder = Path(path if path is not None else os.environ.get("HPCTRAIN_DATA") or "data")
     return Splits(_part(folder, "train", limit), None, _part(folder, "t10k", None))
 

@@ -96,7 +96,7 @@ def _as_splits(value: Any, name: str) -> Splits:
     if isinstance(value, tuple) or not _is_dataset(value):
         what = f"a tuple of {len(value)}" if isinstance(value, tuple) else f"of type {type(value).__name__}"
         raise DataError(
-            f"{name} gave a value that is {what}; expected a torch Dataset or IterableDataset, a pair "
+            f"{name} returned a value that is {what}; expected a torch Dataset or IterableDataset, a pair "
             "(train, test), or hpctrain.data.splits.Splits"
         )
     return Splits(value)
@@ -111,7 +111,7 @@ def _check(dataset: Any, part: str, name: str) -> None:
     if dataset is None and part != "train":
         return
     if not _is_dataset(dataset):
-        raise DataError(f"{name}: its {part} part is of type {type(dataset).__name__}, which is no torch data set")
+        raise DataError(f"{name}: its {part} part is of type {type(dataset).__name__}, which is not a torch data set")
     if isinstance(dataset, IterableDataset):
         empty = _stream_length(dataset) == 0
     else:
@@ -141,7 +141,7 @@ def _hold_back(splits: Splits, share: float, seed: int) -> Splits:
         raise DataError(f"{key}: the data set has a validation part of its own; set data.validation = 0")
     if isinstance(splits.train, IterableDataset):
         raise DataError(
-            f"{key}: a stream cannot be split by chance; set data.validation = 0, or let the data function "
+            f"{key}: a stream cannot be split at random; set data.validation = 0, or let the data function "
             "return Splits with a validation part"
         )
     length = len(splits.train)

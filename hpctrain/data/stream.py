@@ -95,7 +95,7 @@ class Stream:
         if item is _END:
             raise DataError(
                 f"the stream ended after {self._base} samples in epoch {self._epoch}, but its length is "
-                f"{self._order.length}; it has to give equally many in every epoch and on every rank"
+                f"{self._order.length}; it must yield the same number in every epoch and on every rank"
             )
         self._base += 1
         return item

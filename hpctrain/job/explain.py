@@ -136,7 +136,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
         "Written by `hpctrain job explain --markdown`; change the descriptions in the code, not here.",
         "",
         "A job is a TOML file, or `hpctrain.Job(...)` in Python. Every key may be overridden on the command",
-        "line as `a.b=value`; `a.b=default` puts the default back. A default of *none* means that the key is",
+        "line as `a.b=value`; `a.b=default` restores the default. A default of *none* means that the key is",
         "left out. An *amount* is a stretch of training. A name in brackets: the strategy or rule that has",
         "this option.",
         "",

@@ -40,7 +40,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise JobError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(content) > LONGEST:
-        raise JobError(f"{name} is larger than {LONGEST} bytes, which no job file is")
+        raise JobError(f"{name} is larger than {LONGEST} bytes, too large for a job file")
     try:
         return parse(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -88,7 +88,7 @@ def override(
     Raises JobError for overrides that cannot be applied; validation finds unknown keys later.
     """
     if isinstance(overrides, str):
-        raise JobError('overrides are a list of "key=value", not one text')
+        raise JobError('overrides are a list of "key=value", not one string')
     result: dict[str, Any] = _copied(tables)
     look = functools.partial(_table_at, model, tables=result)
     settings = [_setting(text) for text in overrides]
@@ -146,7 +146,7 @@ def _setting(text: str) -> Setting:
     if not equals:
         raise JobError(f"{form}: expected key=value, such as train.batch_size=64")
     if value.strip() == "":
-        raise JobError(f"{form} has no value; {shown(key.strip())}=default puts the default back")
+        raise JobError(f"{form} has no value; {shown(key.strip())}=default restores the default")
     try:
         place = _place(parse(f"{key.strip()} = 0"))
     except ValueError:

@@ -89,7 +89,7 @@ class Job(Table):
         json_schema_extra={"default": '{name = "all_reduce"}, or none with phases'},
     )
     phases: Annotated[list[PhaseTable], Field(min_length=1, max_length=1000)] | None = Field(
-        default=None, description="a schedule of several phases, each a strategy and the rule that ends it"
+        default=None, description="several phases, each with a strategy and the rule that ends it"
     )
     trace: Trace = Field(default_factory=Trace, description=Trace.__doc__)
     communicator: CommunicatorTable = Field(default_factory=CommunicatorTable, description=CommunicatorTable.__doc__)
@@ -247,14 +247,14 @@ class Job(Table):
             fail(
                 ("strategy",),
                 None,
-                "phases are given too; put the strategy into a phase, or leave the phases out",
+                "phases are also given; put the strategy into a phase, or leave the phases out",
             )
         for index, phase in enumerate((self.phases or [])[:-1]):
             if phase.until is None:
                 fail(
                     ("phases", index, "until"),
                     None,
-                    "is missing: only the last phase may go on to the run's end",
+                    "is missing: only the last phase may continue to the end of the run",
                 )
         if self.phases is not None and self.phases[0].enter is not None:
             fail(("phases", 0, "enter"), None, "nothing comes before the first phase; leave it out")

@@ -98,7 +98,7 @@ class PhaseTable(Table):
 
 def _refuse_schedule(key: str, spec: StrategySpec) -> None:
     if isinstance(spec.options, Composite):
-        fail((key, spec.KEY), spec.name, "is a schedule of phases itself, so it cannot be one of them; name another")
+        fail((key, spec.KEY), spec.name, "consists of phases itself, so it cannot be one of them; name another")
 
 
 class FirstRule(RuleSpec):

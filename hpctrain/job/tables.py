@@ -69,7 +69,7 @@ class Data(Named):
         description="in asynchronous phases, static: each worker has its own share of the samples; shared: one queue "
         "for all, from which a slow worker takes fewer; auto: shared. Synchronous phases deal out every round",
     )
-    shuffle: bool = Field(default=True, description="shuffle the samples anew in every epoch, by the seed")
+    shuffle: bool = Field(default=True, description="shuffle the samples in every epoch, depending on the seed")
     last: Literal["keep", "drop"] = Field(
         default="keep",
         description="what happens to the samples left over at the end of an epoch, too few for a full round. keep: "
@@ -113,8 +113,8 @@ class Metric(Named):
         default="accuracy",
         description="function of a batch's (outputs, targets) that returns a number, its mean over the batch; or a "
         "pair (sum, weight); or a dictionary of these, whose first entry is the metric. Or a class with start, update, "
-        "state, merge and value, for what is no mean over batches. Further keys are keyword arguments of the function, "
-        "or of the class's constructor; accuracy has dim, ignore_index and threshold",
+        "state, merge and value, for a metric that is not a mean over batches. Further keys are keyword "
+        "arguments of the function, or of the class's constructor; accuracy has dim, ignore_index and threshold",
     )
     goal: Literal["max", "min"] = Field(
         default="max", description="whether larger or smaller values of the metric are better"
@@ -123,7 +123,7 @@ class Metric(Named):
     @classmethod
     def _check_object(cls, thing: object) -> None:
         if not callable(thing) and hasattr(thing, "update"):
-            fail((), thing, "must be the metric's class, its options beside it, not an object of it")
+            fail((), thing, "must be the metric's class, with its options beside it, not an instance")
         super()._check_object(thing)
 
 
@@ -154,7 +154,8 @@ class LearningRate(Named):
             fail(
                 (),
                 thing,
-                "must be the scheduler's class, its arguments beside it, or a function of the optimizer that makes it",
+                "must be the scheduler's class, with its arguments beside it, or a function of the optimizer that "
+                "returns one",
             )
         super()._check_object(thing)
 
@@ -216,7 +217,7 @@ class Optimizer(Named):
             fail(
                 (),
                 thing,
-                "must be the optimizer's class, not an object of it; lr and the rest stand beside it",
+                "must be the optimizer's class, not an instance; lr and other arguments stand beside it",
             )
 
 
@@ -230,7 +231,7 @@ def _buffers(value: object) -> object:
     ):
         return value
     allowed = ", ".join(f'"{policy}"' for policy in policies)
-    raise ValueError(f"must be one of {allowed}, or a table of such by pattern of buffers' names")
+    raise ValueError(f"must be one of {allowed}, or a table of these by pattern of buffer names")
 
 
 class Train(Table):
@@ -329,7 +330,7 @@ class Train(Table):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.epochs is not None and self.steps is not None:
-            fail(("steps",), self.steps, f"train.epochs = {self.epochs:g} is given too; use one of the two")
+            fail(("steps",), self.steps, f"train.epochs = {self.epochs:g} is also given; use one of the two")
         if self.min_delta > 0 and self.patience is None:
             fail(("min_delta",), self.min_delta, "has no effect without train.patience; set that too")
         return self

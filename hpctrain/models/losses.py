@@ -92,7 +92,7 @@ class ModelLoss:
         found = self.find(outputs)
         if found is None:
             raise ModelError(
-                f'loss.name = "model": the model returned {_shown(outputs)}, in which there is no loss; in training it '
+                f'loss.name = "model": the model returned {_shown(outputs)}, which contains no loss; in training it '
                 "must return a scalar tensor, the mean over the batch's samples, a pair (sum, weight), an object with "
                 "the attribute loss, or a dictionary with the key loss or of losses alone, which are added up"
             )

@@ -70,8 +70,8 @@ class Tally(Measure):
         shares = {key: self._share(value, key, samples) for key, value in given.items()}
         if not shares or (self._sums and list(shares) != list(self._sums)):
             raise ModelError(
-                f'metric "{self.name}" returned a dictionary with the keys {list(shares)}, and before with '
-                f"{list(self._sums)}; it must have the same keys, and one at least, for every batch"
+                f'metric "{self.name}" returned a dictionary with the keys {list(shares)}, but earlier with '
+                f"{list(self._sums)}; it must have the same keys, at least one, for every batch"
             )
         for key, share in shares.items():
             before = self._sums.get(key, [0.0, 0.0])
@@ -94,7 +94,7 @@ class Tally(Measure):
 
     def _share(self, value: Any, key: Any, samples: int) -> list[float]:
         if not isinstance(key, str):
-            raise ModelError(f'metric "{self.name}" returned a dictionary with the key {key!r}; keys must be texts')
+            raise ModelError(f'metric "{self.name}" returned a dictionary with the key {key!r}; keys must be strings')
         if isinstance(value, (tuple, list)) and len(value) == 2:
             return [self._number(value[0], key), self._number(value[1], key)]
         return [samples * self._number(value, key), samples]
@@ -162,7 +162,7 @@ class UserMeasure(Measure):
         if not found or not all(isinstance(key, str) and key for key in found):
             raise ModelError(
                 f"{what.format('dictionary')} with the keys {list(found)}; it must have at least one, and keys must be "
-                "texts"
+                "strings"
             )
         return {key: _number(value, f"{what} under {key}; it must be a number") for key, value in found.items()}
 

@@ -43,7 +43,7 @@ def accuracy(
     """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or not outputs.dim():
         raise ModelError(
-            f"accuracy compares tensors of several outputs and targets, and was given a {type(outputs).__name__} and a "
+            f"accuracy compares tensors of several outputs and targets, but was given a {type(outputs).__name__} and a "
             f"{type(targets).__name__}; {_OWN}"
         )
     if threshold is not None:
@@ -53,9 +53,9 @@ def accuracy(
         targets = targets.argmax(place)
     elif outputs.numel() == targets.numel():
         raise ModelError(
-            f"{_shapes(outputs, targets)}: there is one output for each target, so it is unclear what is right; set "
-            "metric.threshold (an output above it means yes: 0 for logits, 0.5 for probabilities); or name another "
-            'metric, such as {name = "torch.nn.functional:mse_loss", goal = "min"}'
+            f"{_shapes(outputs, targets)}: there is one output for each target, so it is unclear which outputs are "
+            "correct; set metric.threshold (an output above it means yes: 0 for logits, 0.5 for probabilities); or "
+            'name another metric, such as {name = "torch.nn.functional:mse_loss", goal = "min"}'
         )
     else:
         place = _place_of_classes(outputs, targets, unclear) if dim is None else dim
@@ -80,7 +80,7 @@ def _place_of_classes(outputs: Tensor, targets: Tensor, unclear: int | None) -> 
     if outputs.dim() > 2 and second and last:
         if unclear is None:
             raise ModelError(
-                f"{_shapes(outputs, targets)}: classes may be in dimension 1 or in the last; say which by metric.dim"
+                f"{_shapes(outputs, targets)}: classes may be in dimension 1 or in the last; say which with metric.dim"
             )
         return unclear
     if outputs.dim() > 1 and (second or last):

@@ -46,8 +46,8 @@ def check_model(what: str, model: nn.Module) -> None:
         if any(cls.__module__.startswith(_PARALLEL) for cls in type(module).__mro__):
             where = f"layer {name} of it" if name else "it"
             raise ModelError(
-                f"{what}: {where} is a {type(module).__name__}, which spreads the model by itself; give the module "
-                "inside (.module), since hpctrain averages gradients itself"
+                f"{what}: {where} is a {type(module).__name__}, which distributes the model itself; pass the module "
+                "inside it (.module), since hpctrain averages gradients itself"
             )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:

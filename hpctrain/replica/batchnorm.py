@@ -46,8 +46,8 @@ class BatchNorms(Coupling):
         for name, layer in found:
             if type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
                 raise ModelError(
-                    f"train.sync_batchnorm = true: layer {name or 'model'} is a {type(layer).__name__} with a forward "
-                    "of its own, which cannot be replaced; use torch.nn.BatchNorm1d, 2d or 3d"
+                    f"train.sync_batchnorm = true: layer {name or 'model'} is a {type(layer).__name__} with its own "
+                    "forward, which cannot be replaced; use torch.nn.BatchNorm1d, 2d or 3d"
                 )
         if not found:
             raise ModelError(

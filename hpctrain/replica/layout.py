@@ -133,7 +133,7 @@ def _checked_groups(named: dict[str, nn.Parameter], groups: ParameterGroups | No
 def _trainable(group: Any, index: int, names: dict[int, str]) -> dict[str, Any]:
     """A group with a list of its trainable parameters; like torch, accepts one tensor, and (name, tensor) pairs."""
     if not isinstance(group, dict) or "params" not in group:
-        raise ModelError(f"optimizer.groups: group {index} is no dictionary with params and options")
+        raise ModelError(f"optimizer.groups: group {index} is not a dictionary with params and options")
     params = group["params"]
     listed = [params] if isinstance(params, torch.Tensor) else list(params)
     tensors = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in listed]
@@ -142,8 +142,8 @@ def _trainable(group: Any, index: int, names: dict[int, str]) -> dict[str, Any]:
             raise ModelError(f"optimizer.groups: group {index} lists a {type(tensor).__name__}, not a parameter")
         if tensor.requires_grad and id(tensor) not in names:
             raise ModelError(
-                f"optimizer.groups: group {index} lists a tensor of shape {tuple(tensor.shape)} that is no parameter "
-                "of the model"
+                f"optimizer.groups: group {index} lists a tensor of shape {tuple(tensor.shape)} that is not a "
+                "parameter of the model"
             )
     return {**group, "params": [p for p in tensors if id(p) in names]}
 

@@ -17,8 +17,8 @@ ELEMENTWISE = frozenset(
     ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
 )
 REFUSED = {
-    "LBFGS": "it evaluates the loss several times per step, which no strategy here can do; take SGD or Adam",
-    "SparseAdam": "arenas hold dense gradients; take Adam",
+    "LBFGS": "it evaluates the loss several times per step, which no strategy here can do; use SGD or Adam",
+    "SparseAdam": "arenas hold dense gradients; use Adam",
 }
 
 
@@ -47,7 +47,7 @@ class OptimizerChoice:
                 raise ModelError(f"optimizer.name = {name!r} cannot be used: {REFUSED[base.__name__]}")
         _check_keys(optimizer, options, "optimizer.")
         if own and elementwise and name not in ELEMENTWISE:
-            raise ModelError(f"optimizer.elementwise = true: {name} looks at whole parameters; leave the key out")
+            raise ModelError(f"optimizer.elementwise = true: {name} needs whole parameters; leave the key out")
         if elementwise is None:
             elementwise = own and name in ELEMENTWISE
         choice = cls(optimizer, options, elementwise)
@@ -66,7 +66,7 @@ class OptimizerChoice:
                 except (TypeError, ValueError, RuntimeError) as error:
                     raise ModelError(
                         f"optimizer.name = {self.cls.__name__!r}: parameter {slot.name}: {error}; choose another "
-                        "optimizer, or freeze what it does not take"
+                        "optimizer, or freeze the parameters that it does not accept"
                     ) from None
 
     def check_movable(self) -> None:
@@ -77,8 +77,8 @@ class OptimizerChoice:
         for key, value in optimizer.param_groups[0].items():
             if key not in ("params", "lr") and value is not fresh.get(key) and value != fresh.get(key):
                 raise ModelError(
-                    f"optimizer {self.cls.__name__} counts {key} for all parameters together, and that cannot be dealt "
-                    "out anew where a phase ends; train in one phase, or take another optimizer"
+                    f"optimizer {self.cls.__name__} counts {key} for all parameters together, and that cannot be "
+                    "redistributed when a phase ends; train in one phase, or use another optimizer"
                 )
 
     def moments(self, layout: Layout, device: torch.device | str = "cpu") -> list[list[str]]:

@@ -33,7 +33,7 @@ class Replica:
         if not named:
             raise ModelError(
                 f"the model {type(model).__name__} has no trainable parameters; "
-                "nothing could be learnt (is requires_grad False everywhere?)"
+                "there is nothing to train (is requires_grad False everywhere?)"
             )
         self.layout, self.parameters = lay_out(named, groups)
         self.device = self.parameters[0].device
@@ -198,7 +198,7 @@ class Replica:
             if parameter.requires_grad:
                 raise ModelError(
                     f"parameter {name} was frozen (requires_grad = False) when the run began, so it is not trained; "
-                    "begin with it trainable, freeze it in your loop, and unfreeze it there: parameters without a "
+                    "start with it trainable, freeze it in your loop, and unfreeze it there: parameters without a "
                     "gradient are left alone"
                 )
         for (slot, parameter, value, gradient), (owner, name) in zip(self._watched, self._owners, strict=False):

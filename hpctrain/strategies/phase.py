@@ -106,8 +106,8 @@ class Phase:
         """`workers`, for code that only workers run. Raises RuntimeError on a dedicated server."""
         if self.workers is None:
             raise RuntimeError(
-                f"rank {self.comm.rank} is a dedicated server in phase {self.index}, so it is in no communicator of "
-                "workers; only workers may ask for it"
+                f"rank {self.comm.rank} is a dedicated server in phase {self.index}, so it is not in the communicator "
+                "of workers; only workers may use it"
             )
         return self.workers
 

@@ -300,7 +300,7 @@ def test_subclasses() -> None:
     found = on_ranks(list(x.split(2)), layer, torch.ones_like(x))
     torch.testing.assert_close(torch.cat([row[0] for row in found]), layer(x))
     assert type(found[0][3]) is OwnCheck
-    with pytest.raises(ModelError, match=r"layer 0 is a OwnForward with a forward of its own"):
+    with pytest.raises(ModelError, match=r"layer 0 is a OwnForward with its own forward"):
         BatchNorms(nn.Sequential(OwnForward(3)))
 
 

@@ -314,8 +314,8 @@ def test_known_targets() -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "nothing": (job(lambda: None), "gave a value that is of type NoneType; expected a torch Dataset"),
-    "three": (job(lambda: (Plain(), Plain(), Plain())), "gave a value that is a tuple of 3"),
+    "nothing": (job(lambda: None), "returned a value that is of type NoneType; expected a torch Dataset"),
+    "three": (job(lambda: (Plain(), Plain(), Plain())), "returned a value that is a tuple of 3"),
     "text": (job(lambda: "data"), "of type str"),
     "wrong test": (job(lambda: (Plain(), 3)), "its test part is of type int"),
     "no length": (job(Lengthless), "its train part, a Lengthless, has no length; give it __len__"),
@@ -329,7 +329,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "all held back": (job(Plain(), 0.99), "data.validation = 0.99: of 10 training samples that leaves 10 to"),
     "none held back": (job(Plain(), 0.01), "that leaves 0 to validate"),
     "held back twice": (job(Splits(Plain(), Plain()), 0.1), "has a validation part of its own"),
-    "stream held back": (job(Endless, 0.1), "a stream cannot be split by chance"),
+    "stream held back": (job(Endless, 0.1), "a stream cannot be split at random"),
 }
 
 

@@ -228,9 +228,9 @@ def test_model_returning_its_loss_trains_as_with_that_loss(
 @pytest.mark.parametrize(
     ("form", "words"),
     [
-        ("tuple", r"the model returned a tuple of 2 items, in which there is no loss; in training it must return a"),
-        ("none", r"the model returned a Object, in which there is no loss"),
-        ("by sample", r"the model returned a tensor of shape \(4,\), in which there is no loss"),
+        ("tuple", r"the model returned a tuple of 2 items, which contains no loss; in training it must return a"),
+        ("none", r"the model returned a Object, which contains no loss"),
+        ("by sample", r"the model returned a tensor of shape \(4,\), which contains no loss"),
     ],
 )
 def test_model_returning_no_loss_is_refused(tmp_path: Path, form: str, words: str) -> None:

@@ -309,7 +309,7 @@ MISTAKES = [
     ),
     ("optimizer.schedule.warmup = 3", "optimizer.schedule.warmup = 3: must be a table"),
     ("train.epochs = 0", "train.epochs = 0: must be a number, above 0"),
-    ("train = {epochs = 1, steps = 1}", "train.steps = 1: train.epochs = 1 is given too; use one of the two"),
+    ("train = {epochs = 1, steps = 1}", "train.steps = 1: train.epochs = 1 is also given; use one of the two"),
     ("train.steps = 0.5", "train.steps = 0.5: must be an integer, at least 1"),
     ('train.nan = "halt"', 'train.nan = "halt": must be one of "stop", "skip"'),
     ("train.clip_norm = -1", "train.clip_norm = -1: must be a number, above 0"),
@@ -354,7 +354,7 @@ MISTAKES = [
     ("phases = {}", "phases = an empty table: must be a list of tables"),
     ("phases = [3]", "phases.0 = 3: must be a table"),
     ("phases = [{}, {}]", "phases.0.until: is missing: only the last phase may go on"),
-    ("phases = [{}]\nstrategy = {}", "strategy: phases are given too"),
+    ("phases = [{}]\nstrategy = {}", "strategy: phases are also given"),
     (
         "phases = [{until = {rule = 'utnil'}}]",
         'phases.0.until.rule = "utnil": unknown rule (did you mean until?)',
@@ -410,12 +410,12 @@ MISTAKES = [
     ),
     (
         'strategy = {name = "switch", then = "switch"}',
-        'strategy.then.name = "switch": is a schedule of phases itself, so it cannot be one of them; name another',
+        'strategy.then.name = "switch": consists of phases itself, so it cannot be one of them; name another',
     ),
     ('strategy = {name = "switch", first = "hpctrain.job.phases:Switch"}', "is a schedule of phases itself"),
     (
         'phases = [{strategy = "switch"}]',
-        'phases.0.strategy.name = "switch": is a schedule of phases itself, so it cannot be one of them; name another',
+        'phases.0.strategy.name = "switch": consists of phases itself, so it cannot be one of them; name another',
     ),
     ("phases = [{enter = {}}]", "phases.0.enter: nothing comes before the first phase; leave it out"),
     (
@@ -564,7 +564,7 @@ def test_list_entries_are_overridden_by_index(tmp_path: Path) -> None:
     ("override", "sentence"),
     [
         ("seed", 'override "seed": expected key=value, such as train.batch_size=64'),
-        ("seed=", 'override "seed=" has no value; seed=default puts the default back'),
+        ("seed=", 'override "seed=" has no value; seed=default restores the default'),
         ("=3", 'override "=3": "" is not a key'.replace('""', "")),
         ("a..b=3", "is not a key; expected words joined by dots"),
         ("a b=3", "is not a key; expected words joined by dots"),

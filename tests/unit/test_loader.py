@@ -247,12 +247,12 @@ def test_samples_of_any_kind() -> None:
 def test_samples_that_do_not_collate() -> None:
     order = Order(4, shuffle=False)
     for samples, words in (
-        ([torch.ones(i + 1) for i in range(4)], r"sample 1 of .* with sample 0: it has the shape \(2,\), there it is"),
+        ([torch.ones(i + 1) for i in range(4)], r"sample 1 of .* with sample 0: it has shape \(2,\), but there it has"),
         ([object()] * 4, "sample 0 of the data set cannot be put into a batch: it is of type object; a sample is"),
         ([(torch.ones(1), {"a": 1})] * 3 + [(torch.ones(1), {"a": None})], r"sample 3 .* its part \[1\]\['a'\] is of"),
         ([np.array(["a", i], object) for i in range(4)], "sample 0 .*: it is an array of dtype object"),
-        ([{"a": 1}, {"b": 1}, {}, {}], r"sample 1 .* it has the parts \['b'\], there it has \['a'\]"),
-        ([1, "two", 3, 4], "sample 1 .* it is of type str, there it is of type int"),
+        ([{"a": 1}, {"b": 1}, {}, {}], r"sample 1 .* it has the parts \['b'\], but there it has \['a'\]"),
+        ([1, "two", 3, 4], "sample 1 .* it is of type str, but there it is of type int"),
     ):
         with pytest.raises(DataError, match=words):
             Loader(samples, order, threads=0).take(0, 4)

@@ -253,7 +253,7 @@ def test_invalid_metric_classes_are_refused_before_training() -> None:
         bind(Fails)
     with pytest.raises(JobError, match=r"cannot be made: ValueError: no file of words"):
         bind(Unmade)
-    with pytest.raises(HpctrainError, match="must be the metric's class, its options beside it, not an object of it"):
+    with pytest.raises(HpctrainError, match="must be the metric's class, with its options beside it, not an instance"):
         bind(Bleu())
     assert all(callable(getattr(bind(Bleu), name)) for name in METHODS)
 
@@ -338,7 +338,7 @@ def test_entries_of_ranks_without_a_batch() -> None:
         ((1, 2, 3), "returned a tuple"),
         ((1.0, torch.zeros(2)), r"returned a Tensor of shape \(2,\)"),
         ({"f1": torch.zeros(3)}, r"returned a Tensor of shape \(3,\) under f1"),
-        ({1: 0.5}, "keys must be texts"),
+        ({1: 0.5}, "keys must be strings"),
         ({}, "it must have the same keys, and one at least"),
     ],
 )

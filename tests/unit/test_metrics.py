@@ -49,7 +49,7 @@ def test_classes_in_the_second_or_the_last_dimension(inner: tuple[int, ...], dim
     wrong[0] = (wrong[0] + 1) % 3
     unclear = bool(inner) and set(inner) == {3}
     if unclear:
-        with pytest.raises(ModelError, match="may be in dimension 1 or in the last; say which by metric.dim"):
+        with pytest.raises(ModelError, match="may be in dimension 1 or in the last; say which with metric.dim"):
             accuracy(outputs, classes)
     for keys in [{"dim": dim}, {"unclear": dim}] if unclear else [{}, {"dim": dim}]:
         assert share(outputs, classes, **keys) == 1.0

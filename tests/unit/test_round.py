@@ -222,7 +222,7 @@ def test_unfreezing_a_parameter_outside_the_arena_is_refused(tmp_path: Path):
                     s.model.get_submodule("0").requires_grad_(True)
                 s.step(s.loss(s.model(batch.inputs), batch.targets))
 
-    with pytest.raises(ModelError, match=r"parameter 0.weight was frozen .* begin with it trainable, freeze"):
+    with pytest.raises(ModelError, match=r"parameter 0.weight was frozen .* start with it trainable, freeze"):
         World(2).run(body)
 
 

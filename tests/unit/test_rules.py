@@ -235,7 +235,7 @@ def test_function_of_the_main_program_is_kept() -> None:
             "takes 9 rounds, and the run has 9 from there on",
         ),
         ({"rule": "loss_stable_published", "threshold": 9.0}, 6, "takes 6 rounds, and the run has 6"),
-        ({"rule": f"{HERE}:under"}, 10, "asked every 10 rounds, and the run has 10 from there on; train longer"),
+        ({"rule": f"{HERE}:under"}, 10, "called every 10 rounds, and the run has 10 from there on; train longer"),
     ],
 )
 def test_run_too_short_for_one_window_is_reported(keys: dict[str, Any], rounds: int, sentence: str) -> None:

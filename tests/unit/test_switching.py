@@ -552,7 +552,7 @@ REFUSED: dict[str, tuple[type[HpctrainError], str, helpers.Tables]] = {
     "an unknown mode": (JobError, "strategy.mode", {"strategy": {"name": "parameter_server", "mode": "asynch"}}),
     "target without evaluations": (
         JobError,
-        "phases.0.until: it looks at evaluations",
+        "phases.0.until: it needs evaluations",
         {"phases": switching({"rule": "target", "metric": 0.5})},
     ),
     "too few ranks": (ClusterError, "phases.0.strategy.servers = 4", {"phases": switching(STABLE, servers=4)}),

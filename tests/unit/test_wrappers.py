@@ -169,7 +169,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a layer on meta": (
         lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")), "1.weight is on the meta"
     ),
-    "data parallel": (lambda: nn.DataParallel(Net()), "it is a DataParallel, which spreads the model by itself"),
+    "data parallel": (lambda: nn.DataParallel(Net()), "it is a DataParallel, which distributes the model itself"),
     "inside": (lambda: nn.Sequential(nn.DataParallel(Net())), "layer 0 of it is a DataParallel"),
 }  # fmt: skip
 
@@ -192,5 +192,5 @@ def test_distributed_wrappers_are_recognised_by_module() -> None:
         pass
 
     Fake.__module__ = "torch.distributed.fsdp._fully_shard._fully_shard"
-    with pytest.raises(ModelError, match="is a Fake, which spreads the model by itself"):
+    with pytest.raises(ModelError, match="is a Fake, which distributes the model itself"):
         check_model("model", nn.Sequential(Fake()))

@@ -50,8 +50,8 @@ class ParameterServerOptions(Options):
     )
     delay_compensation: Literal["none", "constant", "adaptive"] = Field(
         "none",
-        description="correct stale gradients to first order for the parameters' change since they were read (DC- "
-        "ASGD, Zheng et al. 2017)",
+        description="correct stale gradients to first order for the parameters' change since they were read "
+        "(DC-ASGD, Zheng et al. 2017)",
     )
     delay_lambda: float | None = Field(
         None,

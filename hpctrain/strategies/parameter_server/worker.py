@@ -54,8 +54,8 @@ class ParameterServer(Strategy):
     def check(options: ParameterServerOptions, roles: Roles) -> None:
         if options.backup_workers >= (workers := len(roles.workers)):
             raise ClusterError(
-                f"strategy.backup_workers = {options.backup_workers}: of {workers} workers at least one must be waited "
-                "for; lower strategy.backup_workers or start more ranks"
+                f"strategy.backup_workers = {options.backup_workers}: at least one of {workers} workers must "
+                "be waited for; lower strategy.backup_workers or start more ranks"
             )
 
     def join(self, phase: Phase, state: State | None = None) -> None:
