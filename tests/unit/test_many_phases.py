@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from hpctrain.analysis import Analysis
+from hpctrain.comm.virtual.network import LinkNetwork
 from hpctrain.job import Job
 from hpctrain.trace import open_run
 from hpctrain.views import compare
 from hpctrain.views.report import tables, write_report
 from tests import old_runs
+from tests.marks import slow
 from tests.traces import HandMade, train_traced
 
 PHASES = 1000
@@ -42,15 +44,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_run_with_more_phases_than_fit_a_byte(tmp_path: Path) -> None:
-    phases = [{"strategy": "all_reduce", "until": {"rule": "after", "steps": 1}} for _ in range(260)]
+@pytest.mark.parametrize("count", [260, slow(PHASES)])
+def test_run_of_many_phases_is_recorded_and_reported(tmp_path: Path, count: int) -> None:
+    """One step each (the last takes the rest), alternating strategies and roles; 260 are more than fit a byte."""
+    strategies = [{"name": "all_reduce"}, {"name": "parameter_server", "mode": "sync"}]
+    phases = [{"strategy": strategies[i % 2], "until": {"rule": "after", "steps": 1}} for i in range(count)]
     del phases[-1]["until"]
-    train = {"steps": 260, "batch_size": 4, "evaluate_every": {"steps": 10**6}}
+    train = {"steps": count, "batch_size": 4, "evaluate_every": {"steps": 10**6}}
     job = Job(**{**old_runs.COMMON, "output": str(tmp_path / "runs"), "phases": phases, "train": train})
-    run = train_traced(tmp_path, job, 2)
-    assert run.steps(0)["phase"].tolist() == list(range(260))
+    run = train_traced(tmp_path, job, 2, network=LinkNetwork())
+    assert run.steps(0)["phase"].unique().tolist() == list(range(count))
     assert run.notes == []
-    assert [event.phase for event in run.events(1)["event"] if hasattr(event, "phase")] == list(range(260))
+    assert [event.phase for event in run.events(1)["event"] if hasattr(event, "phase")] == list(range(count))
+    if count == PHASES:
+        text = write_report(run.folder)[0].read_text()
+        assert "The 40 longest of 1,000 phases." in text and "could not be" not in text
 
 
 def test_report_of_1000_phases_has_a_normal_size(folder: Path) -> None:
