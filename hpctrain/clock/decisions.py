@@ -27,7 +27,7 @@ class Ask(IntFlag):
     LEAVE = 32  # a worker's program has left the training loop
 
 
-def _untold(event: Event) -> None:
+def _ignore(event: Event) -> None:
     """Record nothing."""
 
 
@@ -35,7 +35,7 @@ def _untold(event: Event) -> None:
 class Conductor:
     """Decides from agreed numbers what the trainer should do; the result is the same wherever it runs.
 
-    `evaluate_every`, `checkpoint_every`: samples (0: never), or rounds. `tell` is called with the rule's statistic.
+    `evaluate_every`, `checkpoint_every`: samples (0: never), or rounds. `notify` is called with the rule's statistic.
     `higher_is_better`: the direction of the metric. `why`: the rule's reason, once it has ended the phase.
     """
 
@@ -44,7 +44,7 @@ class Conductor:
     checkpoint_every: int | Every
     rule: Rule | None
     why: str = ""
-    tell: Callable[[Event], None] = field(default=_untold)
+    notify: Callable[[Event], None] = field(default=_ignore)
     higher_is_better: bool = True
 
     def decide(self, before: int, after: int, loss: float, wish: Ask) -> Ask:
@@ -84,7 +84,7 @@ class Conductor:
     def _ruled(self, rule: Rule, why: str | None) -> Ask:
         news, rule.news = rule.news, None
         if news is not None:
-            self.tell(news)
+            self.notify(news)
         if why is None:
             return Ask.NOTHING
         self.why = why

@@ -45,7 +45,7 @@ class RateCourse(ABC):
         return 1.0
 
     @abstractmethod
-    def anew(self, start: int) -> RateCourse:
+    def restarted(self, start: int) -> RateCourse:
         """The same course, restarted at the cursor `start` over the rest of the run."""
 
 
@@ -82,7 +82,7 @@ class FunctionCourse(RateCourse):
         progress = min(1.0, (done - self.warmup) / max(1, self.total - self.warmup))
         return float(self.function(progress, **self.options))
 
-    def anew(self, start: int) -> FunctionCourse:
+    def restarted(self, start: int) -> FunctionCourse:
         rest = max(1, self.total - start)
         return FunctionCourse(self.function, self.options, round(self.warmup * rest / max(1, self.total)), rest, start)
 
@@ -115,7 +115,7 @@ class SteppedCourse(RateCourse):
             return (cursor - self.start) // self.clock.epoch
         return self.clock.rounds(cursor) - self.clock.rounds(self.start)
 
-    def anew(self, start: int) -> SteppedCourse:
+    def restarted(self, start: int) -> SteppedCourse:
         total = self.clock.total
         warmup = round(self.warmup * max(1, total - start) / max(1, total))
         return SteppedCourse(self.factors, self.clock, self.by_epoch, warmup, start)
@@ -167,4 +167,4 @@ class Pace:
 
     @cached_property
     def _anew(self) -> RateCourse:
-        return self.course.anew(self.start)
+        return self.course.restarted(self.start)

@@ -202,7 +202,7 @@ class LossRule(Rule, ABC):
         if left > needed:
             return None
         return (
-            f"one window of losses takes {needed} rounds, and the run has {left} from there on; lower window "
+            f"one window of losses takes {needed} rounds, but the run has {left} from there on; lower window "
             f"(now {self.options.window}) or rounds (now {self.options.rounds}), or train longer"
         )
 

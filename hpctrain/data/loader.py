@@ -321,7 +321,7 @@ class Loader:
             else:
                 batch = self._fetch(start, stop)
         except DrewError:
-            self._settle(told=True)
+            self._settle(reported=True)
             return None
         if self._draws and not self._is_undisturbed():
             self._settle()
@@ -334,7 +334,7 @@ class Loader:
                 self._threads_of_it().submit(stream.look_ahead, start, stop).result()
                 return
             except DrewError:
-                self._settle(told=True)
+                self._settle(reported=True)
         with kept():
             stream.look_ahead(start, stop)
 
@@ -349,10 +349,10 @@ class Loader:
             self._begun.popleft()
         return True
 
-    def _settle(self, told: bool = False) -> None:
+    def _settle(self, reported: bool = False) -> None:
         """Handle a detected draw: fetch inline from now on, and restore the training loop's generators.
 
-        Does not switch to inline if only the training loop drew, and only what can be guarded. `told`: reported by the
+        Does not switch to inline if only the training loop drew, and only what can be guarded. `reported`: by the
         guard.
         """
         self._end_threads()
@@ -366,14 +366,14 @@ class Loader:
         unclear = by_fetching & (again.differing(now) | {"seed"}) if again is not None else drawn
         if unclear:
             raise DataError(
-                f"{' and '.join(sorted(unclear)).replace('seed', 'torch')}'s global generator was drawn from while "
-                "samples were fetched in a thread beside the training loop, and what each got depends on their timing; "
-                "set data.threads = 0: then the training loop fetches, each sample with generators seeded for it"
+                f"{' and '.join(sorted(unclear)).replace('seed', 'torch')}'s global generator was used while samples "
+                "were fetched in a separate thread, so the random numbers depend on timing; set data.threads = 0: "
+                "the training loop then fetches each sample with generators seeded for it"
             )
         self._left = now.replace(self._left, by_fetching)
         self._left.restore()
         self._begun.clear()
-        self._alone = self._alone or told or bool(by_fetching or drawn - {"torch"})
+        self._alone = self._alone or reported or bool(by_fetching or drawn - {"torch"})
         self._guarded = True
 
     def _fetched_again(self, left: Generators) -> Generators:

@@ -43,7 +43,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         with opener(path) as file:
             return _parse(file, path)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path} is not a whole gzip file ({error}); fetch it again") from error
+        raise DataError(f"{path} is not a complete gzip file ({error}); download it again") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -52,17 +52,17 @@ def _part(folder: Path, part: str, limit: int | None) -> Images:
     images_path, labels_path = (_find(folder, f"{part}-{kind}") for kind in ("images-idx3", "labels-idx1"))
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim != 3 or images.shape[1:] != (28, 28):
-        raise DataError(f"{images_path} holds an array of shape {images.shape}; (images, 28, 28) was expected")
+        raise DataError(f"{images_path} holds an array of shape {images.shape}; expected (images, 28, 28)")
     if labels.ndim != 1:
-        raise DataError(f"{labels_path} holds an array of shape {labels.shape}; one label per image was expected")
+        raise DataError(f"{labels_path} holds an array of shape {labels.shape}; expected one label per image")
     if len(images) != len(labels):
         raise DataError(
             f"{images_path} holds {len(images)} images, but {labels_path.name} {len(labels)} labels; "
-            "fetch both from the same place"
+            "download both from the same place"
         )
     if len(labels) == 0 or labels.max() > 9:
         found = "no images" if len(labels) == 0 else f"the label {labels.max()}"
-        raise DataError(f"{labels_path} holds {found}; labels from 0 to 9 were expected")
+        raise DataError(f"{labels_path} holds {found}; expected labels from 0 to 9")
     pixels = torch.from_numpy(images[:limit]).unsqueeze(1)
     return Images(pixels, torch.from_numpy(labels[:limit].astype(np.int64)), MEAN, STD)
 
@@ -73,7 +73,7 @@ def _find(folder: Path, stem: str) -> Path:
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise DataError(
-            f"the MNIST folder {folder} {what}; set data.path, or HPCTRAIN_DATA to the folder that has mnist/ in it"
+            f"the MNIST folder {folder} {what}; set data.path, or HPCTRAIN_DATA to the folder that contains mnist/"
         )
     names = [f"{name}-ubyte{end}" for name in (stem, stem.replace("-idx", ".idx")) for end in ("", ".gz")]
     places = [folder / "mnist", folder]
@@ -83,7 +83,7 @@ def _find(folder: Path, stem: str) -> Path:
                 return place / name
     raise DataError(
         f"no MNIST file {names[0]} (or {', '.join(names[1:])}) in {places[0]} or {places[1]}; put it there, "
-        "or set data.path, or HPCTRAIN_DATA to the folder that has mnist/ in it"
+        "or set data.path, or HPCTRAIN_DATA to the folder that contains mnist/"
     )
 
 
@@ -97,11 +97,11 @@ def _parse(file: IO[Any], path: Path) -> NDArray[np.uint8]:
     if len(magic) < 4 or magic[:3] != b"\0\0\x08" or not 1 <= dimensions <= 4:
         raise DataError(
             f"{path} is not an idx file of bytes: it begins with {magic.hex() or 'nothing'}, where 00000803 "
-            "(images) or 00000801 (labels) was expected; fetch it again"
+            "(images) or 00000801 (labels) was expected; download it again"
         )
     header = file.read(4 * dimensions)
     if len(header) < 4 * dimensions:
-        raise DataError(f"{path} is truncated: it ends within its header; fetch it again")
+        raise DataError(f"{path} is truncated: it ends within its header; download it again")
     shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(0, len(header), 4))
     expected = int(np.prod(shape, dtype=object))
     data = bytearray()
@@ -109,5 +109,5 @@ def _parse(file: IO[Any], path: Path) -> NDArray[np.uint8]:
         data += chunk
     if len(data) != expected:
         what = f"is truncated: it holds {len(data)}" if len(data) < expected else "is too long: it holds more than the"
-        raise DataError(f"{path} {what} bytes of data; its header says {expected} {shape}; fetch it again")
+        raise DataError(f"{path} {what} bytes of data; its header says {expected} {shape}; download it again")
     return np.frombuffer(data, np.uint8).reshape(shape)

@@ -40,7 +40,7 @@ class Order:
     def learn(self, length: int) -> None:
         """Set the length of a stream, once its end has been reached (or is known from a checkpoint)."""
         if length < 1 or self.length not in (None, length):
-            raise ValueError(f"the length is {self.length}, and cannot become {length}")
+            raise ValueError(f"the length is {self.length}, and cannot change to {length}")
         self.length = length
 
     def epoch(self, cursor: int) -> int:

@@ -147,7 +147,7 @@ def _hold_back(splits: Splits, share: float, seed: int) -> Splits:
     length = len(splits.train)
     count = round(share * length)
     if not 0 < count < length:
-        raise DataError(f"{key}: of {length} training samples that leaves {count} to validate and {length - count}")
+        raise DataError(f"{key}: of {length} training samples, that leaves {count} to validate and {length - count}")
     targets = known_targets(splits.train)
     held = stratified(np.zeros(length) if targets is None else targets, count, seed)
     train = Subset(splits.train, np.flatnonzero(~held).tolist())

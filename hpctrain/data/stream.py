@@ -70,7 +70,7 @@ class Stream:
             if item is _END:
                 length = self._base + len(self._ahead)
                 if length == 0:
-                    raise DataError("the data set is a stream without a single sample")
+                    raise DataError("the data set is a stream with no samples")
                 self._order.learn(length)
                 return
             self._ahead.append(item)

@@ -257,7 +257,7 @@ class Job(Table):
                     "is missing: only the last phase may continue to the end of the run",
                 )
         if self.phases is not None and self.phases[0].enter is not None:
-            fail(("phases", 0, "enter"), None, "nothing comes before the first phase; leave it out")
+            fail(("phases", 0, "enter"), None, "has no effect in the first phase; leave it out")
         for rank in self.debug.slow:
             if self.ranks is not None and rank >= self.ranks:
                 fail(

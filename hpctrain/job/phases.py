@@ -82,7 +82,7 @@ class PhaseTable(Table):
     )
     enter: Enter | None = Field(
         default=None,
-        description="how learning rate and momentum come into this phase; not in the first",
+        description="how learning rate and momentum start in this phase; not for the first phase",
     )
 
     @model_validator(mode="before")
@@ -125,7 +125,7 @@ class SwitchOptions(Composite):
     then: SecondStrategy = Field(
         default_factory=lambda: SecondStrategy.model_validate({}), description="the strategy of the second phase"
     )
-    enter: Enter = Field(default_factory=Enter, description="how learning rate and momentum come into the second phase")
+    enter: Enter = Field(default_factory=Enter, description="how learning rate and momentum start in the second phase")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

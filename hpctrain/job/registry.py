@@ -63,7 +63,7 @@ LEARNING_RATES = {
 }
 OPTIMIZERS = {name: f"torch.optim:{name}" for name in LEARNING_RATES}
 REFUSED_OPTIMIZERS = {
-    "LBFGS": "it evaluates the loss several times within one step, which no strategy here can synchronise",
+    "LBFGS": "it evaluates the loss several times within one step, which no strategy can synchronise",
     "SparseAdam": "it takes sparse gradients, and gradients here lie in one dense arena",
 }
 TABLES: dict[str, dict[str, str]] = {

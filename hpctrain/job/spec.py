@@ -274,7 +274,7 @@ def _options(cls: type[Choice], name: str, chosen: Any, table: dict[str, Any], c
     """The other keys, validated by the `Options` of the chosen class; raises all faults at once."""
     model = options_class(chosen)
     if model is None:
-        text = f"is no {cls.KIND}: it must be a class with a pydantic model named Options"
+        text = f"is not a {cls.KIND}: it must be a class with a pydantic model named Options"
         fail((cls.KEY,), name, text)
     known = [field.alias or key for key, field in model.model_fields.items()]
     unknown = [] if model.model_config.get("extra") == "allow" else [key for key in table if key not in known]

@@ -206,9 +206,9 @@ class Optimizer(Named):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.lr is None:
-            fail(("lr",), None, f'is needed: hpctrain knows no learning rate for optimizer "{self.name}"')
+            fail(("lr",), None, f'is needed: hpctrain has no default learning rate for optimizer "{self.name}"')
         if "params" in self.options:
-            fail(("params",), None, "is the model's parameters, which hpctrain gives the optimizer")
+            fail(("params",), None, "is the model's parameters, which hpctrain passes to the optimizer")
         return self
 
     @classmethod
@@ -298,7 +298,7 @@ class Train(Table):
     sync_batchnorm: bool = Field(
         default=False,
         description="batch norm over the samples of all workers instead of each worker's own; a worker without "
-        "samples in a round computes on one that does not count",
+        "samples in a round computes on a dummy sample that does not count",
     )
 
     buffers: Annotated[Policy | dict[str, Policy], PlainValidator(_buffers)] = Field(

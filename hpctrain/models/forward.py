@@ -98,7 +98,7 @@ class Forward:
             raise DataError(
                 f"the data set's samples are mappings with the keys {_listed(batch.inputs)}, which "
                 f"{type(self._model).__name__}.forward does not take as keyword arguments (it takes {known}); return "
-                "mappings with just these keys, and what the loss compares with beside them: (mapping, target)"
+                "pairs (mapping, target), where the mapping has just these keys"
             )
         return _Call.INPUTS
 

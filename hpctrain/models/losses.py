@@ -94,7 +94,7 @@ class ModelLoss:
             raise ModelError(
                 f'loss.name = "model": the model returned {_shown(outputs)}, which contains no loss; in training it '
                 "must return a scalar tensor, the mean over the batch's samples, a pair (sum, weight), an object with "
-                "the attribute loss, or a dictionary with the key loss or of losses alone, which are added up"
+                "the attribute loss, or a dictionary with the key loss or with only losses, which are summed"
             )
         return found
 

@@ -151,7 +151,7 @@ class UserMeasure(Measure):
             if (own := _kinds(state)) != first:
                 raise ModelError(
                     f'metric "{self.name}": state() returned {_listed(first)} on rank 0, but {_listed(own)} on rank '
-                    f"{rank}; it must return the same names and types on every rank, also on one that had no batch"
+                    f"{rank}; it must return the same names and types on every rank, including one that had no batch"
                 )
         self._call("merge", states)
 

@@ -17,7 +17,7 @@ def mlp(inputs: int, outputs: int = 10, hidden: Sequence[int] = (128,)) -> nn.Mo
     `hidden`: the widths of the hidden layers; if empty, the model is linear.
     """
     if not isinstance(hidden, (list, tuple)):
-        raise ModelError(f"model.hidden = {hidden!r}: a list of widths, such as [128, 64], was expected")
+        raise ModelError(f"model.hidden = {hidden!r}: expected a list of widths, such as [128, 64]")
     widths = [whole("inputs", inputs), *(whole(f"hidden[{i}]", w) for i, w in enumerate(hidden))]
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in pairwise(widths):

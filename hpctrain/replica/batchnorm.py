@@ -105,7 +105,7 @@ class BatchNorms(Coupling):
         counts, means, deviations = table[:, :1], table[:, 1 : 1 + mean.size], table[:, 1 + mean.size :]
         total = float(counts.sum())
         if total == 0:
-            raise ValueError("batch norm over no sample at all")
+            raise ValueError("batch norm over no samples")
         joint = (counts * means).sum(0) / total
         return total, joint, (deviations + counts * (means - joint) ** 2).sum(0) / total
 

@@ -117,7 +117,7 @@ def _checked_groups(named: dict[str, nn.Parameter], groups: ParameterGroups | No
     if groups is None:
         return [{"params": list(named.values())}]
     if isinstance(groups, (str, bytes, dict)) or not isinstance(groups, Iterable):
-        raise ModelError(f"optimizer.groups gave a {type(groups).__name__}; expected a list of dictionaries")
+        raise ModelError(f"optimizer.groups returned a {type(groups).__name__}; expected a list of dictionaries")
     names = {id(p): name for name, p in named.items()}
     chosen = [_trainable(group, index, names) for index, group in enumerate(groups)]
     times = Counter(id(p) for group in chosen for p in group["params"])

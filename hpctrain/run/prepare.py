@@ -119,14 +119,14 @@ class Prepared(Measurable):
         made: Strategy = spec.resolve()(spec.options)
         return made
 
-    def conductor(self, phase: int, start: int, tell: Callable[[Event], None]) -> Conductor:
+    def conductor(self, phase: int, start: int, notify: Callable[[Event], None]) -> Conductor:
         """The conductor of that phase, which began at the cursor `start`; `tell` receives the events of its rule."""
         clock, train = self.clock(phase), self.job.train
         evaluate_every, every = interval(clock, train.evaluate_every), train.checkpoint_every
         checkpoint_every = interval(clock, every) if every else 0
         higher = self.job.metric.goal == "max"
         rule = self.rule(phase, start)
-        return Conductor(self.total, evaluate_every, checkpoint_every, rule, tell=tell, higher_is_better=higher)
+        return Conductor(self.total, evaluate_every, checkpoint_every, rule, notify=notify, higher_is_better=higher)
 
     def rule(self, phase: int, start: int) -> Rule | None:
         """The rule that ends that phase, which began at the cursor `start`; None: it lasts until the end of the run."""

@@ -19,8 +19,8 @@ class AllReduceOptions(Options):
 
     exchange: Literal["auto", "shared", "message"] = Field(
         "auto",
-        description="shared: sum out of node-shared memory, with the optimizer sliced over the node's ranks; "
-        "message: all-reduce the whole gradient; auto: shared where it can be",
+        description="shared: sum from node-shared memory, with the optimizer sliced over the node's ranks; "
+        "message: all-reduce the whole gradient; auto: shared where possible",
     )
     algorithm: Literal["library", "ring", "halving_doubling", "tree", "hierarchical"] = Field(
         "library", description="how messages are all-reduced (across nodes, or everywhere with exchange = message)"

@@ -141,7 +141,7 @@ def sum_error(phase: Phase, bad: int, step: int) -> NanError:
 
 
 _LOOK = (
-    "look for a division by 0 or the root of 0 behind it, lower optimizer.lr, or set "
+    "check for a division by 0 or the square root of 0, lower optimizer.lr, or set "
     'train.nan = "skip" to leave such steps out'
 )
 

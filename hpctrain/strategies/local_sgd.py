@@ -11,7 +11,7 @@ from hpctrain.strategies.round import Round, RoundStrategy, Step
 class LocalSGDOptions(Options):
     """The keys of strategy.name = "local_sgd"."""
 
-    every: int = Field(8, ge=1, description="steps that each worker takes between two averagings")
+    every: int = Field(8, ge=1, description="steps that each worker takes between averages")
 
 
 class LocalSGD(RoundStrategy):

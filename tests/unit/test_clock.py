@@ -216,7 +216,7 @@ class Talkative(Rule):
 
 def test_news_of_a_rule_is_reported_once() -> None:
     reported: list[Event] = []
-    conductor = Conductor(1000, 0, 0, Talkative(None, CLOCK, 0), tell=reported.append)
+    conductor = Conductor(1000, 0, 0, Talkative(None, CLOCK, 0), notify=reported.append)
     assert conductor.decide(0, 32, 1.0, Ask.NOTHING) == Ask.NOTHING
     assert conductor.evaluated(32, 1.0) == Ask.NOTHING
     assert conductor.decide(32, 64, -1.0, Ask.NOTHING) == Ask.END_PHASE and conductor.why == "seen enough"

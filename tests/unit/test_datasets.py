@@ -148,19 +148,19 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         "holds 12 images, but train-labels-idx1-ubyte.gz 9 labels",
     ),
     "label": (rewrite(LABELS, lambda data: gzip.compress(idx(np.arange(12) + 20))), "holds the label 31"),
-    "bad gzip": (rewrite(LABELS, lambda data: b"<html>not found</html>"), "is not a whole gzip file"),
-    "truncated gzip": (rewrite(LABELS, lambda data: data[:-9]), "is not a whole gzip file"),
+    "bad gzip": (rewrite(LABELS, lambda data: b"<html>not found</html>"), "is not a complete gzip file"),
+    "truncated gzip": (rewrite(LABELS, lambda data: data[:-9]), "is not a complete gzip file"),
     "corrupt gzip": (
         rewrite(LABELS, lambda data: data[:12] + b"\xff\xff\xff" + data[15:]),
-        "is not a whole gzip",
+        "is not a complete gzip",
     ),
     "swapped": (
         rewrite(IMAGES, lambda data: idx(np.arange(12))),
-        r"holds an array of shape \(12,\); \(images, 28, 28\) was expected",
+        r"holds an array of shape \(12,\); expected \(images, 28, 28\)",
     ),
     "small images": (
         rewrite(IMAGES, lambda data: idx(np.zeros((12, 27, 28)))),
-        r"holds an array of shape \(12, 27, 28\); \(images, 28, 28\) was expected",
+        r"holds an array of shape \(12, 27, 28\); expected \(images, 28, 28\)",
     ),
     "no images": (no_images, "holds no images"),
     "missing": (
@@ -208,7 +208,7 @@ def test_missing_or_wrong_mnist_folders(tmp_path: Path) -> None:
         read_idx(tmp_path / "none")
     wrong: Any
     for wrong in (0, -3, 2.5, "10", True):
-        with pytest.raises(DataError, match="data.limit = .* was expected"):
+        with pytest.raises(DataError, match="data.limit = .*: expected a whole number"):
             mnist(path=str(tmp_path), limit=wrong)
     wrong = 3
     with pytest.raises(DataError, match="data.path = 3"):
@@ -326,7 +326,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "missing option": (job(lambda count: [count]), "missing a required argument: 'count'"),
     "object with options": (job(Plain(), limit=3), "data.limit: the data set was given as an object"),
-    "all held back": (job(Plain(), 0.99), "data.validation = 0.99: of 10 training samples that leaves 10 to"),
+    "all held back": (job(Plain(), 0.99), "data.validation = 0.99: of 10 training samples, that leaves 10 to"),
     "none held back": (job(Plain(), 0.01), "that leaves 0 to validate"),
     "held back twice": (job(Splits(Plain(), Plain()), 0.1), "has a validation part of its own"),
     "stream held back": (job(Endless, 0.1), "a stream cannot be split at random"),

@@ -118,7 +118,7 @@ def test_mappings_alone_are_passed_to_loss_and_metric(tmp_path: Path, wanted: An
 @pytest.mark.parametrize(
     ("forward", "words"),
     [
-        (lambda left: left, r"forward does not take as keyword arguments \(it takes left\); return mappings with just"),
+        (lambda left: left, r"forward does not take as keyword arguments \(it takes left\); return pairs"),
         (lambda left=None, mask=None: left, r"it takes left, mask"),
         (lambda left, right, *, mask: left, r"it takes left, right, mask"),
     ],

@@ -267,7 +267,7 @@ def test_ambiguous_source_of_draws_is_refused() -> None:
         turn.wait()
         np.random.rand()
         turn.wait()
-        with pytest.raises(DataError, match=r"NumPy's global generator was drawn from .* set data.threads = 0"):
+        with pytest.raises(DataError, match=r"NumPy's global generator was used .* set data.threads = 0"):
             loader.take(30, 31)
 
 

@@ -300,7 +300,7 @@ MISTAKES = [
     ("optimizer.lr = inf", "optimizer.lr = inf: must be a number, above 0"),
     (
         'optimizer.name = "a.b:C"',
-        'optimizer.lr: is needed: hpctrain knows no learning rate for optimizer "a.b:C"',
+        'optimizer.lr: is needed: hpctrain has no default learning rate for optimizer "a.b:C"',
     ),
     ("optimizer.params = [1]", "optimizer.params: is the model's parameters"),
     (
@@ -348,7 +348,7 @@ MISTAKES = [
     ),
     (
         'strategy = "json:dumps"',
-        'strategy.name = "json:dumps": is no strategy: it must be a class with a pydantic',
+        'strategy.name = "json:dumps": is not a strategy: it must be a class with a pydantic',
     ),
     ("phases = []", "phases = an empty list: must be a list of tables, not empty"),
     ("phases = {}", "phases = an empty table: must be a list of tables"),
@@ -412,12 +412,12 @@ MISTAKES = [
         'strategy = {name = "switch", then = "switch"}',
         'strategy.then.name = "switch": consists of phases itself, so it cannot be one of them; name another',
     ),
-    ('strategy = {name = "switch", first = "hpctrain.job.phases:Switch"}', "is a schedule of phases itself"),
+    ('strategy = {name = "switch", first = "hpctrain.job.phases:Switch"}', "consists of phases itself"),
     (
         'phases = [{strategy = "switch"}]',
         'phases.0.strategy.name = "switch": consists of phases itself, so it cannot be one of them; name another',
     ),
-    ("phases = [{enter = {}}]", "phases.0.enter: nothing comes before the first phase; leave it out"),
+    ("phases = [{enter = {}}]", "phases.0.enter: has no effect in the first phase; leave it out"),
     (
         "phases = [{until = {rule = 'until', steps = 1}}, {enter = {momentum = 'none'}}]",
         'phases.1.enter.momentum = "none": must be one of "keep", "scale", "reset", "ramp"',
@@ -588,7 +588,7 @@ def test_overrides_that_cannot_be_applied_are_refused(tmp_path: Path, override: 
 
 def test_single_string_is_not_a_list_of_overrides() -> None:
     [line] = mistakes(Job().override, "seed=3")
-    assert "are a list" in line
+    assert "must be a list" in line
 
 
 # Switch: two phases under one name
@@ -775,7 +775,7 @@ def test_unsuitable_objects_are_refused() -> None:
         ({"data": [1, 2]}, "data = a list of 2: must be a table"),
         ({"data": object()}, "data = <object object>: must be a data set, a pair (train, test)"),
         ({"data": {"augment": [lambda x: x]}}, "must be importable: define it in a module of its own"),
-        ({"strategy": own_model}, "is no strategy: it must be a class with a pydantic model named Options"),
+        ({"strategy": own_model}, "is not a strategy: it must be a class with a pydantic model named Options"),
         ({"model": {"name": "mlp", "inputs": None}}, "model.inputs: None cannot be written into a job file"),
         ({"model": {"name": "mlp", "f": math.sin}}, "_or_method object>: must be a TOML value"),
         ({"seed": None}, "seed: must be an integer"),

@@ -395,5 +395,5 @@ def test_error_in_a_stream_is_not_its_end(threads: int, length: int | None) -> N
 def test_too_short_streams_are_refused() -> None:
     with pytest.raises(DataError, match="the stream ended after 20 samples in epoch 0, but its length is 30"):
         Loader(Count(20), Order(30), threads=0).take(18, 24)
-    with pytest.raises(DataError, match="a stream without a single sample"):
+    with pytest.raises(DataError, match="a stream with no samples"):
         Loader(Count(0), Order(None), threads=0).bounds(0, 8, 2)

@@ -57,15 +57,15 @@ def test_same_seed_gives_the_same_model() -> None:
 
 
 WRONG: list[tuple[Callable[..., nn.Module], dict[str, Any], str]] = [
-    (lenet5, {"outputs": 0}, "model.outputs = 0: a whole number of at least 1 was expected"),
+    (lenet5, {"outputs": 0}, "model.outputs = 0: expected a whole number of at least 1"),
     (lenet5, {"outputs": "ten"}, "model.outputs = 'ten'"),
     (lenet5, {"outputs": True}, "model.outputs = True"),
     (mlp, {"inputs": -1}, "model.inputs = -1"),
-    (mlp, {"inputs": 4, "hidden": 8}, "model.hidden = 8: a list of widths"),
-    (mlp, {"inputs": 4, "hidden": "88"}, "model.hidden = '88': a list of widths"),
+    (mlp, {"inputs": 4, "hidden": 8}, "model.hidden = 8: expected a list of widths"),
+    (mlp, {"inputs": 4, "hidden": "88"}, "model.hidden = '88': expected a list of widths"),
     (mlp, {"inputs": 4, "hidden": [8, 2.5]}, r"model.hidden\[1\] = 2.5"),
-    (convnet, {"size": 10}, "model.size = 10: a multiple of 4 was expected"),
-    (convnet, {"dropout": 1.0}, "model.dropout = 1.0: a number from 0 to below 1 was expected"),
+    (convnet, {"size": 10}, "model.size = 10: expected a multiple of 4"),
+    (convnet, {"dropout": 1.0}, "model.dropout = 1.0: expected a number from 0 to below 1"),
     (convnet, {"dropout": float("nan")}, "model.dropout = nan"),
     (convnet, {"width": 1.5}, "model.width = 1.5"),
     (resnet18, {"channels": 0}, "model.channels = 0"),

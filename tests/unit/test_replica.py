@@ -335,9 +335,9 @@ def test_frozen_parameters_may_be_in_groups() -> None:
         (lambda m: [m.weight, m.bias], "group 0 is not a dictionary with params"),
         (lambda m: {"params": [m.weight]}, "gave a dict; expected a list"),
         (lambda m: None, None),
-        (lambda m: 3, "gave a int; expected a list"),
+        (lambda m: 3, "returned a int; expected a list"),
         (lambda m: [{"params": ["weight", "bias"]}], "group 0 lists a str"),
-        (lambda m: [{"params": [*m.parameters(), nn.Parameter(torch.ones(2))]}], r"shape \(2,\) that is no parameter"),
+        (lambda m: [{"params": [*m.parameters(), nn.Parameter(torch.ones(2))]}], r"shape \(2,\) that is not"),
     ],
 )
 def test_refused_groups(groups: Callable[[nn.Linear], Any], message: str | None) -> None:

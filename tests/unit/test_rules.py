@@ -152,7 +152,7 @@ def test_published_statistic_is_relative_to_the_previous_loss() -> None:
 # -- target -----------------------------------------------------------------------------------------------------
 def test_target_ends_the_phase_at_the_evaluation_that_reaches_it() -> None:
     reported: list[Event] = []
-    conductor = Conductor(1000, 10, 0, rule({"rule": "target", "metric": 0.9}), tell=reported.append)
+    conductor = Conductor(1000, 10, 0, rule({"rule": "target", "metric": 0.9}), notify=reported.append)
     assert conductor.decide(0, 10, 0.1, Ask.NOTHING) == Ask.EVALUATE and reported == []
     assert conductor.evaluated(10, 0.89) == Ask.NOTHING
     assert conductor.evaluated(10, math.nan) == Ask.NOTHING
@@ -227,12 +227,12 @@ def test_function_of_the_main_program_is_kept() -> None:
         (
             {"rule": "loss_stable", "threshold": 9.0, "armed": 2.0},
             70,
-            "takes 70 rounds, and the run has 70 from there on; lower window (now 6) or rounds",
+            "takes 70 rounds, but the run has 70 from there on; lower window (now 6) or rounds",
         ),
         (
             {"rule": "loss_stable", "window": 2, "rounds": 3, "threshold": 9.0},
             9,
-            "takes 9 rounds, and the run has 9 from there on",
+            "takes 9 rounds, but the run has 9 from there on",
         ),
         ({"rule": "loss_stable_published", "threshold": 9.0}, 6, "takes 6 rounds, and the run has 6"),
         ({"rule": f"{HERE}:under"}, 10, "called every 10 rounds, and the run has 10 from there on; train longer"),
