@@ -8,7 +8,7 @@ NumPy and torch, which all threads share, including the training loop. So a samp
 - In other threads, ahead, as long as nothing is drawn. If the training loop itself draws from torch's generator
   (dropout on the CPU), the threads are guarded: a draw is stopped before it happens. Otherwise the generators are
   checked with each batch. If something was drawn, the samples already fetched are fetched again from the same states,
-  which shows who drew: the training loop gets its generator states back, and the fetched samples are discarded.
+  which shows which side drew: the training loop gets its generator states back, and the fetched samples are discarded.
 - In other threads, unchecked: data in memory with our own augmentations draws nothing.
 """
 
@@ -114,7 +114,7 @@ class Loader:
         self._guarded = streaming
         self._harmless: set[Any] = set()
         self._left: Generators | None = None  # as the calling thread left them after its last batch
-        self._begun: deque[_Begun] = deque()  # fetched in threads since then
+        self._started: deque[_Started] = deque()  # fetched in threads since then
 
     def bounds(self, cursor: int, round_size: int, workers: int) -> list[int]:
         """The positions that the round at `cursor` assigns to its workers; see `round_bounds`.
@@ -145,7 +145,7 @@ class Loader:
     def request(self, start: int, stop: int) -> None:
         """Start fetching [start, stop); ignored if nothing is fetched ahead, or if enough batches are pending.
 
-        If the range turns out to lie behind the end of a stream, the request is dropped.
+        If the range turns out to lie past the end of a stream, the request is dropped.
         """
         if self._inline or self._closed or start == stop:
             return
@@ -256,7 +256,7 @@ class Loader:
             sample = function(sample, generator)
         return sample
 
-    # -- who draws --------------------------------------------------------------------------------------------
+    # -- which side draws --------------------------------------------------------------------------------------
     @property
     def _inline(self) -> bool:
         return self._alone or self._probes > 0
@@ -275,12 +275,12 @@ class Loader:
         if not self._draws:
             return function()
         if not self._inline:
-            begun = _Begun(function)
-            self._begun.append(begun)
+            started = _Started(function)
+            self._started.append(started)
             try:
                 return self._watched(function)
             finally:
-                begun.ended = True
+                started.ended = True
         seed_all(seed)
         if not self._probes:
             return function()
@@ -296,7 +296,7 @@ class Loader:
         if not self._draws:
             return self._fetch(start, stop)
         if self._probes:
-            self._look_at_the_training()
+            self._check_training_draws()
         with kept():
             batch = self._fetch(start, stop)
         if self._probes:
@@ -305,7 +305,7 @@ class Loader:
             self._left = Generators.now()
         return batch
 
-    def _look_at_the_training(self) -> None:
+    def _check_training_draws(self) -> None:
         """Draws since the last batch, with no other thread running, came from the training loop."""
         drawn = Generators.now().differing(self._left) if self._left is not None else set()
         self._guarded = self._guarded or "torch" in drawn
@@ -345,8 +345,8 @@ class Loader:
         if now.differing(self._left) - {"torch" if self._guarded else "seed"}:
             return False
         self._left = now
-        while self._begun and self._begun[0].ended:
-            self._begun.popleft()
+        while self._started and self._started[0].ended:
+            self._started.popleft()
         return True
 
     def _settle(self, reported: bool = False) -> None:
@@ -372,16 +372,16 @@ class Loader:
             )
         self._left = now.replace(self._left, by_fetching)
         self._left.restore()
-        self._begun.clear()
+        self._started.clear()
         self._alone = self._alone or reported or bool(by_fetching or drawn - {"torch"})
         self._guarded = True
 
     def _fetched_again(self, left: Generators) -> Generators:
         """The generators as they would be if, starting from `left`, only the fetches in threads had drawn from them."""
         left.restore()
-        for begun in self._begun:
+        for started in self._started:
             with suppress(Exception, DrewError):
-                self._watched(begun.function)
+                self._watched(started.function)
         return Generators.now()
 
     def _threads_of_it(self) -> ThreadPoolExecutor:
@@ -406,7 +406,7 @@ def _block_of_seeds(seed: int, epoch: int, block: int) -> list[int]:
 
 
 @dataclass
-class _Begun:
+class _Started:
     """A sample being fetched in a thread."""
 
     function: Callable[[], Any]

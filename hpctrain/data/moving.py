@@ -14,7 +14,7 @@ Casts = Mapping[torch.dtype, torch.dtype]
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
-_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}  # torch hardly supports it
+_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}  # torch barely supports it
 _NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64)
 
 

@@ -5,8 +5,8 @@ depends on the launcher. Hydra (MPICH) forwards all but SIGHUP and waits; SIGHUP
 Open MPI's prterun sends SIGTERM 0.25 s after a Ctrl-C and SIGKILL 0.25 s later, and drops whatever the ranks print
 meanwhile; no option changes that. So on SIGTERM a rank started by prterun stops it with SIGSTOP, and continues it when
 the rank is done. If the rank is silent for 10 s, for whatever reason, a watchdog continues it. The SIGSTOP must be sent
-within that quarter of a second, even while the main thread is in C code, hence a wake-up pipe and a thread instead of
-a Python signal handler.
+within that quarter of a second, even while the main thread is in C code, so a wake-up pipe and a thread are used
+instead of a Python signal handler.
 
 The same thread ends a rank that nothing else would end: one that is stuck in a collective or in user code, where the
 main thread never gets to read the flag.

@@ -71,7 +71,7 @@ class _Job:
 
     def __init__(self, deadline: Deadline) -> None:
         self.deadline = deadline
-        self._said = False
+        self._explained = False
         self._pumps: list[Pump] = []
 
     @contextlib.contextmanager
@@ -128,9 +128,9 @@ class _Job:
         while self.process.poll() is None:
             if self.deadline.late():
                 return False
-            if self.deadline.long() and not self._said:
+            if self.deadline.long() and not self._explained:
                 _say("waiting for the step in progress and its checkpoint; press Ctrl-C again to stop at once")
-                self._said = True
+                self._explained = True
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.1)
         return True

@@ -36,7 +36,7 @@ class Milestones:
             phase.step.wish = Ask.INTERRUPT
         if run.out.due():
             self._show_progress(outcome.loss)
-        return self._heed(outcome.ask, outcome.why, outcome.held) if outcome.ask else False
+        return self._act_on(outcome.ask, outcome.why, outcome.held) if outcome.ask else False
 
     def pay(self) -> bool:
         """Do what an interruption left pending, as an uninterrupted run would have done. True if the phase ends here.
@@ -45,7 +45,7 @@ class Milestones:
         owed, totals.owed = totals.owed, Ask.NOTHING
         if not owed:
             return False
-        return self._heed(owed | Ask.STOP if totals.cursor >= self._run.prepared.total else owed, totals.why)
+        return self._act_on(owed | Ask.STOP if totals.cursor >= self._run.prepared.total else owed, totals.why)
 
     @property
     def _summary(self) -> PhaseSummary:
@@ -77,7 +77,7 @@ class Milestones:
         run.out.update(f"{share:3.0f} %  epoch {epoch:.2f}  step {totals.step}  loss {loss:.4f}  {rate:,.0f} samples/s")
 
     # -- what is asked ---------------------------------------------------------------------------------------
-    def _heed(self, ask: Ask, why: str, held: int = 0) -> bool:
+    def _act_on(self, ask: Ask, why: str, held: int = 0) -> bool:
         """Do what is asked for at this cursor. True if the phase ends here."""
         with self._clock.stopped(0 if ask & (Ask.STOP | Ask.END_PHASE) else held):
             if ask & Ask.INTERRUPT:

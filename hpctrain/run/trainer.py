@@ -51,7 +51,7 @@ class Trainer:
     _loss: float = 0.0
     _weight: float = 0.0
     _started: int = 0
-    _looked: bool = False  # whether the first step's loss has been examined
+    _examined: bool = False  # whether the first step's loss has been examined
     _buckets: Buckets | None = None
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class Trainer:
             self._buckets.arm()
         weighed = weigh(loss, batch.size)
         check_differentiable(weighed)
-        if not self._looked:
+        if not self._examined:
             self._find_foreign(weighed.term)
         with self._backward:
             scale = weighed.share / self.phase.dealing.batch
@@ -116,8 +116,8 @@ class Trainer:
             self._buckets.flush()
         else:
             self._inspect(0, phase.replica.layout.length)
-        if self.samples and not self._looked:
-            self._looked = True
+        if self.samples and not self._examined:
+            self._examined = True
             self._warn_unused()
         phase.step.number, phase.step.weight = self.steps, self._weight
         outcome = self.strategy.step(self.samples, loss)

@@ -35,7 +35,7 @@ from hpctrain.trace.files import (
 )
 from hpctrain.trace.schema import KIND_CODES, KINDS, OUTCOMES, TABLES
 from hpctrain.trace.soundness import TIMES
-from hpctrain.trace.versions import SAID
+from hpctrain.trace.versions import READER_NOTES
 from hpctrain.trace.writer import trace_files
 
 if TYPE_CHECKING:
@@ -100,9 +100,9 @@ class Run:
         return {number: [file for file in self._files if file.attempt == number] for number in self.attempts}
 
     def _note_gaps(self) -> None:
-        for version in sorted({int(file.attributes["schema_version"]) for file in self._files} & set(SAID)):
+        for version in sorted({int(file.attributes["schema_version"]) for file in self._files} & set(READER_NOTES)):
             ranks = sorted({file.rank for file in self._files if file.attributes["schema_version"] == version})
-            self._note(f"{name_ranks(ranks)}: written in schema version {version}: {SAID[version]}")
+            self._note(f"{name_ranks(ranks)}: written in schema version {version}: {READER_NOTES[version]}")
         present = trace_files(self.folder)
         for attempt, files in self._by_attempt().items():
             size = size_of(files)
@@ -383,8 +383,8 @@ def run_folder(path: Path) -> Path:
 
 def size_of(files: Sequence[TraceFile]) -> int:
     """The number of ranks of an attempt: what most of its files say, but never less than its highest rank + 1."""
-    said = Counter(file.attributes["size"] for file in files if "size" in file.attributes)
-    size = min(said, key=lambda size: (-said[size], size), default=0)
+    sizes = Counter(file.attributes["size"] for file in files if "size" in file.attributes)
+    size = min(sizes, key=lambda size: (-sizes[size], size), default=0)
     return max([int(size), *(file.rank + 1 for file in files)])
 
 

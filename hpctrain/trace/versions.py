@@ -31,7 +31,7 @@ OLDER_VERSIONS = {
     1: "messages and barriers that no rank waited for are not recorded, nor are items and operations of spans",
     2: "items and operations of spans are not recorded",
 }
-SAID = {1: OLDER_VERSIONS[1]}  # what a reader of the figures must know
+READER_NOTES = {1: OLDER_VERSIONS[1]}  # what a reader of the figures must know
 
 _OTHERWISE = {("steps", "phase"): "u1"}
 _ABSENT = {("spans", "items"), ("spans", "flops")}

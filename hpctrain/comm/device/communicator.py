@@ -51,7 +51,7 @@ class DeviceCommunicator(Communicator):
         self.local_ranks, self.local_rank = inner.local_ranks, inner.local_rank
         self.concurrent, self.cores = inner.concurrent, inner.cores
         self.recorder = inner.recorder
-        self._everybody = tuple(range(inner.size))
+        self._all_ranks = tuple(range(inner.size))
         self._reducer: tuple[Reducer, DeviceCommunicator] | None = None
 
     @classmethod

@@ -44,7 +44,7 @@ class DirectCommunicator(DeviceCommunicator):
             self.inner.all_reduce(buffer, operation)
         else:
             with self.span("reduce"), self.gpu.stream():  # its messages record the bytes
-                algorithms.all_reduce_by(algorithm)(self, buffer, operation, self._everybody)
+                algorithms.all_reduce_by(algorithm)(self, buffer, operation, self._all_ranks)
 
     def _all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
         self.gpu.mark().synchronize()

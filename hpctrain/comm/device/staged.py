@@ -79,7 +79,7 @@ class StagedCommunicator(DeviceCommunicator):
 
     def _all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
         with self.span("recv"):
-            algorithms.ring_all_gather(self, buffer, bounds, self._everybody)
+            algorithms.ring_all_gather(self, buffer, bounds, self._all_ranks)
 
     def _pass(self, buffer: Buffer, ready: Any, verb: Callable[[Buffer], None], loads: bool, stores: bool) -> None:
         """Run a blocking operation on the buffer piece by piece; the neighbouring pieces are copied meanwhile."""

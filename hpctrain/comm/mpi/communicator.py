@@ -91,7 +91,7 @@ class MpiCommunicator(Communicator):
         self.node = _split(handle, self.nodes[self.rank], self.rank)
         self._count = 0
         self._messages: dict[tuple[int, int], int] = {}
-        self._everybody = tuple(range(self.size))
+        self._all_ranks = tuple(range(self.size))
 
     # -- point to point ------------------------------------------------------------------------------------
     def start_send(self, buffer: Buffer, dest: int, tag: int) -> Request:
@@ -144,7 +144,7 @@ class MpiCommunicator(Communicator):
         if algorithm == "library":
             self.handle.Allreduce(MPI.IN_PLACE, buffer, OPERATIONS[operation])
         else:
-            algorithms.all_reduce_by(algorithm)(self, buffer, operation, self._everybody)
+            algorithms.all_reduce_by(algorithm)(self, buffer, operation, self._all_ranks)
 
     def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
         id = self._collective()

@@ -26,7 +26,7 @@ def write_report(run_folder: Path | str, path: Path | str | None = None) -> tupl
     target = Path(path) if path is not None else analysis.run.folder / REPORT
     with output_file(target) as unfinished:
         unfinished.touch()  # check that the page can be written before doing the work
-        with Progress() as said:
-            page, headline = render_page(analysis, said)
+        with Progress() as notify:
+            page, headline = render_page(analysis, notify)
         unfinished.write_text(page, encoding="utf-8")
     return target, headline

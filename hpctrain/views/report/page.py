@@ -24,7 +24,7 @@ from hpctrain.views.report.timeline import row_pixels, timeline_data, timeline_p
 if TYPE_CHECKING:
     from hpctrain.analysis import Analysis
 
-Said = Callable[[str], None]
+Notify = Callable[[str], None]
 LARGEST_PAGE = 4_800_000  # bytes
 TIMELINE_BYTES = (300_000, 2_600_000)  # least and most for the timeline's spans, whatever else is on the page
 
@@ -46,10 +46,10 @@ class Part:
         return None
 
 
-def render_page(analysis: Analysis, said: Said) -> tuple[str, str]:
+def render_page(analysis: Analysis, notify: Notify) -> tuple[str, str]:
     """(the page's HTML, the headline)."""
     run, part, folder = analysis.run, Part(), escaped(shlex.quote(str(analysis.run.folder)))
-    said("report: computing where the time went")
+    notify("report: computing where the time went")
     phases = part("phases", lambda: analysis.phases)
     headline = part("headline", lambda: analysis.headline) or "Where the time went could not be computed."
     values: dict[str, Any] = {
@@ -64,25 +64,25 @@ def render_page(analysis: Analysis, said: Said) -> tuple[str, str]:
         "metrics": part("metrics", lambda: tables.metrics(run)),
         "job": run.job_text,
     }
-    found = part("figures", lambda: draw_pictures(analysis, folder, said))
+    found = part("figures", lambda: draw_pictures(analysis, folder, notify))
     pictures, missing = found if found is not None else ([], [])
     values |= {"pictures": pictures, "missing_pictures": missing, "bokeh": bokeh_script(), "style": inline("page.css")}
     values |= {"script": inline("timeline.js"), "colours": KIND_COLOURS}
     size = len(fill(values | {"timeline": None, "notes": run.notes, "left_out": part.left_out}).encode())
     least, most = TIMELINE_BYTES
     budget = max(least, min(most, LARGEST_PAGE - size))
-    values["timeline"] = part("timeline", lambda: timeline(analysis, phases, budget, said))
+    values["timeline"] = part("timeline", lambda: timeline(analysis, phases, budget, notify))
     # The notes come last because reading more of the run adds to them.
     return fill(values | {"notes": run.notes, "left_out": part.left_out}), headline
 
 
-def timeline(analysis: Analysis, phases: Any, budget: int, said: Said) -> dict[str, Any] | None:
+def timeline(analysis: Analysis, phases: Any, budget: int, notify: Notify) -> dict[str, Any] | None:
     """The timeline's values for page.html; None for a run without spans."""
-    store = collect_spans(analysis.run, budget, said)
+    store = collect_spans(analysis.run, budget, notify)
     hidden, spans, seconds = store.hidden
     if not spans:
         return None
-    said("report: writing the page")
+    notify("report: writing the page")
     data = timeline_data(analysis.run, phases, store)
     codes = {int(code) for spans, _ in store.rows for code in np.unique(spans.columns["kind"])}
     content = {"plot": json.loads(timeline_plot(store)), "data": data, "rowPixels": row_pixels(len(store.rows))}

@@ -36,7 +36,7 @@ class Picture:
 
 
 def draw_pictures(
-    analysis: Analysis, folder: str, said: Callable[[str], None]
+    analysis: Analysis, folder: str, notify: Callable[[str], None]
 ) -> tuple[list[Picture], list[tuple[str, str]]]:
     """(pictures, (name, reason) of those that cannot be drawn). `folder`: the run, for the commands to redraw them."""
     from hpctrain.views.figures import FIGURES
@@ -45,7 +45,7 @@ def draw_pictures(
     for name in FIGURES:
         if name == INTERACTIVE:
             continue
-        said(f"report: drawing {name}")
+        notify(f"report: drawing {name}")
         try:
             module = import_module(f"hpctrain.views.figures.{name}")
             url, width = embed(module.draw(analysis))

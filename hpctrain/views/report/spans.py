@@ -142,11 +142,11 @@ class SpanStore:
         return hidden, hidden + sum(len(spans) for spans, _ in self.rows), sum(s.hidden_ns for s, _ in self.rows) / 1e9
 
 
-def collect_spans(run: Run, budget: int, said: Callable[[str], None] = lambda text: None) -> SpanStore:
-    """The spans of all ranks and lanes within `budget` bytes; `said` is called with progress messages."""
+def collect_spans(run: Run, budget: int, notify: Callable[[str], None] = lambda text: None) -> SpanStore:
+    """The spans of all ranks and lanes within `budget` bytes; `notify` is called with progress messages."""
     store, origin = SpanStore(budget), run.start_ns
     for place, rank in enumerate(run.ranks, 1):
-        said(f"report: reading the spans of rank {rank} of {run.size}")
+        notify(f"report: reading the spans of rank {rank} of {run.size}")
         lanes = {0: Spans(rank, 0)}
         for _, _, block in run.blocks("spans", rank):
             for lane in np.unique(block["lane"]).tolist():

@@ -1,4 +1,4 @@
-"""Looks at a run repeatedly and returns its state each time. Does not use the terminal."""
+"""Reads a run repeatedly and returns its state each time. Does not use the terminal."""
 
 from __future__ import annotations
 
