@@ -202,7 +202,7 @@ class LossRule(Rule, ABC):
         if left > needed:
             return None
         return (
-            f"one window of losses takes {needed} rounds, but the run has {left} from there on; lower window "
+            f"one window of losses takes {needed} rounds, but the run has no more than {left} from there on; lower window "
             f"(now {self.options.window}) or rounds (now {self.options.rounds}), or train longer"
         )
 
@@ -400,7 +400,7 @@ class FunctionRule(Rule):
         left = self.intervals.left()
         if left > ROUNDS:
             return None
-        return f"it is called every {ROUNDS} rounds, and the run has {left} from there on; train longer"
+        return f"it is called every {ROUNDS} rounds, but the run has no more than {left} from there on; train longer"
 
     def state(self) -> dict[str, Any]:
         return {"intervals": self.intervals.state(), "losses": self.losses}

@@ -108,6 +108,6 @@ def _parse(file: IO[Any], path: Path) -> NDArray[np.uint8]:
     while len(data) <= expected and (chunk := file.read(_CHUNK)):  # the header alone is not trusted
         data += chunk
     if len(data) != expected:
-        what = f"is truncated: it holds {len(data)}" if len(data) < expected else "is too long: it holds more than the"
-        raise DataError(f"{path} {what} bytes of data; its header says {expected} {shape}; download it again")
+        what = f"is truncated: it holds {len(data)} bytes of data" if len(data) < expected else "is too long"
+        raise DataError(f"{path} {what}; its header says {expected} bytes {shape}; download it again")
     return np.frombuffer(data, np.uint8).reshape(shape)

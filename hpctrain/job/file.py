@@ -88,7 +88,7 @@ def override(
     Raises JobError for overrides that cannot be applied; validation finds unknown keys later.
     """
     if isinstance(overrides, str):
-        raise JobError('overrides are a list of "key=value", not one string')
+        raise JobError('overrides must be a list of "key=value", not one string')
     result: dict[str, Any] = _copied(tables)
     look = functools.partial(_table_at, model, tables=result)
     settings = [_setting(text) for text in overrides]

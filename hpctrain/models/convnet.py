@@ -23,7 +23,7 @@ def convnet(
     batch (as long as `dropout` is 0).
     """
     if whole("size", size) % 4:
-        raise ModelError(f"model.size = {size!r}: a multiple of 4 was expected, because the image is halved twice")
+        raise ModelError(f"model.size = {size!r}: expected a multiple of 4, because the image is halved twice")
     width = whole("width", width)
     layers: list[nn.Module] = [
         nn.Conv2d(whole("channels", channels), width, 3, padding=1),

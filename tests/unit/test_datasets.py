@@ -136,9 +136,9 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "header": (rewrite(IMAGES, lambda data: data[:9]), "is truncated: it ends within its header"),
     "truncated": (
         rewrite(IMAGES, lambda data: data[:-1]),
-        r"is truncated: it holds 9407 bytes of data; its header says 9408 \(12, 28, 28\)",
+        r"is truncated: it holds 9407 bytes of data; its header says 9408 bytes \(12, 28, 28\)",
     ),
-    "too long": (rewrite(IMAGES, lambda data: data + b"x"), "is too long: it holds more than the bytes"),
+    "too long": (rewrite(IMAGES, lambda data: data + b"x"), r"is too long; its header says 9408 bytes \("),
     "huge sizes": (
         rewrite(IMAGES, lambda data: data[:4] + b"\xff" * 12 + data[16:]),
         "is truncated: it holds 9408 bytes of data; its header says 79228162458924105385300197375",

@@ -353,7 +353,7 @@ MISTAKES = [
     ("phases = []", "phases = an empty list: must be a list of tables, not empty"),
     ("phases = {}", "phases = an empty table: must be a list of tables"),
     ("phases = [3]", "phases.0 = 3: must be a table"),
-    ("phases = [{}, {}]", "phases.0.until: is missing: only the last phase may go on"),
+    ("phases = [{}, {}]", "phases.0.until: is missing: only the last phase may continue"),
     ("phases = [{}]\nstrategy = {}", "strategy: phases are also given"),
     (
         "phases = [{until = {rule = 'utnil'}}]",

@@ -76,7 +76,7 @@ def test_length_learned_during_the_run() -> None:
     order.learn(100)
     order.learn(100)
     assert (order.epoch(100), order.epoch_end(100)) == (1, 200)
-    with pytest.raises(ValueError, match="the length is 100, and cannot become 99"):
+    with pytest.raises(ValueError, match="the length is 100, and cannot change to 99"):
         order.learn(99)
 
 

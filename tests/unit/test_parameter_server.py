@@ -147,7 +147,7 @@ def test_run_does_not_wait_for_the_slowest(tmp_path: Path):
 
 def test_at_least_one_worker_is_waited_for(tmp_path: Path):
     job = _backup_job(tmp_path).override(["strategy.backup_workers=3"])
-    with pytest.raises(ClusterError, match=r"strategy.backup_workers = 3: of 3 workers at least one"):
+    with pytest.raises(ClusterError, match=r"strategy.backup_workers = 3: at least one of 3 workers"):
         World(4).run(lambda comm: helpers.quiet_train(comm, job))
     assert not list(tmp_path.iterdir())
 

@@ -333,7 +333,7 @@ def test_frozen_parameters_may_be_in_groups() -> None:
         (lambda m: [{"params": [m.weight, m.weight, m.bias]}], "weight is listed 2 times"),
         (lambda m: [{"parameters": [m.weight]}], "group 0 is not a dictionary with params"),
         (lambda m: [m.weight, m.bias], "group 0 is not a dictionary with params"),
-        (lambda m: {"params": [m.weight]}, "gave a dict; expected a list"),
+        (lambda m: {"params": [m.weight]}, "returned a dict; expected a list"),
         (lambda m: None, None),
         (lambda m: 3, "returned a int; expected a list"),
         (lambda m: [{"params": ["weight", "bias"]}], "group 0 lists a str"),

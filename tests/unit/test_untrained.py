@@ -419,7 +419,7 @@ def test_expanded_and_sparse_buffers_train_evaluate_and_resume(tmp_path: Path) -
     "value", ["both", 3, {"a": "both"}, {"": "own"}, ["own"], {"a": {"b": "own"}}]
 )
 def test_invalid_policies_are_refused(value: Any) -> None:
-    with pytest.raises(JobError, match=r'^train.buffers.*: must be one of "rank0", "mean", "own", or a table of such'):
+    with pytest.raises(JobError, match=r'^train.buffers.*: must be one of "rank0", "mean", "own", or a table of these'):
         Job(train={"buffers": value})
 
 
