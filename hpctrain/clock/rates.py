@@ -152,12 +152,12 @@ class Pace:
     def rate(self, cursor: int) -> float:
         """The learning rate's factor for the step that begins at `cursor`."""
         if self.learning_rate == "reset":
-            return self._anew.factor(cursor)
+            return self._restarted.factor(cursor)
         return self.course.factor(cursor) * self._factor(self.learning_rate, cursor)
 
     def momentum_factor(self, cursor: int) -> float:
         """The momentum's factor for the step that begins at `cursor`."""
-        course = self._anew if self.learning_rate == "reset" else self.course
+        course = self._restarted if self.learning_rate == "reset" else self.course
         return course.momentum(cursor) * self._factor(self.momentum, cursor)
 
     def _factor(self, policy: str, cursor: int) -> float:
@@ -166,5 +166,5 @@ class Pace:
         return min(1.0, (cursor - self.start + 1) / (self.ramp + 1)) if policy == "ramp" else 1.0
 
     @cached_property
-    def _anew(self) -> RateCourse:
+    def _restarted(self) -> RateCourse:
         return self.course.restarted(self.start)

@@ -202,8 +202,8 @@ class LossRule(Rule, ABC):
         if left > needed:
             return None
         return (
-            f"one window of losses takes {needed} rounds, but the run has no more than {left} from there on; lower window "
-            f"(now {self.options.window}) or rounds (now {self.options.rounds}), or train longer"
+            f"one window of losses takes {needed} rounds, but no more than {left} remain when the phase starts; lower "
+            f"window (now {self.options.window}) or rounds (now {self.options.rounds}), or train longer"
         )
 
     def state(self) -> dict[str, Any]:
@@ -231,7 +231,7 @@ class LossStableOptions(Options):
         description="the number of rounds (samples of all workers) that each loss is averaged over"
     )
     armed: float = Field(
-        0.5, gt=0, le=1e12, description="do not end the phase before a loss was below this share of the first one"
+        0.5, gt=0, le=1e12, description="do not end the phase until a loss has been below this share of the first one"
     )
 
 
@@ -400,7 +400,7 @@ class FunctionRule(Rule):
         left = self.intervals.left()
         if left > ROUNDS:
             return None
-        return f"it is called every {ROUNDS} rounds, but the run has no more than {left} from there on; train longer"
+        return f"it is called every {ROUNDS} rounds, but no more than {left} remain when the phase starts; train longer"
 
     def state(self) -> dict[str, Any]:
         return {"intervals": self.intervals.state(), "losses": self.losses}

@@ -97,7 +97,7 @@ def unwritable(value: object, place: Place = ()) -> list[InitErrorDetails]:
     """Errors for what TOML cannot hold in `value`: objects, None, NaN, too large integers, too deep nesting."""
     if isinstance(value, (dict, list)):
         if len(place) >= DEEPEST:
-            return [wrong(place, value, f"nested more than {DEEPEST} deep")]
+            return [wrong(place, value, f"nested more than {DEEPEST} levels deep")]
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return [error for key, item in items for error in unwritable(item, (*place, key))]
     text = ""

@@ -47,12 +47,12 @@ class RuleSpec(Choice):
 
 
 class Enter(Table):
-    """What becomes of learning rate and momentum where the phase before goes over into this one."""
+    """How learning rate and momentum continue from the previous phase."""
 
     learning_rate: Literal["auto", "keep", "scale", "reset", "ramp"] = Field(
         default="auto",
         description="auto: the schedule continues, times the strategy's own factor (lr_per_update); keep: the "
-        "schedule continues as in the phase before; scale: the same times enter.scale; reset: the "
+        "schedule continues without that factor; scale: keep, times enter.scale; reset: the "
         "schedule starts again over the rest of the run, including the warm-up; ramp: auto, times a "
         "linear rise over enter.ramp",
     )

@@ -122,7 +122,7 @@ class Named(Table):
     @classmethod
     def _check_object(cls, thing: object) -> None:
         if not callable(thing):
-            fail((), thing, f"must be the name of a {cls.KIND}, or something that can be called")
+            fail((), thing, f"must be the name of a {cls.KIND}, or a callable")
 
     def resolve(self) -> Any:
         """The object, imported by its name if necessary. Raises JobError (see `registry.resolve`)."""

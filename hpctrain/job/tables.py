@@ -67,9 +67,9 @@ class Data(Named):
     queue: Literal["auto", "static", "shared"] = Field(
         default="auto",
         description="in asynchronous phases, static: each worker has its own share of the samples; shared: one queue "
-        "for all, from which a slow worker takes fewer; auto: shared. Synchronous phases deal out every round",
+        "for all, from which a slow worker takes fewer; auto: shared. Synchronous phases divide each round by rank",
     )
-    shuffle: bool = Field(default=True, description="shuffle the samples in every epoch, depending on the seed")
+    shuffle: bool = Field(default=True, description="reshuffle the samples in every epoch, by the seed")
     last: Literal["keep", "drop"] = Field(
         default="keep",
         description="what happens to the samples left over at the end of an epoch, too few for a full round. keep: "
@@ -106,7 +106,7 @@ class Loss(Named):
 
 
 class Metric(Named):
-    """What is reported, and what train.target and train.patience look at."""
+    """What is reported, and what train.target and train.patience use."""
 
     KIND = "metric"
     name: str = Field(
@@ -337,7 +337,7 @@ class Train(Table):
 
 
 class Trace(Table):
-    """What the ranks write down about themselves."""
+    """What the ranks record about themselves."""
 
     enabled: bool = Field(default=True, description="write traces")
     flush_seconds: Annotated[float, Field(gt=0, le=86400)] = Field(
@@ -354,7 +354,7 @@ class CommunicatorTable(Table):
 
     wait: Literal["auto", "spin", "nap"] = Field(
         default="auto",
-        description="waiting ranks spin (fast) or nap (leave the core to others); auto: depends on the number of "
+        description="waiting ranks spin (fast) or nap (yield the core to others); auto: depends on the number of "
         "cores",
     )
     shared: bool = Field(default=True, description="ranks of a node may exchange through shared memory windows")

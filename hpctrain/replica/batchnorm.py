@@ -295,4 +295,4 @@ class _Ferry:
         self._asked.put(action)
         error = self._answered.get()
         if error is not None:
-            raise RuntimeError("the other virtual ranks are gone") from error
+            raise RuntimeError("the other virtual ranks have ended") from error

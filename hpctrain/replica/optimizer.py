@@ -91,7 +91,7 @@ class OptimizerChoice:
         """Take one step on zeros, to detect options that fail only there."""
         optimizer, parameter = self._step(device)
         if "lr" not in optimizer.param_groups[0]:
-            raise ModelError(f"optimizer {self.cls.__name__} keeps no lr in its param_groups to be scheduled")
+            raise ModelError(f"optimizer {self.cls.__name__} has no lr in its param_groups, so its learning rate cannot be scheduled")
         for key, value in optimizer.state[parameter].items():
             self._check_state(key, value, parameter)
 
@@ -161,7 +161,7 @@ def _check_keys(optimizer: type[torch.optim.Optimizer], options: Iterable[str], 
     for key in options:
         if key not in known:
             raise ModelError(
-                f"{where}{key}: {optimizer.__name__} takes no such argument{did_you_mean(key, known)}; "
+                f"{where}{key}: {optimizer.__name__} has no such argument{did_you_mean(key, known)}; "
                 f"it takes {', '.join(known)}"
             )
 

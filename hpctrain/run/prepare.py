@@ -120,7 +120,7 @@ class Prepared(Measurable):
         return made
 
     def conductor(self, phase: int, start: int, notify: Callable[[Event], None]) -> Conductor:
-        """The conductor of that phase, which began at the cursor `start`; `tell` receives the events of its rule."""
+        """The conductor of that phase, which began at the cursor `start`; `notify` receives the events of its rule."""
         clock, train = self.clock(phase), self.job.train
         evaluate_every, every = interval(clock, train.evaluate_every), train.checkpoint_every
         checkpoint_every = interval(clock, every) if every else 0

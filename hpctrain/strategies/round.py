@@ -234,7 +234,7 @@ class RoundStrategy(Strategy):
         self._length = self.length()
         self._foreseen = self.phase.conductor.ends(self._start)
         if self._length > 1 and self.local is None:
-            raise HpctrainError(f"strategy {type(self).__name__} has rounds of {self._length} steps and no local()")
+            raise HpctrainError(f"strategy {type(self).__name__} has rounds of {self._length} steps but no local()")
 
     def step(self, samples: int, loss: float) -> Outcome:
         phase = self.phase

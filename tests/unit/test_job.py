@@ -284,7 +284,7 @@ MISTAKES = [
     ("model.x = nan", "model.x = nan: must be a number"),
     ("model.x = [1, {y = nan}]", "model.x.1.y = nan: must be a number"),
     (f"model.x = {2**64}", "model.x = an integer of 65 bits: must be at most 9223372036854775807 in size"),
-    (f"model.x = {'[' * 30}{']' * 30}", "nested more than 16 deep"),
+    (f"model.x = {'[' * 30}{']' * 30}", "nested more than 16 levels deep"),
     ("data.validation = 1", "data.validation = 1: must be a number, at least 0 and below 1"),
     ("data.validation = -0.1", "data.validation = -0.1: must be a number, at least 0 and below 1"),
     ('data.augment = "shift"', 'data.augment = "shift": must be a list of text'),
@@ -892,4 +892,4 @@ def test_built_in_strategies_and_rules_describe_options_and_forbid_others() -> N
 def test_namespaces_are_accepted_only_for_data() -> None:
     splits = types.SimpleNamespace(train=[1], validation=None, test=None)
     assert Job(data=splits).data.resolve() is splits
-    assert "something that can be called" in mistakes(Job, model=splits)[0]
+    assert "or a callable" in mistakes(Job, model=splits)[0]

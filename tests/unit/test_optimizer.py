@@ -276,7 +276,7 @@ class OwnLbfgs(torch.optim.LBFGS):
         (torch.optim.Adam, {"lr": 0.1, "fused": True, "foreach": True}, None, "fused"),
         (torch.optim.Adam, {"lr": 0.1, "capturable": True}, None, "capturable"),
         (torch.optim.SGD, {"lr": 0.1, "differentiable": True}, None, "SGD with lr = 0.1, differentiable = True"),
-        (torch.optim.RMSprop, {"lr": 0.1, "fused": True}, None, "optimizer.fused: RMSprop takes no such argument"),
+        (torch.optim.RMSprop, {"lr": 0.1, "fused": True}, None, "optimizer.fused: RMSprop has no such argument"),
         (torch.optim.Adafactor, {"lr": 0.1}, True, "elementwise = true: Adafactor needs whole parameters"),
         (Greedy, {"lr": 0.1, "anything": 1}, None, "closure"),
     ],

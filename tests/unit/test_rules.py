@@ -227,15 +227,15 @@ def test_function_of_the_main_program_is_kept() -> None:
         (
             {"rule": "loss_stable", "threshold": 9.0, "armed": 2.0},
             70,
-            "takes 70 rounds, but the run has no more than 70 from there on; lower window (now 6) or rounds",
+            "takes 70 rounds, but no more than 70 remain when the phase starts; lower window (now 6) or rounds",
         ),
         (
             {"rule": "loss_stable", "window": 2, "rounds": 3, "threshold": 9.0},
             9,
-            "takes 9 rounds, but the run has no more than 9 from there on",
+            "takes 9 rounds, but no more than 9 remain when the phase starts",
         ),
         ({"rule": "loss_stable_published", "threshold": 9.0}, 6, "takes 6 rounds, but the run has no more than 6"),
-        ({"rule": f"{HERE}:under"}, 10, "called every 10 rounds, but the run has no more than 10 from there on"),
+        ({"rule": f"{HERE}:under"}, 10, "called every 10 rounds, but no more than 10 remain when the phase starts"),
     ],
 )
 def test_run_too_short_for_one_window_is_reported(keys: dict[str, Any], rounds: int, sentence: str) -> None:

@@ -531,7 +531,7 @@ REFUSED: dict[str, tuple[type[HpctrainError], str, dict[str, Any]]] = {
     "nothing trainable": (ModelError, "no trainable parameters", {"model": lambda: nn.ReLU()}),
     "no model": (ModelError, "expected a torch.nn.Module", {"model": lambda: 5}),
     "lazy": (ModelError, "lazy parameters", {"model": lambda: nn.LazyLinear(3)}),
-    "optimizer": (ModelError, "SGD takes no such argument", {"optimizer": {"name": "SGD", "momemtum": 1}}),
+    "optimizer": (ModelError, "SGD has no such argument", {"optimizer": {"name": "SGD", "momemtum": 1}}),
     "missing data": (DataError, "nowhere", {"data": {"name": "mnist", "path": "nowhere"}}),
     "empty data": (DataError, "is empty", {"data": TensorDataset(torch.zeros(0, 7))}),
 }

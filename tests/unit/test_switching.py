@@ -336,7 +336,7 @@ def test_run_too_short_for_its_rule_trains_to_the_end_with_a_note(tmp_path: Path
     text, results, _ = observed(4, job)
     note = "note: strategy.until cannot end phase 0 in this run, so all_reduce trains until the run ends: one win"
     assert note in text
-    assert "takes 70 rounds, but the run has no more than 8 from there on" in text
+    assert "takes 70 rounds, but no more than 8 remain when the phase starts" in text
     assert [summary.steps for summary in results[0].phases] == [8]
     assert "note:" not in observed(4, helpers.make_job(tmp_path, strategy={"name": "switch", "until": STABLE},
                                                    train={"epochs": 4}))[0]  # fmt: skip
