@@ -53,7 +53,7 @@ def _rows(model: type[BaseModel], above: str, prefix: str = "") -> Iterator[Row]
         if model is Job and name == "phases":
             yield from _rows(PhaseTable, "phases.N.")
     if issubclass(model, Named):
-        text = f"{prefix}keyword arguments of the object in {above}name"
+        text = f"{prefix}keyword arguments of the object that {above}name names"
         yield Row(f"{above}*", "any value", "none", "", text)
 
 

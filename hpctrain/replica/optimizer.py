@@ -91,7 +91,9 @@ class OptimizerChoice:
         """Take one step on zeros, to detect options that fail only there."""
         optimizer, parameter = self._step(device)
         if "lr" not in optimizer.param_groups[0]:
-            raise ModelError(f"optimizer {self.cls.__name__} has no lr in its param_groups, so its learning rate cannot be scheduled")
+            raise ModelError(
+                f"optimizer {self.cls.__name__} has no lr in its param_groups, so its learning rate cannot be scheduled"
+            )
         for key, value in optimizer.state[parameter].items():
             self._check_state(key, value, parameter)
 

@@ -769,7 +769,7 @@ def test_unsuitable_objects_are_refused() -> None:
         ({"optimizer": torch.optim.LBFGS}, "cannot be used: it evaluates the loss several times"),
         (
             {"model": torch.zeros(3)},
-            "model = <Tensor object>: must be the name of a model, or something that",
+            "model = <Tensor object>: must be the name of a model, or a callable",
         ),
         ({"model": (1, 2)}, "model = a list of 2: must be the name of a model"),
         ({"data": [1, 2]}, "data = a list of 2: must be a table"),
