@@ -234,7 +234,7 @@ def test_function_of_the_main_program_is_kept() -> None:
             9,
             "takes 9 rounds, but no more than 9 remain when the phase starts",
         ),
-        ({"rule": "loss_stable_published", "threshold": 9.0}, 6, "takes 6 rounds, but the run has no more than 6"),
+        ({"rule": "loss_stable_published", "threshold": 9.0}, 6, "takes 6 rounds, but no more than 6"),
         ({"rule": f"{HERE}:under"}, 10, "called every 10 rounds, but no more than 10 remain when the phase starts"),
     ],
 )
