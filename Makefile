@@ -37,14 +37,14 @@ demo: $(MPICH)/.installed
 test: test-unit test-mpich
 
 test-unit: $(MPICH)/.tests
-	$(MPICH)/bin/python -m pytest -q -n 2 -m "not slow" tests/unit tests/conformance
+	$(MPICH)/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" tests/unit tests/conformance
 
 test-mpich: $(MPICH)/.tests
 	$(call under_mpi,$(MPICH),$(RANKS))
 	$(call launching,$(MPICH),launch and not slow)
 
 test-slow: $(MPICH)/.tests
-	$(MPICH)/bin/python -m pytest -q -n 2 -m slow tests/unit tests/conformance
+	$(MPICH)/bin/python -m pytest -q -n 2 --dist worksteal -m slow tests/unit tests/conformance
 	$(call under_mpi,$(MPICH),$(OTHER_RANKS))
 	$(call launching,$(MPICH),launch and slow)
 
