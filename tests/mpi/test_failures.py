@@ -450,7 +450,8 @@ def test_server_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
     assert any("not closed" in note for note in run.notes)
 
 
-@pytest.mark.parametrize("plain", [False, slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("plain", [False, True])
 def test_ctrl_c(start: Start, mpi: launcher.Mpi, tmp_path: Path, plain: bool) -> None:
     """Sent to `hpctrain run` or to mpiexec: saves a checkpoint and prints one line within 10 s; --resume continues,
     also with changed keys, but not while the run is still running."""

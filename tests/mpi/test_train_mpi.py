@@ -21,6 +21,7 @@ def _only(folder: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.any_mpi
 def test_the_same_resolved_job_gives_the_same_bits(mpi: launcher.Mpi, tmp_path: Path) -> None:
     """First with overrides, then from the job in the run folder; also under the other launcher."""

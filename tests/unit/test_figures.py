@@ -322,6 +322,7 @@ def test_every_figure_has_a_short_script():
         assert f": python analysis/{name}.py RUN -o {name}.png\n\n" in text
 
 
+@pytest.mark.slow
 def test_script_draws_a_run_and_reports_a_wrong_folder(four, tmp_path):
     script, picture = ROOT / "analysis" / "loss.py", tmp_path / "x.png"
     good, bad = (

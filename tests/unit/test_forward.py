@@ -285,6 +285,7 @@ def test_evaluation_without_a_loss_reports_none(tmp_path: Path, wanted: Any) -> 
     assert not any("nan" in line for line in lines if not line.startswith("phase"))  # whose seconds are virtual: 0
 
 
+@pytest.mark.slow
 def test_readers_accept_evaluations_without_a_loss(tmp_path: Path) -> None:
     run = train_traced(tmp_path, detectors_job(tmp_path, traced=True), 2)
     folder = run.folder

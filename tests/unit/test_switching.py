@@ -448,6 +448,7 @@ def test_samples_and_versions_of_several_workers_are_consistent(tmp_path: Path, 
         assert [summary.steps for summary in again[0].phases] == [summary.steps for summary in whole.phases]
 
 
+@pytest.mark.slow
 def test_rule_resumes_where_it_was(tmp_path: Path):
     """With one worker, whose losses repeat."""
     job = stable(tmp_path).override(["train.checkpoint_every.samples=100", "train.keep_checkpoints=99"])

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from hpctrain.trace import Recorder, TraceWriter, format_totals, open_run, sum_times, trace_path
-from tests.marks import slow
 
 SECOND = 10**9
 LOSS = Path(__file__).resolve().parents[2] / "analysis" / "loss.py"
@@ -81,7 +80,8 @@ def test_totals_table(tmp_path):
     assert narrow.count("role") == 3
 
 
-@pytest.mark.parametrize("suffix", ["png", slow("svg")])
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_loss_figure_is_drawn(tmp_path, suffix):
     build(tmp_path)
     figure = tmp_path / f"loss.{suffix}"

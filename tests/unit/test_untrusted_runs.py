@@ -168,6 +168,7 @@ def test_run_contents_cannot_control_the_terminal(tmp_path, monkeypatch, capsys)
     assert "\x1b" not in (run / "csv" / "events.csv").read_text()
 
 
+@pytest.mark.slow
 def test_run_contents_cannot_become_markup_in_the_page(tmp_path):
     script = "<script>alert(1)</script>"
     job = f"name = 'x'\nloss = '<{script}>'\n"
