@@ -13,6 +13,7 @@ from hpctrain.trace import open_run
 from hpctrain.views import compare
 from hpctrain.views.report import tables, write_report
 from tests import old_runs
+from tests.helpers import jitter
 from tests.marks import slow
 from tests.traces import HandMade, train_traced
 
@@ -52,7 +53,7 @@ def test_run_of_many_phases_is_recorded_and_reported(tmp_path: Path, count: int)
     del phases[-1]["until"]
     train = {"steps": count, "batch_size": 4, "evaluate_every": {"steps": 10**6}}
     job = Job(**{**old_runs.COMMON, "output": str(tmp_path / "runs"), "phases": phases, "train": train})
-    run = train_traced(tmp_path, job, 2, network=LinkNetwork())
+    run = train_traced(tmp_path, job, 2, network=LinkNetwork(), compute=jitter())
     assert run.steps(0)["phase"].unique().tolist() == list(range(count))
     assert run.notes == []
     assert [event.phase for event in run.events(1)["event"] if hasattr(event, "phase")] == list(range(count))
