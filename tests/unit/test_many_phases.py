@@ -45,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("count", [260, slow(PHASES)])
 def test_run_of_many_phases_is_recorded_and_reported(tmp_path: Path, count: int) -> None:
     """One step each (the last takes the rest), alternating strategies and roles; 260 are more than fit a byte."""
