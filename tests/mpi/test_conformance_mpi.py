@@ -35,7 +35,7 @@ def _name(value: Subject | Check) -> str:
 def test_strategy_passes_check(join: Join, folder: Path, subject: Subject, check: Check) -> None:
     comm = join()
     if comm.size != 4 and check.name not in EVERYWHERE:
-        pytest.skip("this check runs on 4 ranks only; others add time and no case")
+        pytest.skip("this check runs on 4 ranks only: equality and resuming cover other numbers")
     verdict = over_real_ranks(subject, check, comm, folder)
     if verdict.left_out is not None:
         pytest.skip(verdict.left_out)
