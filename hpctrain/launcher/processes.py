@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 from hpctrain.launcher.facts import MARK, MPICH
+
+# linux/pidfd.h: the first version of struct pidfd_info begins with its mask and ends with the exit code.
+PIDFD_INFO = struct.Struct("=Q52si")
+PIDFD_INFO_EXIT = 1 << 3
+PIDFD_GET_INFO = 0xC040FF0B
 
 
 def environments(mark: str) -> dict[int, dict[str, str]]:
@@ -53,11 +60,28 @@ def living(pid: int) -> bool:
         return False
 
 
-def exit_code(pid: int) -> int | None:
-    """How a process ended that its parent has not reaped yet, as from waitpid; None if unknown.
+def exit_code(pidfd: int, pid: int) -> int | None:
+    """How the process behind that pidfd ended, as from waitpid; None if unknown.
 
     psutil provides this only for children of the calling process.
     """
+    code = _code_of_zombie(pid)
+    return _code_of_pidfd(pidfd) if code is None else code
+
+
+def _code_of_pidfd(pidfd: int) -> int | None:
+    """From Linux 6.15 on; None before."""
+    info = bytearray(PIDFD_INFO.pack(PIDFD_INFO_EXIT, bytes(52), 0))
+    try:
+        fcntl.ioctl(pidfd, PIDFD_GET_INFO, info)
+    except OSError:
+        return None
+    mask, _, code = PIDFD_INFO.unpack(info)
+    return code if mask & PIDFD_INFO_EXIT else None
+
+
+def _code_of_zombie(pid: int) -> int | None:
+    """None if its parent has reaped it already."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

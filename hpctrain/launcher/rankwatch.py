@@ -1,7 +1,11 @@
 """Which rank ended first, and how: hydra does not know, and kills the others before they can report anything.
 
 The launcher, not this process, is the parent of the ranks. But a file descriptor (pidfd) can watch any process, and
-/proc has its exit status until its parent has reaped it. Needs Linux 5.3 or later; elsewhere nothing is known.
+has its exit code from Linux 6.15 on; before, /proc has it until the parent has reaped the process. Needs Linux 5.3 or
+later; elsewhere nothing is known.
+
+The order of the ends is no proof when they are close together: a rank closes its connection to the launcher before it
+has ended, so on a busy machine those that the launcher then kills may end before it.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from hpctrain.launcher.processes import environments, exit_code, parent
 # Slurm's variable is not usable: everything that a batch script starts inherits the script's own rank.
 RANK_VARIABLES = tuple(dict.fromkeys(launcher.rank for launcher in LAUNCHERS if launcher.kind))
 TOGETHER = 2.0  # seconds within which a launcher kills the other ranks
+SIMULTANEOUS = 0.005  # seconds within which the order of ends is not certain: about one time slice of the scheduler
 LAUNCHERS_OWN = {signal.SIGKILL, signal.SIGTERM}
 ASKED = {signal.SIGUSR1, signal.SIGTERM}
 
@@ -31,15 +36,13 @@ ASKED = {signal.SIGUSR1, signal.SIGTERM}
 class End:
     """The end of a rank's process. `code`: as from waitpid, None if it could not be read. `time`: monotonic.
 
-    Ends in one `batch` were noticed together, so their order is not known. `seen`: whether the code was read from the
-    process itself.
+    `seen`: whether the code was read from the process itself.
     """
 
     rank: int
     pid: int
     code: int | None
     time: float
-    batch: int
     seen: bool = True
 
     @property
@@ -67,7 +70,6 @@ class RankWatch:
         self.ends: list[End] = []
         self._watched: dict[int, tuple[int, int]] = {}  # (rank, PID) by file descriptor
         self._seen: set[int] = set()
-        self._batch = 0
         self._poll = select.poll()
         self._thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
 
@@ -100,7 +102,6 @@ class RankWatch:
             ready = {file for file, _ in self._poll.poll(1000 * pause if incomplete else None)}
             for file in ready - {self._stop}:
                 self._note(file)
-            self._batch += 1
             if ready == {self._stop}:
                 return
 
@@ -115,7 +116,8 @@ class RankWatch:
 
     def _note(self, file: int) -> None:
         rank, pid = self._watched.pop(file)
-        self.ends.append(End(rank, pid, exit_code(pid), time.monotonic(), self._batch))
+        code = exit_code(file, pid)
+        self.ends.append(End(rank, pid, code, time.monotonic()))
         self._poll.unregister(file)
         os.close(file)
 
@@ -132,10 +134,16 @@ def culprits(ends: Sequence[End], killed: bool, unfinished: Collection[int] = ()
         return (crashed or failed)[:1]
     for end in ends:
         if end.rank in unfinished or (killed and end.signal):
-            return [other for other in ends if (other.batch, other.code) == (end.batch, end.code)]
+            together = [one for one in _simultaneous(end, ends) if one.rank in unfinished or (killed and one.signal)]
+            exited = [one for one in together if one.seen and one.status == 0]  # the launcher does not do that
+            return exited or together
         if end.status == 0 and _killed_others(end, ends):
             return [end]
     return []
+
+
+def _simultaneous(end: End, ends: Sequence[End]) -> list[End]:
+    return [one for one in ends if abs(one.time - end.time) <= SIMULTANEOUS]
 
 
 def _killed_others(end: End, ends: Sequence[End]) -> bool:
@@ -162,25 +170,50 @@ def verdict(
         if one.rank is not None:
             pid = next((end.pid for end in ends if end.rank == one.rank), one.pid)  # prterun sometimes reports 0
             return _sentence(f"rank {one.rank} with PID {pid} on {one.host}", one.number, 0, silent)
-    found = culprits([_completed(end, codes) for end in ends], bool(reported), unfinished)
+    found = culprits(_completed(ends, codes), bool(reported), unfinished)
     if found:
-        end, several = found[0], sorted(end.rank for end in found)
-        where = f"rank {end.rank} with PID {end.pid}" if len(several) == 1 else f"one of the ranks {several}"
-        return _sentence(f"{where} on {socket.gethostname()}", end.signal, end.status or 0, silent)
+        return _blame(_listed(found, codes), silent)
     return _sentence(f"a rank on {reported[0].host}", reported[0].number, 0, silent) if reported else ""
 
 
-def _sentence(where: str, number: int, status: int, silent: bool) -> str:
+def _blame(found: Sequence[End], silent: bool) -> str:
+    end, several = found[0], sorted(end.rank for end in found)
+    where = f"rank {end.rank} with PID {end.pid}" if len(several) == 1 else f"one of the ranks {several}"
+    where += f" on {socket.gethostname()}"
+    if end.code is not None and all(one.code == end.code for one in found):
+        return _sentence(where, end.signal, end.status, silent)
+    return f"{where} ended in the middle of the run; the launcher then ended the other ranks"
+
+
+def _sentence(where: str, number: int, status: int | None, silent: bool) -> str:
     if number:
         return "" if number in ASKED else killed_by(where, number)
-    if status == 0:
+    if not status:
         return f"{where} ended in the middle of the run, with exit status 0; the launcher then ended the other ranks"
     return f"{where} ended with exit status {status} and no error message" if silent else ""
 
 
-def _completed(end: End, codes: Sequence[int]) -> End:
-    """With its code from the launcher's list if this process could not read it."""
-    return replace(end, code=codes[end.rank], seen=False) if end.code is None and end.rank < len(codes) else end
+def _completed(ends: Sequence[End], codes: Sequence[int]) -> list[End]:
+    """With the launcher's code for each rank whose code this process could not read.
+
+    The launcher lists 0 for ranks that it has killed itself, so a 0 counts only for the rank that ended first.
+    """
+    believed = _simultaneous(ends[0], ends) if ends else []
+    return [
+        replace(end, code=codes[end.rank], seen=False)
+        if end.code is None and end.rank < len(codes) and (codes[end.rank] or believed == [end])
+        else end
+        for end in ends
+    ]
+
+
+def _listed(found: Sequence[End], codes: Sequence[int]) -> Sequence[End]:
+    """Those of the candidates, all seen to be killed, that the launcher lists as killed.
+
+    It seldom lists those that it has killed itself, for it does not wait for them.
+    """
+    killed = all(end.seen and end.signal for end in found)
+    return [end for end in found if killed and end.rank < len(codes) and codes[end.rank]] or found
 
 
 def _rank(variables: Mapping[str, str]) -> int | None:

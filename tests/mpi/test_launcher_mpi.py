@@ -268,7 +268,9 @@ def test_rank_that_dies_silently_ends_all_and_is_named_once(start: Start, how: s
     no_files_since(began)
     lines = [line for line in run.text().splitlines() if not re.match(r"\[\w+:\d+\]", line)]  # Open MPI's backtrace
     assert len(lines) == 1, lines
-    assert lines[0].startswith(f"hpctrain run: rank 1 with PID {victim} on ")
+    # On a busy machine ranks that the launcher kills may end first: then the message says that it is not certain.
+    named = rf"hpctrain run: (rank 1 with PID {victim}|one of the ranks \[(0, )?1(, 2)?\]) on "
+    assert re.match(named, lines[0]), lines
     assert lines[0].endswith(words)
 
 

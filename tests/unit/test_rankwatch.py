@@ -19,8 +19,8 @@ KILLED, SEGMENTATION, BUS = signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS
 
 
 def ends(*reported: tuple[int, int | None, float]) -> list[End]:
-    """Ends from (rank, code, time); ends with equal times were noticed together."""
-    return [End(rank, 100 + rank, code, time, int(1000 * time)) for rank, code, time in reported]
+    """Ends from (rank, code, time)."""
+    return [End(rank, 100 + rank, code, time) for rank, code, time in reported]
 
 
 def status(number: int) -> int:
@@ -36,7 +36,7 @@ class TestCulprits:
             (ends((1, KILLED, 5.0), (0, KILLED, 5.1), (2, KILLED, 5.1)), [1]),  # killed; the launcher killed the others
             (ends((1, status(0), 5.0), (0, KILLED, 5.1), (2, KILLED, 5.1)), [1]),  # os._exit(0)
             (ends((0, KILLED, 5.0), (2, KILLED, 5.0), (1, SEGMENTATION, 5.0)), [1]),  # a crash is recognisable
-            (ends((0, KILLED, 5.0), (2, KILLED, 5.0), (1, KILLED, 5.1)), [0, 2]),  # noticed together
+            (ends((0, KILLED, 5.0), (2, KILLED, 5.002), (1, KILLED, 5.1)), [0, 2]),  # too close for the order to count
             (ends((1, None, 5.0), (0, None, 5.1)), []),  # the launcher may know
             (ends((2, status(3), 5.0), (0, KILLED, 5.1)), [2]),
             (ends((0, status(0), 5.0), (1, status(0), 5.0), (2, KILLED, 5.1)), [2]),  # the end of the run
@@ -56,6 +56,8 @@ class TestCulprits:
         reported = ends((0, status(0), 5.0), (1, status(0), 5.1), (2, None, 5.1))
         assert culprits(reported, killed=False) == []
         assert [end.rank for end in culprits(reported, killed=False, unfinished={1, 2})] == [1]
+        late = ends((0, KILLED, 5.0), (2, status(0), 5.002), (1, KILLED, 5.1))
+        assert [end.rank for end in culprits(late, killed=True, unfinished={0, 1, 2})] == [2]
 
 
 class TestVerdict:
@@ -100,6 +102,17 @@ class TestVerdict:
         assert left.startswith("rank 2 with PID 77 on node7 ended in the middle")
         seen = verdict(ends((2, None, 5.0)), [Reported(2, 0, "node7", 9)], [], False)
         assert seen == "rank 2 with PID 102 on node7 was killed by signal 9 (SIGKILL)"
+
+    def test_launcher_decides_between_killed_ranks_that_ended_together(self) -> None:
+        """It lists 0 for most of those that it has killed itself; what only it has seen proves nothing."""
+        seen = (0, KILLED, 5.0), (1, KILLED, 5.001), (2, KILLED, 5.002)
+        assert self.reported(*seen, codes=(0, 9, 0), killed=True).startswith("rank 1 with PID 101 on ")
+        assert self.reported(*seen, codes=(9, 9, 0), killed=True).startswith("one of the ranks [0, 1] on ")
+        unseen = ends((0, None, 5.0), (1, None, 5.001))
+        reported = [Reported(None, None, "node7", 9)]
+        unsure = verdict(unseen, reported, [9, 0], True, unfinished={0, 1})
+        assert unsure.startswith("one of the ranks [0, 1] on ")
+        assert unsure.endswith(" ended in the middle of the run; the launcher then ended the other ranks")
 
     def test_no_rank_is_blamed_for_stopping_when_asked(self) -> None:
         assert self.reported((1, signal.SIGUSR1, 5.0), (0, KILLED, 5.1), silent=True) == ""
