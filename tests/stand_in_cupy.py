@@ -6,13 +6,16 @@ a missing wait always reads old data. Fresh memory is filled with 0xa5.
 
 from __future__ import annotations
 
+import ctypes
 import threading
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from hpctrain.comm.base import BFLOAT16
 from hpctrain.comm.device.gpu import Gpu
 
 RUBBISH = 0xA5
@@ -55,9 +58,9 @@ class Stream:
         assert self.owner is not None
         self.owner.current.pop()
 
-    @classmethod
-    def from_external(cls, stream: Stream) -> Stream:
-        return stream
+    @property
+    def ptr(self) -> int:
+        return id(self)
 
 
 class Event:
@@ -84,10 +87,11 @@ class Event:
 
 
 class Array:
-    """A device array; not a NumPy array, so code that assumes one fails. `memory` is the device's memory."""
+    """A device array; not a NumPy array, so code that assumes one fails. `memory` is the device's memory, `base` the
+    allocation that it is part of, if `Memory` or a handle of one gave it."""
 
-    def __init__(self, owner: Cuda, memory: np.ndarray[Any, Any]) -> None:
-        self.owner, self.memory = owner, memory
+    def __init__(self, owner: Cuda, memory: np.ndarray[Any, Any], base: Any = None) -> None:
+        self.owner, self.memory, self.base = owner, memory, base
         self.dtype, self.size, self.shape = memory.dtype, memory.size, memory.shape
         self.nbytes, self.itemsize = memory.nbytes, memory.itemsize
 
@@ -105,8 +109,14 @@ class Array:
         assert self.owner.is_pinned(array), "an asynchronous copy needs pinned memory"
         stream.add(lambda: np.copyto(self.memory, array))
 
+    @property
+    def data(self) -> _Pointer:
+        address = self.memory.__array_interface__["data"][0]
+        mem = self.base if self.base is not None else SimpleNamespace(ptr=address, size=self.nbytes)
+        return _Pointer(mem, address - mem.ptr, self)
+
     def view(self, dtype: Any) -> Array:
-        return Array(self.owner, self.memory.view(dtype))
+        return Array(self.owner, self.memory.view(dtype), self.base)
 
     def copy(self) -> Array:
         return Array(self.owner, self.memory.copy())
@@ -115,7 +125,7 @@ class Array:
         return Array(self.owner, self.memory.astype(dtype))
 
     def __getitem__(self, key: Any) -> Array:
-        return Array(self.owner, self.memory[key])
+        return Array(self.owner, self.memory[key], self.base)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.memory[key] = value.memory if isinstance(value, Array) else value
@@ -150,24 +160,153 @@ def _rubbish(nbytes: int) -> np.ndarray[Any, Any]:
     return np.full(nbytes, RUBBISH, np.uint8)
 
 
-class Cuda:
-    """One rank's CuPy and CuPyX. `compute` is the stream on which torch would compute."""
+class Memory:
+    """An allocation of its own. `handles`: of all living ones, of all ranks, which share this process's memory."""
+
+    handles: ClassVar[weakref.WeakValueDictionary[bytes, Memory]] = weakref.WeakValueDictionary()
+    count: ClassVar[int] = 0
+
+    def __init__(self, nbytes: int) -> None:
+        self.bytes, self.size = _rubbish(nbytes), nbytes
+        self.ptr = self.bytes.__array_interface__["data"][0]
+        Memory.count += 1
+        self.handle = Memory.count.to_bytes(64, "little")
+        Memory.handles[self.handle] = self
+
+
+class Opened:
+    """Another rank's allocation, opened by its handle; it does not keep it alive."""
+
+    def __init__(self, ptr: int, size: int, owner: Any, device: int) -> None:
+        self.ptr, self.size, self.device = ptr, size, device
+        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(ptr))
+
+
+class Runtime:
+    """CUDA IPC. `opened`: addresses of what is open, with repetitions; `own`: handles that this rank has given."""
 
     def __init__(self) -> None:
+        self.opened: list[int] = []
+        self.own: set[bytes] = set()
+
+    def ipcGetMemHandle(self, base: int) -> bytes:
+        handle = next(handle for handle, memory in Memory.handles.items() if memory.ptr == base)
+        self.own.add(handle)
+        return handle
+
+    def ipcOpenMemHandle(self, handle: bytes) -> int:
+        assert handle not in self.own, "a process must not open its own handle"
+        self.opened.append(Memory.handles[handle].ptr)
+        return self.opened[-1]
+
+    def ipcCloseMemHandle(self, base: int) -> None:
+        self.opened.remove(base)
+
+    def deviceGetPCIBusId(self, index: int) -> str:
+        return f"0000:{index:02x}:00.0"
+
+
+class Nccl:
+    """NCCL between the ranks of `inner`, of which each of its communicators gets a copy. Operations run when their
+    stream is waited for."""
+
+    available = True
+
+    def __init__(self, cuda: Cuda, inner: Any) -> None:
+        self._cuda, self.living, self._names = cuda, 0, 0
+        self._copies = [inner.split(0, inner.rank) for _ in range(8)] if inner is not None else []
+
+    def get_unique_id(self) -> bytes:
+        self._names += 1
+        return self._names.to_bytes(128, "little")
+
+    def NcclCommunicator(self, size: int, name: bytes, rank: int) -> NcclGroup:
+        self.living += 1
+        group = NcclGroup(self, self._cuda, self._copies[int.from_bytes(name, "little")])
+        assert (group.inner.size, group.inner.rank) == (size, rank)
+        return group
+
+    def groupStart(self) -> None:
+        return None
+
+    def groupEnd(self) -> None:
+        return None
+
+
+class NcclGroup:
+    """One of its communicators, which exchanges over `inner`."""
+
+    TYPES: ClassVar[dict[int, Any]] = {4: np.int64, 7: np.float32, 8: np.float64}
+
+    def __init__(self, nccl: Nccl, cuda: Cuda, inner: Any) -> None:
+        self._nccl, self._cuda, self.inner = nccl, cuda, inner
+
+    def _queue(self, stream: int, address: int, count: int, kind: int, verb: Callable[[Any], None]) -> None:
+        found = next(each for each in self._cuda.streams if each.ptr == stream)
+        flat = np.ctypeslib.as_array((ctypes.c_uint8 * (count * 8)).from_address(address))
+        array = flat[: count * np.dtype(self.TYPES[kind]).itemsize].view(self.TYPES[kind])
+        found.add(lambda: verb(array))
+
+    def allReduce(self, send: int, into: int, count: int, kind: int, operation: int, stream: int) -> None:
+        name = {0: "sum", 2: "max", 3: "min"}[operation]
+        self._queue(stream, into, count, kind, lambda array: self.inner.all_reduce(array, name))
+
+    def broadcast(self, send: int, into: int, count: int, kind: int, root: int, stream: int) -> None:
+        self._queue(stream, into, count, kind, lambda array: self.inner.broadcast(array, root))
+
+    def destroy(self) -> None:
+        self._nccl.living -= 1
+
+
+class Cuda:
+    """One rank's CuPy and CuPyX. `compute` is the stream on which torch would compute. `inner`: the ranks that NCCL
+    connects; creation is collective over them."""
+
+    def __init__(self, inner: Any = None) -> None:
+        self.runtime = Runtime()
+        self.streams: list[Stream] = []
+        self.compiled: list[str] = []
         self.current: list[Stream] = []
         self.pinned: list[np.ndarray[Any, Any]] = []
         self.compute = Stream(owner=self)
         self.used: list[int] = []
         device = lambda index: SimpleNamespace(use=lambda: self.used.append(index))  # noqa: E731
         self.cuda = SimpleNamespace(
-            Stream=Stream, Event=Event, Device=device, Memory=_rubbish, MemoryPointer=lambda m, _: _Pointer(m)
-        )
+            Stream=_Streams(self), Event=Event, Device=device, Memory=Memory, MemoryPointer=_Pointer,
+            UnownedMemory=Opened, runtime=self.runtime, nccl=Nccl(self, inner),
+        )  # fmt: skip
 
     def gpu(self) -> Gpu:
         return Gpu(0, self, self, lambda: self.compute)
 
     def ndarray(self, shape: tuple[int], dtype: Any, pointer: _Pointer) -> Array:
-        return Array(self, pointer.memory[: shape[0] * np.dtype(dtype).itemsize].view(dtype))
+        nbytes = shape[0] * np.dtype(dtype).itemsize
+        part = pointer.mem.bytes[pointer.offset : pointer.offset + nbytes]
+        assert part.size == nbytes
+        return Array(self, part.view(dtype), pointer.mem)
+
+    def RawKernel(self, source: str, name: str) -> Callable[..., None]:
+        """The one kernel there is. Source and arguments must belong together."""
+        self.compiled.append(source)
+
+        def launch(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...]) -> None:
+            *parts, out, length = arguments
+            assert f"part_{len(parts) - 1}" in source and f"part_{len(parts)}" not in source
+            assert name == "add_up" and out.size == length and grid[0] >= 1
+            half = {"cvt.rn.f16": np.dtype(np.float16), "0x7fff": BFLOAT16}
+            kind = next((half[mark] for mark in half if mark in source), out.dtype)
+            wide = np.float32 if kind in half.values() else kind
+            arrays = [part.memory.view(kind) for part in parts]
+
+            def run() -> None:
+                total = arrays[0].astype(wide)
+                for array in arrays[1:]:
+                    total += array.astype(wide)
+                out.memory.view(kind)[...] = total
+
+            self.launch(run)
+
+        return launch
 
     def empty_pinned(self, size: int, dtype: Any) -> np.ndarray[Any, Any]:
         assert dtype == np.uint8
@@ -189,14 +328,34 @@ class Cuda:
 
     def array(self, values: np.ndarray[Any, Any]) -> Array:
         """A device array of these values, still being computed: complete once `compute` has been waited for."""
-        result = Array(self, _rubbish(values.nbytes).view(values.dtype))
+        memory = Memory(max(values.nbytes, 256))
+        result = Array(self, memory.bytes[: values.nbytes].view(values.dtype), memory)
         self.compute.add(lambda: np.copyto(result.memory, values))
         return result
 
 
+class _Streams:
+    """CuPy's class of streams, which remembers those that it has made."""
+
+    def __init__(self, owner: Cuda) -> None:
+        self._owner = owner
+
+    def __call__(self, non_blocking: bool = False) -> Stream:
+        self._owner.streams.append(Stream(non_blocking, self._owner))
+        return self._owner.streams[-1]
+
+    def from_external(self, stream: Stream) -> Stream:
+        return stream
+
+
 class _Pointer:
-    def __init__(self, memory: np.ndarray[Any, Any]) -> None:
-        self.memory = memory
+    def __init__(self, mem: Any, offset: int, array: Array | None = None) -> None:
+        self.mem, self.offset, self.ptr, self._array = mem, offset, mem.ptr + offset, array
 
     def memset_async(self, value: int, size: int, stream: Stream) -> None:
-        self.memory[:size] = value  # at once, as torch's tensors over it are not queued either
+        self.mem.bytes[:size] = value  # at once, as torch's tensors over it are not queued either
+
+    def copy_from_device_async(self, source: _Pointer, size: int, stream: Stream) -> None:
+        here, there = self._array, source._array
+        assert here is not None and there is not None and here.nbytes == there.nbytes == size
+        stream.add(lambda: np.copyto(here.memory, there.memory))

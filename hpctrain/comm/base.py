@@ -26,6 +26,7 @@ Buffer = Any  # np.ndarray, or a CuPy array on the device path
 Share = Literal["node", "rank"]
 Operation = Literal["sum", "max", "min"]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+HALVES = (BFLOAT16, np.dtype(np.float16))  # are added in float32, never in their own precision
 
 
 class Tag(IntEnum):

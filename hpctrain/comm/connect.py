@@ -61,7 +61,8 @@ def place_arenas(job: Job, comm: Communicator, device: torch.device) -> tuple[Co
     if device.type == "cpu":
         why = usable_gpus()[1] if job.device == "auto" else None
         return comm, f"computing on the CPU: {why}" if why is not None else None
-    return open_device(comm, device.index, job.communicator.cuda_aware)
+    table = job.communicator
+    return open_device(comm, device.index, table.device_transport, table.cuda_aware)
 
 
 def report(error: HpctrainError, rank: int) -> int:

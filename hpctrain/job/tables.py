@@ -360,8 +360,14 @@ class CommunicatorTable(Table):
     shared: bool = Field(default=True, description="ranks of a node may exchange through shared memory windows")
     cuda_aware: Literal["auto", "yes", "no"] = Field(
         default="auto",
-        description="whether the MPI library accepts buffers in GPU memory; no: copy them through pinned host "
-        "memory; auto: query the library, or try it in a separate process if it does not say",
+        description="whether the MPI library accepts buffers in GPU memory; auto: query the library, or try it in a "
+        "separate process if it does not say; yes: only try it",
+    )
+    device_transport: Literal["auto", "ipc", "nccl", "mpi", "staged"] = Field(
+        default="auto",
+        description="how buffers in GPU memory are reduced; ipc: each rank sums its slice from the memory of its "
+        "node's other ranks; nccl: by NCCL; mpi: MPI gets device pointers; staged: copied through pinned host memory; "
+        "auto: the fastest of those that work, by a short measurement at the start (name one for identical bits)",
     )
     ranks_per_node: Count | None = Field(
         default=None,

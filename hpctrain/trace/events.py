@@ -135,6 +135,18 @@ class MeasuredLink(Event):
 
 
 @dataclass(frozen=True)
+class TransportChosen(Event):
+    """How device buffers reach other ranks: "ipc", "nccl", "mpi" or "staged". `why`: as a sentence, with the times."""
+
+    kind = "transport"
+    transport: str
+    why: str
+
+    def __str__(self) -> str:
+        return self.why
+
+
+@dataclass(frozen=True)
 class PlainEvent(Event):
     """An event of an unknown kind, with a text for people."""
 
@@ -155,6 +167,7 @@ KINDS: dict[str, type[Event]] = {
         Failure,
         SamplingStopped,
         MeasuredLink,
+        TransportChosen,
     )
 }
 

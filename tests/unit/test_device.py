@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,58 +32,20 @@ from hpctrain.errors import ClusterError
 from hpctrain.job import Job
 from hpctrain.replica.tensors import as_tensor
 from tests import helpers
+from tests.device_ranks import SLOT, read, run, same, total, values
 from tests.marks import mostly_slow, slow
 from tests.stand_in_cupy import Array, Cuda
 
-SLOT = 64  # bytes
 DTYPES = [np.dtype(kind) for kind in (np.float16, np.float32, np.float64, np.int64)] + [BFLOAT16]
 PER_SLOT = SLOT // 4
 LENGTHS = [0, 1, PER_SLOT - 1, PER_SLOT, PER_SLOT + 1, 2 * PER_SLOT, 3 * PER_SLOT, 4 * PER_SLOT + 3, 9 * PER_SLOT]
 KINDS: list[type[DeviceCommunicator]] = [StagedCommunicator, DirectCommunicator]
 ALGORITHMS = ["library", "ring", "halving_doubling", "tree", "hierarchical"]
-Body = Callable[[DeviceCommunicator, Cuda], Any]
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def run(size: int, kind: type[DeviceCommunicator], body: Body, nodes: tuple[int, ...] | None = None) -> list[Any]:
-    """Run `body(communicator, stand-in)` on every virtual rank; no slot may stay in use."""
-
-    def rank(inner: Communicator) -> Any:
-        cuda = Cuda()
-        gpu = cuda.gpu()
-        comm = kind.around(inner, gpu, SlotPool(gpu, SLOT))
-        result = body(comm, cuda)
-        assert len(comm.pool._free) == comm.pool.made, "slots were not given back"
-        return result
-
-    return World(size, nodes=nodes).run(rank)
-
-
-def values(length: int, dtype: np.dtype[Any], rank: int = 0) -> np.ndarray[Any, Any]:
-    """Small whole numbers, different on every rank, whose sums are exact in every dtype."""
-    return ((np.arange(length) * 7 + rank * 3) % 11 - 5).astype(dtype)
-
-
-def total(length: int, dtype: Any, ranks: Iterable[int]) -> np.ndarray[Any, Any]:
-    """The sum of these ranks' `values`."""
-    rows = [values(length, np.dtype(np.float64), rank) for rank in ranks]
-    summed: np.ndarray[Any, Any] = np.sum(rows, axis=0)
-    return summed.astype(dtype)
-
-
-def read(cuda: Cuda, array: Array) -> np.ndarray[Any, Any]:
-    """What torch would read on the same stream."""
-    cuda.compute.synchronize()
-    return array.memory
-
-
-def same(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> None:
-    assert found.dtype == wanted.dtype
-    np.testing.assert_array_equal(found.astype(np.float64), wanted.astype(np.float64))
 
 
 # -- messages ------------------------------------------------------------------------------------------------
@@ -498,7 +460,7 @@ def test_run_on_the_device_resumes_to_the_same_bits(tmp_path: Path) -> None:
     run(3, StagedCommunicator, lambda comm, _: helpers.resumed_bits(comm, tmp_path, strategy, optimizer))
 
 
-# -- choice of the transfer path ---------------------------------------------------------------------------
+# -- whether MPI is CUDA-aware -------------------------------------------------------------------------------
 class Ranks:
     """A communicator of which only the set-up is used."""
 
@@ -521,11 +483,12 @@ class Ranks:
         ([True, False], "auto", None, False),
         ([None, None], "auto", True, True),
         ([True, None], "auto", False, False),
-        ([False, False], "yes", None, True),
+        ([False, False], "yes", True, True),
+        ([True, True], "yes", None, True),
         ([True, True], "no", None, False),
     ],
 )
-def test_choice_of_the_transfer_path(
+def test_whether_mpi_gets_device_pointers(
     monkeypatch: pytest.MonkeyPatch, answers: list[Any], wanted: str, worked: bool | None, aware: bool
 ) -> None:
     def probe(index: int) -> bool:
@@ -537,6 +500,13 @@ def test_choice_of_the_transfer_path(
     found, why = cuda_aware.cuda_aware(comm, wanted, 0)
     assert found is aware
     assert why
+
+
+def test_wrong_claim_of_cuda_awareness_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_aware, "probe", lambda index: False)
+    comm: Any = Ranks([False, None])
+    with pytest.raises(ClusterError, match=r'cuda_aware = "yes", but a process that passed GPU memory .* failed; use'):
+        cuda_aware.cuda_aware(comm, "yes", 0)
 
 
 @pytest.mark.parametrize(

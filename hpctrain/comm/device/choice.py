@@ -1,22 +1,201 @@
-"""Chooses how device buffers are sent: staged through pinned memory, or passed directly to MPI."""
+"""Chooses the transport of device buffers at the start of a run: which ones work here, and which is the fastest.
+
+NOT YET RUN ON A GPU. No transport is used before it has given a right sum here, and none is tried in this process that
+could end it: device pointers are passed to MPI in a child process first.
+"""
 
 from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.device.communicator import DeviceCommunicator
 from hpctrain.comm.device.cuda_aware import cuda_aware
 from hpctrain.comm.device.direct import DirectCommunicator
 from hpctrain.comm.device.gpu import Gpu
+from hpctrain.comm.device.ipc import IpcCommunicator
+from hpctrain.comm.device.nccl import NcclCommunicator
 from hpctrain.comm.device.staged import StagedCommunicator
+from hpctrain.errors import ClusterError
+from hpctrain.trace.events import TransportChosen
+
+# In order of preference, for those that are equally fast.
+TRANSPORTS: dict[str, type[DeviceCommunicator]] = {
+    each.transport: each for each in (IpcCommunicator, NcclCommunicator, DirectCommunicator, StagedCommunicator)
+}
+WORDS = {
+    "ipc": "summed through CUDA IPC",
+    "nccl": "summed by NCCL",
+    "mpi": "passed directly to MPI",
+    "staged": "staged through pinned memory",
+}
+LENGTH = 1 << 22  # float32 elements of the all-reduce that is timed: 16 MiB
+ROUNDS = 5
+CLEARLY = 0.9  # a transport is preferred to an earlier one if it takes less than this share of its time
 
 
-def open_device(comm: Communicator, index: int, wanted: str = "auto") -> tuple[DeviceCommunicator, str]:
-    """The communicator for arenas on cuda:`index`, and the path it uses, as a sentence. Collective over `comm`.
+@dataclass
+class Choice:
+    """The chosen transport. `obstacles`: why each of the others cannot be used here. `seconds`: for an all-reduce of
+    16 MiB, for those that were measured. `asked`: the job names it."""
 
-    `wanted`: whether MPI is CUDA-aware: "yes", "no", or "auto" to detect it.
+    name: str
+    obstacles: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    asked: bool = False
+
+    def __str__(self) -> str:
+        times = [f"{name} {1000 * each:.1f} ms" for name, each in self.seconds.items()]
+        measured = [f"16 MiB in {', '.join(times)}"] if times else []
+        asked = [f'communicator.device_transport = "{self.name}"'] if self.asked else []
+        obstacles = [f"not {name}, because {why}" for name, why in self.obstacles.items()]
+        return f"device buffers are {WORDS[self.name]} ({'; '.join(asked + measured + obstacles) or 'one rank'})"
+
+
+def open_device(comm: Communicator, index: int, wanted: str = "auto", aware: str = "auto") -> tuple[Communicator, str]:
+    """The communicator for arenas on cuda:`index`, and what was chosen, as a sentence. Collective over `comm`.
+
+    `wanted`: `communicator.device_transport`; `aware`: `communicator.cuda_aware`. The choice is an event in the trace.
+    Raises ClusterError, on all ranks, if the wanted transport cannot be used here.
     """
-    aware, why = cuda_aware(comm, wanted, index)
     gpu = Gpu.open(index)
-    if aware:
-        return DirectCommunicator.around(comm, gpu), f"device buffers are passed directly to MPI: {why}"
-    return StagedCommunicator.around(comm, gpu), f"device buffers are staged through pinned memory: {why}"
+    choice = choose(comm, gpu, wanted, aware)
+    comm.recorder.event(TransportChosen(choice.name, str(choice)))
+    return TRANSPORTS[choice.name].around(comm, gpu), str(choice)
+
+
+def choose(comm: Communicator, gpu: Gpu, wanted: str, aware: str) -> Choice:
+    """Which transport to use. The same on all ranks. Collective. Raises ClusterError like `open_device`."""
+    if comm.size == 1 and wanted in ("auto", "staged"):
+        return Choice("staged")
+    if wanted == "staged":
+        return Choice(wanted, asked=True)
+    checks: dict[str, Callable[[], str | None]] = {
+        "ipc": lambda: why_not_ipc(comm, gpu),
+        "nccl": lambda: why_not_nccl(comm, gpu),
+        "mpi": lambda: why_not_mpi(comm, gpu, aware),
+        "staged": lambda: None,
+    }
+    if wanted != "auto":
+        why = checks[wanted]()
+        if why is None:
+            measure(TRANSPORTS[wanted].around(comm, gpu), rounds=1)
+            return Choice(wanted, asked=True)
+        raise _everywhere(
+            f'communicator.device_transport = "{wanted}" cannot be used here: {why}; use "auto" or another transport'
+        )
+    found = {name: check() for name, check in checks.items()}
+    usable = [name for name, why in found.items() if why is None]
+    obstacles = {name: why for name, why in found.items() if why is not None}
+    if len(usable) == 1:
+        return Choice(usable[0], obstacles)
+    seconds = {name: measure(TRANSPORTS[name].around(comm, gpu)) for name in usable}
+    best = usable[0]
+    for name in usable[1:]:
+        if seconds[name] < CLEARLY * seconds[best]:
+            best = name
+    return Choice(best, obstacles, seconds)
+
+
+def measure(comm: DeviceCommunicator, rounds: int = ROUNDS, length: int = LENGTH) -> float:
+    """Seconds that an all-reduce of `length` float32 takes on the slowest rank: the median of `rounds`, after one that
+    is checked. Releases `comm`. Collective. Raises ClusterError, on all ranks, if the sum is wrong."""
+    arena = comm.arena(length, np.dtype(np.float32))
+    times = np.zeros(rounds)
+    try:
+        comm.gpu.fill(arena.mine, comm.rank + 1)
+        comm.all_reduce(arena.mine)
+        right = comm.gpu.all_equal(arena.mine, comm.size * (comm.size + 1) / 2)
+        if not all(comm.gather_json(right)):
+            raise _everywhere(
+                f"the transport {comm.transport} gave a wrong sum of device buffers; choose another "
+                "one with communicator.device_transport, and please report this"
+            )
+        for index in range(rounds):
+            comm.barrier()
+            began = comm.now()
+            comm.all_reduce(arena.mine)
+            times[index] = (comm.now() - began) / 1e9
+        return float(statistics.median(comm.gather_rows(times).max(axis=0)))
+    finally:
+        arena.free()
+        comm.release()
+
+
+def why_not_ipc(comm: Communicator, gpu: Gpu) -> str | None:
+    """Why the node's ranks cannot read each other's device memory, as a clause; None if they can. Collective."""
+    if not comm.concurrent:
+        return "virtual ranks share one process"
+    counts = {comm.nodes.count(node) for node in comm.nodes}
+    if len(counts) > 1:
+        return "the nodes have different numbers of ranks"
+    if counts == {1}:
+        return "there is one rank on each node"
+    return _try_ipc(comm, gpu)
+
+
+def _try_ipc(comm: Communicator, gpu: Gpu) -> str | None:
+    """Open what each neighbour has allocated, and read its rank. No step that may fail on one rank alone waits for
+    others."""
+    arena = gpu.zeros(64, np.dtype(np.float32))
+    gpu.fill(arena, comm.rank)
+    gpu.mark().synchronize()
+    mine = _attempt(lambda: gpu.handle_of(arena.data.mem.ptr).hex())
+    handles = comm.gather_json(mine)
+    wrong = [text for done, text in handles if not done]
+    if not wrong:
+        opened: list[int] = []
+        here = [rank for rank in range(comm.size) if comm.nodes[rank] == comm.nodes[comm.rank] and rank != comm.rank]
+        seen = _attempt(lambda: _look(gpu, {rank: bytes.fromhex(handles[rank][1]) for rank in here}, opened))
+        wrong = [text for done, text in comm.gather_json(seen) if not done]
+        for base in opened:
+            gpu.close_handle(base)
+        comm.barrier()  # nobody has it open any more
+    return f"a rank cannot open another's device memory ({wrong[0]})" if wrong else None
+
+
+def _look(gpu: Gpu, handles: dict[int, bytes], opened: list[int]) -> str:
+    for rank, handle in handles.items():
+        opened.append(gpu.open_handle(handle))
+        view = gpu.at(opened[-1], 256, 0, 64, np.dtype(np.float32))
+        if not gpu.all_equal(view, rank):
+            raise ValueError(f"the memory of rank {rank} has other contents")
+    return ""
+
+
+def _attempt(action: Callable[[], str]) -> tuple[bool, str]:
+    """(True, its result), or (False, the error): CuPy raises exceptions of many classes."""
+    try:
+        return True, action()
+    except Exception as error:
+        return False, f"{type(error).__name__}: {error}"
+
+
+def why_not_nccl(comm: Communicator, gpu: Gpu) -> str | None:
+    """Why NCCL cannot be used, as a clause; None if it can. Collective."""
+    if not comm.concurrent:
+        return "virtual ranks share one process"
+    if not all(comm.gather_json(gpu.nccl() is not None)):
+        return "CuPy finds no NCCL"
+    devices = list(zip(comm.nodes, comm.gather_json(gpu.identity()), strict=True))
+    for rank, device in enumerate(devices):
+        first = devices.index(device)
+        if first != rank:
+            return f"ranks {comm.members[first]} and {comm.members[rank]} share a GPU"
+    return None
+
+
+def why_not_mpi(comm: Communicator, gpu: Gpu, aware: str) -> str | None:
+    """Why MPI must not get device pointers, as a clause; None if it may. Collective. Raises like `cuda_aware`."""
+    may, why = cuda_aware(comm, aware, gpu.index)
+    return None if may else why
+
+
+def _everywhere(text: str) -> ClusterError:
+    error = ClusterError(text)
+    error.everywhere = True
+    return error

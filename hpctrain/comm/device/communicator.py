@@ -1,10 +1,9 @@
-"""Base of the two ways to send device buffers: staged through the host, or passed directly to MPI.
+"""Base of the transports of device buffers: staged through the host, CUDA IPC, NCCL, or MPI with device pointers.
 
 NOT YET RUN ON A GPU: tested with stand-ins for CuPy (tests/unit/test_device.py); tests/gpu waits for a GPU.
 
-A `DeviceCommunicator` wraps another communicator. Operations on NumPy arrays are forwarded to it. For CuPy arrays,
-`StagedCommunicator` sends copies in pinned memory; `DirectCommunicator` passes the device pointers, which cause a
-segmentation fault if MPI is not CUDA-aware (`cuda_aware` detects this beforehand). Before MPI or a copy accesses a
+A `DeviceCommunicator` wraps another communicator. Operations on NumPy arrays are forwarded to it. CuPy arrays take the
+transport's way; `choice` finds out which ones work here, and which is the fastest. Before anything but torch accesses a
 device buffer, the work that torch has queued so far is waited for: here, and nowhere else.
 
 A device message longer than a slot is sent as several, in order: its receiver must provide a device buffer of exactly
@@ -18,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -38,26 +37,34 @@ REDUCE_LANE = 2  # of the thread that runs started all-reduces (0: the rank's ma
 
 
 class DeviceCommunicator(Communicator):
-    """The common part of both ways: host arrays are passed to `inner`, private arenas lie on the device.
+    """The common part of all transports: host arrays are passed to `inner`, private arenas lie on the device.
 
-    `beside`: a second communicator over the same ranks, for operations in another thread. It cannot be created on first
-    use: that happens in a gradient hook, which must not wait for other ranks.
+    The constructor is collective over `inner`. `transport`: its name in jobs and traces. `_beside`: a second
+    communicator over the same ranks, for operations in another thread. It cannot be created on first use: that happens
+    in a gradient hook, which must not wait for other ranks.
     """
 
-    def __init__(self, inner: Communicator, beside: Communicator | None, gpu: Gpu, pool: SlotPool) -> None:
-        self.inner, self._beside, self.gpu, self.pool = inner, beside, gpu, pool
+    transport: ClassVar[str]
+
+    def __init__(self, inner: Communicator, gpu: Gpu, pool: SlotPool) -> None:
+        self.inner, self.gpu, self.pool = inner, gpu, pool
         self.rank, self.size = inner.rank, inner.size
         self.nodes, self.members = inner.nodes, inner.members
         self.local_ranks, self.local_rank = inner.local_ranks, inner.local_rank
         self.concurrent, self.cores = inner.concurrent, inner.cores
         self.recorder = inner.recorder
         self._all_ranks = tuple(range(inner.size))
+        self._beside: DeviceCommunicator | None = None
         self._reducer: tuple[Reducer, DeviceCommunicator] | None = None
 
     @classmethod
     def around(cls, inner: Communicator, gpu: Gpu, pool: SlotPool | None = None) -> Self:
         """Collective over `inner`."""
-        return cls(inner, inner.split(0, inner.rank), gpu, pool or SlotPool(gpu))
+        made = cls(inner, gpu, pool or SlotPool(gpu))
+        beside = inner.split(0, inner.rank)
+        assert beside is not None
+        made._beside = cls(beside, gpu, made.pool)
+        return made
 
     # -- how device buffers move ---------------------------------------------------------------------------
     @abstractmethod
@@ -135,8 +142,7 @@ class DeviceCommunicator(Communicator):
             return self.inner.start_all_reduce(buffer, operation)
         if self._reducer is None:
             assert self._beside is not None
-            comm: DeviceCommunicator = type(self)(self._beside, None, self.gpu, self.pool)
-            self._reducer = Reducer(comm), comm.lane(REDUCE_LANE)
+            self._reducer = Reducer(self._beside), self._beside.lane(REDUCE_LANE)
         reducer, lane = self._reducer
         return reducer.start(partial(lane.reduce_when, self.gpu.mark(), buffer, operation, "library"))
 
@@ -189,9 +195,13 @@ class DeviceCommunicator(Communicator):
         return other
 
     def free(self) -> None:
+        self.release()
+        self.inner.free()
+
+    def release(self) -> None:
+        """Free what this transport needs, but not `inner`. Collective."""
         if self._beside is not None:
             self._beside.free()
-        self.inner.free()
 
 
 def on_host(buffer: Buffer) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.device.gpu import Gpu
+from hpctrain.errors import ClusterError
 from hpctrain.launcher.started import without_launcher
 
 PROBE_SECONDS = 60.0
@@ -24,21 +25,32 @@ TRIAL = "from hpctrain.comm.device.cuda_aware import trial; trial({index})"
 def cuda_aware(comm: Communicator, wanted: str, index: int) -> tuple[bool, str]:
     """Whether device pointers may be passed to MPI, and how this is known. The same on all ranks. Collective.
 
-    Never tested in this process, which would not survive a negative result.
+    Never tested in this process, which would not survive a negative result. `wanted`: `communicator.cuda_aware`. "yes"
+    overrides what the library says of itself, but not a trial. Raises ClusterError, on all ranks, if that fails.
     """
-    if wanted != "auto":
-        return wanted == "yes", f'communicator.cuda_aware = "{wanted}"'
+    if wanted == "no":
+        return False, 'communicator.cuda_aware = "no"'
     if not comm.concurrent:
-        return False, "virtual ranks"
+        return False, "virtual ranks share one process"
     from hpctrain.comm.mpi import library
 
     answers = comm.gather_json(library.cuda_support())
-    if None in answers:
-        worked = bool(comm.broadcast_json(probe(index) if comm.rank == 0 else None))
+    if all(answers):
+        return True, "the MPI library says that it is CUDA-aware"
+    if wanted == "auto" and None not in answers:
+        return False, "the MPI library says that it is not CUDA-aware"
+    worked = bool(comm.broadcast_json(probe(index) if comm.rank == 0 else None))
+    if wanted == "auto":
         ended = "worked" if worked else "failed"
         return worked, f"the MPI library does not say whether it is CUDA-aware, and a trial {ended}"
-    aware = all(answers)
-    return aware, f"the MPI library says that it is {'' if aware else 'not '}CUDA-aware"
+    if not worked:
+        error = ClusterError(
+            'communicator.cuda_aware = "yes", but a process that passed GPU memory to the MPI library '
+            f'({library.name()}) failed; use "auto" or "no", or a CUDA-aware MPI'
+        )
+        error.everywhere = True
+        raise error
+    return True, 'communicator.cuda_aware = "yes", and a trial worked'
 
 
 def probe(index: int, program: str = TRIAL, seconds: float = PROBE_SECONDS) -> bool:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpctrain.comm import algorithms
-from hpctrain.comm.base import BFLOAT16, Buffer, Operation, Request
+from hpctrain.comm.base import HALVES, Buffer, Operation, Request
 from hpctrain.comm.device.communicator import DeviceCommunicator
 
 
 class DirectCommunicator(DeviceCommunicator):
     """For a CUDA-aware MPI, which accepts device pointers. It does not use streams, so this class waits for them."""
+
+    transport = "mpi"
 
     def _start_send(self, buffer: Buffer, dest: int, tag: int) -> Request:
         self.gpu.mark().synchronize()
@@ -35,7 +37,7 @@ class DirectCommunicator(DeviceCommunicator):
 
     def reduce_when(self, ready: Any, buffer: Buffer, operation: Operation, algorithm: str) -> None:
         ready.synchronize()
-        if buffer.dtype == BFLOAT16:
+        if buffer.dtype in HALVES:  # MPI has no sum of bfloat16, and adds float16 in float16
             wide = self.gpu.widened(buffer)
             self.reduce_when(self.gpu.mark(), wide, operation, algorithm)
             self.gpu.narrow(wide, buffer)

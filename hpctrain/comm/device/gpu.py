@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain.comm.base import BFLOAT16, Arena, Buffer
+from hpctrain.comm.device import kernels
 
 SLOT_BYTES = 4 << 20  # of pinned memory; a longer message is sent in pieces
 
@@ -25,9 +26,9 @@ class Gpu:
 
     def __init__(self, index: int, cupy: Any, cupyx: Any, current: Callable[[], Any]) -> None:
         self.index, self._cupy, self._cupyx, self._current = index, cupy, cupyx, current
+        self._kernels: dict[str, Any] = {}
         cupy.cuda.Device(index).use()
-        self.down = cupy.cuda.Stream(non_blocking=True)
-        self.up = cupy.cuda.Stream(non_blocking=True)
+        self.down, self.up = self.new_stream(), self.new_stream()
 
     @classmethod
     def open(cls, index: int) -> Gpu:
@@ -51,6 +52,9 @@ class Gpu:
         nbytes = max(length * dtype.itemsize, 256)
         pointer = self._cupy.cuda.MemoryPointer(self._cupy.cuda.Memory(nbytes), 0)
         pointer.memset_async(0, nbytes, self.stream())
+        return self._array(pointer, length, dtype)
+
+    def _array(self, pointer: Any, length: int, dtype: np.dtype[Any]) -> Buffer:
         kept = np.dtype(np.uint16) if dtype == BFLOAT16 else dtype
         array = self._cupy.ndarray((length,), kept, pointer)
         return array.view(BFLOAT16) if dtype == BFLOAT16 else array
@@ -74,19 +78,94 @@ class Gpu:
         event.record(self.stream())
         return event
 
+    # -- arithmetic on torch's current stream ----------------------------------------------------------------
     def widened(self, buffer: Buffer) -> Buffer:
-        """A bfloat16 array as float32, queued on torch's current stream (CuPy's own bfloat16 is recent)."""
-        import torch
-
-        bits = torch.utils.dlpack.from_dlpack(buffer.view(np.int16))
-        return self._cupy.from_dlpack(bits.view(torch.bfloat16).float())
+        """A bfloat16 or float16 array as float32."""
+        return self._cupy.from_dlpack(self._halves(buffer).float())
 
     def narrow(self, wide: Buffer, buffer: Buffer) -> None:
-        """The inverse, into `buffer`; also queued on torch's current stream."""
+        """The inverse, into `buffer`."""
         import torch
 
-        bits = torch.utils.dlpack.from_dlpack(buffer.view(np.int16))
-        bits.view(torch.bfloat16).copy_(torch.utils.dlpack.from_dlpack(wide))
+        self._halves(buffer).copy_(torch.utils.dlpack.from_dlpack(wide))
+
+    @staticmethod
+    def _halves(buffer: Buffer) -> Any:
+        """A torch tensor over the same memory; DLPack knows bfloat16 only in recent versions of CuPy."""
+        import torch
+
+        if buffer.dtype != BFLOAT16:
+            return torch.utils.dlpack.from_dlpack(buffer)
+        return torch.utils.dlpack.from_dlpack(buffer.view(np.int16)).view(torch.bfloat16)
+
+    def add_up(self, parts: Sequence[Buffer], out: Buffer) -> None:
+        """`out` = parts[0] + parts[1] + ..., in that order, in one pass; `out` may be one of them."""
+        if out.size:
+            source = kernels.addition(len(parts), out.dtype)
+            kernel = self._kernels.get(source)
+            if kernel is None:
+                kernel = self._kernels[source] = self._cupy.RawKernel(source, kernels.ADDITION)
+            blocks = min(-(-out.size // kernels.THREADS), kernels.BLOCKS)
+            with self.stream():
+                kernel((blocks,), (kernels.THREADS,), (*map(_bits, parts), _bits(out), np.int64(out.size)))
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy between device arrays, of which one may belong to another process or device."""
+        if target.size:
+            target.data.copy_from_device_async(source.data, target.nbytes, self.stream())
+
+    def fill(self, buffer: Buffer, value: float) -> None:
+        """Set all elements of a float array that CuPy and torch know (not bfloat16)."""
+        import torch
+
+        torch.utils.dlpack.from_dlpack(buffer).fill_(value)
+
+    def all_equal(self, buffer: Buffer, value: float) -> bool:
+        """Whether all elements have that value. Waits for the device."""
+        import torch
+
+        return bool((torch.utils.dlpack.from_dlpack(buffer) == value).all())
+
+    # -- memory of other processes -----------------------------------------------------------------------------
+    def place_of(self, buffer: Buffer) -> tuple[int, int, int] | None:
+        """(address of its allocation, offset in it in bytes, bytes of the allocation) of an array in memory that
+        `zeros` has made. None for other arrays: whoever opens their handle does not learn their offset."""
+        memory = buffer.data.mem
+        if type(memory) is not self._cupy.cuda.Memory:  # a pool's, torch's, or another process's
+            return None
+        return int(memory.ptr), int(buffer.data.ptr - memory.ptr), int(memory.size)
+
+    def handle_of(self, base: int) -> bytes:
+        """64 bytes by which another process on this node can open that allocation."""
+        return bytes(self._cupy.cuda.runtime.ipcGetMemHandle(base))
+
+    def open_handle(self, handle: bytes) -> int:
+        """The address of another process's allocation in this process. Raises CuPy's CUDARuntimeError if its device
+        cannot be reached, or the processes are in containers that do not share IPC."""
+        return int(self._cupy.cuda.runtime.ipcOpenMemHandle(handle))
+
+    def close_handle(self, base: int) -> None:
+        """Give up an opened allocation; its owner may free it only then."""
+        self._cupy.cuda.runtime.ipcCloseMemHandle(base)
+
+    def at(self, base: int, nbytes: int, offset: int, length: int, dtype: np.dtype[Any]) -> Buffer:
+        """`length` elements of an opened allocation of `nbytes`."""
+        cuda = self._cupy.cuda
+        memory = cuda.UnownedMemory(base, nbytes, self, self.index)
+        return self._array(cuda.MemoryPointer(memory, offset), length, dtype)
+
+    def identity(self) -> str:
+        """The device's PCI address: equal for two ranks of a node if they compute on the same device."""
+        return str(self._cupy.cuda.runtime.deviceGetPCIBusId(self.index))
+
+    def nccl(self) -> Any:
+        """CuPy's module for NCCL; None if it was built without."""
+        module = getattr(self._cupy.cuda, "nccl", None)
+        return module if getattr(module, "available", False) else None
+
+    def new_stream(self) -> Any:
+        """A stream of its own, which does not wait for torch's."""
+        return self._cupy.cuda.Stream(non_blocking=True)
 
 
 class _TorchStream:

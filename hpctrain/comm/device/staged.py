@@ -21,6 +21,8 @@ class StagedCommunicator(DeviceCommunicator):
     slots as its message needs, because MPI must be able to complete it while this rank does something else.
     """
 
+    transport = "staged"
+
     def _start_send(self, buffer: Buffer, dest: int, tag: int) -> Request:
         with self.span("send", peer=self.members[dest]):
             return StagedSend(self, buffer, dest, tag)

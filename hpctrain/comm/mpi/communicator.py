@@ -20,6 +20,7 @@ from hpctrain.cluster import share_of_cores
 from hpctrain.comm import algorithms
 from hpctrain.comm.base import (
     BFLOAT16,
+    HALVES,
     Arena,
     Buffer,
     Communicator,
@@ -133,7 +134,7 @@ class MpiCommunicator(Communicator):
         id = self._collective()
         self._gather_up(id)
         with self.span("reduce", buffer.nbytes if algorithm == "library" else 0, id=id):  # else its messages do
-            if buffer.dtype == BFLOAT16:
+            if buffer.dtype in HALVES:
                 wide = buffer.astype(np.float32)
                 self._all_reduce(wide, operation, algorithm)
                 buffer[...] = wide
@@ -148,7 +149,7 @@ class MpiCommunicator(Communicator):
 
     def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
         id = self._collective()
-        wide = buffer.astype(np.float32) if buffer.dtype == BFLOAT16 else buffer
+        wide = buffer.astype(np.float32) if buffer.dtype in HALVES else buffer
         with self.span("reduce", buffer.nbytes, id=id):
             request = self.handle.Iallreduce(MPI.IN_PLACE, wide, OPERATIONS[operation])
         return MpiReduce(self.recorder, self.waiting, request, buffer, wide, id)

@@ -13,7 +13,7 @@ import numpy as np
 
 from hpctrain.comm import algorithms
 from hpctrain.comm.base import (
-    BFLOAT16,
+    HALVES,
     Arena,
     Buffer,
     Communicator,
@@ -144,7 +144,7 @@ class VirtualCommunicator(Communicator):
         if algorithm == "library":
             algorithm = "tree" if buffer.nbytes <= 2048 else "halving_doubling"
         reduce = algorithms.all_reduce_by(algorithm)
-        if buffer.dtype == BFLOAT16:
+        if buffer.dtype in HALVES:
             wide = buffer.astype(np.float32)
             reduce(self, wide, operation, self.group.all_ranks)
             buffer[:] = wide
