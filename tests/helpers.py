@@ -188,7 +188,12 @@ def uneven_rounds(comm: Communicator, folder: Path | str, strategy: Tables, serv
 
 
 def resumed_bits(
-    comm: Communicator, folder: Path | str, strategy: Tables, optimizer: Tables, **data: Any
+    comm: Communicator,
+    folder: Path | str,
+    strategy: Tables,
+    optimizer: Tables,
+    communicator: Tables | None = None,
+    **data: Any,
 ) -> None:
     """A run resumes from a checkpoint in mid-epoch: bit for bit the model of the uninterrupted run.
 
@@ -201,6 +206,7 @@ def resumed_bits(
         optimizer=optimizer,
         strategy=strategy,
         train={"steps": 9, "batch_size": 4, "accumulate": 2, "checkpoint_every": {"steps": 4}, "keep_checkpoints": 9},
+        communicator=communicator or {},
     )
     whole = quiet_train(comm, job)
     model = whole.folder / "model.safetensors"

@@ -7,9 +7,11 @@ a missing wait always reads old data. Fresh memory is filled with 0xa5.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -161,16 +163,22 @@ def _rubbish(nbytes: int) -> np.ndarray[Any, Any]:
 
 
 class Memory:
-    """An allocation of its own. `handles`: of all living ones, of all ranks, which share this process's memory."""
+    """An allocation of its own. `handles`: of all living ones of this process. `folder`: None if all ranks share this
+    process's memory; else where allocations are files that other processes can map."""
 
+    folder: ClassVar[Path | None] = None
     handles: ClassVar[weakref.WeakValueDictionary[bytes, Memory]] = weakref.WeakValueDictionary()
     count: ClassVar[int] = 0
 
     def __init__(self, nbytes: int) -> None:
-        self.bytes, self.size = _rubbish(nbytes), nbytes
-        self.ptr = self.bytes.__array_interface__["data"][0]
         Memory.count += 1
-        self.handle = Memory.count.to_bytes(64, "little")
+        name = f"{os.getpid()}-{Memory.count}"
+        self.bytes, self.size = _rubbish(nbytes), nbytes
+        if self.folder is not None:
+            self.bytes = np.memmap(self.folder / name, np.uint8, "w+", shape=(nbytes,))
+            self.bytes[:] = RUBBISH
+        self.ptr = self.bytes.__array_interface__["data"][0]
+        self.handle = name.encode().ljust(64, b"\0")
         Memory.handles[self.handle] = self
 
 
@@ -188,6 +196,7 @@ class Runtime:
     def __init__(self) -> None:
         self.opened: list[int] = []
         self.own: set[bytes] = set()
+        self._maps: dict[int, Any] = {}
 
     def ipcGetMemHandle(self, base: int) -> bytes:
         handle = next(handle for handle, memory in Memory.handles.items() if memory.ptr == base)
@@ -196,11 +205,17 @@ class Runtime:
 
     def ipcOpenMemHandle(self, handle: bytes) -> int:
         assert handle not in self.own, "a process must not open its own handle"
-        self.opened.append(Memory.handles[handle].ptr)
+        if Memory.folder is None:
+            self.opened.append(Memory.handles[handle].ptr)
+        else:
+            mapped = np.memmap(Memory.folder / handle.rstrip(b"\0").decode(), np.uint8, "r+")
+            self.opened.append(mapped.__array_interface__["data"][0])
+            self._maps[self.opened[-1]] = mapped
         return self.opened[-1]
 
     def ipcCloseMemHandle(self, base: int) -> None:
         self.opened.remove(base)
+        self._maps.pop(base, None)
 
     def deviceGetPCIBusId(self, index: int) -> str:
         return f"0000:{index:02x}:00.0"

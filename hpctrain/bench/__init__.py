@@ -33,9 +33,14 @@ TOGETHER = {
     "switch": "switching:measure_switch",
     "tracing": "tracing:measure_tracing",
     "checks": "checks:measure_checks",
+    "device_all_reduce": "device:measure_all_reduce",
+    "device_step": "device:measure_step",
+    "device_update": "device:measure_update",
 }
 OF_ANY_RANKS, OF_ONE = ("all_reduce", "step"), ("virtual", "trace")  # what `all` measures: on any ranks, on one
-CHOICES = ("all", *TOGETHER, *ALONE)
+OF_GPUS = ("device_all_reduce", "device_step", "device_update")
+SEVERAL = {"all": OF_ANY_RANKS, "device": OF_GPUS}
+CHOICES = (*SEVERAL, *TOGETHER, *ALONE)
 
 
 def needs_ranks(what: str, environment: Mapping[str, str]) -> bool:
@@ -98,7 +103,7 @@ def _measure_together(what: str, comm: Communicator, path: str | None) -> None:
 
     torch.set_num_threads(threads_for(comm.cores, "auto"))
     progress = _progress if comm.rank == 0 else _silent
-    names = OF_ANY_RANKS if what == "all" else (what,)
+    names = SEVERAL.get(what, (what,))
     tables = [_function(TOGETHER[name])(comm, progress) for name in names]
     if comm.rank == 0:
         rest = _measure_alone(what) if what == "all" else Report()

@@ -38,7 +38,7 @@ def measure_all_reduce(comm: Communicator, progress: Progress) -> FigureTable:
     for label, nbytes in SIZES.items():
         progress(f"all-reduce of {label}")
         with _all_reduces(comm, nbytes) as ways:
-            for name, values in _interleaved(comm, ways).items():
+            for name, values in interleaved(comm, ways).items():
                 table.rows[name][label] = Sample(tuple(v * 1e3 for v in values), "ms")
     return table
 
@@ -92,7 +92,7 @@ class SharedSum:
         self.summed.free()
 
 
-def _interleaved(comm: Communicator, ways: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+def interleaved(comm: Communicator, ways: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
     """Seconds per call of each way, measured in turn for as long as time allows."""
     counts = {}
     for name, way in ways.items():

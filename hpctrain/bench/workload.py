@@ -41,15 +41,22 @@ LOADS = {MLP: LARGE, RESNET: Load(lambda: resnet18(), (3, 32, 32), 16, 3, 3)}
 
 
 class Workload:
-    """One model on every rank of `comm`, trained by SGD."""
+    """One model on every rank of `comm`, trained by SGD. `autocast`: computes in that type, as mixed precision does."""
 
-    def __init__(self, comm: Communicator, load: Load, momentum: float) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        load: Load,
+        momentum: float,
+        device: torch.device | str = "cpu",
+        autocast: torch.dtype | None = None,
+    ) -> None:
         torch.manual_seed(0)
-        self.comm, self.load = comm, load
-        self.replica = Replica(load.build())
-        self.choice = OptimizerChoice.of(torch.optim.SGD, {"lr": 1e-4, "momentum": momentum}, True)
-        self.inputs = torch.randn(load.batch, *load.inputs)
-        self.targets = torch.randint(0, 10, (load.batch,))
+        self.comm, self.load, self.device, self._autocast = comm, load, torch.device(device), autocast
+        self.replica = Replica(load.build().to(self.device))
+        self.choice = OptimizerChoice.of(torch.optim.SGD, {"lr": 1e-4, "momentum": momentum}, True, self.device)
+        self.inputs = torch.randn(load.batch, *load.inputs, device=self.device)
+        self.targets = torch.randint(0, 10, (load.batch,), device=self.device)
 
     def begin(self, strategy: Strategy, total: int = ENDLESS) -> Phase:
         """A phase of `total` samples for `strategy`, which has yet to join it; places the arenas. Collective."""
@@ -57,7 +64,8 @@ class Workload:
         roles = assign_roles(self.comm.nodes, *type(strategy).roles(strategy.options))
         comm, workers = split_by_role(self.comm, roles)
         # Otherwise the strategy would exchange messages although it was asked to share memory.
-        shared = strategy.needs.parameters == "node" and comm.can_share(2 * replica.layout.length * 4) is None
+        node = strategy.needs.parameters == "node" and self.device.type == "cpu"
+        shared = node and comm.can_share(2 * replica.layout.length * 4) is None
         replica.place(comm, shared)
         return Phase(
             0,
@@ -78,9 +86,14 @@ class Workload:
     def compute(self) -> float:
         """Run forward and backward; return the loss."""
         self.replica.gradient.zero_()
-        loss = nn.functional.cross_entropy(self.replica.model(self.inputs), self.targets)
+        loss = self.loss()
         loss.backward()
         return float(loss.detach())
+
+    def loss(self) -> torch.Tensor:
+        """Run forward."""
+        with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
+            return nn.functional.cross_entropy(self.replica.model(self.inputs), self.targets)
 
 
 class Alone(Strategy):

@@ -13,9 +13,11 @@ class MpiFacts:
     """The MPI library and the launchers found.
 
     `kind`: mpich, openmpi, intel, other, or "" if no library can be loaded. `cuda_aware`: None if the library does not
-    say; `cuda_how`: how this was determined. `mpiexec`: the one on the path; `mpiexec_kind`: its kind; `belongs`:
-    whether it belongs to this library. `runs_with`: the mpiexec that `hpctrain run` uses; `runs_not`: why there is
-    none. `troubles`: sentences that say what does not work and what to do.
+    say; `cuda_how`: how this was determined. `transport`: of buffers in GPU memory, if all ranks have a GPU;
+    `transport_why`: the choice as a sentence; `transport_trouble`: why the job's own choice is impossible. `mpiexec`:
+    the one on the path; `mpiexec_kind`: its kind; `belongs`: whether it belongs to this library. `runs_with`: the
+    mpiexec that `hpctrain run` uses; `runs_not`: why there is none. `troubles`: sentences that say what does not work
+    and what to do.
     """
 
     library: str = ""
@@ -24,6 +26,9 @@ class MpiFacts:
     thread_level: str = ""
     cuda_aware: bool | None = None
     cuda_how: str = ""
+    transport: str = ""
+    transport_why: str = ""
+    transport_trouble: str = ""
     launched: int = 1
     launcher: str = ""
     mpiexec: str | None = None

@@ -54,8 +54,7 @@ def collect(comm: Communicator, mpi: MpiFacts, job: Job | None, path: str, stage
     ranks = [RankFacts(**values) for values in comm.gather_json(asdict(mine))]
     stage("checking devices")
     ranks = _devices(ranks, comm, job)
-    aware, how = _cuda_aware(comm, ranks, job)
-    mpi = MpiFacts(**comm.broadcast_json(asdict(replace(mpi, cuda_aware=aware, cuda_how=how))))
+    mpi = MpiFacts(**comm.broadcast_json(asdict(_cuda(mpi, comm, ranks, job))))
     stage("testing shared memory")
     nodes = _nodes(comm)
     stage("writing to the output folder")
@@ -80,21 +79,33 @@ def _devices(ranks: list[RankFacts], comm: Communicator, job: Job | None) -> lis
     return found
 
 
-def _cuda_aware(comm: Communicator, ranks: list[RankFacts], job: Job | None) -> tuple[bool | None, str]:
-    """Query the library; if it does not say and all ranks have a GPU, test it in a child process."""
+def _cuda(mpi: MpiFacts, comm: Communicator, ranks: list[RankFacts], job: Job | None) -> MpiFacts:
+    """With whether MPI is CUDA-aware, and, if all ranks have a GPU, how their memory reaches other ranks."""
     if not comm.concurrent:
-        return None, "MPI is not in use"
-    if all(rank.device != "cpu" for rank in ranks):
-        from hpctrain.comm.device.cuda_aware import cuda_aware
-
-        wanted = job.communicator.cuda_aware if job is not None else "auto"
-        return cuda_aware(comm, wanted, int(ranks[comm.rank].device.split(":")[1]))
+        return replace(mpi, cuda_how="MPI is not in use")
     from hpctrain.comm.mpi import library
 
     answers = comm.gather_json(library.cuda_support())
     known = None if None in answers else all(answers)
     says = "does not say" if known is None else f"says that it is {'' if known else 'not '}CUDA-aware"
-    return known, f"the MPI library {says}"
+    mpi = replace(mpi, cuda_aware=known, cuda_how=f"the MPI library {says}")
+    if any(rank.device == "cpu" for rank in ranks):
+        return mpi
+    return _transport(mpi, comm, int(ranks[comm.rank].device.split(":")[1]), job)
+
+
+def _transport(mpi: MpiFacts, comm: Communicator, index: int, job: Job | None) -> MpiFacts:
+    """Choose the transport as a run would."""
+    from hpctrain.comm.device.choice import choose
+    from hpctrain.comm.device.gpu import Gpu
+    from hpctrain.job.tables import CommunicatorTable
+
+    table = job.communicator if job is not None else CommunicatorTable()
+    try:
+        choice = choose(comm, Gpu.open(index), table.device_transport, table.cuda_aware)
+    except ClusterError as error:  # the same on all ranks
+        return replace(mpi, transport_trouble=str(error))
+    return replace(mpi, transport=choice.name, transport_why=str(choice))
 
 
 def _nodes(comm: Communicator) -> list[NodeFacts]:

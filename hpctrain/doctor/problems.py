@@ -221,10 +221,14 @@ def _devices(facts: Facts) -> Iterator[Problem]:
             "error", named(without), f"no GPU that torch and CuPy can use, unlike {named(with_gpu)}",
             'use nodes of the same kind, or device = "cpu" in the job',
         )  # fmt: skip
-    if with_gpu and facts.size > 1 and not facts.mpi.cuda_aware:
+    mpi = facts.mpi
+    if mpi.transport_trouble:
+        what, _, do = mpi.transport_trouble.rpartition("; ")
+        yield Problem("error", "GPU memory", what, do)
+    elif mpi.transport == "staged" and facts.size > 1:
         yield Problem(
-            "note", "MPI", f"it does not accept buffers in GPU memory ({facts.mpi.cuda_how}): exchanged data passes "
-            "through pinned host memory", "use the site's CUDA-aware MPI, if there is one",
+            "note", "GPU memory", f"exchanged data passes through pinned host memory ({mpi.cuda_how})",
+            "use the site's CUDA-aware MPI, if there is one, or one GPU per rank with NCCL",
         )  # fmt: skip
 
 

@@ -55,6 +55,8 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
         alike = all(rank.versions == versions for rank in facts.ranks)
         yield "software", [listed + ("" if facts.size == 1 else ", the same on all ranks" if alike else " on rank 0")]
     yield "ranks", list(_ranks(facts))
+    if facts.mpi.transport_why:
+        yield "GPUs", [facts.mpi.transport_why]
     yield "memory", list(_memory(facts))
     if facts.links:
         yield "messages", list(_links(facts))

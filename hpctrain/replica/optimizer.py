@@ -16,6 +16,8 @@ from hpctrain.text import did_you_mean
 ELEMENTWISE = frozenset(
     ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
 )
+FUSED = frozenset(["Adam", "AdamW", "SGD"])  # torch can update these in one kernel on CUDA
+IMPLEMENTATIONS = frozenset(["capturable", "differentiable", "foreach", "fused"])  # arguments that choose another
 REFUSED = {
     "LBFGS": "it evaluates the loss several times per step, which no strategy here can do; use SGD or Adam",
     "SparseAdam": "arenas hold dense gradients; use Adam",
@@ -40,7 +42,10 @@ class OptimizerChoice:
         elementwise: bool | None = None,
         device: torch.device | str = "cpu",
     ) -> OptimizerChoice:
-        """Check the class and its arguments for parameters on `device`. Raises ModelError."""
+        """Check the class and its arguments for parameters on `device`. Raises ModelError.
+
+        On a GPU, one kernel updates all elements (fused=True), unless the arguments choose another implementation.
+        """
         name, own = optimizer.__name__, _is_torchs(optimizer)
         for base in optimizer.__mro__:
             if _is_torchs(base) and base.__name__ in REFUSED:
@@ -50,6 +55,8 @@ class OptimizerChoice:
             raise ModelError(f"optimizer.elementwise = true: {name} needs whole parameters; leave the key out")
         if elementwise is None:
             elementwise = own and name in ELEMENTWISE
+        if own and name in FUSED and torch.device(device).type == "cuda" and not IMPLEMENTATIONS & options.keys():
+            options = {**options, "fused": True}
         choice = cls(optimizer, options, elementwise)
         choice._try(device)
         return replace(choice, adaptive=choice._normalises(device))

@@ -19,7 +19,7 @@ from hpctrain.comm.device.staged import StagedCommunicator
 from hpctrain.comm.mpi import library
 from hpctrain.comm.virtual.world import World
 from hpctrain.replica.tensors import as_array, as_tensor
-from tests.conftest import Mpirun
+from tests.conftest import Ended, Mpirun
 
 DTYPES = [np.dtype(kind) for kind in (np.float16, np.float32, np.float64)] + [BFLOAT16]
 SLOT = 1 << 16  # bytes
@@ -90,6 +90,29 @@ def test_arena_has_its_own_allocation(gpu: Gpu) -> None:
         assert len(cupy.cuda.runtime.ipcGetMemHandle(array.data.ptr)) == 64
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_addition_in_one_pass(gpu: Gpu, dtype: np.dtype[Any], count: int) -> None:
+    for length in (0, 1, 1000, 3_000_001):
+        parts = [on_gpu(gpu, values(length, dtype, rank)) for rank in range(count)]
+        gpu.add_up(parts, parts[0])
+        wanted = np.sum([values(length, dtype, rank).astype(np.float64) for rank in range(count)], axis=0)
+        np.testing.assert_array_equal(host(parts[0]), wanted)
+
+
+def test_addition_rounds_like_torch(gpu: Gpu) -> None:
+    """Also NaN, infinities, subnormal values and ties."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    for dtype, kind in ((BFLOAT16, torch.bfloat16), (np.dtype(np.float16), torch.float16)):
+        first, second = gpu.zeros(1 << 16, dtype), gpu.zeros(1 << 16, dtype)
+        as_tensor(first).copy_(bits.view(kind))
+        as_tensor(second).copy_(bits.flip(0).roll(77).view(kind))
+        wanted = (as_tensor(first).float() + as_tensor(second).float()).to(kind)
+        gpu.add_up([first, second], first)
+        assert torch.equal(as_tensor(first).isnan(), wanted.isnan())
+        assert torch.equal(as_tensor(first).nan_to_num(), wanted.nan_to_num())
+
+
 # -- transfers -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -158,16 +181,48 @@ def test_mpi_without_cuda_awareness_is_detected_in_a_subprocess() -> None:
         assert cuda_aware.probe(0) is False
 
 
+@pytest.mark.parametrize("transport", ["ipc", "staged", "mpi"])
 @pytest.mark.parametrize("what", ["equivalence", "bfloat16", "resumes"])
-def test_two_ranks_sharing_a_gpu(mpirun: Mpirun, tmp_path: Path, what: str) -> None:
-    ended = mpirun(2, TRAINING, what, str(tmp_path), timeout=110)
+def test_two_ranks_sharing_a_gpu(mpirun: Mpirun, tmp_path: Path, what: str, transport: str) -> None:
+    if transport == "mpi" and not library.cuda_support():
+        pytest.skip("this MPI is not CUDA-aware")
+    ended = mpirun(2, TRAINING, what, str(tmp_path), transport, timeout=110)
     print(ended.out)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("what", ["equivalence", "bfloat16", "resumes"])
+def test_two_ranks_with_nccl(mpirun: Mpirun, tmp_path: Path, what: str) -> None:
+    mpirun(2, TRAINING, what, str(tmp_path), "nccl", timeout=110)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("communicator.device_transport=nccl", "share a GPU; use"),
+        ("communicator.cuda_aware=yes", "a process that passed GPU memory to the MPI library"),
+    ],
+)
+def test_wrong_override_is_a_message(mpirun: Mpirun, tmp_path: Path, key: str, words: str) -> None:
+    if "nccl" in key and torch.cuda.device_count() > 1:
+        pytest.skip("each rank has a GPU of its own")
+    if "cuda_aware" in key and library.cuda_support():
+        pytest.skip("this MPI is CUDA-aware")
+    ended = _train(mpirun, tmp_path, key, status=None)
+    assert ended.status
+    assert words in ended.err
+    assert "Traceback" not in ended.err
+
+
 def test_command_line_reports_the_device(mpirun: Mpirun, tmp_path: Path) -> None:
-    program = "import sys; from hpctrain.cli import main; sys.exit(main(sys.argv[1:]))"
-    keys = ["device=cuda", "train.epochs=1", f"output={tmp_path}"]
-    job = Path(__file__).resolve().parents[2] / "jobs" / "all_reduce.toml"
-    ended = mpirun(2, program, "train", str(job), *keys, timeout=110)
+    ended = _train(mpirun, tmp_path)
     assert "device buffers are" in ended.out
     assert "test accuracy" in ended.out
+
+
+def _train(mpirun: Mpirun, folder: Path, *keys: str, status: int | None = 0) -> Ended:
+    """Train the main all-reduce job for an epoch on two ranks, on GPUs."""
+    program = "import sys; from hpctrain.cli import main; sys.exit(main(sys.argv[1:]))"
+    job = Path(__file__).resolve().parents[2] / "jobs" / "all_reduce.toml"
+    more = ["device=cuda", "train.epochs=1", f"output={folder}", *keys]
+    return mpirun(2, program, "train", str(job), *more, timeout=110, status=status)

@@ -1,7 +1,8 @@
-"""The staged device path (for an MPI that is not CUDA-aware) over real ranks and threads, with a stand-in for CuPy."""
+"""Device transports (for an MPI that is not CUDA-aware) over real ranks and threads, with a stand-in for CuPy."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,31 +10,46 @@ import pytest
 import torch
 
 from hpctrain.comm.base import Tag
+from hpctrain.comm.device import choice
+from hpctrain.comm.device.communicator import DeviceCommunicator
 from hpctrain.comm.device.gpu import SlotPool
+from hpctrain.comm.device.ipc import IpcCommunicator
 from hpctrain.comm.device.staged import StagedCommunicator
 from hpctrain.comm.mpi.communicator import world
 from tests import helpers
-from tests.stand_in_cupy import Cuda
+from tests.stand_in_cupy import Cuda, Memory
 
 pytestmark = pytest.mark.mpi
 
 
-@pytest.fixture
-def staged() -> StagedCommunicator:
-    """A staged communicator with slots so small that every message needs several."""
+class Ipc(IpcCommunicator):
+    """Uses CUDA IPC for the smallest buffers, too."""
+
+    least = 1
+
+
+@pytest.fixture(params=[StagedCommunicator, Ipc])
+def comm(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[DeviceCommunicator]:
+    """With slots so small that every message needs several. Device memory lies in files, which ranks map."""
     torch.set_num_threads(1)
-    gpu = Cuda().gpu()
-    return StagedCommunicator.around(world(), gpu, SlotPool(gpu, 64))
+    ranks = world()
+    monkeypatch.setattr(Memory, "folder", Path(ranks.broadcast_json(str(tmp_path))))
+    gpu = Cuda(ranks).gpu()
+    made: DeviceCommunicator = request.param.around(ranks, gpu, SlotPool(gpu, 64))
+    yield made
+    made.barrier()
 
 
 @pytest.fixture
-def folder(staged: StagedCommunicator, tmp_path: Path) -> Path:
-    return Path(staged.broadcast_json(str(tmp_path)))
+def folder(comm: DeviceCommunicator, tmp_path: Path) -> Path:
+    return Path(comm.broadcast_json(str(tmp_path)))
 
 
 @pytest.mark.parametrize("length", [0, 5, 16, 100, 1000])
-def test_messages_and_sums(staged: StagedCommunicator, length: int) -> None:
-    comm, size, cuda = staged, staged.size, staged.gpu._cupy
+def test_messages_and_sums(comm: DeviceCommunicator, length: int) -> None:
+    size, cuda = comm.size, comm.gpu._cupy
     mine = np.arange(length, dtype=np.float32) + comm.rank
     into = cuda.array(np.zeros(length, np.float32))
     comm.sendrecv(cuda.array(mine), (comm.rank + 1) % size, into, (comm.rank - 1) % size, Tag.PUSH)
@@ -43,12 +59,26 @@ def test_messages_and_sums(staged: StagedCommunicator, length: int) -> None:
     requests = [comm.start_all_reduce(started), comm.start_all_reduce(other)]
     assert comm.gather_rows(np.array([comm.rank]))[:, 0].tolist() == list(range(size))
     comm.wait_all(requests)
+    cuda.compute.synchronize()
     assert (started.memory == summed).all()
     assert (other.memory == summed).all()
 
 
 @pytest.mark.parametrize("agree", ["message", "overlap", "server", "colocated", "all_serve"])
-def test_staged_training_equals_one_process(staged: StagedCommunicator, folder: Path, agree: str) -> None:
-    if agree == "server" and staged.size == 1:
+def test_training_equals_one_process(comm: DeviceCommunicator, folder: Path, agree: str) -> None:
+    if agree == "server" and comm.size == 1:
         pytest.skip("one rank cannot be a server beside a worker")
-    assert helpers.equivalence(staged, folder, agree, "all", "float64") < 1e-10
+    assert helpers.equivalence(comm, folder, agree, "all", "float64") < 1e-10
+
+
+def test_ipc_is_probed_and_measured_between_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = world()
+    monkeypatch.setattr(Memory, "folder", Path(ranks.broadcast_json(str(tmp_path))))
+    monkeypatch.setattr(choice.measure, "__defaults__", (2, 1 << 15))
+    found = choice.choose(ranks, Cuda(ranks).gpu(), "auto", "no")
+    if ranks.size == 1:
+        assert found.name == "staged"
+    else:
+        assert set(found.seconds) == {"ipc", "staged"}
+        assert "share a GPU" in found.obstacles["nccl"]
+    ranks.barrier()

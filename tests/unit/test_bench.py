@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hpctrain import bench
-from hpctrain.bench import alone, asynchronous, checks, reading, switching, together, tracing, workload
+from hpctrain.bench import alone, asynchronous, checks, device, reading, switching, together, tracing, workload
 from hpctrain.bench.report import FigureTable, Report, Sample, number
 from hpctrain.cli import main
 from hpctrain.comm.virtual.network import FreeNetwork, LinkNetwork
@@ -25,6 +25,7 @@ from hpctrain.launcher.facts import MARK
 from hpctrain.replica import blocks
 from hpctrain.trace import open_run, sum_times
 from hpctrain.trace.schema import CLOCK, KIND_CODES, SPANS, STEPS
+from tests.stand_in_cupy import Cuda
 from tests.traces import HandMade
 
 
@@ -382,6 +383,42 @@ def test_tracing_job_is_linked_from_jobs():
     steps = (job.train.epochs or 0) * (1437 // (2 * job.train.batch_size))
     assert steps * 0.005 > 2 * job.trace.flush_seconds  # the trace is flushed meanwhile
     assert steps // tracing.TURN > 10 * tracing.EARLY
+
+
+def test_device_all_reduce_by_transport_and_size():
+    """With stand-ins for CuPy: every way runs, and the shares of what copies reach are stated."""
+
+    def rank(comm):
+        cuda = Cuda(comm)
+        found = device.all_reduce_table(comm, cuda.gpu(), ["ipc", "nccl", "staged"], silent, {"1 KiB": 1024})
+        assert cuda.runtime.opened == []
+        assert cuda.cuda.nccl.living == 0
+        return found
+
+    table = World(2, network=LinkNetwork()).run(rank)[0]
+    assert set(table.rows) == {"ipc", "nccl", "staged", device.ON_DEVICE, device.TO_HOST}
+    assert all(set(row) == {"1 KiB"} for row in table.rows.values())
+    assert [note.split(",")[0] for note in table.notes] == ["ipc", "staged"]
+    assert "(target: 50 %)" in table.notes[0]
+
+
+def test_device_step_beside_plain_torch():
+    (table,) = World(1).run(lambda comm: device.step_table(comm, torch.device("cpu"), LINEAR, silent))
+    assert {name: len(row["step"].values) for name, row in table.rows.items()} == {device.PLAIN: 2, device.OURS: 2}
+    assert "target: at most +3 %" in table.notes[0]
+
+
+def test_device_update_beside_a_copy():
+    (table,) = World(1).run(lambda comm: device.update_table(comm, torch.device("cpu"), 1000, silent))
+    assert set(table.rows) == {device.COPY, *device.PASSES}
+    assert table.title == "update of an arena of 0 M float32, one rank"
+    assert len(table.notes) == 2
+
+
+def test_device_bench_without_a_gpu_is_one_message(monkeypatch):
+    monkeypatch.setattr(device, "usable_gpus", lambda: (0, None))
+    with pytest.raises(ClusterError, match="hpctrain bench device: a rank has no GPU that torch can use"):
+        World(2).run(lambda comm: device.measure_step(comm, silent))
 
 
 def test_which_measurements_need_ranks():

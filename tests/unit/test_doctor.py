@@ -74,6 +74,32 @@ def test_healthy_ranks_have_no_problems() -> None:
     assert "no problems found" in report.as_text(healthy(), [])
 
 
+# -- GPU memory ------------------------------------------------------------------------------------------------
+def with_gpus(**mpi: Any) -> Found:
+    facts = healthy(1)
+    ranks = [replace(rank, device=f"cuda:{rank.rank}", gpus=4) for rank in facts.ranks]
+    return replace(facts, ranks=ranks, mpi=replace(MPI, **mpi))
+
+
+def test_transport_of_gpu_memory_is_shown() -> None:
+    facts = with_gpus(transport="ipc", transport_why="device buffers are summed through CUDA IPC (16 MiB in ipc 1 ms)")
+    assert problems(facts) == []
+    assert "GPUs       device buffers are summed through CUDA IPC" in report.as_text(facts, [])
+
+
+def test_staging_is_a_note() -> None:
+    problem = only(with_gpus(transport="staged", transport_why="device buffers are staged"))
+    assert (problem.severity, problem.where) == ("note", "GPU memory")
+    assert "pinned host memory (the MPI library says that it is not CUDA-aware)" in problem.what
+
+
+def test_impossible_transport_is_an_error() -> None:
+    trouble = 'communicator.device_transport = "nccl" cannot be used here: ranks 0 and 1 share a GPU; use "auto"'
+    problem = only(with_gpus(transport_trouble=trouble))
+    assert (problem.severity, problem.do) == ("error", 'use "auto"')
+    assert problem.what.endswith("ranks 0 and 1 share a GPU")
+
+
 # -- cores -----------------------------------------------------------------------------------------------------
 def test_more_ranks_than_cores_warns_how_many_fit() -> None:
     problem = only(healthy(1, 4, 2))

@@ -287,6 +287,27 @@ def test_refused(optimizer: Any, options: dict[str, Any], elementwise: bool | No
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "options", "fused"),
+    [
+        (torch.optim.SGD, {}, True),
+        (torch.optim.AdamW, {}, True),
+        (torch.optim.Adam, {"fused": False}, False),
+        (torch.optim.Adam, {"foreach": True}, None),
+        (torch.optim.RMSprop, {}, None),
+        (type("Own", (torch.optim.SGD,), {"__module__": "mine"}), {}, None),
+    ],
+)
+def test_update_on_a_gpu_is_one_kernel(
+    monkeypatch: pytest.MonkeyPatch, optimizer: Any, options: dict[str, Any], fused: bool | None
+) -> None:
+    """Which implementation is asked for; without a GPU the trial step is left out."""
+    monkeypatch.setattr(OptimizerChoice, "_try", lambda self, device: None)
+    monkeypatch.setattr(OptimizerChoice, "_normalises", lambda self, device: False)
+    assert OptimizerChoice.of(optimizer, options, True, "cuda:0").options.get("fused") is fused
+    assert OptimizerChoice.of(optimizer, options, True, "cpu").options == options
+
+
 def test_only_torchs_optimizers_are_known_to_be_elementwise() -> None:
     assert OptimizerChoice.of(torch.optim.SGD, {"lr": 0.1}).elementwise
     assert not OptimizerChoice.of(torch.optim.SGD, {"lr": 0.1}, False).elementwise

@@ -74,21 +74,15 @@ def choose(comm: Communicator, gpu: Gpu, wanted: str, aware: str) -> Choice:
         return Choice("staged")
     if wanted == "staged":
         return Choice(wanted, asked=True)
-    checks: dict[str, Callable[[], str | None]] = {
-        "ipc": lambda: why_not_ipc(comm, gpu),
-        "nccl": lambda: why_not_nccl(comm, gpu),
-        "mpi": lambda: why_not_mpi(comm, gpu, aware),
-        "staged": lambda: None,
-    }
     if wanted != "auto":
-        why = checks[wanted]()
+        why = checks(comm, gpu, aware)[wanted]()
         if why is None:
             measure(TRANSPORTS[wanted].around(comm, gpu), rounds=1)
             return Choice(wanted, asked=True)
         raise _everywhere(
             f'communicator.device_transport = "{wanted}" cannot be used here: {why}; use "auto" or another transport'
         )
-    found = {name: check() for name, check in checks.items()}
+    found = {name: check() for name, check in checks(comm, gpu, aware).items()}
     usable = [name for name, why in found.items() if why is None]
     obstacles = {name: why for name, why in found.items() if why is not None}
     if len(usable) == 1:
@@ -99,6 +93,16 @@ def choose(comm: Communicator, gpu: Gpu, wanted: str, aware: str) -> Choice:
         if seconds[name] < CLEARLY * seconds[best]:
             best = name
     return Choice(best, obstacles, seconds)
+
+
+def checks(comm: Communicator, gpu: Gpu, aware: str = "auto") -> dict[str, Callable[[], str | None]]:
+    """For each transport, why it cannot be used here, as a clause; None if it can. Each is collective."""
+    return {
+        "ipc": lambda: why_not_ipc(comm, gpu),
+        "nccl": lambda: why_not_nccl(comm, gpu),
+        "mpi": lambda: why_not_mpi(comm, gpu, aware),
+        "staged": lambda: None,
+    }
 
 
 def measure(comm: DeviceCommunicator, rounds: int = ROUNDS, length: int = LENGTH) -> float:

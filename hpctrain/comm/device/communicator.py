@@ -31,7 +31,7 @@ from hpctrain.comm.base import (
     Thread,
 )
 from hpctrain.comm.device.gpu import DeviceArena, Gpu, SlotPool
-from hpctrain.comm.device.reducer import Reducer
+from hpctrain.comm.device.reducer import NOTHING, Reducer
 
 REDUCE_LANE = 2  # of the thread that runs started all-reduces (0: the rank's main thread, 1: a colocated server)
 
@@ -127,12 +127,15 @@ class DeviceCommunicator(Communicator):
         self.inner.barrier()
 
     def broadcast(self, buffer: Buffer, root: int = 0) -> None:
-        (self.inner.broadcast if on_host(buffer) else self._broadcast)(buffer, root)
+        if on_host(buffer):
+            self.inner.broadcast(buffer, root)
+        elif self.size > 1:
+            self._broadcast(buffer, root)
 
     def all_reduce(self, buffer: Buffer, operation: Operation = "sum", algorithm: str = "library") -> None:
         if on_host(buffer):
             self.inner.all_reduce(buffer, operation, algorithm)
-        else:
+        elif self.size > 1:
             self.reduce_when(self.gpu.mark(), buffer, operation, algorithm)
 
     def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
@@ -140,6 +143,8 @@ class DeviceCommunicator(Communicator):
         Iallreduce cannot read device memory (issue 9845)."""
         if on_host(buffer):
             return self.inner.start_all_reduce(buffer, operation)
+        if self.size == 1:
+            return NOTHING
         if self._reducer is None:
             assert self._beside is not None
             self._reducer = Reducer(self._beside), self._beside.lane(REDUCE_LANE)
@@ -147,7 +152,10 @@ class DeviceCommunicator(Communicator):
         return reducer.start(partial(lane.reduce_when, self.gpu.mark(), buffer, operation, "library"))
 
     def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
-        (self.inner.all_gather if on_host(buffer) else self._all_gather)(buffer, bounds)
+        if on_host(buffer):
+            self.inner.all_gather(buffer, bounds)
+        elif self.size > 1:
+            self._all_gather(buffer, bounds)
 
     def split(self, color: int | None, key: int = 0) -> Self | None:
         part = self.inner.split(color, key)

@@ -64,6 +64,14 @@ class Gpu:
         memory: np.ndarray[Any, Any] = self._cupyx.empty_pinned(nbytes, np.uint8)
         return memory
 
+    def to_host(self, source: Buffer, target: np.ndarray[Any, Any]) -> None:
+        """Start copying from the device to pinned memory, on the stream `down`."""
+        _bits(source).get(stream=self.down, out=_bits(target), blocking=False)
+
+    def from_host(self, source: np.ndarray[Any, Any], target: Buffer) -> None:
+        """Start copying from pinned memory to the device, on the stream `up`."""
+        _bits(target).set(_bits(source), stream=self.up)
+
     def stream(self) -> Any:
         """Torch's current stream, as a CuPy stream."""
         return self._cupy.cuda.Stream.from_external(self._current())
@@ -203,13 +211,13 @@ class PinnedSlot:
     def load(self, part: Buffer) -> None:
         """Start copying from the device."""
         if part.size:
-            _bits(part).get(stream=self._gpu.down, out=_bits(self.host(part.size, part.dtype)), blocking=False)
+            self._gpu.to_host(part, self.host(part.size, part.dtype))
             self.event.record(self._gpu.down)
 
     def store(self, part: Buffer) -> None:
         """Start copying to the device."""
         if part.size:
-            _bits(part).set(_bits(self.host(part.size, part.dtype)), stream=self._gpu.up)
+            self._gpu.from_host(self.host(part.size, part.dtype), part)
             self.event.record(self._gpu.up)
 
 

@@ -62,3 +62,16 @@ class ReduceInThread(Request):
                 assert self._reducer.thread is not None
                 self._reducer.thread.join()
         return 0
+
+
+class Done(Request):
+    """A request with nothing left to do."""
+
+    def test(self) -> bool:
+        return True
+
+    def wait(self) -> int:
+        return 0
+
+
+NOTHING = Done()  # an all-reduce of a single rank
