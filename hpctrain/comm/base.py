@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hpctrain.trace.recorder import Recorder
 
 Buffer = Any  # np.ndarray, or a CuPy array on the device path
-Share = Literal["node", "rank"]
+Share = Literal["node", "rank", "host"]
 Operation = Literal["sum", "max", "min"]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HALVES = (BFLOAT16, np.dtype(np.float16))  # are added in float32, never in their own precision
@@ -89,8 +89,9 @@ class Arena(ABC):
     """One contiguous buffer per rank, placed by the communicator.
 
     `parts[i]` is the buffer of the i-th rank of this node (`share="node"`), or `parts` contains only this rank's own
-    buffer (`share="rank"`). A rank may request length 0, so "once per node" means: local rank 0 requests n, the others
-    0, and all use `parts[0]`. `mine` is this rank's own buffer.
+    buffer (`share="rank"`; "host": in host memory, pinned if the others are on a GPU). A rank may request length 0, so
+    "once per node" means: local rank 0 requests n, the others 0, and all use `parts[0]`. `mine` is this rank's own
+    buffer.
     """
 
     parts: list[Buffer]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import sys
 import tempfile
 from pathlib import Path
@@ -413,6 +414,16 @@ def test_device_update_beside_a_copy():
     assert set(table.rows) == {device.COPY, *device.PASSES}
     assert table.title == "update of an arena of 0 M float32, one rank"
     assert len(table.notes) == 2
+
+
+def test_measurements_replace_former_ones_in_the_page():
+    page = runpy.run_path(str(Path(__file__).parents[2] / "analysis" / "gpu_page.py"))
+    table = FigureTable("device_update", "update, one rank", ["ms"], {"copy": {"ms": Sample((1.0, 2.0), "ms")}}, ["X."])
+    measured = Report([table]).plain()
+    first = page["put_in"](page["DOCUMENT"].read_text(), measured)
+    assert "| update, one rank | ms |\n|---|---|\n| copy | 1.5 (1.25-1.75) |\n\nX.\n" in first
+    assert "Nothing yet" not in first
+    assert page["put_in"](first, measured) == first
 
 
 def test_device_bench_without_a_gpu_is_one_message(monkeypatch):

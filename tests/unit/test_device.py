@@ -469,6 +469,58 @@ def test_staged_training_has_the_same_bits_as_on_the_host(
     np.testing.assert_array_equal(host, staged)
 
 
+@pytest.mark.parametrize("colocated", [False, True])
+def test_shards_in_pinned_memory_give_the_same_bits(tmp_path: Path, colocated: bool) -> None:
+    def parameters(shards: str) -> Any:
+        strategy = {"name": "parameter_server", "mode": "sync", "colocated": colocated, "shards": shards}
+        job = helpers.make_job(tmp_path, strategy=strategy, optimizer={"name": "Adam", "lr": 0.01})
+        return run(2, StagedCommunicator, lambda comm, _: helpers.vector(helpers.quiet_train(comm, job).model))
+
+    np.testing.assert_array_equal(parameters("host"), parameters("device"))
+
+
+@pytest.mark.parametrize("way", ["blocking", "started", "polled"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_messages_between_device_and_pinned_memory(way: str, length: int) -> None:
+    wanted = values(length, np.dtype(np.float32))
+
+    def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
+        pinned = comm.arena(length, np.dtype(np.float32), "host").mine
+        if comm.rank == 0:
+            comm.send(cuda.array(wanted), 1, Tag.PUSH)
+            buffer = cuda.array(values(length, np.dtype(np.float32), 5))
+            assert comm.recv(buffer, 1, Tag.PULL) == length
+            same(read(cuda, buffer), wanted)
+        elif way == "blocking":
+            assert comm.recv(pinned, 0, Tag.PUSH) == length
+            comm.send(pinned, 0, Tag.PULL)
+        else:
+            request = comm.start_recv(pinned, 0, Tag.PUSH)
+            if way == "polled":
+                comm.wait_any([request])
+            assert request.wait() == length
+            comm.start_send(pinned, 0, Tag.PULL).wait()
+        if comm.rank == 1:
+            same(np.asarray(pinned), wanted)
+
+    run(2, StagedCommunicator, body)
+
+
+def test_receive_into_pinned_memory_can_be_cancelled() -> None:
+    def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
+        pinned = comm.arena(100, np.dtype(np.float32), "host").mine
+        if comm.rank == 0:
+            comm.start_recv(pinned, 1, Tag.PUSH).cancel()
+            comm.barrier()
+            comm.recv(pinned, 1, Tag.PUSH)
+            same(np.asarray(pinned), values(100, np.dtype(np.float32)))
+        else:
+            comm.barrier()
+            comm.send(cuda.array(values(100, np.dtype(np.float32))), 0, Tag.PUSH)
+
+    run(2, StagedCommunicator, body)
+
+
 def test_run_on_the_device_resumes_to_the_same_bits(tmp_path: Path) -> None:
     strategy = {"name": "parameter_server", "mode": "sync"}
     optimizer = {"name": "Adam", "lr": 0.01}

@@ -217,13 +217,13 @@ def chosen(
     times: dict[str, float] | None = None,
     devices: bool = False,
     aware: bool = False,
-) -> list[choice.Choice]:
+) -> list[choice.TransportChoice]:
     """What each virtual rank chooses. `times`: in place of measurements; `devices`: whether each has its own GPU."""
     if times is not None:
         monkeypatch.setattr(choice, "measure", lambda comm, rounds=5: times[comm.transport])
     monkeypatch.setattr(choice, "cuda_aware", lambda comm, wanted, index: (aware, "the library says so"))
 
-    def rank(inner: Communicator) -> choice.Choice:
+    def rank(inner: Communicator) -> choice.TransportChoice:
         cuda = Cuda(inner)
         gpu = cuda.gpu()
         if devices:

@@ -39,7 +39,7 @@ CLEARLY = 0.9  # a transport is preferred to an earlier one if it takes less tha
 
 
 @dataclass
-class Choice:
+class TransportChoice:
     """The chosen transport. `obstacles`: why each of the others cannot be used here. `seconds`: for an all-reduce of
     16 MiB, for those that were measured. `asked`: the job names it."""
 
@@ -68,17 +68,17 @@ def open_device(comm: Communicator, index: int, wanted: str = "auto", aware: str
     return TRANSPORTS[choice.name].around(comm, gpu), str(choice)
 
 
-def choose(comm: Communicator, gpu: Gpu, wanted: str, aware: str) -> Choice:
+def choose(comm: Communicator, gpu: Gpu, wanted: str, aware: str) -> TransportChoice:
     """Which transport to use. The same on all ranks. Collective. Raises ClusterError like `open_device`."""
     if comm.size == 1 and wanted in ("auto", "staged"):
-        return Choice("staged")
+        return TransportChoice("staged")
     if wanted == "staged":
-        return Choice(wanted, asked=True)
+        return TransportChoice(wanted, asked=True)
     if wanted != "auto":
         why = checks(comm, gpu, aware)[wanted]()
         if why is None:
             measure(TRANSPORTS[wanted].around(comm, gpu), rounds=1)
-            return Choice(wanted, asked=True)
+            return TransportChoice(wanted, asked=True)
         raise _everywhere(
             f'communicator.device_transport = "{wanted}" cannot be used here: {why}; use "auto" or another transport'
         )
@@ -86,13 +86,13 @@ def choose(comm: Communicator, gpu: Gpu, wanted: str, aware: str) -> Choice:
     usable = [name for name, why in found.items() if why is None]
     obstacles = {name: why for name, why in found.items() if why is not None}
     if len(usable) == 1:
-        return Choice(usable[0], obstacles)
+        return TransportChoice(usable[0], obstacles)
     seconds = {name: measure(TRANSPORTS[name].around(comm, gpu)) for name in usable}
     best = usable[0]
     for name in usable[1:]:
         if seconds[name] < CLEARLY * seconds[best]:
             best = name
-    return Choice(best, obstacles, seconds)
+    return TransportChoice(best, obstacles, seconds)
 
 
 def checks(comm: Communicator, gpu: Gpu, aware: str = "auto") -> dict[str, Callable[[], str | None]]:

@@ -6,8 +6,8 @@ A `DeviceCommunicator` wraps another communicator. Operations on NumPy arrays ar
 transport's way; `choice` finds out which ones work here, and which is the fastest. Before anything but torch accesses a
 device buffer, the work that torch has queued so far is waited for: here, and nowhere else.
 
-A device message longer than a slot is sent as several, in order: its receiver must provide a device buffer of exactly
-that length. In a collective, either all ranks provide a device buffer, or none.
+A device message longer than a slot is sent as several, in order: its receiver must provide a buffer of exactly that
+length, on a device or in a pinned arena. In a collective, either all ranks provide a device buffer, or none.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hpctrain.comm.base import (
     Share,
     Thread,
 )
-from hpctrain.comm.device.gpu import DeviceArena, Gpu, SlotPool
+from hpctrain.comm.device.gpu import DeviceArena, Gpu, PinnedArena, SlotPool
 from hpctrain.comm.device.reducer import NOTHING, Reducer
 
 REDUCE_LANE = 2  # of the thread that runs started all-reduces (0: the rank's main thread, 1: a colocated server)
@@ -89,23 +89,27 @@ class DeviceCommunicator(Communicator):
     @abstractmethod
     def _all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None: ...
 
+    def _whole(self, buffer: Buffer) -> bool:
+        """Whether a message from or to this buffer is a single one, as it is between any other communicators."""
+        return on_host(buffer)
+
     # -- point to point ------------------------------------------------------------------------------------
     def start_send(self, buffer: Buffer, dest: int, tag: int) -> Request:
-        start = self.inner.start_send if on_host(buffer) else self._start_send
+        start = self.inner.start_send if self._whole(buffer) else self._start_send
         return start(buffer, dest, tag)
 
     def start_recv(self, buffer: Buffer, source: int, tag: int) -> Request:
-        start = self.inner.start_recv if on_host(buffer) else self._start_recv
+        start = self.inner.start_recv if self._whole(buffer) else self._start_recv
         return start(buffer, source, tag)
 
     def send(self, buffer: Buffer, dest: int, tag: int) -> None:
-        (self.inner.send if on_host(buffer) else self._send)(buffer, dest, tag)
+        (self.inner.send if self._whole(buffer) else self._send)(buffer, dest, tag)
 
     def recv(self, buffer: Buffer, source: int, tag: int) -> int:
-        return (self.inner.recv if on_host(buffer) else self._recv)(buffer, source, tag)
+        return (self.inner.recv if self._whole(buffer) else self._recv)(buffer, source, tag)
 
     def sendrecv(self, out: Buffer, dest: int, into: Buffer, source: int, tag: int) -> int:
-        if on_host(out) and on_host(into):
+        if self._whole(out) and self._whole(into):
             return self.inner.sendrecv(out, dest, into, source, tag)
         incoming = self.start_recv(into, source, tag)
         self.send(out, dest, tag)
@@ -163,18 +167,20 @@ class DeviceCommunicator(Communicator):
 
     # -- memory --------------------------------------------------------------------------------------------
     def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
-        """On the device, except for memory shared by the ranks of a node, which lies on the host."""
-        return DeviceArena(self.gpu, length, dtype) if share == "rank" else self.inner.arena(length, dtype, share)
+        """On the device, except for memory shared by the ranks of a node, which lies on the host, and pinned memory."""
+        if share == "node":
+            return self.inner.arena(length, dtype, share)
+        return (DeviceArena if share == "rank" else PinnedArena)(self.gpu, length, dtype)
 
     def can_share(self, nbytes: int) -> str | None:
         return self.inner.can_share(nbytes)
 
     def notify(self, arena: Arena) -> None:
-        if not isinstance(arena, DeviceArena):
+        if not isinstance(arena, (DeviceArena, PinnedArena)):
             self.inner.notify(arena)
 
     def wait(self, arena: Arena) -> None:
-        if not isinstance(arena, DeviceArena):
+        if not isinstance(arena, (DeviceArena, PinnedArena)):
             self.inner.wait(arena)
 
     # -- time, threads -------------------------------------------------------------------------------------

@@ -198,6 +198,24 @@ class DeviceArena(Arena):
         self.mine = None
 
 
+class PinnedArray(np.ndarray[Any, Any]):
+    """Of a `PinnedArena`, or a slice of one: a message to or from it is cut like that of a device buffer."""
+
+
+class PinnedArena(Arena):
+    """Pinned host memory of this rank alone, zeroed."""
+
+    def __init__(self, gpu: Gpu, length: int, dtype: np.dtype[Any]) -> None:
+        memory = gpu.pinned(max(1, length * dtype.itemsize))
+        memory[:] = 0
+        self.mine = memory[: length * dtype.itemsize].view(dtype).view(PinnedArray)
+        self.parts = [self.mine]
+
+    def free(self) -> None:
+        self.parts = []
+        self.mine = None
+
+
 class PinnedSlot:
     """A stretch of pinned memory. `event`: the last copy to or from it that was started."""
 

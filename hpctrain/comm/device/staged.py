@@ -6,10 +6,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from hpctrain.comm import algorithms
 from hpctrain.comm.base import Buffer, Operation, Request
 from hpctrain.comm.device.communicator import DeviceCommunicator
-from hpctrain.comm.device.gpu import PinnedSlot
+from hpctrain.comm.device.gpu import PinnedArray, PinnedSlot
 
 SLOTS = 3  # per blocking operation: one being copied in, one in MPI, one being copied out
 
@@ -23,15 +25,29 @@ class StagedCommunicator(DeviceCommunicator):
 
     transport = "staged"
 
+    def _whole(self, buffer: Buffer) -> bool:
+        return super()._whole(buffer) and not isinstance(buffer, PinnedArray)
+
     def _start_send(self, buffer: Buffer, dest: int, tag: int) -> Request:
+        if isinstance(buffer, PinnedArray):
+            return Pieces([self.inner.start_send(part, dest, tag) for part in self._parts_of(buffer)])
         with self.span("send", peer=self.members[dest]):
             return StagedSend(self, buffer, dest, tag)
 
     def _start_recv(self, buffer: Buffer, source: int, tag: int) -> Request:
+        if isinstance(buffer, PinnedArray):
+            return Pieces([self.inner.start_recv(part, source, tag) for part in self._parts_of(buffer)])
         self.gpu.mark().synchronize()  # earlier work may still read the buffer
         return StagedRecv(self, buffer, source, tag)
 
+    def _parts_of(self, buffer: PinnedArray) -> list[Buffer]:
+        """The pieces in which the same message from or to a device buffer would be sent."""
+        return self.pool.cut(buffer.view(np.ndarray))
+
     def _send(self, buffer: Buffer, dest: int, tag: int) -> None:
+        if isinstance(buffer, PinnedArray):
+            self._start_send(buffer, dest, tag).wait()
+            return
         parts, slots = self._begin(buffer, self.gpu.mark())
         sent: list[Request] = []
         try:
@@ -50,6 +66,8 @@ class StagedCommunicator(DeviceCommunicator):
             self.pool.give(slots)
 
     def _recv(self, buffer: Buffer, source: int, tag: int) -> int:
+        if isinstance(buffer, PinnedArray):
+            return self._start_recv(buffer, source, tag).wait()
         parts, slots = self._begin(buffer, self.gpu.mark())
         incoming = [
             self.inner.start_recv(slot.host(part.size, part.dtype), source, tag)
@@ -106,6 +124,31 @@ class StagedCommunicator(DeviceCommunicator):
         ready.synchronize()
         parts = self.pool.cut(buffer)
         return parts, self.pool.take(min(SLOTS, len(parts)))
+
+
+class Pieces(Request):
+    """A started message of a pinned arena, in pieces; none is copied."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        self._left, self._elements = deque(requests), 0
+
+    def pending(self) -> Request | None:
+        return self._left[0] if self._left else None
+
+    def test(self) -> bool:
+        while self._left and self._left[0].test():
+            self._elements += self._left.popleft().wait()
+        return not self._left
+
+    def wait(self) -> int:
+        while self._left:
+            self._elements += self._left.popleft().wait()
+        return self._elements
+
+    def cancel(self) -> None:
+        for request in self._left:
+            request.cancel()
+        self._left.clear()
 
 
 class StagedSend(Request):

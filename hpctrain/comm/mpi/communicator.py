@@ -187,7 +187,7 @@ class MpiCommunicator(Communicator):
 
     # -- memory --------------------------------------------------------------------------------------------
     def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
-        if share == "rank":
+        if share != "node":
             return PrivateArena(length, dtype)
         self._count += 1
         return SharedArena(self.node, length, dtype, barrier_id(self.number, self._count))

@@ -179,7 +179,7 @@ class VirtualCommunicator(Communicator):
     # -- memory --------------------------------------------------------------------------------------------
     def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
         mine = np.zeros(length, dtype)
-        if share == "rank":
+        if share != "node":
             return VirtualArena([mine], 0, [0], [], -1)
         parts = self._meet("arena", self.local_ranks, mine)
         id = barrier_id(self.group.number, self._count)

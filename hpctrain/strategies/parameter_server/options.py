@@ -22,6 +22,10 @@ class ParameterServerOptions(Options):
     colocated: bool = Field(
         False, description="run the servers in threads of worker ranks instead of on ranks of their own"
     )
+    shards: Literal["device", "host"] = Field(
+        "device",
+        description="where servers on GPUs keep and update their shards: in the GPU's memory, or in pinned host memory",
+    )
     bound: int = Field(
         3,
         ge=0,

@@ -35,7 +35,7 @@ from hpctrain.strategies.phase import Phase
 if TYPE_CHECKING:
     import torch
 
-    from hpctrain.comm.base import Arena, Buffer, Communicator, Request
+    from hpctrain.comm.base import Arena, Buffer, Communicator, Request, Share
     from hpctrain.errors import NanError
     from hpctrain.replica.update import Update
 
@@ -99,8 +99,17 @@ class ParameterServerServer(Server):
 
     def join(self, phase: Phase, state: State | None = None) -> None:
         self.wiring = Wiring(phase, self.options)
-        self.attach(phase, self.wiring, self.wiring.shard(phase), lane=0)  # no replica is trained here
+        shard = self.wiring.shard(phase)  # no replica is trained here
+        self.attach(phase, self.wiring, self.copied(phase, shard) if self.options.shards == "host" else shard, lane=0)
         deal_state(phase, self.wiring, state, self)
+
+    def copied(self, phase: Phase, part: Buffer) -> Buffer:
+        """A copy of this stretch of the parameters, in the memory that the options name."""
+        from hpctrain.replica.tensors import as_tensor
+
+        shard = self._memory(phase, part.size).mine
+        as_tensor(shard).copy_(as_tensor(part))
+        return shard
 
     def attach(self, phase: Phase, wiring: Wiring, shard: Buffer, lane: int) -> None:
         """Take over `shard`, which already holds rank 0's parameters, and allocate receive buffers. Not collective."""
@@ -125,7 +134,11 @@ class ParameterServerServer(Server):
         self.coordinator = MODES[self.options.mode](_terms(phase, self.options)) if leads else None
 
     def _buffer(self) -> Arena:
-        return self.phase.comm.arena(self.high - self.low, self.phase.replica.layout.dtype, "rank")
+        return self._memory(self.phase, self.high - self.low)
+
+    def _memory(self, phase: Phase, length: int) -> Arena:
+        share: Share = "host" if self.options.shards == "host" else "rank"
+        return phase.comm.arena(length, phase.replica.layout.dtype, share)
 
     def _copied(self) -> list[int]:
         """The workers that get a private copy of the current parameters: workers on other nodes, so that the next

@@ -39,6 +39,7 @@ class ParameterServer(Strategy):
         {"mode": "sync", "backup_workers": 1, "colocated": True},
         {"servers": 2, "colocated": True, "delay_compensation": "adaptive"},
         {"mode": "bounded", "bound": 1},
+        {"mode": "sync", "shards": "host"},
     )
 
     def __init__(self, options: ParameterServerOptions) -> None:
@@ -65,10 +66,7 @@ class ParameterServer(Strategy):
         beside = phase.comm.rank in phase.roles.servers
         self._server = ParameterServerServer(self.options) if beside else None
         if self._server is not None:
-            part = self.wiring.shard(phase)
-            shard = phase.comm.arena(part.size, part.dtype, "rank").mine
-            shard[...] = part
-            self._server.attach(phase, self.wiring, shard, lane=1)
+            self._server.attach(phase, self.wiring, self._server.copied(phase, self.wiring.shard(phase)), lane=1)
         deal_state(phase, self.wiring, state, self._server)
         self._thread: Thread | None = phase.comm.spawn(self._server.serve) if self._server else None
         self._slices: list[Stretch] = []
