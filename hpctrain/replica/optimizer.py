@@ -143,10 +143,27 @@ class OptimizerChoice:
 
     def build(self, parameters: Any) -> torch.optim.Optimizer:
         """The optimizer over parameters or groups; ModelError if it rejects its arguments."""
+        cls = without_dynamo(self.cls) if _is_torchs(self.cls) else self.cls
         try:
-            return self.cls(parameters, **self.options)
+            return cls(parameters, **self.options)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ModelError(f"{self.words}: {_line(error)}") from error
+
+
+def without_dynamo(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """A class of torch.optim that does the same but does not import torch._dynamo, torch's compiler.
+
+    That takes 3 s of processor time per rank, more than torch itself, and has an effect only where an optimizer is
+    compiled. torch wraps `step` and `add_param_group` in functions that import it.
+    """
+    raw = inspect.unwrap(cls.step)
+
+    def step(self: torch.optim.Optimizer, closure: Any = None) -> Any:
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            return raw(self, closure)
+
+    own = {"step": step, "add_param_group": inspect.unwrap(cls.add_param_group), "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), own)
 
 
 def momentum_of(group: dict[str, Any]) -> float:

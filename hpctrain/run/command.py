@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,8 +57,6 @@ def main(load: Callable[[], tuple[Job, Resume | Path | str | None]]) -> int:
         roles_of(job, comm.nodes)
         with _imports_kept():
             from hpctrain.run.api import train
-
-            import_module("torch._dynamo")  # as torch's optimizers do in their first step
 
         result = train(job, comm, resume)
     except HpctrainError as mistake:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from hpctrain import Job
 from hpctrain.comm.virtual.world import World
 from hpctrain.errors import HpctrainError, ModelError
 from hpctrain.replica.layout import Layout, slice_bounds
-from hpctrain.replica.optimizer import ELEMENTWISE, OptimizerChoice, decay
+from hpctrain.replica.optimizer import ELEMENTWISE, OptimizerChoice, decay, without_dynamo
 from hpctrain.replica.replica import Replica
 from hpctrain.replica.state import State, merge
 from hpctrain.replica.update import Update, make_update
@@ -306,6 +308,46 @@ def test_update_on_a_gpu_is_one_kernel(
     monkeypatch.setattr(OptimizerChoice, "_normalises", lambda self, device: False)
     assert OptimizerChoice.of(optimizer, options, True, "cuda:0").options.get("fused") is fused
     assert OptimizerChoice.of(optimizer, options, True, "cpu").options == options
+
+
+EVERY = ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
+
+
+@pytest.mark.parametrize("name", [*EVERY, "Adafactor"])
+def test_optimizers_without_dynamo_have_the_same_bits(name: str) -> None:
+    cls = getattr(torch.optim, name)
+    found = []
+    for each in (cls, cast(Any, without_dynamo(cls))):
+        torch.manual_seed(3)
+        parameters = [torch.nn.Parameter(torch.randn(3, 5)) for _ in range(2)]
+        optimizer = each(parameters, lr=0.01)
+        for _ in range(4):
+            for parameter in parameters:
+                parameter.grad = torch.randn(3, 5)
+            optimizer.step()
+        found.append(torch.cat([p.detach().view(-1) for p in parameters]))
+        assert isinstance(optimizer, cls)
+    assert torch.equal(*found)
+
+
+def test_training_does_not_import_torchs_compiler() -> None:
+    """It takes longer than torch itself."""
+    code = (
+        "import sys, torch\n"
+        "from hpctrain.replica.optimizer import OptimizerChoice\n"
+        f"for name in {EVERY}:\n"
+        "    OptimizerChoice.of(getattr(torch.optim, name), {'lr': 0.1})\n"
+        "from hpctrain.job import Job\n"
+        "from hpctrain.run.api import train\n"
+        "from hpctrain.run.folder import Narrator\n"
+        "import tempfile\n"
+        "with tempfile.TemporaryDirectory() as folder:\n"
+        "    job = Job(train={'steps': 2}, device='cpu', output=folder)\n"
+        "    train(job, out=Narrator(enabled=False))\n"
+        "print(sorted({'torch._dynamo', 'torch._inductor', 'sympy', 'pandas', 'bokeh'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_only_torchs_optimizers_are_known_to_be_elementwise() -> None:
