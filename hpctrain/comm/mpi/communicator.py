@@ -31,7 +31,7 @@ from hpctrain.comm.base import (
     barrier_id,
 )
 from hpctrain.comm.mpi.ending import end_all_ranks
-from hpctrain.comm.mpi.requests import MpiRecv, MpiReduce, MpiSend, Waiting
+from hpctrain.comm.mpi.requests import MpiRecv, MpiReduce, MpiRequest, MpiSend, Waiting
 from hpctrain.comm.mpi.shared import PrivateArena, SharedArena, why_not_shared
 from hpctrain.comm.mpi.start import MPI
 from hpctrain.errors import ClusterError
@@ -111,7 +111,8 @@ class MpiCommunicator(Communicator):
                 if request.test():
                     return index
             with self.span("wait"):
-                self.waiting.until(lambda: any(request.over() for request in requests))
+                short = all(isinstance(request, MpiRequest) and request.short for request in requests)
+                self.waiting.until(lambda: any(request.over() for request in requests), idle=short)
                 next(request for request in requests if request.over()).explain()
 
     def _message_id(self, verb: str, peer: int, tag: int) -> int:
@@ -123,7 +124,7 @@ class MpiCommunicator(Communicator):
     # -- collectives ---------------------------------------------------------------------------------------
     def barrier(self) -> None:
         with self.span("wait", id=self._collective()):
-            self.waiting.settle(self.handle.Ibarrier())
+            self.waiting.settle(self.handle.Ibarrier(), idle=True)
 
     def broadcast(self, buffer: Buffer, root: int = 0) -> None:
         sends = self.rank == root
@@ -179,7 +180,7 @@ class MpiCommunicator(Communicator):
         """If cores are scarce, wait for the last rank without using a core, then exchange at full speed."""
         if self.waiting.naps:
             with self.span("wait", id=id):
-                self.waiting.settle(self.handle.Ibarrier())
+                self.waiting.settle(self.handle.Ibarrier(), idle=True)
 
     def _collective(self) -> int:
         self._count += 1
@@ -203,7 +204,7 @@ class MpiCommunicator(Communicator):
         if isinstance(arena, SharedArena):
             with self.span("wait", id=arena.id | arena.epoch):  # also for the last rank, which others waited for
                 if not arena.arrived():
-                    self.waiting.until(arena.arrived)
+                    self.waiting.until(arena.arrived, idle=True)
 
     # -- time, threads -------------------------------------------------------------------------------------
     def now(self) -> int:

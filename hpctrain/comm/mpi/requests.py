@@ -11,36 +11,44 @@ from hpctrain.comm.mpi.start import MPI
 from hpctrain.trace.recorder import Recorder
 
 NAP = 50e-6  # seconds between polls if there are more ranks than cores
+LONGEST = 1e-3  # seconds; a nap grows to this while nothing moves
+GROWTH = 1 / 8  # of the time waited so far: the end is noticed late by a sixteenth of the wait on average
 LOOKS = 16  # polls between naps: in each, MPICH moves only one piece (about 64 KiB) of a long message
+SHORT = 1 << 12  # bytes; messages up to this are there all at once
 
 
 class Waiting:
     """How to wait until a condition is true: poll often at first, then nap or continue polling.
 
-    With `naps`, a waiting rank leaves its core to ranks that compute; without, latency is lowest.
+    With `naps`, a waiting rank leaves its core to ranks that compute; without, latency is lowest. Naps grow in `idle`
+    waits, during which no long message moves: each poll takes a core's time, and the interpreter from other threads.
     """
 
     def __init__(self, naps: bool) -> None:
         self.naps = naps
         self._eager = 20 if naps else 1000
 
-    def until(self, ready: Callable[[], bool]) -> None:
-        looks = self._eager
+    def until(self, ready: Callable[[], bool], idle: bool = False) -> None:
+        looks, began = self._eager, 0.0
         while True:
             for _ in range(looks):
                 if ready():
                     return
-            if self.naps:
-                time.sleep(NAP)
-                looks = LOOKS
-            else:
+            if not self.naps:
                 os.sched_yield()
                 looks = 1
+            elif idle:
+                began = began or time.monotonic()
+                time.sleep(min(LONGEST, max(NAP, GROWTH * (time.monotonic() - began))))
+                looks = 1
+            else:
+                time.sleep(NAP)
+                looks = LOOKS
 
-    def settle(self, request: MPI.Request) -> None:
+    def settle(self, request: MPI.Request, idle: bool = False) -> None:
         """Wait until that MPI operation is over."""
         if self.naps:
-            self.until(request.Test)
+            self.until(request.Test, idle)
         else:
             request.Wait()
 
@@ -62,6 +70,11 @@ class MpiRequest(Request):
             self._end()
             self._done = True
         return self._done
+
+    @property
+    def short(self) -> bool:
+        """Whether it is a message that needs no more polling once it is there."""
+        return False
 
     def _end(self) -> None:
         """Remaining work after MPI has completed the operation."""
@@ -108,13 +121,17 @@ class MpiRecv(MpiRequest):
         if not self.test():
             with self._recorder.span("recv", id=self.id):
                 if self._waiting.naps:
-                    self._waiting.until(self.over)
+                    self._waiting.until(self.over, self.short)
                 else:
                     self._found = MPI.Status()
                     self._request.Wait(self._found)
                 self._received()
             self._done = True
         return self._elements
+
+    @property
+    def short(self) -> bool:
+        return bool(self._buffer.nbytes <= SHORT)
 
     def explain(self) -> None:
         self._recorder.learn(0, self._peer, self.id)
