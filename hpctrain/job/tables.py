@@ -252,9 +252,10 @@ class Train(Table):
     accumulate: Annotated[int, Field(ge=1, le=10**6)] = Field(
         default=1, description="micro-batches whose gradients are summed before workers agree"
     )
-    precision: Literal["float32", "float64", "bfloat16", "mixed_bfloat16"] = Field(
+    precision: Literal["float32", "float64", "bfloat16", "mixed_bfloat16", "mixed_float16"] = Field(
         default="float32",
-        description="dtype of parameters and arithmetic; mixed: float32 parameters, bfloat16 arithmetic",
+        description="dtype of parameters and arithmetic; mixed: float32 parameters, and bfloat16 or float16 "
+        "arithmetic, the latter with dynamic loss scaling",
     )
     clip_norm: Positive | None = Field(
         default=None,

@@ -20,9 +20,12 @@ from hpctrain.run.files import RunFiles
 from hpctrain.run.folder import Narrator, metrics_row
 from hpctrain.run.keeper import Keeper
 from hpctrain.run.prepare import Prepared
+from hpctrain.run.scaling import LossScale
 from hpctrain.run.totals import Totals
 from hpctrain.run.tracing import Tracing
 from hpctrain.trace.events import Failure
+
+LOSS_SCALE = "loss_scale"  # key in a worker's own numbers
 
 
 @dataclass
@@ -32,6 +35,7 @@ class ActiveRun:
     `comm`: all ranks. `out`: writes on rank 0 only. `claim`, `files`: on rank 0 only. `signals`: None if stop signals
     are not caught. `closing`: what to undo when the session ends, however it ends. `state`: the state that the next
     phase takes over, whole on rank 0. `own`: what this worker's strategy continues from in a resumed phase.
+    `loss_scale`: this rank's; None: losses are not scaled.
     """
 
     job: Job
@@ -48,6 +52,7 @@ class ActiveRun:
     signals: StopSignals | None = None
     state: State | None = None
     own: Own = field(default_factory=Own)
+    loss_scale: LossScale | None = None
     _warned: set[str] = field(default_factory=set)
 
     def take_state(self) -> State | None:
@@ -59,6 +64,18 @@ class ActiveRun:
         """What this worker's strategy continues from; available once."""
         own, self.own = self.own, Own()
         return own
+
+    def saved(self, own: Own) -> Own:
+        """What a checkpoint keeps of this worker: `own`, its strategy's, and the loss scale."""
+        if self.loss_scale is None:
+            return own
+        return Own(own.arrays, {**own.numbers, LOSS_SCALE: self.loss_scale.plain()})
+
+    def restore_scale(self, own: Own) -> None:
+        """Continue with the loss scale in `own`, a result of `saved`, and remove it there."""
+        known = own.numbers.pop(LOSS_SCALE, None)  # a checkpoint that is older or of another precision has none
+        if known is not None and self.loss_scale is not None:
+            self.loss_scale.take(known)
 
     def tick(self) -> None:
         """This rank has taken or served a step."""

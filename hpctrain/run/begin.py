@@ -27,6 +27,7 @@ from hpctrain.run.keeper import Keeper
 from hpctrain.run.prepare import Prepared, prepare
 from hpctrain.run.reserve import models_needed, reserve
 from hpctrain.run.resume import Resume
+from hpctrain.run.scaling import LossScale
 from hpctrain.run.totals import Ending, Totals
 from hpctrain.run.tracing import Tracing
 from hpctrain.trace.writer import next_attempt
@@ -77,6 +78,7 @@ def _begin(
         keeper=Keeper(prepared, comm, folder, files),
         tracing=Tracing(comm, folder),
         closing=closing,
+        loss_scale=LossScale() if job.train.precision == "mixed_float16" else None,
     )
     if resumed:
         _restore(run, resume)
@@ -121,6 +123,7 @@ def _totals(job: Job) -> Totals:
 def _restore(run: ActiveRun, resume: Resume | None) -> None:
     """Restore the newest checkpoint of the run folder. Collective."""
     head, run.state, own = run.keeper.restore(resume.optimizer if resume is not None else "keep")
+    run.restore_scale(own)
     run.totals.take(head["account"])
     if run.totals.ending is Ending.NOTHING:  # otherwise it belongs to the phase that has ended
         run.own = own

@@ -25,6 +25,8 @@ class Entrance:
         """Enter the phase that the run's totals name. Collective over all ranks."""
         run, index, prepared = self._run, self._run.totals.phase, self._run.prepared
         members = self._place(prepared.roles[index], prepared.strategy(index))
+        if self._before is not None:
+            self._agree_on_scale(members.comm)
         self._before = members.roles
         conductor = self._conductor(members.comm)
         job, pace = run.job, prepared.pace(index, run.totals.phase_start)
@@ -108,6 +110,13 @@ class Entrance:
         if known and conductor.rule is not None:
             conductor.rule.load(known)
         return conductor
+
+    def _agree_on_scale(self, comm: Communicator) -> None:
+        """All workers begin the next phase with rank 0's loss scale; in the previous one each may have had its own, and
+        servers none. Collective over all ranks."""
+        scale = self._run.loss_scale
+        if scale is not None:
+            scale.take(comm.broadcast_json(scale.plain()))
 
     def _announce(self, phase: Phase) -> None:
         schedule = self._run.job.schedule

@@ -135,7 +135,7 @@ class Milestones:
         run, totals = self._run, self._run.totals
         run.check_hold()
         run.saving()
-        own = self._strategy.own()
+        own = run.saved(self._strategy.own())
         with self._workers.span("checkpoint"), self._strategy.settled():
             account = {**totals.plain(), "ending": ending.value}
             run.keeper.save(self._phase, self._strategy.state(), own, account, totals.cursor)

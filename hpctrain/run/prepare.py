@@ -44,6 +44,7 @@ from hpctrain.trace.events import Event
 
 MOST_AHEAD = 4
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+MIXED = {"mixed_bfloat16": torch.bfloat16, "mixed_float16": torch.float16}
 
 
 @dataclass
@@ -69,9 +70,8 @@ class Measurable:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A context with the arithmetic that train.precision selects."""
-        if self.job.train.precision == "mixed_bfloat16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
+        dtype = MIXED.get(self.job.train.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
 
 @dataclass

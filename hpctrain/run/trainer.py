@@ -18,6 +18,7 @@ from hpctrain.models.losses import check_differentiable, weigh
 from hpctrain.replica.blocks import is_finite
 from hpctrain.replica.buckets import Buckets
 from hpctrain.replica.coupling import Coupling
+from hpctrain.run.scaling import LossScale
 from hpctrain.strategies.base import Outcome, Strategy
 from hpctrain.strategies.phase import Phase
 
@@ -29,7 +30,8 @@ class Trainer:
     """Runs the steps of one phase on a worker: micro-batches come from `batches`, their losses go to `step`.
 
     `coupling`: couples the workers' models. `warn`: called with a sentence for the user. `slow`: factor by which this
-    rank pretends to be slower. `check_gradient`: check every element of the gradient. `steps`: steps taken in the run.
+    rank pretends to be slower. `check_gradient`: check every element of the gradient. `loss_scale`: factor of the loss
+    in backward; it never reaches the strategy. `steps`: steps taken in the run.
     `inside`: whether a step that the other workers take part in is in progress; otherwise the program may leave.
     `samples`: this worker's samples in the current step.
     """
@@ -43,6 +45,7 @@ class Trainer:
     coupling: Coupling = field(default_factory=Coupling)
     slow: float = 1.0
     check_gradient: bool = False
+    loss_scale: LossScale | None = None
     steps: int = 0
     inside: bool = False
     samples: int = 0
@@ -96,7 +99,7 @@ class Trainer:
         if not self._examined:
             self._find_foreign(weighed.term)
         with self._backward:
-            scale = weighed.share / self.phase.dealing.batch
+            scale = weighed.share / self.phase.dealing.batch * (self.loss_scale.factor if self.loss_scale else 1.0)
             self.coupling.backward(weighed.term if scale == 1.0 else weighed.term * scale)
         self.samples += batch.size
         self._weight += weighed.weight
@@ -120,7 +123,9 @@ class Trainer:
             self._examined = True
             self._warn_unused()
         phase.step.number, phase.step.weight = self.steps, self._weight
+        self._excuse(loss)
         outcome = self.strategy.step(self.samples, loss)
+        self._rescale(outcome)
         self.steps += 1
         self.inside = False
         return outcome
@@ -200,10 +205,27 @@ class Trainer:
 
     def _inspect(self, low: int, high: int) -> None:
         """Record a parameter whose gradient is not finite. A part is enough here: with nan = "stop" the strategy checks
-        every element that it has just summed, where that is cheap, and then names the rank if it can."""
-        part = self.phase.replica.gradient[low : high if self.check_gradient else min(high, low + INSPECTED)]
-        if not self.phase.step.bad and not is_finite(part):
-            self.phase.step.bad = self.phase.replica.layout.first_not_finite(part, low)
+        every element that it has just summed, where that is cheap, and then names the rank if it can. A scaled gradient
+        is unscaled and checked whole, since overflows are common and must be known before others add to it."""
+        step, gradient = self.phase.step, self.phase.replica.gradient
+        if self.loss_scale is not None:
+            part = gradient[low:high]
+            finite = self.loss_scale.unscale(part)
+        else:
+            part = gradient[low : high if self.check_gradient else min(high, low + INSPECTED)]
+            finite = bool(step.bad) or is_finite(part)
+        if not finite and not step.bad:
+            step.bad = self.phase.replica.layout.first_not_finite(part, low)
+
+    def _excuse(self, loss: float) -> None:
+        """Mark a gradient that is not finite as the loss scale's doing, unless the loss itself is not finite."""
+        if self.loss_scale is not None and self.loss_scale.to_blame and loss - loss == 0.0:
+            self.phase.step.bad = -self.phase.step.bad
+
+    def _rescale(self, outcome: Outcome) -> None:
+        changed = self.loss_scale.follow(outcome) if self.loss_scale is not None else None
+        if changed is not None:
+            self.phase.comm.recorder.event(changed)
 
     def _warn_unused(self) -> None:
         """Warn once per phase about parameters that are not updated because no loss depends on them."""

@@ -122,5 +122,6 @@ def _trainer(run: ActiveRun, phase: Phase, strategy: Strategy, loader: Loader) -
         coupling=run.prepared.coupling,
         slow=run.job.debug.slow.get(run.comm.rank, 1.0),
         check_gradient=train.nan == "skip",
+        loss_scale=run.loss_scale,
         steps=run.totals.step,
     )

@@ -36,7 +36,9 @@ class Needs:
 class Outcome(NamedTuple):
     """The result of a step. `loss` and `samples` cover the whole round (all workers) if there is one; `cursor` is the
     run's clock after the step; `version` and `staleness` (min, max over shards) count updates; `held` is the time in
-    nanoseconds that this worker waited until all workers had reached the point where something is asked."""
+    nanoseconds that this worker waited until all workers had reached the point where something is asked; `overflow`:
+    the step was skipped because a gradient overflowed under the loss scale, on any of the workers that step together.
+    """
 
     result: Result
     cursor: int
@@ -47,6 +49,7 @@ class Outcome(NamedTuple):
     staleness: tuple[int, int] = (0, 0)
     why: str = ""
     held: int = 0
+    overflow: bool = False
 
 
 class Strategy:

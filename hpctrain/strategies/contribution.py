@@ -31,8 +31,8 @@ _BITS = 32  # bits in a word; a float64 holds a word exactly
 class Contribution:
     """One worker's part in a round. On the wire it is a row of float64.
 
-    `weight`: what the mean loss is taken over (samples, unless the loss says otherwise). `bad`: 1 + the index of a
-    parameter whose gradient is not finite, 0 if none was found. `used`: see `Used`.
+    `weight`: what the mean loss is taken over (samples, unless the loss says otherwise). `bad`: as in `StepState`.
+    `used`: see `Used`.
     """
 
     samples: int
@@ -81,6 +81,16 @@ class Contribution:
         """Whether loss and gradient are finite, as far as the worker has checked."""
         return self.loss - self.loss == 0.0 and not self.bad
 
+    @property
+    def overflow(self) -> bool:
+        """Whether the gradient is not finite because of the loss scale: the step is skipped, whatever train.nan is."""
+        return self.bad < 0
+
+    @property
+    def faulty(self) -> bool:
+        """Whether loss or gradient are not finite for any other reason: train.nan applies."""
+        return not self.finite and not self.overflow
+
 
 @dataclass(frozen=True)
 class RoundTotals:
@@ -88,7 +98,8 @@ class RoundTotals:
 
     `loss`: the mean over the round's weight. `used`: the parameters that any worker's loss depends on; the optimizer
     does not change the others, as in torch for parameters without a gradient. `faulty`: index of the first contribution
-    whose loss or gradient is not finite, or None.
+    whose loss or gradient is not finite, or None. `overflow`: any gradient overflowed under the loss scale, which is
+    not a fault.
     """
 
     samples: int
@@ -97,6 +108,7 @@ class RoundTotals:
     wish: Ask
     used: Used
     faulty: int | None
+    overflow: bool = False
 
     @classmethod
     def of(cls, parts: Sequence[Contribution]) -> RoundTotals:
@@ -108,15 +120,15 @@ class RoundTotals:
         used = [part.used for part in parts if part.used is not None]
         everything = len(used) < len(parts)
         union = None if everything else np.logical_or.reduce(used)
-        faulty = next((index for index, part in enumerate(parts) if not part.finite), None)
+        faulty = next((index for index, part in enumerate(parts) if part.faulty), None)
         mean = float((weights * losses).sum()) / weight if weight else 0.0
         samples = sum(part.samples for part in parts)
-        return cls(samples, weight, mean, wish, union, faulty)
+        return cls(samples, weight, mean, wish, union, faulty, any(part.overflow for part in parts))
 
     @property
     def skip(self) -> bool:
         """Whether to make no update: something is not finite, or all workers have left the training loop."""
-        return self.faulty is not None or not self.samples
+        return self.faulty is not None or self.overflow or not self.samples
 
     def divisor(self, batch: int) -> float:
         """The divisor of the sum of the gradients, which are already divided by `batch`. If the weight is 0, so are the

@@ -73,7 +73,9 @@ class StepState:
     number: int = 0  # in the run, from 0
     round_end: int = 0  # the run's clock after the step, in samples
     weight: float | None = None  # what its mean loss is taken over; None: its samples
-    bad: int = 0  # 1 + the index of a parameter whose gradient is not finite; 0: none was found
+    # 1 + the index of a parameter whose gradient is not finite, negative if the loss scale may be the cause: the step
+    # is then skipped, which is no error. 0: none was found.
+    bad: int = 0
     wish: Ask = Ask.NOTHING  # what this rank asks of all, sent with the step
 
 

@@ -46,7 +46,7 @@ class Step:
     samples: int
     rate: float  # factor of the learning rate
     momentum: float  # factor of the momentum
-    skip: bool  # nothing to apply: no samples, or not finite with train.nan = "skip"
+    skip: bool  # nothing to apply: no samples, or not finite with train.nan = "skip" or under the loss scale
     used: Used = None  # the parameters with a gradient; None: all
 
 
@@ -63,7 +63,7 @@ class Round:
     rate: float  # factor of the learning rate
     momentum: float  # factor of the momentum
     last: bool  # the phase is known to end with this round
-    skip: bool  # nothing may be applied: no samples, or not finite with train.nan = "skip"
+    skip: bool  # nothing may be applied: no samples, or not finite with train.nan = "skip" or under the loss scale
     used: Used = None  # the parameters with a gradient on any worker; None: all
 
 
@@ -245,8 +245,9 @@ class RoundStrategy(Strategy):
         if len(self._parts) >= self._length or phase.step.round_end >= self._foreseen:
             return self._close()
         phase.cursor = phase.step.round_end
-        skipped = bool(samples) and not part.samples
-        return Outcome("skipped" if skipped else "local", phase.cursor, part.loss, samples, version=self.version)
+        skipped, overflow = bool(samples) and not part.samples, phase.step.bad < 0
+        result: Any = "skipped" if skipped else "local"
+        return Outcome(result, phase.cursor, part.loss, samples, version=self.version, overflow=overflow)
 
     def withdraw(self) -> Ask:
         """Close the round here: the other workers reach its end or withdraw as well."""
@@ -254,8 +255,8 @@ class RoundStrategy(Strategy):
         return self._close().ask
 
     def _step_locally(self, local: Callable[[Step], None], part: Contribution) -> Contribution:
-        """Take a local step; returns what counts of it. Raises NanError, on this worker alone, if it is not finite and
-        train.nan is "stop"."""
+        """Take a local step; returns what counts of it. Raises NanError, on this worker alone, if it is not finite,
+        not because of the loss scale, and train.nan is "stop"."""
         from hpctrain.replica.blocks import add_up, sum_of_squares
 
         phase, gradient = self.phase, self.phase.replica.gradient
@@ -263,7 +264,7 @@ class RoundStrategy(Strategy):
         if part.samples and part.finite and not add_up([gradient], gradient, mean):
             part = replace(part, bad=phase.replica.first_not_finite())
         if not part.finite:
-            if phase.updating.nan == "stop":
+            if part.faulty and phase.updating.nan == "stop":
                 error = nan_error(phase, phase.comm.rank, part.loss, phase.step.number, part.bad)
                 error.everywhere = False
                 raise error
@@ -317,7 +318,11 @@ class RoundStrategy(Strategy):
         ask = phase.conductor.decide(self._start, phase.cursor, found.loss, found.wish)
         self._start_round()
         result: Any = "skipped" if found.skip else "applied"
-        return Outcome(result, phase.cursor, found.loss, found.samples, ask, self.version, (0, 0), phase.conductor.why)
+        overflow = found.overflow or phase.step.bad < 0  # the latter in this worker's own last step of a long round
+        return Outcome(
+            result, phase.cursor, found.loss, found.samples, ask, self.version, why=phase.conductor.why,
+            overflow=overflow,
+        )  # fmt: skip
 
 
 def _fill(section: Section, saved: Section) -> None:

@@ -96,6 +96,19 @@ class CheckpointWritten(Event):
 
 
 @dataclass(frozen=True)
+class LossScaleChanged(Event):
+    """The factor of the loss changes on this worker (train.precision = "mixed_float16"), from the next step on."""
+
+    kind = "loss_scale"
+    old: float
+    new: float
+    why: str
+
+    def __str__(self) -> str:
+        return f"loss scale {self.old:g} -> {self.new:g}: {self.why}"
+
+
+@dataclass(frozen=True)
 class Failure(Event):
     """The run failed on this rank. `error`, `message`: the exception's class and text."""
 
@@ -164,6 +177,7 @@ KINDS: dict[str, type[Event]] = {
         RuleStatistic,
         PhaseSwitch,
         CheckpointWritten,
+        LossScaleChanged,
         Failure,
         SamplingStopped,
         MeasuredLink,

@@ -44,7 +44,7 @@ class Terms:
     conductor: Conductor
     cursor: int  # the run's clock at the start of the phase, in samples
     batch: int  # maximum samples per worker and round
-    nan: Literal["stop", "skip"]  # what to do about a loss or gradient that is not finite
+    nan: Literal["stop", "skip"]  # what to do about a loss or gradient that is not finite, except by the loss scale
     rate: Callable[[int], float]  # factor of the learning rate at a cursor
     momentum: Callable[[int], float]  # factor of the momentum at a cursor
     per_update: Callable[[int], float]  # factor of the learning rate for one worker's gradient, by its staleness
@@ -149,6 +149,7 @@ class Rounds(Coordinator):
         super().__init__(terms)
         self._waiting: dict[int, Header] = {}
         self._backup = terms.options.backup_workers
+        self._overflow = False  # whether a gradient overflowed in the latest round
         self._needed = self.workers - self._backup
 
     def _step(self, worker: int, header: Header, now: int) -> Iterator[Message]:
@@ -170,9 +171,10 @@ class Rounds(Coordinator):
         yield from self._dismiss(waiting, take=waiting)
 
     def _release(self, worker: int, samples: int) -> Iterator[Message]:
-        """Drop a gradient that arrived too late for its round; its worker continues with the current parameters."""
+        """Drop a gradient that arrived too late for its round; its worker continues with the current parameters, and
+        with the loss scale of the others, so it learns about their overflow and not about its own."""
         self.dropped += 1
-        yield self._reply(worker, result="dropped", samples=samples, staleness=1)
+        yield self._reply(worker, result="dropped", samples=samples, staleness=1, overflow=self._overflow)
         yield Decision(What.DROP, take=(worker,), give=(worker,))
 
     def _close_round(self) -> Iterator[Message]:
@@ -190,9 +192,10 @@ class Rounds(Coordinator):
         withdrawn = tuple(sorted(self._withdrawn)) if self.ask or self.nan is not None else ()
         for worker in withdrawn:
             yield self._reply(worker)
-        result = "skipped" if found.skip else "applied"
+        result, self._overflow = "skipped" if found.skip else "applied", found.overflow
         for worker in accepted:
-            yield self._reply(worker, result=result, loss=found.loss, samples=found.samples)
+            fields = {"result": result, "loss": found.loss, "samples": found.samples, "overflow": found.overflow}
+            yield self._reply(worker, **fields)
         what, weight = What.DROP if found.skip else What.UPDATE, found.divisor(terms.batch)
         yield Decision(what, accepted, accepted + withdrawn, self.version, step, weight, rate, momentum, found.used)
 
@@ -218,7 +221,7 @@ class Asynchronous(Coordinator):
 
     def _step(self, worker: int, header: Header, now: int) -> Iterator[Message]:
         part, samples = header.part, header.part.samples
-        if not part.finite and self.terms.nan == "stop":
+        if part.faulty and self.terms.nan == "stop":
             yield from self._stop_for_nan(worker, header)
             return
         staleness = self.version - header.version
@@ -232,7 +235,8 @@ class Asynchronous(Coordinator):
             self._limit = min(self._limit, self._queue.stop_at(self._queue.furthest))
         mean = sum(self._losses) / max(1, len(self._losses))
         result = "applied" if decision.what is What.UPDATE else "skipped"
-        self._idle[worker] = {"result": result, "loss": mean, "samples": samples, "staleness": staleness}, now
+        fields = {"result": result, "loss": mean, "samples": samples, "staleness": staleness, "overflow": part.overflow}
+        self._idle[worker] = fields, now
         yield from self._go_on(decision, now)
 
     def _withdraw(self, worker: int, now: int) -> Iterator[Message]:

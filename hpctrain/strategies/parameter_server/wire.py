@@ -82,6 +82,7 @@ class Reply(NamedTuple):
     slices: tuple[Stretch, ...] = ()  # samples dealt to the worker, in addition to those it already has
     why: str = ""  # why the phase ends
     nan: NotFinite | None = None  # raise NanError: no other reply follows
+    overflow: bool = False  # as in `Outcome`
 
 
 class Decision(NamedTuple):
@@ -118,7 +119,7 @@ def reply_dtype(stretches: int) -> DType:
     numbers = [("worker", "i8"), ("cursor", "i8"), ("version", "i8"), ("ask", "i8"), ("result", "i8"), ("loss", "f8")]
     numbers += [("samples", "i8"), ("staleness", "i8"), ("held", "i8")]
     dealt: list[Any] = [("dealt", "i8"), ("slices", "i8", (stretches, 2))]
-    return np.dtype([*numbers, *dealt, ("nan", NOT_FINITE), ("why", "S", WHY)])
+    return np.dtype([*numbers, *dealt, ("nan", NOT_FINITE), ("why", "S", WHY), ("overflow", "?")])
 
 
 def decision_dtype(workers: int, slots: int) -> DType:
@@ -172,11 +173,13 @@ class ReplyRecord(Record):
         if dealt:  # entries after these are ignored
             self._slices[:dealt] = reply.slices
         numbers = (*reply[:4], result, *reply[5:9])
-        self._array[0] = (*numbers, dealt, self._slices, _nan_fields(reply.nan), bounded(reply.why, WHY))
+        rest = _nan_fields(reply.nan), bounded(reply.why, WHY), reply.overflow
+        self._array[0] = (*numbers, dealt, self._slices, *rest)
 
     def read(self) -> Reply:
         """The reply in the bytes."""
-        worker, cursor, version, ask, result, loss, samples, staleness, held, dealt, slices, nan, why = self._fields()
+        worker, cursor, version, ask, result, loss, samples, staleness, held, dealt, slices, *rest = self._fields()
+        nan, why, overflow = rest
         return Reply(
             worker,
             cursor,
@@ -190,6 +193,7 @@ class ReplyRecord(Record):
             tuple((start, stop) for start, stop in slices[:dealt].tolist()),
             why.decode(),
             _nan_of(nan),
+            overflow,
         )
 
 

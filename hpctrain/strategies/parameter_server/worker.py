@@ -140,6 +140,7 @@ class ParameterServer(Strategy):
             (reply.staleness, reply.staleness),
             reply.why,
             reply.held,
+            reply.overflow,
         )
 
     def state(self) -> State | None:
