@@ -165,6 +165,23 @@ def test_nan_in_a_round_ends_the_phase_on_all_ranks(loss: float, bad: int):
     assert tested.left == {0, 1, 2}
 
 
+@pytest.mark.parametrize("nan", ["stop", "skip"])
+def test_an_overflow_leaves_the_round_out(nan: Any):
+    """Under the loss scale it is no error. All workers learn of it, also one that is late."""
+    tested = coordinator("sync", nan=nan, backup_workers=1)
+    tested.receive(0, step(end=12), 0)
+    *answers, decision = tested.receive(1, step(0, bad=-2, end=12), 0)
+    assert [(reply.result, reply.overflow, reply.nan) for reply in answers] == [("skipped", True, None)] * 2
+    assert some(decision, "what", "take") == (What.DROP, (0, 1))
+    late, _ = tested.receive(2, step(0, bad=-2, end=12), 0)
+    assert (late.result, late.overflow) == ("dropped", True)
+    tested.receive(0, step(1, end=24), 0)
+    *answers, decision = tested.receive(1, step(1, end=24), 0)
+    assert [(reply.result, reply.overflow) for reply in answers] == [("applied", False)] * 2
+    late, _ = tested.receive(2, step(1, bad=-2, end=24), 0)
+    assert (late.result, late.overflow) == ("dropped", False)
+
+
 def test_nan_skip_leaves_the_round_out():
     tested = coordinator("sync", nan="skip")
     tested.receive(0, step(end=12), 0)
@@ -386,6 +403,18 @@ def test_nan_skip_leaves_the_update_out(loss: float, bad: int):
     assert some(decision, "what", "take", "give", "version") == (What.DROP, (1,), (1,), 1)
 
 
+@pytest.mark.parametrize("nan", ["stop", "skip"])
+def test_an_overflow_leaves_the_update_out(nan: Any):
+    """Its worker alone learns of it."""
+    tested = coordinator("async", nan=nan)
+    tested.begin(0)
+    reply, decision = tested.receive(1, step(0, 1.0, bad=-2), 0)
+    assert (reply.result, reply.cursor, reply.version, reply.overflow, reply.nan) == ("skipped", 4, 0, True, None)
+    assert some(decision, "what", "take", "give") == (What.DROP, (1,), (1,))
+    reply, _ = tested.receive(0, step(0, 2.0), 0)
+    assert (reply.result, reply.overflow) == ("applied", False)
+
+
 @pytest.mark.parametrize("mode", ["async", "bounded"])
 def test_after_a_withdrawal_workers_finish_their_stretches_and_are_dismissed(mode: str):
     tested = coordinator(mode, conductor=evaluating(24))
@@ -579,13 +608,15 @@ def test_reply_survives_the_wire(data: st.DataObject, text: str, slices: list[St
     record = ReplyRecord(STRETCHES)
     record.write(
         Reply(
-            8, 7, 6, Ask.STOP, "applied", 0.5, 4, 3, 2, ((1, 2),) * STRETCHES, "an earlier one", NotFinite(1, 2.0, 3, 4)
+            8, 7, 6, Ask.STOP, "applied", 0.5, 4, 3, 2, ((1, 2),) * STRETCHES, "an earlier one",
+            NotFinite(1, 2.0, 3, 4), True,
         )
     )
     reply = Reply(
         data.draw(st.integers(0, WORKERS)), data.draw(NUMBERS), data.draw(NUMBERS), data.draw(ASKS),
         data.draw(st.sampled_from(RESULTS)), data.draw(st.floats()), data.draw(NUMBERS), data.draw(NUMBERS),
         data.draw(NUMBERS), tuple(slices), text, data.draw(st.none() | NANS),
+        data.draw(st.booleans()),
     )  # fmt: skip
     record.write(reply)
     assert repr(sent(record, ReplyRecord(STRETCHES))) == repr(reply)

@@ -486,3 +486,5 @@ def test_round_combines_its_rows():
     assert found.used.tolist() == [True, False, True]
     assert RoundTotals.of([one, Contribution(4, 1.0, 1.0, Ask.NOTHING)]).used is None
     assert RoundTotals.of([one, Contribution(4, 1.0, 1.0, Ask.NOTHING, bad=2)]).faulty == 1
+    scaled = RoundTotals.of([one, Contribution(4, 1.0, 1.0, Ask.NOTHING, bad=-2)])
+    assert (scaled.faulty, scaled.overflow, scaled.skip) == (None, True, True)

@@ -16,6 +16,7 @@ from hpctrain.trace.events import (
     CheckpointWritten,
     Event,
     Failure,
+    LossScaleChanged,
     MeasuredLink,
     PhaseEntered,
     PhaseSwitch,
@@ -30,6 +31,7 @@ from hpctrain.trace.versions import parsed
 
 VALUES = {"int": st.integers(0, 2**31), "float": st.floats(), "bool": st.booleans(), "str": st.text(max_size=600)}
 # The message of each, and what version 2 wrote for it if its message can be parsed.
+SCALED = LossScaleChanged(65536.0, 32768.0, "overflow")  # version 2 had none
 WITHOUT_SENTENCE = [MeasuredLink(1, True, 1e-6, 2e9), SamplingStopped("OSError", "no such file")]
 SENTENCES: list[tuple[Event, str]] = [
     (PhaseEntered(3, "server", "parameter_server (async)"), "phase 3: server of parameter_server (async)"),
@@ -47,12 +49,16 @@ SENTENCES: list[tuple[Event, str]] = [
 ]
 
 
+def test_message_about_the_loss_scale() -> None:
+    assert str(SCALED) == "loss scale 65536 -> 32768: overflow"
+
+
 def made(kind: type[Event]) -> st.SearchStrategy[Event]:
     return st.builds(kind, **{field.name: VALUES[str(field.type)] for field in fields(kind)})
 
 
 @pytest.mark.parametrize(
-    "event", [event for event, _ in SENTENCES] + [MeasuredLink(1, True, 1e-6, 2e9), SamplingStopped("A", "b")]
+    "event", [event for event, _ in SENTENCES] + [MeasuredLink(1, True, 1e-6, 2e9), SamplingStopped("A", "b"), SCALED]
 )
 def test_short_event_round_trips(event: Event) -> None:
     assert event_of(*written(event)) == event
