@@ -21,6 +21,7 @@ from hpctrain.conformance.task import Subject, Tables, Vector, distance, one_pro
 from hpctrain.errors import HpctrainError, NanError
 from hpctrain.run.api import Result, session
 from hpctrain.run.folder import Narrator
+from hpctrain.run.scaling import FIRST
 from hpctrain.strategies.round import RoundStrategy
 from hpctrain.trace.schema import KINDS, Kind, OutcomeCode, is_communication
 
@@ -203,6 +204,25 @@ def skips_nan(comm: Communicator, subject: Subject, folder: Path) -> None:
         hold(bool(np.isfinite(found).all()), 'with train.nan = "skip" the final parameters are not finite')
 
 
+def skips_overflows(comm: Communicator, subject: Subject, folder: Path) -> None:
+    """With train.precision = "mixed_float16" and train.nan = "stop", steps whose scaled gradient overflows are skipped,
+    and the loss scale falls: of all workers if they step together, otherwise of those whose gradient it was."""
+    data = task.points()
+    data.tensors[0][::20] = 9.0
+    job = subject.job(folder, model=task.Steep, data=data, train={**EPOCH, "precision": "mixed_float16"})
+    with session(job, comm, out=Narrator(enabled=False)) as running:
+        for batch in running.batches():
+            with running.autocast():
+                loss = running.loss(running.model(batch.inputs), batch.targets)
+            running.step(loss)
+    hold(bool(np.isfinite(_equal(comm, running.result)).all()), "a gradient that overflowed was applied")
+    scale, workers = running.run.loss_scale, subject.roles(comm.nodes).workers
+    table = comm.gather_rows(np.array([scale.factor if scale is not None else 0.0]))
+    found = {float(table[rank, 0]) for rank in workers}
+    hold(min(found) < FIRST, "the loss scale does not fall after an overflow")
+    hold(len(found) == 1 or not subject.strategy().needs.lockstep, "workers that step together have other loss scales")
+
+
 def _bad_data(comm: Communicator, value: float = torch.nan) -> Any:
     return task.points(bad=7 * comm.size, value=value), task.points(11)
 
@@ -345,6 +365,7 @@ CHECKS: tuple[Check, ...] = (
     Check("stops on a NaN loss", stops_for_nan, always, ends_all=True),
     Check("stops on a NaN gradient", stops_for_nan_in_a_gradient, always, ends_all=True, virtual_only=True),
     Check("skips NaN steps", skips_nan, always),
+    Check("skips steps that overflow under the loss scale", skips_overflows, always),
     Check("uses every sample once", takes_every_sample_once, always),
     Check("is not changed by evaluations and checkpoints", evaluates_without_a_trace, if_deterministic),
     Check("lets all workers leave together", may_be_left_by_all, always),

@@ -149,6 +149,18 @@ class Deep(nn.Module):
         return self.late(self.last(torch.tanh(self.wide(inputs))) / 50.0, inputs[:, :1] == 9.0)
 
 
+class Steep(nn.Module):
+    """The gradient of samples whose first feature is 9 overflows float16 at the first loss scale and the next few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(7, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = self.last(inputs)
+        return out + 1000.0 * (inputs[:, :1] == 9.0) * (out - out.detach())
+
+
 def points(samples: int = SAMPLES, bad: int = -1, value: float = torch.nan) -> TensorDataset:
     """Inputs (7,) float32 and classes 0..2; the features of sample `bad`, if any, are `value`."""
     generator = torch.Generator().manual_seed(5)

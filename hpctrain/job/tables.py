@@ -255,7 +255,7 @@ class Train(Table):
     precision: Literal["float32", "float64", "bfloat16", "mixed_bfloat16", "mixed_float16"] = Field(
         default="float32",
         description="dtype of parameters and arithmetic; mixed: float32 parameters, and bfloat16 or float16 "
-        "arithmetic, the latter with dynamic loss scaling",
+        "arithmetic, the latter (slow on most CPUs) with dynamic loss scaling: steps that overflow are skipped",
     )
     clip_norm: Positive | None = Field(
         default=None,

@@ -103,7 +103,9 @@ class Strategy:
 
     def step(self, samples: int, loss: float) -> Outcome:
         """Take a step: the replica's arena holds the gradients of `samples` samples, with mean loss `loss`. On return
-        the next step may begin. Raises NanError if the loss of any worker is not finite (and nan = "stop")."""
+        the next step may begin. Raises NanError if the loss of any worker is not finite (and nan = "stop"). A gradient
+        that overflowed under the loss scale (`phase.step.bad` is negative) is no error: it must not be applied, and the
+        outcome has `overflow`."""
         raise NotImplementedError
 
     @contextmanager

@@ -102,6 +102,13 @@ class Skipping(Alone):
         return outcome
 
 
+class Unheeding(Swapping):
+    """Skips steps that overflow, but does not say so."""
+
+    def step(self, samples: int, loss: float) -> Outcome:
+        return super().step(samples, loss)._replace(overflow=False)
+
+
 BROKEN = [
     (ByHand, "equals one process", "with SGD it differs by"),
     (ByHand, "honours train.clip_norm", "train.clip_norm has no effect"),
@@ -110,6 +117,7 @@ BROKEN = [
     (Unweighted, "equals one process when workers' shares differ", "with ignored targets it differs by"),
     (Alone, "supports optimizers that need whole parameters", "the ranks end with different parameters"),
     (Skipping, "uses every sample once", "samples of an epoch were skipped or repeated"),
+    (Unheeding, "skips steps that overflow under the loss scale", "the loss scale does not fall after an overflow"),
     (Swapping, "is not changed by evaluations and checkpoints", "evaluations or checkpoints change the parameters"),
     (Waiting, "lets all workers leave together", "DeadlockError"),
     (Forgetful, "resumes bit for bit", "with SGD a resumed run ends with different parameters"),

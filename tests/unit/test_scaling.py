@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from hpctrain.comm.base import Communicator
-from hpctrain.conformance.task import Vector
+from hpctrain.conformance.task import Steep, Vector
 from hpctrain.errors import NanError
 from hpctrain.run import scaling
 from hpctrain.run.api import session
@@ -89,18 +89,6 @@ def job_of(folder: Path, strategy: helpers.Tables | None, precision: str = "mixe
     data = {"name": steep(), "shuffle": False, **tables.pop("data", {})}
     given = {"strategy": strategy, "model": Steep, "train": train, "data": data}
     return helpers.make_job(folder, **{**given, **tables})
-
-
-class Steep(nn.Module):
-    """The gradient of samples whose first feature is 9 overflows at the first scale and at the next few."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last = nn.Linear(7, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        out: Tensor = self.last(inputs)
-        return out + 1000.0 * (inputs[:, :1] == 9.0) * (out - out.detach())
 
 
 class Wide(Steep):
