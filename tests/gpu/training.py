@@ -62,16 +62,17 @@ STAGED = (
 
 
 def bfloat16(comm: Communicator, folder: Path, transport: str) -> None:
-    """The ranks agree bit for bit, and are close to float32."""
+    """In bfloat16, and in mixed float16, the ranks agree bit for bit, and are close to float32."""
     for strategy in STAGED:
         ends = []
-        for precision in ("bfloat16", "float32"):
+        for precision in ("bfloat16", "mixed_float16", "float32"):
             job = helpers.make_job(folder, strategy=strategy, train={"precision": precision})
             _, found = trained(comm, over(job, transport))
             table = comm.gather_rows(found)
             assert (table == table[0]).all()
             ends.append(found)
-        assert helpers.difference(*ends) < 0.05
+        *short, exact = ends
+        assert max(helpers.difference(found, exact) for found in short) < 0.05
 
 
 def resumes(comm: Communicator, folder: Path, transport: str) -> None:

@@ -40,7 +40,7 @@ OWN_SCALES = {
 }
 BACKUP: helpers.Tables = {"name": "parameter_server", "mode": "sync", "backup_workers": 1, "colocated": True}
 STRATEGIES = {**LOCKSTEP, **OWN_SCALES, "backup": BACKUP}
-QUICK = ("shared", "overlap", "servers", "local_sgd", "async", "backup")
+QUICK = ("shared", "overlap", "servers", "local_sgd", "async")
 
 
 @pytest.fixture(autouse=True)
