@@ -314,7 +314,7 @@ SWITCHED: helpers.Tables = {
 }
 
 
-@pytest.mark.parametrize("name", ["shared", slow("overlap"), "local_sgd", "servers", "switch"])
+@pytest.mark.parametrize("name", [slow("shared"), slow("overlap"), slow("local_sgd"), "servers", "switch"])
 def test_resumes_bit_for_bit(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From every checkpoint: between an overflow and the growth that follows it, and where a phase ends."""
     monkeypatch.setattr(scaling, "GROWS_AFTER", 5)
