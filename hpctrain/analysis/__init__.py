@@ -49,6 +49,14 @@ class Analysis:
         return sum_by_phase(self.course, self.phases)
 
     @cached_property
+    def device_times(self) -> pd.DataFrame:
+        """Columns phase, strategy, rank, kind, steps, device_s, host_s, device_ms_per_step, host_ms_per_step, error_us:
+        see `device.device_times`. Empty for a run on CPUs."""
+        from hpctrain.analysis.device import device_times
+
+        return device_times(self.run, self.phases, self.times)
+
+    @cached_property
     def efficiency(self) -> pd.DataFrame:
         """Columns phase, strategy, workers, seconds, parallel_efficiency, load_balance, communication_efficiency."""
         from hpctrain.analysis.efficiency import pop

@@ -140,6 +140,7 @@ class Session:
 
     def _conclude(self, phase: Phase) -> bool:
         """Conclude a phase. True if another phase follows. Collective over all ranks."""
+        self.run.tracing.settle()
         if self._next_phase(phase):
             if self.prepared.pace(self.totals.phase, self.totals.phase_start).resets:
                 self.run.state = None

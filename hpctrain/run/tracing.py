@@ -1,4 +1,5 @@
-"""A run's trace on this rank: recorder, file, sampler and clock measurements, started and stopped together."""
+"""A run's trace on this rank: recorder, file, sampler, device times and clock measurements, started and stopped
+together."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import numpy as np
 from hpctrain.comm.base import Communicator, Tag
 from hpctrain.comm.pingpong import follow, lead
 from hpctrain.errors import TraceError
+from hpctrain.trace.device import DeviceTimes, time_on_cuda
 from hpctrain.trace.events import MeasuredLink
 from hpctrain.trace.resources import Sampler
 from hpctrain.trace.writer import TraceWriter, link_ranks, trace_files, trace_path
@@ -35,6 +37,7 @@ class Tracing:
         self._comm, self._folder = comm, folder
         self._writer: TraceWriter | None = None
         self._sampler: Sampler | None = None
+        self._device: DeviceTimes | None = None
 
     def open(self, job: Job, prepared: Prepared, attempt: int) -> None:
         """Open this rank's file. Not collective; raises TraceError. Virtual ranks only record."""
@@ -45,6 +48,8 @@ class Tracing:
             comm.recorder.drain()  # discard the start-up, most of it torch's import
             self._writer = TraceWriter(path, comm.recorder, attributes, job.trace.flush_seconds)
             self._sampler = Sampler(comm.recorder, job.trace.resources_seconds, _gpu(prepared))
+            if prepared.device.type == "cuda":
+                self._device = time_on_cuda(comm.recorder)
 
     def begin(self) -> None:
         """Begin sampling, and measure clocks and links. Collective, once all ranks have opened their files."""
@@ -58,6 +63,12 @@ class Tracing:
         if self._writer is not None:
             self._writer.maybe_flush(self._comm.now())
 
+    def settle(self) -> None:
+        """A phase has ended: record what the device did in it, and compare its clock with the host's. Not collective.
+        """
+        if self._device is not None:
+            self._device.settle()
+
     def finish(self) -> str | None:
         """Measure clocks again, and join the ranks' files in trace.h5. Collective.
 
@@ -66,6 +77,7 @@ class Tracing:
         if self._writer is None:
             return None
         measure_clock(self._comm)
+        self.settle()
         self.close()
         stopped = self._comm.gather_json(self._writer.stopped)  # now all ranks have closed their files
         if self._comm.rank == 0 and trace_files(self._folder):  # false if the run folder was removed in the meantime
@@ -84,6 +96,8 @@ class Tracing:
         """Write what is pending and close the file. Does nothing if already closed. Not collective."""
         if self._sampler is not None:
             self._sampler.stop()
+        if self._device is not None:
+            self._device.read()
         if self._writer is not None:
             self._writer.close()
 

@@ -133,6 +133,18 @@ class SamplingStopped(Event):
 
 
 @dataclass(frozen=True)
+class DeviceTimesMissing(Event):
+    """Spans whose times on the device are not known, and why."""
+
+    kind = "device"
+    spans: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"no device times of {self.spans} span{'s' * (self.spans != 1)}: {self.why}"
+
+
+@dataclass(frozen=True)
 class MeasuredLink(Event):
     """The link to another rank, measured at the start of the run: one-way latency in seconds, bytes per second."""
 
@@ -180,6 +192,7 @@ KINDS: dict[str, type[Event]] = {
         LossScaleChanged,
         Failure,
         SamplingStopped,
+        DeviceTimesMissing,
         MeasuredLink,
         TransportChosen,
     )

@@ -117,10 +117,11 @@ def _open_file(path: Path, rank: int, attempt: int) -> TraceFile:
         if version != SCHEMA_VERSION and version not in OLDER_VERSIONS:
             advice = f"this hpctrain reads version {SCHEMA_VERSION}; read it with the hpctrain that wrote it"
             raise UnreadableTrace(path, rank, f"has schema version {version}: {advice}")
-        for name in TABLES:
-            if fault := _layout_fault(h5, name, layout(version)[name]):
+        tables = layout(version)
+        for name in tables:
+            if fault := _layout_fault(h5, name, tables[name]):
                 raise UnreadableTrace(path, rank, f"{fault} in /{name}")
-        counts = {name: _count(h5[name], path) for name in TABLES}
+        counts = {name: _count(h5[name], path) if name in tables else (0, 0) for name in TABLES}
         claimed, rows = ({name: count[i] for name, count in counts.items()} for i in (0, 1))
         clock = read_rows(h5["clock"], 0, rows["clock"])
     made = made_ns(attributes, clock)

@@ -313,6 +313,13 @@ class Run:
         """Columns rank, attempt, t_ns (corrected), offset_ns, error_ns, t_s: the clock offsets used for correction."""
         return self._frame("clock", rank)
 
+    def device(self, rank: Ranks = None) -> pd.DataFrame:
+        """Columns rank, attempt, step, kind, start_ns, end_ns, error_ns, start_s, end_s: when devices worked on spans;
+        see `schema.DEVICE`. Empty for a run on CPUs."""
+        frame = self._frame("device", rank)
+        frame["kind"] = _categories(frame["kind"].to_numpy(), KINDS)
+        return frame
+
     def metrics(self) -> pd.DataFrame:
         """metrics.csv, one row per evaluation; empty if there were none."""
         import pandas as pd

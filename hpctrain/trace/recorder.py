@@ -17,6 +17,7 @@ import numpy as np
 from hpctrain.trace.events import Event, written
 from hpctrain.trace.schema import (
     CLOCK,
+    DEVICE,
     EVENTS,
     KIND_CODES,
     OUTCOME_CODES,
@@ -35,7 +36,7 @@ _pack = SPAN_STRUCT.pack
 class _Store:
     """The buffers that all lanes of a rank write to. Every change is one append or extend: atomic under the GIL."""
 
-    __slots__ = ("clock", "events", "lanes", "resources", "spans", "steps")
+    __slots__ = ("clock", "device", "events", "lanes", "resources", "spans", "steps")
 
     def __init__(self) -> None:
         self.spans = bytearray()
@@ -43,6 +44,7 @@ class _Store:
         self.resources: list[tuple[Any, ...]] = []
         self.events: list[tuple[Any, ...]] = []
         self.clock: list[tuple[Any, ...]] = []
+        self.device: list[tuple[Any, ...]] = []
         self.lanes: dict[int, Recorder] = {}
 
 
@@ -120,9 +122,10 @@ class Recorder:
     `step`: the step that new spans belong to, set by the trainer (-1 outside steps; each lane has its own).
     `now`: the clock, in nanoseconds, for the timestamps of steps, events and clock measurements. It is the
     communicator's clock, so that they match the spans.
+    `make`: builds the spans of `span`; `device.DeviceTimes` replaces it where a device computes.
     """
 
-    __slots__ = ("_store", "emit", "now", "number", "stack", "step")
+    __slots__ = ("_store", "emit", "make", "now", "number", "stack", "step")
 
     def __init__(self, now: Clock = time.monotonic_ns) -> None:
         self._begin(now, 0, _Store())
@@ -132,6 +135,7 @@ class Recorder:
         self.now = now
         self.number = number
         self._store = store
+        self.make: Callable[[Recorder, int | str, int, int, int, int, float], Span] = Span
         self.stack: list[Span] = []  # open spans
         self.emit = store.spans.extend
         store.lanes[number] = self
@@ -152,7 +156,7 @@ class Recorder:
         self, kind: int | str, bytes: int = 0, peer: int = -1, id: int = -1, items: int = 0, flops: float = 0.0
     ) -> AbstractContextManager[None]:
         """A span for a `with` statement, timed by the clock `now`. For the columns see `schema.SPAN_FIELDS`."""
-        return Span(self, kind, bytes, peer, id, items, flops)
+        return self.make(self, kind, bytes, peer, id, items, flops)
 
     def open(
         self, kind: int | str, now_ns: int, bytes: int = 0, peer: int = -1, id: int = -1, items: int = 0,
@@ -210,6 +214,10 @@ class Recorder:
         """Record a measurement taken now: this rank's clock + `offset_ns` = rank 0's clock, within `error_ns`."""
         self._store.clock.append((self.now(), offset_ns, error_ns))
 
+    def device(self, step: int, kind: int, start_ns: int, end_ns: int, error_ns: int) -> None:
+        """Record when the device worked on a span. For the columns see `schema.DEVICE`."""
+        self._store.device.append((step, kind, start_ns, end_ns, error_ns))
+
     def resource(
         self,
         cpu: float,
@@ -234,6 +242,7 @@ class Recorder:
             "resources": _take(store.resources, RESOURCES),
             "events": _take(store.events, EVENTS),
             "clock": _take(store.clock, CLOCK),
+            "device": _take(store.device, DEVICE),
         }
 
 
@@ -293,6 +302,9 @@ class NullRecorder(Recorder):
         return None
 
     def clock(self, offset_ns: int, error_ns: int) -> None:
+        return None
+
+    def device(self, *arguments: Any, **named: Any) -> None:
         return None
 
     def resource(self, *arguments: Any, **named: Any) -> None:

@@ -1,4 +1,4 @@
-"""The layout of a trace file, version 3: span kinds, row types, codes. Does not use h5py.
+"""The layout of a trace file, version 4: span kinds, row types, codes. Does not use h5py.
 
 A file is `trace/rank_RRRRR.h5` (attempt 1) or `trace/rank_RRRRR.A.h5` (attempt A of a resumed run). It has one
 one-dimensional dataset per entry of `TABLES`. Codes start at 1, so a row of zeros is a row that never reached the file
@@ -19,7 +19,7 @@ import numpy as np
 
 from hpctrain.trace.events import JSON_BYTES, KIND_BYTES
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 class Kind(IntEnum):
@@ -139,10 +139,23 @@ EVENTS = np.dtype([("t_ns", "<i8"), ("kind", f"S{KIND_BYTES}"), ("json", f"S{JSO
 # This rank's clock + offset_ns = rank 0's clock, within error_ns; measured at t_ns on this rank's clock.
 CLOCK = np.dtype([("t_ns", "<i8"), ("offset_ns", "<i8"), ("error_ns", "<i8")])
 
+# When the rank's device worked on a span of lane 0 (see `device`), on the rank's own clock; empty on the CPU. One row
+# per span, however often it was cut. error_ns: how far start_ns may be off; end_ns - start_ns does not depend on it.
+DEVICE = np.dtype(
+    [
+        ("step", "<i8"),
+        ("kind", "u1"),
+        ("start_ns", "<i8"),
+        ("end_ns", "<i8"),
+        ("error_ns", "<i8"),
+    ]
+)
+
 TABLES: dict[str, np.dtype[Any]] = {
     "spans": SPANS,
     "steps": STEPS,
     "resources": RESOURCES,
     "events": EVENTS,
     "clock": CLOCK,
+    "device": DEVICE,
 }

@@ -55,6 +55,7 @@ LIMITS: dict[str, dict[str, Limits]] = {
     },
     "events": {},
     "clock": {"offset_ns": (-LATEST_NS, LATEST_NS), "error_ns": (0, LATEST_NS)},
+    "device": {"step": (-1, MOST), "kind": (1, len(KINDS)), "error_ns": (0, LATEST_NS)},
 }
 TIMES = ("start_ns", "end_ns", "t_ns")
 

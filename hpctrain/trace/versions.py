@@ -1,6 +1,7 @@
 """The layouts of older schema versions, and the conversion of their rows to the current one. No other code knows them.
 
-Versions 1 and 2 have the same layout. Their events are sentences, which are parsed here; a phase is one byte.
+Versions 1 and 2 have the same layout. Their events are sentences, which are parsed here; a phase is one byte. Version 3
+lacks only the table of device times.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ Rows = np.ndarray[Any, Any]
 OLDER_VERSIONS = {
     1: "messages and barriers that no rank waited for are not recorded, nor are items and operations of spans",
     2: "items and operations of spans are not recorded",
+    3: "device times are not recorded",
 }
 READER_NOTES = {1: OLDER_VERSIONS[1]}  # what a reader of the figures must know
 
@@ -42,7 +44,8 @@ def _before(table: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype([(name, _OTHERWISE.get((table, name), dtype[name].str)) for name in names])
 
 
-_TABLES_2 = {table: _before(table, dtype) for table, dtype in TABLES.items()}
+_TABLES_3 = {table: dtype for table, dtype in TABLES.items() if table != "device"}
+_TABLES_2 = {table: _before(table, dtype) for table, dtype in _TABLES_3.items()}
 _TABLES_2["events"] = np.dtype([("t_ns", "<i8"), ("kind", "S24"), ("text", "S240")])
 
 _ENTRY = re.compile(r"phase (\d{1,9}): (\w+) of (.+)")
@@ -54,7 +57,7 @@ _COMPUTED = re.compile(
 
 def layout(version: int) -> dict[str, np.dtype[Any]]:
     """The tables of a file of schema `version`."""
-    return TABLES if version == SCHEMA_VERSION else _TABLES_2
+    return {SCHEMA_VERSION: TABLES, 3: _TABLES_3}.get(version, _TABLES_2)
 
 
 def upgraded(table: str, rows: Rows, version: int) -> Rows:

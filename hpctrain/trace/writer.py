@@ -22,7 +22,7 @@ from hpctrain.trace.recorder import Recorder
 from hpctrain.trace.schema import SCHEMA_VERSION, TABLES, Kind
 
 # Rows per chunk. A flush rewrites the last chunk, so tables that grow slowly get small chunks.
-CHUNK_ROWS = {"spans": 4096, "steps": 512, "resources": 256, "events": 32, "clock": 128}
+CHUNK_ROWS = {"spans": 4096, "steps": 512, "resources": 256, "events": 32, "clock": 128, "device": 1024}
 _FILE_NAME = re.compile(r"rank_([0-9]{5,6})(?:\.([0-9]{1,4}))?\.h5")
 
 

@@ -14,6 +14,7 @@ from hpctrain.text import escaped
 from hpctrain.trace import events
 from hpctrain.trace.events import (
     CheckpointWritten,
+    DeviceTimesMissing,
     Event,
     Failure,
     LossScaleChanged,
@@ -32,7 +33,11 @@ from hpctrain.trace.versions import parsed
 VALUES = {"int": st.integers(0, 2**31), "float": st.floats(), "bool": st.booleans(), "str": st.text(max_size=600)}
 # The message of each, and what version 2 wrote for it if its message can be parsed.
 SCALED = LossScaleChanged(65536.0, 32768.0, "overflow")  # version 2 had none
-WITHOUT_SENTENCE = [MeasuredLink(1, True, 1e-6, 2e9), SamplingStopped("OSError", "no such file")]
+WITHOUT_SENTENCE = [
+    MeasuredLink(1, True, 1e-6, 2e9),
+    SamplingStopped("OSError", "no such file"),
+    DeviceTimesMissing(1, "lost"),
+]
 SENTENCES: list[tuple[Event, str]] = [
     (PhaseEntered(3, "server", "parameter_server (async)"), "phase 3: server of parameter_server (async)"),
     (RuleStatistic("loss_stable", 0.0293, "<=", 0.03), "loss_stable 0.0293 <= 0.03"),
@@ -58,7 +63,9 @@ def made(kind: type[Event]) -> st.SearchStrategy[Event]:
 
 
 @pytest.mark.parametrize(
-    "event", [event for event, _ in SENTENCES] + [MeasuredLink(1, True, 1e-6, 2e9), SamplingStopped("A", "b"), SCALED]
+    "event",
+    [event for event, _ in SENTENCES]
+    + [MeasuredLink(1, True, 1e-6, 2e9), SamplingStopped("A", "b"), DeviceTimesMissing(3, "c"), SCALED],
 )
 def test_short_event_round_trips(event: Event) -> None:
     assert event_of(*written(event)) == event

@@ -122,7 +122,7 @@ def test_unknown_kind_is_an_immediate_error():
         Recorder().close(1)
 
 
-def test_steps_events_clock_and_resources():
+def test_steps_events_clock_resources_and_device():
     clock = Clock(42)
     recorder = Recorder(clock)
     recorder.step = 3
@@ -130,6 +130,7 @@ def test_steps_events_clock_and_resources():
     recorder.event(PhaseSwitch("é" * 400))
     recorder.clock(-17, 5)
     recorder.resource(99.5, 1 << 40)
+    recorder.device(3, Kind.UPDATE, 50, 60, 1)
     rows = recorder.drain()
     assert rows["steps"].tolist() == [(3, 1.0, 0.5, 32, 0.1, 2, 2, 4, 1, 960, 42)]
     t_ns, kind, data = rows["events"][0].tolist()
@@ -137,6 +138,7 @@ def test_steps_events_clock_and_resources():
     assert from_json(kind.decode(), data.decode()) == PhaseSwitch("é" * 233 + "…")
     assert rows["clock"].tolist() == [(42, -17, 5)]
     assert rows["resources"].tolist() == [(42, 99.5, 1 << 40, -1, -1, -1.0, -1)]
+    assert rows["device"].tolist() == [(3, Kind.UPDATE, 50, 60, 1)]
     assert {name: rows[name].dtype for name in rows} == TABLES
 
 

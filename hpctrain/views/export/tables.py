@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 EXPORTED = ("spans", "steps", "events", "resources")
-NAMES = {("spans", "kind"): KINDS, ("steps", "outcome"): OUTCOMES}
+NAMES = {("spans", "kind"): KINDS, ("device", "kind"): KINDS, ("steps", "outcome"): OUTCOMES}
 
 
 def export_csv(run: Run, selection: Selection, folder: Path, progress: Progress) -> None:
     """Write `folder`/spans.csv, steps.csv ..., each with a header line."""
     make_folder(folder)
-    for table in EXPORTED:
+    for table in _exported(run):
         with output_text(folder / f"{table}.csv") as file:
             for number, frame in enumerate(_frames(run, selection, table, progress)):
                 frame.to_csv(file, index=False, header=number == 0, lineterminator="\n")
@@ -48,7 +48,7 @@ def export_parquet(run: Run, selection: Selection, folder: Path, progress: Progr
     """Write `folder`/spans.parquet, steps.parquet ..., with a row group per block of the trace."""
     arrow, parquet = find_pyarrow()
     make_folder(folder)
-    for table in EXPORTED:
+    for table in _exported(run):
         with output_file(folder / f"{table}.parquet") as path, ExitStack() as stack:
             writer: Any = None
             for frame in _frames(run, selection, table, progress):
@@ -59,6 +59,11 @@ def export_parquet(run: Run, selection: Selection, folder: Path, progress: Progr
     if len(metrics):
         with output_file(folder / "metrics.parquet") as path:
             parquet.write_table(arrow.Table.from_pandas(metrics, preserve_index=False), path, compression="zstd")
+
+
+def _exported(run: Run) -> tuple[str, ...]:
+    """The tables to export: the device's only if a device computed."""
+    return (*EXPORTED, "device") if any(run.rows("device").values()) else EXPORTED
 
 
 def find_pyarrow() -> tuple[Any, Any]:

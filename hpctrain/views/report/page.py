@@ -60,6 +60,7 @@ def render_page(analysis: Analysis, notify: Notify) -> tuple[str, str]:
         "facts": part("facts", lambda: tables.facts(run, phases)) or [],
         "efficiency": part("efficiency", lambda: tables.efficiency(analysis.efficiency)),
         "times": part("times", lambda: tables.times(analysis.times)),
+        "device_times": part("device times", lambda: tables.device_times(analysis.device_times)),
         "matrix": part("waiting", lambda: tables.waiting(analysis.waiting_matrix())),
         "metrics": part("metrics", lambda: tables.metrics(run)),
         "job": run.job_text,

@@ -138,6 +138,24 @@ def times(frame: pd.DataFrame) -> PageTable | None:
     return PageTable(["phase", "rank", "role", *kinds, "total"], rows, shades, note, texts=(2,))
 
 
+def device_times(frame: pd.DataFrame) -> PageTable | None:
+    """A row per phase and rank: milliseconds per step on the device and on the host, by span kind. If there are very
+    many, means over the ranks."""
+    if not len(frame):
+        return None
+    error = float(frame["error_us"].median())
+    if frame["rank"].nunique() > MOST_CELLS:
+        frame = frame.groupby(["phase", "kind"], as_index=False).mean(numeric_only=True).assign(rank="mean")
+    kinds = [kind for kind in KINDS if (frame["kind"] == kind).any()]
+    rows = []
+    for (phase, rank), own in list(frame.groupby(["phase", "rank"]))[: MOST_PHASES * MOST_CELLS]:
+        cells = own.set_index("kind")[["device_ms_per_step", "host_ms_per_step"]].reindex(kinds).to_numpy().ravel()
+        rows.append([str(phase), str(rank), *("–" if cell != cell else f"{cell:.3f}" for cell in cells)])
+    heads = ["phase", "rank", *(f"{kind}, {where}" for kind in kinds for where in ("device", "host"))]
+    note = f"Where these times lie on the host's clock is known to about {error:.0f} µs, by an assumed drift."
+    return PageTable(heads, rows, note=note)
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share == share else "–"
 
