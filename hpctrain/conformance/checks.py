@@ -349,7 +349,7 @@ def exchanges_nothing_within_a_round(comm: Communicator, subject: Subject, folde
     within = rows["step"][rows["outcome"] == OutcomeCode.LOCAL]
     hold(len(within) > 0, "no step was traced as a step within a round")
     spans = spans[np.flatnonzero(spans["kind"] == Kind.DATA)[0] :]  # training has begun
-    busy = spans[is_communication(spans["kind"], spans["id"]) & np.isin(spans["step"], within)]
+    busy = spans[is_communication(spans) & np.isin(spans["step"], within)]
     kinds = ", ".join(sorted({KINDS[kind - 1] for kind in busy["kind"]}))
     hold(len(busy) == 0, f"it communicates within rounds: {kinds}")
 

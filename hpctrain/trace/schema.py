@@ -72,15 +72,23 @@ OUTCOME_CODES = _Codes("outcome", OutcomeCode)
 COMMUNICATION = (Kind.SEND, Kind.RECV, Kind.NOTIFY, Kind.WAIT, Kind.REDUCE)
 
 
-def is_communication(kind: Any, id: Any) -> Any:
-    """For arrays (or columns) of spans: whether each is communication. A sum over shared memory, which is a `reduce`
-    without an id, counts as computation."""
-    return np.isin(kind, COMMUNICATION) & ~((kind == Kind.REDUCE) & (id < 0))
+def is_communication(spans: Any) -> Any:
+    """For rows (or a frame) of spans: whether each is communication.
 
+    Of the `reduce` spans, only a sum that a rank computes itself is not: one over memory that ranks share. It records
+    the bytes that it reads, and no id. An all-reduce has an id; what surrounds one of device memory, such as copies to
+    the host and back, has neither: its bytes are recorded by the messages inside.
+    """
+    own = (spans["kind"] == Kind.REDUCE) & (spans["id"] < 0) & (spans["bytes"] > 0)
+    return np.isin(spans["kind"], COMMUNICATION) & ~own
+
+
+# The threads of a rank besides its main one, by lane.
+THREADS = {1: "server thread", 2: "reduce thread"}
 
 # A span. Spans of one lane never overlap: a span is cut where another opens inside it, and `piece` numbers its pieces
 # (0 for the first, which carries bytes, items and flops; later ones carry none; 255 means 255 or more).
-# lane: 0 for the rank's main thread, 1 for a colocated server's thread. peer: rank in the whole run, -1 for none.
+# lane: 0 for the rank's main thread, otherwise see THREADS. peer: rank in the whole run, -1 for none.
 # items: samples loaded or computed on; flops: floating-point operations; 0 where meaningless or unknown.
 SPAN_FIELDS = (
     ("step", "<i8", "q"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.trace.schema import KINDS, OUTCOMES
+from hpctrain.trace.schema import KINDS, OUTCOMES, THREADS
 
 Rows = np.ndarray[Any, Any]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
@@ -28,7 +28,7 @@ LIMITS: dict[str, dict[str, Limits]] = {
     "spans": {
         "step": (-1, MOST),
         "kind": (1, len(KINDS)),
-        "lane": (0, 1),
+        "lane": (0, max(THREADS)),
         "bytes": (-1, MOST),
         "peer": (-1, MOST_RANKS - 1),
         "id": (-1, LATEST_NS),

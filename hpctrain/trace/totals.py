@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpctrain.trace.reader import Run
-from hpctrain.trace.schema import KINDS
+from hpctrain.trace.schema import KINDS, THREADS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +54,7 @@ def sum_times(run: Run) -> pd.DataFrame:
 def format_totals(run: Run, width: int = 80) -> str:
     """The totals as text: a line per span kind, with each rank's seconds and their share of its time; then the notes.
 
-    As many ranks are shown side by side as fit into `width` characters. "2+" is the server thread of rank 2.
+    As many ranks are shown side by side as fit into `width` characters. "2+" is another thread of rank 2.
     """
     frame = sum_times(run)
     kinds = [kind for kind in KINDS if (frame[kind] > 0).any()] + ["unaccounted"]
@@ -68,7 +68,7 @@ def _block(rows: list[dict[Any, Any]], kinds: list[str]) -> str:
     own = [row["lane"] == 0 for row in rows]
     shared = ["" if mine else "+" for mine in own]
     lines = [("", [f"rank {row['rank']}{plus}" for row, plus in zip(rows, shared, strict=True)])]
-    lines.append(("role", [row["role"] if mine else "server thread" for row, mine in zip(rows, own, strict=True)]))
+    lines.append(("role", [THREADS.get(row["lane"], row["role"]) for row in rows]))
     lines.append(("seconds", [f"{row['time']:.3f}{'100.0 %' if row['time'] else '':>8}" for row in rows]))
     lines += [(kind, [_cell(row[kind], row["time"]) for row in rows]) for kind in kinds]
     for name, text in (("steps", "{steps}"), ("samples", "{samples}"), ("samples/s", "{rate:.1f}")):

@@ -379,7 +379,7 @@ def set_rows(path: Path, table: str, place: int | slice, **values: Any) -> None:
 
 
 IMPOSSIBLE = [
-    *(("spans", name, value) for name, value in {"kind": 16, "lane": 2, "peer": 3, "step": -2, "id": -2}.items()),
+    *(("spans", name, value) for name, value in {"kind": 16, "lane": 3, "peer": 3, "step": -2, "id": -2}.items()),
     *(("spans", name, value) for name, value in {"start_ns": 2**60, "end_ns": 0, "bytes": 2**62}.items()),
     *(("steps", name, value) for name, value in {"outcome": 0, "epoch": float("nan"), "samples": -1}.items()),
     *(("steps", name, value) for name, value in {"t_ns": -(2**63), "cursor": -5, "staleness_max": -9}.items()),

@@ -170,7 +170,7 @@ def summarise(analysis: Analysis, name: str) -> RunSummary:
         strategy=" → ".join(dict.fromkeys(phases.sort_values("phase")["strategy"])) or "-",
         ranks=run.size,
         workers=_count(phases, phases["role"] == "worker"),
-        servers=_count(times, (times["role"] == "server") | (times["lane"] > 0)),
+        servers=_count(times, (times["role"] == "server") | (times["lane"] == 1)),
         nodes=len({run.attributes(rank).get("node", 0) for rank in run.ranks}),
         attempts=len(run.attempts),
         samples=int(losses["samples"].max()) if len(losses) else 0,

@@ -11,6 +11,7 @@ import numpy as np
 
 from hpctrain.trace import Run
 from hpctrain.trace.events import PhaseEntered, chosen
+from hpctrain.trace.schema import THREADS
 from hpctrain.views.export.selection import Rows, Selection
 from hpctrain.views.export.traceformat import Numbers, name_process, name_thread
 
@@ -83,7 +84,7 @@ class TrackLayout:
     def _name(self, rank: int, lane: int) -> Iterator[str]:
         if (rank, lane) not in self._named:
             self._named.add((rank, lane))
-            name = f"rank {rank} server thread" if lane else f"rank {rank} ({self._roles(rank)})"
+            name = f"rank {rank} {THREADS[lane]}" if lane else f"rank {rank} ({self._roles(rank)})"
             yield from name_thread(self.pid(rank), self.tid(rank, lane), name, self.tid(rank, lane))
 
     def _roles(self, rank: int) -> str:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hpctrain.analysis import Analysis
+from hpctrain.trace.schema import THREADS
 from hpctrain.views.figures import NothingToShow
 from hpctrain.views.figures.script import main
 from hpctrain.views.figures.style import (
@@ -66,7 +67,7 @@ def _draw_times(axes: Axes, times: pd.DataFrame) -> None:
     for kind in kinds:
         axes.barh(range(len(lanes)), lanes[kind], 0.8, left=left, color=KIND_COLOURS[kind], label=kind)
         left += lanes[kind].to_numpy()
-    name_rows(axes, [f"{rank} server thread" if lane else str(rank) for rank, lane in lanes.index])
+    name_rows(axes, [f"{rank} {THREADS[lane]}" if lane else str(rank) for rank, lane in lanes.index])
     axes.set_ylabel("rank")
     axes.set_xlabel("time (s)")
     legend(axes)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from hpctrain.analysis import Analysis
-from hpctrain.trace.schema import KINDS
+from hpctrain.trace.schema import KINDS, THREADS
 from hpctrain.views.figures import NothingToShow
 from hpctrain.views.figures.raster import kind_shares, paint
 from hpctrain.views.figures.script import main
@@ -70,7 +70,7 @@ def draw(analysis: Analysis) -> Figure:
 
 def _name(analysis: Analysis, rank: int, lane: int) -> str:
     roles = analysis.phases.loc[analysis.phases["rank"] == rank, "role"].unique()
-    return f"{rank} server thread" if lane else " ".join([str(rank), "/".join(roles)])
+    return f"{rank} {THREADS[lane]}" if lane else " ".join([str(rank), "/".join(roles)])
 
 
 def _mark_events(events: pd.DataFrame, axes: Axes) -> list[Any]:

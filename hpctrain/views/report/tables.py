@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpctrain.trace.schema import KINDS
+from hpctrain.trace.schema import KINDS, THREADS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,7 +120,7 @@ def times(frame: pd.DataFrame) -> PageTable | None:
     kinds = [kind for kind in KINDS if kind in frame and (frame[kind] > 0).any()]
     numbers = [*kinds, "total_s"]
     many = frame["rank"].nunique() > MOST_CELLS
-    frame = frame.assign(role=np.where(frame["lane"] > 0, "server thread", frame["role"]))
+    frame = frame.assign(role=frame["lane"].map(THREADS).fillna(frame["role"]))
     if many:
         counts = frame.groupby(["phase", "role"])["rank"].nunique()
         frame = frame.groupby(["phase", "role"], as_index=False)[numbers].mean()

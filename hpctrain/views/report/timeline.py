@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.trace import Run
-from hpctrain.trace.schema import KINDS
+from hpctrain.trace.schema import KINDS, THREADS
 from hpctrain.views.figures.style import KIND_COLOURS
 from hpctrain.views.report.marks import collect_marks, collect_phases
 from hpctrain.views.report.spans import SpanStore
@@ -29,7 +29,7 @@ def timeline_data(run: Run, phases: Any, store: SpanStore) -> dict[str, Any]:
         rows.append(
             {
                 "rank": spans.rank,
-                "label": f"rank {spans.rank}" + ("" if spans.lane == 0 else " server"),
+                "label": f"rank {spans.rank} {THREADS.get(spans.lane, '').removesuffix(' thread')}".rstrip(),
                 "node": int(about.get("node", 0)),
                 "host": str(about.get("host", "")),
                 "role": _roles(phases, spans.rank, str(about.get("role", ""))) if spans.lane == 0 else "",

@@ -129,7 +129,7 @@ def _by_second(rows: Rows, times: Rows) -> list[tuple[int, Rows]]:
 def _of_spans(spans: Rows) -> Sums:
     took = (spans["end_ns"] - spans["start_ns"]) / _SECOND
     kind = spans["kind"]
-    waiting = is_communication(kind, spans["id"])
+    waiting = is_communication(spans)
     return Sums(
         int(spans["start_ns"].min()), int(spans["end_ns"].max()),
         float(took[_COMPUTING[kind]].sum()), float(took[waiting].sum()),
