@@ -94,6 +94,7 @@ class StagedCommunicator(DeviceCommunicator):
             self._pass(buffer, self.gpu.mark(), lambda host: self.inner.broadcast(host, root), mine, not mine)
 
     def reduce_when(self, ready: Any, buffer: Buffer, operation: Operation, algorithm: str) -> None:
+        ready.synchronize()  # what it waits for is computation, not part of the all-reduce
         with self.span("reduce"):
             self._pass(buffer, ready, lambda host: self.inner.all_reduce(host, operation, algorithm), True, True)
 
