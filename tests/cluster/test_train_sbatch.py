@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm" / "train.sbatch"
+SCRIPT_GPU = ROOT / "slurm" / "train_gpu.sbatch"
 ENVIRONMENT = {"HPCTRAIN_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
 JOB = """
 name = "tiny"
@@ -68,6 +69,17 @@ def test_the_template_trains_on_two_nodes(slurm: Slurm, folder: Path) -> None:
     assert (run / "model.safetensors").stat().st_size > 0
     assert sorted(path.name for path in (run / "trace").iterdir()) == [f"rank_{r:05d}.h5" for r in range(4)]
     assert "4 ranks" in text
+    assert "test accuracy 0." in text
+
+
+def test_the_template_for_gpus_starts_its_ranks_and_trains_without_gpus_if_told_to(slurm: Slurm, folder: Path) -> None:
+    """This Slurm has no GPUs, so this shows only that the script finds train.sbatch and passes everything on."""
+    options = ["--nodes=1", "--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1"]
+    job = slurm.submit(SCRIPT_GPU, "tiny.toml", "device=auto", cwd=folder, environment=ENVIRONMENT, options=options)
+    state = slurm.wait(job, 60)
+    text = output(folder, job)
+    assert state == "COMPLETED", text
+    assert "tiny with device=cuda, device=auto: 2 ranks on 1 node" in text
     assert "test accuracy 0." in text
 
 
