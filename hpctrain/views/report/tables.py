@@ -152,7 +152,7 @@ def device_times(frame: pd.DataFrame) -> PageTable | None:
         cells = own.set_index("kind")[["device_ms_per_step", "host_ms_per_step"]].reindex(kinds).to_numpy().ravel()
         rows.append([str(phase), str(rank), *("–" if cell != cell else f"{cell:.3f}" for cell in cells)])
     heads = ["phase", "rank", *(f"{kind}, {where}" for kind in kinds for where in ("device", "host"))]
-    note = f"Where these times lie on the host's clock is known to about {error:.0f} µs, by an assumed drift."
+    note = f"Their place on the host's clock is known to about {error:.0f} µs, if the clocks drift little."
     return PageTable(heads, rows, note=note)
 
 
