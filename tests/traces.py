@@ -42,12 +42,12 @@ class HandMadeRank:
 
     def span(
         self, kind: str, start: float, end: float, step: int = -1, bytes: int = 0, peer: int = -1, id: int = -1,
-        lane: int = 0,
+        lane: int = 0, flops: float = 0.0,
     ) -> None:  # fmt: skip
         """Spans of one lane must be given in time order and must not overlap."""
         recorder = self.recorder.lane(lane)
         recorder.step = step
-        recorder.open(kind, self._at(start), bytes, peer, id)
+        recorder.open(kind, self._at(start), bytes, peer, id, 0, flops)
         recorder.close(self._at(end))
 
     def done(self, at: float, step: int, loss: float = 1.0, samples: int = 32, **columns: Any) -> None:

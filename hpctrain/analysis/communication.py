@@ -54,12 +54,12 @@ def traffic(course: Course, phases: pd.DataFrame) -> pd.DataFrame:
 
 
 def _works(spans: pd.DataFrame, phases: pd.DataFrame) -> pd.Series[bool]:
-    """Whether each span belongs to a worker's main thread (lane 0)."""
+    """Whether each span is a worker's, and not of a colocated server's thread (lane 1)."""
     import pandas as pd
 
     roles = phases[["attempt", "phase", "rank", "role"]].drop_duplicates(["attempt", "phase", "rank"])
     role = spans[["attempt", "phase", "rank"]].merge(roles, how="left")["role"]
-    return pd.Series((role.to_numpy() == "worker") & (spans["lane"].to_numpy() == 0), index=spans.index)
+    return pd.Series((role.to_numpy() == "worker") & (spans["lane"].to_numpy() != 1), index=spans.index)
 
 
 def _together(spans: pd.DataFrame) -> pd.DataFrame:

@@ -175,7 +175,7 @@ def _within(moments: NDArray[np.int64], intervals: list[Interval]) -> NDArray[np
 def _exchanges(spans: Rows, serving: list[Interval]) -> NDArray[np.bool_]:
     """Mask of the spans that carry bytes from rank to rank. A server's sums do not: their input was sent to it."""
     reduces = spans["kind"] == KIND_CODES["reduce"]
-    local = reduces & (spans["id"] < 0) & (spans["lane"] > 0)
+    local = reduces & (spans["id"] < 0) & (spans["lane"] == 1)
     for start, end in serving:
         local |= reduces & (spans["id"] < 0) & (spans["start_ns"] >= start) & (spans["start_ns"] < end)
     gathers = (spans["kind"] == KIND_CODES["recv"]) & (spans["peer"] < 0)

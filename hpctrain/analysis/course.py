@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpctrain.trace.schema import SPANS, Kind
+from hpctrain.trace.schema import SPANS, Kind, is_communication
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,8 +28,9 @@ COLUMNS = ("lane", "step", "kind", "piece", "start_ns", "end_ns", "bytes", "peer
 class Course:
     """The spans of all ranks, or a sample of them.
 
-    `spans`: attempt, phase, rank, lane, step, kind (code), piece, start_ns, end_ns, bytes, peer, id, paused; sorted by
-    rank, lane and time. `paused`: the span lies in an evaluation, a checkpoint or a switch of its rank.
+    `spans`: attempt, phase, rank, lane, step, kind (code), piece, start_ns, end_ns, bytes, peer, id, communication,
+    paused; sorted by rank, lane and time. `communication`: see `schema.is_communication`. `paused`: the span lies in an
+    evaluation, a checkpoint or a switch of its rank.
 
     `pauses`: attempt, phase, rank, start_ns, end_ns of the pauses. `share`: the share of the run's spans in `spans`.
     Below 1, they are a sample from equally spaced stretches of time, and sums over them have to be divided by `share`.
@@ -61,7 +62,7 @@ def read_course(run: Run, phases: pd.DataFrame, most: int = MOST) -> Course:
             parts.append(_in_phases(rows, own, breaks).assign(**key))
             pauses.append(_cut(breaks, own).assign(**key))
     empty = pd.DataFrame(columns=["attempt", "phase", "rank", "paused", *COLUMNS], dtype=np.int64)
-    spans = pd.concat(parts, ignore_index=True) if parts else empty
+    spans = pd.concat(parts, ignore_index=True) if parts else empty.assign(communication=False)
     return Course(spans, pd.concat(pauses, ignore_index=True) if pauses else empty, share)
 
 
@@ -108,7 +109,7 @@ def _in_phases(rows: Rows, own: pd.DataFrame, breaks: Rows) -> pd.DataFrame:
     if len(breaks):
         after = np.searchsorted(breaks[:, 0], rows["start_ns"], side="right") - 1
         paused = (after >= 0) & (rows["start_ns"] < breaks[np.maximum(after, 0), 1]) & (rows["lane"] == 0)
-    columns = {name: rows[name][inside] for name in COLUMNS}
+    columns = {name: rows[name][inside] for name in COLUMNS} | {"communication": is_communication(rows[inside])}
     return pd.DataFrame(columns | {"paused": paused[inside], "phase": own["phase"].to_numpy()[place[inside]]})
 
 

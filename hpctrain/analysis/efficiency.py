@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpctrain.trace.schema import KINDS, Kind, is_communication
+from hpctrain.trace.schema import KINDS, Kind
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +27,7 @@ def sum_by_phase(course: Course, phases: pd.DataFrame) -> pd.DataFrame:
 
     spans, keys = course.training, ["phase", "rank", "lane"]
     took = (spans["end_ns"] - spans["start_ns"]) / 1e9 / course.share
-    inside = is_communication(spans)
+    inside = spans["communication"].astype(bool)
     by_kind = took.groupby([spans[key] for key in (*keys, "kind")]).sum().unstack("kind")
     by_kind = by_kind.reindex(columns=range(1, len(KINDS) + 1), fill_value=0.0)
     by_kind.columns = pd.Index(KINDS)

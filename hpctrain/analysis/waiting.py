@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpctrain.errors import TraceError
-from hpctrain.trace.schema import KINDS, Kind, is_communication
+from hpctrain.trace.schema import KINDS, Kind
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,11 +65,11 @@ def _waits(spans: pd.DataFrame) -> pd.DataFrame:
     """Columns attempt, phase, step, rank, lane, start_ns, end_ns (without the transfer), peer, peer_lane."""
     import pandas as pd
 
-    inside = spans[is_communication(spans)]
+    inside = spans[spans["communication"].astype(bool)]
     together = (inside["peer"] < 0) & (inside["id"] >= 0)
     message = (inside["peer"] >= 0) & (inside["id"] >= 0)
-    copies = inside["kind"].isin([Kind.SEND, Kind.REDUCE])  # without an id: between a device and the host
-    rest = inside[~together & ~message & ~copies].assign(peer=UNKNOWN, peer_lane=0)
+    transfer = inside["kind"].isin([Kind.SEND, Kind.REDUCE])  # of device memory, if without an id
+    rest = inside[~together & ~message & ~transfer].assign(peer=UNKNOWN, peer_lane=0)
     found = pd.concat([_for_last(inside[together]), _for_sender(inside[message]), rest], ignore_index=True)
     found = found[found["end_ns"] > found["start_ns"]]
     columns = ["attempt", "phase", "step", "rank", "lane", "start_ns", "end_ns", "peer", "peer_lane"]
@@ -204,7 +204,7 @@ def _wait_in_span(spans: pd.DataFrame, waits: pd.DataFrame) -> Rows:
     """For each span, the index of the wait that begins with it, or -1."""
     keys = ["attempt", "rank", "lane", "start_ns"]
     numbered = waits[keys].assign(wait=np.arange(len(waits))).drop_duplicates(keys)
-    inside = is_communication(spans) & (spans["end_ns"] > spans["start_ns"])
+    inside = spans["communication"].astype(bool) & (spans["end_ns"] > spans["start_ns"])
     found = spans.loc[inside, keys].merge(numbered, on=keys, how="left")["wait"].fillna(-1).to_numpy(np.int64)
     blocked = np.full(len(spans), -1, np.int64)
     blocked[np.flatnonzero(inside.to_numpy())] = found

@@ -75,11 +75,10 @@ COMMUNICATION = (Kind.SEND, Kind.RECV, Kind.NOTIFY, Kind.WAIT, Kind.REDUCE)
 def is_communication(spans: Any) -> Any:
     """For rows (or a frame) of spans: whether each is communication.
 
-    Of the `reduce` spans, only a sum that a rank computes itself is not: one over memory that ranks share. It records
-    the bytes that it reads, and no id. An all-reduce has an id; what surrounds one of device memory, such as copies to
-    the host and back, has neither: its bytes are recorded by the messages inside.
+    Of the `reduce` spans, only a sum that a rank computes itself is not, such as one over memory that ranks share: it
+    records its additions (flops). An all-reduce records none, by whatever way it goes, nor do the copies around one.
     """
-    own = (spans["kind"] == Kind.REDUCE) & (spans["id"] < 0) & (spans["bytes"] > 0)
+    own = (spans["kind"] == Kind.REDUCE) & (spans["flops"] > 0)
     return np.isin(spans["kind"], COMMUNICATION) & ~own
 
 

@@ -23,7 +23,7 @@ from hpctrain.trace.events import (
     from_json,
     written,
 )
-from hpctrain.trace.schema import SCHEMA_VERSION, TABLES
+from hpctrain.trace.schema import SCHEMA_VERSION, TABLES, Kind
 
 Rows = np.ndarray[Any, Any]
 
@@ -67,6 +67,8 @@ def upgraded(table: str, rows: Rows, version: int) -> Rows:
     found: Rows = np.zeros(len(rows), TABLES[table])
     for name in set(TABLES[table].names or ()) & set(rows.dtype.names or ()):
         found[name] = rows[name]
+    if table == "spans":  # how many additions is unknown, but a sum without a number was the rank's own
+        found["flops"][(rows["kind"] == Kind.REDUCE) & (rows["id"] < 0)] = 1.0
     if table == "events":
         found["json"] = [
             written(parsed(kind.decode(errors="replace"), text.decode(errors="replace")))[1]

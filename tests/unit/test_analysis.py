@@ -25,7 +25,7 @@ def synchronous(folder: Path, offsets: list[float] | None = None) -> Analysis:
                 run[rank].span("forward", at, at + 1.0, step)
                 run[rank].span("backward", at + 1.0, at + computes, step)
                 run[rank].span("wait", at + computes, at + 8.5, step, id=BARRIER + step)
-                run[rank].span("reduce", at + 8.5, at + 9.0, step, bytes=400)
+                run[rank].span("reduce", at + 8.5, at + 9.0, step, bytes=400, flops=200.0)
                 run[rank].span("update", at + 9.0, at + 10.0, step)
                 run[rank].done(at + 10.0, step, loss=1.0, samples=32, cursor=64 * (step + 1))
     return Analysis(open_run(folder))

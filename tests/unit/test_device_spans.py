@@ -65,10 +65,11 @@ def test_copies_around_an_all_reduce_are_transfer_not_waiting(tmp_path: Path) ->
         run[0].span("forward", 1.0, 2.0, 0)
         run[0].span("reduce", 2.0, 5.0, 0)  # copies
         run[0].span("wait", 5.0, 6.0, 0)
-        run[0].span("reduce", 6.0, 8.0, 0, bytes=400)  # a sum over shared memory
+        run[0].span("reduce", 6.0, 8.0, 0, bytes=400, flops=200.0)  # a sum over shared memory
+        run[0].span("reduce", 8.0, 8.5, 0, bytes=4000)  # by NCCL
         run[0].done(9.0, 0)
     analysis = Analysis(open_run(tmp_path))
-    assert analysis.times["communication_s"].tolist() == [pytest.approx(0.004)]
+    assert analysis.times["communication_s"].tolist() == [pytest.approx(0.0045)]
     assert analysis.times["useful_s"].tolist() == [pytest.approx(0.003)]
     assert analysis.waits["seconds"].sum() == pytest.approx(0.001)
 
@@ -77,9 +78,12 @@ def test_spans_of_the_thread_that_reduces_are_read_and_named(tmp_path: Path) -> 
     with HandMade(tmp_path, 1) as run:
         run[0].phase(0.0, 0, "worker", "all_reduce")
         run[0].span("backward", 1.0, 5.0, 0)
-        run[0].span("reduce", 2.0, 4.0, 0, lane=REDUCE_LANE)
+        run[0].span("reduce", 2.0, 4.0, 0, bytes=4000, lane=REDUCE_LANE)
         run[0].done(6.0, 0)
     found = open_run(tmp_path)
     assert found.spans()["lane"].tolist() == [0, REDUCE_LANE]
     assert not found.notes
     assert THREADS[REDUCE_LANE] in format_totals(found)
+    analysis = Analysis(found)
+    assert analysis.traffic["bytes"].tolist() == [4000]
+    assert analysis.convergence["bytes"].tolist() == [4000]

@@ -116,7 +116,8 @@ def test_messages_and_collectives_count_as_waiting_but_not_local_sums(going):
     for step in range(5):
         at = 100.0 * step
         for index, (kind, id) in enumerate([("send", 1), ("recv", 1), ("reduce", 1), ("reduce", -1), ("update", -1)]):
-            run[0].span(kind, at + 20.0 * index, at + 20.0 * (index + 1), step, bytes=100, id=id)
+            flops = 50.0 * (kind == "reduce" and id < 0)
+            run[0].span(kind, at + 20.0 * index, at + 20.0 * (index + 1), step, id=id, flops=flops)
         run[0].done(at + 100.0, step)
     run.show()
     assert run.watcher().look().ranks[0].waiting == pytest.approx(0.6)
