@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +26,7 @@ from hpctrain.run.files import RunFiles
 from hpctrain.run.folder import Narrator
 from hpctrain.run.keeper import Keeper
 from hpctrain.run.prepare import Prepared, prepare
-from hpctrain.run.reserve import models_needed, reserve
+from hpctrain.run.reserve import keep_freed_memory, models_needed, reserve
 from hpctrain.run.resume import Resume
 from hpctrain.run.scaling import LossScale
 from hpctrain.run.totals import Ending, Totals
@@ -53,6 +54,7 @@ def _begin(
     job: Job, comm: Communicator, resume: Resume | None, out: Narrator, closing: ExitStack, undo: ExitStack
 ) -> ActiveRun:
     """`undo`: what else to do if the run cannot begin."""
+    kept = keep_freed_memory(os.environ)  # before anything large is allocated
     check_alike(comm, [job_topic(job.plain())])
     old, note = _find_run(job, comm, resume)
     if old is not None:
@@ -84,7 +86,7 @@ def _begin(
         _restore(run, resume)
     else:
         prepared.untrained.share(comm)
-    _open(run)
+    _open(run, kept)
     _announce(run, how, note)
     if resumed:
         _announce_resume(run, resume)
@@ -129,8 +131,9 @@ def _restore(run: ActiveRun, resume: Resume | None) -> None:
         run.own = own
 
 
-def _open(run: ActiveRun) -> None:
-    """Catch signals, open the trace, and touch the memory of later phases. Collective."""
+def _open(run: ActiveRun, kept: int) -> None:
+    """Catch signals, open the trace, and touch the memory of later phases. `kept`: how much freed memory the allocator
+    keeps. Collective."""
     comm, job, prepared, tracing = run.comm, run.job, run.prepared, run.tracing
     if comm.concurrent and threading.current_thread() is threading.main_thread():
         signals = StopSignals(comm.rank, job.train.stop_seconds, before_end=tracing.tick)
@@ -144,7 +147,7 @@ def _open(run: ActiveRun) -> None:
     if prepared.device.type == "cpu":
         layout = prepared.replica.layout
         sizes = [models_needed(roles, comm.rank) for roles in prepared.roles[run.totals.phase + 1 :]]
-        reserve(int(max(sizes, default=0.0) * layout.length * layout.dtype.itemsize))
+        reserve(int(max(sizes, default=0.0) * layout.length * layout.dtype.itemsize), kept)
 
 
 def _announce(run: ActiveRun, how: str | None, note: str) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import ctypes
+from collections.abc import Mapping
 
 import numpy as np
 
 from hpctrain.cluster import Roles
+from hpctrain.launcher.started import is_launched
 
 PAGE = 4096
+# malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never) and M_TOP_PAD, as `launcher.MEMORY` has them.
+SETTINGS = {-4: 0, -1: -1, -2: 64 << 20}
+EVERYTHING = 2**62
 
 
 def models_needed(roles: Roles, rank: int) -> float:
@@ -24,13 +29,37 @@ def models_needed(roles: Roles, rank: int) -> float:
     return 2.0 + 3.0 * (rank == 0) + shards
 
 
-def reserve(nbytes: int) -> None:
-    """Make the C library's allocator take this much memory from the system and keep it for later allocations.
+def keep_freed_memory(environment: Mapping[str, str]) -> int:
+    """Make the C library's allocator keep freed memory instead of returning it to the system. Returns how many bytes it
+    keeps; 0 if it returns them at once.
 
-    Touching fresh memory takes longer than copying into it. Does nothing if the allocator would return the memory at
-    once, which is its default (`launcher.MEMORY` sets it otherwise, in GLIBC_TUNABLES).
+    `hpctrain run` and the job templates set GLIBC_TUNABLES to this effect; if that is set, nothing changes. Otherwise
+    the setting is made here, in a process that a launcher has started: such a process is there for this run. Huge pages
+    cannot be chosen here. Only glibc has these settings.
     """
-    if 0 < nbytes < kept_up_to(os.environ.get("GLIBC_TUNABLES", "")):
+    tunables = environment.get("GLIBC_TUNABLES")
+    if tunables is not None:
+        return kept_up_to(tunables)
+    if not is_launched(environment) or not all(_mallopt(key, value) for key, value in SETTINGS.items()):
+        return 0
+    return EVERYTHING
+
+
+def _mallopt(key: int, value: int) -> bool:
+    """Whether the C library has accepted the setting."""
+    try:
+        return bool(ctypes.CDLL(None).mallopt(key, value))
+    except (OSError, AttributeError):  # no glibc
+        return False
+
+
+def reserve(nbytes: int, kept: int) -> None:
+    """Take this much memory from the system, so that the allocator keeps it for later allocations.
+
+    Touching fresh memory takes longer than copying into it. `kept`: from `keep_freed_memory`; does nothing if the
+    allocator would return that much memory at once.
+    """
+    if 0 < nbytes < kept:
         np.empty(nbytes, np.uint8)[::PAGE] = 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from hpctrain.cluster import assign_roles
 from hpctrain.comm.virtual.world import World
 from hpctrain.launcher import MEMORY
+from hpctrain.launcher.facts import MARK
+from hpctrain.launcher.started import without_launcher
 from hpctrain.run.prepare import prepare
 from hpctrain.run.reserve import kept_up_to, models_needed
 from tests import helpers
@@ -21,7 +24,7 @@ MIB = 2**20
 PROGRAM = """
 import resource
 import numpy as np
-from hpctrain.run.reserve import reserve
+from hpctrain.run.reserve import keep_freed_memory, reserve
 
 def touched():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -29,8 +32,10 @@ def touched():
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
+import os
+enough = keep_freed_memory(os.environ)
 before = resident()
-reserve(128 * 2**20)
+reserve(128 * 2**20, enough)
 kept = resident() - before
 before = touched()
 parts = [np.ones(32 * 2**20, np.uint8) for _ in range(3)]
@@ -38,10 +43,13 @@ print(kept, touched() - before)
 """
 
 
-def measure(tunables: str | None) -> tuple[int, int]:
+def measure(tunables: str | None, launched: bool = False) -> tuple[int, int]:
     """(bytes that a process keeps after reserving 128 MiB, page faults when it then fills 96 MiB)."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("GLIBC_TUNABLES", None)
+    environment = {**without_launcher(os.environ), "PYTHONPATH": str(ROOT)}
+    for name in ("GLIBC_TUNABLES", MARK):
+        environment.pop(name, None)
+    if launched:
+        environment["PMI_SIZE"] = "2"
     if tunables is not None:
         environment["GLIBC_TUNABLES"] = tunables
     done = subprocess.run(
@@ -55,6 +63,19 @@ def test_reserved_memory_stays_and_is_reused():
     kept, faults = measure(MEMORY)
     assert kept > 120 * MIB
     assert faults < 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_is_kept_under_a_plain_mpirun():
+    """Without GLIBC_TUNABLES."""
+    kept, faults = measure(None, launched=True)
+    assert kept > 120 * MIB
+    assert faults < 20
+
+
+def test_setting_of_the_user_is_kept():
+    kept, _ = measure("glibc.malloc.mmap_max=65536", launched=True)
+    assert kept < 8 * MIB
 
 
 @pytest.mark.parametrize(
@@ -96,7 +117,7 @@ def test_memory_needed_by_each_rank_for_a_phase(ranks: int, servers: int, coloca
 
 def test_run_reserves_for_the_most_demanding_later_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     reserved: list[int] = []
-    monkeypatch.setattr("hpctrain.run.begin.reserve", reserved.append)
+    monkeypatch.setattr("hpctrain.run.begin.reserve", lambda nbytes, kept: reserved.append(nbytes))
     until = {"rule": "after", "steps": 1}
     served: list[helpers.Tables] = [helpers.served(servers=2), helpers.served(servers=1)]
     strategies = [served[0], {"name": "all_reduce"}, served[1], {"name": "all_reduce"}]
