@@ -3,6 +3,7 @@
 # make test-slow     the slow ones: longer runs, more cases, other numbers of ranks
 # make test-openmpi  the tests of MPI with Open MPI (.venv-openmpi)
 # make test-slurm    slurm/train.sbatch on a real Slurm started on this machine
+# make test-hosts    several hosts on this machine, with limited networks (root)
 # make test-gpu      what needs a GPU, with PYTHON's own torch and CuPy; WHEELS=FOLDER: without an index; OUT=FOLDER
 # make gpu-wheels    download what test-gpu needs besides these into WHEELS, for GPU_PYTHON
 # make lint          ruff, mypy, import-linter, shellcheck
@@ -31,7 +32,7 @@ MPIEXEC = $(1)/bin/python -c 'import sys; from hpctrain.launcher import run; sys
 # A rank that waits inside MPI cannot be interrupted by a signal: the thread method ends it.
 UNDER_MPI = -m pytest -q --color=no --with-mpi --timeout 120 --timeout-method=thread tests/mpi
 
-.PHONY: demo test test-unit test-mpich test-slow test-openmpi test-slurm test-gpu gpu-wheels lint bench study-async clean
+.PHONY: demo test test-unit test-mpich test-slow test-openmpi test-slurm test-hosts test-gpu gpu-wheels lint bench study-async clean
 .DELETE_ON_ERROR:
 
 demo: $(MPICH)/.installed
@@ -59,6 +60,10 @@ test-openmpi: $(OPENMPI)/.tests
 test-slurm: $(MPICH)/.tests $(OPENMPI)/.tests
 	$(MPICH)/bin/python -m pytest -q tests/cluster
 	$(OPENMPI)/bin/python -m pytest -q tests/cluster
+
+test-hosts: $(MPICH)/.tests $(OPENMPI)/.tests
+	$(MPICH)/bin/python -m pytest -q tests/hosts
+	$(OPENMPI)/bin/python -m pytest -q tests/hosts -k ranks
 
 test-gpu:
 	$(PYTHON) tests/gpu/machine.py $(if $(WHEELS),--wheels $(WHEELS)) --out $(OUT)

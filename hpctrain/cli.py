@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("name", metavar="NAME", help="as in a job: all_reduce, or my_module:MyStrategy")
     test.add_argument("options", metavar="key=value", nargs="*", help="its options (default: each set that it lists)")
     test.set_defaults(command=_test_strategy)
+    _add_lab(commands)
     job = commands.add_parser("job", help="show and explain job files")
     about = job.add_subparsers(required=True, metavar="ACTION")
     explain = about.add_parser("explain", help="list every key of a job with its type, default and meaning")
@@ -123,6 +124,27 @@ def _parser() -> argparse.ArgumentParser:
     _job_arguments(show)
     show.set_defaults(command=_show)
     return parser
+
+
+def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands that build several hosts on this machine."""
+    lab = commands.add_parser("lab", help="several hosts on this machine, with limited networks and processors")
+    actions = lab.add_subparsers(required=True, metavar="ACTION")
+    texts = {
+        "up": "build the cluster; it stays until `hpctrain lab down`",
+        "run": "start a command on ranks of its hosts; builds it for that time unless it is up",
+        "check": "measure its links (iperf3) and processor shares",
+    }
+    made = {name: actions.add_parser(name, help=text) for name, text in texts.items()}
+    for action in made.values():
+        action.add_argument("--cluster", metavar="FILE", type=Path, required=True, help="such as clusters/lan2.toml")
+    made["run"].add_argument("-n", type=int, metavar="N", help="how many ranks (default: all places of the hosts)")
+    made["run"].add_argument("words", metavar="COMMAND", nargs="+", help="put -- before it")
+    made["up"].set_defaults(command=_lab_up)
+    made["run"].set_defaults(command=_lab_run)
+    made["check"].set_defaults(command=_lab_check)
+    down = actions.add_parser("down", help="remove the hosts, also what a killed lab has left")
+    down.set_defaults(command=_lab_down)
 
 
 def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -282,6 +304,30 @@ def _watch(options: argparse.Namespace) -> int:
     from hpctrain.views.watch import watch
 
     return watch(options.run, options.every, options.once)
+
+
+def _lab_up(options: argparse.Namespace) -> int:
+    from hpctrain.lab import command
+
+    return command.up(options.cluster)
+
+
+def _lab_run(options: argparse.Namespace) -> int:
+    from hpctrain.lab import command
+
+    return command.run(options.cluster, options.words, options.n)
+
+
+def _lab_check(options: argparse.Namespace) -> int:
+    from hpctrain.lab import command
+
+    return command.look(options.cluster)
+
+
+def _lab_down(options: argparse.Namespace) -> int:
+    from hpctrain.lab import command
+
+    return command.down()
 
 
 def _bench(options: argparse.Namespace) -> int:
