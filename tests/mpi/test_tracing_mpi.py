@@ -51,13 +51,13 @@ def test_every_step_is_timed_on_the_device_and_complete_when_its_phase_ends(
         settled.append(len(comm.recorder.drain()["device"]))
 
     monkeypatch.setattr(Tracing, "settle", settle)
-    until = {"rule": "after", "samples": 18 * comm.size}
+    until = {"rule": "after", "steps": 3}
     phases = [
         {"strategy": {"name": "all_reduce"}, "until": until},
         {"strategy": {"name": "local_sgd", "every": 2}},
     ]
-    helpers.quiet_train(comm, helpers.make_job(tmp_path, phases=phases, train={"steps": 7}))
-    assert settled == [3 * len(TIMED), 4 * len(TIMED)]
+    helpers.quiet_train(comm, helpers.make_job(tmp_path, phases=phases, train={"steps": 5, "batch_size": 2}))
+    assert settled == [3 * len(TIMED), 2 * len(TIMED)]
     with comm.span("update"), comm.span("reduce"):
         pass
     times.read()
