@@ -16,10 +16,14 @@ class Buckets:
     in the first backward pass: reentrant checkpointing runs nested backward passes, each of which adds to the gradients
     of the parameters it uses. In that case stretches are announced only after backward. The first pass, which detects
     this, also announces them only after backward.
+
+    `ready(low, high)`: a stretch is final. `poll()`: called in every hook, so that started exchanges go on.
     """
 
-    def __init__(self, replica: Replica, nbytes: int, ready: Callable[[int, int], None]) -> None:
-        self._ready = ready
+    def __init__(
+        self, replica: Replica, nbytes: int, ready: Callable[[int, int], None], poll: Callable[[], None]
+    ) -> None:
+        self._ready, self._poll = ready, poll
         self._slots = replica.layout.slots
         self._bounds: list[tuple[int, int]] = []
         self._bucket_of: dict[int, int] = {}
@@ -65,6 +69,7 @@ class Buckets:
         self._missing[bucket] -= 1
         while self._early and self._next < len(self._bounds) and self._missing[self._next] <= 0:
             self._announce()
+        self._poll()
 
     def flush(self) -> None:
         """Announce what no hook has announced: parameters that did not contribute to the loss, or all if backward did
@@ -74,7 +79,7 @@ class Buckets:
         """
         if self._torn is not None:
             raise ModelError(
-                f"strategy.overlap = true: the gradient of parameter {self._torn} was still being added to after it "
+                f"strategy.overlap: the gradient of parameter {self._torn} was still being added to after it "
                 "had been sent (reentrant activation checkpointing in some passes only?); set strategy.overlap = "
                 "false, or use checkpoint(..., use_reentrant=False)"
             )

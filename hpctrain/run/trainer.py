@@ -61,7 +61,8 @@ class Trainer:
         comm = self.phase.comm
         self._span = cache(lambda kind, samples: comm.span(kind, items=samples))
         if self.strategy.bucket_bytes:
-            self._buckets = Buckets(self.phase.replica, self.strategy.bucket_bytes, self._send)
+            replica, strategy = self.phase.replica, self.strategy
+            self._buckets = Buckets(replica, strategy.bucket_bytes, self._send, strategy.poll)
 
     @property
     def loss(self) -> float:

@@ -20,7 +20,8 @@ class AllReduceOptions(Options):
     exchange: Literal["auto", "shared", "message"] = Field(
         "auto",
         description="shared: sum from node-shared memory, with the optimizer sliced over the node's ranks; "
-        "message: all-reduce the whole gradient; auto: shared where possible",
+        "message: all-reduce the whole gradient; auto: shared where possible, or message with overlap if every worker "
+        "has a node of its own and the library all-reduces",
     )
     algorithm: Literal["library", "ring", "halving_doubling", "tree", "hierarchical"] = Field(
         "library", description="how messages are all-reduced (across nodes, or everywhere with exchange = message)"
@@ -62,11 +63,14 @@ class AllReduce(RoundStrategy):
     def make_exchange(self) -> Exchange:
         from hpctrain.strategies.exchange import MessageExchange, OverlappedExchange, SharedExchange
 
-        if self.phase.members.shared:
-            return SharedExchange(self.phase, self.options.algorithm)
-        if self.options.overlap:
-            return OverlappedExchange(self.phase, int(self.options.bucket_mb * 2**20))
-        return MessageExchange(self.phase, self.options.algorithm)
+        options, nodes = self.options, self.phase.worker_comm.nodes
+        apart = 1 < len(nodes) == len(set(nodes))  # then there is nothing to share
+        chosen = apart and options.exchange == "auto" and options.algorithm == "library"
+        if self.phase.members.shared and not chosen:
+            return SharedExchange(self.phase, options.algorithm)
+        if options.overlap or chosen:
+            return OverlappedExchange(self.phase, int(options.bucket_mb * 2**20))
+        return MessageExchange(self.phase, options.algorithm)
 
     def apply(self, round: Round) -> None:
         self.optimize(self.exchange.reduce(round.divisor), round)

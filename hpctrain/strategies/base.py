@@ -96,6 +96,9 @@ class Strategy:
         """The gradient's stretch [low, high) is final (called from hooks during the last micro-batch's backward). May
         start communication, never waits."""
 
+    def poll(self) -> None:
+        """Called often during that backward, if `ready` is: communication that was started may go on. Never waits."""
+
     @property
     def bucket_bytes(self) -> int:
         """The size of the stretches passed to `ready`; 0: `ready` is not called."""

@@ -10,6 +10,7 @@ parameters.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from hpctrain.comm.base import Buffer, Communicator, Request
     from hpctrain.errors import NanError
     from hpctrain.strategies.phase import Phase
+
+
+LOOKS = 64  # at started sums, per call of `poll`: MPI moves only a piece of a long message (about 64 KiB) in each
 
 
 class Exchange(ABC):
@@ -54,6 +58,9 @@ class Exchange(ABC):
 
     def start(self, low: int, high: int) -> None:  # noqa: B027 (most have nothing to start)
         """The stretch [low, high) of this rank's gradient is final. May start sending it; never waits."""
+
+    def poll(self) -> None:  # noqa: B027 (most have started nothing)
+        """Let what was started go on: MPI moves data only while some call is inside it. Never waits."""
 
     @abstractmethod
     def reduce(self, divisor: float) -> torch.Tensor:
@@ -232,15 +239,21 @@ class OverlappedExchange(MessageExchange):
     def __init__(self, phase: Phase, bucket_bytes: int) -> None:
         super().__init__(phase)
         self.bucket_bytes = bucket_bytes
-        self._started: list[Request] = []
+        self._started: deque[Request] = deque()
 
     def start(self, low: int, high: int) -> None:
         self._started.append(self.comm.start_all_reduce(self.replica.gradient_arena.mine[low:high]))
 
+    def poll(self) -> None:
+        for _ in range(LOOKS if self.comm.concurrent else 1):
+            if not self._started:
+                return
+            if self._started[0].test():
+                self._started.popleft()
+
     def _sum(self) -> None:
-        for request in self._started:
-            request.wait()
-        self._started = []
+        while self._started:
+            self._started.popleft().wait()
 
     def publish(self) -> None:
         self._sum()  # buckets were started, but the round was skipped

@@ -228,6 +228,9 @@ class RoundStrategy(Strategy):
     def ready(self, low: int, high: int) -> None:
         self.exchange.start(low, high)
 
+    def poll(self) -> None:
+        self.exchange.poll()
+
     def _start_round(self) -> None:
         self._start = self.phase.cursor
         self._parts: list[Contribution] = []

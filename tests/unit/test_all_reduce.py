@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 from hpctrain.comm.virtual.world import World
 from hpctrain.errors import JobError, NanError
+from hpctrain.strategies.all_reduce import AllReduce
 from hpctrain.strategies.clipping import clip_factor
+from hpctrain.strategies.exchange import MessageExchange, OverlappedExchange, SharedExchange
 from tests import helpers
 from tests.marks import slow
 
@@ -107,6 +110,55 @@ def test_non_finite_gradient_is_detected_when_clipping(tmp_path: Path):
     )
     with pytest.raises(NanError, match="rank 0 in step 0"):
         World(2).run(lambda comm: helpers.quiet_train(comm, job))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "nodes", "kind"),
+    [
+        ({}, (0, 0), SharedExchange),
+        ({}, (0, 1), OverlappedExchange),
+        ({}, (0, 1, 2), OverlappedExchange),
+        ({}, (0, 0, 1, 1), SharedExchange),
+        ({}, (0, 0, 1), SharedExchange),
+        ({"exchange": "shared"}, (0, 1), SharedExchange),
+        ({"algorithm": "ring"}, (0, 1), SharedExchange),
+        ({"exchange": "message"}, (0, 1), MessageExchange),
+        ({"exchange": "message", "overlap": True}, (0, 0), OverlappedExchange),
+    ],
+)
+def test_exchange_suits_the_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: dict[str, Any], nodes: tuple[int, ...], kind: type
+):
+    made: list[type] = []
+    make = AllReduce.make_exchange
+
+    def noted(self: AllReduce) -> Any:
+        exchange = make(self)
+        made.append(type(exchange))
+        return exchange
+
+    monkeypatch.setattr(AllReduce, "make_exchange", noted)
+    job = helpers.make_job(tmp_path, strategy={"name": "all_reduce", **strategy}, train={"steps": 2})
+    World(len(nodes), nodes=nodes).run(lambda comm: helpers.quiet_train(comm, job))
+    assert made == [kind] * len(nodes)
+
+
+def test_started_sums_are_polled_in_every_hook_of_backward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """MPI moves data only while a call is inside it."""
+    polls: list[int] = []
+    poll = OverlappedExchange.poll
+
+    def noted(self: OverlappedExchange) -> None:
+        polls.append(len(self._started))
+        poll(self)
+
+    monkeypatch.setattr(OverlappedExchange, "poll", noted)
+    options = {"name": "all_reduce", "exchange": "message", "overlap": True, "bucket_mb": 0.0005}
+    job = helpers.make_job(tmp_path, strategy=options, train={"steps": 3})
+    results = World(2).run(lambda comm: helpers.quiet_train(comm, job))
+    parameters = len([p for p in results[0].model.parameters() if p.requires_grad])
+    assert len(polls) == 2 * 3 * parameters
+    assert max(polls) > 0
 
 
 def test_overlap_requires_the_library_algorithm():

@@ -383,7 +383,7 @@ def test_buckets_are_ready_from_the_end_once_each_in_one_order() -> None:
         replica = Replica(model)
         replica.place(comm, shared=False)
         ready: list[tuple[int, int]] = []
-        buckets = Buckets(replica, 2000, lambda low, high: ready.append((low, high)))
+        buckets = Buckets(replica, 2000, lambda low, high: ready.append((low, high)), lambda: None)
         model(torch.ones(1, 16)).sum().backward()
         assert ready == []  # not the last micro-batch
         buckets.arm()
