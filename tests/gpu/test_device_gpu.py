@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +116,30 @@ def test_addition_rounds_like_torch(gpu: Gpu) -> None:
         gpu.add_up([first, second], first)
         assert torch.equal(as_tensor(first).isnan(), wanted.isnan())
         assert torch.equal(as_tensor(first).nan_to_num(), wanted.nan_to_num())
+
+
+SANITIZED = """
+import numpy as np
+from hpctrain.comm.base import BFLOAT16
+from hpctrain.comm.device.gpu import Gpu
+gpu = Gpu.open(0)
+for dtype in (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64), BFLOAT16):
+    for length in (1, 255, 256, 100_003):
+        parts = [gpu.zeros(length, dtype) for _ in range(3)]
+        gpu.add_up(parts, parts[1])
+gpu.mark().synchronize()
+"""
+
+
+def test_compute_sanitizer_finds_nothing_in_the_kernel() -> None:
+    places = [shutil.which("compute-sanitizer"), *glob.glob("/usr/local/cuda*/bin/compute-sanitizer")]
+    tool = next((place for place in places if place), None)
+    if tool is None:
+        pytest.skip("no compute-sanitizer here")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    argv = [tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # -- transfers -----------------------------------------------------------------------------------------------
