@@ -20,6 +20,7 @@ def up(path: Path) -> int:
         if machine.standing() is None:
             machine.remove()  # remains of a killed lab
             machine.build(cluster)
+            machine.keep(cluster)
     print(f"lab {cluster.summary()}; `hpctrain lab down` removes it")
     return 0
 

@@ -29,7 +29,7 @@ class HostGroup(Table):
 
     count: Annotated[int, Field(ge=1, le=MOST_HOSTS)] = 1
     ranks: Annotated[int, Field(ge=1, le=1024)] = 1
-    cores: Annotated[float, Field(ge=0.01, le=1024)] | None = None
+    cores: Annotated[float, Field(ge=0.1, le=1024)] | None = None
     link: HostLink | None = None
 
 
@@ -89,7 +89,8 @@ class Description(Table):
         cores = sorted({host.cores for host in hosts if host.cores is not None})
         parts = [f"{len(hosts)} host{'s' * (len(hosts) > 1)}", f"{_range(rates)} Mbit/s"]
         if cores:
-            parts.append(f"{_range(cores)} cores each")
+            limited = sum(host.cores is not None for host in hosts)
+            parts.append(f"{_range(cores)} cores {'each' if limited == len(hosts) else f'on {limited} of them'}")
         return f"{self.name}: {', '.join(parts)}"
 
 

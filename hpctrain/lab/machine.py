@@ -35,7 +35,8 @@ TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux"}
 AGENT = """#!/bin/sh
 while case "$1" in -*) true ;; *) false ;; esac; do shift; done
 host=$1; shift
-for tasks in {groups}; do [ ! -e "$tasks" ] || echo $$ > "$tasks"; done
+group="{groups}/{prefix}${{host#node}}"
+if [ -d "$group" ]; then echo $$ > "$group/{tasks}" || exit 1; fi
 exec ip netns exec "{prefix}${{host#node}}" unshare --uts sh -c 'hostname "$0"; exec sh -c "$1"' "$host" "$*"
 """
 
@@ -62,11 +63,17 @@ def only_one() -> Iterator[None]:
 
 
 def standing() -> Description | None:
-    """The cluster whose hosts exist; None if there is none, or only remains of one."""
+    """The cluster that `keep` was called for and whose hosts exist; None if there is none, or only remains of one."""
     try:
-        return Description.model_validate(json.loads((HOME / "cluster.json").read_text()))
+        found = Description.model_validate(json.loads((HOME / "kept.json").read_text()))
     except (OSError, ValueError):
         return None
+    return found if {f"{PREFIX}{host.number}" for host in found.each()} <= set(_spaces()) else None
+
+
+def keep(cluster: Description) -> None:
+    """The hosts that `build` has made are to stay for other processes."""
+    (HOME / "kept.json").write_text(json.dumps(cluster.plain()))
 
 
 def build(cluster: Description) -> None:
@@ -79,11 +86,13 @@ def build(cluster: Description) -> None:
         names = "".join(f"{host.address} {host.name}\n" for host in cluster.each())
         for host in cluster.each():
             _add(host, names)
-        agent = HOME / "agent"
-        groups = " ".join(f'"{folder}/{PREFIX}${{host#node}}/{tasks}"' for folder, tasks in _group_folders())
-        agent.write_text(AGENT.format(groups=groups, prefix=PREFIX))
+        agent, groups = HOME / "agent", HOME / "groups"
+        groups.mkdir()
+        folder, tasks = next(iter(_group_folders()), (None, ""))
+        if folder is not None:  # `ip netns exec` hides /sys from what runs on a host
+            _run(("mount", "--bind", str(folder), str(groups)))
+        agent.write_text(AGENT.format(groups=groups, tasks=tasks, prefix=PREFIX))
         agent.chmod(0o755)
-        (HOME / "cluster.json").write_text(json.dumps(cluster.plain()))
     except BaseException:
         remove()
         raise
@@ -158,6 +167,8 @@ def remove() -> list[str]:
     ended = _end_processes(spaces)
     for space in spaces:
         _ip("netns", "delete", space)
+    if os.path.ismount(HOME / "groups"):
+        _run(("umount", "--lazy", str(HOME / "groups")))
     groups = [group for folder, _ in _group_folders() for group in folder.glob(f"{PREFIX}*")]
     for group in groups:
         _remove_group(group)

@@ -80,8 +80,8 @@ class Buckets:
         if self._torn is not None:
             raise ModelError(
                 f"strategy.overlap: the gradient of parameter {self._torn} was still being added to after it "
-                "had been sent (reentrant activation checkpointing in some passes only?); set strategy.overlap = "
-                "false, or use checkpoint(..., use_reentrant=False)"
+                "had been sent (reentrant activation checkpointing in some passes only?); use checkpoint(..., "
+                'use_reentrant=False), or strategy.exchange = "shared" (or "message" without strategy.overlap)'
             )
         if not self._armed:
             self._next = 0

@@ -59,6 +59,9 @@ class Exchange(ABC):
     def start(self, low: int, high: int) -> None:  # noqa: B027 (most have nothing to start)
         """The stretch [low, high) of this rank's gradient is final. May start sending it; never waits."""
 
+    def settle(self) -> None:  # noqa: B027 (most have started nothing)
+        """Wait for what was started, when the round ends with an error instead. Collective."""
+
     def poll(self) -> None:  # noqa: B027 (most have started nothing)
         """Let what was started go on: MPI moves data only while some call is inside it. Never waits."""
 
@@ -251,12 +254,15 @@ class OverlappedExchange(MessageExchange):
             if self._started[0].test():
                 self._started.popleft()
 
-    def _sum(self) -> None:
+    def settle(self) -> None:
         while self._started:
             self._started.popleft().wait()
 
+    def _sum(self) -> None:
+        self.settle()
+
     def publish(self) -> None:
-        self._sum()  # buckets were started, but the round was skipped
+        self.settle()  # buckets were started, but the round was skipped
         super().publish()
 
 

@@ -288,6 +288,7 @@ class RoundStrategy(Strategy):
         found = RoundTotals.of(parts)
         if found.faulty is not None and phase.updating.nan == "stop":
             part = parts[found.faulty]
+            self.exchange.settle()  # MPI still writes into the arenas, which are freed after the error
             raise nan_error(phase, phase.roles.workers[found.faulty], part.loss, phase.step.number, part.bad)
         round = self._round(own, found)
         if round.skip:

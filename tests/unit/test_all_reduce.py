@@ -161,6 +161,21 @@ def test_started_sums_are_polled_in_every_hook_of_backward(tmp_path: Path, monke
     assert max(polls) > 0
 
 
+def test_error_of_a_loss_waits_for_started_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """MPI writes into the arenas until then, and they are freed."""
+    left: list[int] = []
+    settle = OverlappedExchange.settle
+
+    def noted(self: OverlappedExchange) -> None:
+        settle(self)
+        left.append(len(self._started))
+
+    monkeypatch.setattr(OverlappedExchange, "settle", noted)
+    strategy = {"name": "all_reduce"}
+    World(2, nodes=(0, 1)).run(lambda comm: helpers.nan_error(comm, tmp_path, strategy))
+    assert left == [0] * 2 * (2 + 2 + 1), "twice in each of two rounds, and once before the error, on both ranks"
+
+
 def test_overlap_requires_the_library_algorithm():
     with pytest.raises(JobError, match="overlap"):
         helpers.make_job("runs", strategy={"name": "all_reduce", "overlap": True, "algorithm": "ring"})

@@ -41,7 +41,7 @@ def test_groups_become_hosts_and_the_link_is_inherited(tmp_path: Path) -> None:
         ("node1", 3, None, 100.0), ("node2", 3, None, 100.0), ("node3", 1, 0.25, 10.0),
     ]  # fmt: skip
     assert [host.address for host in hosts] == ["10.213.0.1", "10.213.0.2", "10.213.0.3"]
-    assert cluster.summary() == "mine: 3 hosts, 10 to 100 Mbit/s, 0.25 cores each"
+    assert cluster.summary() == "mine: 3 hosts, 10 to 100 Mbit/s, 0.25 cores on 1 of them"
 
 
 def test_plain_form_is_the_same_cluster(tmp_path: Path) -> None:

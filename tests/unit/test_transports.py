@@ -145,6 +145,31 @@ def test_ipc_reads_each_neighbour_in_place_with_one_launch() -> None:
     run(3, Ipc, body)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_connections_of_the_thread_are_released(kind: type[DeviceCommunicator]) -> None:
+    def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
+        comm.start_all_reduce(cuda.array(values(90, np.dtype(np.float32)))).wait()
+        assert cuda.runtime.opened or cuda.cuda.nccl.living
+        comm.release()
+        assert cuda.runtime.opened == []
+        assert cuda.cuda.nccl.living == 0
+
+    run(3, kind, body)
+
+
+def test_part_with_unequal_nodes_is_staged() -> None:
+    """A split of equal nodes may have unequal ones, whose slices would differ."""
+
+    def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
+        part = comm.split(0 if comm.rank != 3 else None, comm.rank)
+        if part is not None:
+            buffer = cuda.array(values(50, np.dtype(np.float32), comm.rank))
+            part.all_reduce(buffer)
+            same(read(cuda, buffer), total(50, np.float32, range(3)))
+
+    run(4, Ipc, body, nodes=(0, 0, 1, 1))
+
+
 def test_ipc_keeps_memory_until_neighbours_have_closed_it_and_not_forever() -> None:
     def body(comm: DeviceCommunicator, cuda: Cuda) -> None:
         for count in range(3 * KEPT):
@@ -278,6 +303,31 @@ def test_transport_with_a_wrong_sum_is_refused(kind: type[DeviceCommunicator], m
         return str(caught.value)
 
     assert all("gave a wrong sum" in text for text in run(2, kind, rank))
+
+
+def test_transport_with_a_wrong_sum_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice.measure, "__defaults__", (2, 1 << 15))
+    monkeypatch.setattr(IpcCommunicator, "_sum", lambda self, buffer, parts, here: None)
+    for found in chosen(monkeypatch):
+        assert (found.name, found.obstacles["ipc"]) == ("staged", "its sums were wrong")
+
+
+@pytest.mark.parametrize("call", ["get_unique_id", "NcclCommunicator"])
+def test_nccl_that_fails_is_an_obstacle_on_all(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("NCCL_ERROR_SYSTEM_ERROR")
+
+    def body(inner: Communicator) -> str | None:
+        cuda = Cuda(inner)
+        monkeypatch.setattr(cuda.runtime, "deviceGetPCIBusId", lambda index: f"device {inner.rank}")
+        if inner.rank == 0:
+            setattr(cuda.cuda.nccl, call, fail)
+        comm: Any = Real(inner)
+        return choice.why_not_nccl(comm, cuda.gpu())
+
+    found = World(2).run(body)
+    assert found[0] == found[1]
+    assert "RuntimeError: NCCL_ERROR_SYSTEM_ERROR" in str(found[0])
 
 
 @pytest.mark.parametrize("rank", [0, 1])

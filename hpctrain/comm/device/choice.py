@@ -1,24 +1,26 @@
 """Chooses the transport of device buffers at the start of a run: which ones work here, and which is the fastest.
 
-NOT YET RUN ON A GPU. No transport is used before it has given a right sum here, and none is tried in this process that
-could end it: device pointers are passed to MPI in a child process first.
+NOT YET RUN ON A GPU. No transport is used before it has given a right sum here. Device pointers are passed to an MPI
+library that does not say that it is CUDA-aware in a child process first, for that could end the process.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from hpctrain.comm.base import Communicator
+from hpctrain.comm.base import Buffer, Communicator
 from hpctrain.comm.device.communicator import DeviceCommunicator
 from hpctrain.comm.device.cuda_aware import cuda_aware
 from hpctrain.comm.device.direct import DirectCommunicator
 from hpctrain.comm.device.gpu import Gpu
 from hpctrain.comm.device.ipc import IpcCommunicator
-from hpctrain.comm.device.nccl import NcclCommunicator
+from hpctrain.comm.device.nccl import NcclCommunicator, connect, new_name
 from hpctrain.comm.device.staged import StagedCommunicator
 from hpctrain.errors import ClusterError
 from hpctrain.trace.events import TransportChosen
@@ -87,9 +89,16 @@ def choose(comm: Communicator, gpu: Gpu, wanted: str, aware: str) -> TransportCh
     obstacles = {name: why for name, why in found.items() if why is not None}
     if len(usable) == 1:
         return TransportChoice(usable[0], obstacles)
-    seconds = {name: measure(TRANSPORTS[name].around(comm, gpu)) for name in usable}
-    best = usable[0]
-    for name in usable[1:]:
+    seconds: dict[str, float] = {}
+    for name in usable:
+        try:
+            seconds[name] = measure(TRANSPORTS[name].around(comm, gpu))
+        except WrongSumError:
+            if name == "staged":
+                raise
+            obstacles[name] = "its sums were wrong"
+    best = next(iter(seconds))
+    for name in seconds:
         if seconds[name] < CLEARLY * seconds[best]:
             best = name
     return TransportChoice(best, obstacles, seconds)
@@ -105,17 +114,24 @@ def checks(comm: Communicator, gpu: Gpu, aware: str = "auto") -> dict[str, Calla
     }
 
 
+class WrongSumError(ClusterError):
+    """A transport gave a wrong sum. All ranks raise it."""
+
+    everywhere = True
+
+
 def measure(comm: DeviceCommunicator, rounds: int = ROUNDS, length: int = LENGTH) -> float:
     """Seconds that an all-reduce of `length` float32 takes on the slowest rank: the median of `rounds`, after one that
-    is checked. Releases `comm`. Collective. Raises ClusterError, on all ranks, if the sum is wrong."""
+    is checked. Releases `comm`. Collective. Raises WrongSumError."""
     arena = comm.arena(length, np.dtype(np.float32))
     times = np.zeros(rounds)
-    try:
+    try:  # any other error is one rank's alone: then nothing collective may follow
         comm.gpu.fill(arena.mine, comm.rank + 1)
         comm.all_reduce(arena.mine)
         right = comm.gpu.all_equal(arena.mine, comm.size * (comm.size + 1) / 2)
         if not all(comm.gather_json(right)):
-            raise _everywhere(
+            comm.release()
+            raise WrongSumError(
                 f"the transport {comm.transport} gave a wrong sum of device buffers; choose another "
                 "one with communicator.device_transport, and please report this"
             )
@@ -124,10 +140,11 @@ def measure(comm: DeviceCommunicator, rounds: int = ROUNDS, length: int = LENGTH
             began = comm.now()
             comm.all_reduce(arena.mine)
             times[index] = (comm.now() - began) / 1e9
-        return float(statistics.median(comm.gather_rows(times).max(axis=0)))
     finally:
         arena.free()
-        comm.release()
+    taken = float(statistics.median(comm.gather_rows(times).max(axis=0)))
+    comm.release()
+    return taken
 
 
 def why_not_ipc(comm: Communicator, gpu: Gpu) -> str | None:
@@ -146,9 +163,7 @@ def _try_ipc(comm: Communicator, gpu: Gpu) -> str | None:
     """Open what each neighbour has allocated, and read its rank. No step that may fail on one rank alone waits for
     others."""
     arena = gpu.zeros(64, np.dtype(np.float32))
-    gpu.fill(arena, comm.rank)
-    gpu.mark().synchronize()
-    mine = _attempt(lambda: gpu.handle_of(arena.data.mem.ptr).hex())
+    mine = _attempt(lambda: _show(gpu, arena, comm.rank))
     handles = comm.gather_json(mine)
     wrong = [text for done, text in handles if not done]
     if not wrong:
@@ -160,6 +175,14 @@ def _try_ipc(comm: Communicator, gpu: Gpu) -> str | None:
             gpu.close_handle(base)
         comm.barrier()  # nobody has it open any more
     return f"a rank cannot open another's device memory ({wrong[0]})" if wrong else None
+
+
+def _show(gpu: Gpu, arena: Buffer, rank: int) -> str:
+    """Its handle. Also compiles and tries the kernel, which needs NVRTC."""
+    gpu.fill(arena, rank / 2)
+    gpu.add_up([arena, arena], arena)
+    gpu.mark().synchronize()
+    return gpu.handle_of(arena.data.mem.ptr).hex()
 
 
 def _look(gpu: Gpu, handles: dict[int, bytes], opened: list[int]) -> str:
@@ -190,7 +213,18 @@ def why_not_nccl(comm: Communicator, gpu: Gpu) -> str | None:
         first = devices.index(device)
         if first != rank:
             return f"ranks {comm.members[first]} and {comm.members[rank]} share a GPU"
-    return None
+    return _try_nccl(comm, gpu.nccl())
+
+
+def _try_nccl(comm: Communicator, module: Any) -> str | None:
+    """Connect the ranks and part again: NCCL needs shared memory, a network interface, and one version."""
+    made = _attempt(lambda: json.dumps(new_name(module)) if comm.rank == 0 else "")
+    named, name = comm.broadcast_json(made)
+    if not named:
+        return f"NCCL does not start ({name})"
+    ended = _attempt(lambda: str(connect(module, comm.size, comm.rank, json.loads(name)).destroy()))
+    wrong = [text for done, text in comm.gather_json(ended) if not done]
+    return f"NCCL does not connect the ranks ({wrong[0]})" if wrong else None
 
 
 def why_not_mpi(comm: Communicator, gpu: Gpu, aware: str) -> str | None:

@@ -214,6 +214,10 @@ class DeviceCommunicator(Communicator):
 
     def release(self) -> None:
         """Free what this transport needs, but not `inner`. Collective."""
+        if self._reducer is not None:
+            reducer, lane = self._reducer
+            reducer.join()
+            lane.release()  # it has connections of its own
         if self._beside is not None:
             self._beside.free()
 

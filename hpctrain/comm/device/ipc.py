@@ -99,12 +99,14 @@ class IpcCommunicator(StagedCommunicator):
 
     def __init__(self, inner: Communicator, gpu: Gpu, pool: SlotPool) -> None:
         super().__init__(inner, gpu, pool)
+        counts = {inner.nodes.count(node) for node in inner.nodes}
+        self._even = len(counts) == 1 and counts != {1}  # else slices differ between nodes, or there is no neighbour
         self._neighbours: Neighbours | None = None
         self._across: StagedCommunicator | None = None
 
     def reduce_when(self, ready: Any, buffer: Buffer, operation: Operation, algorithm: str) -> None:
         plain = operation == "sum" and algorithm == "library" and buffer.dtype in kernels.TYPES
-        if not plain or buffer.nbytes < self.least:
+        if not plain or not self._even or buffer.nbytes < self.least:
             super().reduce_when(ready, buffer, operation, algorithm)
             return
         ready.synchronize()

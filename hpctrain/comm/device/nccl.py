@@ -35,12 +35,8 @@ class NcclCommunicator(StagedCommunicator):
     def _connected(self) -> Any:
         """NCCL's communicator. Created on first use, which is collective: most communicators never need it."""
         if self._nccl is None:
-            module = self.gpu.nccl()
-            own = module.get_unique_id()  # CuPy 14: bytes; before, a tuple of signed numbers
-            name = np.frombuffer(own, np.int8).copy() if isinstance(own, bytes) else np.array(own, np.int8)
-            self.inner.broadcast(name)
-            given = name.tobytes() if isinstance(own, bytes) else tuple(name.tolist())
-            self._nccl = module.NcclCommunicator(self.size, given, self.rank)
+            name = self.inner.broadcast_json(new_name(self.gpu.nccl()) if self.rank == 0 else None)
+            self._nccl = connect(self.gpu.nccl(), self.size, self.rank, name)
         return self._nccl
 
     def reduce_when(self, ready: Any, buffer: Buffer, operation: Operation, algorithm: str) -> None:
@@ -97,3 +93,16 @@ class NcclCommunicator(StagedCommunicator):
         if self._nccl is not None:
             self._nccl.destroy()
         super().release()
+
+
+def new_name(module: Any) -> list[Any]:
+    """NCCL's identifier of a new communicator, as plain values: whether CuPy has it as bytes, as from version 14 on, or
+    else as numbers; then the numbers."""
+    name = module.get_unique_id()
+    return [isinstance(name, bytes), list(name)]
+
+
+def connect(module: Any, size: int, rank: int, name: list[Any]) -> Any:
+    """NCCL's communicator of that name. Collective among its ranks. Raises CuPy's NcclError."""
+    as_bytes, numbers = name
+    return module.NcclCommunicator(size, bytes(numbers) if as_bytes else tuple(numbers), rank)

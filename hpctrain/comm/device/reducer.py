@@ -29,6 +29,11 @@ class Reducer:
                 self.thread = self.comm.spawn(self._work)
         return job
 
+    def join(self) -> None:
+        """Wait until the thread has run what was started."""
+        if self.thread is not None:
+            self.thread.join()
+
     def _work(self) -> None:
         while True:
             with self._lock:
