@@ -54,12 +54,35 @@ def check_machine() -> None:
 def only_one() -> Iterator[None]:
     """Hold the lock that lets one process at a time build, use or remove hosts. Raises ClusterError if it is taken."""
     check_machine()
-    with open(HOME.with_suffix(".lock"), "w") as file:
+    with open(HOME.with_suffix(".lock"), "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ClusterError("another hpctrain lab is busy on this machine; wait until it has ended") from None
+            file.seek(0)
+            raise ClusterError(
+                f"another hpctrain lab is busy on this machine (PID {file.read().strip() or 'unknown'}); wait until it "
+                "has ended, or end it with `kill`"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        with _ended_by_signals():
+            yield
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end this process like Ctrl-C, so that the hosts are removed."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    former = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
         yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def standing() -> Description | None:

@@ -122,6 +122,22 @@ def test_status_of_a_failed_program_is_passed_on(cluster: Path) -> None:
     assert done.returncode != 0
 
 
+def test_lab_that_is_asked_to_end_removes_its_hosts(cluster: Path, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    program = f"import time; from mpi4py import MPI; open({str(ready)!r}, 'w'); time.sleep(100)"
+    argv = [*LAB, "run", "--cluster", str(cluster), "--", sys.executable, "-c", program]
+    with subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while not ready.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        refused = lab("down", status=2)
+        assert f"is busy on this machine (PID {process.pid})" in refused.stderr
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    assert not machine._spaces()
+
+
 def test_nothing_is_left_of_a_killed_lab(cluster: Path, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     program = f"import time; from mpi4py import MPI; open({str(ready)!r}, 'w'); time.sleep(100)"
