@@ -44,7 +44,9 @@ exec ip netns exec "{prefix}${{host#node}}" unshare --uts sh -c 'hostname "$0"; 
 def check_machine() -> None:
     """Raise ClusterError if this machine cannot have a lab."""
     if os.geteuid() != 0:
-        raise ClusterError("hpctrain lab makes network namespaces, which needs root: start it with sudo")
+        raise ClusterError(
+            'hpctrain lab makes network namespaces, which needs root: sudo "$(command -v hpctrain)" lab ...'
+        )
     absent = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
     if absent:
         raise ClusterError(f"hpctrain lab needs {' and '.join(absent)}: apt-get install {' '.join(absent)}")
@@ -146,7 +148,8 @@ def _limit_link(host: Host, space: str, port: str) -> None:
     for where, card in ((space, CARD), (SWITCH, port)):
         _in(where, "tc", "qdisc", "add", "dev", card, "root", "handle", "1:", *limit)
     if host.link.latency_ms:
-        delay = ("netem", "delay", f"{host.link.latency_ms}ms")
+        packets = max(100, int(rate / 8 / 1500 * (host.link.latency_ms + QUEUE_MS) / 1000))  # on the way, or waiting
+        delay = ("netem", "delay", f"{host.link.latency_ms}ms", "limit", f"{packets}")
         try:
             _in(space, "tc", "qdisc", "add", "dev", CARD, "parent", "1:1", "handle", "2:", *delay)
         except ClusterError:

@@ -73,7 +73,7 @@ def test_missing_cluster_file_is_one_message(tmp_path: Path, capsys: pytest.Capt
 
 def test_lab_needs_root_and_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(ClusterError, match="needs root: start it with sudo"):
+    with pytest.raises(ClusterError, match="needs root: sudo"):
         machine.check_machine()
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(shutil, "which", lambda tool: None if tool == "tc" else tool)
