@@ -104,16 +104,7 @@ def _reached(table: FigureTable, label: str) -> list[str]:
 # -- step ----------------------------------------------------------------------------------------------------
 def measure_step(comm: Communicator, progress: Progress) -> FigureTable:
     """Measure a step of resnet18 in mixed bfloat16 on rank 0 alone, with hpctrain and with plain torch."""
-    device = _device(comm)
-    alone = comm.split(comm.rank, 0)
-    assert alone is not None
-    table = FigureTable("device_step", "", [])
-    if comm.rank == 0:
-        wrapped = StagedCommunicator.around(alone, Gpu.open(device.index))
-        table = step_table(wrapped, device, RESNET, progress)
-        table.notes.append(_about())
-    comm.barrier()
-    return table
+    return _on_rank_0(comm, lambda alone, device: step_table(alone, device, RESNET, progress))
 
 
 def step_table(comm: Communicator, device: torch.device, load: Load, progress: Progress) -> FigureTable:
@@ -164,17 +155,12 @@ class PlainStep:
 # -- update --------------------------------------------------------------------------------------------------
 def measure_update(comm: Communicator, progress: Progress) -> FigureTable:
     """Measure the optimizer's update of an arena of 500 M elements on rank 0 alone, beside a copy."""
-    device = _device(comm)
-    alone = comm.split(comm.rank, 0)
-    assert alone is not None
-    table = FigureTable("device_update", "", [])
-    if comm.rank == 0:
-        wrapped = StagedCommunicator.around(alone, Gpu.open(device.index))
+
+    def table(alone: Communicator, device: torch.device) -> FigureTable:
         fits = int(torch.cuda.mem_get_info(device)[0] // (4 * 8))  # arenas, moments, and the model's own copy
-        table = update_table(wrapped, device, min(ELEMENTS, fits), progress)
-        table.notes.append(_about())
-    comm.barrier()
-    return table
+        return update_table(alone, device, min(ELEMENTS, fits), progress)
+
+    return _on_rank_0(comm, table)
 
 
 def update_table(comm: Communicator, device: torch.device, elements: int, progress: Progress) -> FigureTable:
@@ -230,6 +216,19 @@ def _timed(device: torch.device, action: Callable[[], object], count: int) -> fl
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _on_rank_0(comm: Communicator, make: Callable[[Communicator, torch.device], FigureTable]) -> FigureTable:
+    """The table that rank 0 makes on its GPU, alone; empty on other ranks, which wait."""
+    device = _device(comm)
+    alone = comm.split(comm.rank, 0)
+    assert alone is not None
+    table = FigureTable("", "", [])
+    if comm.rank == 0:
+        table = make(StagedCommunicator.around(alone, Gpu.open(device.index)), device)
+        table.notes.append(_about())
+    comm.barrier()
+    return table
 
 
 # -- what was measured ---------------------------------------------------------------------------------------

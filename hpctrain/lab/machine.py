@@ -103,7 +103,8 @@ def keep(cluster: Description) -> None:
 
 def build(cluster: Description) -> None:
     """Create the hosts. Removes them again, and raises ClusterError, if a step fails."""
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(remove)
         HOME.mkdir(parents=True, exist_ok=True)
         _ip("netns", "add", SWITCH)
         _in(SWITCH, "ip", "link", "add", "bridge", "type", "bridge")
@@ -118,9 +119,7 @@ def build(cluster: Description) -> None:
             _run(("mount", "--bind", str(folder), str(groups)))
         agent.write_text(AGENT.format(groups=groups, tasks=tasks, prefix=PREFIX))
         agent.chmod(0o755)
-    except BaseException:
-        remove()
-        raise
+        undo.pop_all()
 
 
 def _add(host: Host, names: str) -> None:

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,19 @@ def lab(*arguments: str, status: int | None = 0, seconds: float = 100.0) -> subp
 
 def with_ranks(cluster: Path, command: Sequence[str], **more: object) -> subprocess.CompletedProcess[str]:
     return lab("run", "--cluster", str(cluster), "--", *command, **more)  # type: ignore[arg-type]
+
+
+@contextmanager
+def busy(cluster: Path, ready: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A lab whose ranks have started and would run for a long time."""
+    program = f"import time; from mpi4py import MPI; open({str(ready)!r}, 'w'); time.sleep(100)"
+    argv = [*LAB, "run", "--cluster", str(cluster), "--", sys.executable, "-c", program]
+    with subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while not ready.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield process
 
 
 def test_links_and_processors_are_limited_as_described(cluster: Path) -> None:
@@ -123,14 +137,7 @@ def test_status_of_a_failed_program_is_passed_on(cluster: Path) -> None:
 
 
 def test_lab_that_is_asked_to_end_removes_its_hosts(cluster: Path, tmp_path: Path) -> None:
-    ready = tmp_path / "ready"
-    program = f"import time; from mpi4py import MPI; open({str(ready)!r}, 'w'); time.sleep(100)"
-    argv = [*LAB, "run", "--cluster", str(cluster), "--", sys.executable, "-c", program]
-    with subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True) as process:
-        deadline = time.monotonic() + 60
-        while not ready.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    with busy(cluster, tmp_path / "ready") as process:
         refused = lab("down", status=2)
         assert f"is busy on this machine (PID {process.pid})" in refused.stderr
         process.terminate()
@@ -139,14 +146,7 @@ def test_lab_that_is_asked_to_end_removes_its_hosts(cluster: Path, tmp_path: Pat
 
 
 def test_nothing_is_left_of_a_killed_lab(cluster: Path, tmp_path: Path) -> None:
-    ready = tmp_path / "ready"
-    program = f"import time; from mpi4py import MPI; open({str(ready)!r}, 'w'); time.sleep(100)"
-    argv = [*LAB, "run", "--cluster", str(cluster), "--", sys.executable, "-c", program]
-    with subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True) as process:
-        deadline = time.monotonic() + 60
-        while not ready.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    with busy(cluster, tmp_path / "ready") as process:
         os.killpg(process.pid, signal.SIGKILL)
     assert machine._spaces()
     assert machine.standing() is None, "its remains must not be taken for a lab"

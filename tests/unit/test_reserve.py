@@ -65,7 +65,7 @@ def test_reserved_memory_stays_and_is_reused():
     assert faults < 20
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
 def test_memory_is_kept_under_a_plain_mpirun():
     """Without GLIBC_TUNABLES."""
     kept, faults = measure(None, launched=True)
