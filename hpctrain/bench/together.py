@@ -13,6 +13,7 @@ from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.bench.workload import LOADS, Alone, Load, Workload
 from hpctrain.comm.base import Arena, Communicator
 from hpctrain.job import registry
+from hpctrain.replica.buckets import Buckets
 from hpctrain.replica.layout import Layout, slice_bounds
 from hpctrain.replica.tensors import as_tensor
 from hpctrain.strategies.base import Strategy
@@ -125,6 +126,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]] | None] = {
     NOTHING: None,
     "all_reduce, shared": ("all_reduce", {"exchange": "shared"}),
     "all_reduce, message": ("all_reduce", {"exchange": "message"}),
+    "all_reduce, overlapped": ("all_reduce", {"exchange": "message", "overlap": True}),
     "parameter_server, sync": ("parameter_server", {"mode": "sync", "colocated": True}),
 }
 
@@ -165,17 +167,26 @@ class StepBench:
         strategy: Strategy = cls(cls.Options(**given)) if way is not None else cls(None)
         phase = self.workload.begin(strategy)
         strategy.join(phase)
-        times = np.array([self._step(phase, strategy) for _ in range(self.load.steps + 1)][1:])
+        early = strategy.bucket_bytes
+        buckets = Buckets(self.replica, early, strategy.ready, strategy.poll) if early else None
+        times = np.array([self._step(phase, strategy, buckets) for _ in range(self.load.steps + 2)][2:])
+        if buckets is not None:
+            buckets.remove()
         strategy.leave()
         self.workload.end(phase)
         self.comm.all_reduce(times)
         return [float(time) for time in times / self.comm.size]
 
-    def _step(self, phase: Phase, strategy: Strategy) -> float:
+    def _step(self, phase: Phase, strategy: Strategy, buckets: Buckets | None) -> float:
         batch, start = self.load.batch, self.comm.now()
         phase.step.round_end = phase.cursor + batch * self.comm.size
         strategy.before()
-        strategy.step(batch, self.workload.compute())
+        if buckets is not None:
+            buckets.arm()
+        loss = self.workload.compute()
+        if buckets is not None:
+            buckets.flush()
+        strategy.step(batch, loss)
         return (self.comm.now() - start) / 1e9
 
 
