@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 
 from hpctrain.errors import ClusterError
 from hpctrain.lab.description import Description, Host
@@ -54,8 +55,8 @@ def check(cluster: Description) -> Iterator[LimitCheck]:
         yield LimitCheck(f"{first.name} to {host.name}", "Mbit/s", wanted, _speed(first, host, ()))
         yield LimitCheck(f"{host.name} to {first.name}", "Mbit/s", wanted, _speed(first, host, ("--reverse",)))
     for host in cluster.each():
-        if host.cores is not None and host.cores < 1:  # one loop cannot use more than one core
-            yield LimitCheck(f"{host.name}, a busy loop", "cores", host.cores, _share(host))
+        if host.cores is not None:
+            yield LimitCheck(f"{host.name}, busy loops", "cores", host.cores, _share(host, ceil(host.cores)))
 
 
 def _speed(first: Host, other: Host, more: tuple[str, ...]) -> float:
@@ -81,11 +82,11 @@ def _speed(first: Host, other: Host, more: tuple[str, ...]) -> float:
             server.kill()
 
 
-def _share(host: Host) -> float:
-    """Cores that a busy loop on the host gets."""
-    done = subprocess.run(
-        on_host(host, [sys.executable, "-c", BUSY]), capture_output=True, text=True, timeout=60, check=False
-    )
-    if done.returncode:
-        raise ClusterError(f"a busy loop on {host.name} failed: {done.stderr.strip()}")
-    return float(done.stdout)
+def _share(host: Host, loops: int) -> float:
+    """Cores that this many busy loops on the host get together."""
+    argv = on_host(host, [sys.executable, "-c", BUSY])
+    started = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(loops)]
+    ended = [process.communicate(timeout=60) for process in started]
+    if any(process.returncode for process in started):
+        raise ClusterError(f"a busy loop on {host.name} failed: {ended[0][1].strip()}")
+    return sum(float(out) for out, _ in ended)
