@@ -44,6 +44,7 @@ difference = distance
 # Synchronous strategies: [strategy], and the number of server ranks.
 SYNCHRONOUS: dict[str, tuple[Tables, int]] = {
     "shared": ({"name": "all_reduce", "exchange": "shared"}, 0),
+    "shared buckets": ({"name": "all_reduce", "bucket_mb": 0.0005}, 0),
     "message": ({"name": "all_reduce", "exchange": "message"}, 0),
     "ring": ({"name": "all_reduce", "exchange": "message", "algorithm": "ring"}, 0),
     "halving": ({"name": "all_reduce", "exchange": "message", "algorithm": "halving_doubling"}, 0),

@@ -40,6 +40,8 @@ class Tag(IntEnum):
     DECISION = 6
     STATE = 7
     CLOCK = 8
+    PART = 9  # of a sum
+    SUM = 10
 
 
 def barrier_id(communicator: int, arena: int) -> int:
@@ -227,6 +229,11 @@ class Communicator(ABC):
     @abstractmethod
     def wait(self, arena: Arena) -> None:
         """Wait until every rank of the node has notified `arena` as often as this rank: a node barrier."""
+
+    @abstractmethod
+    def behind(self, arena: Arena) -> int:
+        """How many of this rank's latest notifications some rank of the node has yet to match; 0: `wait(arena)` would
+        return at once. What every rank wrote before the others is visible here. Never waits."""
 
     # -- time, threads -----------------------------------------------------------------------------------
     @abstractmethod

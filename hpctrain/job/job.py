@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -132,6 +132,12 @@ class Job(Table):
         """A new job with some keys changed: "a.b=value", see `job.file.override`. Raises JobError."""
         job = self._checked(self._tables(), overrides, recorded=any(spec.unresolved for _, spec in self._specs()))
         job._file, job._overrides = self._file, (*self._overrides, *job._overrides)
+        return job
+
+    def resolved(self, values: Mapping[str, Any]) -> Job:
+        """A new job in which these keys ("strategy.bucket_mb") have values that were found out, not overridden."""
+        job = self.override([f"{key}={value}" for key, value in values.items()])
+        job._overrides = self._overrides
         return job
 
     @property

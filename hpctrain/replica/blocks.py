@@ -19,7 +19,7 @@ def add_up(parts: Sequence[Tensor], out: Tensor, weight: float) -> bool:
     All tensors are flat, with the same length and dtype; `out` may be parts[0].
     """
     finite = True
-    for piece in _blocks(out):
+    for piece in blocks(out):
         here = out[piece]
         if len(parts) > 1:
             torch.add(parts[0][piece], parts[1][piece], out=here)
@@ -35,7 +35,7 @@ def add_up(parts: Sequence[Tensor], out: Tensor, weight: float) -> bool:
 
 def is_finite(flat: Tensor) -> bool:
     """Whether every element is finite."""
-    return all(_is_finite(flat[piece]) for piece in _blocks(flat))
+    return all(_is_finite(flat[piece]) for piece in blocks(flat))
 
 
 def sum_of_squares(flat: Tensor) -> float:
@@ -50,8 +50,8 @@ def sum_of_squares(flat: Tensor) -> float:
     return float(rows.square().sum() + flat[whole:].double().square().sum())
 
 
-def _blocks(flat: Tensor) -> Iterator[slice]:
-    """A single block on a GPU, where each block costs a kernel launch and a wait."""
+def blocks(flat: Tensor) -> Iterator[slice]:
+    """The slices of `flat` that stay in cache: a single one on a GPU, where each costs a kernel launch and a wait."""
     length = flat.numel()
     size = BLOCK * torch.get_num_threads() if flat.device.type == "cpu" else length
     return (slice(low, min(low + size, length)) for low in range(0, length, max(1, size)))

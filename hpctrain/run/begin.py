@@ -31,6 +31,7 @@ from hpctrain.run.resume import Resume
 from hpctrain.run.scaling import LossScale
 from hpctrain.run.totals import Ending, Totals
 from hpctrain.run.tracing import Tracing
+from hpctrain.run.tuning import tuned
 from hpctrain.trace.writer import next_attempt
 
 
@@ -60,6 +61,7 @@ def _begin(
     if old is not None:
         closing.callback(old.release)
     resumed: bool = comm.broadcast_json(old is not None)
+    job = tuned(job, comm, old.folder if old is not None else None)
     prepared: Prepared = agreed(comm, lambda: prepare(job, comm))
     _check_built_alike(comm, prepared)
     closing.callback(prepared.coupling.restore)

@@ -38,6 +38,7 @@ FIXED = {
     "data.shuffle": "the order of the samples depends on it",
     "metric": "metrics.csv and the best value so far are for that metric",
 }
+MEASURED = (".bucket_mb",)  # where a job says "auto", a continuation takes what the run has measured
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,13 @@ class Change(NamedTuple):
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """The keys in which two jobs' tables (`Job.plain`) differ, in their order; includes the keys of FREE."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    """The keys in which a run's tables (`Job.plain`) and a new job's differ, in their order; includes the keys of FREE,
+    but not a key of MEASURED that is "auto" in the new job."""
+    before, after = dict(leaves(old)), dict(leaves(new))
     keys = [*before, *(key for key in after if key not in before)]
     pairs = [Change(key, before.get(key), after.get(key)) for key in keys]
-    return [change for change in pairs if _comparable(change.old) != _comparable(change.new)]
+    changes = [change for change in pairs if _comparable(change.old) != _comparable(change.new)]
+    return [change for change in changes if not (change.new == "auto" and change.key.endswith(MEASURED))]
 
 
 def binding(changes: list[Change]) -> list[Change]:
@@ -124,7 +127,7 @@ def text_of(value: Any) -> str:
     return value_text(value)
 
 
-def _leaves(tables: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tables: Any, above: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything that is not a table; tables in a list by their index."""
     if isinstance(tables, list):
         tables = dict(enumerate(tables))
@@ -132,7 +135,7 @@ def _leaves(tables: Any, above: str = "") -> Iterator[tuple[str, Any]]:
         key = f"{above}{name}"
         listing = isinstance(value, list) and any(isinstance(item, dict) for item in value)
         if (isinstance(value, dict) and value) or listing:
-            yield from _leaves(value, f"{key}.")
+            yield from leaves(value, f"{key}.")
         else:
             yield key, value
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
+from hpctrain.codecs import CODEC_TEXT, CodecName, codec_by
 from hpctrain.options import Options
 from hpctrain.strategies.base import Needs
 from hpctrain.strategies.round import Round, RoundStrategy
+from hpctrain.strategies.tuning import USUAL, best_bucket_mb
 
 if TYPE_CHECKING:
+    from hpctrain.comm.base import Communicator
     from hpctrain.strategies.exchange import Exchange
+
+
+def _bucket_mb(value: object) -> object:
+    if value == "auto" or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf):
+        return value
+    raise ValueError('must be "auto" or a number above 0')
 
 
 class AllReduceOptions(Options):
@@ -20,23 +30,28 @@ class AllReduceOptions(Options):
     exchange: Literal["auto", "shared", "message"] = Field(
         "auto",
         description="shared: sum from node-shared memory, with the optimizer sliced over the node's ranks; "
-        "message: all-reduce the whole gradient; auto: shared where possible, or message with overlap if every worker "
-        "has a node of its own and the library all-reduces",
+        "message: all-reduce the whole gradient; auto: shared where possible, or message if every worker has a node of "
+        "its own; across nodes with overlap, unless an algorithm is chosen",
     )
     algorithm: Literal["library", "ring", "halving_doubling", "tree", "hierarchical"] = Field(
         "library", description="how messages are all-reduced (across nodes, or everywhere with exchange = message)"
     )
+    codec: CodecName = Field("none", description=CODEC_TEXT)
     overlap: bool = Field(
-        False, description="start all-reducing buckets while backward still runs (exchange = message, library only)"
+        False, description="start all-reducing buckets while backward still runs, also where exchange is not auto"
     )
-    bucket_mb: float = Field(4.0, gt=0, description="size of the buckets with overlap, in MiB")
+    bucket_mb: Annotated[float | Literal["auto"], PlainValidator(_bucket_mb)] = Field(
+        "auto",
+        description="size of the buckets with overlap or a codec, in MiB; auto: measured when a run on several nodes "
+        "begins, and kept in its job.toml",
+        json_schema_extra={"allowed": '"auto", or above 0'},
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.overlap and self.algorithm != "library":
-            raise ValueError('has overlap = true, which needs algorithm = "library"')
-        if self.overlap and self.exchange == "shared":
-            raise ValueError('has overlap = true, which has no effect on exchange = "shared"')
+        if self.algorithm != "library" and (self.overlap or self.codec != "none"):
+            given = "overlap = true" if self.overlap else f'codec = "{self.codec}"'
+            raise ValueError(f'has {given}, which needs algorithm = "library"')
         return self
 
 
@@ -45,7 +60,7 @@ class AllReduce(RoundStrategy):
 
     Options = AllReduceOptions
     options: AllReduceOptions
-    exact = True
+    measured = ("bucket_mb",)
     tested_with = (
         {"exchange": "shared"},
         {"exchange": "message"},
@@ -54,22 +69,37 @@ class AllReduce(RoundStrategy):
         {"exchange": "message", "algorithm": "tree"},
         {"algorithm": "hierarchical"},
         {"exchange": "message", "overlap": True, "bucket_mb": 0.0005},
+        {"codec": "bfloat16", "bucket_mb": 0.0005},
+        {"codec": "float16", "exchange": "message"},
     )
 
     def __init__(self, options: AllReduceOptions) -> None:
         super().__init__(options)
+        self.exact = options.codec == "none"
         self.needs = Needs(parameters="rank" if options.exchange == "message" else "node")
 
+    @staticmethod
+    def tune(options: AllReduceOptions, comm: Communicator) -> dict[str, Any]:
+        across, needed = len(set(comm.nodes)) > 1, options.algorithm == "library"
+        return {"bucket_mb": best_bucket_mb(comm)} if across and needed else {}
+
     def make_exchange(self) -> Exchange:
-        from hpctrain.strategies.exchange import MessageExchange, OverlappedExchange, SharedExchange
+        from hpctrain.strategies.exchange import BucketExchange, MessageExchange
+        from hpctrain.strategies.shared import SharedBucketExchange, SharedExchange
 
         options, nodes = self.options, self.phase.worker_comm.nodes
-        apart = 1 < len(nodes) == len(set(nodes))  # then there is nothing to share
-        chosen = apart and options.exchange == "auto" and options.algorithm == "library"
-        if self.phase.members.shared and not chosen:
+        across = len(set(nodes)) > 1
+        alone = len(set(nodes)) == len(nodes)  # no worker has another one to share memory with
+        automatic = across and options.exchange == "auto" and options.algorithm == "library"
+        early, encoded = automatic or options.overlap, options.codec != "none"
+        codec = codec_by(options.codec)
+        size = int((USUAL if options.bucket_mb == "auto" else options.bucket_mb) * 2**20)
+        if self.phase.members.shared and not (automatic and alone):
+            if across and (early or encoded):
+                return SharedBucketExchange(self.phase, codec, size, early)
             return SharedExchange(self.phase, options.algorithm)
-        if options.overlap or chosen:
-            return OverlappedExchange(self.phase, int(options.bucket_mb * 2**20))
+        if early or encoded:
+            return BucketExchange(self.phase, codec, size, early)
         return MessageExchange(self.phase, options.algorithm)
 
     def apply(self, round: Round) -> None:

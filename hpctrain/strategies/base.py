@@ -17,7 +17,7 @@ from hpctrain.cluster import Roles
 from hpctrain.replica.state import Own
 
 if TYPE_CHECKING:
-
+    from hpctrain.comm.base import Communicator
     from hpctrain.replica.state import State
     from hpctrain.strategies.phase import Phase
 
@@ -64,6 +64,7 @@ class Strategy:
     needs: Needs = Needs()
     exact: bool = False  # N workers with batch b give the same parameters as one process with batch N*b
     deterministic: bool = True  # on virtual ranks, or with ordered sums, the same job gives the same bits
+    measured: ClassVar[Sequence[str]] = ()  # the options that `tune` sets where they are "auto"
     tested_with: ClassVar[Sequence[dict[str, Any]]] = ({},)  # options that `hpctrain test-strategy` tries
     version: int = 0  # updates so far in the phase
 
@@ -78,6 +79,12 @@ class Strategy:
     @staticmethod
     def check(options: Any, roles: Roles) -> None:
         """Refuse options that these roles cannot satisfy (HpctrainError), before anything is allocated."""
+
+    @staticmethod
+    def tune(options: Any, comm: Communicator) -> dict[str, Any]:
+        """Values for options that are "auto", measured on the ranks of a new run. A resumed run keeps them; none need
+        be given. Collective."""
+        return {}
 
     def join(self, phase: Phase, state: State | None = None) -> None:
         """Join the phase. Collective over its ranks, servers included. Afterwards all replicas hold rank 0's parameters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from hpctrain.codecs import CODEC_TEXT, CodecName
 from hpctrain.options import Options
 from hpctrain.strategies.round import Round, RoundStrategy, Step
 
@@ -12,6 +13,7 @@ class LocalSGDOptions(Options):
     """The keys of strategy.name = "local_sgd"."""
 
     every: int = Field(8, ge=1, description="steps that each worker takes between averages")
+    codec: CodecName = Field("none", description=CODEC_TEXT)
 
 
 class LocalSGD(RoundStrategy):
@@ -20,7 +22,7 @@ class LocalSGD(RoundStrategy):
 
     Options = LocalSGDOptions
     options: LocalSGDOptions
-    tested_with = ({"every": 3}, {"every": 1}, {})
+    tested_with = ({"every": 3}, {"every": 1}, {}, {"every": 2, "codec": "bfloat16"})
 
     def length(self) -> int:
         return self.options.every

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.clock.decisions import Ask
+from hpctrain.codecs import CodecName, codec_by
 from hpctrain.errors import HpctrainError
 from hpctrain.replica.state import (
     OPTIMIZER,
@@ -29,6 +30,7 @@ from hpctrain.strategies.base import Outcome, Strategy
 from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import Contribution, RoundTotals, Used, nan_error
 from hpctrain.strategies.phase import Phase
+from hpctrain.strategies.tuning import USUAL
 
 if TYPE_CHECKING:
     import torch
@@ -98,10 +100,14 @@ class RoundStrategy(Strategy):
         return 1
 
     def make_exchange(self) -> Exchange:
-        """The exchange that carries this strategy's values between workers. Collective."""
-        from hpctrain.strategies.exchange import MessageExchange
+        """The exchange that carries this strategy's values between workers: messages, with the codec that the option
+        `codec` names, if the strategy has one. Collective."""
+        from hpctrain.strategies.exchange import BucketExchange, MessageExchange
 
-        return MessageExchange(self.phase)
+        codec: CodecName = getattr(self.options, "codec", "none")
+        if codec == "none":
+            return MessageExchange(self.phase)
+        return BucketExchange(self.phase, codec_by(codec), int(USUAL * 2**20), early=False)
 
     def begin(self) -> None:
         """Start the phase: all workers have the same parameters. Allocate memory here. Collective."""

@@ -13,7 +13,9 @@ from hpctrain.comm.virtual.world import World
 from hpctrain.errors import JobError, NanError
 from hpctrain.strategies.all_reduce import AllReduce
 from hpctrain.strategies.clipping import clip_factor
-from hpctrain.strategies.exchange import MessageExchange, OverlappedExchange, SharedExchange
+from hpctrain.strategies.exchange import BucketExchange, MessageExchange
+from hpctrain.strategies.shared import SharedBucketExchange, SharedExchange
+from hpctrain.strategies.sums import StretchSums
 from tests import helpers
 from tests.marks import slow
 
@@ -47,7 +49,7 @@ NODES = [(0, 0, 1, 1), (0, 1, 1, 1), (0, 0, 0, 1, 1), (0, 1, 2), (0, 1, 0, 1)]
 
 
 @pytest.mark.parametrize("nodes", [slow(nodes) if nodes != NODES[2] else nodes for nodes in NODES])
-@pytest.mark.parametrize("agree", ["shared", "hierarchical", "overlap"])
+@pytest.mark.parametrize("agree", ["shared", "shared buckets", "hierarchical", "overlap"])
 def test_several_nodes(tmp_path: Path, agree: str, nodes: tuple[int, ...]):
     assert _distance(tmp_path, agree, "all", "float64", len(nodes), nodes) < 1e-10
 
@@ -78,7 +80,9 @@ def test_non_elementwise_optimizer_runs_replicated(tmp_path: Path):
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", slow("Adam")])
-@pytest.mark.parametrize(("agree", "nodes"), [("shared", (0, 0, 0)), slow("overlap", (0, 0))])
+@pytest.mark.parametrize(
+    ("agree", "nodes"), [("shared", (0, 0, 0)), slow("overlap", (0, 0)), ("shared buckets", (0, 0, 1, 1))]
+)
 def test_resumed_run_has_the_same_bits(tmp_path: Path, agree: str, nodes: tuple[int, ...], optimizer: str):
     keys = {"name": optimizer, "lr": 0.01} | ({"momentum": 0.9} if optimizer == "SGD" else {})
     strategy, _ = helpers.SYNCHRONOUS[agree]
@@ -116,14 +120,18 @@ def test_non_finite_gradient_is_detected_when_clipping(tmp_path: Path):
     ("strategy", "nodes", "kind"),
     [
         ({}, (0, 0), SharedExchange),
-        ({}, (0, 1), OverlappedExchange),
-        ({}, (0, 1, 2), OverlappedExchange),
-        ({}, (0, 0, 1, 1), SharedExchange),
-        ({}, (0, 0, 1), SharedExchange),
+        ({}, (0, 1), BucketExchange),
+        ({}, (0, 1, 2), BucketExchange),
+        ({}, (0, 0, 1, 1), SharedBucketExchange),
+        ({}, (0, 0, 1), SharedBucketExchange),
         ({"exchange": "shared"}, (0, 1), SharedExchange),
         ({"algorithm": "ring"}, (0, 1), SharedExchange),
+        ({"exchange": "shared"}, (0, 0, 1), SharedExchange),
+        ({"exchange": "shared", "codec": "bfloat16"}, (0, 0, 1), SharedBucketExchange),
+        ({"exchange": "shared", "codec": "bfloat16"}, (0, 0), SharedExchange),
+        ({"codec": "bfloat16"}, (0, 1), BucketExchange),
         ({"exchange": "message"}, (0, 1), MessageExchange),
-        ({"exchange": "message", "overlap": True}, (0, 0), OverlappedExchange),
+        ({"exchange": "message", "overlap": True}, (0, 0), BucketExchange),
     ],
 )
 def test_exchange_suits_the_nodes(
@@ -146,13 +154,13 @@ def test_exchange_suits_the_nodes(
 def test_started_sums_are_polled_in_every_hook_of_backward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """MPI moves data only while a call is inside it."""
     polls: list[int] = []
-    poll = OverlappedExchange.poll
+    poll = BucketExchange.poll
 
-    def noted(self: OverlappedExchange) -> None:
-        polls.append(len(self._started))
+    def noted(self: BucketExchange) -> None:
+        polls.append(len(self._sums))
         poll(self)
 
-    monkeypatch.setattr(OverlappedExchange, "poll", noted)
+    monkeypatch.setattr(BucketExchange, "poll", noted)
     options = {"name": "all_reduce", "exchange": "message", "overlap": True, "bucket_mb": 0.0005}
     job = helpers.make_job(tmp_path, strategy=options, train={"steps": 3})
     results = World(2).run(lambda comm: helpers.quiet_train(comm, job))
@@ -164,21 +172,39 @@ def test_started_sums_are_polled_in_every_hook_of_backward(tmp_path: Path, monke
 def test_error_of_a_loss_waits_for_started_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """MPI writes into the arenas until then, and they are freed."""
     left: list[int] = []
-    settle = OverlappedExchange.settle
+    settle = BucketExchange.settle
 
-    def noted(self: OverlappedExchange) -> None:
+    def noted(self: BucketExchange) -> None:
         settle(self)
-        left.append(len(self._started))
+        left.append(len(self._sums))
 
-    monkeypatch.setattr(OverlappedExchange, "settle", noted)
+    monkeypatch.setattr(BucketExchange, "settle", noted)
     strategy = {"name": "all_reduce"}
     World(2, nodes=(0, 1)).run(lambda comm: helpers.nan_error(comm, tmp_path, strategy))
     assert left == [0] * 2 * (2 + 2 + 1), "twice in each of two rounds, and once before the error, on both ranks"
 
 
-def test_overlap_requires_the_library_algorithm():
-    with pytest.raises(JobError, match="overlap"):
-        helpers.make_job("runs", strategy={"name": "all_reduce", "overlap": True, "algorithm": "ring"})
+def test_nodes_begin_to_sum_during_backward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As soon as the node's ranks have a bucket, which they share, its owner sends it."""
+    early: list[int] = []
+    gather = SharedBucketExchange.gather
+
+    def noted(self: SharedBucketExchange, row: object) -> object:
+        early.append(len(self._sums) if self._sums is not None else 0)
+        return gather(self, row)
+
+    monkeypatch.setattr(SharedBucketExchange, "gather", noted)
+    monkeypatch.setattr(StretchSums, "poll", lambda self: None)
+    job = helpers.make_job(tmp_path, strategy={"name": "all_reduce", "bucket_mb": 0.0005}, train={"steps": 3})
+    World(4, nodes=(0, 0, 1, 1)).run(lambda comm: helpers.quiet_train(comm, job))
+    for step in (early[4:8], early[8:12]):  # in the first step the hooks' order is not known
+        assert sorted(map(bool, step)) == [False, False, True, True], "on the rank of each node that comes last"
+
+
+@pytest.mark.parametrize("key", [{"overlap": True}, {"codec": "bfloat16"}])
+def test_overlap_and_codecs_require_the_library_algorithm(key: dict[str, object]):
+    with pytest.raises(JobError, match=f"has {next(iter(key))} = .*which needs algorithm"):
+        helpers.make_job("runs", strategy={"name": "all_reduce", "algorithm": "ring", **key})
 
 
 def test_clip_factor_is_torchs():

@@ -183,6 +183,9 @@ class DeviceCommunicator(Communicator):
         if not isinstance(arena, (DeviceArena, PinnedArena)):
             self.inner.wait(arena)
 
+    def behind(self, arena: Arena) -> int:
+        return 0 if isinstance(arena, (DeviceArena, PinnedArena)) else self.inner.behind(arena)
+
     # -- time, threads -------------------------------------------------------------------------------------
     def now(self) -> int:
         return self.inner.now()

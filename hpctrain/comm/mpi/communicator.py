@@ -206,6 +206,9 @@ class MpiCommunicator(Communicator):
                 if not arena.arrived():
                     self.waiting.until(arena.arrived, idle=True)
 
+    def behind(self, arena: Arena) -> int:
+        return arena.behind() if isinstance(arena, SharedArena) else 0
+
     # -- time, threads -------------------------------------------------------------------------------------
     def now(self) -> int:
         return time.monotonic_ns()

@@ -71,6 +71,12 @@ class SharedArena(Arena):
         self._window.Sync()
         return True
 
+    def behind(self) -> int:
+        """How many fewer times than this rank some rank of the node has published, at most."""
+        first = min(int(other[0]) for other in self._epochs)
+        self._window.Sync()
+        return self.epoch - first
+
     def free(self) -> None:
         self.parts, self._epochs = [], []
         self.mine = None

@@ -209,6 +209,10 @@ class VirtualCommunicator(Communicator):
                 arena.waiting.append(world.current)
                 world.block(f"notify of epoch {epoch} by ranks {late}")
 
+    def behind(self, arena: Arena) -> int:
+        assert isinstance(arena, VirtualArena)
+        return arena.epochs[arena.index] - min(arena.epochs)
+
     def _meet(self, what: str, ranks: Sequence[int], value: Any) -> list[Any]:
         """The values of these ranks, in their order; waits until all have arrived."""
         self._count += 1

@@ -1,0 +1,34 @@
+"""How values are written on the wire while they are summed or sent: one file for each codec.
+
+Codecs compute with torch on stretches of a replica's arena, so they lie above `replica` and not in `comm`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from hpctrain.codecs.base import Codec
+    from hpctrain.codecs.wire import WireCodec
+
+CodecName = Literal["none", "bfloat16", "float16"]
+CODEC_TEXT = (
+    "how gradients are written on the wire; memory shared by the ranks of a node needs none. none: as they are; "
+    "bfloat16, float16: in 16 bits, added in float32 (float16 with a scale for each message)"
+)
+
+
+def codec_by(name: CodecName) -> Codec:
+    """The codec of that name for sums over ranks; each call makes a new one."""
+    from hpctrain.codecs.library import LibrarySum
+
+    return LibrarySum() if name == "none" else wire_codec(name)
+
+
+def wire_codec(name: CodecName) -> WireCodec:
+    """The codec of that name for single messages; each call makes a new one."""
+    from hpctrain.codecs.half import BFloat16, Float16
+    from hpctrain.codecs.wire import Plain
+
+    made: dict[str, type[WireCodec]] = {"none": Plain, "bfloat16": BFloat16, "float16": Float16}
+    return made[name]()

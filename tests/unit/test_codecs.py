@@ -1,0 +1,98 @@
+"""16 bits on the wire: what they cost in precision, and that all ranks end with the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hpctrain.codecs import codec_by, wire_codec
+from hpctrain.codecs.wire import WireCodec
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.virtual.world import World
+from hpctrain.replica.tensors import as_array, as_tensor
+from hpctrain.strategies.sums import StretchSums
+from tests import helpers
+
+PRECISION = {"none": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # relative, of the nearest value
+
+
+def _sent(codec: WireCodec, values: torch.Tensor) -> torch.Tensor:
+    length, dtype = codec.shape(values)
+    message = torch.empty(length, dtype=dtype)
+    codec.encode(values, message)
+    found = torch.full_like(values, 7.0)
+    codec.decode(message, found)
+    added = torch.ones_like(values)
+    codec.decode(message, added, add=True)
+    torch.testing.assert_close(added, found + 1, rtol=1e-6, atol=1e-6, equal_nan=True)
+    return found
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", PRECISION)
+def test_values_arrive_to_the_nearest(name: Any, dtype: torch.dtype, size: float):
+    values = (torch.randn(300_000, generator=torch.Generator().manual_seed(0)) * size).to(dtype)
+    found = _sent(wire_codec(name), values)
+    large = values.abs() > values.abs().max() * 2.0**-20
+    assert ((found - values).abs() <= PRECISION[name] * values.abs())[large].all()
+    assert (found - values).abs().max() <= PRECISION[name] * values.abs().max()
+
+
+@pytest.mark.parametrize("name", PRECISION)
+@pytest.mark.parametrize("values", [[], [0.0, 0.0], [float("inf"), 1.0], [float("nan"), 1.0], [3e38, -1e38], [1e-45]])
+def test_unusual_values_arrive(name: Any, values: list[float]):
+    given = torch.tensor(values)
+    found = _sent(wire_codec(name), given)
+    assert torch.equal(found.isfinite(), given.isfinite())
+    assert torch.equal(found == 0, given == 0) or values == [1e-45]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", PRECISION)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_ranks_get_the_same_sum(name: Any, size: int, dtype: torch.dtype):
+    """Of stretches shorter than the number of ranks, too."""
+    bounds = [(0, 1000), (1000, 1002), (1002, 5000)]
+
+    def body(comm: Communicator) -> tuple[np.ndarray, np.ndarray]:
+        given = torch.randn(5000, generator=torch.Generator().manual_seed(comm.rank)).to(dtype)
+        arena = comm.arena(5000, as_array(given).dtype)
+        values = as_tensor(arena.mine)
+        sums = StretchSums(comm, codec_by(name), values)
+        for _ in range(2):  # memory is used again
+            values.copy_(given)
+            for low, high in bounds:
+                sums.start(low, high)
+                sums.poll()
+            sums.finish()
+        assert not len(sums)
+        return given.double().numpy(), values.double().numpy()
+
+    found = World(size, nodes=range(size)).run(body)
+    exact = sum(given for given, _ in found)
+    for _, total in found:
+        np.testing.assert_array_equal(total, found[0][1])
+    rounding = (size + 1) * max(PRECISION[name], 2.0**-8 if dtype is torch.bfloat16 else 2.0**-23)
+    assert np.abs(found[0][1] - exact).max() <= rounding * 4
+
+
+@pytest.mark.parametrize("nodes", [(0, 1), (0, 1, 2), (0, 0, 1, 1)])
+@pytest.mark.parametrize("codec", ["bfloat16", "float16"])
+@pytest.mark.parametrize("exchange", ["auto", "message", "shared"])
+def test_training_with_a_codec_is_close(tmp_path: Path, codec: str, exchange: str, nodes: tuple[int, ...]):
+    """And half the bytes are sent."""
+
+    def run(**keys: Any) -> list[np.ndarray]:
+        strategy = {"name": "all_reduce", "bucket_mb": 0.0005, "exchange": exchange, **keys}
+        job = helpers.make_job(tmp_path, strategy=strategy, train={"precision": "float64"})
+        found = World(len(nodes), nodes=nodes).run(lambda comm: helpers.vector(helpers.quiet_train(comm, job).model))
+        assert all(np.array_equal(vector, found[0]) for vector in found), "replicas are equal to the bit"
+        return found
+
+    distance = helpers.difference(run(codec=codec)[0], run()[0])
+    assert 1e-12 < distance < 0.01
