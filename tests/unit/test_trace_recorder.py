@@ -69,6 +69,25 @@ def test_span_without_duration_keeps_its_bytes():
     assert rows[["kind", "start_ns", "end_ns", "bytes"]].tolist() == [(Kind.SEND, 5, 5, 64), (Kind.WAIT, 5, 9, 0)]
 
 
+def test_passed_span_cuts_what_is_open_and_ends_now():
+    clock = Clock()
+    recorder = Recorder(clock)
+    recorder.step = 7
+    recorder.open("update", 0, 800)
+    clock.now = 60
+    recorder.passed(Kind.REDUCE, 20, 400, 9)
+    recorder.passed(Kind.REDUCE, 60, 1 << 70, 9)
+    recorder.close(100)
+    rows = recorder.drain()["spans"]
+    assert rows[["step", "kind", "piece", "start_ns", "end_ns", "bytes"]].tolist() == [
+        (7, Kind.UPDATE, 0, 0, 20, 800),
+        (7, Kind.REDUCE, 0, 20, 60, 400),
+        (7, Kind.REDUCE, 0, 60, 60, 2**63 - 1),
+        (7, Kind.UPDATE, 1, 60, 100, 0),
+    ]
+    assert rows["id"].tolist() == [-1, 9, 9, -1] and rows["peer"].tolist() == [-1] * 4
+
+
 actions = st.lists(st.tuples(st.sampled_from(["open", "close", "drain"]), st.integers(0, 5), st.sampled_from(KINDS)))
 
 
@@ -192,6 +211,7 @@ def test_null_recorder_does_nothing():
     recorder.open("anything", 1)
     recorder.close(2)
     recorder.close(3)
+    recorder.passed(1, 2, 3, 4)
     recorder.step_done(0, 0.0, 1, 0.1)
     recorder.event(PlainEvent("a", "b"))
     recorder.clock(1, 2)

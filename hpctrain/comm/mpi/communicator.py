@@ -36,8 +36,10 @@ from hpctrain.comm.mpi.shared import PrivateArena, SharedArena, why_not_shared
 from hpctrain.comm.mpi.start import MPI
 from hpctrain.errors import ClusterError
 from hpctrain.trace.recorder import NullRecorder, Recorder
+from hpctrain.trace.schema import Kind
 
 OPERATIONS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
+RECV, REDUCE = int(Kind.RECV), int(Kind.REDUCE)
 
 
 def world(recorder: Recorder | None = None, ranks_per_node: int | None = None, wait: str = "auto") -> MpiCommunicator:
@@ -131,22 +133,22 @@ class MpiCommunicator(Communicator):
         with self.span("send" if sends else "recv", buffer.nbytes if sends else 0, id=self._collective()):
             self.waiting.settle(self.handle.Ibcast(_wire(buffer), root))
 
+    # Of a short all-reduce, Python's own calls take a good part, most of all while none of this is in the CPU caches.
     def all_reduce(self, buffer: Buffer, operation: Operation = "sum", algorithm: str = "library") -> None:
-        id = self._collective()
-        self._gather_up(id)
-        with self.span("reduce", buffer.nbytes if algorithm == "library" else 0, id=id):  # else its messages do
-            if buffer.dtype in HALVES:
-                wide = buffer.astype(np.float32)
-                self._all_reduce(wide, operation, algorithm)
-                buffer[...] = wide
-            else:
-                self._all_reduce(buffer, operation, algorithm)
-
-    def _all_reduce(self, buffer: Buffer, operation: Operation, algorithm: str) -> None:
+        id, recorder = self._collective(), self.recorder
+        if self.waiting.naps:
+            self._gather_up(id)
+        began = recorder.now()
+        wide = buffer.astype(np.float32) if buffer.itemsize == 2 and buffer.dtype in HALVES else buffer
         if algorithm == "library":
-            self.handle.Allreduce(MPI.IN_PLACE, buffer, OPERATIONS[operation])
+            self.handle.Allreduce(MPI.IN_PLACE, wide, OPERATIONS[operation])
         else:
-            algorithms.all_reduce_by(algorithm)(self, buffer, operation, self._all_ranks)
+            with self.span("reduce", id=id):  # its messages have the bytes
+                algorithms.all_reduce_by(algorithm)(self, wide, operation, self._all_ranks)
+        if wide is not buffer:
+            buffer[...] = wide
+        if algorithm == "library":
+            recorder.passed(REDUCE, began, buffer.nbytes, id)
 
     def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
         id = self._collective()
@@ -157,12 +159,23 @@ class MpiCommunicator(Communicator):
 
     def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
         id = self._collective()
-        self._gather_up(id)
+        if self.waiting.naps:
+            self._gather_up(id)
         with self.span("recv", buffer.nbytes, id=id):
             wire = _wire(buffer)
             counts = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
             places = list(bounds[:-1])
             self.handle.Allgatherv(MPI.IN_PLACE, [wire, (counts, places)])
+
+    def gather_rows(self, row: Buffer) -> Buffer:
+        id, recorder = self._collective(), self.recorder
+        if self.waiting.naps:
+            self._gather_up(id)
+        began = recorder.now()
+        table = np.empty((self.size, row.size), row.dtype)
+        self.handle.Allgather(_wire(row), _wire(table))
+        recorder.passed(RECV, began, table.nbytes, id)
+        return table
 
     def split(self, color: int | None, key: int = 0) -> MpiCommunicator | None:
         self._count += 1
@@ -177,10 +190,9 @@ class MpiCommunicator(Communicator):
         return MpiCommunicator(handle, members, hosts, number, self.waiting, self.recorder, self.cores)
 
     def _gather_up(self, id: int) -> None:
-        """If cores are scarce, wait for the last rank without using a core, then exchange at full speed."""
-        if self.waiting.naps:
-            with self.span("wait", id=id):
-                self.waiting.settle(self.handle.Ibarrier(), idle=True)
+        """Where cores are scarce: wait for the last rank without using a core, then exchange at full speed."""
+        with self.span("wait", id=id):
+            self.waiting.settle(self.handle.Ibarrier(), idle=True)
 
     def _collective(self) -> int:
         self._count += 1
