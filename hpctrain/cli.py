@@ -98,7 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_reading(commands)
     bench = commands.add_parser("bench", help="measure this machine: all-reduce, steps, switches, virtual ranks ...")
     bench.add_argument("what", nargs="?", default="all", choices=CHOICES)
-    bench.add_argument("-n", type=int, default=2, metavar="N", help="how many ranks to start (default 2)")
+    bench.add_argument("-n", type=int, metavar="N", help="how many ranks to start (default 2, or all of --cluster)")
+    bench.add_argument(
+        "--cluster", metavar="FILE", type=Path, help="on hosts of that cluster, built on this machine (hpctrain lab)"
+    )
     bench.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     bench.set_defaults(command=_bench)
     doctor = commands.add_parser("doctor", help="check ranks, MPI, nodes and network, and advise on problems")
@@ -333,13 +336,18 @@ def _lab_down(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from hpctrain import bench, launcher
 
-    if not bench.needs_ranks(options.what, os.environ):
+    if options.cluster is None and not bench.needs_ranks(options.what, os.environ):
         return bench.main(options.what, options.json)
     bench.check_path(options.json)
     command = [sys.executable, "-m", "hpctrain", "bench", options.what]
     if options.json is not None:
         command.append(f"--json={options.json}")
-    return launcher.run(options.n, command)
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # of warnings about hosts without a name server
+    if options.cluster is None:
+        return launcher.run(2 if options.n is None else options.n, command, environment=quiet)
+    from hpctrain.lab import command as lab
+
+    return lab.run(options.cluster, command, options.n, {bench.THREADS: "1", **os.environ, **quiet})
 
 
 def _doctor(options: argparse.Namespace) -> int:

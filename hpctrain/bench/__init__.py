@@ -40,6 +40,7 @@ TOGETHER = {
 OF_ANY_RANKS, OF_ONE = ("all_reduce", "step"), ("virtual", "trace")  # what `all` measures: on any ranks, on one
 OF_GPUS = ("device_all_reduce", "device_step", "device_update")
 SEVERAL = {"all": OF_ANY_RANKS, "device": OF_GPUS}
+THREADS = "OMP_NUM_THREADS"  # of each rank, where it is set
 CHOICES = (*SEVERAL, *TOGETHER, *ALONE)
 
 
@@ -101,7 +102,7 @@ def _measure_together(what: str, comm: Communicator, path: str | None) -> None:
 
     from hpctrain.bench.report import Report
 
-    torch.set_num_threads(threads_for(comm.cores, "auto"))
+    torch.set_num_threads(int(os.environ.get(THREADS) or threads_for(comm.cores, "auto")))
     progress = _progress if comm.rank == 0 else _silent
     names = SEVERAL.get(what, (what,))
     tables = [_function(TOGETHER[name])(comm, progress) for name in names]

@@ -6,15 +6,19 @@ All measuring functions are collective.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from hpctrain.bench.comparison import Target, ratio
 from hpctrain.bench.report import FigureTable, Sample
+from hpctrain.bench.rivals import CHUNKS
 from hpctrain.bench.runs import quiet_session, random_samples
 from hpctrain.bench.workload import LARGE, Load, Workload
+from hpctrain.cluster import assign_roles
 from hpctrain.comm.base import Communicator
 from hpctrain.errors import ClusterError
 from hpctrain.job import Job
@@ -26,10 +30,16 @@ Progress = Callable[[str], None]
 
 # -- round trips -------------------------------------------------------------------------------------------------
 PUSHED: Load = LARGE
-SERVERS = {"dedicated server": False, "colocated server": True}  # whether it shares a rank with a worker
+WAYS: dict[str, dict[str, Any]] = {  # what the strategy is given
+    "dedicated server": {},
+    "colocated server": {"colocated": True},  # shares its rank with a worker; on one node only
+}
+RPC = f"torch RPC in {CHUNKS} chunks"
 COMPUTES = {"no computation": False, "with gradients": True}
-BLOCKS = 5
-PUSHES = 24  # average number per worker in a block
+TARGETS = {(False, "with gradients"): 1.85, (True, "no computation"): 1.03}  # (several nodes, column), against RPC
+BLOCKS = 6
+PUSHES = 24  # average number per worker in a block, if it takes at most SECONDS
+SECONDS, FEWEST = 1.5, 6
 UNCOUNTED = 2  # a worker's first pushes, which touch fresh memory
 
 
@@ -39,7 +49,38 @@ def measure_pushes(comm: Communicator, progress: Progress) -> FigureTable:
         raise ClusterError(
             "hpctrain bench pushes: a server and a worker are needed, but 1 rank was started; use -n 3, for example"
         )
-    threads, workload = torch.get_num_threads(), Workload(comm, PUSHED, momentum=0.0)
+    workload = Workload(comm, PUSHED, momentum=0.0)
+    ways = _ways(workload)
+    counts = {(name, column): _count(comm, way(FEWEST, computes)) for name, way in ways.items()
+              for column, computes in COMPUTES.items()}  # fmt: skip
+    taken: dict[str, dict[str, list[float]]] = {name: {column: [] for column in COMPUTES} for name in ways}
+    for block in range(BLOCKS):
+        progress(f"pushes, block {block + 1} of {BLOCKS}")
+        for name, way in ways.items():
+            for column, computes in COMPUTES.items():
+                taken[name][column].append(way(counts[name, column], computes))
+    return _pushes_table(workload, taken)
+
+
+def _ways(workload: Workload) -> dict[str, Callable[[int, bool], float]]:
+    """By name: a function of (average number of round trips per worker, whether gradients are computed), which returns
+    the round trips per second."""
+    ways: dict[str, Callable[[int, bool], float]] = {}
+    for name, options in WAYS.items():
+        if not (options.get("colocated") and len(set(workload.comm.nodes)) > 1):
+            ways[name] = partial(push_rate, workload, options)
+    if workload.comm.concurrent:
+        ways[RPC] = partial(rpc_rate, workload.comm, workload.load)
+    return ways
+
+
+def _count(comm: Communicator, rate: float) -> int:
+    """How many round trips per worker to measure in a block."""
+    return int(np.clip(rate * SECONDS / max(1, comm.size - 1), FEWEST, PUSHES))
+
+
+def _pushes_table(workload: Workload, taken: dict[str, dict[str, list[float]]]) -> FigureTable:
+    comm, threads = workload.comm, torch.get_num_threads()
     megabytes = workload.replica.layout.length * 4 / 1e6
     table = FigureTable(
         "pushes",
@@ -47,28 +88,34 @@ def measure_pushes(comm: Communicator, progress: Progress) -> FigureTable:
         f"server, model of {megabytes:.3g} MB, SGD; round trips per second of all workers",
         list(COMPUTES),
     )
-    taken: dict[str, dict[str, list[float]]] = {name: {column: [] for column in COMPUTES} for name in SERVERS}
-    for block in range(BLOCKS):
-        progress(f"pushes, block {block + 1} of {BLOCKS}")
-        for name, beside in SERVERS.items():
-            for column, computes in COMPUTES.items():
-                taken[name][column].append(push_rate(workload, beside, computes))
     for name, columns in taken.items():
         table.rows[_row(name, comm.size)] = {c: Sample(tuple(v), "1/s") for c, v in columns.items()}
+    if RPC in taken:
+        several = len(set(comm.nodes)) > 1
+        table.comparisons = [
+            ratio(f"{name} / {RPC}", column, Sample(tuple(taken[name][column]), ""), Sample(tuple(values), ""),
+                  _target(several, name, column))
+            for name in WAYS if name in taken for column, values in taken[RPC].items()
+        ]  # fmt: skip
     return table
 
 
+def _target(several: bool, name: str, column: str) -> Target | None:
+    value = TARGETS.get((several, column)) if name == "dedicated server" else None
+    return Target(value, at_least=True) if value is not None else None
+
+
 def _row(name: str, size: int) -> str:
-    workers = size if SERVERS[name] else size - 1
+    workers = size if WAYS.get(name, {}).get("colocated") else size - 1
     return f"{name}, {workers} worker{'s' * (workers > 1)}"
 
 
-def push_rate(workload: Workload, colocated: bool, computes: bool) -> float:
-    """Round trips per second, summed over the workers, each measured by its own clock."""
+def push_rate(workload: Workload, given: dict[str, Any], pushes: int, computes: bool) -> float:
+    """Round trips per second, summed over the workers, each measured by its own clock. `given`: to the strategy."""
     comm = workload.comm
-    options = ParameterServerOptions.model_validate({"mode": "async", "servers": 1, "colocated": colocated})
-    strategy, workers = ParameterServer(options), comm.size if colocated else comm.size - 1
-    phase = workload.begin(strategy, total=PUSHES * workers * workload.load.batch)
+    options = ParameterServerOptions.model_validate({"mode": "async", "servers": 1, **given})
+    strategy, workers = ParameterServer(options), comm.size if options.colocated else comm.size - 1
+    phase = workload.begin(strategy, total=pushes * workers * workload.load.batch)
     rate = np.zeros(1)
     if phase.workers is not None:
         strategy.join(phase)
@@ -95,6 +142,27 @@ def _push_all(phase: Phase, workload: Workload, strategy: ParameterServer, compu
         ends.append(phase.comm.now())
         if outcome.ask:
             return ends
+
+
+def rpc_rate(comm: Communicator, load: Load, pushes: int, computes: bool) -> float:
+    """The same with torch RPC; the server is on the rank that ours would be on. Real ranks only."""
+    from hpctrain.bench.rpc import ChunkWorker, agents
+
+    (server,) = assign_roles(comm.nodes, 1, False).servers
+    rate = np.zeros(1)
+    worker = ChunkWorker(load) if comm.rank != server else None
+    with agents(comm, server):
+        if worker is not None:
+            ends: list[int] = []
+            worker.compute()
+            for _ in range(pushes):
+                if computes:
+                    worker.compute()
+                worker.trip()
+                ends.append(comm.now())
+            rate[0] = _rate_of(ends)
+    comm.all_reduce(rate)
+    return float(rate[0])
 
 
 def _rate_of(ends: list[int]) -> float:

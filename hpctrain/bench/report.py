@@ -6,14 +6,17 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from hpctrain.bench.comparison import Comparison
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Repeated measurements of one thing, in `unit`."""
+    """Repeated measurements of one thing, in `unit`; in benches that measure several things in turn, one per block."""
 
     values: tuple[float, ...]
     unit: str
@@ -35,18 +38,20 @@ class Sample:
     def plain(self) -> dict[str, Any]:
         """Plain values for JSON."""
         low, high = self.quartiles
-        return {"median": self.median, "q25": low, "q75": high, "n": len(self.values), "unit": self.unit}
+        summary = {"median": self.median, "q25": low, "q75": high, "n": len(self.values), "unit": self.unit}
+        return {**summary, "values": list(self.values)}
 
 
 @dataclass
 class FigureTable:
-    """`rows[label][column]`; `title` names the unit of the cells. `notes` are printed below the table."""
+    """`rows[label][column]`; `title` names the unit of the cells. `comparisons` and `notes` are printed below it."""
 
     name: str
     title: str
     columns: Sequence[str]
     rows: dict[str, dict[str, Sample]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
 
     def text(self) -> str:
         """Aligned text: labels to the left, cells to the right."""
@@ -55,12 +60,13 @@ class FigureTable:
             lines.append([label, *(str(cells[c]) if c in cells else "-" for c in self.columns)])
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns) + 1)]
         body = ["  ".join(_pad(cell, widths[i], i) for i, cell in enumerate(line)).rstrip() for line in lines]
-        return "\n".join([self.title, *body, *self.notes])
+        return "\n".join([self.title, *body, *map(str, self.comparisons), *self.notes])
 
     def plain(self) -> dict[str, Any]:
         """Plain values for JSON."""
         rows = {label: {c: sample.plain() for c, sample in cells.items()} for label, cells in self.rows.items()}
-        return {"title": self.title, "rows": rows, "notes": self.notes}
+        comparisons = [comparison.plain() for comparison in self.comparisons]
+        return {"title": self.title, "rows": rows, "comparisons": comparisons, "notes": self.notes}
 
 
 @dataclass

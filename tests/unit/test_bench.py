@@ -175,7 +175,7 @@ def test_round_trips_of_all_workers_are_added_up():
 
     def body(comm):
         trips = Slow(comm, LINEAR, momentum=0.0)
-        return asynchronous.push_rate(trips, colocated=False, computes=True)
+        return asynchronous.push_rate(trips, {}, 24, computes=True)
 
     assert World(4, network=FreeNetwork()).run(body) == pytest.approx([300] * 4)
 
@@ -184,7 +184,7 @@ def test_pushed_gradients_are_applied():
     def body(comm):
         trips = workload.Workload(comm, LINEAR, momentum=0.0)
         before = next(trips.replica.model.parameters()).detach().clone()
-        asynchronous.push_rate(trips, colocated=False, computes=False)
+        asynchronous.push_rate(trips, {}, 8, computes=False)
         return before, next(trips.replica.model.parameters()).detach()
 
     before, after = World(2).run(body)[0]
