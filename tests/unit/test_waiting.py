@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hpctrain.comm.mpi.requests import LONGEST, LOOKS, NAP, Waiting
+from hpctrain.comm.mpi.requests import BETWEEN, LONGEST, LOOKS, NAP, Waiting
 
 
 @pytest.fixture
@@ -48,12 +48,27 @@ def test_next_wait_begins_with_short_naps(naps: list[float]) -> None:
         assert naps[before] == NAP
 
 
-def test_naps_stay_short_while_a_long_message_moves(naps: list[float]) -> None:
-    """MPI moves a piece of it in each poll."""
-    ready = After(naps, 0.1)
+def test_naps_grow_less_while_a_long_message_moves(naps: list[float]) -> None:
+    Waiting(naps=True).until(After(naps, 0.5))
+    assert naps[0] == NAP
+    assert naps == sorted(naps)
+    assert naps[-1] == BETWEEN
+    for index, nap in enumerate(naps):
+        assert nap <= max(NAP, sum(naps[:index]) / 32) + 1e-9
+
+
+def test_a_rank_polls_again_while_polls_take_long(naps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPI moves a piece of a long message in each poll."""
+    durations, clock, polls = iter([50e-6] * LOOKS + [1e-6] + [50e-6] * LOOKS), [0.0], list[int]()
+
+    def ready() -> bool:
+        polls.append(len(naps))
+        clock[0] += next(durations) if naps else 0.0
+        return polls.count(3) == LOOKS
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     Waiting(naps=True).until(ready)
-    assert set(naps) == {NAP}
-    assert ready.polls >= LOOKS * (len(naps) - 1)
+    assert [polls.count(nap) for nap in (1, 2, 3)] == [LOOKS, 1, LOOKS]
 
 
 def test_short_waits_take_no_nap(naps: list[float]) -> None:

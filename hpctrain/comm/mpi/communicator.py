@@ -31,6 +31,7 @@ from hpctrain.comm.base import (
     barrier_id,
 )
 from hpctrain.comm.mpi.ending import end_all_ranks
+from hpctrain.comm.mpi.quota import processor_quota
 from hpctrain.comm.mpi.requests import MpiRecv, MpiReduce, MpiRequest, MpiSend, Waiting
 from hpctrain.comm.mpi.shared import PrivateArena, SharedArena, why_not_shared
 from hpctrain.comm.mpi.start import MPI
@@ -46,7 +47,7 @@ def world(recorder: Recorder | None = None, ranks_per_node: int | None = None, w
     """The communicator over all ranks of the MPI job (a copy of COMM_WORLD). Collective.
 
     `ranks_per_node` treats a node as several smaller ones, for tests and studies. `wait`: spin, nap, or auto, which
-    naps if any node has more ranks than cores.
+    naps if any rank has less than a core.
     """
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise ClusterError(
@@ -58,7 +59,7 @@ def world(recorder: Recorder | None = None, ranks_per_node: int | None = None, w
     host = shared.bcast(handle.rank)
     place = shared.rank // ranks_per_node if ranks_per_node else 0
     mine = sorted(os.sched_getaffinity(0))
-    cores = share_of_cores(mine, shared.allgather(mine))
+    cores = min(share_of_cores(mine, shared.allgather(mine)), processor_quota() / shared.size)
     shared.Free()
     hosts = tuple(handle.allgather((host, place)))
     naps = any(handle.allgather(wait == "nap" or (wait == "auto" and cores < 1)))  # on one rank means on all

@@ -13,15 +13,18 @@ from hpctrain.trace.recorder import Recorder
 NAP = 50e-6  # seconds between polls if there are more ranks than cores
 LONGEST = 1e-3  # seconds; a nap grows to this while nothing moves
 GROWTH = 1 / 8  # of the time waited so far: the end is noticed late by a sixteenth of the wait on average
+BETWEEN = 5e-4  # seconds; the longest nap while a long message moves: 16 pieces are then 2 GB/s
+LATER = 1 / 32  # its growth
 LOOKS = 16  # polls between naps: in each, MPICH moves only one piece (about 64 KiB) of a long message
+QUICK = 5e-6  # seconds; a poll that moves a piece takes longer than twice this, or twice the quickest poll so far
 SHORT = 1 << 12  # bytes; messages up to this are there all at once
 
 
 class Waiting:
     """How to wait until a condition is true: poll often at first, then nap or continue polling.
 
-    With `naps`, a waiting rank leaves its core to ranks that compute; without, latency is lowest. Naps grow in `idle`
-    waits, during which no long message moves: each poll takes a core's time, and the interpreter from other threads.
+    With `naps`, a waiting rank leaves its core to ranks that compute; without, latency is lowest. Naps grow: each poll
+    takes a core's time, and the interpreter from other threads.
     """
 
     def __init__(self, naps: bool) -> None:
@@ -29,21 +32,26 @@ class Waiting:
         self._eager = 20 if naps else 1000
 
     def until(self, ready: Callable[[], bool], idle: bool = False) -> None:
-        looks, began = self._eager, 0.0
+        """Wait until `ready`; `idle`: no long message moves meanwhile."""
+        for _ in range(self._eager):
+            if ready():
+                return
+        if not self.naps:
+            while not ready():
+                os.sched_yield()
+            return
+        longest, growth, looks = (LONGEST, GROWTH, 1) if idle else (BETWEEN, LATER, LOOKS)
+        began, quick = time.monotonic(), QUICK
         while True:
+            time.sleep(min(longest, max(NAP, growth * (time.monotonic() - began))))
             for _ in range(looks):
+                start = time.perf_counter()
                 if ready():
                     return
-            if not self.naps:
-                os.sched_yield()
-                looks = 1
-            elif idle:
-                began = began or time.monotonic()
-                time.sleep(min(LONGEST, max(NAP, GROWTH * (time.monotonic() - began))))
-                looks = 1
-            else:
-                time.sleep(NAP)
-                looks = LOOKS
+                taken = time.perf_counter() - start
+                quick = min(quick, taken)
+                if taken < 2 * quick:  # nothing moved
+                    break
 
     def settle(self, request: MPI.Request, idle: bool = False) -> None:
         """Wait until that MPI operation is over."""
