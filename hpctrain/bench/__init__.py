@@ -27,7 +27,7 @@ ALONE = {  # benches that need no other ranks
 }
 TOGETHER = {
     "all_reduce": "together:measure_all_reduce",
-    "step": "together:measure_step",
+    "step": "steps:measure_step",
     "pushes": "asynchronous:measure_pushes",
     "slow": "asynchronous:measure_slow",
     "switch": "switching:measure_switch",

@@ -10,7 +10,6 @@ import importlib.util
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -102,9 +101,8 @@ def horovod(load: Load) -> PlainTraining:
 
 
 def trainings() -> dict[str, Callable[[Load], PlainTraining]]:
-    """The rivals of a synchronous step that are installed, by name."""
+    """The rivals of a synchronous step that are installed, by name, without tuned DDP."""
     found: dict[str, Callable[[Load], PlainTraining]] = {
-        **{f"DDP tuned, {mb} MiB buckets": partial(tuned_ddp, bucket_mb=mb) for mb in BUCKETS_MB},
         "DDP as it comes": ddp,
         "DDP with ZeroRedundancyOptimizer": zero_ddp,
     }

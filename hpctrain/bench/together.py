@@ -1,23 +1,17 @@
-"""Benches of several ranks: all-reduces and synchronous steps. All functions here are collective."""
+"""Bench of all-reduces by algorithm and size, beside other libraries. All functions here are collective."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 
 from hpctrain.bench.report import FigureTable, Sample
-from hpctrain.bench.workload import LOADS, Alone, Load, Workload
 from hpctrain.comm.base import Arena, Communicator
-from hpctrain.job import registry
-from hpctrain.replica.buckets import Buckets
 from hpctrain.replica.layout import Layout, slice_bounds
 from hpctrain.replica.tensors import as_tensor
-from hpctrain.strategies.base import Strategy
-from hpctrain.strategies.phase import Phase
 
 Progress = Callable[[str], None]
 SIZES = {"64 KiB": 2**16, "1 MiB": 2**20, "8 MiB": 2**23, "64 MiB": 2**26}
@@ -118,76 +112,6 @@ def seconds_per_call(comm: Communicator, way: Callable[[], None], count: int) ->
     seconds = np.array([(comm.now() - start) / 1e9 / count])
     comm.all_reduce(seconds, "max")
     return max(float(seconds[0]), 1e-9)
-
-
-# -- synchronous step ------------------------------------------------------------------------------------------
-NOTHING = "no exchange"
-WAYS: dict[str, tuple[str, dict[str, Any]] | None] = {
-    NOTHING: None,
-    "all_reduce, shared": ("all_reduce", {"exchange": "shared"}),
-    "all_reduce, message": ("all_reduce", {"exchange": "message"}),
-    "all_reduce, overlapped": ("all_reduce", {"exchange": "message", "overlap": True}),
-    "parameter_server, sync": ("parameter_server", {"mode": "sync", "colocated": True}),
-}
-
-
-def measure_step(comm: Communicator, progress: Progress) -> FigureTable:
-    """Measure a step (forward, backward, strategy, SGD with momentum) by strategy and model."""
-    threads = torch.get_num_threads()
-    title = f"synchronous step of {comm.size} workers, {threads} torch thread{'s' * (threads > 1)} each, ms"
-    table = FigureTable("step", title, list(LOADS))
-    table.rows = {name: {} for name in WAYS}
-    table.notes.append("parameter_server has one server beside each worker.")
-    for label, load in LOADS.items():
-        taken: dict[str, list[float]] = {name: [] for name in WAYS}
-        bench = StepBench(comm, load)
-        for block in range(load.blocks):
-            progress(f"step of {label}, block {block + 1} of {load.blocks}")
-            for name, way in WAYS.items():
-                taken[name] += bench.block(way)
-        for name, values in taken.items():
-            table.rows[name][label] = Sample(tuple(v * 1e3 for v in values), "ms")
-    return table
-
-
-class StepBench:
-    """A model on every rank; `block` trains it for some steps with one strategy."""
-
-    def __init__(self, comm: Communicator, load: Load) -> None:
-        self.comm, self.load = comm, load
-        self.workload = Workload(comm, load, momentum=0.9)
-        self.replica = self.workload.replica
-
-    def block(self, way: tuple[str, dict[str, Any]] | None) -> list[float]:
-        """Seconds per step, averaged over the ranks."""
-        cls = registry.resolve("strategy", way[0]) if way is not None else Alone
-        given = dict(way[1]) if way is not None else {}
-        if given.get("colocated"):
-            given["servers"] = self.comm.size
-        strategy: Strategy = cls(cls.Options(**given)) if way is not None else cls(None)
-        phase = self.workload.begin(strategy)
-        strategy.join(phase)
-        early = strategy.bucket_bytes
-        buckets = Buckets(self.replica, early, strategy.ready, strategy.poll) if early else None
-        times = np.array([self._step(phase, strategy, buckets) for _ in range(self.load.steps + 2)][2:])
-        if buckets is not None:
-            buckets.remove()
-        strategy.leave()
-        self.workload.end(phase)
-        self.comm.all_reduce(times)
-        return [float(time) for time in times / self.comm.size]
-
-    def _step(self, phase: Phase, strategy: Strategy, buckets: Buckets | None) -> float:
-        batch, start = self.load.batch, self.comm.now()
-        phase.step.round_end = phase.cursor + batch * self.comm.size
-        strategy.before()
-        if buckets is not None:
-            buckets.arm()
-        loss = self.workload.compute()
-        if buckets is not None:
-            buckets.flush()
-        strategy.step(batch, loss)
-        return (self.comm.now() - start) / 1e9
 
 
 def _one_node(comm: Communicator) -> bool:

@@ -27,17 +27,19 @@ ENDLESS = 2**62
 
 @dataclass(frozen=True)
 class Load:
-    """A model, trained on `batch` random inputs of shape `inputs` in ten classes, for `blocks` times `steps` steps."""
+    """A model, trained on `batch` random inputs of shape `inputs` in ten classes, for `blocks` times `steps` steps;
+    `unmeasured`: steps at the start of each block that touch fresh memory."""
 
     build: Callable[[], nn.Module]
     inputs: tuple[int, ...]
     batch: int
     steps: int
     blocks: int
+    unmeasured: int = 2
 
 
-LARGE = Load(lambda: mlp(784, 10, HIDDEN), (784,), 32, 8, 6)
-LOADS = {MLP: LARGE, RESNET: Load(lambda: resnet18(), (3, 32, 32), 16, 3, 3)}
+LARGE = Load(lambda: mlp(784, 10, HIDDEN), (784,), 32, steps=4, blocks=8)
+LOADS = {MLP: LARGE, RESNET: Load(lambda: resnet18(), (3, 32, 32), 16, steps=2, blocks=6, unmeasured=1)}
 
 
 class Workload:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hpctrain import bench
-from hpctrain.bench import alone, asynchronous, checks, device, reading, switching, together, tracing, workload
+from hpctrain.bench import alone, asynchronous, checks, device, reading, steps, switching, together, tracing, workload
 from hpctrain.bench.report import FigureTable, Report, Sample, number
 from hpctrain.cli import main
 from hpctrain.comm.virtual.network import FreeNetwork, LinkNetwork
@@ -39,7 +39,7 @@ def _little(monkeypatch):
     monkeypatch.setattr(together, "STRETCH", 0.0)
     monkeypatch.setattr(together, "FEWEST", 2)
     monkeypatch.setattr(together, "SIZES", {"4 KiB": 4096, "16 KiB": 16384})
-    monkeypatch.setattr(together, "LOADS", {"linear": LINEAR})
+    monkeypatch.setattr(steps, "LOADS", {"linear": LINEAR})
     monkeypatch.setattr(checks, "LOADS", {"linear": LINEAR})
     monkeypatch.setattr(asynchronous, "PUSHED", LINEAR)
     monkeypatch.setattr(asynchronous, "BLOCKS", 2)
@@ -125,20 +125,20 @@ def test_shared_sum_result(size):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_steps_by_strategy(size):
-    tables = World(size).run(lambda comm: together.measure_step(comm, silent))
-    assert set(tables[0].rows) == set(together.WAYS)
-    assert len(tables[0].rows["all_reduce, shared"]["linear"].values) == 4
+    tables = World(size).run(lambda comm: steps.measure_step(comm, silent))
+    assert set(tables[0].rows) == {steps.NOTHING, *steps.ON_A_NODE.ways}
+    assert len(tables[0].rows["all_reduce"]["linear"].values) == LINEAR.blocks
 
 
-@pytest.mark.parametrize("way", [way for way in together.WAYS.values() if way is not None])
+@pytest.mark.parametrize("way", [*steps.ON_A_NODE.ways.values(), *steps.BETWEEN_NODES.ways.values()])
 def test_measured_step_trains(way):
     """After a block all ranks hold equal parameters, which have changed."""
 
     def body(comm):
-        steps = together.StepBench(comm, LINEAR)
-        before = next(steps.replica.model.parameters()).detach().clone()
-        steps.block(way)
-        return before, next(steps.replica.model.parameters()).detach()
+        bench = steps.StepBench(comm, LINEAR)
+        before = next(bench.replica.model.parameters()).detach().clone()
+        bench.block(way)
+        return before, next(bench.replica.model.parameters()).detach()
 
     got = World(2).run(body)
     assert not torch.equal(got[0][0], got[0][1])
