@@ -27,7 +27,8 @@ ALONE = {  # benches that need no other ranks
 }
 TOGETHER = {
     "all_reduce": "together:measure_all_reduce",
-    "step": "steps:measure_step",
+    "step_mlp": "steps:measure_mlp",
+    "step_resnet18": "steps:measure_resnet18",
     "pushes": "asynchronous:measure_pushes",
     "slow": "asynchronous:measure_slow",
     "switch": "switching:measure_switch",
@@ -37,9 +38,10 @@ TOGETHER = {
     "device_step": "device:measure_step",
     "device_update": "device:measure_update",
 }
-OF_ANY_RANKS, OF_ONE = ("all_reduce", "step"), ("virtual", "trace")  # what `all` measures: on any ranks, on one
+STEPS = ("step_mlp", "step_resnet18")
+OF_ANY_RANKS, OF_ONE = ("all_reduce", *STEPS), ("virtual", "trace")  # what `all` measures: on any ranks, on one
 OF_GPUS = ("device_all_reduce", "device_step", "device_update")
-SEVERAL = {"all": OF_ANY_RANKS, "device": OF_GPUS}
+SEVERAL = {"step": STEPS, "all": OF_ANY_RANKS, "device": OF_GPUS}
 THREADS = "OMP_NUM_THREADS"  # of each rank, where it is set
 CHOICES = (*SEVERAL, *TOGETHER, *ALONE)
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,19 +18,16 @@ from hpctrain.bench.workload import LOADS, MLP, RESNET, Alone, Load, Workload
 from hpctrain.comm.base import Communicator
 from hpctrain.job import registry
 from hpctrain.replica.buckets import Buckets
-from hpctrain.strategies.all_reduce import AllReduceOptions
 from hpctrain.strategies.base import Strategy
 from hpctrain.strategies.phase import Phase
 
 Progress = Callable[[str], None]
 Way = tuple[str, dict[str, Any]]
-SECONDS, FEWEST = 80.0, 3  # per model, and blocks even if they take longer
+WALL, PROCESSOR = "step", "processor time"
+SECONDS, FEWEST = 100.0, 3  # for all blocks, and blocks even if they take longer
 NOTHING, TUNED = "no exchange", "DDP tuned"
 DEFAULT, MESSAGE, SERVERS = "all_reduce", "all_reduce, message", "parameter_server, sync"
 BFLOAT16 = "all_reduce, bfloat16"
-CODECS: dict[str, Way] = (
-    {BFLOAT16: ("all_reduce", {"codec": "bfloat16"})} if "codec" in AllReduceOptions.model_fields else {}
-)
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Measured:
 
     ways: Mapping[str, Way]
     rivals: tuple[str, ...] | None = None  # besides tuned DDP; None: all that are installed
-    against_tuned: Mapping[tuple[str, str], float] = field(default_factory=dict)  # (way, load): most of DDP's time
+    against_tuned: Mapping[tuple[str, str], float] = field(default_factory=dict)  # (way, model): most of DDP's time
     exposed: Mapping[tuple[str, str], float] = field(default_factory=dict)  # the same of DDP's exposed communication
     against_default: Mapping[tuple[str, str], float] = field(default_factory=dict)  # the same of all_reduce's time
 
@@ -57,7 +53,7 @@ BETWEEN_NODES = Measured(
     {
         DEFAULT: ("all_reduce", {}),
         MESSAGE: ("all_reduce", {"exchange": "message"}),
-        **CODECS,
+        BFLOAT16: ("all_reduce", {"codec": "bfloat16"}),
     },
     rivals=(),
     against_tuned={(DEFAULT, MLP): 0.95, (BFLOAT16, MLP): 0.58},
@@ -72,31 +68,38 @@ class Cost(NamedTuple):
     cpu: float
 
 
-def measure_step(comm: Communicator, progress: Progress) -> FigureTable:
-    """Measure a step (forward, backward, exchange, SGD with momentum) by way of exchanging and model."""
+def measure_mlp(comm: Communicator, progress: Progress) -> FigureTable:
+    """Measure a step of the MLP, by way of exchanging."""
+    return measure(comm, progress, "step_mlp", MLP, LOADS[MLP])
+
+
+def measure_resnet18(comm: Communicator, progress: Progress) -> FigureTable:
+    """Measure a step of the residual network, by way of exchanging."""
+    return measure(comm, progress, "step_resnet18", RESNET, LOADS[RESNET])
+
+
+def measure(comm: Communicator, progress: Progress, name: str, label: str, load: Load) -> FigureTable:
+    """Measure a step (forward, backward, exchange, SGD with momentum) of the model `label`."""
     threads, measured = torch.get_num_threads(), ON_A_NODE if len(set(comm.nodes)) == 1 else BETWEEN_NODES
-    title = (
-        f"synchronous step of {comm.size} workers, {threads} torch thread{'s' * (threads > 1)} each; ms, and ms of "
-        "processor time of all threads of a rank"
+    table = FigureTable(
+        name,
+        f"{label}: synchronous step of {comm.size} workers, {threads} torch thread{'s' * (threads > 1)} each; ms, and "
+        "ms of processor time of all threads of a rank",
+        [WALL, PROCESSOR],
     )
-    table = FigureTable("step", title, [column for label in LOADS for column in (label, cpu_of(label))])
     if SERVERS in measured.ways:
         table.notes.append("parameter_server has one server beside each worker.")
-    for label, load in LOADS.items():
-        with ExitStack() as stack:
-            blocks, note = _blocks(comm, load, measured, stack)
-            table.notes += [f"{label}: {note}"] if note else []
-            costs = _in_turn(comm, blocks, load.blocks, partial(_say, progress, label))
-        for name, taken in costs.items():
-            row = table.rows.setdefault(name, {})
-            row[label] = Sample(tuple(1e3 * cost.wall for cost in taken), "ms")
-            row[cpu_of(label)] = Sample(tuple(1e3 * cost.cpu for cost in taken), "ms")
-        table.comparisons += compare(table, label, measured)
+    with ExitStack() as stack:
+        blocks, note = _blocks(comm, load, measured, stack)
+        table.notes += [note] if note else []
+        costs = _in_turn(comm, blocks, load.blocks, lambda text: progress(f"step of {label}, {text}"))
+    for way, taken in costs.items():
+        table.rows[way] = {
+            WALL: Sample(tuple(1e3 * cost.wall for cost in taken), "ms"),
+            PROCESSOR: Sample(tuple(1e3 * cost.cpu for cost in taken), "ms"),
+        }
+    table.comparisons = compare(table, label, measured)
     return table
-
-
-def _say(progress: Progress, label: str, text: str) -> None:
-    progress(f"step of {label}, {text}")
 
 
 def _in_turn(
@@ -114,11 +117,6 @@ def _in_turn(
         seconds[0] = (comm.now() - start) / 1e9
         comm.broadcast(seconds)
     return costs
-
-
-def cpu_of(label: str) -> str:
-    """The column of processor time beside the column `label`."""
-    return f"processor time, {label.split(',')[0]}"
 
 
 def _blocks(
@@ -145,15 +143,15 @@ def _blocks(
 
 def compare(table: FigureTable, label: str, measured: Measured) -> list[Comparison]:
     """Every way against tuned DDP, and what else is wanted."""
-    samples = {name: row[label] for name, row in table.rows.items() if label in row}
+    samples = {name: row[WALL] for name, row in table.rows.items()}
     found = [
-        ratio(f"{name} / {base}", label, samples[name], samples[base], _target(wanted, name, label))
+        ratio(f"{name} / {base}", WALL, samples[name], samples[base], _target(wanted, name, label))
         for base, wanted in ((TUNED, measured.against_tuned), (DEFAULT, measured.against_default))
         for name in measured.ways
         if base in samples and (base == TUNED or (name, label) in wanted)
     ]
     return found + [
-        exposed(f"exposed communication, {name} / {TUNED}", label, samples[name], samples[TUNED], samples[NOTHING],
+        exposed(f"exposed communication, {name} / {TUNED}", WALL, samples[name], samples[TUNED], samples[NOTHING],
                 _target(measured.exposed, name, label))
         for name in measured.ways
         if measured.exposed and TUNED in samples

@@ -39,7 +39,7 @@ def _little(monkeypatch):
     monkeypatch.setattr(together, "STRETCH", 0.0)
     monkeypatch.setattr(together, "FEWEST", 2)
     monkeypatch.setattr(together, "SIZES", {"4 KiB": 4096, "16 KiB": 16384})
-    monkeypatch.setattr(steps, "LOADS", {"linear": LINEAR})
+    monkeypatch.setattr(steps, "LOADS", {workload.MLP: LINEAR})
     monkeypatch.setattr(checks, "LOADS", {"linear": LINEAR})
     monkeypatch.setattr(asynchronous, "PUSHED", LINEAR)
     monkeypatch.setattr(asynchronous, "BLOCKS", 2)
@@ -125,9 +125,9 @@ def test_shared_sum_result(size):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_steps_by_strategy(size):
-    tables = World(size).run(lambda comm: steps.measure_step(comm, silent))
+    tables = World(size).run(lambda comm: steps.measure_mlp(comm, silent))
     assert set(tables[0].rows) == {steps.NOTHING, *steps.ON_A_NODE.ways}
-    assert len(tables[0].rows["all_reduce"]["linear"].values) == LINEAR.blocks
+    assert len(tables[0].rows["all_reduce"][steps.WALL].values) == LINEAR.blocks
 
 
 @pytest.mark.parametrize("way", [*steps.ON_A_NODE.ways.values(), *steps.BETWEEN_NODES.ways.values()])
