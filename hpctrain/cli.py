@@ -103,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         "--cluster", metavar="FILE", type=Path, help="on hosts of that cluster, built on this machine (hpctrain lab)"
     )
     bench.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+    bench.add_argument("--csv", metavar="FILE", help="also write every measured value to FILE, one per line")
+    bench.add_argument("--plot", metavar="FILE", help="also draw the comparisons with their intervals, as PNG")
     bench.set_defaults(command=_bench)
     doctor = commands.add_parser("doctor", help="check ranks, MPI, nodes and network, and advise on problems")
     doctor.add_argument("-n", type=int, metavar="N", help="start N ranks on this machine and check those")
@@ -336,12 +338,11 @@ def _lab_down(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from hpctrain import bench, launcher
 
+    outputs = bench.Outputs(options.json, options.csv, options.plot)
     if options.cluster is None and not bench.needs_ranks(options.what, os.environ):
-        return bench.main(options.what, options.json)
-    bench.check_path(options.json)
-    command = [sys.executable, "-m", "hpctrain", "bench", options.what]
-    if options.json is not None:
-        command.append(f"--json={options.json}")
+        return bench.main(options.what, outputs)
+    outputs.check()
+    command = [sys.executable, "-m", "hpctrain", "bench", options.what, *outputs.arguments()]
     quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # of warnings about hosts without a name server
     if options.cluster is None:
         return launcher.run(2 if options.n is None else options.n, command, environment=quiet)

@@ -10,7 +10,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from hpctrain.cluster import threads_for
 from hpctrain.errors import HpctrainError
@@ -20,15 +21,18 @@ if TYPE_CHECKING:
     from hpctrain.bench.report import FigureTable, Report
     from hpctrain.comm.base import Communicator
 
-ALONE = {  # benches that need no other ranks
+ALONE = {  # benches that need no other ranks, or start their own
     "virtual": "alone:measure_virtual",
     "trace": "alone:measure_trace",
     "read": "reading:measure_read",
+    "start": "start:measure_start",
 }
 TOGETHER = {
     "all_reduce": "together:measure_all_reduce",
     "step_mlp": "steps:measure_mlp",
     "step_resnet18": "steps:measure_resnet18",
+    "limits": "limits:measure_limits",
+    "traffic": "limits:measure_traffic",
     "pushes": "asynchronous:measure_pushes",
     "slow": "asynchronous:measure_slow",
     "switch": "switching:measure_switch",
@@ -51,26 +55,45 @@ def needs_ranks(what: str, environment: Mapping[str, str]) -> bool:
     return what not in ALONE and not is_launched(environment)
 
 
-def check_path(path: str | None) -> None:
-    """Raise HpctrainError if the figures could not be written to `path`, before any are measured."""
-    if path is None:
-        return
+class Outputs(NamedTuple):
+    """Files for the figures, besides the printed tables: as JSON, as comma-separated values, as a picture."""
+
+    json: str | None = None
+    csv: str | None = None
+    plot: str | None = None
+
+    def arguments(self) -> list[str]:
+        """The options of the command line that name these files."""
+        return [f"--{name}={path}" for name, path in self._asdict().items() if path is not None]
+
+    def check(self) -> None:
+        """Raise HpctrainError if one could not be written, before anything is measured."""
+        for name, path in self._asdict().items():
+            if path is not None:
+                check_path(path, f"--{name}")
+
+
+NO_FILES = Outputs()
+
+
+def check_path(path: str, option: str = "--json") -> None:
+    """Raise HpctrainError if that file, which `option` names, could not be written."""
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
-        raise HpctrainError(f"--json {path}: there is no folder {folder}; create it, or name another file")
+        raise HpctrainError(f"{option} {path}: there is no folder {folder}; create it, or name another file")
     if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise HpctrainError(f"--json {path}: this file cannot be written; name another one")
+        raise HpctrainError(f"{option} {path}: this file cannot be written; name another one")
 
 
-def main(what: str = "all", path: str | None = None) -> int:
+def main(what: str = "all", outputs: Outputs = NO_FILES) -> int:
     """Measure `what` (one of CHOICES) on the ranks that a launcher started, and print tables.
 
-    `path`: a file for the figures as JSON. Progress goes to stderr. Returns the exit status.
+    Progress goes to stderr. Returns the exit status.
     Collective over these ranks; the benches in ALONE do not start MPI and need no launcher.
     """
     if what in ALONE:
-        check_path(path)
-        _output(_measure_alone(what), path)
+        outputs.check()
+        _output(_measure_alone(what), outputs)
         return 0
     from hpctrain.comm.connect import connect, report
 
@@ -78,19 +101,19 @@ def main(what: str = "all", path: str | None = None) -> int:
     try:
         comm = connect()
         rank = comm.rank
-        _agree_on_path(comm, path)
-        _measure_together(what, comm, path)
+        _agree_on_outputs(comm, outputs)
+        _measure_together(what, comm, outputs)
     except HpctrainError as mistake:
         return report(mistake, rank)
     return 0
 
 
-def _agree_on_path(comm: Communicator, path: str | None) -> None:
-    """Check the path on rank 0, which writes; all ranks must stop if it cannot. Collective."""
+def _agree_on_outputs(comm: Communicator, outputs: Outputs) -> None:
+    """Check the files on rank 0, which writes; all ranks must stop if it cannot. Collective."""
     problem = None
     if comm.rank == 0:
         try:
-            check_path(path)
+            outputs.check()
         except HpctrainError as error:
             problem = str(error)
     problem = comm.broadcast_json(problem)
@@ -98,7 +121,7 @@ def _agree_on_path(comm: Communicator, path: str | None) -> None:
         raise HpctrainError(problem)
 
 
-def _measure_together(what: str, comm: Communicator, path: str | None) -> None:
+def _measure_together(what: str, comm: Communicator, outputs: Outputs) -> None:
     import numpy as np
     import torch
 
@@ -110,7 +133,7 @@ def _measure_together(what: str, comm: Communicator, path: str | None) -> None:
     tables = [_function(TOGETHER[name])(comm, progress) for name in names]
     if comm.rank == 0:
         rest = _measure_alone(what) if what == "all" else Report()
-        _output(Report(tables + rest.tables), path)
+        _output(Report(tables + rest.tables), outputs)
     # Ranks that only wait for rank 0 must leave it the cores: MPI libraries' own waits use CPU.
     end = comm.start_all_reduce(np.zeros(1))
     while not end.test():
@@ -133,15 +156,21 @@ def _measure_alone(what: str) -> Report:
     return Report([_function(ALONE[name])(_progress) for name in names])
 
 
-def _output(report: Report, path: str | None) -> None:
+def _output(report: Report, outputs: Outputs) -> None:
     where = "standard output"
     try:
         print(report.text(), flush=True)
-        if path is not None:
-            where = f"--json {path}"
-            with open(path, "w") as file:
-                json.dump(report.plain(), file, indent=1)
-                file.write("\n")
+        if outputs.json is not None:
+            where = f"--json {outputs.json}"
+            Path(outputs.json).write_text(json.dumps(report.plain(), indent=1) + "\n")
+        if outputs.csv is not None:
+            where = f"--csv {outputs.csv}"
+            Path(outputs.csv).write_text(report.csv())
+        if outputs.plot is not None:
+            from hpctrain.bench.plot import draw
+
+            where = f"--plot {outputs.plot}"
+            draw([each.plain() for table in report.tables for each in table.comparisons], outputs.plot)
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -73,6 +73,15 @@ def ratio(what: str, column: str, mine: Sample, other: Sample, target: Target | 
     return Comparison(what, column, value, low, high, len(blocks[0]), target)
 
 
+def difference(
+    what: str, column: str, mine: Sample, other: Sample, scale: float, target: Target | None = None
+) -> Comparison:
+    """The mean of `mine` minus `other`, block by block, times `scale`."""
+    blocks = _blocks(mine, other)
+    found = jackknife(blocks, lambda parts: scale * float((parts[0] - parts[1]).mean()))
+    return Comparison(what, column, *found, blocks=len(blocks[0]), target=target)
+
+
 def exposed(what: str, column: str, mine: Sample, other: Sample, without: Sample, target: Target | None) -> Comparison:
     """The communication that `mine` adds to a step `without` any, over what `other` adds: the ratio of the means."""
     blocks = _blocks(mine, other, without)
@@ -81,7 +90,7 @@ def exposed(what: str, column: str, mine: Sample, other: Sample, without: Sample
         own, others, none = (float(part.mean()) for part in parts)
         return (own - none) / (others - none) if others > none else float("nan")
 
-    return Comparison(what, column, *jackknife(blocks, statistic), len(blocks[0]), target)
+    return Comparison(what, column, *jackknife(blocks, statistic), blocks=len(blocks[0]), target=target)
 
 
 def jackknife(blocks: Sequence[np.ndarray], statistic: Statistic) -> tuple[float, float, float]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +80,25 @@ class Report:
     def text(self) -> str:
         """All tables, with a description of the machine."""
         return "\n\n".join([machine(), *(table.text() for table in self.tables)])
+
+    def lines(self) -> Iterator[tuple[str, str, str, int | str, float, str]]:
+        """(bench, row, column, block, value, unit) of every value; comparisons have no block, but `low` and `high`."""
+        for table in self.tables:
+            for label, cells in table.rows.items():
+                for column, sample in cells.items():
+                    for block, value in enumerate(sample.values):
+                        yield table.name, label, column, block, value, sample.unit
+            for each in table.comparisons:
+                for what, value in (("", each.value), ("low", each.low), ("high", each.high)):
+                    yield table.name, each.what, each.column, what, value, "comparison"
+
+    def csv(self) -> str:
+        """`lines` as comma-separated values, with a header."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(("bench", "row", "column", "block", "value", "unit"))
+        writer.writerows(self.lines())
+        return out.getvalue()
 
     def plain(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,7 +127,7 @@ def _blocks(
     bench = StepBench(comm, load)
     blocks: dict[str, Callable[[], Cost]] = {NOTHING: lambda: bench.block(None)}
     for name, way in measured.ways.items():
-        blocks[name] = lambda way=way: bench.block(way)  # type: ignore[misc]
+        blocks[name] = partial(bench.block, _tuned(comm, way))
     if not comm.concurrent or comm.size < 2:
         return blocks, ""
     stack.enter_context(rivals.process_group(comm))
@@ -139,6 +140,12 @@ def _blocks(
             blocks[name] = RivalBench(comm, load, build(load)).block
     seconds = ", ".join(f"{1e3 * wall:.3g} ms with {mb} MiB" for mb, wall in first.items())
     return blocks, f"DDP tuned has gradients in buckets of {best} MiB, a static graph, fused SGD (tried: {seconds})"
+
+
+def _tuned(comm: Communicator, way: Way) -> Way:
+    """With what a run measures at its start. Collective."""
+    cls = registry.resolve("strategy", way[0])
+    return way[0], {**way[1], **cls.tune(cls.Options(**way[1]), comm)}
 
 
 def compare(table: FigureTable, label: str, measured: Measured) -> list[Comparison]:

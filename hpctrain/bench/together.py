@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
+import torch.distributed
 
+from hpctrain.bench.comparison import Comparison, Target, difference, ratio
 from hpctrain.bench.report import FigureTable, Sample
+from hpctrain.bench.rivals import process_group
 from hpctrain.comm.base import Arena, Communicator
 from hpctrain.replica.layout import Layout, slice_bounds
 from hpctrain.replica.tensors import as_tensor
@@ -17,6 +20,8 @@ Progress = Callable[[str], None]
 SIZES = {"64 KiB": 2**16, "1 MiB": 2**20, "8 MiB": 2**23, "64 MiB": 2**26}
 ALGORITHMS = ("library", "ring", "halving_doubling", "tree", "hierarchical")
 SHARED = "shared windows"
+PLAIN, GLOO = "the MPI library, called plainly", "gloo"
+LONGER, SLACK_US, LARGE = 1.05, 5.0, 2**20  # what `library` may take against PLAIN: from LARGE bytes on; below it
 SECONDS = 6.0  # per size, for all algorithms together
 STRETCH = 0.02  # seconds of calls measured as one, because ranks do not start at exactly the same time
 FEWEST = 5
@@ -26,16 +31,32 @@ FEWEST = 5
 def measure_all_reduce(comm: Communicator, progress: Progress) -> FigureTable:
     """Measure float32 all-reduces by algorithm and size."""
     table = FigureTable("all_reduce", f"all-reduce of {comm.size} ranks, float32, ms", list(SIZES))
-    table.rows = {name: {} for name in (SHARED, *ALGORITHMS)}
+    rivals = (PLAIN, GLOO) if comm.concurrent else ()
+    table.rows = {name: {} for name in (SHARED, *ALGORITHMS, *rivals)}
     if not _one_node(comm):
         del table.rows[SHARED]
         table.notes.append("Shared windows are left out: the ranks are on several nodes.")
-    for label, nbytes in SIZES.items():
-        progress(f"all-reduce of {label}")
-        with _all_reduces(comm, nbytes) as ways:
-            for name, values in interleaved(comm, ways).items():
-                table.rows[name][label] = Sample(tuple(v * 1e3 for v in values), "ms")
+    with process_group(comm) if comm.concurrent else nullcontext():
+        for label, nbytes in SIZES.items():
+            progress(f"all-reduce of {label}")
+            with _all_reduces(comm, nbytes) as ways:
+                for name, values in interleaved(comm, ways).items():
+                    table.rows[name][label] = Sample(tuple(v * 1e3 for v in values), "ms")
+    table.comparisons = [each for label in SIZES for each in _against_rivals(table, label)]
     return table
+
+
+def _against_rivals(table: FigureTable, label: str) -> Iterator[Comparison]:
+    """How `library` compares with the same library called plainly, and the first row with gloo."""
+    samples = {name: row[label] for name, row in table.rows.items()}
+    first = next(iter(samples))
+    if PLAIN in samples:
+        own, plain = samples["library"], samples[PLAIN]
+        large = SIZES[label] >= LARGE
+        yield ratio(f"library / {PLAIN}", label, own, plain, Target(LONGER) if large else None)
+        if not large:
+            yield difference(f"library - {PLAIN}, us", label, own, plain, 1e3, Target(SLACK_US))
+        yield ratio(f"{first} / {GLOO}", label, samples[first], samples[GLOO])
 
 
 @contextmanager
@@ -48,6 +69,12 @@ def _all_reduces(comm: Communicator, nbytes: int) -> Iterator[dict[str, Callable
         ways[SHARED] = window.run
     for name in ALGORITHMS:
         ways[name] = lambda name=name: comm.all_reduce(buffer, algorithm=name)  # type: ignore[misc]
+    if comm.concurrent:
+        from hpctrain.comm.mpi.start import MPI
+
+        tensor = torch.zeros(nbytes // 4)
+        ways[PLAIN] = lambda: MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, buffer)
+        ways[GLOO] = lambda: torch.distributed.all_reduce(tensor) and None
     yield ways
     if window is not None:
         window.free()
