@@ -73,7 +73,7 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for figures in found.values():
         yield f"## `{figures['command']}`"
         yield ""
-        machine = figures["machine"].split(";")[0]
+        machine = figures["machine"].replace("; median (quartiles) of interleaved repetitions", "")
         yield f"{figures['measured']}, commit {figures['commit']}, {machine}."
         for table in figures.values():
             if isinstance(table, Mapping):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -131,9 +132,10 @@ def _measure_together(what: str, comm: Communicator, outputs: Outputs) -> None:
     progress = _progress if comm.rank == 0 else _silent
     names = SEVERAL.get(what, (what,))
     tables = [_function(TOGETHER[name])(comm, progress) for name in names]
+    hosts = list(dict.fromkeys(comm.gather_json(socket.gethostname())))
     if comm.rank == 0:
         rest = _measure_alone(what) if what == "all" else Report()
-        _output(Report(tables + rest.tables), outputs)
+        _output(Report(tables + rest.tables, hosts if len(hosts) > 1 else []), outputs)
     # Ranks that only wait for rank 0 must leave it the cores: MPI libraries' own waits use CPU.
     end = comm.start_all_reduce(np.zeros(1))
     while not end.test():

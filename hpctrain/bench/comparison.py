@@ -16,6 +16,7 @@ import numpy as np
 from hpctrain.bench.report import Sample, number
 
 LEVEL = 0.95
+TINY = 1e-12  # stands for times of 0, which only virtual ranks have
 Statistic = Callable[[Sequence[np.ndarray]], float]
 
 
@@ -67,7 +68,7 @@ class Comparison:
 
 def ratio(what: str, column: str, mine: Sample, other: Sample, target: Target | None = None) -> Comparison:
     """`mine` over `other`, block by block: the geometric mean."""
-    blocks = _blocks(mine, other)
+    blocks = [np.maximum(part, TINY) for part in _blocks(mine, other)]
     found = jackknife(blocks, lambda parts: float(np.mean(np.log(parts[0]) - np.log(parts[1]))))
     value, low, high = (math.exp(each) for each in found)
     return Comparison(what, column, value, low, high, len(blocks[0]), target)

@@ -73,13 +73,14 @@ class FigureTable:
 
 @dataclass
 class Report:
-    """Tables, in order."""
+    """Tables, in order. `hosts`: the names of those that were measured, where there were several."""
 
     tables: list[FigureTable] = field(default_factory=list)
+    hosts: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         """All tables, with a description of the machine."""
-        return "\n\n".join([machine(), *(table.text() for table in self.tables)])
+        return "\n\n".join([self._about(), *(table.text() for table in self.tables)])
 
     def lines(self) -> Iterator[tuple[str, str, str, int | str, float, str]]:
         """(bench, row, column, block, value, unit) of every value; comparisons have no block, but `low` and `high`."""
@@ -102,7 +103,11 @@ class Report:
 
     def plain(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"machine": machine(), **{table.name: table.plain() for table in self.tables}}
+        return {"machine": self._about(), **{table.name: table.plain() for table in self.tables}}
+
+    def _about(self) -> str:
+        hosts = f"; hosts: {len(self.hosts)}, {' '.join(self.hosts)}" if self.hosts else ""
+        return machine() + hosts
 
 
 def machine() -> str:

@@ -177,3 +177,16 @@ def test_lab_that_is_up_is_used_and_protected(cluster: Path, tmp_path: Path) -> 
         assert "is not the cluster of that file; `hpctrain lab down` removes it" in refused.stderr
     finally:
         lab("down")
+
+
+def test_bench_on_hosts_names_them_and_leaves_none(cluster: Path, tmp_path: Path) -> None:
+    """`limits` is the shortest bench; the link is as slow as the cluster's file says."""
+    figures = tmp_path / "figures.json"
+    argv = [sys.executable, "-m", "hpctrain", "bench", "limits", "--cluster", str(cluster), "--json", str(figures)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "hosts: 2, node1 node2" in done.stdout
+    row = json.loads(figures.read_text())["limits"]["rows"]["messages between ranks 0 and 2, one at a time"]
+    assert 0.5 * MBIT / 8e3 < row["GB/s"]["median"] < 1.05 * MBIT / 8e3
+    assert not machine._spaces()

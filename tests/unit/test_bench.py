@@ -15,7 +15,21 @@ import pytest
 import torch
 
 from hpctrain import bench
-from hpctrain.bench import alone, asynchronous, checks, device, reading, steps, switching, together, tracing, workload
+from hpctrain.bench import (
+    alone,
+    asynchronous,
+    checks,
+    comparison,
+    device,
+    limits,
+    reading,
+    start,
+    steps,
+    switching,
+    together,
+    tracing,
+    workload,
+)
 from hpctrain.bench.report import FigureTable, Report, Sample, number
 from hpctrain.cli import main
 from hpctrain.comm.virtual.network import FreeNetwork, LinkNetwork
@@ -49,6 +63,7 @@ def _little(monkeypatch):
     model = switching.SwitchedModel({"name": "mlp", "inputs": 6, "hidden": [5]}, {"name": "Adam"}, (6,))
     monkeypatch.setattr(switching, "MODELS", {"small": model})
     monkeypatch.setattr(switching, "RUNS", 2)
+    monkeypatch.setattr(limits, "COPIED", 1000)
     monkeypatch.setattr(reading, "RANKS", 3)
     monkeypatch.setattr(reading, "SPANS_EACH", 1600)
     monkeypatch.setattr(reading, "REPETITIONS", 2)
@@ -252,8 +267,8 @@ def test_switch_time_is_that_of_the_slowest_rank():
         traced["clock"]["offset_ns"] = 5 * MS if comm.rank == 2 else 0
         for row, (phase, end) in zip(traced["steps"], steps[comm.rank], strict=True):
             row["phase"], row["step"], row["t_ns"] = phase, phase, end * MS
-        for row, (step, start) in zip(traced["spans"], forwards[comm.rank], strict=True):
-            row["step"], row["start_ns"], row["kind"] = step, start * MS, KIND_CODES["forward"]
+        for row, (step, begin) in zip(traced["spans"], forwards[comm.rank], strict=True):
+            row["step"], row["start_ns"], row["kind"] = step, begin * MS, KIND_CODES["forward"]
         return switching.pauses_between(comm, 2, traced)
 
     assert World(3).run(body) == [[pytest.approx(0.05)]] * 3
@@ -426,6 +441,84 @@ def test_measurements_replace_former_ones_in_the_page():
     assert page["put_in"](first, measured) == first
 
 
+# -- comparisons -------------------------------------------------------------------------------------------------
+def test_ratio_of_blocks_and_its_interval():
+    """A machine that drifts by a factor of ten changes both: the ratio is exact. Without drift, Student's t."""
+    found = comparison.ratio("a / b", "ms", Sample((1.0, 10.0, 5.0), ""), Sample((2.0, 20.0, 10.0), ""))
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    logs = np.array([0.1, 0.2, 0.6])
+    spread = comparison.ratio("a / b", "ms", Sample(tuple(np.exp(logs)), ""), Sample((1.0, 1.0, 1.0), ""))
+    reach = 4.302653 * logs.std(ddof=1) / math.sqrt(3)  # Student's t, two degrees of freedom
+    assert np.log([spread.value, spread.low, spread.high]) == pytest.approx([0.3, 0.3 - reach, 0.3 + reach])
+
+
+def test_exposed_communication_is_what_a_step_takes_longer():
+    mine, other, without = (Sample(values, "ms") for values in ((14.0, 16.0), (20.0, 20.0), (10.0, 10.0)))
+    found = comparison.exposed("x", "ms", mine, other, without, comparison.Target(0.4))
+    assert found.value == pytest.approx(0.5)
+    assert found.verdict == "not met"
+    assert comparison.Target(0.4, at_least=True).met(found.value)
+
+
+def test_one_block_has_no_interval():
+    found = comparison.ratio("a / b", "ms", Sample((1.0,), ""), Sample((2.0,), ""))
+    assert found.value == 0.5
+    assert str(found) == "a / b, ms: 0.5"
+
+
+def test_step_is_compared_with_tuned_ddp():
+    table = FigureTable("step_mlp", "", [steps.WALL])
+    times = {steps.NOTHING: 10.0, steps.DEFAULT: 12.0, steps.MESSAGE: 14.0, steps.BFLOAT16: 11.0, steps.TUNED: 20.0}
+    table.rows = {name: {steps.WALL: Sample((value, value), "ms")} for name, value in times.items()}
+    found = {each.what: each for each in steps.compare(table, workload.MLP, steps.BETWEEN_NODES)}
+    assert found["all_reduce / DDP tuned"].value == pytest.approx(0.6)
+    assert found["all_reduce / DDP tuned"].verdict == "met"
+    assert found["exposed communication, all_reduce, bfloat16 / DDP tuned"].value == pytest.approx(0.1)
+
+
+def test_every_value_as_csv_and_comparisons_as_a_picture(tmp_path: Path):
+    table = FigureTable("t", "title", ["ms"])
+    table.rows = {"a": {"ms": Sample((1.0, 2.0), "ms")}, "b": {"ms": Sample((2.0, 2.0), "ms")}}
+    table.comparisons = [comparison.ratio("a / b", "ms", table.rows["a"]["ms"], table.rows["b"]["ms"])]
+    lines = Report([table]).csv().splitlines()
+    assert lines[:3] == ["bench,row,column,block,value,unit", "t,a,ms,0,1.0,ms", "t,a,ms,1,2.0,ms"]
+    assert [line.split(",")[3] for line in lines[5:]] == ["", "low", "high"]
+    bench._output(Report([table]), bench.Outputs(csv=str(tmp_path / "t.csv"), plot=str(tmp_path / "t.png")))
+    assert (tmp_path / "t.csv").read_text().splitlines() == lines
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_page_has_command_date_and_verdicts():
+    page = runpy.run_path(str(Path(__file__).parents[2] / "analysis" / "performance_page.py"))
+    table = FigureTable("limits", "limits", ["GB/s"], {"copy": {"GB/s": Sample((1.0,), "GB/s")}})
+    table.comparisons = [comparison.Comparison("copy", "GB/s", 1.0, 0.9, 1.1, 3, comparison.Target(0.5))]
+    about = {"command": "hpctrain bench limits", "measured": "2026-01-01 10:00 UTC", "commit": "abc"}
+    text = "\n".join(page["page"]({"limits": {**about, **Report([table]).plain()}}))
+    assert "## `hpctrain bench limits`\n\n2026-01-01 10:00 UTC, commit abc, " in text
+    assert "| copy | 1 |" in text
+    assert "| copy, GB/s | 1 | 0.9 to 1.1 | at most 0.5: **not met** |" in text
+    assert all(words[0] in bench.CHOICES for words in page["SECTIONS"].values())
+
+
+def test_limits_of_ranks():
+    table = World(3, (0, 1, 1), network=LinkNetwork()).run(lambda comm: limits.measure_limits(comm, silent))[0]
+    assert len(table.rows) == 2
+    assert table.rows["messages between ranks 0 and 1, one at a time"][limits.BANDWIDTH].median > 0
+
+
+def test_traffic_needs_several_nodes():
+    with pytest.raises(ClusterError, match=r"^hpctrain bench traffic: .*clusters/lan4.toml$"):
+        World(2).run(lambda comm: limits.measure_traffic(comm, silent))
+
+
+def test_sent_bytes_are_those_of_each_node(monkeypatch):
+    """Counted once per node, although every rank reads the counters."""
+    counts = iter(range(0, 600, 100))
+    monkeypatch.setattr(limits, "_counted", lambda: next(counts))
+    rows = World(3, (0, 1, 1)).run(lambda comm: limits._sent(comm, lambda: None).tolist())
+    assert rows == [[300.0, 300.0]] * 3
+
+
 def test_device_bench_without_a_gpu_is_one_message(monkeypatch):
     monkeypatch.setattr(device, "usable_gpus", lambda: (0, None))
     with pytest.raises(ClusterError, match="hpctrain bench device: a rank has no GPU that torch can use"):
@@ -502,6 +595,60 @@ def test_bench_starts_ranks_itself(tmp_path: Path):
     assert "all-reduce of 2 ranks" in done.stdout
     assert done.stderr.splitlines()[0] == "bench: all-reduce of 4 KiB"
     assert set(json.loads(path.read_text())["all_reduce"]["rows"]) >= {"library", together.SHARED}
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+@pytest.mark.any_mpi
+def test_first_step_is_timed_beside_torchrun(monkeypatch):
+    """Two ranks, once; `hpctrain bench start` starts more of them, and more often."""
+    monkeypatch.setattr(start, "RANKS", 2)
+    monkeypatch.setattr(start, "REPETITIONS", 1)
+    table = start.measure_start(silent)
+    assert set(table.rows) == {start.RUN, start.MPIEXEC, start.TORCHRUN}
+    for row in table.rows.values():
+        assert 0.5 < row[start.SECONDS].median < 100
+        assert 50 < row[start.PROPORTIONAL].median < row[start.PEAK].median < 2000
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_rivals_are_measured_on_real_ranks(tmp_path: Path):
+    """Small sizes; every rival that is installed runs beside ours, and is compared with it."""
+    import subprocess
+
+    program = tmp_path / "bench.py"
+    program.write_text(
+        "import sys, torch\n"
+        "from hpctrain.bench import asynchronous, steps, together, workload\n"
+        "load = workload.Load(lambda: torch.nn.Linear(6, 10), (6,), 4, 2, 2)\n"
+        "together.SIZES, together.SECONDS = {'4 KiB': 4096}, 0.0\n"
+        "steps.LOADS, asynchronous.PUSHED = {workload.MLP: load}, load\n"
+        "asynchronous.BLOCKS, asynchronous.PUSHES = 2, 8\n"
+        "from hpctrain.cli import main\n"
+        "from hpctrain.bench import SEVERAL\n"
+        "SEVERAL['all'] = ('all_reduce', 'step_mlp', 'pushes')\n"
+        "import hpctrain.bench\n"
+        "hpctrain.bench.OF_ONE = ()\n"
+        "sys.exit(main(['bench', 'all', '--json', sys.argv[1]]))\n"
+    )
+    from hpctrain import launcher
+
+    code = "import sys; from hpctrain import launcher; sys.exit(launcher.run(2, sys.argv[1:]))"
+    path = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, "-c", code, sys.executable, str(program), str(path)],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env={**os.environ, "PYTHONPATH": str(Path(launcher.__file__).resolve().parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text())
+    assert {together.PLAIN, together.GLOO} < set(found["all_reduce"]["rows"])
+    assert {steps.TUNED, "DDP as it comes", "DDP with ZeroRedundancyOptimizer"} < set(found["step_mlp"]["rows"])
+    assert f"{asynchronous.RPC}, 1 worker" in found["pushes"]["rows"]
+    assert all(found[name]["comparisons"] for name in ("all_reduce", "step_mlp", "pushes"))
 
 
 @pytest.mark.slow
