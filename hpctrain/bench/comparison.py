@@ -48,10 +48,11 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Whether the target is met; "" without one."""
+        """Whether the target is met, and whether that is certain: not if it lies in the interval; "" without one."""
         if self.target is None:
             return ""
-        return "met" if self.target.met(self.value) else "not met"
+        unsure = ", not certain" if self.low < self.target.value < self.high else ""
+        return ("met" if self.target.met(self.value) else "not met") + unsure
 
     def __str__(self) -> str:
         known = not np.isnan(self.low)

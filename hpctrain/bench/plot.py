@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MET, MISSED, NEITHER = "tab:green", "tab:red", "tab:gray"
-COLOURS = {"met": MET, "not met": MISSED}
+OTHER, COLOURS = "tab:gray", {"met": "tab:green", "not met": "tab:red"}
 
 
 def draw(comparisons: Sequence[Mapping[str, Any]], path: str) -> None:
@@ -18,7 +17,7 @@ def draw(comparisons: Sequence[Mapping[str, Any]], path: str) -> None:
     figure = Figure(figsize=(10, 1.2 + 0.3 * len(shown)), layout="constrained")
     axes = figure.add_subplot()
     for place, each in enumerate(shown):
-        colour = COLOURS.get(each.get("verdict", ""), NEITHER)
+        colour = COLOURS.get(each.get("verdict", ""), OTHER)
         axes.plot([each["low"], each["high"]], [place, place], color=colour, linewidth=2)
         axes.plot([each["value"]], [place], "o", color=colour)
         if "target" in each:
@@ -28,5 +27,5 @@ def draw(comparisons: Sequence[Mapping[str, Any]], path: str) -> None:
     axes.set_ylim(len(shown) - 0.5, -0.5)
     values = [each["value"] for each in shown]
     axes.set_xlim(min([0.0, *values]) - 0.1, max([1.5, *values]) * 1.2)
-    axes.set_xlabel("ratio with 95 % interval; black: target; green: met, red: not met")
+    axes.set_xlabel("ratio with 95 % interval; black: target; green: met, red: not met, gray: neither is certain")
     FigureCanvasAgg(figure).print_png(path)

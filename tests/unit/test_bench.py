@@ -456,7 +456,8 @@ def test_exposed_communication_is_what_a_step_takes_longer():
     mine, other, without = (Sample(values, "ms") for values in ((14.0, 16.0), (20.0, 20.0), (10.0, 10.0)))
     found = comparison.exposed("x", "ms", mine, other, without, comparison.Target(0.4))
     assert found.value == pytest.approx(0.5)
-    assert found.verdict == "not met"
+    assert found.verdict == "not met, not certain"  # 0.4 to 0.6, and far beyond, with two blocks
+    assert comparison.Comparison("x", "ms", 0.5, 0.45, 0.6, 9, comparison.Target(0.4)).verdict == "not met"
     assert comparison.Target(0.4, at_least=True).met(found.value)
 
 
