@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpctrain.bench.comparison import Target, ratio
+from hpctrain.bench.comparison import Goal, ratio
 from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.bench.rivals import CHUNKS
 from hpctrain.bench.runs import quiet_session, random_samples
@@ -100,9 +100,9 @@ def _pushes_table(workload: Workload, taken: dict[str, dict[str, list[float]]]) 
     return table
 
 
-def _target(several: bool, name: str, column: str) -> Target | None:
+def _target(several: bool, name: str, column: str) -> Goal | None:
     value = TARGETS.get((several, column)) if name == "dedicated server" else None
-    return Target(value, at_least=True) if value is not None else None
+    return Goal(value, at_least=True) if value is not None else None
 
 
 def _row(name: str, size: int) -> str:

@@ -21,7 +21,7 @@ Statistic = Callable[[Sequence[np.ndarray]], float]
 
 
 @dataclass(frozen=True)
-class Target:
+class Goal:
     """What a comparison should reach: at least `value`, or at most."""
 
     value: float
@@ -44,7 +44,7 @@ class Comparison:
     low: float
     high: float
     blocks: int
-    target: Target | None = None
+    target: Goal | None = None
 
     @property
     def verdict(self) -> str:
@@ -67,7 +67,7 @@ class Comparison:
                 "blocks": self.blocks, **target}  # fmt: skip
 
 
-def ratio(what: str, column: str, mine: Sample, other: Sample, target: Target | None = None) -> Comparison:
+def ratio(what: str, column: str, mine: Sample, other: Sample, target: Goal | None = None) -> Comparison:
     """`mine` over `other`, block by block: the geometric mean."""
     blocks = [np.maximum(part, TINY) for part in _blocks(mine, other)]
     found = jackknife(blocks, lambda parts: float(np.mean(np.log(parts[0]) - np.log(parts[1]))))
@@ -76,7 +76,7 @@ def ratio(what: str, column: str, mine: Sample, other: Sample, target: Target | 
 
 
 def difference(
-    what: str, column: str, mine: Sample, other: Sample, scale: float, target: Target | None = None
+    what: str, column: str, mine: Sample, other: Sample, scale: float, target: Goal | None = None
 ) -> Comparison:
     """The mean of `mine` minus `other`, block by block, times `scale`."""
     blocks = _blocks(mine, other)
@@ -84,7 +84,7 @@ def difference(
     return Comparison(what, column, *found, blocks=len(blocks[0]), target=target)
 
 
-def exposed(what: str, column: str, mine: Sample, other: Sample, without: Sample, target: Target | None) -> Comparison:
+def exposed(what: str, column: str, mine: Sample, other: Sample, without: Sample, target: Goal | None) -> Comparison:
     """The communication that `mine` adds to a step `without` any, over what `other` adds: the ratio of the means."""
     blocks = _blocks(mine, other, without)
 

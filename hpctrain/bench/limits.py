@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import torch
 
-from hpctrain.bench.comparison import Comparison, Target
+from hpctrain.bench.comparison import Comparison, Goal
 from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.bench.steps import BETWEEN_NODES, StepBench
 from hpctrain.bench.workload import LARGE
@@ -75,7 +75,7 @@ def measure_traffic(comm: Communicator, progress: Progress) -> FigureTable:
         sent = _sent(comm, lambda way=way: bench.block(way)) / (LARGE.steps + LARGE.unmeasured)  # type: ignore[misc]
         table.rows[name] = {BYTES: Sample(tuple(sent / 1e6), "MB"), SHARE: Sample(tuple(sent / least), "")}
         largest = float((sent / least).max())
-        target = Target(HEADERS) if name == "all_reduce" else None
+        target = Goal(HEADERS) if name == "all_reduce" else None
         table.comparisons.append(Comparison(f"{name}, largest", SHARE, largest, float("nan"), float("nan"), 1, target))
     table.notes.append("Including headers, what ends a step, and the first copy of the model in each block of steps.")
     return table

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from hpctrain.bench.comparison import Target, ratio
+from hpctrain.bench.comparison import Goal, ratio
 from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.bench.runs import random_samples
 from hpctrain.errors import HpctrainError
@@ -112,7 +112,7 @@ def measure_start(progress: Progress) -> FigureTable:
                   for way, columns in taken.items()}  # fmt: skip
     for way in (RUN, MPIEXEC):
         for column, most in ((SECONDS, 0.95), (PEAK, 1.15), (PROPORTIONAL, None)):
-            target = Target(most) if most is not None and way == RUN else None
+            target = Goal(most) if most is not None and way == RUN else None
             own, other = table.rows[way][column], table.rows[TORCHRUN][column]
             table.comparisons.append(ratio(f"{way} / {TORCHRUN}", column, own, other, target))
     own, other = table.rows[RUN][SECONDS], table.rows[MPIEXEC][SECONDS]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hpctrain.bench import rivals
-from hpctrain.bench.comparison import Comparison, Target, exposed, ratio
+from hpctrain.bench.comparison import Comparison, Goal, exposed, ratio
 from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.bench.workload import LOADS, MLP, RESNET, Alone, Load, Workload
 from hpctrain.comm.base import Communicator
@@ -32,7 +32,7 @@ BFLOAT16 = "all_reduce, bfloat16"
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredWays:
     """Which ways of exchanging are measured, and what is wanted of them."""
 
     ways: Mapping[str, Way]
@@ -42,7 +42,7 @@ class Measured:
     against_default: Mapping[tuple[str, str], float] = field(default_factory=dict)  # the same of all_reduce's time
 
 
-ON_A_NODE = Measured(
+ON_A_NODE = MeasuredWays(
     {
         DEFAULT: ("all_reduce", {}),
         MESSAGE: ("all_reduce", {"exchange": "message"}),
@@ -50,7 +50,7 @@ ON_A_NODE = Measured(
     },
     against_default={(SERVERS, MLP): 1.10, (SERVERS, RESNET): 1.10},
 )
-BETWEEN_NODES = Measured(
+BETWEEN_NODES = MeasuredWays(
     {
         DEFAULT: ("all_reduce", {}),
         MESSAGE: ("all_reduce", {"exchange": "message"}),
@@ -121,7 +121,7 @@ def _in_turn(
 
 
 def _blocks(
-    comm: Communicator, load: Load, measured: Measured, stack: ExitStack
+    comm: Communicator, load: Load, measured: MeasuredWays, stack: ExitStack
 ) -> tuple[dict[str, Callable[[], Cost]], str]:
     """By name: what runs a block of steps; and a note on the rivals. `stack`: keeps what the rivals need."""
     bench = StepBench(comm, load)
@@ -148,7 +148,7 @@ def _tuned(comm: Communicator, way: Way) -> Way:
     return way[0], {**way[1], **cls.tune(cls.Options(**way[1]), comm)}
 
 
-def compare(table: FigureTable, label: str, measured: Measured) -> list[Comparison]:
+def compare(table: FigureTable, label: str, measured: MeasuredWays) -> list[Comparison]:
     """Every way against tuned DDP, and what else is wanted."""
     samples = {name: row[WALL] for name, row in table.rows.items()}
     found = [
@@ -165,9 +165,9 @@ def compare(table: FigureTable, label: str, measured: Measured) -> list[Comparis
     ]  # fmt: skip
 
 
-def _target(wanted: Mapping[tuple[str, str], float], name: str, label: str) -> Target | None:
+def _target(wanted: Mapping[tuple[str, str], float], name: str, label: str) -> Goal | None:
     value = wanted.get((name, label))
-    return Target(value) if value is not None else None
+    return Goal(value) if value is not None else None
 
 
 def timed(comm: Communicator, load: Load, step: Callable[[], None]) -> Cost:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed
 
-from hpctrain.bench.comparison import Comparison, Target, difference, ratio
+from hpctrain.bench.comparison import Comparison, Goal, difference, ratio
 from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.bench.rivals import process_group
 from hpctrain.comm.base import Arena, Communicator
@@ -53,9 +53,9 @@ def _against_rivals(table: FigureTable, label: str) -> Iterator[Comparison]:
     if PLAIN in samples:
         own, plain = samples["library"], samples[PLAIN]
         large = SIZES[label] >= LARGE
-        yield ratio(f"library / {PLAIN}", label, own, plain, Target(LONGER) if large else None)
+        yield ratio(f"library / {PLAIN}", label, own, plain, Goal(LONGER) if large else None)
         if not large:
-            yield difference(f"library - {PLAIN}, us", label, own, plain, 1e3, Target(SLACK_US))
+            yield difference(f"library - {PLAIN}, us", label, own, plain, 1e3, Goal(SLACK_US))
         yield ratio(f"{first} / {GLOO}", label, samples[first], samples[GLOO])
 
 

@@ -454,11 +454,11 @@ def test_ratio_of_blocks_and_its_interval():
 
 def test_exposed_communication_is_what_a_step_takes_longer():
     mine, other, without = (Sample(values, "ms") for values in ((14.0, 16.0), (20.0, 20.0), (10.0, 10.0)))
-    found = comparison.exposed("x", "ms", mine, other, without, comparison.Target(0.4))
+    found = comparison.exposed("x", "ms", mine, other, without, comparison.Goal(0.4))
     assert found.value == pytest.approx(0.5)
     assert found.verdict == "not met, not certain"  # 0.4 to 0.6, and far beyond, with two blocks
-    assert comparison.Comparison("x", "ms", 0.5, 0.45, 0.6, 9, comparison.Target(0.4)).verdict == "not met"
-    assert comparison.Target(0.4, at_least=True).met(found.value)
+    assert comparison.Comparison("x", "ms", 0.5, 0.45, 0.6, 9, comparison.Goal(0.4)).verdict == "not met"
+    assert comparison.Goal(0.4, at_least=True).met(found.value)
 
 
 def test_one_block_has_no_interval():
@@ -492,7 +492,7 @@ def test_every_value_as_csv_and_comparisons_as_a_picture(tmp_path: Path):
 def test_page_has_command_date_and_verdicts():
     page = runpy.run_path(str(Path(__file__).parents[2] / "analysis" / "performance_page.py"))
     table = FigureTable("limits", "limits", ["GB/s"], {"copy": {"GB/s": Sample((1.0,), "GB/s")}})
-    table.comparisons = [comparison.Comparison("copy", "GB/s", 1.0, 0.9, 1.1, 3, comparison.Target(0.5))]
+    table.comparisons = [comparison.Comparison("copy", "GB/s", 1.0, 0.9, 1.1, 3, comparison.Goal(0.5))]
     about = {"command": "hpctrain bench limits", "measured": "2026-01-01 10:00 UTC", "commit": "abc"}
     text = "\n".join(page["page"]({"limits": {**about, **Report([table]).plain()}}))
     assert "## `hpctrain bench limits`\n\n2026-01-01 10:00 UTC, commit abc, " in text
