@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from hpctrain import __version__
 from hpctrain.errors import HpctrainError
-from hpctrain.filenames import JOB
+from hpctrain.filenames import JOB, LATEST
 from hpctrain.text import escaped, shown_path
 
 if TYPE_CHECKING:
@@ -214,23 +214,31 @@ def _resume_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _job_file(options: argparse.Namespace) -> str:
+    """The job file that the options name, or mean by `--resume RUN`. Raises JobError."""
+    resume, path = options.resume, options.job
+    if resume not in (None, "here", LATEST):
+        if path is None:
+            path = os.path.join(resume, JOB)
+        elif "=" in path and not os.path.exists(path):
+            options.overrides.insert(0, path)  # `train --resume RUN key=value`
+            options.job = path = os.path.join(resume, JOB)
+    path = _named(path)
+    if resume is None and options.reset_optimizer:
+        from hpctrain.errors import JobError
+
+        raise JobError("--reset-optimizer: there is nothing to reset without --resume RUN")
+    return path
+
+
 def _load(options: argparse.Namespace) -> tuple[Job, Resume | None]:
     """The job, and what to resume from, if anything."""
-    from hpctrain.errors import JobError
     from hpctrain.job import Job
-    from hpctrain.run.resume import LATEST, Resume
+    from hpctrain.run.resume import Resume
 
-    resume, path = options.resume, options.job
-    if path is None and resume not in (None, "here", LATEST):
-        path = os.path.join(resume, JOB)
-    elif path is not None and "=" in path and resume not in (None, "here", LATEST) and not os.path.exists(path):
-        options.overrides.insert(0, path)  # `train --resume RUN key=value`
-        options.job = path = os.path.join(resume, JOB)
-    path = _named(path)
+    path, resume = _job_file(options), options.resume
     job = Job.load(path, options.overrides)
     if resume is None:
-        if options.reset_optimizer:
-            raise JobError("--reset-optimizer: there is nothing to reset without --resume RUN")
         return job, None
     optimizer: Literal["keep", "reset"] = "reset" if options.reset_optimizer else "keep"
     if resume == LATEST:
@@ -253,8 +261,10 @@ def _train(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from hpctrain import launcher
+    from hpctrain.launcher.mpiexec import LibraryQuery
 
-    _load(options)  # report a mistake in the job file before any rank is started
+    _job_file(options)  # rank 0 reports mistakes in the file: to read it here as well would delay the ranks by 0.3 s
+    asked = LibraryQuery()
     command = [sys.executable, "-m", "hpctrain", "train"]
     if options.job is not None:
         command += [options.job, *options.overrides]
@@ -262,7 +272,7 @@ def _run(options: argparse.Namespace) -> int:
         command += [f"--resume={options.resume}"]
     if options.reset_optimizer:
         command += ["--reset-optimizer"]
-    return launcher.run(options.n, command)
+    return launcher.run(options.n, command, asked=asked)
 
 
 def _evaluate(options: argparse.Namespace) -> int:

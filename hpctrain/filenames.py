@@ -8,3 +8,4 @@ REPORT = "report.html"
 RUN = "run.toml"  # what distinguishes this run from others: its Slurm job, the overrides it was started with
 HISTORY = "history.jsonl"  # what was changed when it was resumed, a line each
 LOCK = "run.lock"  # while a process uses the folder
+LATEST = "latest"  # instead of a run folder: the newest unfinished run with an equal job

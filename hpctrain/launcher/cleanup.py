@@ -75,24 +75,26 @@ def _in_use() -> set[str]:
 
 @contextlib.contextmanager
 def watcher(launcher: int, mark: str, started: float, grace: float) -> Iterator[None]:
-    """While entered, a separate process watches this one, and cleans up if it is killed."""
+    """While entered, a separate process watches this one, and cleans up if it is killed.
+
+    Until then it is a shell, not yet Python: that would start beside the ranks and take their time.
+    """
     root = str(Path(__file__).resolve().parents[2])
     code = "import sys; sys.path.insert(0, sys.argv[1]); from hpctrain.launcher import watch; watch(*sys.argv[2:])"
     argv = [sys.executable, "-c", code, root, str(launcher), mark, str(started), str(grace)]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True) as process:
+    shell = ["/bin/sh", "-c", 'read -r line || exec "$@"', "watcher"]
+    with subprocess.Popen([*shell, *argv], stdin=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdin is not None
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
-                process.stdin.write(b"done")
+                process.stdin.write(b"done\n")
                 process.stdin.close()
 
 
 def watch(launcher: str, mark: str, started: str, grace: str) -> None:
-    """The watcher process's main function. Input that ends without any data means that `hpctrain run` was killed."""
-    if os.read(0, 16):
-        return
+    """The watcher process's main function, once its input has ended without a line: `hpctrain run` was killed."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(int(launcher), signal.SIGUSR1)
     deadline = Deadline(float(grace), stopping_file(mark))

@@ -64,31 +64,58 @@ class Mpi:
         return launcher_of(self.library.kind).prints_codes
 
 
+class LibraryQuery:
+    """Asks mpi4py for its library, in a child that does not initialise MPI: it runs while the caller does other work.
+
+    Ask for the answer only once.
+    """
+
+    def __init__(self, python: str = sys.executable) -> None:
+        self._child = subprocess.Popen(
+            [python, "-c", PROBE],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=without_launcher(os.environ),
+        )
+
+    def answer(self) -> Library:
+        """Raises ClusterError if no library loads."""
+        with self._child as child:
+            try:
+                output, errors = child.communicate(timeout=60)
+            except BaseException as error:
+                child.kill()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                raise ClusterError("mpi4py did not load its MPI library within 60 s; check the file system") from error
+        return _library(output, errors, child.returncode)
+
+
 def find_library(python: str = sys.executable) -> Library:
-    """Query mpi4py in a child that does not initialise MPI (0.1 s). Raises ClusterError if no library loads."""
-    argv = [python, "-c", PROBE]
-    clean = without_launcher(os.environ)
-    try:
-        done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=60, env=clean)
-    except subprocess.TimeoutExpired as error:
-        raise ClusterError("mpi4py did not load its MPI library within 60 s; check the file system") from error
-    if done.returncode or not done.stdout.strip():
-        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+    """The library that mpi4py loads (takes 0.1 s). Raises ClusterError if none loads."""
+    return LibraryQuery(python).answer()
+
+
+def _library(output: str, errors: str, status: int) -> Library:
+    if status or not output.strip():
+        reason = (errors.strip().splitlines() or [f"status {status}"])[-1]
         raise ClusterError(
             f"mpi4py cannot load an MPI library ({reason}); install one (pip install mpich) "
             "or load the cluster's MPI module"
         )
-    vendor, version, paths = json.loads(done.stdout.strip().splitlines()[-1])
+    vendor, version, paths = json.loads(output.strip().splitlines()[-1])
     return Library(_library_kind(vendor), version.splitlines()[0].strip(), paths[0] if paths else "")
 
 
-def find_mpiexec(python: str = sys.executable) -> Mpi:
-    """The mpiexec of the library that mpi4py loads.
+def find_mpiexec(python: str = sys.executable, asked: LibraryQuery | None = None) -> Mpi:
+    """The mpiexec of the library that mpi4py loads. `asked`: a query that was started before.
 
     Searches beside that library, beside Python, then on the path. Raises ClusterError when only launchers of another
     MPI are found: with one of those, every rank would run as if it were alone.
     """
-    library = find_library(python)
+    library = asked.answer() if asked is not None else find_library(python)
     others = []
     for path in _candidates(library, python):
         kind, major = launcher_kind(path)

@@ -19,26 +19,33 @@ from hpctrain.launcher.cleanup import clear, watcher
 from hpctrain.launcher.deadline import Deadline, stopping_file, unfinished
 from hpctrain.launcher.environment import rank_environment
 from hpctrain.launcher.facts import MARK, STOPPING
-from hpctrain.launcher.mpiexec import find_mpiexec
+from hpctrain.launcher.mpiexec import LibraryQuery, find_mpiexec
 from hpctrain.launcher.output import Pump
+from hpctrain.launcher.processes import wait
 from hpctrain.launcher.rankwatch import RankWatch, verdict
 
 GRACE = 10.0  # seconds between asking the ranks to stop and killing them, unless they announce that they will stop
 
 
 def run(
-    count: int, command: Sequence[str], *, grace: float = GRACE, environment: Mapping[str, str] | None = None
+    count: int,
+    command: Sequence[str],
+    *,
+    grace: float = GRACE,
+    environment: Mapping[str, str] | None = None,
+    asked: LibraryQuery | None = None,
 ) -> int:
     """Start `command` on `count` ranks, forward their output line by line, and return the job's exit status.
 
     SIGINT, SIGTERM or SIGHUP asks the ranks to stop (SIGUSR1). After `grace` seconds (or later, while a step or a
     checkpoint can be expected to end), or on a second signal, they are killed and the status is 137. A message names a
     rank that was killed or exited silently. However the job ends, it leaves no rank and no file of the MPI library on
-    this machine. Signals are handled in the main thread only. Raises ClusterError when no mpiexec fits.
+    this machine. Signals are handled in the main thread only. Raises ClusterError when no mpiexec fits. `asked`: see
+    `find_mpiexec`.
     """
     if count < 1:
         raise ClusterError(f"-n {count}: at least 1 rank is needed")
-    mpi = find_mpiexec()
+    mpi = find_mpiexec(asked=asked)
     variables = rank_environment(mpi.library, {**os.environ, **(environment or {})})
     mark = variables[MARK] = uuid.uuid4().hex
     variables[STOPPING] = str(stopping_file(mark))
@@ -131,8 +138,7 @@ class _Job:
             if self.deadline.long() and not self._explained:
                 _say("waiting for the step in progress and its checkpoint; press Ctrl-C again to stop at once")
                 self._explained = True
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(0.1)
+            wait(self.process, 0.1)
         return True
 
 

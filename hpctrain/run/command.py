@@ -38,7 +38,8 @@ def main(load: Callable[[], tuple[Job, Resume | Path | str | None]]) -> int:
     job: Job | None = None
     resume: Resume | Path | str | None = None
     try:
-        job, resume = load()
+        with _imports_kept():
+            job, resume = load()
     except HpctrainError as mistake:
         error = mistake
     rank = launched_rank(os.environ)

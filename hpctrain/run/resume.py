@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hpctrain.errors import JobError
+from hpctrain.filenames import LATEST
 from hpctrain.job.messages import value_text
 
-LATEST = "latest"
 MOST_SHOWN = 6  # maximum number of changes listed in one sentence
 
 # Keys that do not affect a run's numbers. They may differ between a run and its continuation, and do not distinguish

@@ -296,9 +296,9 @@ def test_resume_option_on_the_command_line(folder: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("words", [["--reset-optimizer"], ["--reset-optimizer", "--resume=latest"]])
-def test_reset_optimizer_needs_a_run(folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]):
+def test_reset_optimizer_needs_a_run(folder: Path, words: list[str], capfd: pytest.CaptureFixture[str]):
     assert main(["run", "digits.toml", *words]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capfd.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("keys", [{"changes": "yes"}, {"optimizer": "no"}])
