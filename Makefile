@@ -32,7 +32,7 @@ MPIEXEC = $(1)/bin/python -c 'import sys; from hpctrain.launcher import run; sys
 # A rank that waits inside MPI cannot be interrupted by a signal: the thread method ends it.
 UNDER_MPI = -m pytest -q --color=no --with-mpi --timeout 120 --timeout-method=thread tests/mpi
 
-.PHONY: demo test test-unit test-mpich test-slow test-openmpi test-slurm test-hosts test-gpu gpu-wheels lint bench study-async clean
+.PHONY: demo test test-unit test-mpich test-slow test-openmpi test-slurm test-hosts test-gpu gpu-wheels lint lint-mypy lint-imports bench study-async clean
 .DELETE_ON_ERROR:
 
 demo: $(MPICH)/.installed
@@ -73,9 +73,14 @@ gpu-wheels:
 
 lint: $(MPICH)/.tests
 	$(MPICH)/bin/ruff check .
-	$(MPICH)/bin/mypy
-	$(MPICH)/bin/lint-imports
 	$(MPICH)/bin/shellcheck slurm/*.sbatch .ci/run
+	@$(MAKE) --no-print-directory -j 2 lint-mypy lint-imports
+
+lint-mypy:
+	$(MPICH)/bin/mypy
+
+lint-imports:
+	$(MPICH)/bin/lint-imports
 
 bench: $(MPICH)/.installed
 	$(MPICH)/bin/hpctrain bench
