@@ -34,7 +34,9 @@ class Ended:
 
 def pytest_configure() -> None:
     """Under nohup SIGHUP is ignored, also by processes that tests start. Imported objects are excluded from garbage
-    collection."""
+    collection. Processes that share the cores, and what they start, use one torch thread each."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     gc.disable()
 
