@@ -173,7 +173,7 @@ def update_table(comm: Communicator, device: torch.device, elements: int, progre
         model = nn.Module()
         model.weight = nn.Parameter(torch.zeros(elements, device=device))
         replica = Replica(model)
-        replica.place(comm, shared=False)
+        replica.place(comm, "rank")
         choice = OptimizerChoice.of(cls, options, True, device)
         update = updating(choice, replica.layout).make(replica.values, 0, replica.layout.length)
         _add_row(table, name, _repeated(device, partial(update.apply, replica.gradient, 1.0)), arenas * 4 * elements)

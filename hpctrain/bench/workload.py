@@ -14,6 +14,7 @@ from hpctrain.cluster import assign_roles
 from hpctrain.comm.base import Communicator
 from hpctrain.models.mlp import mlp
 from hpctrain.models.resnet18 import resnet18
+from hpctrain.replica.arenas import Placement
 from hpctrain.replica.optimizer import OptimizerChoice
 from hpctrain.replica.replica import Replica
 from hpctrain.run.phase import split_by_role, updating
@@ -66,12 +67,13 @@ class Workload:
         roles = assign_roles(self.comm.nodes, *type(strategy).roles(strategy.options))
         comm, workers = split_by_role(self.comm, roles)
         # Otherwise the strategy would exchange messages although it was asked to share memory.
-        node = strategy.needs.parameters == "node" and self.device.type == "cpu"
-        shared = node and comm.can_share(2 * replica.layout.length * 4) is None
-        replica.place(comm, shared)
+        placement: Placement = strategy.needs.placement(comm.nodes) if self.device.type == "cpu" else "rank"
+        if placement != "rank" and comm.can_share(2 * replica.layout.length * 4) is not None:
+            placement = "rank"
+        replica.place(comm, placement)
         return Phase(
             0,
-            Members(comm, workers, roles, shared),
+            Members(comm, workers, roles, placement),
             replica,
             updating(self.choice, replica.layout),
             Dealing(self.load.batch, queue="shared", epoch=total),

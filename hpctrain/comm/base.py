@@ -235,6 +235,11 @@ class Communicator(ABC):
         """How many of this rank's latest notifications some rank of the node has yet to match; 0: `wait(arena)` would
         return at once. What every rank wrote before the others is visible here. Never waits."""
 
+    @abstractmethod
+    def sync(self, arena: Arena) -> None:
+        """Order this rank's accesses to its node-shared arena and its messages: what it wrote before this call is there
+        for a rank of the node that receives a message sent after it, and then calls this, too. Never waits."""
+
     # -- time, threads -----------------------------------------------------------------------------------
     @abstractmethod
     def now(self) -> int:

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hpctrain.comm.base import Arena, Communicator
+from hpctrain.comm.base import Arena, Buffer, Communicator
 from hpctrain.errors import ModelError
 from hpctrain.models.wrappers import named_parameters
-from hpctrain.replica.arenas import NodeArenas, OwnPart, Placed
+from hpctrain.replica.arenas import NodeArenas, OwnPart, Placed, Placement
 from hpctrain.replica.layout import ParameterGroups, Slot, lay_out
 from hpctrain.replica.tensors import as_tensor
 
@@ -59,8 +59,14 @@ class Replica:
     # -- arenas --------------------------------------------------------------------------------------------
     @property
     def value_arena(self) -> Arena:
-        """The arena of the parameters: `parts[0]` if node-shared, else `mine`. RuntimeError before `place`."""
+        """The arena of the parameters; this rank's lie in `value_buffer`. RuntimeError before `place`."""
         return self._arenas().values
+
+    @property
+    def value_buffer(self) -> Buffer:
+        """The parameters that this rank reads: `value_arena.parts[0]` if they exist once per node, else
+        `value_arena.mine`. RuntimeError before `place`."""
+        return self._arenas().read
 
     @property
     def gradient_arena(self) -> Arena:
@@ -72,17 +78,14 @@ class Replica:
             raise RuntimeError("the replica has no arenas: call place() first (release() gives them back)")
         return self._placed
 
-    def place(self, comm: Communicator, shared: bool) -> None:
-        """Place the arenas, or move them, keeping the values. Collective over `comm`.
-
-        `shared`: gradients in node-shared arenas and the parameters once per node (with the values of the node's first
-        rank); otherwise both are private.
-        """
+    def place(self, comm: Communicator, placement: Placement) -> None:
+        """Place the arenas, or move them, keeping the values; those of a node's first rank where they exist once per
+        node. Collective over `comm`."""
         old, before = self._owned(), self._placed
-        placed = self._place_shared(comm) if shared else self._place_privately(comm)
-        values = as_tensor(placed.values.parts[0])
-        moved = before is None or placed.values is not before.values
-        if moved and (not shared or comm.local_rank == 0):
+        placed = self._place_privately(comm) if placement == "rank" else self._place_shared(comm, placement)
+        values = as_tensor(placed.read)
+        moved = before is None or placed.read is not before.read
+        if moved and (placement != "node" or comm.local_rank == 0):
             self._copy_values(values)
         comm.notify(placed.values)
         comm.wait(placed.values)
@@ -95,31 +98,31 @@ class Replica:
             if arena not in kept:
                 arena.free()
 
-    def _place_shared(self, comm: Communicator) -> Placed:
-        if self._shared is None or not self._shared.fits(comm):
-            self._shared = NodeArenas(comm, self.layout)  # `place` frees the old ones
+    def _place_shared(self, comm: Communicator, placement: Placement) -> Placed:
+        if self._shared is None or not self._shared.fits(comm, placement):  # `place` frees the old ones
+            self._shared = NodeArenas(comm, self.layout, placement == "copies", self._shared)
         self._shared.clear()
-        return self._shared.placed
+        return self._shared.placed(placement)
 
     def _place_privately(self, comm: Communicator) -> Placed:
         """Reuses this rank's part of the shared gradient arena while it exists."""
         values = comm.arena(self.layout.length, self.layout.dtype, "rank")
         if self._shared is None:
-            return Placed(values, comm.arena(self.layout.length, self.layout.dtype, "rank"))
+            return Placed(values, comm.arena(self.layout.length, self.layout.dtype, "rank"), values.mine)
         self._shared.clear()
-        return Placed(values, OwnPart(self._shared.placed.gradient))
+        return Placed(values, OwnPart(self._shared.gradient), values.mine)
 
-    def keeps_shared(self, comm: Communicator) -> bool:
-        """Whether a shared placement over `comm` can reuse arenas of an earlier one.
+    def keeps_shared(self, comm: Communicator, placement: Placement) -> bool:
+        """Whether this placement over `comm`, which is not "rank", can reuse arenas of an earlier one.
 
         Shared arenas are kept until `release`: touching new shared memory takes several times as long as copying the
         data into it, and would delay the change of phases.
         """
-        return self._shared is not None and self._shared.fits(comm)
+        return self._shared is not None and self._shared.fits(comm, placement)
 
     def _owned(self) -> dict[Arena, None]:
-        """All existing arenas, in the order of their creation."""
-        pairs = [self._shared.placed if self._shared is not None else None, self._placed]
+        """All existing arenas, in the same order on all ranks."""
+        pairs = [self._shared, self._placed]
         return dict.fromkeys(arena for pair in pairs if pair is not None for arena in (pair.values, pair.gradient))
 
     def release(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hpctrain.clock.decisions import Conductor
 from hpctrain.cluster import Roles
 from hpctrain.comm.base import Communicator
+from hpctrain.replica.arenas import Placement
 from hpctrain.run import folder as runfolder
 from hpctrain.run.active import ActiveRun
 from hpctrain.run.phase import split_by_role, updating
@@ -67,15 +68,15 @@ class Entrance:
         """Place the replica's arenas, and couple the workers' models. Collective over all ranks."""
         run, prepared, before = self._run, self._run.prepared, self._before
         comm, workers = self._communicators(roles)
-        shared = self._may_share(comm, strategy)
+        placement = self._placement(comm, strategy)
         with comm.span("switch"):
-            prepared.replica.place(comm, shared)
+            prepared.replica.place(comm, placement)
             if workers is not None:
                 prepared.coupling.join(workers)
         if before is not None:
             prepared.untrained.share(run.comm, set(roles.workers) - set(before.workers))
         equal = before is not None and len(before.workers) == comm.size and len(set(comm.nodes)) == 1
-        return Members(comm, workers, roles, shared, equal)
+        return Members(comm, workers, roles, placement, equal)
 
     def _communicators(self, roles: Roles) -> tuple[Communicator, Communicator | None]:
         """Of all ranks and of the workers; kept for later phases with equal roles, as a split takes milliseconds."""
@@ -83,24 +84,20 @@ class Entrance:
             self._split[roles] = split_by_role(self._run.comm, roles)
         return self._split[roles]
 
-    def _may_share(self, comm: Communicator, strategy: Strategy) -> bool:
-        if not self._shares(strategy):  # the same on all ranks
-            return False
-        replica = self._run.prepared.replica
-        layout = replica.layout
-        if replica.keeps_shared(comm):
-            return True
-        why = comm.can_share(layout.length * layout.dtype.itemsize * 2)
+    def _placement(self, comm: Communicator, strategy: Strategy) -> Placement:
+        """Where the phase's arenas lie: as the strategy needs, if memory may and can be shared. The same on all ranks;
+        collective."""
+        prepared = self._run.prepared
+        placement, replica = strategy.needs.placement(comm.nodes), prepared.replica
+        allowed = self._run.job.communicator.shared and prepared.device.type == "cpu" and prepared.optimizer.elementwise
+        if placement == "rank" or not allowed:
+            return "rank"
+        if replica.keeps_shared(comm, placement):
+            return placement
+        why = comm.can_share(replica.layout.length * replica.layout.dtype.itemsize * 2)
         if why is not None:
             self._run.out.say(f"not sharing memory between the ranks of a node: {why}")
-        return comm.gather_json(why is None).count(False) == 0
-
-    def _shares(self, strategy: Strategy) -> bool:
-        """Whether this phase uses node-shared arenas, if memory allows."""
-        prepared = self._run.prepared
-        elementwise, on_cpu = prepared.optimizer.elementwise, prepared.device.type == "cpu"
-        allowed = self._run.job.communicator.shared and on_cpu
-        return strategy.needs.parameters == "node" and elementwise and allowed
+        return "rank" if comm.gather_json(why is None).count(False) else placement
 
     def _conductor(self, comm: Communicator) -> Conductor:
         """The phase's conductor; in a resumed phase its rule continues. Collective over all ranks."""

@@ -18,6 +18,7 @@ from hpctrain.replica.state import Own
 
 if TYPE_CHECKING:
     from hpctrain.comm.base import Communicator
+    from hpctrain.replica.arenas import Placement
     from hpctrain.replica.state import State
     from hpctrain.strategies.phase import Phase
 
@@ -28,9 +29,14 @@ Result = Literal["applied", "dropped", "local", "skipped"]
 class Needs:
     """A strategy's requirements, known before it joins."""
 
-    parameters: Literal["node", "rank"] = "rank"  # node: works with parameters that exist once per node
+    parameters: Placement = "rank"  # where parameters and gradients lie, if the ranks of a node can share memory
+    across: Placement | None = None  # the same where the ranks are on several nodes; None: as on one
     lockstep: bool = True  # all workers take every step together, as train.sync_batchnorm requires
     queue: bool = False  # samples are dealt from a queue, not by rounds of all workers
+
+    def placement(self, nodes: Sequence[int]) -> Placement:
+        """Where parameters and gradients should lie, if rank r is on node `nodes[r]`."""
+        return self.across if self.across is not None and len(set(nodes)) > 1 else self.parameters
 
 
 class Outcome(NamedTuple):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from hpctrain.comm.base import Communicator
+    from hpctrain.replica.arenas import Placement
     from hpctrain.replica.replica import Replica
     from hpctrain.replica.update import Update
 
@@ -24,10 +25,15 @@ class Members:
     comm: Communicator  # all ranks, servers included
     workers: Communicator | None  # the workers only, in rank order; None on a dedicated server
     roles: Roles
-    shared: bool = False  # the replica's arenas are node-shared
+    placement: Placement = "rank"  # of the replica's arenas
     # All ranks hold the same parameters before the phase, as after a phase in which all were workers (on one node only,
     # because different processors may round differently).
     equal: bool = False
+
+    @property
+    def shared(self) -> bool:
+        """Whether the replica's arenas are memory that the ranks of a node share."""
+        return self.placement != "rank"
 
 
 @dataclass(frozen=True)

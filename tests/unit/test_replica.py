@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hpctrain.comm.base import BFLOAT16, Communicator
 from hpctrain.comm.virtual.world import World
 from hpctrain.errors import ModelError
+from hpctrain.replica.arenas import Placement
 from hpctrain.replica.buckets import Buckets
 from hpctrain.replica.layout import ALIGNMENT
 from hpctrain.replica.replica import Replica
@@ -41,7 +42,7 @@ def test_tied_weights_are_stored_once_and_get_both_gradients() -> None:
         model = Tied()
         twin = copy.deepcopy(model)
         replica = Replica(model)
-        replica.place(comm, shared=False)
+        replica.place(comm, "rank")
         assert [slot.name for slot in replica.layout.slots] == ["embed.weight"]
         for net in (model, twin):
             net(torch.tensor([1, 2])).square().sum().backward()
@@ -62,7 +63,7 @@ def test_frozen_parameters_are_left_out() -> None:
         frozen = model[0].weight.clone()
         replica = Replica(model)
         assert [slot.name for slot in replica.layout.slots] == ["0.bias", "1.weight", "1.bias"]
-        replica.place(comm, shared=False)
+        replica.place(comm, "rank")
         replica.values.fill_(1.0)
         assert torch.equal(model[0].weight, frozen)
         replica.check()
@@ -94,7 +95,7 @@ def test_scalars_and_empty_parameters() -> None:
     def body(comm: Communicator) -> None:
         model = Odd()
         replica = Replica(model)
-        replica.place(comm, shared=False)
+        replica.place(comm, "rank")
         assert model.scale.shape == ()
         assert model.none.shape == (0, 4)
         (model.scale * model.row.sum() + model.none.sum()).backward()
@@ -116,7 +117,7 @@ def test_non_contiguous_parameters_keep_their_values(kind: str) -> None:
             model.bias = nn.Parameter(torch.ones(1).expand(4))
         twin, x = copy.deepcopy(model), torch.randn(2, 3, 5, 5)
         replica = Replica(model)
-        replica.place(comm, shared=False)
+        replica.place(comm, "rank")
         assert torch.equal(model.weight, twin.weight)
         torch.testing.assert_close(model(x), twin(x))
         model(x).square().sum().backward()
@@ -181,7 +182,7 @@ def test_broken_views_are_detected(name: str) -> None:
     def body(comm: Communicator) -> None:
         model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
         replica = Replica(model)
-        replica.place(comm, shared=False)
+        replica.place(comm, "rank")
         replica.check()
         breaks(model)
         with pytest.raises(ModelError, match=message):
@@ -194,7 +195,7 @@ def test_in_place_changes_are_accepted() -> None:
     def body(comm: Communicator) -> None:
         model: Any = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
         replica = Replica(model)
-        replica.place(comm, shared=False)
+        replica.place(comm, "rank")
         model.load_state_dict(copy.deepcopy(model).state_dict())
         model.zero_grad(set_to_none=False)
         nn.init.ones_(model[0].weight)
@@ -206,14 +207,17 @@ def test_in_place_changes_are_accepted() -> None:
 
 
 # -- placing --------------------------------------------------------------------------------------------------
+PLACEMENTS: list[Placement] = ["rank", "node", "node", "rank", "copies", "node", "copies", "rank", "rank", "node"]
+
+
 def test_arenas_keep_values_when_placed_again() -> None:
     def body(comm: Communicator) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
         before = [p.detach().clone() for p in model.parameters()]
         replica = Replica(model)
-        for shared in (False, True, True, False, False, True):
-            replica.place(comm, shared)
+        for placement in PLACEMENTS:
+            replica.place(comm, placement)
             assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
             assert not replica.gradient.any()
             replica.check()
@@ -236,14 +240,14 @@ def test_parameters_exist_once_per_node_when_shared() -> None:
         replica = Replica(model)
         with torch.no_grad():
             model.weight.fill_(comm.rank)
-        replica.place(comm, shared=True)
+        replica.place(comm, "node")
         assert float(model.weight[0, 0].detach()) == (0 if comm.rank < 2 else 2)
         comm.barrier()
         if comm.rank == 0:
             replica.values.fill_(9)
         comm.barrier()
         seen = float(model.weight[0, 0].detach())
-        replica.place(comm, shared=False)  # from now on each rank has its own
+        replica.place(comm, "rank")  # from now on each rank has its own
         replica.values.fill_(float(comm.rank))
         comm.barrier()
         assert float(model.weight[0, 0].detach()) == comm.rank
@@ -259,24 +263,24 @@ def test_shared_arenas_are_kept_for_reuse() -> None:
         replica = Replica(nn.Linear(3, 2))
         half = comm.split(comm.rank // 2, comm.rank)
         assert half is not None
-        assert not replica.keeps_shared(comm)
-        replica.place(comm, shared=True)
+        assert not replica.keeps_shared(comm, "node")
+        replica.place(comm, "node")
         shared = replica.value_arena
-        assert replica.keeps_shared(comm)
-        assert not replica.keeps_shared(half)
-        replica.place(comm, shared=False)
-        assert replica.keeps_shared(comm)
+        assert replica.keeps_shared(comm, "node")
+        assert not replica.keeps_shared(half, "node")
+        replica.place(comm, "rank")
+        assert replica.keeps_shared(comm, "node")
         assert len(replica.gradient_arena.parts) == 1
         replica.values.fill_(comm.rank + 1.0)
         replica.gradient.fill_(7.0)
-        replica.place(comm, shared=True)
+        replica.place(comm, "node")
         assert replica.value_arena is shared
         assert all((p == 1.0).all() for p in replica.model.parameters())
         assert not replica.gradient.any()
-        replica.place(half, shared=True)
+        replica.place(half, "node")
         assert replica.value_arena is not shared
         replica.release()
-        assert not replica.keeps_shared(half)
+        assert not replica.keeps_shared(half, "node")
 
     World(4).run(body)
 
@@ -289,7 +293,7 @@ def test_only_a_placed_replica_has_arenas() -> None:
                 replica.value_arena  # noqa: B018
             with pytest.raises(RuntimeError, match="call place"):
                 replica.gradient_arena  # noqa: B018
-            replica.place(comm, shared=False)
+            replica.place(comm, "rank")
             replica.gradient.fill_(3.0)
             assert (replica.gradient_arena.mine == 3.0).all()
             assert as_array(replica.values)[:3].tolist() == replica.value_arena.mine[:3].tolist()
@@ -381,7 +385,7 @@ def test_buckets_are_ready_from_the_end_once_each_in_one_order() -> None:
     def body(comm: Communicator) -> None:
         model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(5)])
         replica = Replica(model)
-        replica.place(comm, shared=False)
+        replica.place(comm, "rank")
         ready: list[tuple[int, int]] = []
         buckets = Buckets(replica, 2000, lambda low, high: ready.append((low, high)), lambda: None)
         model(torch.ones(1, 16)).sum().backward()

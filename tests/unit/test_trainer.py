@@ -21,10 +21,10 @@ def trainer_of(prepared: Prepared, comm: Communicator, coupling: Coupling) -> Tr
     """Of the job's first phase. Collective."""
     strategy, roles = prepared.strategy(0), prepared.roles[0]
     everybody, workers = split_by_role(comm, roles)
-    prepared.replica.place(everybody, True)
+    prepared.replica.place(everybody, "node")
     phase = Phase(
         0,
-        Members(everybody, workers, roles, shared=True),
+        Members(everybody, workers, roles, placement="node"),
         prepared.replica,
         updating(prepared.optimizer, prepared.replica.layout),
         Dealing(prepared.batch, epoch=prepared.order.length),

@@ -186,6 +186,10 @@ class DeviceCommunicator(Communicator):
     def behind(self, arena: Arena) -> int:
         return 0 if isinstance(arena, (DeviceArena, PinnedArena)) else self.inner.behind(arena)
 
+    def sync(self, arena: Arena) -> None:
+        if not isinstance(arena, (DeviceArena, PinnedArena)):
+            self.inner.sync(arena)
+
     # -- time, threads -------------------------------------------------------------------------------------
     def now(self) -> int:
         return self.inner.now()

@@ -222,6 +222,10 @@ class MpiCommunicator(Communicator):
     def behind(self, arena: Arena) -> int:
         return arena.behind() if isinstance(arena, SharedArena) else 0
 
+    def sync(self, arena: Arena) -> None:
+        if isinstance(arena, SharedArena):
+            arena.sync()
+
     # -- time, threads -------------------------------------------------------------------------------------
     def now(self) -> int:
         return time.monotonic_ns()

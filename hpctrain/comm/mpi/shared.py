@@ -62,6 +62,10 @@ class SharedArena(Arena):
         self.epoch += 1
         self._epochs[self._rank][0] = self.epoch
 
+    def sync(self) -> None:
+        """A memory barrier: the message that follows or precedes it then orders the accesses of both ranks."""
+        self._window.Sync()
+
     def arrived(self) -> bool:
         """Whether every rank of the node has published as often as this one."""
         epoch = self.epoch

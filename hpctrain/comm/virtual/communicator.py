@@ -213,6 +213,9 @@ class VirtualCommunicator(Communicator):
         assert isinstance(arena, VirtualArena)
         return arena.epochs[arena.index] - min(arena.epochs)
 
+    def sync(self, arena: Arena) -> None:
+        """Nothing to do: only one rank runs at a time."""
+
     def _meet(self, what: str, ranks: Sequence[int], value: Any) -> list[Any]:
         """The values of these ranks, in their order; waits until all have arrived."""
         self._count += 1

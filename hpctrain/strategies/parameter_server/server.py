@@ -18,6 +18,7 @@ from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import nan_error, sum_error
 from hpctrain.strategies.parameter_server.coordinator import MODES, Coordinator, Message, Terms
 from hpctrain.strategies.parameter_server.corrections import DelayCompensation
+from hpctrain.strategies.parameter_server.links import MessageLink, memory_link, near
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions
 from hpctrain.strategies.parameter_server.wire import (
     Decision,
@@ -35,9 +36,10 @@ from hpctrain.strategies.phase import Phase
 if TYPE_CHECKING:
     import torch
 
-    from hpctrain.comm.base import Arena, Buffer, Communicator, Request, Share
+    from hpctrain.comm.base import Buffer, Communicator, Request, Share
     from hpctrain.errors import NanError
     from hpctrain.replica.update import Update
+    from hpctrain.strategies.parameter_server.links import Link
 
 
 class Wiring:
@@ -57,8 +59,8 @@ class Wiring:
         ahead = np.array([phase.dealing.ahead], np.int64)  # ranks may have different values: use the coordinator's
         comm.broadcast(ahead, self.coordinator)
         self.ahead = int(ahead[0])
-        if not phase.members.equal:
-            comm.broadcast(phase.replica.value_arena.mine)
+        if not phase.members.equal and phase.members.placement != "node":
+            comm.broadcast(phase.replica.value_buffer)
 
     @property
     def coordinator(self) -> int:
@@ -72,7 +74,7 @@ class Wiring:
     def shard(self, phase: Phase) -> Buffer:
         """The slice of this rank's parameters that it serves. Only for servers."""
         index = self.servers.index(phase.comm.rank)
-        return phase.replica.value_arena.mine[self.bounds[index] : self.bounds[index + 1]]
+        return phase.replica.value_buffer[self.bounds[index] : self.bounds[index + 1]]
 
     def keepers(self) -> list[tuple[int, int, int]]:
         """The ranks that hold part of the strategy's state: the owners of shards, and the coordinator."""
@@ -99,20 +101,12 @@ class ParameterServerServer(Server):
 
     def join(self, phase: Phase, state: State | None = None) -> None:
         self.wiring = Wiring(phase, self.options)
-        shard = self.wiring.shard(phase)  # no replica is trained here
-        self.attach(phase, self.wiring, self.copied(phase, shard) if self.options.shards == "host" else shard, lane=0)
+        self.attach(phase, self.wiring, apart=self.options.shards == "host", lane=0)  # no replica is trained here
         deal_state(phase, self.wiring, state, self)
 
-    def copied(self, phase: Phase, part: Buffer) -> Buffer:
-        """A copy of this stretch of the parameters, in the memory that the options name."""
-        from hpctrain.replica.tensors import as_tensor
-
-        shard = self._memory(phase, part.size).mine
-        as_tensor(shard).copy_(as_tensor(part))
-        return shard
-
-    def attach(self, phase: Phase, wiring: Wiring, shard: Buffer, lane: int) -> None:
-        """Take over `shard`, which already holds rank 0's parameters, and allocate receive buffers. Not collective."""
+    def attach(self, phase: Phase, wiring: Wiring, apart: bool, lane: int) -> None:
+        """Take over this rank's shard, which already holds rank 0's parameters, and allocate receive buffers. `apart`:
+        in memory of its own, which the options name, unless parameters exist once per node. Not collective."""
         from hpctrain.replica.tensors import as_tensor
 
         self.phase, self.wiring, self._lane = phase, wiring, lane
@@ -120,35 +114,41 @@ class ParameterServerServer(Server):
         self.between = wiring.between_servers.lane(lane) if wiring.between_servers is not None else None
         index = wiring.servers.index(phase.comm.rank)
         self.low, self.high = wiring.bounds[index], wiring.bounds[index + 1]
-        self._shard, self.values = shard, as_tensor(shard)
+        here = wiring.shard(phase)
+        once = phase.members.placement == "node"
+        self._shard = self._copied(here) if apart and not once else here
+        self.values = as_tensor(self._shard)
         self.update: Update = phase.updating.make(self.values, self.low, self.high)
-        self._gradients = [self._buffer() for _ in wiring.workers]
-        self.pushes: list[Request | None] = [None] * len(wiring.workers)
-        self._sum = as_tensor(self._buffer().mine)
-        self._copies = {worker: self._buffer() for worker in self._copied()}
-        self._direct: list[Request] = []
-        self._sending: list[Request] = []
+        self.links = [self._link(rank) for rank in wiring.workers]
+        self._sum = as_tensor(self._buffer())
         self._compensation = DelayCompensation.of(self.options, self.values)
         self._corrects = not self.options.lockstep and self.options.momentum_correction and len(wiring.workers) > 1
         leads = phase.comm.rank == wiring.coordinator
         self.coordinator = MODES[self.options.mode](_terms(phase, self.options)) if leads else None
 
-    def _buffer(self) -> Arena:
-        return self._memory(self.phase, self.high - self.low)
-
-    def _memory(self, phase: Phase, length: int) -> Arena:
+    def _buffer(self) -> Buffer:
         share: Share = "host" if self.options.shards == "host" else "rank"
-        return phase.comm.arena(length, phase.replica.layout.dtype, share)
+        return self.phase.comm.arena(self.high - self.low, self.phase.replica.layout.dtype, share).mine
 
-    def _copied(self) -> list[int]:
-        """The workers that get a private copy of the current parameters: workers on other nodes, so that the next
-        update need not wait for the transfer, and, with delay compensation, all workers, because it needs the
-        parameters they read."""
+    def _copied(self, part: Buffer) -> Buffer:
+        from hpctrain.replica.tensors import as_tensor
+
+        shard = self._buffer()
+        as_tensor(shard).copy_(as_tensor(part))
+        return shard
+
+    def _link(self, rank: int) -> Link:
+        if near(self.phase, rank):
+            return memory_link(self.phase, self.comm, rank, self.low, self.high)
+        copy = self._buffer() if self._sends_copies(rank) else None
+        return MessageLink(self.comm, rank, self._shard, self._buffer(), copy)
+
+    def _sends_copies(self, rank: int) -> bool:
+        """Whether that worker gets its parameters from a copy: if it is on another node, so that the next update need
+        not wait for the transfer, and with delay compensation, which needs the parameters that it read."""
         if self.options.lockstep or self.low == self.high:
-            return []
-        here, nodes = self.comm.nodes[self.comm.rank], self.comm.nodes
-        everybody = self.options.delay_compensation != "none"
-        return [worker for worker, rank in enumerate(self.wiring.workers) if everybody or nodes[rank] != here]
+            return False
+        return self.options.delay_compensation != "none" or self.comm.nodes[rank] != self.comm.nodes[self.comm.rank]
 
     def load(self, state: State) -> None:
         """Load this server's part of the state from a checkpoint or from the previous phase."""
@@ -160,19 +160,19 @@ class ParameterServerServer(Server):
 
     def serve(self) -> None:
         """Serve until every worker has left. Raises NanError, as the workers do, if a loss is not finite."""
-        self._remember_all()
-        for worker in range(len(self.wiring.workers)):
-            self._expect(worker)
+        filled = self.low < self.high
+        for link in self.links if filled else ():
+            link.expect()
         try:
             if self.coordinator is not None:
                 Driver(self, self.coordinator).run()
             else:
                 self._follow()
         finally:
-            for request in self.pushes:
-                if request is not None:
-                    request.cancel()
-        self.comm.wait_all(self._direct + self._sending)
+            for link in self.links:
+                link.cancel()
+        for link in self.links:
+            link.finish()
         if self._lane == 0:
             self.wiring.free()
 
@@ -205,15 +205,13 @@ class ParameterServerServer(Server):
                 self._clip(self._sum)
             return
         for worker in decision.take:
-            push = self.pushes[worker]
-            assert push is not None
-            push.wait()
+            self.links[worker].arrive()
         if decision.what is What.UPDATE:
             self._apply(decision)
         for worker in decision.take:
-            self._expect(worker)
+            self.links[worker].expect()
         for worker in decision.give:
-            self._give(worker)
+            self.links[worker].give(self.values)
 
     def _apply(self, decision: Decision) -> None:
         alone = len(decision.take) == 1
@@ -222,38 +220,38 @@ class ParameterServerServer(Server):
         gradient = self._gradient(decision)
         if self._clips:
             gradient.mul_(self._clip(gradient))
-        self.comm.wait_all(self._direct)  # nobody may read a half-finished update
-        self._direct = []
+        for link in self.links:  # nobody may read a half-finished update
+            link.release()
         with self.comm.span("update", gradient.nbytes, peer, decision.version, flops=float(gradient.numel())):
             whose = decision.take[0] if self._corrects else None
             self.update.apply(gradient, decision.rate, decision.momentum, whose, decision.used)
 
     def _gradient(self, decision: Decision) -> torch.Tensor:
-        """The mean of the accepted gradients, summed in rank order; a single one is not copied. Raises NanError."""
-        from hpctrain.replica.blocks import add_up
-        from hpctrain.replica.tensors import as_tensor
+        """The mean of the accepted gradients, summed in rank order; a single one that stays as it is is not copied.
+        Raises NanError."""
+        from hpctrain.replica.blocks import add_up, is_finite
 
-        parts = [as_tensor(self._gradients[worker].mine) for worker in decision.take]
-        if len(parts) == 1:
-            finite, whole = add_up(parts, parts[0], decision.weight), parts[0]
+        links = [self.links[worker] for worker in decision.take]
+        parts, whole = [link.gradient for link in links], self._sum
+        if len(parts) == 1 and decision.weight == 1.0 and not self._clips and self._compensation is None:
+            whole, finite = parts[0], is_finite(parts[0])
         else:
-            whole = self._sum
             with self.comm.span("reduce", whole.nbytes * len(parts), flops=float(whole.numel() * len(parts))):
                 finite = add_up(parts, whole, decision.weight)
         if not finite:
             raise self._gradient_error(decision, whole)
         if len(parts) == 1 and self._compensation is not None:
-            self._compensation.correct(whole, self.values, as_tensor(self._copies[decision.take[0]].mine))
+            then = links[0].read
+            assert then is not None
+            self._compensation.correct(whole, self.values, then)
         return whole
 
     def _gradient_error(self, decision: Decision, whole: torch.Tensor) -> NanError:
         """Find the worker and the parameter. Only this server raises it: the workers already have their replies."""
-        from hpctrain.replica.tensors import as_tensor
-
         layout, phase = self.phase.replica.layout, self.phase
         error = sum_error(phase, layout.first_not_finite(whole, self.low), decision.step)
         for worker in decision.take:
-            if bad := layout.first_not_finite(as_tensor(self._gradients[worker].mine), self.low):
+            if bad := layout.first_not_finite(self.links[worker].gradient, self.low):
                 error = nan_error(phase, self.wiring.workers[worker], 0.0, decision.step, bad)
                 break
         error.everywhere = False
@@ -271,30 +269,6 @@ class ParameterServerServer(Server):
         assert self.between is not None and self.phase.updating.clip_norm is not None
         squares = np.array([sum_of_squares(gradient)])
         return clip_factor(float(self.between.gather_rows(squares).sum()), self.phase.updating.clip_norm)
-
-    def _expect(self, worker: int) -> None:
-        if self.low < self.high:
-            rank = self.wiring.workers[worker]
-            self.pushes[worker] = self.comm.start_recv(self._gradients[worker].mine, rank, Tag.PUSH)
-
-    def _give(self, worker: int) -> None:
-        rank = self.wiring.workers[worker]
-        if worker not in self._copies:
-            self._direct.append(self.comm.start_send(self._shard, rank, Tag.PULL))
-            return
-        self._remember(worker)  # its last pull has completed: it has pushed since
-        self._sending = [request for request in self._sending if not request.test()]
-        self._sending.append(self.comm.start_send(self._copies[worker].mine, rank, Tag.PULL))
-
-    def _remember(self, worker: int) -> None:
-        from hpctrain.replica.tensors import as_tensor
-
-        as_tensor(self._copies[worker].mine).copy_(self.values)
-
-    def _remember_all(self) -> None:
-        """Copy the initial parameters for each worker that has a copy."""
-        for worker in self._copies:
-            self._remember(worker)
 
     def _send_state(self) -> None:
         if self.coordinator is None and self.low == self.high:
@@ -334,7 +308,7 @@ class Driver:
             header = arrived.pop(worker, None)
             if header is None:
                 header = self._headers[worker].read()
-                push = self._server.pushes[worker]
+                push = self._server.links[worker].push
                 if header.kind is HeaderKind.STEP and push is not None and not push.test():
                     arrived[worker], requests[worker] = header, push
                     continue

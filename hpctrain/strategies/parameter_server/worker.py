@@ -12,6 +12,7 @@ from hpctrain.strategies.base import Needs, Outcome, Strategy
 from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import Contribution, nan_error
 from hpctrain.strategies.parameter_server.corrections import RunningClip
+from hpctrain.strategies.parameter_server.links import routes
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions
 from hpctrain.strategies.parameter_server.server import ParameterServerServer, Wiring, deal_state
 from hpctrain.strategies.parameter_server.wire import Header, HeaderKind, HeaderRecord, Reply
@@ -19,7 +20,7 @@ from hpctrain.strategies.phase import Phase
 
 if TYPE_CHECKING:
     from hpctrain.cluster import Roles
-    from hpctrain.comm.base import Thread
+    from hpctrain.comm.base import Request, Thread
     from hpctrain.data.queue import Stretch
 
 CLIP = "clip"  # key in a worker's own numbers
@@ -44,7 +45,9 @@ class ParameterServer(Strategy):
 
     def __init__(self, options: ParameterServerOptions) -> None:
         super().__init__(options)
-        self.needs = Needs(lockstep=options.lockstep, queue=not options.lockstep)
+        # Where workers step together, nobody reads parameters during an update: once per node is enough.
+        once = options.lockstep and not options.backup_workers
+        self.needs = Needs("node" if once else "copies", "copies", options.lockstep, not options.lockstep)
         self.exact = self.deterministic = options.lockstep and not options.backup_workers
 
     @staticmethod
@@ -66,11 +69,12 @@ class ParameterServer(Strategy):
         beside = phase.comm.rank in phase.roles.servers
         self._server = ParameterServerServer(self.options) if beside else None
         if self._server is not None:
-            self._server.attach(phase, self.wiring, self._server.copied(phase, self.wiring.shard(phase)), lane=1)
+            self._server.attach(phase, self.wiring, apart=True, lane=1)
         deal_state(phase, self.wiring, state, self._server)
         self._thread: Thread | None = phase.comm.spawn(self._server.serve) if self._server else None
         self._slices: list[Stretch] = []
         self._running = self._running_clip()
+        self._routes = routes(phase, self.comm, self.wiring.shards())
         self._header = HeaderRecord(len(phase.replica.layout.slots))
         self._reply = self.wiring.reply_record()
         self.comm.recv(self._reply.bytes, self.wiring.coordinator, Tag.REPLY)
@@ -81,20 +85,27 @@ class ParameterServer(Strategy):
 
     def step(self, samples: int, loss: float) -> Outcome:
         phase, wiring = self.phase, self.wiring
-        values, gradient = phase.replica.value_arena, phase.replica.gradient_arena
         self._slices = self._slices[1:]
         if samples and not self.options.lockstep:
             self._clip(samples)
         part = Contribution.of(phase, samples, loss)
         self._header.write(Header(HeaderKind.STEP, self.version, phase.step.round_end, phase.step.number, part))
-        requests = [self.comm.start_recv(self._reply.bytes, wiring.coordinator, Tag.REPLY)]
-        for server, low, high in wiring.shards():
-            requests.append(self.comm.start_recv(values.mine[low:high], server, Tag.PULL))
+        requests = self._start_pull()
+        for route in self._routes:  # the header follows them: it tells servers on this node that the gradient is there
+            requests += route.push()
         requests.append(self.comm.start_send(self._header.bytes, wiring.coordinator, Tag.CONTROL))
-        for server, low, high in wiring.shards():
-            requests.append(self.comm.start_send(gradient.mine[low:high], server, Tag.PUSH))
-        self.comm.wait_all(requests)
+        self._finish_pull(requests)
         return self._outcome(self._take())
+
+    def _start_pull(self) -> list[Request]:
+        """Start to receive the coordinator's reply and the parameters."""
+        reply = self.comm.start_recv(self._reply.bytes, self.wiring.coordinator, Tag.REPLY)
+        return [reply, *(route.pull() for route in self._routes)]
+
+    def _finish_pull(self, requests: list[Request]) -> None:
+        self.comm.wait_all(requests)
+        for route in self._routes:
+            route.pulled()
 
     def _running_clip(self) -> RunningClip | None:
         """The running clip, if gradients may be late; those of a single worker never are."""
@@ -166,12 +177,9 @@ class ParameterServer(Strategy):
         return state
 
     def withdraw(self) -> Ask:
-        values = self.phase.replica.value_arena
-        requests = [self.comm.start_recv(self._reply.bytes, self.wiring.coordinator, Tag.REPLY)]
-        for server, low, high in self.wiring.shards():
-            requests.append(self.comm.start_recv(values.mine[low:high], server, Tag.PULL))
+        requests = self._start_pull()
         self._send(HeaderKind.WITHDRAW)
-        self.comm.wait_all(requests)
+        self._finish_pull(requests)
         return self._take().ask
 
     def _send(self, kind: HeaderKind) -> None:
