@@ -46,7 +46,7 @@ test-unit: $(MPICH)/.tests
 
 test-mpich: $(MPICH)/.tests
 	$(call under_mpi,$(MPICH),$(RANKS))
-	$(call launching,$(MPICH),launch and not slow)
+	$(call launching,$(MPICH),launch and not slow,-n 2 --dist worksteal)
 
 test-slow: $(MPICH)/.tests
 	$(MPICH)/bin/python -m pytest -q -n 2 --dist worksteal -m slow tests/unit tests/conformance
@@ -100,10 +100,10 @@ define under_mpi
 done
 endef
 
-# The tests in the environment $(1) that start ranks themselves, marked $(2).
+# The tests in the environment $(1) that start ranks themselves, marked $(2), with pytest's options $(3).
 define launching
 @echo "== $(1): tests that start ranks"
-$(1)/bin/python -m pytest -q -m "$(2)" tests/mpi
+$(1)/bin/python -m pytest -q $(3) -m "$(2)" tests/mpi
 endef
 
 %/.installed: setup.cfg pyproject.toml constraints.txt
