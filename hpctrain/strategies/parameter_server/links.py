@@ -79,7 +79,7 @@ class MemoryRoute(Route):
             self._comm.sync(arena)
 
 
-class Link(ABC):
+class WorkerLink(ABC):
     """A server's way to one worker. `gradient`: what the worker has pushed, between `arrive` and `expect`; read-only.
     `read`: the parameters that it was computed on, if they are kept."""
 
@@ -113,7 +113,7 @@ class Link(ABC):
         """Expect no more pushes."""
 
 
-class MessageLink(Link):
+class MessageLink(WorkerLink):
     """By messages. Parameters are sent from the shard, or from `copy`, if given, so that the next update need not wait
     for the transfer."""
 
@@ -163,7 +163,7 @@ class MessageLink(Link):
             self._push.cancel()
 
 
-class MemoryLink(Link):
+class MemoryLink(WorkerLink):
     """Through the node's memory: the worker's gradient, and `read`, its own parameters, or None if it reads the shard
     itself."""
 

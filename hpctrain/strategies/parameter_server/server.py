@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from hpctrain.comm.base import Buffer, Communicator, Request, Share
     from hpctrain.errors import NanError
     from hpctrain.replica.update import Update
-    from hpctrain.strategies.parameter_server.links import Link
+    from hpctrain.strategies.parameter_server.links import WorkerLink
 
 
 class Wiring:
@@ -137,7 +137,7 @@ class ParameterServerServer(Server):
         as_tensor(shard).copy_(as_tensor(part))
         return shard
 
-    def _link(self, rank: int) -> Link:
+    def _link(self, rank: int) -> WorkerLink:
         if near(self.phase, rank):
             return memory_link(self.phase, self.comm, rank, self.low, self.high)
         copy = self._buffer() if self._sends_copies(rank) else None
