@@ -12,7 +12,7 @@ from hpctrain.comm.virtual.world import World
 from hpctrain.errors import ClusterError
 from hpctrain.job import Job
 from hpctrain.trace.recorder import Recorder
-from hpctrain.trace.schema import OUTCOME_CODES
+from hpctrain.trace.schema import KIND_CODES, OUTCOME_CODES
 from tests import helpers
 from tests.marks import slow
 
@@ -156,3 +156,29 @@ def test_late_non_finite_loss_is_ignored(tmp_path: Path):
     job = _backup_job(tmp_path).override(["data.bad=7", "data.shuffle=false", "train.nan=skip"])
     results = World(4, compute=_slow).run(lambda comm: helpers.quiet_train(comm, job))
     assert np.isfinite(helpers.vector(results[0].model)).all()
+
+
+# -- how gradients and parameters travel --------------------------------------------------------------------------
+def _sent(folder: Path, nodes: tuple[int, ...], mode: str, **tables: helpers.Tables) -> int:
+    """Bytes of all messages between workers and servers: 20 steps in all, of a model of 110,092 bytes."""
+    job = helpers.make_job(
+        folder,
+        model={"name": "mlp", "inputs": 7, "outputs": 3, "hidden": [160, 160]},
+        data={"name": "tests.helpers:points", "samples": 400},
+        strategy={"name": "parameter_server", "mode": mode},
+        train={"steps": 10, "batch_size": 6},
+        **tables,
+    )
+    _, traces = helpers.traced(3, lambda comm: helpers.quiet_train(comm, job), nodes=nodes)
+    spans = np.concatenate([trace["spans"] for trace in traces])
+    messages = spans[(spans["kind"] == KIND_CODES["send"]) & (spans["id"] >= 0) & (spans["peer"] >= 0)]
+    return int(messages["bytes"].sum())
+
+
+@pytest.mark.parametrize("mode", ["sync", "async", "bounded"])
+def test_no_gradient_and_no_parameter_is_sent_within_a_node(tmp_path: Path, mode: str):
+    """But between nodes, and where memory is not shared, both are: at least 20 pushes and 20 pulls."""
+    model = 110_092
+    assert _sent(tmp_path, (0, 0, 0), mode) < 5 * model, "the state moves at the start and at the end"
+    assert _sent(tmp_path, (0, 1, 2), mode) > 40 * model
+    assert _sent(tmp_path, (0, 0, 0), mode, communicator={"shared": False}) > 40 * model
