@@ -51,7 +51,10 @@ class Comparison:
         """Whether the target is met, and whether that is certain: not if it lies in the interval; "" without one."""
         if self.target is None:
             return ""
-        unsure = ", not certain" if self.low < self.target.value < self.high else ""
+        if math.isnan(self.value):
+            return "unknown"
+        certain = not self.low < self.target.value < self.high and not (self.blocks > 1 and math.isnan(self.low))
+        unsure = "" if certain else ", not certain"
         return ("met" if self.target.met(self.value) else "not met") + unsure
 
     def __str__(self) -> str:

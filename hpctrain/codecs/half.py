@@ -38,17 +38,19 @@ class Float16(WireCodec):
     def encode(self, values: Tensor, message: Tensor) -> None:
         scale = _scale(values)
         message[:HEADER].view(torch.float64).copy_(1.0 / scale)
-        rounded, factor = message[HEADER:], scale.to(values.dtype)
+        wide = torch.promote_types(values.dtype, torch.float32)
+        rounded, factor = message[HEADER:], scale.to(wide)
         for block in blocks(values):
-            rounded[block].copy_(values[block] * factor)
+            rounded[block].copy_(values[block].to(wide) * factor)
 
     def decode(self, message: Tensor, into: Tensor, add: bool = False) -> None:
-        scale, rounded = message[:HEADER].view(torch.float64)[0].to(into.dtype), message[HEADER:]
+        wide = torch.promote_types(into.dtype, torch.float32)
+        scale, rounded = message[:HEADER].view(torch.float64)[0].to(wide), message[HEADER:]
         if add:
             add_wide(rounded, into, scale)
         else:
             for block in blocks(into):
-                into[block].copy_(rounded[block]).mul_(scale)
+                into[block].copy_(rounded[block].to(wide).mul_(scale))
 
 
 def _scale(values: Tensor) -> Tensor:

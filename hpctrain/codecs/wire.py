@@ -126,8 +126,9 @@ def add_wide(values: Tensor, into: Tensor, scale: Tensor | None = None) -> None:
     if values.dtype == into.dtype and scale is None:
         into.add_(values)
         return
+    dtype = torch.promote_types(into.dtype, torch.float32)
     for block in blocks(into):
-        wide = values[block].to(into.dtype)
+        wide = values[block].to(dtype)
         into[block].add_(wide if scale is None else wide.mul_(scale))
 
 

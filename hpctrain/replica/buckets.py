@@ -79,9 +79,10 @@ class Buckets:
         """
         if self._torn is not None:
             raise ModelError(
-                f"strategy.overlap: the gradient of parameter {self._torn} was still being added to after it "
-                "had been sent (reentrant activation checkpointing in some passes only?); use checkpoint(..., "
-                'use_reentrant=False), or strategy.exchange = "shared" (or "message" without strategy.overlap)'
+                f"the gradient of parameter {self._torn} was still being added to after it had been sent, which "
+                "happens while backward runs (reentrant activation checkpointing in some passes only?); use "
+                'checkpoint(..., use_reentrant=False), or strategy.exchange = "shared" or "message" without '
+                "strategy.overlap"
             )
         if not self._armed:
             self._next = 0

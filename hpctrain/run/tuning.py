@@ -7,6 +7,7 @@ from typing import Any
 
 from hpctrain.comm.base import Communicator
 from hpctrain.job import Job
+from hpctrain.run.agreement import agreed
 from hpctrain.run.identity import recorded
 from hpctrain.run.resume import leaves
 
@@ -18,11 +19,12 @@ def tuned(job: Job, comm: Communicator, folder: Path | None) -> Job:
 
     `folder`: on rank 0, the run that is resumed, whose values are taken. Collective.
     """
-    known: dict[str, Any] = comm.broadcast_json(dict(leaves(recorded(folder))) if folder is not None else {})
+    read = agreed(comm, lambda: dict(leaves(recorded(folder))) if folder is not None else {})
+    known: dict[str, Any] = comm.broadcast_json(read)
     found: dict[str, Any] = {}
     for index, phase in enumerate(job.schedule):
         options, table = phase.strategy.options, job.key(index, "strategy")
-        wanted = [name for name in phase.strategy.resolve().measured if getattr(options, name) == AUTO]
+        wanted = [name for name in getattr(phase.strategy.resolve(), "measured", ()) if getattr(options, name) == AUTO]
         found |= {key: known[key] for name in wanted if known.get(key := f"{table}.{name}", AUTO) != AUTO}
         if any(f"{table}.{name}" not in found for name in wanted):
             measured = phase.strategy.resolve().tune(options, comm)

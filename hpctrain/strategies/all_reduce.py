@@ -80,8 +80,9 @@ class AllReduce(RoundStrategy):
 
     @staticmethod
     def tune(options: AllReduceOptions, comm: Communicator) -> dict[str, Any]:
-        across, needed = len(set(comm.nodes)) > 1, options.algorithm == "library"
-        return {"bucket_mb": best_bucket_mb(comm)} if across and needed else {}
+        automatic = options.exchange == "auto" and options.algorithm == "library"
+        needed = automatic or options.overlap or options.codec != "none"
+        return {"bucket_mb": best_bucket_mb(comm)} if needed and len(set(comm.nodes)) > 1 else {}
 
     def make_exchange(self) -> Exchange:
         from hpctrain.strategies.exchange import BucketExchange, MessageExchange

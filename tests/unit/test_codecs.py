@@ -54,13 +54,13 @@ def test_unusual_values_arrive(name: Any, values: list[float]):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("name", PRECISION)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_all_ranks_get_the_same_sum(name: Any, size: int, dtype: torch.dtype):
     """Of stretches shorter than the number of ranks, too."""
     bounds = [(0, 1000), (1000, 1002), (1002, 5000)]
 
     def body(comm: Communicator) -> tuple[np.ndarray, np.ndarray]:
-        given = torch.randn(5000, generator=torch.Generator().manual_seed(comm.rank)).to(dtype)
+        given = (0.01 * torch.randn(5000, generator=torch.Generator().manual_seed(comm.rank))).to(dtype)
         arena = comm.arena(5000, as_array(given).dtype)
         values = as_tensor(arena.mine)
         sums = StretchSums(comm, codec_by(name), values)
@@ -77,16 +77,14 @@ def test_all_ranks_get_the_same_sum(name: Any, size: int, dtype: torch.dtype):
     exact = sum(given for given, _ in found)
     for _, total in found:
         np.testing.assert_array_equal(total, found[0][1])
-    rounding = (size + 1) * max(PRECISION[name], 2.0**-8 if dtype is torch.bfloat16 else 2.0**-23)
-    assert np.abs(found[0][1] - exact).max() <= rounding * 4
+    rounding = (size + 1) * max(PRECISION[name], 2.0**-23 if dtype is torch.float32 else 2.0**-8)
+    assert np.abs(found[0][1] - exact).max() <= rounding * 0.04
 
 
 @pytest.mark.parametrize("nodes", [(0, 1), (0, 1, 2), (0, 0, 1, 1)])
 @pytest.mark.parametrize("codec", ["bfloat16", "float16"])
 @pytest.mark.parametrize("exchange", ["auto", "message", "shared"])
 def test_training_with_a_codec_is_close(tmp_path: Path, codec: str, exchange: str, nodes: tuple[int, ...]):
-    """And half the bytes are sent."""
-
     def run(**keys: Any) -> list[np.ndarray]:
         strategy = {"name": "all_reduce", "bucket_mb": 0.0005, "exchange": exchange, **keys}
         job = helpers.make_job(tmp_path, strategy=strategy, train={"precision": "float64"})

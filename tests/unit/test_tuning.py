@@ -28,8 +28,10 @@ def test_bucket_size_suits_the_network():
     assert World(2, nodes=(0, 1), network=FreeNetwork()).run(best_bucket_mb) == [USUAL] * 2
 
 
-def _train(folder: Path, nodes: tuple[int, ...], resume: Path | None = None, **train: Any) -> tuple[Path, Any]:
-    strategy: dict[str, Any] = {"name": "switch", "first": {"name": "all_reduce"}, "then": {"name": "local_sgd"}}
+def _train(
+    folder: Path, nodes: tuple[int, ...], resume: Path | None = None, exchange: str = "auto", **train: Any
+) -> tuple[Path, Any]:
+    strategy: dict[str, Any] = {"name": "switch", "first": {"name": "all_reduce", "exchange": exchange}, "then": {"name": "local_sgd"}}
     strategy["until"] = {"rule": "after", "steps": 2}
     job = helpers.make_job(folder, train={"steps": 4, **train}, strategy=strategy)
     results = World(len(nodes), nodes=nodes).run(lambda comm: helpers.quiet_train(comm, job, resume=resume))
@@ -49,7 +51,10 @@ def test_measured_size_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert size == 0.125
 
 
-def test_nothing_is_measured_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("nodes", "exchange"), [((0, 0), "auto"), ((0, 1), "message"), ((0, 0, 1), "shared")])
+def test_nothing_is_measured_where_there_are_no_buckets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: tuple[int, ...], exchange: str
+):
     monkeypatch.setattr(all_reduce, "best_bucket_mb", lambda comm: pytest.fail("measured"))
-    _, size = _train(tmp_path, (0, 0))
+    _, size = _train(tmp_path, nodes, exchange=exchange)
     assert size == "auto"
