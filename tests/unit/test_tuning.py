@@ -31,8 +31,8 @@ def test_bucket_size_suits_the_network():
 def _train(
     folder: Path, nodes: tuple[int, ...], resume: Path | None = None, exchange: str = "auto", **train: Any
 ) -> tuple[Path, Any]:
-    strategy: dict[str, Any] = {"name": "switch", "first": {"name": "all_reduce", "exchange": exchange}, "then": {"name": "local_sgd"}}
-    strategy["until"] = {"rule": "after", "steps": 2}
+    first, then = {"name": "all_reduce", "exchange": exchange}, {"name": "local_sgd"}
+    strategy = {"name": "switch", "first": first, "then": then, "until": {"rule": "after", "steps": 2}}
     job = helpers.make_job(folder, train={"steps": 4, **train}, strategy=strategy)
     results = World(len(nodes), nodes=nodes).run(lambda comm: helpers.quiet_train(comm, job, resume=resume))
     run = results[0].folder
