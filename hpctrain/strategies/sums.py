@@ -62,7 +62,10 @@ class StretchSums:
     def finish(self) -> None:
         """Wait until all that was started is summed."""
         while heads := self._advance():
-            self._comm.wait_any([head.requests[-1] for head in heads])
+            if len(heads) == 1:  # the wait is then recorded as that operation's own
+                heads[0].requests[-1].wait()
+            else:
+                self._comm.wait_any([head.requests[-1] for head in heads])
 
     def _advance(self) -> list[UnderWay]:
         """Let every sum enter its next stage that may. Returns the sums that come next in each stage."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from hpctrain.comm.virtual.network import LinkNetwork
 from hpctrain.comm.virtual.world import World
 from hpctrain.errors import JobError, NanError
 from hpctrain.strategies.all_reduce import AllReduce
@@ -16,6 +17,7 @@ from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.exchange import BucketExchange, MessageExchange
 from hpctrain.strategies.shared import SharedBucketExchange, SharedExchange
 from hpctrain.strategies.sums import StretchSums
+from hpctrain.trace.schema import KIND_CODES
 from tests import helpers
 from tests.marks import slow
 
@@ -199,6 +201,19 @@ def test_nodes_begin_to_sum_during_backward(tmp_path: Path, monkeypatch: pytest.
     World(4, nodes=(0, 0, 1, 1)).run(lambda comm: helpers.quiet_train(comm, job))
     for step in (early[4:8], early[8:12]):  # in the first step the hooks' order is not known
         assert sorted(map(bool, step)) == [False, False, True, True], "on the rank of each node that comes last"
+
+
+@pytest.mark.parametrize(("codec", "kinds"), [("none", ["reduce"]), ("bfloat16", ["send", "recv"])])
+def test_waits_for_buckets_are_in_the_trace(tmp_path: Path, codec: str, kinds: list[str]):
+    """As the second span of each operation, which the report's overlap is computed from."""
+    strategy = {"name": "all_reduce", "bucket_mb": 0.0005, "codec": codec}
+    job = helpers.make_job(tmp_path, strategy=strategy, train={"steps": 3})
+    slow_link = LinkNetwork(bandwidth=1e5, eager_limit=-1)
+    _, traces = helpers.traced(2, lambda comm: helpers.quiet_train(comm, job), nodes=(0, 1), network=slow_link)
+    for trace in traces:
+        spans = trace["spans"]
+        waits = [spans[(spans["kind"] == KIND_CODES[kind]) & (spans["end_ns"] > spans["start_ns"])] for kind in kinds]
+        assert sum(len(np.unique(found["id"][found["step"] > 0])) for found in waits) >= 4
 
 
 @pytest.mark.parametrize("key", [{"overlap": True}, {"codec": "bfloat16"}])
