@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 CodecName = Literal["none", "bfloat16", "float16"]
 CODEC_TEXT = (
-    "how gradients are written on the wire; memory shared by the ranks of a node needs none. none: as they are; "
-    "bfloat16, float16: in 16 bits, added in float32 (float16 with a scale for each message)"
+    "how gradients (local_sgd: changes) are written into messages; ranks that share memory send none. none: as they "
+    "are; bfloat16, float16: in 16 bits, added in float32 (float16 with a scale for each message)"
 )
 
 
