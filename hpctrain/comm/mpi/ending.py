@@ -12,6 +12,7 @@ from typing import Any
 from hpctrain.errors import HpctrainError
 
 PATIENCE = 2.0  # maximum time in seconds that a rank lets others report first
+FORWARDING = 0.2  # seconds for the launcher to forward what was just written; MPICH's may drop it in an abort
 INTERRUPTED = 130
 
 
@@ -70,6 +71,7 @@ def _abort(status: int) -> None:
     from hpctrain.comm.mpi.start import MPI
 
     world: Any = MPI.COMM_WORLD
+    time.sleep(FORWARDING)
     world.Abort(status)
     time.sleep(PATIENCE)  # MPICH's Abort sometimes returns before its launcher has killed this process
     os._exit(status)
