@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpctrain.bench.report import number
+from hpctrain.bench.markdown import table_lines
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "gpu.md"
 BEGIN, END = "<!-- measured: python analysis/gpu_page.py gpu.json -->\n", "<!-- end -->\n"
@@ -24,25 +24,7 @@ def tables(measured: Mapping[str, Any]) -> Iterator[str]:
     for name, table in measured.items():
         if name.startswith("device_"):
             yield ""
-            yield from _table(table)
-
-
-def _table(table: Mapping[str, Any]) -> Iterator[str]:
-    rows = table["rows"]
-    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-    yield f"| {' | '.join([table['title'], *columns])} |"
-    yield "|---" * (1 + len(columns)) + "|"
-    for label, cells in rows.items():
-        yield f"| {' | '.join([label, *(_cell(cells.get(column)) for column in columns)])} |"
-    if table["notes"]:
-        yield ""
-        yield " ".join(table["notes"])
-
-
-def _cell(sample: Mapping[str, Any] | None) -> str:
-    if sample is None:
-        return "–"
-    return f"{number(sample['median'])} ({number(sample['q25'])}-{number(sample['q75'])})"
+            yield from table_lines(table)
 
 
 def put_in(page: str, measured: Mapping[str, Any]) -> str:

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hpctrain.bench.markdown import table_lines
 from hpctrain.bench.plot import draw
-from hpctrain.bench.report import number
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.png"
@@ -78,37 +78,8 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         for table in figures.values():
             if isinstance(table, Mapping):
                 yield ""
-                yield from _table(table)
+                yield from table_lines(table)
         yield ""
-
-
-def _table(table: Mapping[str, Any]) -> Iterator[str]:
-    rows = table["rows"]
-    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-    yield f"| {' | '.join([table['title'], *columns])} |"
-    yield "|---" * (1 + len(columns)) + "|"
-    for label, cells in rows.items():
-        yield f"| {' | '.join([label, *(_cell(cells.get(column)) for column in columns)])} |"
-    if table["comparisons"]:
-        yield ""
-        yield "| comparison | value | 95 % interval | target |"
-        yield "|---|---|---|---|"
-    for each in table["comparisons"]:
-        known = each["blocks"] > 1
-        interval = f"{number(each['low'])} to {number(each['high'])}" if known else "–"
-        target = f"{each['target']}: **{each['verdict']}**" if "target" in each else ""
-        yield f"| {each['what']}, {each['column']} | {number(each['value'])} | {interval} | {target} |"
-    if table["notes"]:
-        yield ""
-        yield " ".join(note.rstrip(".") + "." for note in table["notes"])
-
-
-def _cell(sample: Mapping[str, Any] | None) -> str:
-    if sample is None:
-        return "–"
-    if sample["n"] == 1:
-        return number(sample["median"])
-    return f"{number(sample['median'])} ({number(sample['q25'])}-{number(sample['q75'])})"
 
 
 def write() -> None:

@@ -6,6 +6,7 @@ same model, data and threads. A rival that is not installed is left out. Real ra
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import socket
 from collections.abc import Callable, Iterator
@@ -91,8 +92,7 @@ def zero_ddp(load: Load) -> PlainTraining:
 
 def horovod(load: Load) -> PlainTraining:
     """Horovod, on the MPI library of these ranks."""
-    import horovod.torch as hvd  # type: ignore[import-not-found]
-
+    hvd: Any = importlib.import_module("horovod.torch")
     hvd.init()
     training = PlainTraining(load)
     hvd.broadcast_parameters(training.model.state_dict(), root_rank=0)

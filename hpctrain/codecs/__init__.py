@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from hpctrain.codecs.base import Codec
-    from hpctrain.codecs.wire import WireCodec
 
 CodecName = Literal["none", "bfloat16", "float16"]
 CODEC_TEXT = (
@@ -19,16 +18,9 @@ CODEC_TEXT = (
 
 
 def codec_by(name: CodecName) -> Codec:
-    """The codec of that name for sums over ranks; each call makes a new one."""
+    """A new codec of that name."""
+    from hpctrain.codecs.half import BFloat16, Float16
     from hpctrain.codecs.library import LibrarySum
 
-    return LibrarySum() if name == "none" else wire_codec(name)
-
-
-def wire_codec(name: CodecName) -> WireCodec:
-    """The codec of that name for single messages; each call makes a new one."""
-    from hpctrain.codecs.half import BFloat16, Float16
-    from hpctrain.codecs.wire import Plain
-
-    made: dict[str, type[WireCodec]] = {"none": Plain, "bfloat16": BFloat16, "float16": Float16}
+    made: dict[str, type[Codec]] = {"none": LibrarySum, "bfloat16": BFloat16, "float16": Float16}
     return made[name]()

@@ -37,11 +37,10 @@ class Addend:
 class Codec(ABC):
     """How values are written on the wire while ranks sum them.
 
-    `stages`: how often `reduce` yields at most. `exact`: whether the sum is what adding the values themselves gives.
+    `stages`: how often `reduce` yields at most.
     """
 
     stages: ClassVar[int]
-    exact: ClassVar[bool] = False
 
     @abstractmethod
     def reduce(self, addend: Addend) -> Iterator[list[Request]]:

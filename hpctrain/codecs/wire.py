@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hpctrain.codecs.base import Addend, Codec
+from hpctrain.comm.algorithms import even_bounds
 from hpctrain.comm.base import Tag
 from hpctrain.replica.blocks import blocks
 from hpctrain.replica.tensors import as_array
@@ -17,14 +19,9 @@ from hpctrain.replica.tensors import as_array
 if TYPE_CHECKING:
     from hpctrain.comm.base import Request
 
-HALVES = (torch.bfloat16, torch.float16)
-
 
 class WireCodec(Codec):
-    """Writes values into a message of a fixed length, and reads it again.
-
-    Messages can also carry what is not summed, such as a server's parameters.
-    """
+    """Writes values into a message of a fixed length, and reads it again."""
 
     stages = 2
 
@@ -55,13 +52,13 @@ class WireCodec(Codec):
             comm.start_send(as_array(mine), peer, Tag.PART),
         ]
         with comm.span("decode", theirs.nbytes, flops=float(values.numel())):
-            if not self.exact:  # both ranks must add the same two numbers
-                self.decode(mine, values)
+            self.decode(mine, values)  # both ranks must add the same two numbers
             self.decode(theirs, values, add=True)
 
     def _scatter_and_gather(self, addend: Addend) -> Iterator[list[Request]]:
-        comm, me, slices = addend.comm, addend.comm.rank, _slices(addend.values, addend.comm.size)
-        own, others = slices[me], [rank for rank in range(addend.comm.size) if rank != me]
+        comm, me = addend.comm, addend.comm.rank
+        slices = [addend.values[low:high] for low, high in pairwise(even_bounds(addend.values.numel(), comm.size))]
+        own, others = slices[me], [rank for rank in range(comm.size) if rank != me]
         parts = {rank: addend.scratch(f"part {rank}", *self.shape(own)) for rank in others}
         requests = [comm.start_recv(as_array(parts[rank]), rank, Tag.PART) for rank in others]
         for rank in others:
@@ -69,71 +66,37 @@ class WireCodec(Codec):
             requests.append(comm.start_send(as_array(message), rank, Tag.PART))
         yield requests
         self._add(addend, own, [parts[rank] for rank in others])
-        sums = {rank: self._incoming(addend, f"sum {rank}", slices[rank]) for rank in others}
+        sums = {rank: addend.scratch(f"sum {rank}", *self.shape(slices[rank])) for rank in others}
         requests = [comm.start_recv(as_array(sums[rank]), rank, Tag.SUM) for rank in others]
         message = self._outgoing(addend, "own sum", own)
         requests += [comm.start_send(as_array(message), rank, Tag.SUM) for rank in others]
         yield requests
-        if not self.exact:
-            with comm.span("decode", sum(part.nbytes for part in sums.values())):
-                for rank in others:
-                    self.decode(sums[rank], slices[rank])
-                self.decode(message, own)
+        with comm.span("decode", sum(part.nbytes for part in sums.values())):
+            for rank in others:
+                self.decode(sums[rank], slices[rank])
+            self.decode(message, own)
 
     def _add(self, addend: Addend, own: Tensor, parts: list[Tensor]) -> None:
         """Add the messages to this rank's slice, in rank order. Values of 16 bits are rounded once, after the last."""
         with addend.comm.span("decode", sum(part.nbytes for part in parts), flops=float(own.numel() * len(parts))):
-            total = own.float() if own.dtype in HALVES else own
+            total = own.float() if own.element_size() == 2 else own
             for part in parts:
                 self.decode(part, total, add=True)
             if total is not own:
                 own.copy_(total)
 
     def _outgoing(self, addend: Addend, name: str, values: Tensor) -> Tensor:
-        """The message of these values; they are sent from where they lie if nothing is to be written."""
-        if self.exact:
-            return values
+        """The message of these values."""
         message = addend.scratch(name, *self.shape(values))
         with addend.comm.span("encode", message.nbytes):
             self.encode(values, message)
         return message
 
-    def _incoming(self, addend: Addend, name: str, values: Tensor) -> Tensor:
-        return values if self.exact else addend.scratch(name, *self.shape(values))
-
-
-class Plain(WireCodec):
-    """The values as they are."""
-
-    exact = True
-
-    def shape(self, values: Tensor) -> tuple[int, torch.dtype]:
-        return values.numel(), values.dtype
-
-    def encode(self, values: Tensor, message: Tensor) -> None:
-        message.copy_(values)
-
-    def decode(self, message: Tensor, into: Tensor, add: bool = False) -> None:
-        if add:
-            add_wide(message, into)
-        else:
-            into.copy_(message)
-
 
 def add_wide(values: Tensor, into: Tensor, scale: Tensor | None = None) -> None:
     """Add `values`, times `scale` if given, to `into`. Values of 16 bits are converted block by block, in a core's
     cache: torch's addition of tensors of two dtypes is three times slower."""
-    if values.dtype == into.dtype and scale is None:
-        into.add_(values)
-        return
     dtype = torch.promote_types(into.dtype, torch.float32)
     for block in blocks(into):
         wide = values[block].to(dtype)
         into[block].add_(wide if scale is None else wide.mul_(scale))
-
-
-def _slices(values: Tensor, parts: int) -> list[Tensor]:
-    """`parts` slices whose lengths differ by at most one."""
-    length = values.numel()
-    bounds = [length * part // parts for part in range(parts + 1)]
-    return [values[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]

@@ -85,11 +85,11 @@ class LibraryQuery:
         with self._child as child:
             try:
                 output, errors = child.communicate(timeout=60)
-            except BaseException as error:
-                child.kill()
-                if not isinstance(error, subprocess.TimeoutExpired):
-                    raise
+            except subprocess.TimeoutExpired as error:
                 raise ClusterError("mpi4py did not load its MPI library within 60 s; check the file system") from error
+            finally:
+                if child.poll() is None:
+                    child.kill()
         return _library(output, errors, child.returncode)
 
 

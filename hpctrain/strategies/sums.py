@@ -32,8 +32,8 @@ class UnderWay(NamedTuple):
 class StretchSums:
     """Sums stretches of `values` over the ranks of `comm` with a codec, in place.
 
-    All ranks must start the same stretches in the same order. Stages begin in that order, too, so messages are told
-    apart by their order alone. The constructor is collective.
+    All ranks must start the same stretches in the same order. Stages begin in that order, too, so their order
+    alone identifies the messages. The constructor is collective.
     """
 
     def __init__(self, comm: Communicator, codec: Codec, values: Tensor) -> None:

@@ -9,6 +9,7 @@ import runpy
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -565,37 +566,43 @@ def test_report_has_all_tables():
     assert set(report.plain()) == {"machine", "a", "b"}
 
 
+def _bench_on_ranks(folder: Path, program: str, *arguments: str) -> tuple[Any, Any]:
+    """Run a program on two real ranks; the last of its arguments is a file for its figures. Returns (the ended process,
+    the figures)."""
+    import subprocess
+
+    from hpctrain import launcher
+
+    source, path = folder / "bench.py", folder / "figures.json"
+    source.write_text(program)
+    code = "import sys; from hpctrain import launcher; sys.exit(launcher.run(2, sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, sys.executable, str(source), *arguments, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env={**os.environ, "PYTHONPATH": str(Path(launcher.__file__).resolve().parents[2]), "TMPDIR": str(folder)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done, json.loads(path.read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.launch
 def test_bench_starts_ranks_itself(tmp_path: Path):
     """One size with the real launcher; `hpctrain bench` runs all of it."""
-    import subprocess
-
-    program = tmp_path / "bench.py"
-    program.write_text(
+    done, found = _bench_on_ranks(
+        tmp_path,
         "import sys\n"
         "from hpctrain.bench import together\n"
         "together.SIZES = {'4 KiB': 4096}\n"
         "together.SECONDS = 0.0\n"
         "from hpctrain.cli import main\n"
-        "sys.exit(main(['bench', 'all_reduce', '--json', sys.argv[1]]))\n"
+        "sys.exit(main(['bench', 'all_reduce', '--json', sys.argv[1]]))\n",
     )
-    from hpctrain import launcher
-
-    code = "import sys; from hpctrain import launcher; sys.exit(launcher.run(2, sys.argv[1:]))"
-    path = tmp_path / "figures.json"
-    root = str(Path(launcher.__file__).resolve().parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", code, sys.executable, str(program), str(path)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**os.environ, "PYTHONPATH": root},
-    )
-    assert done.returncode == 0, done.stderr
     assert "all-reduce of 2 ranks" in done.stdout
     assert done.stderr.splitlines()[0] == "bench: all-reduce of 4 KiB"
-    assert set(json.loads(path.read_text())["all_reduce"]["rows"]) >= {"library", together.SHARED}
+    assert set(found["all_reduce"]["rows"]) >= {"library", together.SHARED}
 
 
 @pytest.mark.slow
@@ -616,36 +623,20 @@ def test_first_step_is_timed_beside_torchrun(monkeypatch):
 @pytest.mark.launch
 def test_rivals_are_measured_on_real_ranks(tmp_path: Path):
     """Small sizes; every rival that is installed runs beside ours, and is compared with it."""
-    import subprocess
-
-    program = tmp_path / "bench.py"
-    program.write_text(
+    _, found = _bench_on_ranks(
+        tmp_path,
         "import sys, torch\n"
+        "import hpctrain.bench\n"
         "from hpctrain.bench import asynchronous, steps, together, workload\n"
         "load = workload.Load(lambda: torch.nn.Linear(6, 10), (6,), 4, 2, 2)\n"
         "together.SIZES, together.SECONDS = {'4 KiB': 4096}, 0.0\n"
         "steps.LOADS, asynchronous.PUSHED = {workload.MLP: load}, load\n"
         "asynchronous.BLOCKS, asynchronous.PUSHES = 2, 8\n"
-        "from hpctrain.cli import main\n"
-        "from hpctrain.bench import SEVERAL\n"
-        "SEVERAL['all'] = ('all_reduce', 'step_mlp', 'pushes')\n"
-        "import hpctrain.bench\n"
+        "hpctrain.bench.SEVERAL['all'] = ('all_reduce', 'step_mlp', 'pushes')\n"
         "hpctrain.bench.OF_ONE = ()\n"
-        "sys.exit(main(['bench', 'all', '--json', sys.argv[1]]))\n"
+        "from hpctrain.cli import main\n"
+        "sys.exit(main(['bench', 'all', '--json', sys.argv[1]]))\n",
     )
-    from hpctrain import launcher
-
-    code = "import sys; from hpctrain import launcher; sys.exit(launcher.run(2, sys.argv[1:]))"
-    path = tmp_path / "figures.json"
-    done = subprocess.run(
-        [sys.executable, "-c", code, sys.executable, str(program), str(path)],
-        capture_output=True,
-        text=True,
-        timeout=110,
-        env={**os.environ, "PYTHONPATH": str(Path(launcher.__file__).resolve().parents[2])},
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(path.read_text())
     assert {together.PLAIN, together.GLOO} < set(found["all_reduce"]["rows"])
     assert {steps.TUNED, "DDP as it comes", "DDP with ZeroRedundancyOptimizer"} < set(found["step_mlp"]["rows"])
     assert f"{asynchronous.RPC}, 1 worker" in found["pushes"]["rows"]
@@ -656,34 +647,21 @@ def test_rivals_are_measured_on_real_ranks(tmp_path: Path):
 @pytest.mark.launch
 def test_tracing_cost_is_measured_on_real_ranks(tmp_path: Path):
     """A few steps only; `hpctrain bench tracing` runs all of it."""
-    import subprocess
-
-    from hpctrain import launcher
-
     short = tmp_path / "short.toml"
     short.write_text(tracing.JOB.read_text().replace("epochs = 200", "epochs = 2"))
-    program = tmp_path / "bench.py"
-    program.write_text(
+    done, found = _bench_on_ranks(
+        tmp_path,
         "import sys\n"
         "from pathlib import Path\n"
         "from hpctrain.bench import tracing\n"
         "tracing.JOB, tracing.EARLY, tracing.PROGRESS = Path(sys.argv[1]), 5, 20\n"
         "from hpctrain.cli import main\n"
-        "sys.exit(main(['bench', 'tracing', '--json', sys.argv[2]]))\n"
+        "sys.exit(main(['bench', 'tracing', '--json', sys.argv[2]]))\n",
+        str(short),
     )
-    code = "import sys; from hpctrain import launcher; sys.exit(launcher.run(2, sys.argv[1:]))"
-    path = tmp_path / "figures.json"
-    done = subprocess.run(
-        [sys.executable, "-c", code, sys.executable, str(program), str(short), str(path)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**os.environ, "PYTHONPATH": str(Path(launcher.__file__).resolve().parents[2]), "TMPDIR": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr
     reported = [line for line in done.stderr.splitlines() if line.startswith("bench")]
     assert reported == [f"bench: tracing, pair {pair} of turns of 2 steps each" for pair in (1, 21)]
-    (row,) = json.loads(path.read_text())["tracing"]["rows"].values()
+    (row,) = found["tracing"]["rows"].values()
     assert row["recording, %"]["n"] == 2 * math.ceil(1437 / 48) // tracing.TURN - 5
     assert row["spans/step"]["median"] > 5
     assert row["bytes/step"]["median"] > 5 * SPANS.itemsize

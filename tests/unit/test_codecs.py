@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpctrain.codecs import codec_by, wire_codec
+from hpctrain.codecs import codec_by
+from hpctrain.codecs.half import BFloat16, Float16
 from hpctrain.codecs.wire import WireCodec
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
@@ -18,6 +19,7 @@ from hpctrain.strategies.sums import StretchSums
 from tests import helpers
 
 PRECISION = {"none": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # relative, of the nearest value
+WIRE = [(BFloat16(), 2.0**-8), (Float16(), 2.0**-11)]
 
 
 def _sent(codec: WireCodec, values: torch.Tensor) -> torch.Tensor:
@@ -34,20 +36,20 @@ def _sent(codec: WireCodec, values: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", PRECISION)
-def test_values_arrive_to_the_nearest(name: Any, dtype: torch.dtype, size: float):
+@pytest.mark.parametrize(("codec", "precision"), WIRE)
+def test_values_arrive_to_the_nearest(codec: WireCodec, precision: float, dtype: torch.dtype, size: float):
     values = (torch.randn(300_000, generator=torch.Generator().manual_seed(0)) * size).to(dtype)
-    found = _sent(wire_codec(name), values)
+    found = _sent(codec, values)
     large = values.abs() > values.abs().max() * 2.0**-20
-    assert ((found - values).abs() <= PRECISION[name] * values.abs())[large].all()
-    assert (found - values).abs().max() <= PRECISION[name] * values.abs().max()
+    assert ((found - values).abs() <= precision * values.abs())[large].all()
+    assert (found - values).abs().max() <= precision * values.abs().max()
 
 
-@pytest.mark.parametrize("name", PRECISION)
+@pytest.mark.parametrize("codec", [codec for codec, _ in WIRE])
 @pytest.mark.parametrize("values", [[], [0.0, 0.0], [float("inf"), 1.0], [float("nan"), 1.0], [3e38, -1e38], [1e-45]])
-def test_unusual_values_arrive(name: Any, values: list[float]):
+def test_unusual_values_arrive(codec: WireCodec, values: list[float]):
     given = torch.tensor(values)
-    found = _sent(wire_codec(name), given)
+    found = _sent(codec, given)
     assert torch.equal(found.isfinite(), given.isfinite())
     assert torch.equal(found == 0, given == 0) or values == [1e-45]
 

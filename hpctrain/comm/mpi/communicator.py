@@ -139,17 +139,16 @@ class MpiCommunicator(Communicator):
         id, recorder = self._collective(), self.recorder
         if self.waiting.naps:
             self._gather_up(id)
-        began = recorder.now()
         wide = buffer.astype(np.float32) if buffer.itemsize == 2 and buffer.dtype in HALVES else buffer
         if algorithm == "library":
+            began = recorder.now()
             self.handle.Allreduce(MPI.IN_PLACE, wide, OPERATIONS[operation])
+            recorder.passed(REDUCE, began, buffer.nbytes, id)
         else:
             with self.span("reduce", id=id):  # its messages have the bytes
                 algorithms.all_reduce_by(algorithm)(self, wide, operation, self._all_ranks)
         if wide is not buffer:
             buffer[...] = wide
-        if algorithm == "library":
-            recorder.passed(REDUCE, began, buffer.nbytes, id)
 
     def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
         id = self._collective()

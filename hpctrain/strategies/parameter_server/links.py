@@ -85,6 +85,7 @@ class WorkerLink(ABC):
 
     gradient: Tensor
     read: Tensor | None = None
+    _pull: Request | None = None  # under way
 
     def expect(self) -> None:  # noqa: B027 (through memory nothing is received)
         """Be ready for the worker's next push."""
@@ -105,9 +106,11 @@ class WorkerLink(ABC):
     def release(self) -> None:  # noqa: B027 (a copy is given)
         """Wait until the worker no longer needs the shard: it may change."""
 
-    @abstractmethod
     def finish(self) -> None:
         """Wait until what was given has arrived."""
+        if self._pull is not None:
+            self._pull.wait()
+            self._pull = None
 
     def cancel(self) -> None:  # noqa: B027 (through memory nothing is received)
         """Expect no more pushes."""
@@ -127,7 +130,6 @@ class MessageLink(WorkerLink):
         self._sent = shard if copy is None else copy
         self._copies = copy is not None
         self._push: Request | None = None
-        self._pull: Request | None = None
         if copy is not None:
             self.read = as_tensor(copy)
             self.read.copy_(as_tensor(shard))
@@ -153,11 +155,6 @@ class MessageLink(WorkerLink):
         if not self._copies:
             self.finish()
 
-    def finish(self) -> None:
-        if self._pull is not None:
-            self._pull.wait()
-            self._pull = None
-
     def cancel(self) -> None:
         if self._push is not None:
             self._push.cancel()
@@ -173,7 +170,6 @@ class MemoryLink(WorkerLink):
         self._comm, self._worker, self._arenas = comm, worker, arenas
         self.gradient, self.read = gradient, read
         self._notice = np.zeros(1, np.uint8)
-        self._pull: Request | None = None
 
     def arrive(self) -> None:
         self._sync()
@@ -185,11 +181,6 @@ class MemoryLink(WorkerLink):
                 self.read.copy_(values)
         self._sync()
         self._pull = self._comm.start_send(self._notice, self._worker, Tag.PULL)
-
-    def finish(self) -> None:
-        if self._pull is not None:
-            self._pull.wait()
-            self._pull = None
 
     def _sync(self) -> None:
         for arena in self._arenas:

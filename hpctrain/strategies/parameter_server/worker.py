@@ -91,7 +91,7 @@ class ParameterServer(Strategy):
         part = Contribution.of(phase, samples, loss)
         self._header.write(Header(HeaderKind.STEP, self.version, phase.step.round_end, phase.step.number, part))
         requests = self._start_pull()
-        for route in self._routes:  # the header follows them: it tells servers on this node that the gradient is there
+        for route in self._routes:  # before the header, which servers on this node take as the sign that it is there
             requests += route.push()
         requests.append(self.comm.start_send(self._header.bytes, wiring.coordinator, Tag.CONTROL))
         self._finish_pull(requests)
