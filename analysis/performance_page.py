@@ -60,12 +60,17 @@ def measure(name: str) -> None:
     argv = [sys.executable, "-m", "hpctrain", "bench", *words, "--json", str(fresh)]
     argv += ["--csv", str(path.with_suffix(".csv"))]
     subprocess.run(argv, cwd=ROOT, timeout=LIMIT, check=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    edited = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "hpctrain", "clusters"], cwd=ROOT).returncode
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    about = {"command": f"hpctrain bench {' '.join(words)}", "measured": now, "commit": commit.stdout.strip() + " and edits" * bool(edited)}
+    about = {"command": f"hpctrain bench {' '.join(words)}", "measured": now, "commit": _commit()}
     path.write_text(json.dumps({**about, **json.loads(fresh.read_text())}, indent=1) + "\n")
     fresh.unlink()
+
+
+def _commit() -> str:
+    """The commit of the code that was measured."""
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    edited = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "hpctrain", "clusters"], cwd=ROOT).returncode
+    return head.stdout.strip() + (" with edits" if edited else "")
 
 
 def page(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

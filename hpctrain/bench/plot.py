@@ -27,6 +27,6 @@ def draw(comparisons: Sequence[Mapping[str, Any]], path: str) -> None:
     axes.set_ylim(len(shown) - 0.5, -0.5)
     values = [each["value"] for each in shown]
     axes.set_xlim(min([0.0, *values]) - 0.1, max([1.5, *values]) * 1.2)
-    legend = "ratio with 95 % interval; black: target; green: met, red: not met, gray: neither is certain"
+    legend = "ratio with 95 % interval; black: target; green: met, red: not met, gray: no target, or not certain"
     figure.supxlabel(legend, fontsize=9)
     FigureCanvasAgg(figure).print_png(path)
