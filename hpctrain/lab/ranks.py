@@ -13,7 +13,10 @@ from hpctrain.launcher import find_mpiexec, rank_environment
 from hpctrain.launcher.mpiexec import Mpi
 
 # All hosts share this machine's memory; without these, MPI would find that out and use it.
-MPICH_OVER_TCP = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": CARD, "MPIR_CVAR_CH4_NETMOD": "ucx"}
+MPICH_OVER_TCP = {
+    "FI_PROVIDER": "tcp", "FI_TCP_IFACE": CARD,
+    "UCX_TLS": "tcp,self", "UCX_NET_DEVICES": CARD,  # where MPIR_CVAR_CH4_NETMOD=ucx
+}  # fmt: skip
 OPEN_MPI_OVER_TCP = ("--mca", "pml", "ob1", "--mca", "btl", "tcp,self,sm", "--mca", "btl_tcp_if_include", CARD)
 
 

@@ -11,6 +11,9 @@ from hpctrain.launcher.facts import LAUNCHERS, MARK, MPICH, MPICH_NETMOD, OPEN_M
 PRIVATE = re.compile("|".join(launcher.private for launcher in LAUNCHERS if launcher.private))
 
 
+WHEEL = "pypi.org/p/mpich"  # in the version string of PyPI's MPICH
+
+
 def launched_rank(environment: Mapping[str, str]) -> int:
     """The rank that the launcher gave this process, as far as is known before MPI starts; else 0."""
     for launcher in LAUNCHERS:
@@ -65,13 +68,16 @@ def check_singleton(size: int, library: str, environment: Mapping[str, str]) -> 
 
 
 def netmod_for(library: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that MPICH needs before it starts, so that it always comes up under `srun --mpi=pmi2`.
+    """Variables with which MPICH must start where it can choose between UCX and OFI and the user has not chosen.
 
-    `library`: MPICH's version string. Slurm's plug-in reads a PMI request in one piece of at most 1024 bytes. What
-    ranks publish there for UCX is sometimes longer, by chance, and then all of them wait forever; for OFI it is always
-    short. Returns an empty dict if the user has chosen a network layer, or there is no choice.
+    `library`: MPICH's version string. OFI is chosen in two cases:
+
+    - `srun --mpi=pmi2`: Slurm's plug-in reads a PMI request in one piece of at most 1024 bytes. What ranks publish
+      there for UCX is sometimes longer, by chance, and then all of them wait forever; for OFI it is always short.
+    - PyPI's wheel. Over TCP, a rank that uses its UCX accepts a long message only after all that it is sending to the
+      same rank, so the two directions of a link take turns.
     """
     device = next((line for line in library.splitlines() if line.startswith("MPICH Device")), "")
     by_srun = {SLURM.step, MPICH.connection} <= environment.keys() and MPICH.local_size not in environment
     choice = "ucx" in device and "ofi" in device and MPICH_NETMOD not in environment
-    return {MPICH_NETMOD: "ofi"} if by_srun and choice else {}
+    return {MPICH_NETMOD: "ofi"} if choice and (by_srun or WHEEL in library) else {}

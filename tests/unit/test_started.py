@@ -61,10 +61,12 @@ def test_processes_each_in_a_world_of_their_own(environment: dict[str, str], lib
 
 SRUN = {"SLURM_STEP_ID": "0", "PMI_FD": "11"}
 BOTH = "MPICH Version:      5.0.2\nMPICH Device:       ch4:ucx ofi\nMPICH CC:  cc\0"
+PYPI = BOTH + "MPICH Custom Information:\thttps://pypi.org/p/mpich/5.0.2/\0"
 
 
-def test_mpich_with_a_choice_uses_ofi_under_sruns_pmi2() -> None:
-    assert netmod_for(BOTH, SRUN) == {"MPIR_CVAR_CH4_NETMOD": "ofi"}
+@pytest.mark.parametrize(("library", "environment"), [(BOTH, SRUN), (PYPI, {}), (PYPI, SRUN)])
+def test_mpich_with_a_choice_uses_ofi_under_sruns_pmi2_or_from_pypi(library: str, environment: dict[str, str]) -> None:
+    assert netmod_for(library, environment) == {"MPIR_CVAR_CH4_NETMOD": "ofi"}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,7 @@ def test_mpich_with_a_choice_uses_ofi_under_sruns_pmi2() -> None:
         (BOTH, {"SLURM_STEP_ID": "0"}),  # --mpi=none, pmix
         (BOTH, {**SRUN, "MPI_LOCALNRANKS": "2"}),  # its own mpiexec, inside a job
         (BOTH, {**SRUN, "MPIR_CVAR_CH4_NETMOD": "ucx"}),
+        (PYPI, {"MPIR_CVAR_CH4_NETMOD": "ucx"}),
         (BOTH.replace("ucx ofi", "ucx"), SRUN),
         (BOTH.replace("ucx ofi", "ofi"), SRUN),
         (OPEN_MPI_LIBRARY, SRUN),
