@@ -30,13 +30,19 @@ Progress = Callable[[str], None]
 
 # -- round trips -------------------------------------------------------------------------------------------------
 PUSHED: Load = LARGE
+DEDICATED, COLOCATED, ROUNDED = "dedicated server", "colocated server", "dedicated server, bfloat16"
 WAYS: dict[str, dict[str, Any]] = {  # what the strategy is given
-    "dedicated server": {},
-    "colocated server": {"colocated": True},  # shares its rank with a worker; on one node only
+    DEDICATED: {},
+    COLOCATED: {"colocated": True},  # shares its rank with a worker; on one node only
+    ROUNDED: {"codec": "bfloat16"},  # both ways; on several nodes only, because within a node nothing is sent
 }
 RPC = f"torch RPC in {CHUNKS} chunks"
 COMPUTES = {"no computation": False, "with gradients": True}
-TARGETS = {(False, "with gradients"): 1.85, (True, "no computation"): 1.03}  # (several nodes, column), against RPC
+TARGETS = {  # (several nodes, way, column), against RPC
+    (False, DEDICATED, "with gradients"): 1.85,
+    (True, DEDICATED, "no computation"): 1.03,
+    (True, ROUNDED, "no computation"): 1.6,
+}
 BLOCKS = 6
 PUSHES = 24  # average number per worker in a block, if it takes at most SECONDS
 SECONDS, FEWEST = 1.5, 6
@@ -66,8 +72,9 @@ def _ways(workload: Workload) -> dict[str, Callable[[int, bool], float]]:
     """By name: a function of (average number of round trips per worker, whether gradients are computed), which returns
     the round trips per second."""
     ways: dict[str, Callable[[int, bool], float]] = {}
+    left_out = COLOCATED if len(set(workload.comm.nodes)) > 1 else ROUNDED
     for name, options in WAYS.items():
-        if not (options.get("colocated") and len(set(workload.comm.nodes)) > 1):
+        if name != left_out:
             ways[name] = partial(push_rate, workload, options)
     if workload.comm.concurrent:
         ways[RPC] = partial(rpc_rate, workload.comm, workload.load)
@@ -101,7 +108,7 @@ def _pushes_table(workload: Workload, taken: dict[str, dict[str, list[float]]]) 
 
 
 def _target(several: bool, name: str, column: str) -> Goal | None:
-    value = TARGETS.get((several, column)) if name == "dedicated server" else None
+    value = TARGETS.get((several, name, column))
     return Goal(value, at_least=True) if value is not None else None
 
 

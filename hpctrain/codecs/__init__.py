@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from hpctrain.codecs.base import Codec
+    from hpctrain.codecs.wire import WireCodec
 
 CodecName = Literal["none", "bfloat16", "float16"]
 CODEC_TEXT = (
@@ -24,3 +25,11 @@ def codec_by(name: CodecName) -> Codec:
 
     made: dict[str, type[Codec]] = {"none": LibrarySum, "bfloat16": BFloat16, "float16": Float16}
     return made[name]()
+
+
+def wire_codec_by(name: CodecName) -> WireCodec | None:
+    """A new codec of that name, for messages that are not summed on their way; None for "none"."""
+    from hpctrain.codecs.wire import WireCodec
+
+    codec = codec_by(name)
+    return codec if isinstance(codec, WireCodec) else None

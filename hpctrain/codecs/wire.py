@@ -93,6 +93,22 @@ class WireCodec(Codec):
         return message
 
 
+class Plain(WireCodec):
+    """The values as they are: a copy."""
+
+    def shape(self, values: Tensor) -> tuple[int, torch.dtype]:
+        return values.numel(), values.dtype
+
+    def encode(self, values: Tensor, message: Tensor) -> None:
+        message.copy_(values)
+
+    def decode(self, message: Tensor, into: Tensor, add: bool = False) -> None:
+        if add:
+            into.add_(message)
+        else:
+            into.copy_(message)
+
+
 def add_wide(values: Tensor, into: Tensor, scale: Tensor | None = None) -> None:
     """Add `values`, times `scale` if given, to `into`. Values of 16 bits are converted block by block, in a core's
     cache: torch's addition of tensors of two dtypes is three times slower."""

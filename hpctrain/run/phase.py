@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from hpctrain.strategies.phase import Updating
 def updating(optimizer: OptimizerChoice, layout: Layout, **keys: Any) -> Updating:
     """The updates of the job's optimizer; `keys`: further fields of `Updating`."""
 
-    def make(values: torch.Tensor, low: int, high: int) -> Update:
-        return make_update(optimizer, layout, values, low, high)
+    def make(values: torch.Tensor, low: int, high: int, cuts: Sequence[int] = ()) -> Update:
+        return make_update(optimizer, layout, values, low, high, cuts)
 
     return Updating(make, optimizer.elementwise, optimizer.adaptive, **keys)
 

@@ -232,6 +232,8 @@ def test_data_set_of_a_single_sample(tmp_path: Path):
         (4, served(servers=4, colocated=True)),
         slow(6, served(servers=2, delay_compensation="constant")),
         (6, served("bounded", bound=1, servers=2)),
+        (3, served(chunk_mb=0.01)),  # 25 chunks, and servers apart from the workers: pushes are applied on arrival
+        (3, served(chunk_mb=0.01, codec="bfloat16")),
     ],
 )
 def test_no_pull_is_torn(tmp_path: Path, size: int, strategy: helpers.Tables):

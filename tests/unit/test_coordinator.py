@@ -239,7 +239,7 @@ def test_all_are_dismissed_when_waiting_for_a_withdrawn_worker(first: int):
     assert [tested.receive(worker, header, 0) for worker, header in steps[:2]] == [[], []]
     *answers, decision = tested.receive(*steps[2], 0)
     assert answers == [Reply(worker, 0, 0, Ask.LEAVE, "dropped") for worker in range(3)]
-    assert decision == Decision(What.DROP, take=(1, 2), give=(0, 1, 2))
+    assert decision == Decision(What.DROP, take=(1, 2), give=(0, 1, 2), exact=True)
 
 
 def test_rounds_continue_without_a_withdrawn_backup_worker_until_a_request():
@@ -632,6 +632,7 @@ def test_decision_survives_the_wire(slots: int, what: What, data: st.DataObject)
     decision = Decision(
         what, data.draw(workers), data.draw(workers), data.draw(NUMBERS), data.draw(NUMBERS), data.draw(FLOATS),
         data.draw(FLOATS), data.draw(FLOATS), None if used is None else np.array(used), data.draw(st.none() | NANS),
+        data.draw(st.booleans()),
     )  # fmt: skip
     record = DecisionRecord(WORKERS, slots)
     record.write(Decision(What.NAN, (1, 2), (3,), nan=NotFinite(1, 2.0, 3, 4)))

@@ -83,8 +83,8 @@ class Coordinator(ABC):
         return [self._first(worker) for worker in range(self.workers)]
 
     def receive(self, worker: int, header: Header, now: int) -> list[Message]:
-        """The messages to send after a header. A push that it announces has arrived, too. `now`: nanoseconds."""
-        messages = list(self._answer(worker, header, now))
+        """The messages to send after a header; its push may still be under way. `now`: nanoseconds."""
+        messages = list(_matched(self._answer(worker, header, now)))
         if len(self.left) == self.workers:
             messages.append(Decision(What.END) if self.nan is None else Decision(What.NAN, nan=self.nan))
         return messages
@@ -324,6 +324,18 @@ class Bounded(Asynchronous):
         does not count until all are drained."""
         others = (self._done[other] for other in range(self.workers) if other != worker and self._dealt[other])
         return self._done[worker] - min(others, default=self._done[worker]) <= self.terms.options.bound
+
+
+def _matched(messages: Iterator[Message]) -> Iterator[Message]:
+    """Decisions that give parameters to workers of whom something is asked, in the replies before, are `exact`."""
+    asked: set[bool] = set()
+    for message in messages:
+        if isinstance(message, Reply):
+            asked.add(message.exact)
+        elif message.give:
+            (exact,) = asked
+            message, asked = message._replace(exact=exact), set()
+        yield message
 
 
 MODES: dict[str, type[Coordinator]] = {"sync": Rounds, "async": Asynchronous, "bounded": Bounded}

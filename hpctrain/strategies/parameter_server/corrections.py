@@ -44,12 +44,14 @@ class DelayCompensation:
             return cls(options.delay_lambda or 0.04, None)
         return cls(options.delay_lambda or 2.0, values.new_zeros(values.shape))
 
-    def correct(self, gradient: torch.Tensor, now: torch.Tensor, then: torch.Tensor) -> None:
-        """Correct `gradient` in place. All tensors are flat and of equal length."""
+    def correct(self, gradient: torch.Tensor, now: torch.Tensor, then: torch.Tensor, first: int) -> None:
+        """Correct `gradient`, the shard's stretch that begins at `first`, in place. All tensors are flat and of equal
+        length."""
         change = gradient.square()
         if self._mean_square is not None:
-            self._mean_square.mul_(0.95).add_(change, alpha=0.05)
-            change.div_((self._mean_square + 1e-7).sqrt_())
+            mean_square = self._mean_square[first : first + gradient.numel()]
+            mean_square.mul_(0.95).add_(change, alpha=0.05)
+            change.div_((mean_square + 1e-7).sqrt_())
         gradient.add_(change.mul_(now - then), alpha=self._strength)
 
 

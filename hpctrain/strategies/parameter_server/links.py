@@ -6,6 +6,10 @@ server writes parameters where the worker reads them, or updates them there if a
 `Placement`). It does so only between that worker's push and its pull, while the worker waits, so every pull is of one
 version. A message of one byte, the pull, ends the wait.
 
+Between nodes a shard travels in chunks. All servers execute the coordinator's decisions in one order, and each of them
+chunk by chunk: wait for the chunk of the push, update, send the chunk of the pull. Every chunk sees the same updates in
+the same order, so a pull is of one version although it begins before its push has ended.
+
 The messages also order the accesses to the memory: who writes calls `Communicator.sync` before it sends, who reads
 calls it after it has received, and a message is received after it was sent. So a server reads a gradient only after it
 is complete, and the worker reads parameters, and changes its gradient again, only after the server has finished with
@@ -15,7 +19,9 @@ both.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -24,36 +30,105 @@ from hpctrain.comm.base import Tag
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hpctrain.codecs.wire import WireCodec
     from hpctrain.comm.base import Arena, Buffer, Communicator, Request
     from hpctrain.strategies.phase import Phase
 
 
-class Route(ABC):
-    """A worker's way to one server, for the arena's stretch [low, high) that the server owns."""
+class Packet:
+    """A chunk on its way between nodes. `message`: what is sent or received; without a codec the chunk itself. `lent`:
+    the message changes when the chunk is updated, or serves several workers."""
 
-    @abstractmethod
-    def pull(self) -> Request:
-        """Start to receive parameters."""
+    def __init__(self, comm: Communicator, chunk: Tensor, codec: WireCodec | None, lent: bool = False) -> None:
+        from hpctrain.replica.layout import NUMPY_DTYPES
+        from hpctrain.replica.tensors import as_array, as_tensor
+
+        self._comm, self._codec, self._chunk, self.lent = comm, codec, chunk, lent
+        self._version = -1  # of the values that were packed
+        if codec is None:
+            self.message, self._wire = as_array(chunk), chunk
+        else:
+            length, dtype = codec.shape(chunk)
+            self.message = comm.arena(length, NUMPY_DTYPES[dtype]).mine
+            self._wire = as_tensor(self.message)
+
+    def pack(self, version: int) -> Buffer:
+        """The message with the chunk's values. The same version is encoded only once."""
+        if self._codec is not None and version != self._version:
+            with self._comm.span("encode", self._wire.nbytes):
+                self._codec.encode(self._chunk, self._wire)
+            self._version = version
+        return self.message
+
+    def unpack(self, into: Tensor) -> None:
+        """Store the values of the message in `into`."""
+        if self._codec is not None:
+            with self._comm.span("decode", self._wire.nbytes):
+                self._codec.decode(self._wire, into)
+        elif into is not self._chunk:
+            into.copy_(self._chunk)
+
+
+class Route(ABC):
+    """A worker's way to one server, for the arena's stretch that the server owns. In a step, `offer` comes before the
+    header is sent, `push` after it, `pull` once the reply is there, and `pulled` last."""
+
+    def offer(self) -> None:  # noqa: B027 (a message comes after the header)
+        """The gradient is complete: a server on this node takes the header as the sign of it."""
 
     def push(self) -> list[Request]:
-        """Start to send the gradient; the header goes out after this."""
+        """Start to send the gradient."""
         return []
 
-    def pulled(self) -> None:  # noqa: B027 (a message needs nothing more)
-        """All pulls are over: the parameters may be read."""
+    @abstractmethod
+    def pull(self, exact: bool) -> None:
+        """Start to receive parameters; `exact`: without a codec."""
+
+    @abstractmethod
+    def pulled(self) -> None:
+        """Wait until the parameters may be read."""
+
+    def round(self) -> None:  # noqa: B027 (memory is not encoded)
+        """Round exact parameters as a pull with a codec would have, so that training does not depend on what was asked
+        in between."""
 
 
 class MessageRoute(Route):
-    """By messages."""
+    """By messages, one for each chunk of the stretch's `values` and `gradient`."""
 
-    def __init__(self, comm: Communicator, server: int, values: Buffer, gradient: Buffer) -> None:
-        self._comm, self._server, self._values, self._gradient = comm, server, values, gradient
-
-    def pull(self) -> Request:
-        return self._comm.start_recv(self._values, self._server, Tag.PULL)
+    def __init__(
+        self,
+        comm: Communicator,
+        server: int,
+        values: Sequence[Tensor],
+        gradient: Sequence[Tensor],
+        codec: WireCodec | None,
+    ) -> None:
+        self._comm, self._server, self._values = comm, server, values
+        self._pushes = [Packet(comm, chunk, codec) for chunk in gradient]
+        self._exact = [Packet(comm, chunk, None) for chunk in values]
+        self._rounded = [Packet(comm, chunk, codec) for chunk in values] if codec is not None else self._exact
+        self._pulls: list[tuple[Packet, Request]] = []
+        self._steps = 0
 
     def push(self) -> list[Request]:
-        return [self._comm.start_send(self._gradient, self._server, Tag.PUSH)]
+        self._steps += 1
+        return [self._comm.start_send(packet.pack(self._steps), self._server, Tag.PUSH) for packet in self._pushes]
+
+    def pull(self, exact: bool) -> None:
+        packets = self._exact if exact else self._rounded
+        self._pulls = [(packet, self._comm.start_recv(packet.message, self._server, Tag.PULL)) for packet in packets]
+
+    def pulled(self) -> None:
+        for chunk, (packet, request) in zip(self._values, self._pulls, strict=True):
+            request.wait()
+            packet.unpack(chunk)
+
+    def round(self) -> None:
+        self._steps += 1
+        for chunk, packet in zip(self._values, self._rounded, strict=True):
+            packet.pack(self._steps)
+            packet.unpack(chunk)
 
 
 class MemoryRoute(Route):
@@ -63,15 +138,17 @@ class MemoryRoute(Route):
         self._comm, self._server = comm, server
         self._arenas = phase.replica.gradient_arena, phase.replica.value_arena
         self._notice = np.zeros(1, np.uint8)
+        self._pull: Request | None = None
 
-    def pull(self) -> Request:
-        return self._comm.start_recv(self._notice, self._server, Tag.PULL)
-
-    def push(self) -> list[Request]:
+    def offer(self) -> None:
         self._sync()
-        return []
+
+    def pull(self, exact: bool) -> None:
+        self._pull = self._comm.start_recv(self._notice, self._server, Tag.PULL)
 
     def pulled(self) -> None:
+        assert self._pull is not None
+        self._pull.wait()
         self._sync()
 
     def _sync(self) -> None:
@@ -80,133 +157,183 @@ class MemoryRoute(Route):
 
 
 class WorkerLink(ABC):
-    """A server's way to one worker. `gradient`: what the worker has pushed, between `arrive` and `expect`; read-only.
-    `read`: the parameters that it was computed on, if they are kept."""
+    """A server's way to one worker. `gradient`: what the worker has pushed, in chunks: read-only, and there between
+    `arrive` and `expect`. `read`: the parameters that it was computed on, in chunks; empty if they are not kept."""
 
-    gradient: Tensor
-    read: Tensor | None = None
-    _pull: Request | None = None  # under way
+    gradient: Sequence[Tensor]
+    read: Sequence[Tensor]
 
-    def expect(self) -> None:  # noqa: B027 (through memory nothing is received)
-        """Be ready for the worker's next push."""
+    def expect(self, chunk: int) -> None:  # noqa: B027 (through memory nothing is received)
+        """Be ready for that chunk of the worker's next push."""
 
     @property
     def push(self) -> Request | None:
-        """The push under way; None if it is there as soon as the worker's header is."""
+        """The last chunk of the push under way; None if the push is there as soon as the worker's header is."""
         return None
 
     @abstractmethod
-    def arrive(self) -> None:
-        """Wait until the push is there."""
+    def arrive(self, chunk: int) -> None:
+        """Wait until that chunk of the push is there."""
 
     @abstractmethod
-    def give(self, values: Tensor) -> None:
-        """Give the worker the shard's parameters."""
+    def give(self, chunk: int, version: int, exact: bool) -> None:
+        """Give the worker that chunk of the shard's parameters; all chunks come in order. `version`: counts the shard's
+        updates; `exact`: without a codec."""
 
-    def release(self) -> None:  # noqa: B027 (a copy is given)
-        """Wait until the worker no longer needs the shard: it may change."""
+    def release(self, chunk: int) -> None:  # noqa: B027 (a copy is given)
+        """Wait until the worker no longer needs that chunk of the shard: it may change."""
 
+    @abstractmethod
     def finish(self) -> None:
-        """Wait until what was given has arrived."""
-        if self._pull is not None:
-            self._pull.wait()
-            self._pull = None
+        """Wait until all that was given has arrived."""
 
     def cancel(self) -> None:  # noqa: B027 (through memory nothing is received)
         """Expect no more pushes."""
 
 
 class MessageLink(WorkerLink):
-    """By messages. Parameters are sent from the shard, or from `copy`, if given, so that the next update need not wait
-    for the transfer."""
+    """By messages, one for each chunk. `pushes`: of `gradient`. `pulls`: of the shard; `exact`: the same without a
+    codec."""
 
     def __init__(
-        self, comm: Communicator, worker: int, shard: Buffer, received: Buffer, copy: Buffer | None
+        self,
+        comm: Communicator,
+        worker: int,
+        gradient: Sequence[Tensor],
+        pushes: Sequence[Packet],
+        pulls: Sequence[Packet],
+        exact: Sequence[Packet],
+        read: Sequence[Tensor],
     ) -> None:
-        from hpctrain.replica.tensors import as_tensor
-
         self._comm, self._worker = comm, worker
-        self._received, self.gradient = received, as_tensor(received)
-        self._sent = shard if copy is None else copy
-        self._copies = copy is not None
-        self._push: Request | None = None
-        if copy is not None:
-            self.read = as_tensor(copy)
-            self.read.copy_(as_tensor(shard))
+        self.gradient, self.read = gradient, read
+        self._pushes, self._pulls, self._exact = pushes, pulls, exact
+        self._arriving: list[Request | None] = [None] * len(pushes)
+        self._leaving: list[tuple[Request, Packet] | None] = [None] * len(pushes)
 
-    def expect(self) -> None:
-        self._push = self._comm.start_recv(self._received, self._worker, Tag.PUSH)
+    def expect(self, chunk: int) -> None:
+        self._arriving[chunk] = self._comm.start_recv(self._pushes[chunk].message, self._worker, Tag.PUSH)
 
     @property
     def push(self) -> Request | None:
-        return self._push
+        return self._arriving[-1]
 
-    def arrive(self) -> None:
-        assert self._push is not None
-        self._push.wait()
+    def arrive(self, chunk: int) -> None:
+        request = self._arriving[chunk]
+        assert request is not None
+        request.wait()
+        self._pushes[chunk].unpack(self.gradient[chunk])
 
-    def give(self, values: Tensor) -> None:
-        self.finish()  # its last pull is over: it has pushed since
-        if self.read is not None:
-            self.read.copy_(values)
-        self._pull = self._comm.start_send(self._sent, self._worker, Tag.PULL)
+    def give(self, chunk: int, version: int, exact: bool) -> None:
+        self._finish(chunk)  # its last pull is over: it has pushed since
+        packet = (self._exact if exact else self._pulls)[chunk]
+        request = self._comm.start_send(packet.pack(version), self._worker, Tag.PULL)
+        self._leaving[chunk] = request, packet
+        if self.read:
+            self.keep(chunk, version)
 
-    def release(self) -> None:
-        if not self._copies:
-            self.finish()
+    def keep(self, chunk: int, version: int) -> None:
+        """Keep what the worker computes on: rounded, even if it got exact parameters; see `Route.round`."""
+        self._pulls[chunk].pack(version)
+        self._pulls[chunk].unpack(self.read[chunk])
+
+    def release(self, chunk: int) -> None:
+        leaving = self._leaving[chunk]
+        if leaving is not None and leaving[1].lent:
+            self._finish(chunk)
+
+    def _finish(self, chunk: int) -> None:
+        leaving = self._leaving[chunk]
+        if leaving is not None:
+            leaving[0].wait()
+            self._leaving[chunk] = None
+
+    def finish(self) -> None:
+        for chunk in range(len(self._leaving)):
+            self._finish(chunk)
 
     def cancel(self) -> None:
-        if self._push is not None:
-            self._push.cancel()
+        for request in self._arriving:
+            if request is not None:
+                request.cancel()
 
 
 class MemoryLink(WorkerLink):
-    """Through the node's memory: the worker's gradient, and `read`, its own parameters, or None if it reads the shard
-    itself."""
+    """Through the node's memory: the worker's `gradient`, and `read`, its own parameters; empty if it reads those of
+    the shard, `values`."""
 
     def __init__(
-        self, comm: Communicator, worker: int, arenas: tuple[Arena, Arena], gradient: Tensor, read: Tensor | None
+        self,
+        comm: Communicator,
+        worker: int,
+        arenas: tuple[Arena, Arena],
+        values: Sequence[Tensor],
+        gradient: Sequence[Tensor],
+        read: Sequence[Tensor],
     ) -> None:
         self._comm, self._worker, self._arenas = comm, worker, arenas
-        self.gradient, self.read = gradient, read
+        self._values, self.gradient, self.read = values, gradient, read
         self._notice = np.zeros(1, np.uint8)
+        self._pull: Request | None = None
 
-    def arrive(self) -> None:
-        self._sync()
+    def arrive(self, chunk: int) -> None:
+        if chunk == 0:
+            self._sync()
 
-    def give(self, values: Tensor) -> None:
-        self.finish()
-        if self.read is not None:
-            with self._comm.span("send", values.nbytes, self._comm.members[self._worker]):
-                self.read.copy_(values)
-        self._sync()
-        self._pull = self._comm.start_send(self._notice, self._worker, Tag.PULL)
+    def give(self, chunk: int, version: int, exact: bool) -> None:
+        if chunk == 0:
+            self.finish()
+        if self.read:
+            with self._comm.span("send", self.read[chunk].nbytes, self._comm.members[self._worker]):
+                self.read[chunk].copy_(self._values[chunk])
+        if chunk == len(self._values) - 1:
+            self._sync()
+            self._pull = self._comm.start_send(self._notice, self._worker, Tag.PULL)
+
+    def finish(self) -> None:
+        if self._pull is not None:
+            self._pull.wait()
+            self._pull = None
 
     def _sync(self) -> None:
         for arena in self._arenas:
             self._comm.sync(arena)
 
 
-def routes(phase: Phase, comm: Communicator, shards: list[tuple[int, int, int]]) -> list[Route]:
-    """This worker's routes to the owners of these shards: (server rank, low, high)."""
+class Shard(NamedTuple):
+    """The arena's stretch [low, high), which `server` owns. `cuts`: where it is cut into chunks."""
+
+    server: int
+    low: int
+    high: int
+    cuts: tuple[int, ...]
+
+    def chunks(self, values: Tensor) -> list[Tensor]:
+        """The chunks of the stretch's `values`."""
+        bounds = [0, *(cut - self.low for cut in self.cuts), values.numel()]
+        return [values[a:b] for a, b in pairwise(bounds)]
+
+
+def routes(phase: Phase, comm: Communicator, shards: Sequence[Shard], codec: WireCodec | None) -> list[Route]:
+    """This worker's routes to the owners of these shards."""
     found: list[Route] = []
-    values, gradient = phase.replica.value_buffer, phase.replica.gradient_arena.mine
-    for server, low, high in shards:
-        if near(phase, server):
-            found.append(MemoryRoute(phase, comm, server))
+    for shard in shards:
+        if near(phase, shard.server):
+            found.append(MemoryRoute(phase, comm, shard.server))
         else:
-            found.append(MessageRoute(comm, server, values[low:high], gradient[low:high]))
+            here = slice(shard.low, shard.high)
+            values, gradient = (shard.chunks(part[here]) for part in (phase.replica.values, phase.replica.gradient))
+            found.append(MessageRoute(comm, shard.server, values, gradient, codec))
     return found
 
 
-def memory_link(phase: Phase, comm: Communicator, worker: int, low: int, high: int) -> MemoryLink:
-    """A server's link to a rank that is `near`."""
+def memory_link(phase: Phase, comm: Communicator, worker: int, shard: Shard, values: Sequence[Tensor]) -> MemoryLink:
+    """A server's link to a rank that is `near`. `values`: the chunks of its shard."""
     from hpctrain.replica.tensors import as_tensor
 
-    values, gradient = phase.replica.value_arena, phase.replica.gradient_arena
-    place = phase.comm.local_ranks.index(worker)
-    read = as_tensor(values.parts[place][low:high]) if phase.members.placement == "copies" else None
-    return MemoryLink(comm, worker, (gradient, values), as_tensor(gradient.parts[place][low:high]), read)
+    arenas, place = (phase.replica.gradient_arena, phase.replica.value_arena), phase.comm.local_ranks.index(worker)
+    gradient, read = (shard.chunks(as_tensor(arena.parts[place])[shard.low : shard.high]) for arena in arenas)
+    return MemoryLink(comm, worker, arenas, values, gradient, read if phase.members.placement == "copies" else [])
 
 
 def near(phase: Phase, rank: int) -> bool:

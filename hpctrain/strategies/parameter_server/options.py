@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from hpctrain.codecs import CodecName
 from hpctrain.options import Options
 
 
@@ -25,6 +26,20 @@ class ParameterServerOptions(Options):
     shards: Literal["device", "host"] = Field(
         "device",
         description="where servers on GPUs keep and update their shards: in the GPU's memory, or in pinned host memory",
+    )
+    chunk_mb: float = Field(
+        1.0,
+        gt=0,
+        le=1e6,
+        description="size of the chunks that a server updates one after another, in MiB; between nodes gradients and "
+        "parameters travel in chunks, in both directions at once. An optimizer that needs whole parameters, and "
+        "train.clip_norm in mode sync, update a shard as a whole",
+    )
+    codec: CodecName = Field(
+        "none",
+        description="how gradients and parameters are written into messages between nodes. none: as they are; "
+        "bfloat16, float16: in 16 bits (float16 with a scale for each message); for evaluations, checkpoints and the "
+        "end of a phase parameters are sent as they are",
     )
     bound: int = Field(
         3,

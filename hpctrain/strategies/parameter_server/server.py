@@ -6,11 +6,12 @@ The first server also drives the coordinator: it forwards the headers to it, and
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hpctrain.codecs import wire_codec_by
 from hpctrain.comm.base import Tag
 from hpctrain.replica.state import STRATEGY, State, recv_state, send_state
 from hpctrain.strategies.base import Server
@@ -18,7 +19,7 @@ from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import nan_error, sum_error
 from hpctrain.strategies.parameter_server.coordinator import MODES, Coordinator, Message, Terms
 from hpctrain.strategies.parameter_server.corrections import DelayCompensation
-from hpctrain.strategies.parameter_server.links import MessageLink, memory_link, near
+from hpctrain.strategies.parameter_server.links import MessageLink, Packet, Shard, memory_link, near
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions
 from hpctrain.strategies.parameter_server.wire import (
     Decision,
@@ -36,7 +37,8 @@ from hpctrain.strategies.phase import Phase
 if TYPE_CHECKING:
     import torch
 
-    from hpctrain.comm.base import Buffer, Communicator, Request, Share
+    from hpctrain.codecs.wire import WireCodec
+    from hpctrain.comm.base import Communicator, Request, Share
     from hpctrain.errors import NanError
     from hpctrain.replica.update import Update
     from hpctrain.strategies.parameter_server.links import WorkerLink
@@ -56,9 +58,15 @@ class Wiring:
         self.between_servers = comm.split(0 if comm.rank in self.servers else None, comm.rank)
         self.slots = len(phase.replica.layout.slots)
         self.bounds = slice_bounds(phase.replica.layout, len(self.servers), phase.updating.elementwise)
+        whole = options.lockstep and phase.updating.clip_norm is not None  # the norm must be known before any update
+        chunked = phase.updating.elementwise and not whole
+        self._chunk = int(options.chunk_mb * 2**20 / phase.replica.layout.dtype.itemsize) if chunked else None
+        self.codec = wire_codec_by(options.codec)
         ahead = np.array([phase.dealing.ahead], np.int64)  # ranks may have different values: use the coordinator's
         comm.broadcast(ahead, self.coordinator)
         self.ahead = int(ahead[0])
+        apart = {comm.nodes[rank] for rank in self.workers}.isdisjoint(comm.nodes[rank] for rank in self.servers)
+        self.streams = not options.backup_workers and (options.lockstep or apart)  # see `Driver`
         if not phase.members.equal and phase.members.placement != "node":
             comm.broadcast(phase.replica.value_buffer)
 
@@ -66,19 +74,19 @@ class Wiring:
     def coordinator(self) -> int:
         return self.servers[0]
 
-    def shards(self) -> list[tuple[int, int, int]]:
-        """(server rank, low, high) of every shard that is not empty."""
-        cuts = zip(self.servers, self.bounds, self.bounds[1:], strict=False)
-        return [(server, low, high) for server, low, high in cuts if low < high]
+    def shard(self, server: int) -> Shard:
+        """What that rank serves."""
+        index = self.servers.index(server)
+        low, high = self.bounds[index : index + 2]
+        return Shard(server, low, high, tuple(range(low, high, max(1, self._chunk or high)))[1:])
 
-    def shard(self, phase: Phase) -> Buffer:
-        """The slice of this rank's parameters that it serves. Only for servers."""
-        index = self.servers.index(phase.comm.rank)
-        return phase.replica.value_buffer[self.bounds[index] : self.bounds[index + 1]]
+    def shards(self) -> list[Shard]:
+        """Every shard that is not empty."""
+        return [shard for shard in map(self.shard, self.servers) if shard.low < shard.high]
 
     def keepers(self) -> list[tuple[int, int, int]]:
         """The ranks that hold part of the strategy's state: the owners of shards, and the coordinator."""
-        shards = self.shards()
+        shards = [(shard.server, shard.low, shard.high) for shard in self.shards()]
         if shards and shards[0][0] != self.coordinator:
             shards.insert(0, (self.coordinator, 0, 0))
         return shards
@@ -112,43 +120,58 @@ class ParameterServerServer(Server):
         self.phase, self.wiring, self._lane = phase, wiring, lane
         self.comm = wiring.service.lane(lane)
         self.between = wiring.between_servers.lane(lane) if wiring.between_servers is not None else None
-        index = wiring.servers.index(phase.comm.rank)
-        self.low, self.high = wiring.bounds[index], wiring.bounds[index + 1]
-        here = wiring.shard(phase)
-        once = phase.members.placement == "node"
-        self._shard = self._copied(here) if apart and not once else here
-        self.values = as_tensor(self._shard)
-        self.update: Update = phase.updating.make(self.values, self.low, self.high)
+        self.shard = wiring.shard(phase.comm.rank)
+        self.low, self.high = self.shard.low, self.shard.high
+        self.values = as_tensor(phase.replica.value_buffer[self.low : self.high])
+        if apart and phase.members.placement != "node":
+            self.values = self._room().copy_(self.values)
+        self.chunks = self.shard.chunks(self.values)
+        self.update: Update = phase.updating.make(self.values, self.low, self.high, self.shard.cuts)
+        self._updates = 0  # that the shard has seen
         self.links = [self._link(rank) for rank in wiring.workers]
-        self._sum = as_tensor(self._buffer())
+        self._sum = self.shard.chunks(self._room())
         self._compensation = DelayCompensation.of(self.options, self.values)
         self._corrects = not self.options.lockstep and self.options.momentum_correction and len(wiring.workers) > 1
         leads = phase.comm.rank == wiring.coordinator
         self.coordinator = MODES[self.options.mode](_terms(phase, self.options)) if leads else None
 
-    def _buffer(self) -> Buffer:
-        share: Share = "host" if self.options.shards == "host" else "rank"
-        return self.phase.comm.arena(self.high - self.low, self.phase.replica.layout.dtype, share).mine
-
-    def _copied(self, part: Buffer) -> Buffer:
+    def _room(self) -> torch.Tensor:
+        """Memory for a tensor like the shard."""
         from hpctrain.replica.tensors import as_tensor
 
-        shard = self._buffer()
-        as_tensor(shard).copy_(as_tensor(part))
-        return shard
+        share: Share = "host" if self.options.shards == "host" else "rank"
+        return as_tensor(self.phase.comm.arena(self.high - self.low, self.phase.replica.layout.dtype, share).mine)
+
+    def _packets(self, codec: WireCodec | None, lent: bool) -> list[Packet]:
+        return [Packet(self.comm, chunk, codec, lent) for chunk in self.chunks]
+
+    @cached_property
+    def _common(self) -> list[Packet]:
+        """For workers that all get the same version."""
+        return self._packets(self.wiring.codec, lent=True)
 
     def _link(self, rank: int) -> WorkerLink:
         if near(self.phase, rank):
-            return memory_link(self.phase, self.comm, rank, self.low, self.high)
-        copy = self._buffer() if self._sends_copies(rank) else None
-        return MessageLink(self.comm, rank, self._shard, self._buffer(), copy)
+            return memory_link(self.phase, self.comm, rank, self.shard, self.chunks)
+        from hpctrain.codecs.wire import Plain
+
+        wiring, gradient = self.wiring, self.shard.chunks(self._room())
+        pushes = [Packet(self.comm, chunk, wiring.codec) for chunk in gradient]
+        own = self._packets(wiring.codec or Plain(), lent=False) if self._sends_copies(rank) else None
+        read: list[torch.Tensor] = []
+        if self.options.delay_compensation != "none":
+            read = self.shard.chunks(self._room())
+        pulls = own or self._common
+        exact = pulls if wiring.codec is None else self._packets(None, lent=True)
+        link = MessageLink(self.comm, rank, gradient, pushes, pulls, exact, read)
+        for chunk in range(len(read)):
+            link.keep(chunk, self._updates)
+        return link
 
     def _sends_copies(self, rank: int) -> bool:
-        """Whether that worker gets its parameters from a copy: if it is on another node, so that the next update need
-        not wait for the transfer, and with delay compensation, which needs the parameters that it read."""
-        if self.options.lockstep or self.low == self.high:
-            return False
-        return self.options.delay_compensation != "none" or self.comm.nodes[rank] != self.comm.nodes[self.comm.rank]
+        """Whether that worker gets its parameters from copies, so that the next update need not wait for the transfer:
+        if it is on another node and does not step with the others."""
+        return not self.options.lockstep and self.comm.nodes[rank] != self.comm.nodes[self.comm.rank]
 
     def load(self, state: State) -> None:
         """Load this server's part of the state from a checkpoint or from the previous phase."""
@@ -162,7 +185,8 @@ class ParameterServerServer(Server):
         """Serve until every worker has left. Raises NanError, as the workers do, if a loss is not finite."""
         filled = self.low < self.high
         for link in self.links if filled else ():
-            link.expect()
+            for chunk in range(len(self.chunks)):
+                link.expect(chunk)
         try:
             if self.coordinator is not None:
                 Driver(self, self.coordinator).run()
@@ -202,56 +226,62 @@ class ParameterServerServer(Server):
             return
         if self.low == self.high:
             if decision.what is What.UPDATE and self._clips:
-                self._clip(self._sum)
+                self._clip(self.values)
             return
-        for worker in decision.take:
-            self.links[worker].arrive()
-        if decision.what is What.UPDATE:
-            self._apply(decision)
-        for worker in decision.take:
-            self.links[worker].expect()
-        for worker in decision.give:
-            self.links[worker].give(self.values)
+        self._updates += decision.what is What.UPDATE
+        for chunk in range(len(self.chunks)):
+            for worker in decision.take:
+                self.links[worker].arrive(chunk)
+            if decision.what is What.UPDATE:
+                self._apply(decision, chunk)
+            for worker in decision.take:
+                self.links[worker].expect(chunk)
+            for worker in decision.give:
+                self.links[worker].give(chunk, self._updates, decision.exact)
 
-    def _apply(self, decision: Decision) -> None:
+    def _apply(self, decision: Decision, chunk: int) -> None:
         alone = len(decision.take) == 1
         peer = self.comm.members[self.wiring.workers[decision.take[0]]] if alone else -1
         self.comm.recorder.step = decision.step
-        gradient = self._gradient(decision)
+        gradient = self._gradient(decision, chunk)
         if self._clips:
             gradient.mul_(self._clip(gradient))
         for link in self.links:  # nobody may read a half-finished update
-            link.release()
+            link.release(chunk)
         with self.comm.span("update", gradient.nbytes, peer, decision.version, flops=float(gradient.numel())):
             whose = decision.take[0] if self._corrects else None
-            self.update.apply(gradient, decision.rate, decision.momentum, whose, decision.used)
+            first = self._first(chunk)
+            self.update.apply(gradient, decision.rate, decision.momentum, whose, decision.used, first)
 
-    def _gradient(self, decision: Decision) -> torch.Tensor:
+    def _first(self, chunk: int) -> int:
+        """Where that chunk begins in the arena."""
+        return (self.low, *self.shard.cuts)[chunk]
+
+    def _gradient(self, decision: Decision, chunk: int) -> torch.Tensor:
         """The mean of the accepted gradients, summed in rank order; a single one that stays as it is is not copied.
         Raises NanError."""
         from hpctrain.replica.blocks import add_up, is_finite
 
         links = [self.links[worker] for worker in decision.take]
-        parts, whole = [link.gradient for link in links], self._sum
+        parts, whole = [link.gradient[chunk] for link in links], self._sum[chunk]
         if len(parts) == 1 and decision.weight == 1.0 and not self._clips and self._compensation is None:
             whole, finite = parts[0], is_finite(parts[0])
         else:
             with self.comm.span("reduce", whole.nbytes * len(parts), flops=float(whole.numel() * len(parts))):
                 finite = add_up(parts, whole, decision.weight)
         if not finite:
-            raise self._gradient_error(decision, whole)
+            raise self._gradient_error(decision, chunk, whole)
         if len(parts) == 1 and self._compensation is not None:
-            then = links[0].read
-            assert then is not None
-            self._compensation.correct(whole, self.values, then)
+            place = self._first(chunk) - self.low
+            self._compensation.correct(whole, self.chunks[chunk], links[0].read[chunk], place)
         return whole
 
-    def _gradient_error(self, decision: Decision, whole: torch.Tensor) -> NanError:
+    def _gradient_error(self, decision: Decision, chunk: int, whole: torch.Tensor) -> NanError:
         """Find the worker and the parameter. Only this server raises it: the workers already have their replies."""
-        layout, phase = self.phase.replica.layout, self.phase
-        error = sum_error(phase, layout.first_not_finite(whole, self.low), decision.step)
+        layout, phase, first = self.phase.replica.layout, self.phase, self._first(chunk)
+        error = sum_error(phase, layout.first_not_finite(whole, first), decision.step)
         for worker in decision.take:
-            if bad := layout.first_not_finite(self.links[worker].gradient, self.low):
+            if bad := layout.first_not_finite(self.links[worker].gradient[chunk], first):
                 error = nan_error(phase, self.wiring.workers[worker], 0.0, decision.step, bad)
                 break
         error.everywhere = False
@@ -308,7 +338,7 @@ class Driver:
             header = arrived.pop(worker, None)
             if header is None:
                 header = self._headers[worker].read()
-                push = self._server.links[worker].push
+                push = self._pushed(worker)
                 if header.kind is HeaderKind.STEP and push is not None and not push.test():
                     arrived[worker], requests[worker] = header, push
                     continue
@@ -319,6 +349,15 @@ class Driver:
                 requests.pop(gone).cancel()
         if coordinator.nan is not None:
             raise self._server.error(coordinator.nan)
+
+    def _pushed(self, worker: int) -> Request | None:
+        """What must be over before a decision about that worker's push; None: nothing.
+
+        A push is executed chunk by chunk while it arrives. Workers whose pushes come later wait meanwhile. That costs
+        no more than the link's time if all of them are on other nodes; but a worker beside the server, whose pushes
+        take no time, would be slowed down to the link's speed. In that case a push is decided on once it is complete.
+        """
+        return None if self._server.wiring.streams else self._server.links[worker].push
 
     def _listen(self, worker: int) -> Request:
         return self._comm.start_recv(self._headers[worker].bytes, self._workers[worker], Tag.CONTROL)

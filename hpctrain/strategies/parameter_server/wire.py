@@ -84,13 +84,19 @@ class Reply(NamedTuple):
     nan: NotFinite | None = None  # raise NanError: no other reply follows
     overflow: bool = False  # as in `Outcome`
 
+    @property
+    def exact(self) -> bool:
+        """Whether the parameters come without a codec: what is asked may show or save them."""
+        return bool(self.ask)
+
 
 class Decision(NamedTuple):
     """From the coordinator to all servers, in the same order: consume the gradients of the workers `take`, then send
     parameters to the workers `give`.
 
     UPDATE: apply the sum of the gradients divided by `weight`, with `rate` times the learning rate and `momentum` times
-    the momentum, as version `version`, to the parameters in `used`. NAN: raise NanError for `nan`.
+    the momentum, as version `version`, to the parameters in `used`. NAN: raise NanError for `nan`. `exact`: parameters
+    are sent without a codec, because something is asked of the workers that get them.
     """
 
     what: What
@@ -103,6 +109,7 @@ class Decision(NamedTuple):
     momentum: float = 1.0
     used: Used = None
     nan: NotFinite | None = None
+    exact: bool = False
 
 
 NOT_FINITE: DType = np.dtype([("worker", "i8"), ("loss", "f8"), ("step", "i8"), ("bad", "i8")])  # worker -1: none
@@ -125,6 +132,7 @@ def reply_dtype(stretches: int) -> DType:
 def decision_dtype(workers: int, slots: int) -> DType:
     """The dtype of a decision, for `workers` workers and a layout of `slots` parameters."""
     numbers = [("what", "i8"), ("version", "i8"), ("step", "i8"), ("weight", "f8"), ("rate", "f8"), ("momentum", "f8")]
+    numbers += [("exact", "?")]
     sets: list[Any] = [("take", "?", (workers,)), ("give", "?", (workers,))]
     return np.dtype([*numbers, ("nan", NOT_FINITE), ("used", "f8", (words(slots),)), *sets])
 
@@ -206,13 +214,13 @@ class DecisionRecord(Record):
 
     def write(self, decision: Decision) -> None:
         """Write a decision into the bytes: `take` and `give` as sets."""
-        what, take, give, *numbers, used, nan = decision
+        what, take, give, *numbers, used, nan, exact = decision
         members = self._members(take), self._members(give)
-        self._array[0] = (what, *numbers, _nan_fields(nan), pack(used, self._slots), *members)
+        self._array[0] = (what, *numbers, exact, _nan_fields(nan), pack(used, self._slots), *members)
 
     def read(self) -> Decision:
         """The decision in the bytes, with `take` and `give` in rank order. It shares no memory with them."""
-        what, version, step, weight, rate, momentum, nan, used, take, give = self._fields()
+        what, version, step, weight, rate, momentum, exact, nan, used, take, give = self._fields()
         return Decision(
             What(what),
             tuple(np.flatnonzero(take).tolist()),
@@ -224,6 +232,7 @@ class DecisionRecord(Record):
             momentum,
             unpack(used, self._slots),
             _nan_of(nan),
+            exact,
         )
 
     def _members(self, workers: tuple[int, ...]) -> NDArray[np.bool_]:

@@ -41,6 +41,9 @@ class ParameterServer(Strategy):
         {"servers": 2, "colocated": True, "delay_compensation": "adaptive"},
         {"mode": "bounded", "bound": 1},
         {"mode": "sync", "shards": "host"},
+        {"mode": "sync", "servers": 2, "colocated": True, "chunk_mb": 0.0005, "codec": "bfloat16"},
+        {"chunk_mb": 0.0005, "codec": "float16", "delay_compensation": "constant"},
+        {"servers": 2, "chunk_mb": 0.0005},
     )
 
     def __init__(self, options: ParameterServerOptions) -> None:
@@ -48,7 +51,8 @@ class ParameterServer(Strategy):
         # Where workers step together, nobody reads parameters during an update: once per node is enough.
         once = options.lockstep and not options.backup_workers
         self.needs = Needs("node" if once else "copies", "copies", options.lockstep, not options.lockstep)
-        self.exact = self.deterministic = options.lockstep and not options.backup_workers
+        self.deterministic = once
+        self.exact = once and options.codec == "none"
 
     @staticmethod
     def roles(options: ParameterServerOptions) -> tuple[int, bool]:
@@ -74,7 +78,8 @@ class ParameterServer(Strategy):
         self._thread: Thread | None = phase.comm.spawn(self._server.serve) if self._server else None
         self._slices: list[Stretch] = []
         self._running = self._running_clip()
-        self._routes = routes(phase, self.comm, self.wiring.shards())
+        self._routes = routes(phase, self.comm, self.wiring.shards(), self.wiring.codec)
+        self._exact = True  # whether the parameters are exact, although the next step computes on rounded ones
         self._header = HeaderRecord(len(phase.replica.layout.slots))
         self._reply = self.wiring.reply_record()
         self.comm.recv(self._reply.bytes, self.wiring.coordinator, Tag.REPLY)
@@ -83,6 +88,12 @@ class ParameterServer(Strategy):
     def slices(self) -> list[Stretch] | None:
         return None if self.options.lockstep else self._slices
 
+    def before(self) -> None:
+        if self._exact:
+            for route in self._routes:
+                route.round()
+            self._exact = False
+
     def step(self, samples: int, loss: float) -> Outcome:
         phase, wiring = self.phase, self.wiring
         self._slices = self._slices[1:]
@@ -90,22 +101,25 @@ class ParameterServer(Strategy):
             self._clip(samples)
         part = Contribution.of(phase, samples, loss)
         self._header.write(Header(HeaderKind.STEP, self.version, phase.step.round_end, phase.step.number, part))
-        requests = self._start_pull()
-        for route in self._routes:  # before the header, which servers on this node take as the sign that it is there
-            requests += route.push()
-        requests.append(self.comm.start_send(self._header.bytes, wiring.coordinator, Tag.CONTROL))
-        self._finish_pull(requests)
-        return self._outcome(self._take())
+        reply = self.comm.start_recv(self._reply.bytes, wiring.coordinator, Tag.REPLY)
+        for route in self._routes:
+            route.offer()
+        sends = [self.comm.start_send(self._header.bytes, wiring.coordinator, Tag.CONTROL)]
+        for route in self._routes:
+            sends += route.push()
+        found = self._pull(reply)
+        self.comm.wait_all(sends)
+        return self._outcome(found)
 
-    def _start_pull(self) -> list[Request]:
-        """Start to receive the coordinator's reply and the parameters."""
-        reply = self.comm.start_recv(self._reply.bytes, self.wiring.coordinator, Tag.REPLY)
-        return [reply, *(route.pull() for route in self._routes)]
-
-    def _finish_pull(self, requests: list[Request]) -> None:
-        self.comm.wait_all(requests)
+    def _pull(self, request: Request) -> Reply:
+        """Receive the coordinator's reply, `request`, and the parameters. Raises NanError if the phase ends with it."""
+        request.wait()
+        self._exact = self._reply.read().exact
+        for route in self._routes:
+            route.pull(self._exact)
         for route in self._routes:
             route.pulled()
+        return self._take()
 
     def _running_clip(self) -> RunningClip | None:
         """The running clip, if gradients may be late; those of a single worker never are."""
@@ -177,10 +191,9 @@ class ParameterServer(Strategy):
         return state
 
     def withdraw(self) -> Ask:
-        requests = self._start_pull()
+        reply = self.comm.start_recv(self._reply.bytes, self.wiring.coordinator, Tag.REPLY)
         self._send(HeaderKind.WITHDRAW)
-        self._finish_pull(requests)
-        return self._take().ask
+        return self._pull(reply).ask
 
     def _send(self, kind: HeaderKind) -> None:
         """Send a header without a push."""
