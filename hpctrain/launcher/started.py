@@ -9,8 +9,6 @@ from hpctrain.errors import ClusterError
 from hpctrain.launcher.facts import LAUNCHERS, MARK, MPICH, MPICH_NETMOD, OPEN_MPI, SLURM, SRUN
 
 PRIVATE = re.compile("|".join(launcher.private for launcher in LAUNCHERS if launcher.private))
-
-
 WHEEL = "pypi.org/p/mpich"  # in the version string of PyPI's MPICH
 
 

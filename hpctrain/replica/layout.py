@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,6 +146,12 @@ def _trainable(group: Any, index: int, names: dict[int, str]) -> dict[str, Any]:
                 "parameter of the model"
             )
     return {**group, "params": [p for p in tensors if id(p) in names]}
+
+
+def stretches_of(length: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut [0, length) into stretches of at most `size` elements (at least 1)."""
+    size = max(1, size)
+    return ((low, min(low + size, length)) for low in range(0, length, size))
 
 
 def slice_bounds(layout: Layout, parts: int, elementwise: bool) -> list[int]:

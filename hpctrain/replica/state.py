@@ -229,17 +229,18 @@ def _split(path: str) -> tuple[str, str]:
     return (OPTIMIZER, path) if name in ("flat", "named") else (name, rest)
 
 
-def merge(pieces: Sequence[State], length: int) -> State:
-    """The whole arena's state from the pieces of a cut. Arrays are not copied if one piece covers the whole arena."""
-    whole = State(0, length)
+def merge(pieces: Sequence[State], high: int, low: int = 0) -> State:
+    """The state of the arena's stretch [low, high) from the pieces of a cut. Arrays are not copied if one piece covers
+    all of it."""
+    whole = State(low, high)
     for piece in pieces:
         for name, section in piece.sections.items():
             into = whole.section(name)
             for key, part in section.flat.items():
-                if part.size == length:
+                if part.size == high - low:
                     into.flat[key] = part
                 else:
-                    whole.room(name, key, part.dtype)[piece.low : piece.high] = part
+                    whole.room(name, key, part.dtype)[piece.low - low : piece.high - low] = part
             into.named.update(section.named)
             for what, numbers in section.numbers.items():
                 into.numbers.setdefault(what, {}).update(numbers)

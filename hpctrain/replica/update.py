@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -40,20 +40,17 @@ class Update(ABC):
         momentum: float = 1.0,
         worker: int | None = None,
         used: NDArray[np.bool_] | None = None,
-        first: int | None = None,
     ) -> None:
-        """Take one optimizer step. `gradient` is that of the arena's stretch that begins at `first` (None: `low`); it
-        must begin and end at cuts (see `make_update`), and all stretches between cuts must be stepped equally often.
-        `factor` multiplies the learning rates, `momentum` the momenta (for Adam and similar, the first beta). `worker`:
-        the worker that computed the gradient, if SGD keeps a velocity per worker; see `_step_for`. `used`: which of the
-        layout's parameters have a gradient (None: all); the others, and their state, are not changed, as in torch.optim
-        if .grad is None."""
+        """Take one optimizer step. `gradient` has high - low elements. `factor` multiplies the learning rates,
+        `momentum` the momenta (for Adam and similar, the first beta). `worker`: the worker that computed the gradient,
+        if SGD keeps a velocity per worker; see `_step_for`. `used`: which of the layout's parameters have a gradient
+        (None: all); the others, and their state, are not changed, as in torch.optim if .grad is None."""
         if self._optimizer is None:
             return
         for group, rate, inertia in zip(self._optimizer.param_groups, self._rates, self._momenta, strict=True):
             group["lr"] = rate * factor
             _set_momentum(group, inertia * momentum)
-        self._point_at(gradient, used, self.low if first is None else first)
+        self._point_at(gradient, used)
         if worker is None:
             self._optimizer.step()
         else:
@@ -130,7 +127,7 @@ class Update(ABC):
         return torch.tensor(number, dtype=getattr(torch, kind), device=device)
 
     @abstractmethod
-    def _point_at(self, gradient: torch.Tensor, used: NDArray[np.bool_] | None, first: int) -> None: ...
+    def _point_at(self, gradient: torch.Tensor, used: NDArray[np.bool_] | None) -> None: ...
 
     def state(self) -> State:
         """A copy of the optimizer's state of this stretch."""
@@ -166,15 +163,7 @@ class SlicedUpdate(Update):
     parameters.
     """
 
-    def __init__(
-        self,
-        choice: OptimizerChoice,
-        layout: Layout,
-        values: torch.Tensor,
-        low: int,
-        high: int,
-        cuts: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, choice: OptimizerChoice, layout: Layout, values: torch.Tensor, low: int, high: int) -> None:
         super().__init__(layout, values, low, high)
         self._pieces: list[Piece] = []
         self._offsets = np.array([slot.offset for slot in layout.slots], np.int64)
@@ -184,23 +173,20 @@ class SlicedUpdate(Update):
         for index, group in enumerate(layout.groups):
             first, last = max(low, group.low), min(high, group.high)
             if first < last:
-                bounds = [first, *(cut for cut in cuts if first < cut < last), last]
-                pieces = [Piece(index, self._flat(a, b), a, b) for a, b in pairwise(bounds)]
-                self._pieces += pieces
-                groups.append({"params": [piece.flat for piece in pieces], **group.options})
+                self._pieces.append(Piece(index, self._flat(first, last), first, last))
+                groups.append({"params": [self._pieces[-1].flat], **group.options})
         self._adopt(choice, groups)
 
     def _flat(self, first: int, last: int) -> torch.nn.Parameter:
         return torch.nn.Parameter(self.values[first - self.low : last - self.low])
 
-    def _point_at(self, gradient: torch.Tensor, used: NDArray[np.bool_] | None, first: int) -> None:
+    def _point_at(self, gradient: torch.Tensor, used: NDArray[np.bool_] | None) -> None:
         if used is not None and not (self._used is not None and np.array_equal(used, self._used)):
             self._divide(self._offsets[1:][used[1:] != used[:-1]].tolist())
             self._used, self._divided = used, True
-        last = first + gradient.numel()
         for piece in self._pieces:
-            has = first <= piece.first < last and (used is None or used[self._slot_at(piece.first)])
-            piece.flat.grad = gradient[piece.first - first : piece.last - first] if has else None
+            has = used is None or used[self._slot_at(piece.first)]
+            piece.flat.grad = gradient[piece.first - self.low : piece.last - self.low] if has else None
 
     def _slot_at(self, offset: int) -> int:
         return int(np.searchsorted(self._offsets, offset, side="right")) - 1
@@ -297,8 +283,7 @@ def _stretches(kept: Section) -> list[tuple[int, int, int, dict[str, Any]]]:
 
 
 class WholeUpdate(Update):
-    """For any optimizer: parameters in their own shapes; the stretch is cut only between parameters, and not for the
-    updates."""
+    """For any optimizer: parameters in their own shapes; the stretch is cut only between parameters."""
 
     def __init__(self, choice: OptimizerChoice, layout: Layout, values: torch.Tensor, low: int, high: int) -> None:
         super().__init__(layout, values, low, high)
@@ -314,7 +299,7 @@ class WholeUpdate(Update):
         self._places = [places[slot.name] for _, slot, _ in self._slots]
         self._adopt(choice, groups)
 
-    def _point_at(self, gradient: torch.Tensor, used: NDArray[np.bool_] | None, first: int) -> None:
+    def _point_at(self, gradient: torch.Tensor, used: NDArray[np.bool_] | None) -> None:
         for (_, slot, parameter), place in zip(self._slots, self._places, strict=True):
             parameter.grad = _view(gradient, slot, self.low) if used is None or used[place] else None
 
@@ -341,15 +326,10 @@ class WholeUpdate(Update):
                 here[key] = as_tensor(array).to(parameter.device)
 
 
-def make_update(
-    choice: OptimizerChoice, layout: Layout, values: torch.Tensor, low: int, high: int, cuts: Sequence[int] = ()
-) -> Update:
-    """Create the update that suits the optimizer. `cuts`: where the stretch is cut for updates one after another; only
-    for elementwise optimizers."""
-    if choice.elementwise:
-        return SlicedUpdate(choice, layout, values, low, high, cuts)
-    assert not cuts
-    return WholeUpdate(choice, layout, values, low, high)
+def make_update(choice: OptimizerChoice, layout: Layout, values: torch.Tensor, low: int, high: int) -> Update:
+    """Create the update that suits the optimizer."""
+    cls = SlicedUpdate if choice.elementwise else WholeUpdate
+    return cls(choice, layout, values, low, high)
 
 
 def _view(flat: torch.Tensor, slot: Slot, low: int) -> torch.Tensor:

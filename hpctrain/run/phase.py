@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from hpctrain.strategies.phase import Updating
 def updating(optimizer: OptimizerChoice, layout: Layout, **keys: Any) -> Updating:
     """The updates of the job's optimizer; `keys`: further fields of `Updating`."""
 
-    def make(values: torch.Tensor, low: int, high: int, cuts: Sequence[int] = ()) -> Update:
-        return make_update(optimizer, layout, values, low, high, cuts)
+    def make(values: torch.Tensor, low: int, high: int) -> Update:
+        return make_update(optimizer, layout, values, low, high)
 
     return Updating(make, optimizer.elementwise, optimizer.adaptive, **keys)
 

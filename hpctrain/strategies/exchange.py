@@ -7,12 +7,12 @@ backward still runs (`BucketExchange`); every worker owns all parameters. In `sh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 from hpctrain.replica.blocks import add_up, is_finite, sum_of_squares
+from hpctrain.replica.layout import stretches_of
 from hpctrain.strategies.contribution import sum_error
 from hpctrain.strategies.sums import StretchSums
 
@@ -166,8 +166,3 @@ class BucketExchange(MessageExchange):
 
     def free(self) -> None:
         self._sums.free()
-
-
-def stretches_of(length: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cut [0, length) into stretches of at most `size` elements."""
-    return ((low, min(low + size, length)) for low in range(0, length, max(1, size)))

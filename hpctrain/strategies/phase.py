@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from hpctrain.clock.decisions import Ask, Conductor
 from hpctrain.cluster import Roles
@@ -46,19 +46,11 @@ class Dealing:
     ahead: int = 0  # how many stretches of samples a worker gets in advance
 
 
-class MakeUpdate(Protocol):
-    """Makes the update of a stretch of the arena."""
-
-    def __call__(self, values: torch.Tensor, low: int, high: int, cuts: Sequence[int] = (), /) -> Update:
-        """For the stretch [low, high), held in `values`. `cuts`: see `make_update`."""
-        ...
-
-
 @dataclass(frozen=True)
 class Updating:
     """How a phase's updates are made."""
 
-    make: MakeUpdate
+    make: Callable[[torch.Tensor, int, int], Update]  # for the arena's stretch [low, high), with these values
     elementwise: bool = True  # each element's update is independent of the others: the arena may be cut anywhere
     adaptive: bool = False  # updates do not grow with gradients (Adam and similar)
     rate: Callable[[int], float] = field(default=lambda cursor: 1.0)  # factor of the learning rate at a cursor

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from hpctrain.replica.blocks import add_up, sum_of_squares
-from hpctrain.replica.layout import slice_bounds
+from hpctrain.replica.layout import slice_bounds, stretches_of
 from hpctrain.replica.tensors import as_array, as_tensor
 from hpctrain.strategies.contribution import Contribution, nan_error, sum_error
-from hpctrain.strategies.exchange import Exchange, stretches_of
+from hpctrain.strategies.exchange import Exchange
 from hpctrain.strategies.sums import StretchSums
 
 if TYPE_CHECKING:

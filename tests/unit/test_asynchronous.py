@@ -244,6 +244,28 @@ def test_no_pull_is_torn(tmp_path: Path, size: int, strategy: helpers.Tables):
     assert sum(counts) >= 300
 
 
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_between_nodes_a_pull_begins_before_its_push_has_ended(tmp_path: Path, mode: str):
+    """On a link that takes much longer than the computation. 16 bits halve the time once more, but for the last pull,
+    which is exact."""
+
+    def seconds(**options: Any) -> float:
+        job = helpers.make_job(
+            tmp_path, model=helpers.Flat, loss="tests.helpers:total", metric="tests.helpers:no_metric",
+            optimizer={"name": "SGD", "lr": 0.001}, strategy=served(mode, **options),
+            train={"steps": 20, "batch_size": 1, "evaluate_every": {"epochs": 100}},
+        )  # fmt: skip
+        world = World(2, nodes=(0, 1), network=LinkNetwork(bandwidth=1e6))
+        result: Result = world.run(lambda comm: helpers.quiet_train(comm, job))[0]
+        return result.phases[0].seconds
+
+    whole, chunked = seconds(chunk_mb=100), seconds(chunk_mb=0.01)
+    rounded = seconds(chunk_mb=0.01, codec="bfloat16")
+    assert whole > 20 * 2 * 0.25
+    assert chunked < 0.6 * whole
+    assert rounded < 0.6 * chunked
+
+
 # -- evaluation --------------------------------------------------------------------------------------------------
 class Watched(nn.Sequential):
     """`helpers.net`, recording its parameters at each evaluation."""

@@ -11,7 +11,7 @@ import torch
 
 from hpctrain.codecs import codec_by
 from hpctrain.codecs.half import BFloat16, Float16
-from hpctrain.codecs.wire import WireCodec
+from hpctrain.codecs.wire import Plain, WireCodec
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
 from hpctrain.replica.tensors import as_array, as_tensor
@@ -19,7 +19,7 @@ from hpctrain.strategies.sums import StretchSums
 from tests import helpers
 
 PRECISION = {"none": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # relative, of the nearest value
-WIRE = [(BFloat16(), 2.0**-8), (Float16(), 2.0**-11)]
+WIRE = [(Plain(), 0.0), (BFloat16(), 2.0**-8), (Float16(), 2.0**-11)]
 
 
 def _sent(codec: WireCodec, values: torch.Tensor) -> torch.Tensor:

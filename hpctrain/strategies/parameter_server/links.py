@@ -216,7 +216,7 @@ class MessageLink(WorkerLink):
 
     @property
     def push(self) -> Request | None:
-        return self._arriving[-1]
+        return self._arriving[-1] if self._arriving else None
 
     def arrive(self, chunk: int) -> None:
         request = self._arriving[chunk]
@@ -301,17 +301,22 @@ class MemoryLink(WorkerLink):
 
 
 class Shard(NamedTuple):
-    """The arena's stretch [low, high), which `server` owns. `cuts`: where it is cut into chunks."""
+    """The arena's stretch [low, high), which `server` owns. `bounds`: of its chunks; a single one if it is empty."""
 
     server: int
-    low: int
-    high: int
-    cuts: tuple[int, ...]
+    bounds: tuple[int, ...]
+
+    @property
+    def low(self) -> int:
+        return self.bounds[0]
+
+    @property
+    def high(self) -> int:
+        return self.bounds[-1]
 
     def chunks(self, values: Tensor) -> list[Tensor]:
         """The chunks of the stretch's `values`."""
-        bounds = [0, *(cut - self.low for cut in self.cuts), values.numel()]
-        return [values[a:b] for a, b in pairwise(bounds)]
+        return [values[low - self.low : high - self.low] for low, high in pairwise(self.bounds)]
 
 
 def routes(phase: Phase, comm: Communicator, shards: Sequence[Shard], codec: WireCodec | None) -> list[Route]:

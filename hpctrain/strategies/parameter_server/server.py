@@ -6,14 +6,16 @@ The first server also drives the coordinator: it forwards the headers to it, and
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hpctrain.codecs import wire_codec_by
 from hpctrain.comm.base import Tag
-from hpctrain.replica.state import STRATEGY, State, recv_state, send_state
+from hpctrain.replica.state import STRATEGY, State, merge, recv_state, send_state
 from hpctrain.strategies.base import Server
 from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import nan_error, sum_error
@@ -76,9 +78,12 @@ class Wiring:
 
     def shard(self, server: int) -> Shard:
         """What that rank serves."""
+        from hpctrain.replica.layout import stretches_of
+
         index = self.servers.index(server)
         low, high = self.bounds[index : index + 2]
-        return Shard(server, low, high, tuple(range(low, high, max(1, self._chunk or high)))[1:])
+        size = high - low if self._chunk is None else self._chunk
+        return Shard(server, (low, *(low + end for _, end in stretches_of(high - low, size))))
 
     def shards(self) -> list[Shard]:
         """Every shard that is not empty."""
@@ -126,8 +131,9 @@ class ParameterServerServer(Server):
         if apart and phase.members.placement != "node":
             self.values = self._room().copy_(self.values)
         self.chunks = self.shard.chunks(self.values)
-        self.update: Update = phase.updating.make(self.values, self.low, self.high, self.shard.cuts)
-        self._updates = 0  # that the shard has seen
+        stretches = zip(self.chunks, pairwise(self.shard.bounds), strict=True)
+        self.updates: list[Update] = [phase.updating.make(chunk, *stretch) for chunk, stretch in stretches]
+        self._version = 0  # of the shard: how many decisions have updated it
         self.links = [self._link(rank) for rank in wiring.workers]
         self._sum = self.shard.chunks(self._room())
         self._compensation = DelayCompensation.of(self.options, self.values)
@@ -165,7 +171,7 @@ class ParameterServerServer(Server):
         exact = pulls if wiring.codec is None else self._packets(None, lent=True)
         link = MessageLink(self.comm, rank, gradient, pushes, pulls, exact, read)
         for chunk in range(len(read)):
-            link.keep(chunk, self._updates)
+            link.keep(chunk, self._version)
         return link
 
     def _sends_copies(self, rank: int) -> bool:
@@ -177,14 +183,16 @@ class ParameterServerServer(Server):
         """Load this server's part of the state from a checkpoint or from the previous phase."""
         if self._compensation is not None:
             self._compensation.load(state.section(STRATEGY).flat)
-        self.update.load_in_place(state)
+        layout = self.phase.replica.layout
+        for update in self.updates:
+            names = [slot.name for slot in layout.slots_in(update.low, update.high)]
+            update.load_in_place(state.cut(update.low, update.high, names))
         if self.coordinator is not None:
             self.coordinator.load(state.counters)
 
     def serve(self) -> None:
         """Serve until every worker has left. Raises NanError, as the workers do, if a loss is not finite."""
-        filled = self.low < self.high
-        for link in self.links if filled else ():
+        for link in self.links:
             for chunk in range(len(self.chunks)):
                 link.expect(chunk)
         try:
@@ -228,7 +236,7 @@ class ParameterServerServer(Server):
             if decision.what is What.UPDATE and self._clips:
                 self._clip(self.values)
             return
-        self._updates += decision.what is What.UPDATE
+        self._version += decision.what is What.UPDATE
         for chunk in range(len(self.chunks)):
             for worker in decision.take:
                 self.links[worker].arrive(chunk)
@@ -237,7 +245,7 @@ class ParameterServerServer(Server):
             for worker in decision.take:
                 self.links[worker].expect(chunk)
             for worker in decision.give:
-                self.links[worker].give(chunk, self._updates, decision.exact)
+                self.links[worker].give(chunk, self._version, decision.exact)
 
     def _apply(self, decision: Decision, chunk: int) -> None:
         alone = len(decision.take) == 1
@@ -250,12 +258,7 @@ class ParameterServerServer(Server):
             link.release(chunk)
         with self.comm.span("update", gradient.nbytes, peer, decision.version, flops=float(gradient.numel())):
             whose = decision.take[0] if self._corrects else None
-            first = self._first(chunk)
-            self.update.apply(gradient, decision.rate, decision.momentum, whose, decision.used, first)
-
-    def _first(self, chunk: int) -> int:
-        """Where that chunk begins in the arena."""
-        return (self.low, *self.shard.cuts)[chunk]
+            self.updates[chunk].apply(gradient, decision.rate, decision.momentum, whose, decision.used)
 
     def _gradient(self, decision: Decision, chunk: int) -> torch.Tensor:
         """The mean of the accepted gradients, summed in rank order; a single one that stays as it is is not copied.
@@ -272,13 +275,13 @@ class ParameterServerServer(Server):
         if not finite:
             raise self._gradient_error(decision, chunk, whole)
         if len(parts) == 1 and self._compensation is not None:
-            place = self._first(chunk) - self.low
-            self._compensation.correct(whole, self.chunks[chunk], links[0].read[chunk], place)
+            first = self.shard.bounds[chunk] - self.low
+            self._compensation.correct(whole, self.chunks[chunk], links[0].read[chunk], first)
         return whole
 
     def _gradient_error(self, decision: Decision, chunk: int, whole: torch.Tensor) -> NanError:
         """Find the worker and the parameter. Only this server raises it: the workers already have their replies."""
-        layout, phase, first = self.phase.replica.layout, self.phase, self._first(chunk)
+        layout, phase, first = self.phase.replica.layout, self.phase, self.shard.bounds[chunk]
         error = sum_error(phase, layout.first_not_finite(whole, first), decision.step)
         for worker in decision.take:
             if bad := layout.first_not_finite(self.links[worker].gradient[chunk], first):
@@ -303,8 +306,10 @@ class ParameterServerServer(Server):
     def _send_state(self) -> None:
         if self.coordinator is None and self.low == self.high:
             return
-        with self.update.common_velocity(len(self.wiring.workers)):
-            state = self.update.view()
+        with ExitStack() as stack:
+            for update in self.updates:
+                stack.enter_context(update.common_velocity(len(self.wiring.workers)))
+            state = merge([update.view() for update in self.updates], self.high, self.low)
             if self._compensation is not None:
                 state.section(STRATEGY).flat |= self._compensation.view()
             if self.coordinator is not None:
