@@ -31,9 +31,9 @@ class ParameterServerOptions(Options):
         1.0,
         gt=0,
         le=1e6,
-        description="size of the chunks that a server updates one after another, in MiB; between nodes gradients and "
-        "parameters travel in chunks, in both directions at once. An optimizer that needs whole parameters, and "
-        "train.clip_norm in mode sync, update a shard as a whole",
+        description="size of the chunks, in MiB, in which gradients and parameters travel between nodes, in both "
+        "directions at once, and which a server updates one after another. A shard is one chunk if it is not sent, if "
+        "the optimizer needs whole parameters, or with train.clip_norm in mode sync",
     )
     codec: CodecName = Field(
         "none",

@@ -61,7 +61,8 @@ class Wiring:
         self.slots = len(phase.replica.layout.slots)
         self.bounds = slice_bounds(phase.replica.layout, len(self.servers), phase.updating.elementwise)
         whole = options.lockstep and phase.updating.clip_norm is not None  # the norm must be known before any update
-        chunked = phase.updating.elementwise and not whole
+        sent = not phase.members.shared or len(set(comm.nodes)) > 1  # else chunks would only cost their calls
+        chunked = sent and phase.updating.elementwise and not whole
         self._chunk = int(options.chunk_mb * 2**20 / phase.replica.layout.dtype.itemsize) if chunked else None
         self.codec = wire_codec_by(options.codec)
         ahead = np.array([phase.dealing.ahead], np.int64)  # ranks may have different values: use the coordinator's
