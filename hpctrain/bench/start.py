@@ -93,6 +93,7 @@ def train_with_ddp() -> None:
         if step == 1:
             break
     torch.distributed.destroy_process_group()
+    os._exit(0)  # torch sometimes aborts while the interpreter ends: one of its threads still runs
 
 
 def measure_start(progress: Progress) -> FigureTable:

@@ -29,6 +29,7 @@ SECONDS, FEWEST = 100.0, 3  # for all blocks, and blocks even if they take longe
 NOTHING, TUNED = "no exchange", "DDP tuned"
 DEFAULT, MESSAGE, SERVERS = "all_reduce", "all_reduce, message", "parameter_server, sync"
 BFLOAT16 = "all_reduce, bfloat16"
+ALONE = "no computation, {}"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class MeasuredWays:
     against_tuned: Mapping[tuple[str, str], float] = field(default_factory=dict)  # (way, model): most of DDP's time
     exposed: Mapping[tuple[str, str], float] = field(default_factory=dict)  # the same of DDP's exposed communication
     against_default: Mapping[tuple[str, str], float] = field(default_factory=dict)  # the same of all_reduce's time
+    alone: tuple[str, ...] = ()  # ways that are measured without computation, too: how long the network takes
 
 
 ON_A_NODE = MeasuredWays(
@@ -59,6 +61,7 @@ BETWEEN_NODES = MeasuredWays(
     rivals=(),
     against_tuned={(DEFAULT, MLP): 0.95, (BFLOAT16, MLP): 0.58},
     exposed={(DEFAULT, RESNET): 0.4, (BFLOAT16, RESNET): 0.25},
+    alone=(DEFAULT, BFLOAT16),
 )
 
 
@@ -128,6 +131,8 @@ def _blocks(
     blocks: dict[str, Callable[[], Cost]] = {NOTHING: lambda: bench.block(None)}
     for name, way in measured.ways.items():
         blocks[name] = partial(bench.block, _tuned(comm, way))
+        if name in measured.alone:
+            blocks[ALONE.format(name)] = partial(bench.block, _tuned(comm, way), computes=False)
     if not comm.concurrent or comm.size < 2:
         return blocks, ""
     stack.enter_context(rivals.process_group(comm))
@@ -192,8 +197,8 @@ class StepBench:
         self.workload = Workload(comm, load, momentum=0.9)
         self.replica = self.workload.replica
 
-    def block(self, way: Way | None) -> Cost:
-        """Train with that strategy, or with no exchange."""
+    def block(self, way: Way | None, computes: bool = True) -> Cost:
+        """Train with that strategy, or with no exchange. `computes`: run forward and backward, else only the rest."""
         cls = registry.resolve("strategy", way[0]) if way is not None else Alone
         given = dict(way[1]) if way is not None else {}
         if given.get("colocated"):
@@ -203,20 +208,20 @@ class StepBench:
         strategy.join(phase)
         early = strategy.bucket_bytes
         buckets = Buckets(self.replica, early, strategy.ready, strategy.poll) if early else None
-        cost = timed(self.comm, self.load, lambda: self._step(phase, strategy, buckets))
+        cost = timed(self.comm, self.load, lambda: self._step(phase, strategy, buckets, computes))
         if buckets is not None:
             buckets.remove()
         strategy.leave()
         self.workload.end(phase)
         return cost
 
-    def _step(self, phase: Phase, strategy: Strategy, buckets: Buckets | None) -> None:
+    def _step(self, phase: Phase, strategy: Strategy, buckets: Buckets | None, computes: bool) -> None:
         batch = self.load.batch
         phase.step.round_end = phase.cursor + batch * self.comm.size
         strategy.before()
         if buckets is not None:
             buckets.arm()
-        loss = self.workload.compute()
+        loss = self.workload.compute() if computes else 0.0
         if buckets is not None:
             buckets.flush()
         strategy.step(batch, loss)

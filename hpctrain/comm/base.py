@@ -193,6 +193,12 @@ class Communicator(ABC):
         self.all_gather(table.reshape(-1), [r * row.size for r in range(self.size + 1)])
         return table
 
+    def start_gather_rows(self, row: Buffer) -> tuple[Request, Buffer]:
+        """Start `gather_rows`; the array is complete once the request is done. -0.0 arrives as 0.0."""
+        table = np.zeros((self.size, row.size), row.dtype)
+        table[self.rank] = row
+        return self.start_all_reduce(table.reshape(-1)), table
+
     def broadcast_json(self, value: Any, root: int = 0) -> Any:
         """A small plain value from `root` (the argument of other ranks is ignored). Never pickled."""
         data = np.frombuffer(json.dumps(value).encode(), np.uint8).copy() if self.rank == root else None

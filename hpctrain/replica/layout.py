@@ -27,6 +27,9 @@ NUMPY_DTYPES: dict[torch.dtype, np.dtype[Any]] = {
 ParameterGroups = Sequence[dict[str, Any]]
 """As accepted by torch.optim: dictionaries with "params" and options."""
 
+Stretch = tuple[int, int]
+"""The elements [low, high) of an arena or of a part of one."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -148,10 +151,26 @@ def _trainable(group: Any, index: int, names: dict[int, str]) -> dict[str, Any]:
     return {**group, "params": [p for p in tensors if id(p) in names]}
 
 
-def stretches_of(length: int, size: int) -> Iterator[tuple[int, int]]:
+def stretches_of(length: int, size: int) -> Iterator[Stretch]:
     """Cut [0, length) into stretches of at most `size` elements (at least 1)."""
     size = max(1, size)
     return ((low, min(low + size, length)) for low in range(0, length, size))
+
+
+def joined(stretches: Iterable[Stretch], size: int) -> Iterator[Stretch]:
+    """Join each stretch to the next while that begins where it ends and it has fewer than `size` elements."""
+    low = high = 0
+    for first, last in stretches:
+        if first != high or low == high:
+            if low < high:
+                yield low, high
+            low = first
+        high = last
+        if high - low >= size:
+            yield low, high
+            low = high
+    if low < high:
+        yield low, high
 
 
 def slice_bounds(layout: Layout, parts: int, elementwise: bool) -> list[int]:

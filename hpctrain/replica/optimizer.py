@@ -61,6 +61,11 @@ class OptimizerChoice:
         choice._try(device)
         return replace(choice, adaptive=choice._normalises(device))
 
+    @property
+    def divisible(self) -> bool:
+        """Whether a step may be taken in parts. Not if the class is the user's: it may count its steps."""
+        return self.elementwise and _is_torchs(self.cls)
+
     def check(self, layout: Layout, device: torch.device | str = "cpu") -> None:
         """Check that the optimizer accepts every parameter, with the options of its group. Raises ModelError."""
         for index, group in enumerate(layout.groups):

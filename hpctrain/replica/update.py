@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hpctrain.replica.layout import Layout, Slot
+from hpctrain.replica.layout import Layout, Slot, Stretch
 from hpctrain.replica.optimizer import OptimizerChoice, momentum_of
 from hpctrain.replica.state import OPTIMIZER, Section, State
 from hpctrain.replica.tensors import as_array, as_tensor
@@ -22,7 +22,12 @@ _STRETCH = re.compile(r"\d+:\d+:\d+")
 
 
 class Update(ABC):
-    """Applies gradients to the arena's stretch [low, high), held in `values`, and keeps its optimizer state."""
+    """Applies gradients to the arena's stretch [low, high), held in `values`, and keeps its optimizer state.
+
+    `divisible`: whether `apply` takes a part.
+    """
+
+    divisible = False
 
     def __init__(self, layout: Layout, values: torch.Tensor, low: int, high: int) -> None:
         self.layout, self.values, self.low, self.high = layout, values, low, high
@@ -40,8 +45,10 @@ class Update(ABC):
         momentum: float = 1.0,
         worker: int | None = None,
         used: NDArray[np.bool_] | None = None,
+        part: Stretch | None = None,
     ) -> None:
-        """Take one optimizer step. `gradient` has high - low elements. `factor` multiplies the learning rates,
+        """Take one optimizer step. `gradient` has high - low elements. `part`: only with these elements of the arena;
+        the step is complete once its parts together are [low, high). `factor` multiplies the learning rates,
         `momentum` the momenta (for Adam and similar, the first beta). `worker`: the worker that computed the gradient,
         if SGD keeps a velocity per worker; see `_step_for`. `used`: which of the layout's parameters have a gradient
         (None: all); the others, and their state, are not changed, as in torch.optim if .grad is None."""
@@ -50,7 +57,7 @@ class Update(ABC):
         for group, rate, inertia in zip(self._optimizer.param_groups, self._rates, self._momenta, strict=True):
             group["lr"] = rate * factor
             _set_momentum(group, inertia * momentum)
-        self._point_at(gradient, used)
+        self._point_at(gradient, used, part)
         if worker is None:
             self._optimizer.step()
         else:
@@ -127,7 +134,7 @@ class Update(ABC):
         return torch.tensor(number, dtype=getattr(torch, kind), device=device)
 
     @abstractmethod
-    def _point_at(self, gradient: torch.Tensor, used: NDArray[np.bool_] | None) -> None: ...
+    def _point_at(self, gradient: torch.Tensor, used: NDArray[np.bool_] | None, part: Stretch | None) -> None: ...
 
     def state(self) -> State:
         """A copy of the optimizer's state of this stretch."""
@@ -156,7 +163,8 @@ class Piece(NamedTuple):
 
 
 class SlicedUpdate(Update):
-    """For elementwise optimizers: one flat tensor per parameter group, cut anywhere.
+    """For elementwise optimizers: one flat tensor per parameter group, cut anywhere; and cut further where parts of a
+    step begin and end.
 
     If some parameters lack a gradient at times, the tensors are divided between these and the others, so that all
     elements of a piece have the same history. torch's optimizers then count steps as they would for the individual
@@ -165,6 +173,7 @@ class SlicedUpdate(Update):
 
     def __init__(self, choice: OptimizerChoice, layout: Layout, values: torch.Tensor, low: int, high: int) -> None:
         super().__init__(layout, values, low, high)
+        self.divisible = choice.divisible
         self._pieces: list[Piece] = []
         self._offsets = np.array([slot.offset for slot in layout.slots], np.int64)
         self._divided = False  # whether numbers are stored per stretch: on all ranks, or on none
@@ -180,12 +189,15 @@ class SlicedUpdate(Update):
     def _flat(self, first: int, last: int) -> torch.nn.Parameter:
         return torch.nn.Parameter(self.values[first - self.low : last - self.low])
 
-    def _point_at(self, gradient: torch.Tensor, used: NDArray[np.bool_] | None) -> None:
+    def _point_at(self, gradient: torch.Tensor, used: NDArray[np.bool_] | None, part: Stretch | None) -> None:
         if used is not None and not (self._used is not None and np.array_equal(used, self._used)):
             self._divide(self._offsets[1:][used[1:] != used[:-1]].tolist())
             self._used, self._divided = used, True
+        low, high = part or (self.low, self.high)
+        if part is not None:
+            self._divide([low, high])
         for piece in self._pieces:
-            has = used is None or used[self._slot_at(piece.first)]
+            has = low <= piece.first < high and (used is None or used[self._slot_at(piece.first)])
             piece.flat.grad = gradient[piece.first - self.low : piece.last - self.low] if has else None
 
     def _slot_at(self, offset: int) -> int:
@@ -299,7 +311,8 @@ class WholeUpdate(Update):
         self._places = [places[slot.name] for _, slot, _ in self._slots]
         self._adopt(choice, groups)
 
-    def _point_at(self, gradient: torch.Tensor, used: NDArray[np.bool_] | None) -> None:
+    def _point_at(self, gradient: torch.Tensor, used: NDArray[np.bool_] | None, part: Stretch | None) -> None:
+        assert part is None
         for (_, slot, parameter), place in zip(self._slots, self._places, strict=True):
             parameter.grad = _view(gradient, slot, self.low) if used is None or used[place] else None
 

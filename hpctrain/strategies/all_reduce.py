@@ -104,4 +104,4 @@ class AllReduce(RoundStrategy):
         return MessageExchange(self.phase, options.algorithm)
 
     def apply(self, round: Round) -> None:
-        self.optimize(self.exchange.reduce(round.divisor), round)
+        self.descend(round)

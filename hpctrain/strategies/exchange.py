@@ -7,12 +7,13 @@ backward still runs (`BucketExchange`); every worker owns all parameters. In `sh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 from hpctrain.replica.blocks import add_up, is_finite, sum_of_squares
-from hpctrain.replica.layout import stretches_of
+from hpctrain.replica.layout import Stretch
 from hpctrain.strategies.contribution import sum_error
 from hpctrain.strategies.sums import StretchSums
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from hpctrain.codecs.base import Codec
     from hpctrain.comm.base import Buffer
     from hpctrain.strategies.phase import Phase
-
 
 
 class Exchange(ABC):
@@ -72,6 +72,22 @@ class Exchange(ABC):
     def _note(self, gradient: torch.Tensor, finite: bool) -> None:
         self._bad = 0 if finite else self.replica.layout.first_not_finite(gradient, self.low)
 
+    def _arriving(self, sums: StretchSums, divisor: float) -> Iterator[Stretch]:
+        """What `arrivals` yields, if `sums` sums `mean`."""
+        self._bad = 0
+        for low, high in sums.arrivals():
+            part = self.mean[low:high]
+            if not add_up([part], part, divisor) and not self._bad:
+                self._bad = self.replica.layout.first_not_finite(part, self.low + low)
+            yield self.low + low, self.low + high
+
+    def arrivals(self, divisor: float) -> Iterator[Stretch]:
+        """`reduce` in parts: yields stretches of the arena that together are [low, high), each once `mean` has its part
+        there, while others may still be under way. The same stretches in the same order in every round. Collective, and
+        to be exhausted."""
+        self.reduce(divisor)
+        yield self.low, self.high
+
     @abstractmethod
     def squares(self, part: torch.Tensor) -> float:
         """The squared norm of a vector of which `part` is this rank's stretch. Collective."""
@@ -112,13 +128,9 @@ class MessageExchange(Exchange):
         return self.comm.gather_rows(row)
 
     def reduce(self, divisor: float) -> torch.Tensor:
-        self._sum()
+        self.comm.all_reduce(self.replica.gradient_arena.mine, algorithm=self._algorithm)
         self._note(self.mean, add_up([self.mean], self.mean, divisor))
         return self.mean
-
-    def _sum(self) -> None:
-        """Sum the arenas in place. Collective."""
-        self.comm.all_reduce(self.replica.gradient_arena.mine, algorithm=self._algorithm)
 
     def squares(self, part: torch.Tensor) -> float:
         return sum_of_squares(part)
@@ -142,8 +154,7 @@ class BucketExchange(MessageExchange):
     def __init__(self, phase: Phase, codec: Codec, size: int, early: bool) -> None:
         super().__init__(phase)
         self.bucket_bytes = size if early else 0
-        self._size = size
-        self._sums = StretchSums(self.comm, codec, self.replica.gradient)
+        self._sums = StretchSums(self.comm, codec, self.mean, size // self.mean.element_size())
 
     def start(self, low: int, high: int) -> None:
         self._sums.start(low, high)
@@ -151,14 +162,23 @@ class BucketExchange(MessageExchange):
     def poll(self) -> None:
         self._sums.poll()
 
+    def gather(self, row: Buffer) -> Buffer:
+        request, table = self.comm.start_gather_rows(row)
+        self._sums.wait_for(request)
+        return table
+
     def settle(self) -> None:
         self._sums.finish()
 
-    def _sum(self) -> None:
+    def reduce(self, divisor: float) -> torch.Tensor:
+        for _ in self.arrivals(divisor):
+            pass
+        return self.mean
+
+    def arrivals(self, divisor: float) -> Iterator[Stretch]:
         if not self.bucket_bytes:
-            for low, high in stretches_of(self.high, self._size // self.mean.element_size()):
-                self._sums.start(low, high)
-        self.settle()
+            self._sums.start(self.low, self.high)
+        return self._arriving(self._sums, divisor)
 
     def publish(self) -> None:
         self.settle()  # buckets were started, but the round was skipped

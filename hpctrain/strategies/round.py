@@ -9,6 +9,7 @@ requests to the trainer, and the optimizer state across phases and in checkpoint
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import Contribution, RoundTotals, Used, nan_error
 from hpctrain.strategies.phase import Phase
 from hpctrain.strategies.tuning import USUAL
+
+PARTS = 32  # into which an update is divided, at most: each costs some Python
 
 if TYPE_CHECKING:
     import torch
@@ -140,8 +143,30 @@ class RoundStrategy(Strategy):
         if isinstance(part, Round) and limit is not None:
             gradient.mul_(clip_factor(self.exchange.squares(gradient), limit))
         if finite:
-            with self._updating:
+            with self._update_span(self.exchange.low, self.exchange.high):
                 self.update.apply(gradient, part.rate, part.momentum, used=part.used)
+
+    def descend(self, round: Round) -> None:
+        """Average the workers' gradients and apply one step of the job's optimizer with their mean. Collective.
+
+        Stretches are updated as they arrive, while others are still on their way, if the optimizer is one of torch's
+        elementwise ones and nothing is clipped. Some may then be updated before another is found not finite; the round
+        ends with NanError.
+        """
+        from hpctrain.replica.layout import joined
+
+        exchange = self.exchange
+        if not self.update.divisible or self.phase.updating.clip_norm is not None:
+            self.optimize(exchange.reduce(round.divisor), round)
+            return
+        for low, high in joined(exchange.arrivals(round.divisor), (exchange.high - exchange.low) // PARTS):
+            if exchange.check(exchange.mean):
+                with self._update_span(low, high):
+                    self.update.apply(exchange.mean, round.rate, round.momentum, used=round.used, part=(low, high))
+
+    def _update_span(self, low: int, high: int) -> AbstractContextManager[Any]:
+        elements = high - low
+        return self.comm.span("update", elements * self.phase.replica.values.element_size(), flops=float(elements))
 
     # -- the phase ---------------------------------------------------------------------------------------------
     def join(self, phase: Phase, state: State | None = None) -> None:
@@ -149,7 +174,6 @@ class RoundStrategy(Strategy):
         self.exchange = exchange = self.make_exchange()
         values = phase.replica.values[exchange.low : exchange.high]
         self.update = phase.updating.make(values, exchange.low, exchange.high)
-        self._updating = self.comm.span("update", values.nbytes, flops=float(values.numel()))
         exchange.synchronise()
         part = self._dealt(state)
         if part is not None:

@@ -8,13 +8,14 @@ slices with each other.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from hpctrain.replica.blocks import add_up, sum_of_squares
-from hpctrain.replica.layout import slice_bounds, stretches_of
+from hpctrain.replica.layout import Stretch, slice_bounds, stretches_of
 from hpctrain.replica.tensors import as_array, as_tensor
 from hpctrain.strategies.contribution import Contribution, nan_error, sum_error
 from hpctrain.strategies.exchange import Exchange
@@ -129,8 +130,8 @@ class SharedBucketExchange(SharedExchange):
         super().__init__(phase)
         self.bucket_bytes = size if early else 0
         self._size = size // self.mean.element_size()
-        self._sums = StretchSums(self._across, codec, self.mean) if self._across is not None else None
-        self._due: deque[tuple[int, int]] = deque()  # complete on this rank, but perhaps not on the node's others
+        self._sums = StretchSums(self._across, codec, self.mean, self._size) if self._across is not None else None
+        self._due: deque[Stretch] = deque()  # complete on this rank, but perhaps not on the node's others
 
     def start(self, low: int, high: int) -> None:
         self._due.append((low, high))
@@ -144,7 +145,12 @@ class SharedBucketExchange(SharedExchange):
 
     def gather(self, row: Buffer) -> Buffer:
         """Afterwards all ranks of the node have completed all buckets."""
-        table = super().gather(row)
+        self.comm.notify(self._arena)
+        request, table = self.comm.start_gather_rows(row)
+        if self._sums is not None:
+            self._sums.wait_for(request)
+        request.wait()
+        self.comm.wait(self._arena)
         self._send(len(self._due))
         return table
 
@@ -153,12 +159,17 @@ class SharedBucketExchange(SharedExchange):
             self._sums.finish()
 
     def reduce(self, divisor: float) -> torch.Tensor:
+        for _ in self.arrivals(divisor):
+            pass
+        return self.mean
+
+    def arrivals(self, divisor: float) -> Iterator[Stretch]:
+        if self._sums is None:
+            return iter(())
         if not self.bucket_bytes:
             for low, high in stretches_of(self.high - self.low, self._size):
                 self._send_part(low, high)
-        self.settle()
-        self._note(self.mean, add_up([self.mean], self.mean, divisor))
-        return self.mean
+        return self._arriving(self._sums, divisor)
 
     def publish(self) -> None:
         self.settle()  # buckets were started, but the round was skipped

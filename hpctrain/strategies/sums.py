@@ -1,24 +1,29 @@
-"""Sums of stretches of an arena over ranks, several under way at once."""
+"""Sums of stretches of an arena over ranks, in pieces, several of which are under way at once."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from hpctrain.codecs.base import Addend, Codec
+from hpctrain.replica.layout import Stretch, stretches_of
 
 if TYPE_CHECKING:
     from hpctrain.comm.base import Communicator, Request
 
 LOOKS = 64  # at open messages, per call of `poll`: MPI moves only a part of a long message (about 64 KiB) in each
+FEWEST = 4  # pieces under way at first
 
 
-class UnderWay(NamedTuple):
-    """A sum in one of its stages."""
+@dataclass(slots=True)
+class UnderWay:
+    """The sum of a piece, in one of its stages."""
 
+    piece: Stretch
     rest: Iterator[list[Request]]
     requests: list[Request]  # those of this stage that may not be over yet
 
@@ -30,28 +35,33 @@ class UnderWay(NamedTuple):
 
 
 class StretchSums:
-    """Sums stretches of `values` over the ranks of `comm` with a codec, in place.
+    """Sums stretches of `values` over the ranks of `comm` with a codec, in place, in pieces of at most `size` elements.
 
-    All ranks must start the same stretches in the same order. Stages begin in that order, too, so their order
-    alone identifies the messages. The constructor is collective.
+    Only some pieces are under way at once, because a rank's other messages wait behind them. There are more if the
+    network was found idle: if all were over before this rank looked again.
+
+    All ranks must start the same stretches in the same order. Pieces and their stages begin in that order, too, so
+    their order alone identifies the messages. The constructor is collective.
     """
 
-    def __init__(self, comm: Communicator, codec: Codec, values: Tensor) -> None:
+    def __init__(self, comm: Communicator, codec: Codec, values: Tensor, size: int) -> None:
         own = comm.split(0, comm.rank)
         assert own is not None
-        self._comm, self._codec, self._values = own, codec, values
-        self._addends: dict[tuple[int, int], Addend] = {}
+        self._comm, self._codec, self._values, self._size = own, codec, values, size
+        self._addends: dict[Stretch, Addend] = {}
+        self._due: deque[Stretch] = deque()  # pieces that have not begun
         self._stages: list[deque[UnderWay]] = [deque() for _ in range(codec.stages)]
+        self._over: deque[Stretch] = deque()  # pieces that `arrivals` has yet to yield
+        self._most = FEWEST
 
     def __len__(self) -> int:
-        """How many sums are under way."""
-        return sum(map(len, self._stages))
+        """How many pieces are not summed yet."""
+        return len(self._due) + self._under_way()
 
     def start(self, low: int, high: int) -> None:
         """Start the sum of values[low:high]; never waits."""
-        if (low, high) not in self._addends:
-            self._addends[low, high] = Addend(self._comm, self._values[low:high])
-        self._enter(0, self._codec.reduce(self._addends[low, high]))
+        self._due.extend((low + a, low + b) for a, b in stretches_of(high - low, self._size))
+        self._fill()
 
     def poll(self) -> None:
         """Let what was started go on: MPI moves data only while some call is inside it. Never waits."""
@@ -59,25 +69,67 @@ class StretchSums:
         while looks and self._advance():
             looks -= 1
 
-    def finish(self) -> None:
-        """Wait until all that was started is summed."""
-        while heads := self._advance():
-            if len(heads) == 1:  # the wait is then recorded as that operation's own
-                heads[0].requests[-1].wait()
+    def arrivals(self) -> Iterator[Stretch]:
+        """Wait for all that was started. Yields the pieces in the order in which they began, each once it is summed, so
+        that the caller can use it while others are still under way."""
+        heads = self._advance()
+        while heads or self._over:
+            if self._over:
+                yield self._over.popleft()
             else:
-                self._comm.wait_any([head.requests[-1] for head in heads])
+                self._wait(heads)
+            heads = self._advance()
+
+    def finish(self) -> None:
+        """Wait for all that was started."""
+        for _ in self.arrivals():
+            pass
+
+    def wait_for(self, request: Request) -> None:
+        """Wait until another operation is done that was started after the sums, and let them go on meanwhile."""
+        while not request.test():
+            heads = self._advance()
+            if heads:
+                self._wait(heads)
+            else:
+                request.wait()
+
+    def _wait(self, heads: list[UnderWay]) -> None:
+        """Wait until one of these stages can go on."""
+        if len(heads) == 1:  # the wait is then recorded as that operation's own
+            heads[0].requests[-1].wait()
+        else:
+            self._comm.wait_any([head.requests[-1] for head in heads])
 
     def _advance(self) -> list[UnderWay]:
         """Let every sum enter its next stage that may. Returns the sums that come next in each stage."""
+        busy = self._under_way()
         for number, stage in enumerate(self._stages):
             while stage and stage[0].over():
-                self._enter(number + 1, stage.popleft().rest)
+                here = stage.popleft()
+                self._enter(number + 1, here.piece, here.rest)
+        if self._due:
+            if busy and not self._under_way():
+                self._most *= 2
+            self._fill()
         return [stage[0] for stage in self._stages if stage]
 
-    def _enter(self, number: int, rest: Iterator[list[Request]]) -> None:
+    def _under_way(self) -> int:
+        return sum(map(len, self._stages))
+
+    def _fill(self) -> None:
+        while self._due and self._under_way() < self._most:
+            piece = self._due.popleft()
+            if piece not in self._addends:
+                self._addends[piece] = Addend(self._comm, self._values[slice(*piece)])
+            self._enter(0, piece, self._codec.reduce(self._addends[piece]))
+
+    def _enter(self, number: int, piece: Stretch, rest: Iterator[list[Request]]) -> None:
         requests = next(rest, None)
-        if requests is not None:
-            self._stages[number].append(UnderWay(rest, requests))
+        if requests is None:
+            self._over.append(piece)
+        else:
+            self._stages[number].append(UnderWay(piece, rest, requests))
 
     def free(self) -> None:
         """Free the communicator, after `finish`. Collective."""

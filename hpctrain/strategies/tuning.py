@@ -6,7 +6,7 @@ import numpy as np
 
 from hpctrain.comm.base import Communicator
 
-SIZES = [2**power for power in range(18, 25)]  # bytes, from 256 KiB to 16 MiB
+SIZES = [2**power for power in range(19, 25)]  # bytes, from 512 KiB (less is not worth its processor time) to 16 MiB
 USUAL = 4.0  # MiB, where nothing was measured
 NEAR = 1.1  # a size is good enough if a byte takes at most this many times the least
 LONG = 0.1  # seconds; larger sizes are not tried after a sum that took this long

@@ -12,6 +12,7 @@ import torch
 from hpctrain.comm.virtual.network import LinkNetwork
 from hpctrain.comm.virtual.world import World
 from hpctrain.errors import JobError, NanError
+from hpctrain.replica.update import SlicedUpdate
 from hpctrain.strategies.all_reduce import AllReduce
 from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.exchange import BucketExchange, MessageExchange
@@ -183,7 +184,60 @@ def test_error_of_a_loss_waits_for_started_sums(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(BucketExchange, "settle", noted)
     strategy = {"name": "all_reduce"}
     World(2, nodes=(0, 1)).run(lambda comm: helpers.nan_error(comm, tmp_path, strategy))
-    assert left == [0] * 2 * (2 + 2 + 1), "twice in each of two rounds, and once before the error, on both ranks"
+    assert left == [0] * 2 * (1 + 1 + 1), "once in each of two rounds, and once before the error, on both ranks"
+
+
+@pytest.mark.parametrize("nodes", [(0, 1), (0, 0, 1, 1)])
+def test_parameters_are_updated_while_gradients_are_still_on_their_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: tuple[int, ...]
+):
+    """With the same result as all at once, also where a parameter has no gradient in some rounds."""
+    made: list[StretchSums] = []
+    under_way: list[int] = []
+    make, update = StretchSums.__init__, SlicedUpdate.apply
+
+    def noted(self: SlicedUpdate, *given: Any, **keys: Any) -> None:
+        under_way.append(sum(map(len, made)))
+        update(self, *given, **keys)
+
+    def trained() -> Any:
+        strategy, optimizer = {"name": "all_reduce", "bucket_mb": 0.0005}, {"name": "AdamW", "lr": 0.01}
+        job = helpers.make_job(tmp_path, strategy=strategy, optimizer=optimizer, model=helpers.Sometimes)
+        return World(len(nodes), nodes=nodes).run(lambda comm: helpers.vector(helpers.quiet_train(comm, job).model))[0]
+
+    def noted_too(self: StretchSums, *given: Any) -> None:
+        make(self, *given)
+        made.append(self)
+
+    monkeypatch.setattr(StretchSums, "__init__", noted_too)
+    monkeypatch.setattr(SlicedUpdate, "apply", noted)
+    found = trained()
+    assert max(under_way) > 0
+    monkeypatch.setattr(AllReduce, "descend", lambda self, r: self.optimize(self.exchange.reduce(r.divisor), r))
+    np.testing.assert_array_equal(found, trained())
+
+
+class Counting(torch.optim.SGD):
+    """A user's optimizer that counts its steps."""
+
+    def __init__(self, *given: Any, **keys: Any) -> None:
+        super().__init__(*given, **keys)
+        self.steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        for group in self.param_groups:
+            group["lr"] /= self.steps
+        return super().step(closure)
+
+
+def test_a_users_optimizer_takes_one_step_a_round(tmp_path: Path):
+    def trained(**strategy: Any) -> Any:
+        optimizer = {"name": Counting, "lr": 0.1, "elementwise": True}
+        job = helpers.make_job(tmp_path, strategy={"name": "all_reduce", **strategy}, optimizer=optimizer)
+        return World(2, nodes=(0, 1)).run(lambda comm: helpers.vector(helpers.quiet_train(comm, job).model))[0]
+
+    assert helpers.difference(trained(bucket_mb=0.0005), trained(exchange="message")) < 1e-6
 
 
 def test_nodes_begin_to_sum_during_backward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

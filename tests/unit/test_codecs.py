@@ -13,9 +13,11 @@ from hpctrain.codecs import codec_by
 from hpctrain.codecs.half import BFloat16, Float16
 from hpctrain.codecs.wire import Plain, WireCodec
 from hpctrain.comm.base import Communicator
+from hpctrain.comm.virtual.network import LinkNetwork
 from hpctrain.comm.virtual.world import World
+from hpctrain.replica.layout import joined
 from hpctrain.replica.tensors import as_array, as_tensor
-from hpctrain.strategies.sums import StretchSums
+from hpctrain.strategies.sums import FEWEST, StretchSums
 from tests import helpers
 
 PRECISION = {"none": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # relative, of the nearest value
@@ -65,7 +67,7 @@ def test_all_ranks_get_the_same_sum(name: Any, size: int, dtype: torch.dtype):
         given = (0.01 * torch.randn(5000, generator=torch.Generator().manual_seed(comm.rank))).to(dtype)
         arena = comm.arena(5000, as_array(given).dtype)
         values = as_tensor(arena.mine)
-        sums = StretchSums(comm, codec_by(name), values)
+        sums = StretchSums(comm, codec_by(name), values, 700)
         for _ in range(2):  # memory is used again
             values.copy_(given)
             for low, high in bounds:
@@ -81,6 +83,38 @@ def test_all_ranks_get_the_same_sum(name: Any, size: int, dtype: torch.dtype):
         np.testing.assert_array_equal(total, found[0][1])
     rounding = (size + 1) * max(PRECISION[name], 2.0**-23 if dtype is torch.float32 else 2.0**-8)
     assert np.abs(found[0][1] - exact).max() <= rounding * 0.04
+
+
+@pytest.mark.parametrize("name", PRECISION)
+def test_sums_arrive_in_order_and_few_are_under_way_at_once(name: Any):
+    """More are where the network was found idle; another operation's wait lets them go on."""
+
+    def body(comm: Communicator) -> None:
+        values = as_tensor(comm.arena(10_000, np.dtype(np.float32)).mine)
+        values.fill_(comm.rank + 1)
+        sums = StretchSums(comm, codec_by(name), values, 100)
+        sums.start(5000, 10_000)
+        sums.start(0, 5000)
+        assert sums._under_way() == FEWEST
+        request, table = comm.start_gather_rows(np.array([comm.rank + 0.5]))
+        sums.wait_for(request)
+        assert table[:, 0].tolist() == [0.5, 1.5]
+        comm.sleep(1.0)
+        sums.poll()
+        assert sums._under_way() == 2 * FEWEST
+        found = []
+        for low, high in sums.arrivals():
+            assert (values[low:high] == 3).all()
+            found.append(low)
+        assert found == [*range(5000, 10_000, 100), *range(0, 5000, 100)]
+
+    World(2, nodes=range(2), network=LinkNetwork(1000, 1e9)).run(body)
+
+
+def test_short_stretches_are_joined():
+    found = joined([(8, 10), (10, 12), (12, 13), (0, 5), (5, 6), (6, 8)], 4)
+    assert list(found) == [(8, 12), (12, 13), (0, 5), (5, 8)]
+    assert list(joined([], 4)) == []
 
 
 @pytest.mark.parametrize("nodes", [(0, 1), (0, 1, 2), (0, 0, 1, 1)])
