@@ -275,6 +275,11 @@ class Communicator(ABC):
         other.recorder = self.recorder.lane(number)
         return other
 
+    def patient(self) -> Self:
+        """This communicator for a caller with several operations under way: its waits take less processor time, and
+        notice an end later."""
+        return self
+
     @abstractmethod
     def free(self) -> None:
         """Free the communicator, after its arenas."""

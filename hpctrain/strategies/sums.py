@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hpctrain.comm.base import Communicator, Request
 
 LOOKS = 64  # at open messages, per call of `poll`: MPI moves only a part of a long message (about 64 KiB) in each
-FEWEST = 4  # pieces under way at first
+FEWEST, MOST = 4, 16  # pieces under way: at first, and where the network was found idle
 
 
 @dataclass(slots=True)
@@ -37,8 +37,8 @@ class UnderWay:
 class StretchSums:
     """Sums stretches of `values` over the ranks of `comm` with a codec, in place, in pieces of at most `size` elements.
 
-    Only some pieces are under way at once, because a rank's other messages wait behind them. There are more if the
-    network was found idle: if all were over before this rank looked again.
+    Only some pieces are under way at once, because a rank's other messages wait behind them, and so that queues in the
+    network do not overflow. There are more if all were over before this rank looked again.
 
     All ranks must start the same stretches in the same order. Pieces and their stages begin in that order, too, so
     their order alone identifies the messages. The constructor is collective.
@@ -47,7 +47,7 @@ class StretchSums:
     def __init__(self, comm: Communicator, codec: Codec, values: Tensor, size: int) -> None:
         own = comm.split(0, comm.rank)
         assert own is not None
-        self._comm, self._codec, self._values, self._size = own, codec, values, size
+        self._comm, self._codec, self._values, self._size = own.patient(), codec, values, size
         self._addends: dict[Stretch, Addend] = {}
         self._due: deque[Stretch] = deque()  # pieces that have not begun
         self._stages: list[deque[UnderWay]] = [deque() for _ in range(codec.stages)]
@@ -110,7 +110,7 @@ class StretchSums:
                 self._enter(number + 1, here.piece, here.rest)
         if self._due:
             if busy and not self._under_way():
-                self._most *= 2
+                self._most = min(MOST, 2 * self._most)
             self._fill()
         return [stage[0] for stage in self._stages if stage]
 

@@ -57,6 +57,11 @@ def test_naps_grow_less_while_a_long_message_moves(naps: list[float]) -> None:
         assert nap <= max(NAP, sum(naps[:index]) / 32) + 1e-9
 
 
+def test_patient_waits_begin_with_long_naps(naps: list[float]) -> None:
+    Waiting(naps=True, patient=True).until(After(naps, 0.1))
+    assert set(naps) == {BETWEEN}
+
+
 def test_a_rank_polls_again_while_polls_take_long(naps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """MPI moves a piece of a long message in each poll."""
     durations, clock, polls = iter([50e-6] * LOOKS + [1e-6] + [50e-6] * LOOKS), [0.0], list[int]()

@@ -215,6 +215,11 @@ class DeviceCommunicator(Communicator):
         other.recorder = other.inner.recorder
         return other
 
+    def patient(self) -> Self:
+        other = copy(self)
+        other.inner = self.inner.patient()
+        return other
+
     def free(self) -> None:
         self.release()
         self.inner.free()

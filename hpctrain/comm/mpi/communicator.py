@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from typing import Any, Self, cast
 
 import numpy as np
@@ -240,6 +241,11 @@ class MpiCommunicator(Communicator):
     def lane(self, number: int) -> Self:
         other = super().lane(number)
         other.waiting = Waiting(naps=True)  # a polling thread would keep the interpreter from the main one
+        return other
+
+    def patient(self) -> Self:
+        other = copy(self)
+        other.waiting = Waiting(self.waiting.naps, patient=True)
         return other
 
     def spawn(self, function: Callable[[], Any]) -> Thread:

@@ -24,11 +24,12 @@ class Waiting:
     """How to wait until a condition is true: poll often at first, then nap or continue polling.
 
     With `naps`, a waiting rank leaves its core to ranks that compute; without, latency is lowest. Naps grow: each poll
-    takes a core's time, and the interpreter from other threads.
+    takes a core's time, and the interpreter from other threads. `patient`: naps are long from the start.
     """
 
-    def __init__(self, naps: bool) -> None:
+    def __init__(self, naps: bool, patient: bool = False) -> None:
         self.naps = naps
+        self._shortest = BETWEEN if patient else NAP
         self._eager = 20 if naps else 1000
 
     def until(self, ready: Callable[[], bool], idle: bool = False) -> None:
@@ -43,7 +44,7 @@ class Waiting:
         longest, growth, looks = (LONGEST, GROWTH, 1) if idle else (BETWEEN, LATER, LOOKS)
         began, quick = time.monotonic(), QUICK
         while True:
-            time.sleep(min(longest, max(NAP, growth * (time.monotonic() - began))))
+            time.sleep(min(longest, max(self._shortest, growth * (time.monotonic() - began))))
             for _ in range(looks):
                 start = time.perf_counter()
                 if ready():
