@@ -1,6 +1,6 @@
 """Measure what docs/performance.md shows, and write the page.
 
-    python analysis/performance_page.py                 # all sections that build/performance does not have yet
+    python analysis/performance_page.py                 # all sections that docs/performance/ does not have yet
     python analysis/performance_page.py --only NAME     # one section, measured again
     python analysis/performance_page.py --write         # only write the page
 
@@ -24,7 +24,7 @@ from hpctrain.bench.plot import draw
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT, PICTURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.png"
-KEPT = ROOT / "build" / "performance"
+KEPT = ROOT / "docs" / "performance"  # what each section measured
 TWO, FOUR = ("--cluster", "clusters/lan2.toml"), ("--cluster", "clusters/lan4.toml")
 SECTIONS: dict[str, tuple[str, ...]] = {
     "limits": ("limits", "-n", "2"),
@@ -58,7 +58,6 @@ def measure(name: str) -> None:
     path, words = KEPT / f"{name}.json", SECTIONS[name]
     fresh = path.with_suffix(".new")
     argv = [sys.executable, "-m", "hpctrain", "bench", *words, "--json", str(fresh)]
-    argv += ["--csv", str(path.with_suffix(".csv"))]
     subprocess.run(argv, cwd=ROOT, timeout=LIMIT, check=True)
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     about = {"command": f"hpctrain bench {' '.join(words)}", "measured": now, "commit": _commit()}
