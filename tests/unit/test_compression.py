@@ -1,0 +1,242 @@
+"""Messages of a fixed length: their bytes, what they lose, what is left for the next one, and values of all kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpctrain.codecs.half import BFloat16, Float16
+from hpctrain.codecs.quantise import Int4, Int8, Quantised
+from hpctrain.codecs.wire import Plain, WireCodec
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.virtual.world import World
+from hpctrain.replica.tensors import as_tensor
+from hpctrain.strategies.sums import StretchSums
+
+MAKERS: dict[str, Callable[[], WireCodec]] = {
+    "plain": Plain,
+    "bfloat16": BFloat16,
+    "float16": Float16,
+    "int8": Int8,
+    "int8, short blocks": lambda: Int8(block=6),
+    "int4": Int4,
+    "int4, odd blocks": lambda: Int4(block=7),
+}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+BYTES = {  # of a message of 10,001 float32
+    "plain": 40_004,
+    "bfloat16": 20_002,
+    "float16": 20_010,
+    "int8": 10_001 + 5 * 4,
+    "int8, short blocks": 10_001 + 1667 * 4,
+    "int4": 4 * 1024 + 905 + 5 * 4,
+    "int4, odd blocks": 1428 * 4 + 3 + 1429 * 4,
+}
+
+
+def _values(length: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Of different sizes in different places, as gradients of layers are."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.exp2(torch.linspace(-4, 3, max(1, length)))[:length]
+    return (torch.randn(length, generator=generator) * sizes).to(dtype)
+
+
+def _message(codec: WireCodec, values: torch.Tensor, rest: torch.Tensor | None = None) -> torch.Tensor:
+    length, dtype = codec.shape(values)
+    message = torch.full((length,), 77).to(dtype)  # memory is used again, and not cleared
+    codec.encode(values, message, rest)
+    return message
+
+
+def _decoded(codec: WireCodec, message: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    found = torch.full_like(like, 7.0)
+    codec.decode(message, found)
+    return found
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_bytes_are_as_stated(name: str):
+    codec, values = MAKERS[name](), _values(10_001)
+    assert codec.nbytes(values) == _message(codec, values).nbytes == BYTES[name]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 41, 2047, 2048, 2049, 300_001])
+def test_rest_is_what_the_message_leaves_out(name: str, dtype: torch.dtype, length: int):
+    """To the bit; 16-bit values to the nearest."""
+    codec, values = MAKERS[name](), _values(length, dtype)
+    rest = torch.full_like(values, 7.0)
+    message = _message(codec, values, rest)
+    wide = torch.promote_types(dtype, torch.float32)
+    found = _decoded(codec, message, values.to(wide))
+    assert found.isfinite().all()
+    assert torch.equal(rest, (values.to(wide) - found).to(dtype))
+    added = torch.ones_like(values)
+    codec.decode(message, added, add=True)
+    torch.testing.assert_close(added, (found + 1).to(dtype), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(_decoded(codec, message, values), found.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_rest_may_be_the_values_themselves(name: str):
+    values = _values(5001)
+    rest, given = torch.empty_like(values), values.clone()
+    message = _message(MAKERS[name](), values, rest)
+    assert torch.equal(_message(MAKERS[name](), given, given), message)
+    assert torch.equal(given, rest)
+    assert torch.equal(_message(MAKERS[name](), values), message)  # without one
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_are_not_finite_do_not_vanish(name: str, value: float, dtype: torch.dtype):
+    for length, place in ((1, 0), (5000, 0), (5000, 4999), (5000, 2500)):
+        values = _values(length, dtype)
+        values[place] = value
+        assert not _decoded(MAKERS[name](), _message(MAKERS[name](), values), values).isfinite().all()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-30, 1e30, 1e38])
+def test_values_of_all_sizes_arrive(name: str, size: float):
+    """An error is at most as large as the largest value (of the block; here of all)."""
+    values = torch.sign(_values(5000)) * size
+    found = _decoded(MAKERS[name](), _message(MAKERS[name](), values), values)
+    assert found.isfinite().all()
+    assert (found - values).abs().max() <= max(size, 2.0**-126)
+    assert size > 0 or not found.any()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_is_left_out_comes_later(name: str):
+    """Error feedback: all that was decoded, plus the rest, is the sum of all that was given."""
+    codec = MAKERS[name]()
+    rest, given, decoded = (torch.zeros(5001, dtype=torch.float64) for _ in range(3))
+    largest = 0.0
+    for round in range(300):
+        values = _values(5001, torch.float64, seed=round) + 1
+        given += values
+        codec_input = values + rest
+        decoded += _decoded(codec, _message(codec, codec_input, rest), values)
+        largest = max(largest, float(rest.norm() / values.norm()))
+    torch.testing.assert_close(decoded + rest, given, rtol=0, atol=1e-9)
+    assert largest < 40  # it does not grow without limit
+    assert (decoded - given).norm() < 0.2 * given.norm()
+
+
+# Random rounding
+
+ROUNDED = [Int8, Int4]
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_the_mean_of_many_messages_is_what_was_given(kind: type[Quantised]):
+    """With one fraction of a step everywhere, and with all: the bounds are five standard deviations."""
+    codec, rounds, length = kind(), 500, 2048
+    for fraction in (0.0, 0.05, 0.25, 0.5, 0.9, None):
+        steps = (torch.arange(length) % (2 * codec.levels - 1) - codec.levels + 1).double()
+        steps += torch.rand(length, generator=torch.Generator().manual_seed(1)) if fraction is None else fraction
+        steps[0] = codec.levels / (1 + 2.0**-20)  # so that one step is 1
+        values = steps.float()
+        errors = torch.stack([_decoded(codec, _message(codec, values), values) - values for _ in range(rounds)])
+        assert errors.abs().max() <= 1
+        deviation = errors.std(0).max()
+        assert errors.mean().abs() <= 5 * 0.5 / (rounds * length) ** 0.5
+        assert (errors.mean(0)[1:].abs() <= 5 * deviation / rounds**0.5 + 2.0**-16).all()  # [0]: rarely one step less
+        assert fraction != 0.5 or 0.45 < deviation < 0.55
+
+
+def test_ranks_stretches_and_messages_round_independently():
+    """The error of a mean of n falls as the root of n, and no two elements of a block go together."""
+    values = torch.linspace(-1, 1, 4096)
+
+    def spread(codecs: list[Int8]) -> float:
+        errors = [_decoded(codec, _message(codec, values), values) - values for codec in codecs]
+        return float(torch.stack(errors).mean(0).square().mean() / errors[0].square().mean())
+
+    again = Int8()
+    for codecs in (
+        [Int8().seeded(rank, 0) for rank in range(64)],
+        [Int8().seeded(0, stretch) for stretch in range(64)],
+        [Int8(seed=seed) for seed in range(64)],
+        [again] * 64,
+    ):
+        assert 0.8 / 64 < spread(codecs) < 1.25 / 64
+    errors = torch.stack([_decoded(again, _message(again, values), values) - values for _ in range(400)])
+    for distance in (1, 2, 4, 1024, 2048):
+        together = (errors[:, distance:] * errors[:, :-distance]).mean() / errors.square().mean()
+        assert abs(together) < 5 / (400 * (4096 - distance)) ** 0.5
+
+
+@given(values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), max_size=40), block=st.integers(1, 9), four=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_each_element_is_rounded_to_a_neighbour(values: list[float], block: int, four: bool):
+    codec, given_ = (Int4 if four else Int8)(block), torch.tensor(values, dtype=torch.float32)
+    found = _decoded(codec, _message(codec, given_), given_)
+    for low in range(0, len(values), block):
+        here = slice(low, low + block)
+        step = max(float(given_[here].abs().max()) / codec.levels * (1 + 2.0**-19), 2.0**-126)
+        assert ((found - given_)[here].abs() <= step * (1 + 2.0**-20)).all()
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_a_saved_state_gives_the_same_messages(kind: type[Quantised]):
+    values = _values(3000)
+    codec = kind(seed=3).seeded(1, 5000)
+    for _ in range(3):
+        _message(codec, values)
+    loaded = kind(seed=3).seeded(1, 5000)
+    loaded.state = codec.state
+    expected = _message(codec, values)
+    assert torch.equal(_message(loaded, values), expected)
+    assert not torch.equal(_message(codec, values), expected)
+    first, other = (_message(kind(seed=seed).seeded(1, 5000), values) for seed in (3, 4))
+    assert not torch.equal(first, other)
+    before = torch.random.get_rng_state()
+    _message(codec, values)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_codec_without_state_refuses_one():
+    assert Plain().state == []
+    Plain().state = []
+    with pytest.raises(ValueError, match="Plain has no state, but was given"):
+        Plain().state = [1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_the_mean_sum_over_ranks_is_right(kind: type[Quantised], size: int):
+    """Each rank and each stretch rounds with its own numbers; all ranks end with the same bits."""
+    length, rounds = 600, 100
+
+    def body(comm: Communicator) -> np.ndarray:
+        values = as_tensor(comm.arena(length, np.dtype(np.float32)).mine)
+        sums, found = StretchSums(comm, kind(block=50), values), []
+        for _ in range(rounds):
+            values.copy_(torch.linspace(-1, 1, length))
+            for low in range(0, length, 200):
+                sums.start(low, low + 200)
+            sums.finish()
+            found.append(values.numpy().copy())
+        return np.stack(found)
+
+    found = World(size, nodes=range(size)).run(body)
+    for ranks in found:
+        np.testing.assert_array_equal(ranks, found[0])
+    given_ = torch.linspace(-1, 1, length)
+    errors = found[0] / size - given_.numpy()
+    step = 1.1 / kind(50).levels
+    assert np.abs(errors.mean()) < 5 * step / (rounds * length) ** 0.5
+    assert np.abs(errors.mean(0)).max() < 5 * step / rounds**0.5
+    if size == 2:  # the ranks' errors are independent
+        codec = kind(block=50)
+        single = np.stack([_decoded(codec, _message(codec, given_), given_) - given_ for _ in range(rounds)])
+        assert errors.var() < 0.55 * single.var()
