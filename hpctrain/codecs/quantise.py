@@ -23,10 +23,10 @@ class Quantised(WireCodec):
     A message begins with a step for each block (float32; float64 for float64 values). Scaled by the largest magnitude,
     not by the norm as in the paper, whose few levels served its variable-length code.
 
-    Random numbers are NumPy's SFC64, made anew for each message from the seed, the place and the number of the message.
-    They cost less than any way of using numbers twice would save (4 ms for 10 million elements; torch's generator: 17 to
-    28), no two elements share any, and the state is one integer. Of an element's 16 bits 15 are used, so a mean is off by
-    at most 2^-16 step, as much as rounding to float32 adds between 64 and 127; with 8 bits it would be 1/512 step.
+    Random numbers are NumPy's SFC64, made anew for each message from the seed, the place and the message's number.
+    They cost less than any way of using numbers twice would save (4 ms for 10 million elements; torch's generator: 17
+    to 28), no two elements share any, and the state is one integer. Of an element's 16 bits 15 are used, so a mean is
+    off by at most 2^-16 step, as much as rounding to float32 adds between 64 and 127; with 8 bits it would be 1/512.
     """
 
     levels: ClassVar[int]  # on each side of 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,11 @@ class WireCodec(Codec):
     def decode(self, message: Tensor, into: Tensor, add: bool = False) -> None:
         """Store the values of a message in `into` or, with `add`, add them to it."""
 
+    def total(self, messages: Sequence[Tensor], into: Tensor) -> None:
+        """Store the sum of the messages in `into`."""
+        for number, message in enumerate(messages):
+            self.decode(message, into, add=number > 0)
+
     def reduce(self, addend: Addend) -> Iterator[list[Request]]:
         """Two ranks send each other everything: no other way takes fewer bytes, and this has a single stage. More ranks
         sum a slice each and send its sum to the others, rounded; their own copy is rounded, too."""
@@ -61,8 +66,7 @@ class WireCodec(Codec):
             comm.start_send(as_array(mine), peer, Tag.PART),
         ]
         with comm.span("decode", theirs.nbytes, flops=float(values.numel())):
-            self.decode(mine, values)  # both ranks must add the same two numbers
-            self.decode(theirs, values, add=True)
+            self.total([mine, theirs], values)  # both ranks must add the same two numbers
 
     def _scatter_and_gather(self, addend: Addend) -> Iterator[list[Request]]:
         comm, me = addend.comm, addend.comm.rank

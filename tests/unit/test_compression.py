@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hpctrain.codecs.half import BFloat16, Float16
 from hpctrain.codecs.quantise import Int4, Int8, Quantised
+from hpctrain.codecs.sign import MajoritySign, Sign
 from hpctrain.codecs.wire import Plain, WireCodec
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
@@ -26,6 +27,8 @@ MAKERS: dict[str, Callable[[], WireCodec]] = {
     "int8, short blocks": lambda: Int8(block=6),
     "int4": Int4,
     "int4, odd blocks": lambda: Int4(block=7),
+    "sign": Sign,
+    "sign, short blocks": lambda: Sign(block=16),
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BYTES = {  # of a message of 10,001 float32
@@ -36,6 +39,8 @@ BYTES = {  # of a message of 10,001 float32
     "int8, short blocks": 10_001 + 1667 * 4,
     "int4": 4 * 1024 + 905 + 5 * 4,
     "int4, odd blocks": 1428 * 4 + 3 + 1429 * 4,
+    "sign": 1251 + 3 * 4,
+    "sign, short blocks": 1251 + 626 * 4,
 }
 
 
@@ -175,7 +180,10 @@ def test_ranks_stretches_and_messages_round_independently():
         assert abs(together) < 5 / (400 * (4096 - distance)) ** 0.5
 
 
-@given(values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), max_size=40), block=st.integers(1, 9), four=st.booleans())
+FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
+
+
+@given(values=st.lists(FLOATS, max_size=40), block=st.integers(1, 9), four=st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_each_element_is_rounded_to_a_neighbour(values: list[float], block: int, four: bool):
     codec, given_ = (Int4 if four else Int8)(block), torch.tensor(values, dtype=torch.float32)
@@ -240,3 +248,76 @@ def test_the_mean_sum_over_ranks_is_right(kind: type[Quantised], size: int):
         codec = kind(block=50)
         single = np.stack([_decoded(codec, _message(codec, given_), given_) - given_ for _ in range(rounds)])
         assert errors.var() < 0.55 * single.var()
+
+
+# Signs
+
+
+@pytest.mark.parametrize("block", [8, 64, 4096])
+@pytest.mark.parametrize("length", [7, 64, 5000])
+def test_signs_have_the_mean_magnitude_of_their_block(block: int, length: int):
+    values = _values(length)
+    values[3] = 0.0
+    values[4] = -0.0
+    found = _decoded(Sign(block), _message(Sign(block), values), values)
+    for low in range(0, length, block):
+        here = slice(low, low + block)
+        expected = torch.copysign(values[here].double().abs().mean(), values[here].double())
+        torch.testing.assert_close(found[here].double(), expected, rtol=1e-6, atol=0)
+
+
+def _vote(size: int, rounds: int = 2, length: int = 1000, block: int = 200) -> tuple[torch.Tensor, list[np.ndarray]]:
+    """(what the ranks gave, (rank, element); what each got)."""
+    given_ = torch.stack([_values(length, seed=rank) for rank in range(size)])
+
+    def body(comm: Communicator) -> np.ndarray:
+        values = as_tensor(comm.arena(length, np.dtype(np.float32)).mine)
+        sums = StretchSums(comm, MajoritySign(block), values)
+        for _ in range(rounds):
+            values.copy_(given_[comm.rank])
+            sums.start(0, length)
+            sums.finish()
+        return values.numpy().copy()
+
+    return given_, World(size, nodes=range(size)).run(body)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_the_majority_decides_on_signs(size: int):
+    given_, found = _vote(size, length=size * 400)
+    for got in found:
+        np.testing.assert_array_equal(got, found[0])
+    got, votes = torch.from_numpy(found[0]), given_.sign().sum(0)
+    assert torch.equal(got.sign()[votes != 0], votes.sign()[votes != 0])
+    scales = given_.abs().view(size, -1, 200).mean(2).sum(0)
+    magnitude = scales.repeat_interleave(200)
+    decided = got if size > 2 else got[votes != 0]
+    torch.testing.assert_close(decided.abs(), magnitude if size > 2 else magnitude[votes != 0], rtol=1e-5, atol=0)
+    assert size > 2 or not got[votes == 0].any()
+
+
+def test_who_counts_breaks_a_tie():
+    """Each rank counts a slice, so that no rank decides more than the others, and no sign is favoured."""
+    given_, found = _vote(4, length=1600)
+    got, tied = torch.from_numpy(found[0]), given_.sign().sum(0) == 0
+    owner = torch.cat([given_[rank, rank * 400 : (rank + 1) * 400] for rank in range(4)])
+    assert tied.sum() > 400
+    assert torch.equal(got.sign()[tied], owner.sign()[tied])
+
+
+# Contraction: |values - decoded|^2 <= (1 - delta) |values|^2
+
+
+def _share_lost(codec: WireCodec, values: torch.Tensor) -> float:
+    rest = torch.empty_like(values)
+    _message(codec, values, rest)
+    return float(rest.double().square().sum() / values.double().square().sum().clamp(min=1e-300))
+
+
+@given(values=st.lists(FLOATS, min_size=1, max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_signs_are_a_contraction(values: list[float]):
+    """Of a block: what is lost is 1 - |x|_1^2 / (d |x|_2^2), exactly (Karimireddy et al. 2019, lemma 8)."""
+    given_ = torch.tensor(values, dtype=torch.float64)
+    dense = given_.abs().sum().square() / (len(values) * given_.square().sum().clamp(min=1e-300))
+    assert _share_lost(Sign(64), given_) == pytest.approx(1 - float(dense) if given_.any() else 0.0, abs=1e-9)
