@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from hpctrain.codecs.half import BFloat16, Float16
 from hpctrain.codecs.quantise import Int4, Int8, Quantised
 from hpctrain.codecs.sign import MajoritySign, Sign
+from hpctrain.codecs.sparse import TwoBitValues, largest
+from hpctrain.codecs.topk import TopK
 from hpctrain.codecs.wire import Plain, WireCodec
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
@@ -29,6 +31,10 @@ MAKERS: dict[str, Callable[[], WireCodec]] = {
     "int4, odd blocks": lambda: Int4(block=7),
     "sign": Sign,
     "sign, short blocks": lambda: Sign(block=16),
+    "topk 1 %": lambda: TopK(0.01),
+    "topk 30 %, odd chunks": lambda: TopK(0.3, chunk=333),
+    "topk, all": lambda: TopK(1.0, chunk=64),
+    "topk 2 %, two bits": lambda: TopK(0.02, form=TwoBitValues()),
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BYTES = {  # of a message of 10,001 float32
@@ -41,6 +47,10 @@ BYTES = {  # of a message of 10,001 float32
     "int4, odd blocks": 1428 * 4 + 3 + 1429 * 4,
     "sign": 1251 + 3 * 4,
     "sign, short blocks": 1251 + 626 * 4,
+    "topk 1 %": (2 * 41 + 18) * 6,
+    "topk 30 %, odd chunks": (30 * 100 + 3) * 6,
+    "topk, all": 10_001 * 6,
+    "topk 2 %, two bits": 2 * (8 + 21 + 2 * 82) + 8 + 9 + 2 * 36,
 }
 
 
@@ -285,8 +295,8 @@ def _vote(size: int, rounds: int = 2, length: int = 1000, block: int = 200) -> t
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 def test_the_majority_decides_on_signs(size: int):
     given_, found = _vote(size, length=size * 400)
-    for got in found:
-        np.testing.assert_array_equal(got, found[0])
+    for rank in found:
+        np.testing.assert_array_equal(rank, found[0])
     got, votes = torch.from_numpy(found[0]), given_.sign().sum(0)
     assert torch.equal(got.sign()[votes != 0], votes.sign()[votes != 0])
     scales = given_.abs().view(size, -1, 200).mean(2).sum(0)
@@ -321,3 +331,48 @@ def test_signs_are_a_contraction(values: list[float]):
     given_ = torch.tensor(values, dtype=torch.float64)
     dense = given_.abs().sum().square() / (len(values) * given_.square().sum().clamp(min=1e-300))
     assert _share_lost(Sign(64), given_) == pytest.approx(1 - float(dense) if given_.any() else 0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name.startswith("topk") and "bits" not in name])
+@pytest.mark.parametrize("length", [1, 100, 5000])
+def test_topk_is_a_contraction(name: str, length: int):
+    """What is lost is at most the share that is not kept; of a chunk, nothing larger than what is kept."""
+    codec, values = MAKERS[name](), _values(length)
+    found = _decoded(codec, _message(codec, values), values)
+    for low in range(0, length, codec.unit):
+        here, got = values[low : low + codec.unit], found[low : low + codec.unit]
+        chosen = got != 0
+        count = int(chosen.sum())
+        assert torch.equal(got[chosen], here[chosen])
+        assert chosen.all() or here[~chosen].abs().max() <= here[chosen].abs().min()
+        assert _share_lost(codec, here.clone()) <= 1 - count / len(here) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_bits_keep_signs_and_two_magnitudes(dtype: torch.dtype):
+    values = _values(5 * 41, dtype).view(5, 41)
+    values[4] = 3.0  # one magnitude alone
+    form = TwoBitValues()
+    written = form.write(values)
+    found = form.read(written, 41, dtype)
+    assert written.shape == (5, form.nbytes(41, dtype))
+    assert torch.equal(found.sign(), values.sign())
+    for row, got in zip(values.abs(), found.abs(), strict=True):
+        high = row > row.mean()
+        for half in (high, ~high):
+            assert not half.any() or got[half].unique() == pytest.approx(float(row[half].mean()), rel=1e-5)
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_largest_are_found(data: st.DataObject):
+    """In groups and without, with ties."""
+    width, rows = data.draw(st.sampled_from([1, 7, 16, 64, 72, 4096])), data.draw(st.integers(1, 3))
+    count = data.draw(st.integers(1, min(width, 80)))
+    seed, ties = data.draw(st.integers(0, 1000)), data.draw(st.booleans())
+    magnitudes = torch.rand(rows, width, generator=torch.Generator().manual_seed(seed))
+    magnitudes = (magnitudes * 10).floor_() if ties else magnitudes
+    places = largest(magnitudes, count)
+    assert all(len(row.unique()) == count for row in places)
+    found = magnitudes.gather(1, places).sort(1, descending=True).values
+    assert torch.equal(found, magnitudes.sort(1, descending=True).values[:, :count])
