@@ -124,7 +124,7 @@ def test_values_that_are_not_finite_do_not_vanish(name: str, value: float, dtype
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-30, 1e30, 1e38])
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-30, 1e30, 1e36])
 def test_values_of_all_sizes_arrive(name: str, size: float):
     """Errors are at most as large as the values."""
     values = torch.sign(_values(5000)) * size
