@@ -53,20 +53,21 @@ class Codec(ABC):
     remembers: ClassVar[bool] = False
     unit: int = 1
 
-    def seeded(self, *place: int) -> Self:
-        """A codec like this one whose random numbers follow from its seed, `place` (rank, stretch) and `state`; itself
-        if it draws none."""
-        return self
-
     @property
-    def state(self) -> list[int]:
-        """What a checkpoint must keep for the codec to go on with the same random numbers."""
-        return []
+    def position(self) -> int:
+        """Where the run is (its cursor, or the version of what is encoded): random numbers follow from the seed, the
+        place, the position and the number of messages since it changed. So whoever sets it needs no state to go on
+        with the same numbers, and two ranks can draw the same ones. Not negative."""
+        return 0
 
-    @state.setter
-    def state(self, state: list[int]) -> None:
-        if state:
-            raise ValueError(f"{type(self).__name__} has no state, but was given {state}")
+    @position.setter
+    def position(self, position: int) -> None:
+        """Codecs that draw no random numbers do not care."""
+
+    def seeded(self, *place: int) -> Self:
+        """A codec like this one with random numbers for another place (rank, stretch), which stays at the position of
+        this one; itself if it draws none."""
+        return self
 
     @abstractmethod
     def reduce(self, addend: Addend) -> Iterator[list[Request]]:

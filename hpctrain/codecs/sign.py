@@ -13,7 +13,7 @@ from hpctrain.codecs.wire import WireCodec, wide_dtype
 from hpctrain.replica.blocks import row_blocks
 from hpctrain.replica.tensors import as_array, as_tensor
 
-BLOCK = 4096  # elements per scale, a multiple of 8
+SIGNS = 4096  # elements per scale, a multiple of 8
 
 
 class Sign(WireCodec):
@@ -25,7 +25,7 @@ class Sign(WireCodec):
 
     remembers = True
 
-    def __init__(self, block: int = BLOCK) -> None:
+    def __init__(self, block: int = SIGNS) -> None:
         self.unit = block
 
     def shape(self, values: Tensor) -> tuple[int, torch.dtype]:

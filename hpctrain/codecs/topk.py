@@ -11,6 +11,7 @@ from hpctrain.codecs.wire import WireCodec, wide_dtype
 from hpctrain.replica.blocks import row_blocks
 
 CHUNK = 4096  # elements
+KEEP = 0.01
 
 
 class TopK(WireCodec):
@@ -22,7 +23,7 @@ class TopK(WireCodec):
 
     remembers = True
 
-    def __init__(self, keep: float, chunk: int = CHUNK, form: ValueForm | None = None) -> None:
+    def __init__(self, keep: float = KEEP, chunk: int = CHUNK, form: ValueForm | None = None) -> None:
         self.unit = chunk
         self._keep, self._records = keep, Records(form or FullValues())
 

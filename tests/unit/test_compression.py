@@ -210,28 +210,37 @@ def test_each_element_is_rounded_to_a_neighbour(values: list[float], block: int,
 
 
 @pytest.mark.parametrize("kind", ROUNDED)
-def test_a_saved_state_gives_the_same_messages(kind: type[Quantised]):
-    values = _values(3000)
-    codec = kind(seed=3).seeded(1, 5000)
-    for _ in range(3):
-        _message(codec, values)
-    loaded = kind(seed=3).seeded(1, 5000)
-    loaded.state = codec.state
-    expected = _message(codec, values)
-    assert torch.equal(_message(loaded, values), expected)
-    assert not torch.equal(_message(codec, values), expected)
-    first, other = (_message(kind(seed=seed).seeded(1, 5000), values) for seed in (3, 4))
-    assert not torch.equal(first, other)
-    before = torch.random.get_rng_state()
-    _message(codec, values)
+def test_messages_follow_from_seed_place_and_position(kind: type[Quantised]):
+    """So a run that goes on from a checkpoint sends the same ones. The global generator is not used."""
+    values, before = _values(3000), torch.random.get_rng_state()
+
+    def messages(seed: int, place: tuple[int, int], position: int, earlier: int = 0) -> list[bytes]:
+        codec = kind(seed=seed)
+        own = codec.seeded(*place)
+        for number in range(earlier):
+            codec.position = 1000 + number
+            _message(own, values)
+        codec.position = position
+        assert own.position == position
+        return [_message(own, values).numpy().tobytes() for _ in range(3)]
+
+    expected = messages(3, (1, 5000), 64)
+    assert len(set(expected)) == 3
+    assert messages(3, (1, 5000), 64, earlier=5) == expected
+    others = [(4, (1, 5000), 64), (3, (0, 5000), 64), (3, (1, 0), 64), (3, (1, 5000), 65)]
+    found = {message for other in others for message in messages(*other)}
+    assert len(found | set(expected)) == 15
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_codec_without_state_refuses_one():
-    assert Plain().state == []
-    Plain().state = []
-    with pytest.raises(ValueError, match="Plain has no state, but was given"):
-        Plain().state = [1]
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_values_that_are_not_finite_are_found_where_they_are(kind: type[Quantised]):
+    values = _values(5000)
+    values[[3, 100, 3000, 4999]] = torch.tensor([float("inf"), float("nan"), -float("inf"), float("nan")])
+    for add in (False, True):
+        found = torch.zeros_like(values)
+        kind(block=64).decode(_message(kind(block=64), values), found, add=add)
+        assert torch.equal(found.isfinite(), values.isfinite())
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
