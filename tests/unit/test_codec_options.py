@@ -51,6 +51,8 @@ def test_keys_of_a_table_are_overridden_one_by_one(tmp_path: Path):
     assert _codec("strategy.codec=int8", "strategy.codec.block=64") == CodecTable(name="int8", block=64)
     assert _codec("strategy.codec.block=64", "strategy.codec=int8") == CodecTable(name="int8", block=64)
     file = tmp_path / "job.toml"
+    file.write_text("seed = 1")
+    assert _codec(job=Job.load(file, ["strategy.codec.block=64", "strategy.codec=int8"])).block == 64
     file.write_text('strategy = {name = "local_sgd", codec = "int8"}')
     job = Job.load(file, ["strategy.codec.block=64"])
     assert _codec(job=job) == CodecTable(name="int8", block=64)
@@ -74,7 +76,7 @@ MISTAKES = [
     ('codec = {name = "topk", keep = "1%"}', 'strategy.codec.keep = "1%": must be a number'),
     ('codec = {name = "topk", kep = 1}', "strategy.codec.kep: unknown key (did you mean keep?)"),
     ('codec = {name = "topk", bits = 4}', "strategy.codec.bits = 4: must be one of 2, 32"),
-    ('codec = {name = "int8", block = 12}', "strategy.codec.block = 12: must be an integer, at least 8 and at most"),
+    ('codec = {name = "int8", block = 12}', "must be an integer, at least 8 and at most 32768 and a multiple of 8"),
     ('codec = {name = "int8", keep = 0.1}', 'has keep with name = "int8", where it has no effect; set name = "topk"'),
     ('codec = {name = "topk", majority = true}', 'has majority with name = "topk"'),
     ('codec = {name = "int8", bits = 32}', 'has bits with name = "int8"'),
