@@ -13,6 +13,7 @@ class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
     EXCLUSIVE: ClassVar[tuple[frozenset[str], ...]] = ()  # groups of keys of which at most one may be given
+    KEY: ClassVar[str] = ""  # the key that a text in place of the table stands for; "": none may be
 
     def plain(self) -> dict[str, Any]:
         """Nested dicts and lists for a job file, with every default written out; None values are left out."""

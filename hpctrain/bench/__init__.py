@@ -26,6 +26,7 @@ ALONE = {  # benches that need no other ranks, or start their own
     "virtual": "alone:measure_virtual",
     "trace": "alone:measure_trace",
     "read": "reading:measure_read",
+    "codecs": "codecs:measure_codecs",
     "start": "start:measure_start",
 }
 TOGETHER = {

@@ -5,31 +5,46 @@ Codecs compute with torch on stretches of a replica's arena, so they lie above `
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hpctrain.codecs.options import CODEC_TEXT, CodecChoice, CodecName, CodecTable, UnbiasedCodec
 
 if TYPE_CHECKING:
     from hpctrain.codecs.base import Codec
     from hpctrain.codecs.wire import WireCodec
 
-CodecName = Literal["none", "bfloat16", "float16"]
-CODEC_TEXT = (
-    "how gradients (local_sgd: changes) are written into messages; ranks that share memory send none. none: as they "
-    "are; bfloat16, float16: in 16 bits, added in float32 (float16 with a scale for each message)"
-)
+__all__ = ["CODEC_TEXT", "CodecChoice", "CodecName", "CodecTable", "UnbiasedCodec", "codec_by", "wire_codec_by"]
 
 
-def codec_by(name: CodecName) -> Codec:
-    """A new codec of that name."""
+def codec_by(codec: CodecName | CodecTable, seed: int = 0) -> Codec:
+    """A new codec of that name, or as that table says. `seed`: of those that draw random numbers."""
+    from hpctrain.codecs.demo import SIDE, TOP, LargestFrequencies
     from hpctrain.codecs.half import BFloat16, Float16
     from hpctrain.codecs.library import LibrarySum
+    from hpctrain.codecs.quantise import BLOCK, Int4, Int8
+    from hpctrain.codecs.sign import SIGNS, MajoritySign, Sign
+    from hpctrain.codecs.sparse import FullValues, TwoBitValues, kept
+    from hpctrain.codecs.topk import CHUNK, KEEP, TopK
 
-    made: dict[str, type[Codec]] = {"none": LibrarySum, "bfloat16": BFloat16, "float16": Float16}
-    return made[name]()
+    table = codec if isinstance(codec, CodecTable) else CodecTable(name=codec)
+    keep, block = table.keep, table.block
+    made: dict[CodecName, Callable[[], Codec]] = {
+        "none": LibrarySum,
+        "bfloat16": BFloat16,
+        "float16": Float16,
+        "int8": lambda: Int8(block or BLOCK, seed),
+        "int4": lambda: Int4(block or BLOCK, seed),
+        "sign": lambda: (MajoritySign if table.majority else Sign)(block or SIGNS),
+        "topk": lambda: TopK(keep or KEEP, block or CHUNK, TwoBitValues() if table.bits == 2 else FullValues()),
+        "demo": lambda: LargestFrequencies(SIDE, kept(keep, SIDE * SIDE) if keep else TOP),
+    }
+    return made[table.name]()
 
 
-def wire_codec_by(name: CodecName) -> WireCodec | None:
-    """A new codec of that name, for messages that are not summed on their way; None for "none"."""
+def wire_codec_by(codec: CodecName | CodecTable, seed: int = 0) -> WireCodec | None:
+    """The same for messages that are not summed on their way; None for "none"."""
     from hpctrain.codecs.wire import WireCodec
 
-    codec = codec_by(name)
-    return codec if isinstance(codec, WireCodec) else None
+    made = codec_by(codec, seed)
+    return made if isinstance(made, WireCodec) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Addend:
     def __init__(self, comm: Communicator, values: Tensor) -> None:
         self.comm, self.values = comm, values
         self._scratch: dict[str, Tensor] = {}
+        self._codec: Codec | None = None
 
     def scratch(self, name: str, length: int, dtype: torch.dtype) -> Tensor:
         """Memory of this addend for that purpose, which messages can be sent from; kept for the next time."""
@@ -33,14 +34,40 @@ class Addend:
             self._scratch[name] = as_tensor(self.comm.arena(length, NUMPY_DTYPES[dtype]).mine)
         return self._scratch[name]
 
+    def own(self, codec: Codec) -> Codec:
+        """The codec with this addend's own random numbers: they do not depend on which sum is ahead of which."""
+        if self._codec is None:
+            self._codec = codec.seeded(self.comm.rank, int(self.values.storage_offset()))
+        return self._codec
+
 
 class Codec(ABC):
     """How values are written on the wire while ranks sum them.
 
-    `stages`: how often `reduce` yields at most.
+    `stages`: how often `reduce` yields at most. `remembers`: whether what a message leaves out must be added to the
+    next values (error feedback: Seide et al. 2014; Karimireddy et al. 2019): the codec is biased, and training would
+    not converge without it. `unit`: stretches are best cut at multiples of this many elements.
     """
 
     stages: ClassVar[int]
+    remembers: ClassVar[bool] = False
+    unit: int = 1
+
+    @property
+    def position(self) -> int:
+        """Where the run is (its cursor, or the version of what is encoded): random numbers follow from the seed, the
+        place, the position and the number of messages since it changed. So whoever sets it needs no state to go on
+        with the same numbers, and two ranks can draw the same ones. Not negative."""
+        return 0
+
+    @position.setter
+    def position(self, position: int) -> None:
+        """Codecs that draw no random numbers do not care."""
+
+    def seeded(self, *place: int) -> Self:
+        """A codec like this one with random numbers for another place (rank, stretch), which stays at the position of
+        this one; itself if it draws none."""
+        return self
 
     @abstractmethod
     def reduce(self, addend: Addend) -> Iterator[list[Request]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpctrain.codecs.wire import WireCodec, add_wide
+from hpctrain.codecs.wire import WireCodec, add_wide, wide_dtype
 from hpctrain.replica.blocks import blocks
 
 HEADER = 4  # elements of a float16 message, whose 8 bytes are its scale
@@ -18,8 +18,14 @@ class BFloat16(WireCodec):
     def shape(self, values: Tensor) -> tuple[int, torch.dtype]:
         return values.numel(), torch.bfloat16
 
-    def encode(self, values: Tensor, message: Tensor) -> None:
-        message.copy_(values)
+    def encode(self, values: Tensor, message: Tensor, rest: Tensor | None = None) -> None:
+        if rest is None:
+            message.copy_(values)
+            return
+        wide = wide_dtype(values)
+        for block in blocks(values):
+            message[block].copy_(values[block])
+            rest[block].copy_(values[block].to(wide) - message[block].to(wide))
 
     def decode(self, message: Tensor, into: Tensor, add: bool = False) -> None:
         if add:
@@ -35,16 +41,19 @@ class Float16(WireCodec):
     def shape(self, values: Tensor) -> tuple[int, torch.dtype]:
         return HEADER + values.numel(), torch.float16
 
-    def encode(self, values: Tensor, message: Tensor) -> None:
+    def encode(self, values: Tensor, message: Tensor, rest: Tensor | None = None) -> None:
         scale = _scale(values)
         message[:HEADER].view(torch.float64).copy_(1.0 / scale)
-        wide = torch.promote_types(values.dtype, torch.float32)
-        rounded, factor = message[HEADER:], scale.to(wide)
+        wide = wide_dtype(values)
+        rounded, factor, inverse = message[HEADER:], scale.to(wide), (1.0 / scale).to(wide)
         for block in blocks(values):
-            rounded[block].copy_(values[block].to(wide) * factor)
+            given = values[block].to(wide)
+            rounded[block].copy_(given * factor)
+            if rest is not None:
+                rest[block].copy_(given - rounded[block].to(wide).mul_(inverse))
 
     def decode(self, message: Tensor, into: Tensor, add: bool = False) -> None:
-        wide = torch.promote_types(into.dtype, torch.float32)
+        wide = wide_dtype(into)
         scale, rounded = message[:HEADER].view(torch.float64)[0].to(wide), message[HEADER:]
         if add:
             add_wide(rounded, into, scale)

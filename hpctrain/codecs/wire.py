@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -29,13 +29,27 @@ class WireCodec(Codec):
     def shape(self, values: Tensor) -> tuple[int, torch.dtype]:
         """The length and the dtype of the message for values like these."""
 
+    def nbytes(self, values: Tensor) -> int:
+        """The bytes of the message for values like these: exact, and all that is sent."""
+        length, dtype = self.shape(values)
+        return length * dtype.itemsize
+
     @abstractmethod
-    def encode(self, values: Tensor, message: Tensor) -> None:
-        """Write `values` into `message`, whose storage begins at a multiple of 8 bytes."""
+    def encode(self, values: Tensor, message: Tensor, rest: Tensor | None = None) -> None:
+        """Write `values` into `message`, whose storage begins at a multiple of 8 bytes.
+
+        `rest`: flat, with the length and dtype of `values`, may be `values` itself: gets the values minus what the
+        message decodes to. Values that are not finite make the decoded message not finite, too, in one place at least.
+        """
 
     @abstractmethod
     def decode(self, message: Tensor, into: Tensor, add: bool = False) -> None:
         """Store the values of a message in `into` or, with `add`, add them to it."""
+
+    def total(self, messages: Sequence[Tensor], into: Tensor) -> None:
+        """Store the sum of the messages in `into`."""
+        for number, message in enumerate(messages):
+            self.decode(message, into, add=number > 0)
 
     def reduce(self, addend: Addend) -> Iterator[list[Request]]:
         """Two ranks send each other everything: no other way takes fewer bytes, and this has a single stage. More ranks
@@ -52,8 +66,7 @@ class WireCodec(Codec):
             comm.start_send(as_array(mine), peer, Tag.PART),
         ]
         with comm.span("decode", theirs.nbytes, flops=float(values.numel())):
-            self.decode(mine, values)  # both ranks must add the same two numbers
-            self.decode(theirs, values, add=True)
+            self.total([mine, theirs], values)  # both ranks must add the same two numbers
 
     def _scatter_and_gather(self, addend: Addend) -> Iterator[list[Request]]:
         comm, me = addend.comm, addend.comm.rank
@@ -88,8 +101,10 @@ class WireCodec(Codec):
     def _outgoing(self, addend: Addend, name: str, values: Tensor) -> Tensor:
         """The message of these values."""
         message = addend.scratch(name, *self.shape(values))
+        codec = addend.own(self)
+        assert isinstance(codec, WireCodec)
         with addend.comm.span("encode", message.nbytes):
-            self.encode(values, message)
+            codec.encode(values, message)
         return message
 
 
@@ -99,8 +114,10 @@ class Plain(WireCodec):
     def shape(self, values: Tensor) -> tuple[int, torch.dtype]:
         return values.numel(), values.dtype
 
-    def encode(self, values: Tensor, message: Tensor) -> None:
+    def encode(self, values: Tensor, message: Tensor, rest: Tensor | None = None) -> None:
         message.copy_(values)
+        if rest is not None:
+            rest.zero_()
 
     def decode(self, message: Tensor, into: Tensor, add: bool = False) -> None:
         if add:
@@ -109,10 +126,15 @@ class Plain(WireCodec):
             into.copy_(message)
 
 
+def wide_dtype(values: Tensor) -> torch.dtype:
+    """What codecs compute in: the dtype of the values, at least float32."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
 def add_wide(values: Tensor, into: Tensor, scale: Tensor | None = None) -> None:
     """Add `values`, times `scale` if given, to `into`. Values of 16 bits are converted block by block, in a core's
     cache: torch's addition of tensors of two dtypes is three times slower."""
-    dtype = torch.promote_types(into.dtype, torch.float32)
+    dtype = wide_dtype(into)
     for block in blocks(into):
         wide = values[block].to(dtype)
         into[block].add_(wide if scale is None else wide.mul_(scale))

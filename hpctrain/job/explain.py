@@ -15,6 +15,7 @@ from hpctrain.job.messages import allowed_text, kind_text, table_of, value_text
 from hpctrain.job.phases import PhaseTable, StrategySpec
 from hpctrain.job.spec import Choice, Named, options_class
 from hpctrain.job.tables import Amount
+from hpctrain.options import Options
 
 OWN = '"package.module:attribute"'
 WRITTEN_OUT = {"strategy": "strategy", "rule": "phases.N.until"}  # where each kind's options are listed
@@ -44,12 +45,14 @@ def _rows(model: type[BaseModel], above: str, prefix: str = "") -> Iterator[Row]
         key, table = above + (field.alias or name), table_of(field.annotation)
         if table is not None and issubclass(table, Choice):
             yield from _choice(table, key, field, prefix)
-        elif table is not None and not issubclass(table, Amount):
+        elif table is not None and not issubclass(table, Amount) and kind_text(field.annotation) == "table":
             yield from _rows(table, f"{key}.", prefix)
         else:
             allowed = _names(model, name) or _allowed(field)
             text = prefix + (field.description or "")
             yield Row(key, _type(field, table), _default(field), allowed, text)
+        if table is not None and issubclass(table, Options) and table.KEY:  # a name, or a table with more
+            yield from (row for row in _rows(table, f"{key}.", prefix) if row.key != f"{key}.{table.KEY}")
         if model is Job and name == "phases":
             yield from _rows(PhaseTable, "phases.N.")
     if issubclass(model, Named):

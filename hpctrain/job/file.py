@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from hpctrain.errors import JobError
 from hpctrain.filenames import JOB
 from hpctrain.job.messages import Place, dotted, model_at, value_text
-from hpctrain.job.spec import Choice, Named
+from hpctrain.job.spec import Choice
 from hpctrain.options import Table
 from hpctrain.text import shown, shown_path
 
@@ -114,14 +114,15 @@ def _names_first(places: list[Place], look: Look) -> list[bool]:
 
 
 def _table_at(model: type[BaseModel], place: Place, tables: Any) -> type[BaseModel] | None:
-    """Like `model_at`, but also finds tables within the options of the choice that `tables` names (a switch)."""
+    """Like `model_at`, but also finds tables within the options of the choice that `tables` names."""
     if (found := model_at(model, place)) is not None:
         return found
     for depth in range(1, len(place)):
         outer = model_at(model, place[:depth])
         if outer is not None and issubclass(outer, Choice):
             inner = _value_at(tables, place[:depth])
-            options = outer.composite(inner.get(outer.KEY, outer.DEFAULT) if isinstance(inner, dict) else inner)
+            name = inner.get(outer.KEY, outer.DEFAULT) if isinstance(inner, dict) else inner
+            options = outer.options_of(outer.DEFAULT if name is None else name)
             return None if options is None else _table_at(options, place[depth:], inner)
     return None
 
@@ -158,8 +159,8 @@ def _spelt_out(setting: Setting, look: Look) -> Setting:
     """Expand the short form: strategy=all_reduce means strategy.name=all_reduce."""
     place, value = setting
     table = look(place)
-    if isinstance(value, str) and table is not None and issubclass(table, (Named, Choice)):
-        return (*place, table.KEY), value
+    if isinstance(value, str) and (key := _naming(table)):
+        return (*place, key), value
     return setting
 
 
@@ -187,7 +188,12 @@ def _value(text: str) -> Any:
 def _is_name(place: Place, look: Look) -> bool:
     """Whether `place` is the key that names what its table describes."""
     table = look(place[:-1])
-    return table is not None and issubclass(table, (Named, Choice)) and place[-1] == table.KEY
+    return place[-1] == _naming(table)
+
+
+def _naming(table: type[BaseModel] | None) -> str:
+    """The key that a text in place of the table stands for; "" if none may be."""
+    return table.KEY if table is not None and issubclass(table, (Table, Choice)) else ""
 
 
 def _set(tables: dict[str, Any], place: Place, value: Any, look: Look, given: list[Place]) -> None:
@@ -216,8 +222,8 @@ def _inner(here: Any, part: Any, place: Place, look: Look) -> Any:
     """The table or list at `place`, created if missing; a bare name is expanded to its table."""
     value = here[part] if isinstance(here, list) else here.setdefault(part, {})
     table = look(place)
-    if isinstance(value, str) and table is not None and issubclass(table, (Named, Choice)):
-        value = here[part] = {table.KEY: value}
+    if isinstance(value, str) and (key := _naming(table)):
+        value = here[part] = {key: value}
     if not isinstance(value, (dict, list)):
         raise JobError(f"override {dotted(place)}: is {value_text(value)}, so nothing below it can be set")
     return value
@@ -248,8 +254,7 @@ def _put(here: Any, part: Any, value: Any, table: type[BaseModel] | None) -> Non
     else:
         old = here.get(part, _default_name(table, part)) if isinstance(here, dict) else None
         here[part] = value
-    named = table is not None and issubclass(table, (Named, Choice)) and part == table.KEY
-    if named and old is not value and not (isinstance(old, str) and old == value):
+    if part == _naming(table) and old is not value and not (isinstance(old, str) and old == value):
         kept = (*getattr(table, "KEPT", ()), part)
         for key in [key for key in here if key not in kept]:
             del here[key]

@@ -166,7 +166,7 @@ def allowed_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 
 def _limits(metadata: Sequence[Any]) -> str:
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "a multiple of"}
     parts = []
     for item in metadata:
         limits = {word: getattr(item, name) for name, word in words.items() if hasattr(item, name)}

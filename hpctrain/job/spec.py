@@ -237,12 +237,10 @@ class Choice(BaseModel):
         return thing
 
     @classmethod
-    def composite(cls, name: object) -> type[Composite] | None:
-        """The options of the built-in `name`, if they contain tables."""
-        if not isinstance(name, str) or name not in registry.TABLES[cls.KIND]:
-            return None
-        model = options_class(registry.resolve(cls.KIND, name))
-        return model if model is not None and issubclass(model, Composite) else None
+    def options_of(cls, name: object) -> type[BaseModel] | None:
+        """The options of the built-in `name`."""
+        known = isinstance(name, str) and name in registry.TABLES[cls.KIND]
+        return options_class(registry.resolve(cls.KIND, str(name))) if known else None
 
     @model_validator(mode="wrap")
     @classmethod

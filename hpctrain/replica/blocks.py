@@ -52,9 +52,24 @@ def sum_of_squares(flat: Tensor) -> float:
 
 def blocks(flat: Tensor) -> Iterator[slice]:
     """The slices of `flat` that stay in cache: a single one on a GPU, where each costs a kernel launch and a wait."""
-    length = flat.numel()
-    size = BLOCK * torch.get_num_threads() if flat.device.type == "cpu" else length
+    length, size = flat.numel(), _in_cache(flat)
     return (slice(low, min(low + size, length)) for low in range(0, length, max(1, size)))
+
+
+def row_blocks(flat: Tensor, width: int) -> Iterator[tuple[slice, slice]]:
+    """(elements, rows) of blocks that stay in cache, each of whole rows of `width` elements; the last row alone if it
+    is shorter."""
+    whole, last = divmod(flat.numel(), width)
+    step = max(1, _in_cache(flat) // width)
+    for low in range(0, whole, step):
+        high = min(low + step, whole)
+        yield slice(low * width, high * width), slice(low, high)
+    if last:
+        yield slice(whole * width, flat.numel()), slice(whole, whole + 1)
+
+
+def _in_cache(flat: Tensor) -> int:
+    return BLOCK * torch.get_num_threads() if flat.device.type == "cpu" else flat.numel()
 
 
 def _is_finite(block: Tensor) -> bool:

@@ -22,6 +22,7 @@ NUMPY_DTYPES: dict[torch.dtype, np.dtype[Any]] = {
     torch.float64: np.dtype(np.float64),
     torch.bfloat16: BFLOAT16,
     torch.float16: np.dtype(np.float16),
+    torch.uint8: np.dtype(np.uint8),  # of messages only
 }
 
 ParameterGroups = Sequence[dict[str, Any]]
@@ -93,7 +94,7 @@ class Layout:
 def lay_out(named: dict[str, nn.Parameter], groups: ParameterGroups | None = None) -> tuple[Layout, list[nn.Parameter]]:
     """The layout of these parameters, and the parameters in its order. Raises ModelError; see `Replica`."""
     dtypes = {p.dtype for p in named.values()}
-    if len(dtypes) > 1 or (dtype := dtypes.pop()) not in NUMPY_DTYPES:
+    if len(dtypes) > 1 or not (dtype := dtypes.pop()).is_floating_point or dtype not in NUMPY_DTYPES:
         raise ModelError(
             "trainable parameters must be of one dtype (float32, float64, bfloat16 or float16); "
             f"found {', '.join(sorted({str(p.dtype) for p in named.values()}))}"

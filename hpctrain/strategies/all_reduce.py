@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PlainValidator, model_validator
 
-from hpctrain.codecs import CODEC_TEXT, CodecName, codec_by
+from hpctrain.codecs import CODEC_TEXT, UnbiasedCodec, codec_by
 from hpctrain.options import Options
 from hpctrain.strategies.base import Needs
 from hpctrain.strategies.round import Round, RoundStrategy
@@ -36,7 +36,7 @@ class AllReduceOptions(Options):
     algorithm: Literal["library", "ring", "halving_doubling", "tree", "hierarchical"] = Field(
         "library", description="how messages are all-reduced (across nodes, or everywhere with exchange = message)"
     )
-    codec: CodecName = Field("none", description=CODEC_TEXT)
+    codec: UnbiasedCodec = Field("none", description=CODEC_TEXT)
     overlap: bool = Field(
         False, description="start all-reducing buckets while backward still runs, also where exchange is not auto"
     )

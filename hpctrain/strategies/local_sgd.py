@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from hpctrain.codecs import CODEC_TEXT, CodecName
+from hpctrain.codecs import CODEC_TEXT, UnbiasedCodec
 from hpctrain.options import Options
 from hpctrain.strategies.round import Round, RoundStrategy, Step
 
@@ -13,7 +13,7 @@ class LocalSGDOptions(Options):
     """The keys of strategy.name = "local_sgd"."""
 
     every: int = Field(8, ge=1, description="steps that each worker takes between averages")
-    codec: CodecName = Field("none", description=CODEC_TEXT)
+    codec: UnbiasedCodec = Field("none", description=CODEC_TEXT)
 
 
 class LocalSGD(RoundStrategy):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.clock.decisions import Ask
-from hpctrain.codecs import CodecName, codec_by
+from hpctrain.codecs import CodecChoice, codec_by
 from hpctrain.errors import HpctrainError
 from hpctrain.replica.state import (
     OPTIMIZER,
@@ -107,7 +107,7 @@ class RoundStrategy(Strategy):
         `codec` names, if the strategy has one. Collective."""
         from hpctrain.strategies.exchange import BucketExchange, MessageExchange
 
-        codec: CodecName = getattr(self.options, "codec", "none")
+        codec: CodecChoice = getattr(self.options, "codec", "none")
         if codec == "none":
             return MessageExchange(self.phase)
         return BucketExchange(self.phase, codec_by(codec), int(USUAL * 2**20), early=False)

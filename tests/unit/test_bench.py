@@ -20,6 +20,7 @@ from hpctrain.bench import (
     alone,
     asynchronous,
     checks,
+    codecs,
     comparison,
     device,
     limits,
@@ -65,6 +66,8 @@ def _little(monkeypatch):
     monkeypatch.setattr(switching, "MODELS", {"small": model})
     monkeypatch.setattr(switching, "RUNS", 2)
     monkeypatch.setattr(limits, "COPIED", 1000)
+    monkeypatch.setattr(codecs, "ELEMENTS", 4096 * 8)
+    monkeypatch.setattr(codecs, "REPETITIONS", 2)
     monkeypatch.setattr(reading, "RANKS", 3)
     monkeypatch.setattr(reading, "SPANS_EACH", 1600)
     monkeypatch.setattr(reading, "REPETITIONS", 2)
@@ -283,6 +286,19 @@ def test_switch_time_of_a_server_starts_at_the_workers_last_step():
 def test_switch_needs_a_server_and_a_worker():
     with pytest.raises(ClusterError, match=r"^hpctrain bench switch: .*-n 4, for example$"):
         World(1).run(lambda comm: switching.measure_switch(comm, silent))
+
+
+def test_codecs_are_measured_with_the_bytes_of_their_messages() -> None:
+    table = codecs.measure_codecs(silent)
+    assert set(table.rows) > {"bfloat16", "float16", "int8", "int4", "sign", "topk", "demo"}
+    for cells in table.rows.values():
+        assert set(cells) == set(table.columns)
+        assert all(len(cells[column].values) == 2 and cells[column].median > 0 for column in codecs.TIMES)
+    assert table.rows["bfloat16"][codecs.RATIO].median == 2
+    assert table.rows["int8"][codecs.BYTES].median == pytest.approx((32768 + 16 * 4) / 1e6)
+    assert table.rows["topk"][codecs.RATIO].median > 60
+    assert "1 Gbit/s" in table.text()
+
 
 
 def test_benchmark_run_leaves_no_files(tmp_path: Path, monkeypatch):

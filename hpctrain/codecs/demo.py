@@ -1,0 +1,89 @@
+"""The largest frequencies of each block (DeMo: Peng, Quesnelle and Kingma 2024, algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hpctrain.codecs.sparse import FullValues, Records, largest
+from hpctrain.codecs.wire import WireCodec, wide_dtype
+from hpctrain.replica.blocks import row_blocks
+
+SIDE, TOP = 64, 32
+
+
+class LargestFrequencies(WireCodec):
+    """Each block of `unit` = side x side elements is taken to its discrete cosine transform (DCT-II, orthonormal, in
+    both directions); the `top` largest coefficients are sent, with their places. A shorter last block is filled up with
+    zeros.
+
+    Of DeMo this is the compression. What DeMo does with the momentum (decay, subtracting what is sent, the sign of the
+    sum) belongs to a strategy. Ranks decode to the same bits if their matrix products round alike: on one kind of CPU.
+    """
+
+    remembers = True
+
+    def __init__(self, side: int = SIDE, top: int = TOP) -> None:
+        self.unit = side * side
+        self._side, self._top, self._records = side, top, Records(FullValues())
+
+    def shape(self, values: Tensor) -> tuple[int, torch.dtype]:
+        whole, last = divmod(values.numel(), self.unit)
+        return whole * self._bytes(self.unit, values) + bool(last) * self._bytes(last, values), torch.uint8
+
+    def encode(self, values: Tensor, message: Tensor, rest: Tensor | None = None) -> None:
+        basis = _cosines(self._side, values)
+        for elements, rows in row_blocks(values, self.unit):
+            given = values[elements].to(basis.dtype).view(rows.stop - rows.start, -1)
+            width = given.shape[1]
+            frequencies = _both_ways(pad(given, (0, self.unit - width)), basis.T)
+            places = largest(frequencies.abs(), self._count(width))
+            chosen = frequencies.gather(1, places)
+            written = self._records.write(message[self._where(rows, width, values)], chosen, places)
+            if rest is not None:
+                rest[elements].copy_((given - self._blocks(written, places, basis)[:, :width]).reshape(-1))
+
+    def decode(self, message: Tensor, into: Tensor, add: bool = False) -> None:
+        basis = _cosines(self._side, into)
+        for elements, rows in row_blocks(into, self.unit):
+            width, chunks = min(self.unit, elements.stop - elements.start), rows.stop - rows.start
+            records = message[self._where(rows, width, into)]
+            written, places = self._records.read(records, chunks, self._count(width), basis.dtype)
+            found = self._blocks(written, places, basis)[:, :width].reshape(-1)
+            if add:
+                into[elements].add_(found)
+            else:
+                into[elements].copy_(found)
+
+    def _blocks(self, written: Tensor, places: Tensor, basis: Tensor) -> Tensor:
+        """The blocks that have these frequencies only, (rows, unit)."""
+        frequencies = torch.zeros(len(written), self.unit, dtype=basis.dtype, device=basis.device)
+        return _both_ways(frequencies.scatter_(1, places, written), basis)
+
+    def _count(self, width: int) -> int:
+        return min(self._top, width)
+
+    def _bytes(self, width: int, values: Tensor) -> int:
+        return self._records.nbytes(self._count(width), wide_dtype(values))
+
+    def _where(self, rows: slice, width: int, values: Tensor) -> slice:
+        begin = rows.start * self._bytes(self.unit, values)
+        return slice(begin, begin + (rows.stop - rows.start) * self._bytes(width, values))
+
+
+def _cosines(side: int, like: Tensor) -> Tensor:
+    """The orthonormal basis of the DCT-II, (frequency, place)."""
+    numbers = torch.arange(side, dtype=torch.float64, device=like.device)
+    basis = torch.cos(numbers.view(-1, 1) * (numbers + 0.5) * (math.pi / side)) * math.sqrt(2 / side)
+    basis[0] *= math.sqrt(0.5)
+    return basis.to(wide_dtype(like))
+
+
+def _both_ways(blocks: Tensor, matrix: Tensor) -> Tensor:
+    """X @ matrix along both directions of each block, (rows, unit). The result is transposed: twice is nothing."""
+    side = len(matrix)
+    once = (blocks.view(-1, side) @ matrix).view(-1, side, side)
+    return (once.transpose(1, 2).reshape(-1, side) @ matrix).view(len(blocks), -1)
