@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 class Addend:
     """A stretch of an arena that is summed over the ranks of `comm`, which all have one of the same length.
 
-    `values`: the stretch, flat; a codec leaves the sum there. An addend lives as long as its arena, so a codec
-    allocates what it needs once (`scratch`).
+    `values`: the stretch, flat; a codec leaves the sum there. `rest`: what this rank's messages have left out so far,
+    if the codec remembers; `carry` times that is added to the next values. An addend lives as long as its arena, so a
+    codec allocates what it needs once (`scratch`).
     """
 
-    def __init__(self, comm: Communicator, values: Tensor) -> None:
-        self.comm, self.values = comm, values
+    carry: float = 1.0
+
+    def __init__(self, comm: Communicator, values: Tensor, rest: Tensor | None = None) -> None:
+        self.comm, self.values, self.rest = comm, values, rest
         self._scratch: dict[str, Tensor] = {}
         self._codec: Codec | None = None
 
@@ -60,9 +63,9 @@ class Codec(ABC):
         with the same numbers, and two ranks can draw the same ones. Not negative."""
         return 0
 
-    @position.setter
+    @position.setter  # noqa: B027 (most draw no random numbers)
     def position(self, position: int) -> None:
-        """Codecs that draw no random numbers do not care."""
+        pass
 
     def seeded(self, *place: int) -> Self:
         """A codec like this one with random numbers for another place (rank, stretch), which stays at the position of

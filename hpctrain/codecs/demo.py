@@ -17,8 +17,8 @@ SIDE, TOP = 64, 32
 
 class LargestFrequencies(WireCodec):
     """Each block of `unit` = side x side elements is taken to its discrete cosine transform (DCT-II, orthonormal, in
-    both directions); the `top` largest coefficients are sent, with their places. A shorter last block is filled up with
-    zeros.
+    both directions); the `top` largest coefficients are sent, with their places. A shorter last block has a smaller
+    side, and is filled up with zeros.
 
     Of DeMo this is the compression. What DeMo does with the momentum (decay, subtracting what is sent, the sign of the
     sum) belongs to a strategy. Ranks decode to the same bits if their matrix products round alike: on one kind of CPU.
@@ -28,18 +28,19 @@ class LargestFrequencies(WireCodec):
 
     def __init__(self, side: int = SIDE, top: int = TOP) -> None:
         self.unit = side * side
-        self._side, self._top, self._records = side, top, Records(FullValues())
+        self._top, self._records = top, Records(FullValues())
 
     def shape(self, values: Tensor) -> tuple[int, torch.dtype]:
         whole, last = divmod(values.numel(), self.unit)
         return whole * self._bytes(self.unit, values) + bool(last) * self._bytes(last, values), torch.uint8
 
     def encode(self, values: Tensor, message: Tensor, rest: Tensor | None = None) -> None:
-        basis = _cosines(self._side, values)
+        wide = wide_dtype(values)
         for elements, rows in row_blocks(values, self.unit):
-            given = values[elements].to(basis.dtype).view(rows.stop - rows.start, -1)
+            given = values[elements].to(wide).view(rows.stop - rows.start, -1)
             width = given.shape[1]
-            frequencies = _both_ways(pad(given, (0, self.unit - width)), basis.T)
+            basis = _cosines(_side(width), values)
+            frequencies = _both_ways(pad(given, (0, len(basis) ** 2 - width)), basis.T)
             places = largest(frequencies.abs(), self._count(width))
             chosen = frequencies.gather(1, places)
             written = self._records.write(message[self._where(rows, width, values)], chosen, places)
@@ -47,9 +48,9 @@ class LargestFrequencies(WireCodec):
                 rest[elements].copy_((given - self._blocks(written, places, basis)[:, :width]).reshape(-1))
 
     def decode(self, message: Tensor, into: Tensor, add: bool = False) -> None:
-        basis = _cosines(self._side, into)
         for elements, rows in row_blocks(into, self.unit):
             width, chunks = min(self.unit, elements.stop - elements.start), rows.stop - rows.start
+            basis = _cosines(_side(width), into)
             records = message[self._where(rows, width, into)]
             written, places = self._records.read(records, chunks, self._count(width), basis.dtype)
             found = self._blocks(written, places, basis)[:, :width].reshape(-1)
@@ -59,8 +60,8 @@ class LargestFrequencies(WireCodec):
                 into[elements].copy_(found)
 
     def _blocks(self, written: Tensor, places: Tensor, basis: Tensor) -> Tensor:
-        """The blocks that have these frequencies only, (rows, unit)."""
-        frequencies = torch.zeros(len(written), self.unit, dtype=basis.dtype, device=basis.device)
+        """The blocks that have these frequencies only, (rows, side x side)."""
+        frequencies = torch.zeros(len(written), len(basis) ** 2, dtype=basis.dtype, device=basis.device)
         return _both_ways(frequencies.scatter_(1, places, written), basis)
 
     def _count(self, width: int) -> int:
@@ -74,6 +75,11 @@ class LargestFrequencies(WireCodec):
         return slice(begin, begin + (rows.stop - rows.start) * self._bytes(width, values))
 
 
+def _side(width: int) -> int:
+    """Of the smallest square that holds so many elements."""
+    return math.isqrt(max(0, width - 1)) + 1
+
+
 def _cosines(side: int, like: Tensor) -> Tensor:
     """The orthonormal basis of the DCT-II, (frequency, place)."""
     numbers = torch.arange(side, dtype=torch.float64, device=like.device)
@@ -83,7 +89,7 @@ def _cosines(side: int, like: Tensor) -> Tensor:
 
 
 def _both_ways(blocks: Tensor, matrix: Tensor) -> Tensor:
-    """X @ matrix along both directions of each block, (rows, unit). The result is transposed: twice is nothing."""
+    """X @ matrix along both directions of each block, (rows, side x side). The result is transposed: twice is nothing."""
     side = len(matrix)
     once = (blocks.view(-1, side) @ matrix).view(-1, side, side)
     return (once.transpose(1, 2).reshape(-1, side) @ matrix).view(len(blocks), -1)

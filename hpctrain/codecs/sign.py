@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpctrain.codecs.base import Addend
 from hpctrain.codecs.wire import WireCodec, wide_dtype
 from hpctrain.replica.blocks import row_blocks
 from hpctrain.replica.tensors import as_array, as_tensor
@@ -63,23 +62,13 @@ class Sign(WireCodec):
 
 class MajoritySign(Sign):
     """Ranks vote (Bernstein et al. 2019): each element of a sum has the sign of most ranks, and the sum of all scales
-    as its magnitude. Where more than two ranks are undecided, the one that counts decides; two undecided ranks give 0.
-    """
+    as its magnitude; 0 if they are undecided."""
 
     def total(self, messages: Sequence[Tensor], into: Tensor) -> None:
-        self._count(messages, into, casting=0.0)
-
-    def _add(self, addend: Addend, own: Tensor, parts: list[Tensor]) -> None:
-        vote = self._outgoing(addend, "own vote", own)
-        with addend.comm.span("decode", sum(part.nbytes for part in parts), flops=float(own.numel() * len(parts))):
-            self._count([vote, *parts], own, casting=0.5)
-
-    def _count(self, messages: Sequence[Tensor], into: Tensor, casting: float) -> None:
-        """`casting`: how much more the first vote counts than any other."""
         signs, parts = _signs(into), [self._parts(message, into) for message in messages]
         for elements, rows in row_blocks(into, self.unit):
             scale = torch.stack([scales[rows] for scales, _ in parts]).sum(0)
-            votes = _elements(signs, parts[0][1], elements).mul_(1 + casting)
+            votes = _elements(signs, parts[0][1], elements)
             for _, bits in parts[1:]:
                 votes.add_(_elements(signs, bits, elements))
             votes.sign_()

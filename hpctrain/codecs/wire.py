@@ -53,20 +53,22 @@ class WireCodec(Codec):
 
     def reduce(self, addend: Addend) -> Iterator[list[Request]]:
         """Two ranks send each other everything: no other way takes fewer bytes, and this has a single stage. More ranks
-        sum a slice each and send its sum to the others, rounded; their own copy is rounded, too."""
+        sum a slice each and send its sum to the others, rounded; their own copy is rounded, too. With a codec that
+        remembers, which would leave out most of a sum, they also send everything to all."""
         if addend.comm.size == 1:
             return iter(())
-        return self._swap(addend) if addend.comm.size == 2 else self._scatter_and_gather(addend)
+        return self._to_all(addend) if addend.comm.size == 2 or self.remembers else self._scatter_and_gather(addend)
 
-    def _swap(self, addend: Addend) -> Iterator[list[Request]]:
-        comm, values, peer = addend.comm, addend.values, 1 - addend.comm.rank
-        mine, theirs = self._outgoing(addend, "out", values), addend.scratch("in", *self.shape(values))
-        yield [
-            comm.start_recv(as_array(theirs), peer, Tag.PART),
-            comm.start_send(as_array(mine), peer, Tag.PART),
-        ]
-        with comm.span("decode", theirs.nbytes, flops=float(values.numel())):
-            self.total([mine, theirs], values)  # both ranks must add the same two numbers
+    def _to_all(self, addend: Addend) -> Iterator[list[Request]]:
+        comm, values, me = addend.comm, addend.values, addend.comm.rank
+        others = [rank for rank in range(comm.size) if rank != me]
+        messages = {rank: addend.scratch(f"in {rank}", *self.shape(values)) for rank in others}
+        requests = [comm.start_recv(as_array(messages[rank]), rank, Tag.PART) for rank in others]
+        messages[me] = self._outgoing(addend, "out", values, addend.rest)
+        yield requests + [comm.start_send(as_array(messages[me]), rank, Tag.PART) for rank in others]
+        count = len(messages)
+        with comm.span("decode", count * messages[me].nbytes, flops=float(count * values.numel())):
+            self.total([messages[rank] for rank in range(count)], values)  # in the same order on all ranks
 
     def _scatter_and_gather(self, addend: Addend) -> Iterator[list[Request]]:
         comm, me = addend.comm, addend.comm.rank
@@ -98,13 +100,15 @@ class WireCodec(Codec):
             if total is not own:
                 own.copy_(total)
 
-    def _outgoing(self, addend: Addend, name: str, values: Tensor) -> Tensor:
-        """The message of these values."""
+    def _outgoing(self, addend: Addend, name: str, values: Tensor, rest: Tensor | None = None) -> Tensor:
+        """The message of these values, and of `rest`, which gets what it leaves out."""
         message = addend.scratch(name, *self.shape(values))
         codec = addend.own(self)
         assert isinstance(codec, WireCodec)
         with addend.comm.span("encode", message.nbytes):
-            codec.encode(values, message)
+            if rest is not None:
+                values.add_(rest, alpha=addend.carry)
+            codec.encode(values, message, rest)
         return message
 
 

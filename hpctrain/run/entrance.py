@@ -43,6 +43,7 @@ class Entrance:
                 per_update=pace.per_update,
                 clip_norm=job.train.clip_norm,
                 nan=job.train.nan,
+                scaled=run.loss_scale is not None,
             ),
             Dealing(
                 batch=prepared.batch,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PlainValidator, model_validator
 
-from hpctrain.codecs import CODEC_TEXT, UnbiasedCodec, codec_by
+from hpctrain.codecs import CODEC_TEXT, CodecChoice, codec_by
 from hpctrain.options import Options
 from hpctrain.strategies.base import Needs
 from hpctrain.strategies.round import Round, RoundStrategy
@@ -36,7 +36,7 @@ class AllReduceOptions(Options):
     algorithm: Literal["library", "ring", "halving_doubling", "tree", "hierarchical"] = Field(
         "library", description="how messages are all-reduced (across nodes, or everywhere with exchange = message)"
     )
-    codec: UnbiasedCodec = Field("none", description=CODEC_TEXT)
+    codec: CodecChoice = Field("none", description=CODEC_TEXT)
     overlap: bool = Field(
         False, description="start all-reducing buckets while backward still runs, also where exchange is not auto"
     )
@@ -71,6 +71,10 @@ class AllReduce(RoundStrategy):
         {"exchange": "message", "overlap": True, "bucket_mb": 0.0005},
         {"codec": "bfloat16", "bucket_mb": 0.0005},
         {"codec": "float16", "exchange": "message"},
+        {"codec": "int8", "exchange": "message"},
+        {"codec": {"name": "topk", "keep": 0.1}, "bucket_mb": 0.0005},
+        {"codec": "sign", "exchange": "message"},
+        {"codec": "demo", "exchange": "message"},
     )
 
     def __init__(self, options: AllReduceOptions) -> None:
@@ -94,6 +98,7 @@ class AllReduce(RoundStrategy):
         automatic = across and options.exchange == "auto" and options.algorithm == "library"
         early, encoded = automatic or options.overlap, options.codec != "none"
         codec = codec_by(options.codec)
+        early = early and not (codec.remembers and self.phase.updating.skips)  # else what is skipped would be kept
         size = int((USUAL if options.bucket_mb == "auto" else options.bucket_mb) * 2**20)
         if self.phase.members.shared and not (automatic and alone):
             if across and (early or encoded):

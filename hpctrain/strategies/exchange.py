@@ -14,6 +14,7 @@ import torch
 
 from hpctrain.replica.blocks import add_up, is_finite, sum_of_squares
 from hpctrain.replica.layout import Stretch
+from hpctrain.replica.state import Own
 from hpctrain.strategies.contribution import sum_error
 from hpctrain.strategies.sums import StretchSums
 
@@ -49,6 +50,17 @@ class Exchange(ABC):
         """The rows of all workers, float64 of shape (workers, row.size), in rank order. Collective. Comes first in a
         round, when the gradients are in the arenas."""
 
+    def begin(self, position: int, divisor: float) -> None:  # noqa: B027 (most need not know)
+        """A round begins at that position of the run's clock; `reduce` will be given this divisor, as far as is known.
+        May be called again in the same round. Not collective."""
+
+    def own(self) -> Own:
+        """This rank's own state, as `Strategy.own`."""
+        return Own()
+
+    def load_own(self, own: Own) -> None:  # noqa: B027 (most have none)
+        """As `Strategy.load_own`; `own` may have more than what is the exchange's."""
+
     def start(self, low: int, high: int) -> None:  # noqa: B027 (most have nothing to start)
         """The stretch [low, high) of this rank's gradient is final. May start sending it; never waits."""
 
@@ -80,6 +92,7 @@ class Exchange(ABC):
             if not add_up([part], part, divisor) and not self._bad:
                 self._bad = self.replica.layout.first_not_finite(part, self.low + low)
             yield self.low + low, self.low + high
+        sums.divisor = divisor
 
     def arrivals(self, divisor: float) -> Iterator[Stretch]:
         """`reduce` in parts: yields stretches of the arena that together are [low, high), each once `mean` has its part
@@ -156,6 +169,15 @@ class BucketExchange(MessageExchange):
         self.bucket_bytes = size if early else 0
         self._sums = StretchSums(self.comm, codec, self.mean, size // self.mean.element_size())
 
+    def begin(self, position: int, divisor: float) -> None:
+        self._sums.begin(position, divisor)
+
+    def own(self) -> Own:
+        return self._sums.own()
+
+    def load_own(self, own: Own) -> None:
+        self._sums.load_own(own)
+
     def start(self, low: int, high: int) -> None:
         self._sums.start(low, high)
 
@@ -177,6 +199,7 @@ class BucketExchange(MessageExchange):
 
     def arrivals(self, divisor: float) -> Iterator[Stretch]:
         if not self.bucket_bytes:
+            self._sums.expected = divisor
             self._sums.start(self.low, self.high)
         return self._arriving(self._sums, divisor)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from hpctrain.codecs import CODEC_TEXT, UnbiasedCodec
+from hpctrain.codecs import CODEC_TEXT, CodecChoice
 from hpctrain.options import Options
 from hpctrain.strategies.round import Round, RoundStrategy, Step
 
@@ -13,7 +13,7 @@ class LocalSGDOptions(Options):
     """The keys of strategy.name = "local_sgd"."""
 
     every: int = Field(8, ge=1, description="steps that each worker takes between averages")
-    codec: UnbiasedCodec = Field("none", description=CODEC_TEXT)
+    codec: CodecChoice = Field("none", description=CODEC_TEXT)
 
 
 class LocalSGD(RoundStrategy):
@@ -22,7 +22,7 @@ class LocalSGD(RoundStrategy):
 
     Options = LocalSGDOptions
     options: LocalSGDOptions
-    tested_with = ({"every": 3}, {"every": 1}, {}, {"every": 2, "codec": "bfloat16"})
+    tested_with = ({"every": 3}, {"every": 1}, {}, {"every": 2, "codec": "bfloat16"}, {"every": 3, "codec": "topk"})
 
     def length(self) -> int:
         return self.options.every

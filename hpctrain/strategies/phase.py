@@ -58,6 +58,12 @@ class Updating:
     per_update: bool = True  # the strategy may scale the rate of one worker's update
     clip_norm: float | None = None  # maximum norm of the gradient; None: no limit
     nan: Literal["stop", "skip"] = "stop"  # what to do with a step that is not finite
+    scaled: bool = False  # losses are scaled, so that gradients may overflow
+
+    @property
+    def skips(self) -> bool:
+        """Whether a step may turn out, after backward, to be one that is skipped."""
+        return self.nan == "skip" or self.scaled
 
 
 def _nothing() -> None:

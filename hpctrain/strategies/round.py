@@ -229,18 +229,21 @@ class RoundStrategy(Strategy):
         return state
 
     def own(self) -> Own:
-        if self.local is None:
-            return Own()
-        view = self.update.view()
-        return Own(dict(view.arrays()), {OPTIMIZER: view.optimizer.numbers})
+        own = self.exchange.own()
+        if self.local is not None:
+            view = self.update.view()
+            own.arrays |= dict(view.arrays())
+            own.numbers[OPTIMIZER] = view.optimizer.numbers
+        return own
 
     def load_own(self, own: Own) -> None:
+        self.exchange.load_own(own)
         if self.local is None or OPTIMIZER not in own.numbers:
             return
         state = State(self.exchange.low, self.exchange.high)
         state.optimizer.numbers = own.numbers[OPTIMIZER]
-        for path, array in own.arrays.items():
-            state.place(path, array)
+        for path in own.arrays.keys() - self.exchange.own().arrays.keys():
+            state.place(path, own.arrays[path])
         self.update.load(state)
 
     def leave(self) -> State | None:
@@ -254,6 +257,11 @@ class RoundStrategy(Strategy):
     def bucket_bytes(self) -> int:
         """The exchange's bucket size; 0 with `local`, because nothing is exchanged within a long round."""
         return self.exchange.bucket_bytes if self.local is None else 0
+
+    def before(self) -> None:
+        phase = self.phase
+        divisor = (phase.step.round_end - phase.cursor) / phase.dealing.batch if self.local is None else 1.0
+        self.exchange.begin(self._start, divisor)
 
     def ready(self, low: int, high: int) -> None:
         self.exchange.start(low, high)

@@ -16,6 +16,7 @@ import torch
 
 from hpctrain.replica.blocks import add_up, sum_of_squares
 from hpctrain.replica.layout import Stretch, slice_bounds, stretches_of
+from hpctrain.replica.state import Own
 from hpctrain.replica.tensors import as_array, as_tensor
 from hpctrain.strategies.contribution import Contribution, nan_error, sum_error
 from hpctrain.strategies.exchange import Exchange
@@ -133,6 +134,17 @@ class SharedBucketExchange(SharedExchange):
         self._sums = StretchSums(self._across, codec, self.mean, self._size) if self._across is not None else None
         self._due: deque[Stretch] = deque()  # complete on this rank, but perhaps not on the node's others
 
+    def begin(self, position: int, divisor: float) -> None:
+        if self._sums is not None:
+            self._sums.begin(position, divisor)
+
+    def own(self) -> Own:
+        return self._sums.own() if self._sums is not None else Own()
+
+    def load_own(self, own: Own) -> None:
+        if self._sums is not None:
+            self._sums.load_own(own)
+
     def start(self, low: int, high: int) -> None:
         self._due.append((low, high))
         self.comm.notify(self._arena)
@@ -167,6 +179,7 @@ class SharedBucketExchange(SharedExchange):
         if self._sums is None:
             return iter(())
         if not self.bucket_bytes:
+            self._sums.expected = divisor
             for low, high in stretches_of(self.high - self.low, self._size):
                 self._send_part(low, high)
         return self._arriving(self._sums, divisor)

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from hpctrain.codecs.base import Addend, Codec
-from hpctrain.replica.layout import Stretch, stretches_of
+from hpctrain.replica.layout import NUMPY_DTYPES, Stretch, stretches_of
+from hpctrain.replica.state import Own
+from hpctrain.replica.tensors import as_array, as_tensor
 
 if TYPE_CHECKING:
     from hpctrain.comm.base import Communicator, Request
 
 LOOKS = 64  # at open messages, per call of `poll`: MPI moves only a part of a long message (about 64 KiB) in each
+REST = "codec/rest"  # among a worker's own arrays
 FEWEST, MOST = 4, 16  # pieces under way: at first, and where the network was found idle
 
 
@@ -40,6 +43,9 @@ class StretchSums:
     Only some pieces are under way at once, because a rank's other messages wait behind them, and so that queues in the
     network do not overflow. There are more if all were over before this rank looked again.
 
+    What messages of a codec that remembers have left out is kept for the next ones, in units of the mean: the sums of
+    a short round are divided by less. `divisor`: of the latest sums; `expected`: of those that are started now.
+
     All ranks must start the same stretches in the same order. Pieces and their stages begin in that order, too, so
     their order alone identifies the messages. The constructor is collective.
     """
@@ -47,7 +53,11 @@ class StretchSums:
     def __init__(self, comm: Communicator, codec: Codec, values: Tensor, size: int) -> None:
         own = comm.split(0, comm.rank)
         assert own is not None
-        self._comm, self._codec, self._values, self._size = own.patient(), codec, values, size
+        self._comm, self._codec, self._values = own.patient(), codec, values
+        self._size = max(size, codec.unit) // codec.unit * codec.unit
+        remembers = codec.remembers and own.size > 1
+        self._rest = as_tensor(own.arena(values.numel(), NUMPY_DTYPES[values.dtype]).mine) if remembers else None
+        self.divisor = self.expected = 1.0
         self._addends: dict[Stretch, Addend] = {}
         self._due: deque[Stretch] = deque()  # pieces that have not begun
         self._stages: list[deque[UnderWay]] = [deque() for _ in range(codec.stages)]
@@ -57,6 +67,22 @@ class StretchSums:
     def __len__(self) -> int:
         """How many pieces are not summed yet."""
         return len(self._due) + self._under_way()
+
+    def begin(self, position: int, expected: float) -> None:
+        """A round begins. `position`: see `Codec.position`."""
+        self._codec.position, self.expected = position, expected
+
+    def own(self) -> Own:
+        """What this rank's messages have left out so far; views. Not collective."""
+        if self._rest is None:
+            return Own()
+        return Own({REST: as_array(self._rest)}, {REST: {"divisor": self.divisor}})
+
+    def load_own(self, own: Own) -> None:
+        """Continue from the result of `own`. Not collective."""
+        if self._rest is not None and REST in own.arrays:
+            self._rest.copy_(as_tensor(own.arrays[REST]))
+            self.divisor = own.numbers[REST]["divisor"]
 
     def start(self, low: int, high: int) -> None:
         """Start the sum of values[low:high]; never waits."""
@@ -121,7 +147,10 @@ class StretchSums:
         while self._due and self._under_way() < self._most:
             piece = self._due.popleft()
             if piece not in self._addends:
-                self._addends[piece] = Addend(self._comm, self._values[slice(*piece)])
+                here = slice(*piece)
+                rest = self._rest[here] if self._rest is not None else None
+                self._addends[piece] = Addend(self._comm, self._values[here], rest)
+            self._addends[piece].carry = self.expected / self.divisor
             self._enter(0, piece, self._codec.reduce(self._addends[piece]))
 
     def _enter(self, number: int, piece: Stretch, rest: Iterator[list[Request]]) -> None:
