@@ -16,8 +16,8 @@ from hpctrain.codecs.wire import WireCodec
 ELEMENTS = 10_000_000  # float32, normally distributed
 REPETITIONS = 7
 GIGABIT = 1e9 / 8  # bytes per second
-TABLES = {
-    **{name: CodecTable(name=name) for name in NAMES if name != "none"},
+TABLES: dict[str, CodecTable] = {
+    **{str(name): CodecTable(name=name) for name in NAMES if name != "none"},
     "topk, 2 bits": CodecTable(name="topk", bits=2),
     "sign, majority": CodecTable(name="sign", majority=True),
 }

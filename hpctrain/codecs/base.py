@@ -61,8 +61,8 @@ class Codec(ABC):
         return 0
 
     @position.setter
-    def position(self, position: int) -> None:
-        """Codecs that draw no random numbers do not care."""
+    def position(self, position: int) -> None:  # noqa: B027 (most draw no random numbers)
+        pass
 
     def seeded(self, *place: int) -> Self:
         """A codec like this one with random numbers for another place (rank, stretch), which stays at the position of

@@ -19,7 +19,7 @@ from hpctrain.codecs.topk import TopK
 from hpctrain.codecs.wire import Plain, WireCodec
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
-from hpctrain.replica.tensors import as_tensor
+from hpctrain.replica.tensors import as_array, as_tensor
 from hpctrain.strategies.sums import StretchSums
 
 MAKERS: dict[str, Callable[[], WireCodec]] = {
@@ -149,6 +149,33 @@ def test_what_is_left_out_comes_later(name: str):
     torch.testing.assert_close(decoded + rest, given, rtol=0, atol=1e-9)
     assert largest < 40  # it does not grow without limit
     assert (decoded - given).norm() < 0.2 * given.norm()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [*MAKERS, "majority"])
+def test_all_ranks_get_the_same_bits(name: str, dtype: torch.dtype, size: int):
+    """Of stretches shorter than the number of ranks, and than a block, too; the sum is off by less than all of it."""
+    bounds = [(0, 1000), (1000, 1002), (1002, 5000)]
+
+    def body(comm: Communicator) -> tuple[torch.Tensor, torch.Tensor]:
+        given_ = _values(5000, dtype, seed=comm.rank)
+        values = as_tensor(comm.arena(5000, as_array(given_).dtype).mine)
+        sums = StretchSums(comm, MajoritySign(64) if name == "majority" else MAKERS[name](), values)
+        for _ in range(2):
+            values.copy_(given_)
+            for low, high in bounds:
+                sums.start(low, high)
+                sums.poll()
+            sums.finish()
+        return given_.double(), values.double().clone()
+
+    found = World(size, nodes=range(size)).run(body)
+    exact = torch.stack([given_ for given_, _ in found]).sum(0)
+    for _, total in found:
+        assert torch.equal(total, found[0][1])
+    lost = (found[0][1] - exact).norm() / exact.norm()
+    assert lost == 0 if size == 1 else lost < (2 if name == "majority" else 1)
 
 
 # Random rounding
