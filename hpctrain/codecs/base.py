@@ -60,8 +60,8 @@ class Codec(ABC):
         with the same numbers, and two ranks can draw the same ones. Not negative."""
         return 0
 
-    @position.setter
-    def position(self, position: int) -> None:  # noqa: B027 (most draw no random numbers)
+    @position.setter  # noqa: B027 (most draw no random numbers)
+    def position(self, position: int) -> None:
         pass
 
     def seeded(self, *place: int) -> Self:
