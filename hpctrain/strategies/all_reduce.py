@@ -71,6 +71,7 @@ class AllReduce(RoundStrategy):
         {"exchange": "message", "overlap": True, "bucket_mb": 0.0005},
         {"codec": "bfloat16", "bucket_mb": 0.0005},
         {"codec": "float16", "exchange": "message"},
+        {"codec": "int8", "bucket_mb": 0.0005},
     )
 
     def __init__(self, options: AllReduceOptions) -> None:

@@ -146,7 +146,7 @@ class BucketExchange(MessageExchange):
         self._sums = StretchSums(self.comm, codec, self.replica.gradient)
 
     def start(self, low: int, high: int) -> None:
-        self._sums.start(low, high)
+        self._sums.start(low, high, self.phase.cursor)
 
     def poll(self) -> None:
         self._sums.poll()
@@ -157,7 +157,7 @@ class BucketExchange(MessageExchange):
     def _sum(self) -> None:
         if not self.bucket_bytes:
             for low, high in stretches_of(self.high, self._size // self.mean.element_size()):
-                self._sums.start(low, high)
+                self.start(low, high)
         self.settle()
 
     def publish(self) -> None:

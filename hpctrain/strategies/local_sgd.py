@@ -22,7 +22,7 @@ class LocalSGD(RoundStrategy):
 
     Options = LocalSGDOptions
     options: LocalSGDOptions
-    tested_with = ({"every": 3}, {"every": 1}, {}, {"every": 2, "codec": "bfloat16"})
+    tested_with = ({"every": 3}, {"every": 1}, {}, {"every": 2, "codec": "int8"})
 
     def length(self) -> int:
         return self.options.every

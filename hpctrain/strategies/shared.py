@@ -177,7 +177,7 @@ class SharedBucketExchange(SharedExchange):
         part, ranks = self.mean[low:high], len(self._slices)
         with self.comm.span("reduce", part.nbytes * ranks, flops=float(part.numel() * ranks)):
             add_up([piece[low:high] for piece in self._slices], part, 1.0)
-        self._sums.start(low, high)
+        self._sums.start(low, high, self.phase.cursor)
 
     def free(self) -> None:
         if self._sums is not None:

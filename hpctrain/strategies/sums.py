@@ -47,8 +47,9 @@ class StretchSums:
         """How many sums are under way."""
         return sum(map(len, self._stages))
 
-    def start(self, low: int, high: int) -> None:
-        """Start the sum of values[low:high]; never waits."""
+    def start(self, low: int, high: int, position: int = 0) -> None:
+        """Start the sum of values[low:high]; never waits. `position`: see `Codec.position`."""
+        self._codec.position = position
         if (low, high) not in self._addends:
             self._addends[low, high] = Addend(self._comm, self._values[low:high])
         self._enter(0, self._codec.reduce(self._addends[low, high]))
