@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hpctrain.codecs.options import CODEC_TEXT, CodecChoice, CodecName, CodecTable, UnbiasedCodec
+from hpctrain.codecs.options import CODEC_TEXT, CodecChoice, CodecName, CodecTable
 
 if TYPE_CHECKING:
     from hpctrain.codecs.base import Codec
     from hpctrain.codecs.wire import WireCodec
 
-__all__ = ["CODEC_TEXT", "CodecChoice", "CodecName", "CodecTable", "UnbiasedCodec", "codec_by", "wire_codec_by"]
+__all__ = ["CODEC_TEXT", "CodecChoice", "CodecName", "CodecTable", "codec_by", "wire_codec_by"]
 
 
 def codec_by(codec: CodecName | CodecTable, seed: int = 0) -> Codec:

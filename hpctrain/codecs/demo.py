@@ -89,7 +89,8 @@ def _cosines(side: int, like: Tensor) -> Tensor:
 
 
 def _both_ways(blocks: Tensor, matrix: Tensor) -> Tensor:
-    """X @ matrix along both directions of each block, (rows, side x side). The result is transposed: twice is nothing."""
+    """X @ matrix along both directions of each block, (rows, side x side). The result is transposed; twice: it is not.
+    """
     side = len(matrix)
     once = (blocks.view(-1, side) @ matrix).view(-1, side, side)
     return (once.transpose(1, 2).reshape(-1, side) @ matrix).view(len(blocks), -1)

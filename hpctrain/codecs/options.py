@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, WrapValidator, model_validator
+from pydantic import Field, WrapValidator, model_validator
 
 from hpctrain.options import Options
 from hpctrain.text import did_you_mean
 
 CodecName = Literal["none", "bfloat16", "float16", "int8", "int4", "sign", "topk", "demo"]
 NAMES: tuple[CodecName, ...] = get_args(CodecName)
-REMEMBERING = ("sign", "topk", "demo")  # those whose class `remembers`; here, because a job is checked without torch
 TAKES: dict[str, tuple[CodecName, ...]] = {
     "keep": ("topk", "demo"),
     "block": ("int8", "int4", "sign", "topk"),
@@ -84,21 +83,10 @@ def _codec(value: object, handler: object) -> CodecName | CodecTable:
     return table if set(table.plain()) > {"name"} else table.name
 
 
-def _unbiased(codec: CodecName | CodecTable) -> CodecName | CodecTable:
-    if str(codec) in REMEMBERING:
-        raise ValueError(
-            f'"{codec}" leaves out what must be added to the next message (error feedback), which no strategy does '
-            f"yet; name one of {_listed(UNBIASED)}"
-        )
-    return codec
-
-
 def _listed(names: Sequence[CodecName]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-UNBIASED = [name for name in NAMES if name not in REMEMBERING]
-CodecChoice = Annotated[CodecName | CodecTable, WrapValidator(_codec)]
-UnbiasedCodec = Annotated[
-    CodecChoice, AfterValidator(_unbiased), Field(json_schema_extra={"allowed": f"{_listed(UNBIASED)}, or a table"})
+CodecChoice = Annotated[
+    CodecName | CodecTable, WrapValidator(_codec), Field(json_schema_extra={"allowed": f"{_listed(NAMES)}, or a table"})
 ]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpctrain.codecs.wire import WireCodec, wide_dtype
+from hpctrain.codecs.wire import WireCodec, typed, wide_dtype
 from hpctrain.replica.blocks import row_blocks
 
 BLOCK = 2048  # elements per scale
@@ -121,7 +121,7 @@ class Quantised(WireCodec):
         """The message's steps and its codes."""
         wide = wide_dtype(values)
         end = -(-values.numel() // self.unit) * wide.itemsize
-        return message[:end].view(wide), message[end:].view(torch.int8)
+        return typed(message[:end], wide), message[end:].view(torch.int8)
 
     def _codes(self, codes: Tensor, rows: slice, width: int) -> Tensor:
         begin = rows.start * self.row(self.unit)

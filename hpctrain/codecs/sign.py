@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpctrain.codecs.wire import WireCodec, wide_dtype
+from hpctrain.codecs.wire import WireCodec, typed, wide_dtype
 from hpctrain.replica.blocks import row_blocks
 from hpctrain.replica.tensors import as_array, as_tensor
 
@@ -57,7 +57,7 @@ class Sign(WireCodec):
         """The message's scales and its bits."""
         wide = wide_dtype(values)
         end = -(-values.numel() // self.unit) * wide.itemsize
-        return message[:end].view(wide), message[end:]
+        return typed(message[:end], wide), message[end:]
 
 
 class MajoritySign(Sign):

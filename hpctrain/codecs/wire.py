@@ -47,9 +47,12 @@ class WireCodec(Codec):
         """Store the values of a message in `into` or, with `add`, add them to it."""
 
     def total(self, messages: Sequence[Tensor], into: Tensor) -> None:
-        """Store the sum of the messages in `into`."""
+        """Store the sum of the messages in `into`. Values of 16 bits are rounded once, after the last."""
+        total = into if into.element_size() > 2 else torch.empty_like(into, dtype=torch.float32)
         for number, message in enumerate(messages):
-            self.decode(message, into, add=number > 0)
+            self.decode(message, total, add=number > 0)
+        if total is not into:
+            into.copy_(total)
 
     def reduce(self, addend: Addend) -> Iterator[list[Request]]:
         """Two ranks send each other everything: no other way takes fewer bytes, and this has a single stage. More ranks
@@ -128,6 +131,11 @@ class Plain(WireCodec):
             into.add_(message)
         else:
             into.copy_(message)
+
+
+def typed(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """A part of a message of bytes as another dtype. An empty one may have no stride, which torch refuses."""
+    return part.view(dtype) if part.numel() else part.new_empty(0, dtype=dtype)
 
 
 def wide_dtype(values: Tensor) -> torch.dtype:

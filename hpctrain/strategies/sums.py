@@ -11,14 +11,13 @@ from torch import Tensor
 
 from hpctrain.codecs.base import Addend, Codec
 from hpctrain.replica.layout import NUMPY_DTYPES, Stretch, stretches_of
-from hpctrain.replica.state import Own
+from hpctrain.replica.state import REST, Own
 from hpctrain.replica.tensors import as_array, as_tensor
 
 if TYPE_CHECKING:
     from hpctrain.comm.base import Communicator, Request
 
 LOOKS = 64  # at open messages, per call of `poll`: MPI moves only a part of a long message (about 64 KiB) in each
-REST = "codec/rest"  # among a worker's own arrays
 FEWEST, MOST = 4, 16  # pieces under way: at first, and where the network was found idle
 
 

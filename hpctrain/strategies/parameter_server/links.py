@@ -35,15 +35,30 @@ if TYPE_CHECKING:
     from hpctrain.strategies.phase import Phase
 
 
+class Codecs(NamedTuple):
+    """How gradients and parameters travel between nodes; None: as they are."""
+
+    push: WireCodec | None
+    pull: WireCodec | None
+
+
 class Packet:
     """A chunk on its way between nodes. `message`: what is sent or received; without a codec the chunk itself. `lent`:
-    the message changes when the chunk is updated, or serves several workers."""
+    the message changes when the chunk is updated, or serves several workers. `rest`: what messages have left out."""
 
-    def __init__(self, comm: Communicator, chunk: Tensor, codec: WireCodec | None, lent: bool = False) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        chunk: Tensor,
+        codec: WireCodec | None,
+        lent: bool = False,
+        rest: Tensor | None = None,
+    ) -> None:
         from hpctrain.replica.layout import NUMPY_DTYPES
         from hpctrain.replica.tensors import as_array, as_tensor
 
-        self._comm, self._codec, self._chunk, self.lent = comm, codec, chunk, lent
+        self._comm, self._chunk, self.lent, self._rest = comm, chunk, lent, rest
+        self._codec = codec.seeded(comm.rank, int(chunk.storage_offset())) if codec is not None else None
         self._version = -1  # of the values that were packed
         if codec is None:
             self.message, self._wire = as_array(chunk), chunk
@@ -52,13 +67,22 @@ class Packet:
             self.message = comm.arena(length, NUMPY_DTYPES[dtype]).mine
             self._wire = as_tensor(self.message)
 
-    def pack(self, version: int) -> Buffer:
-        """The message with the chunk's values. The same version is encoded only once."""
+    def pack(self, version: int, carry: float = 0.0) -> Buffer:
+        """The message with the chunk's values and `carry` times the rest, which then gets what this one leaves out. The
+        same version is encoded only once."""
         if self._codec is not None and version != self._version:
+            rest = self._rest if carry else None
             with self._comm.span("encode", self._wire.nbytes):
-                self._codec.encode(self._chunk, self._wire)
+                if rest is not None:
+                    self._chunk.add_(rest, alpha=carry)
+                self._codec.encode(self._chunk, self._wire, rest)
             self._version = version
         return self.message
+
+    def take_back(self) -> None:
+        """The message counts for nothing: add its values to the rest."""
+        if self._codec is not None and self._rest is not None:
+            self._codec.decode(self._wire, self._rest, add=True)
 
     def unpack(self, into: Tensor) -> None:
         """Store the values of the message in `into`."""
@@ -76,9 +100,12 @@ class Route(ABC):
     def offer(self) -> None:  # noqa: B027 (a message comes after the header)
         """The gradient is complete: a server on this node takes the header as the sign of it."""
 
-    def push(self) -> list[Request]:
-        """Start to send the gradient."""
+    def push(self, carry: float) -> list[Request]:
+        """Start to send the gradient, with `carry` times what earlier ones have left out."""
         return []
+
+    def take_back(self) -> None:  # noqa: B027 (memory leaves nothing out)
+        """The push counts for nothing: its values are among what is left out."""
 
     @abstractmethod
     def pull(self, exact: bool) -> None:
@@ -102,18 +129,29 @@ class MessageRoute(Route):
         server: int,
         values: Sequence[Tensor],
         gradient: Sequence[Tensor],
-        codec: WireCodec | None,
+        rests: Sequence[Tensor] | None,
+        codecs: Codecs,
     ) -> None:
         self._comm, self._server, self._values = comm, server, values
-        self._pushes = [Packet(comm, chunk, codec) for chunk in gradient]
+        kept: Sequence[Tensor | None] = rests or [None] * len(gradient)
+        self._pushes = [
+            Packet(comm, chunk, codecs.push, rest=rest) for chunk, rest in zip(gradient, kept, strict=True)
+        ]
         self._exact = [Packet(comm, chunk, None) for chunk in values]
-        self._rounded = [Packet(comm, chunk, codec) for chunk in values] if codec is not None else self._exact
+        rounded = [Packet(comm, chunk, codecs.pull) for chunk in values] if codecs.pull is not None else self._exact
+        self._rounded = rounded
         self._pulls: list[tuple[Packet, Request]] = []
         self._steps = 0
 
-    def push(self) -> list[Request]:
+    def push(self, carry: float) -> list[Request]:
         self._steps += 1
-        return [self._comm.start_send(packet.pack(self._steps), self._server, Tag.PUSH) for packet in self._pushes]
+        return [
+            self._comm.start_send(packet.pack(self._steps, carry), self._server, Tag.PUSH) for packet in self._pushes
+        ]
+
+    def take_back(self) -> None:
+        for packet in self._pushes:
+            packet.take_back()
 
     def pull(self, exact: bool) -> None:
         packets = self._exact if exact else self._rounded
@@ -319,8 +357,10 @@ class Shard(NamedTuple):
         return [values[low - self.low : high - self.low] for low, high in pairwise(self.bounds)]
 
 
-def routes(phase: Phase, comm: Communicator, shards: Sequence[Shard], codec: WireCodec | None) -> list[Route]:
-    """This worker's routes to the owners of these shards."""
+def routes(
+    phase: Phase, comm: Communicator, shards: Sequence[Shard], codecs: Codecs, rest: Tensor | None
+) -> list[Route]:
+    """This worker's routes to the owners of these shards. `rest`: what its pushes leave out, of the whole arena."""
     found: list[Route] = []
     for shard in shards:
         if near(phase, shard.server):
@@ -328,7 +368,8 @@ def routes(phase: Phase, comm: Communicator, shards: Sequence[Shard], codec: Wir
         else:
             here = slice(shard.low, shard.high)
             values, gradient = (shard.chunks(part[here]) for part in (phase.replica.values, phase.replica.gradient))
-            found.append(MessageRoute(comm, shard.server, values, gradient, codec))
+            rests = shard.chunks(rest[here]) if rest is not None else None
+            found.append(MessageRoute(comm, shard.server, values, gradient, rests, codecs))
     return found
 
 

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from hpctrain.codecs import UnbiasedCodec
+from hpctrain.codecs import CodecChoice
 from hpctrain.options import Options
 
 
@@ -35,11 +35,12 @@ class ParameterServerOptions(Options):
         "directions at once, and which a server updates one after another. A shard is one chunk if it is not sent, if "
         "the optimizer needs whole parameters, or with train.clip_norm in mode sync",
     )
-    codec: UnbiasedCodec = Field(
+    codec: CodecChoice = Field(
         "none",
         description="how gradients and parameters are written into messages between nodes. none: as they are; "
-        "bfloat16, float16: in 16 bits (float16 with a scale for each message); int8, int4: in 8 or 4 bits, rounded at "
-        "random; for evaluations, checkpoints and the end of a phase parameters are sent as they are",
+        "bfloat16, float16: in 16 bits (float16 with a scale for each message); any other codec of all_reduce: "
+        "gradients with that codec, parameters in bfloat16; for evaluations, checkpoints and the end of a phase "
+        "parameters are sent as they are",
     )
     bound: int = Field(
         3,

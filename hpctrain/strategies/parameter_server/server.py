@@ -21,7 +21,7 @@ from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import nan_error, sum_error
 from hpctrain.strategies.parameter_server.coordinator import MODES, Coordinator, Message, Terms
 from hpctrain.strategies.parameter_server.corrections import DelayCompensation
-from hpctrain.strategies.parameter_server.links import MessageLink, Packet, Shard, memory_link, near
+from hpctrain.strategies.parameter_server.links import Codecs, MessageLink, Packet, Shard, memory_link, near
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions
 from hpctrain.strategies.parameter_server.wire import (
     Decision,
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from hpctrain.replica.update import Update
     from hpctrain.strategies.parameter_server.links import WorkerLink
 
+PULLED = ("bfloat16", "float16")  # codecs that pulls may have, too
+
 
 class Wiring:
     """Which rank owns which shard, and the communicators between workers and servers. The constructor is collective."""
@@ -64,7 +66,8 @@ class Wiring:
         sent = not phase.members.shared or len(set(comm.nodes)) > 1  # else chunks would only cost their calls
         chunked = sent and phase.updating.elementwise and not whole
         self._chunk = int(options.chunk_mb * 2**20 / phase.replica.layout.dtype.itemsize) if chunked else None
-        self.codec = wire_codec_by(options.codec)
+        rounding = options.codec if options.codec in PULLED else "bfloat16"  # parameters must keep their size
+        self.codecs = Codecs(wire_codec_by(options.codec), wire_codec_by(rounding) if options.codec != "none" else None)
         ahead = np.array([phase.dealing.ahead], np.int64)  # ranks may have different values: use the coordinator's
         comm.broadcast(ahead, self.coordinator)
         self.ahead = int(ahead[0])
@@ -155,7 +158,7 @@ class ParameterServerServer(Server):
     @cached_property
     def _common(self) -> list[Packet]:
         """For workers that all get the same version."""
-        return self._packets(self.wiring.codec, lent=True)
+        return self._packets(self.wiring.codecs.pull, lent=True)
 
     def _link(self, rank: int) -> WorkerLink:
         if near(self.phase, rank):
@@ -163,13 +166,13 @@ class ParameterServerServer(Server):
         from hpctrain.codecs.wire import Plain
 
         wiring, gradient = self.wiring, self.shard.chunks(self._room())
-        pushes = [Packet(self.comm, chunk, wiring.codec) for chunk in gradient]
-        own = self._packets(wiring.codec or Plain(), lent=False) if self._sends_copies(rank) else None
+        pushes = [Packet(self.comm, chunk, wiring.codecs.push) for chunk in gradient]
+        own = self._packets(wiring.codecs.pull or Plain(), lent=False) if self._sends_copies(rank) else None
         read: list[torch.Tensor] = []
         if self.options.delay_compensation != "none":
             read = self.shard.chunks(self._room())
         pulls = own or self._common
-        exact = pulls if wiring.codec is None else self._packets(None, lent=True)
+        exact = pulls if wiring.codecs.pull is None else self._packets(None, lent=True)
         link = MessageLink(self.comm, rank, gradient, pushes, pulls, exact, read)
         for chunk in range(len(read)):
             link.keep(chunk, self._version)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from hpctrain.clock.decisions import Ask
 from hpctrain.comm.base import Tag
 from hpctrain.errors import ClusterError
-from hpctrain.replica.state import Own, State, collect_state
+from hpctrain.replica.state import REST, Own, State, collect_state
 from hpctrain.strategies.base import Needs, Outcome, Strategy
 from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import Contribution, nan_error
@@ -19,6 +19,8 @@ from hpctrain.strategies.parameter_server.wire import Header, HeaderKind, Header
 from hpctrain.strategies.phase import Phase
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hpctrain.cluster import Roles
     from hpctrain.comm.base import Request, Thread
     from hpctrain.data.queue import Stretch
@@ -44,6 +46,8 @@ class ParameterServer(Strategy):
         {"mode": "sync", "servers": 2, "colocated": True, "chunk_mb": 0.0005, "codec": "bfloat16"},
         {"chunk_mb": 0.0005, "codec": "float16", "delay_compensation": "constant"},
         {"servers": 2, "chunk_mb": 0.0005},
+        {"mode": "sync", "servers": 2, "chunk_mb": 0.0005, "codec": {"name": "topk", "keep": 0.1}},
+        {"codec": "int8"},
     )
 
     def __init__(self, options: ParameterServerOptions) -> None:
@@ -78,7 +82,8 @@ class ParameterServer(Strategy):
         self._thread: Thread | None = phase.comm.spawn(self._server.serve) if self._server else None
         self._slices: list[Stretch] = []
         self._running = self._running_clip()
-        self._routes = routes(phase, self.comm, self.wiring.shards(), self.wiring.codec)
+        self._rest, self._weight = self._room_for_rests(), 1.0
+        self._routes = routes(phase, self.comm, self.wiring.shards(), self.wiring.codecs, self._rest)
         self._exact = True  # whether the parameters are exact, although the next step computes on rounded ones
         self._header = HeaderRecord(len(phase.replica.layout.slots))
         self._reply = self.wiring.reply_record()
@@ -105,11 +110,35 @@ class ParameterServer(Strategy):
         for route in self._routes:
             route.offer()
         sends = [self.comm.start_send(self._header.bytes, wiring.coordinator, Tag.CONTROL)]
+        carry = self._carry(part)
         for route in self._routes:
-            sends += route.push()
+            sends += route.push(carry)
         found = self._pull(reply)
         self.comm.wait_all(sends)
+        if carry and found.result != "applied":
+            for route in self._routes:
+                route.take_back()
         return self._outcome(found)
+
+    def _room_for_rests(self) -> Tensor | None:
+        """Memory for what pushes leave out, if the codec remembers."""
+        from hpctrain.replica.tensors import as_tensor
+
+        codec, gradient = self.wiring.codecs.push, self.phase.replica.gradient_arena.mine
+        if codec is None or not codec.remembers:
+            return None
+        return as_tensor(self.phase.comm.arena(self.phase.replica.layout.length, gradient.dtype).mine)
+
+    def _carry(self, part: Contribution) -> float:
+        """What is to be multiplied with what earlier pushes have left out, which is in units of a mean, as gradients of
+        short batches are not; 0 if this push cannot count."""
+        codec, weight = self.wiring.codecs.push, part.weight / self.phase.dealing.batch
+        if codec is not None:
+            codec.position = self.phase.step.number
+        if self._rest is None or not weight or not part.finite:
+            return 0.0
+        carry, self._weight = weight / self._weight, weight
+        return carry
 
     def _pull(self, request: Request) -> Reply:
         """Receive the coordinator's reply, `request`, and the parameters. Raises NanError if the phase ends with it."""
@@ -176,9 +205,19 @@ class ParameterServer(Strategy):
         return collect_state(self.comm, State(0, 0), servers, self.phase.replica.layout.length)
 
     def own(self) -> Own:
-        return Own(numbers={CLIP: self._running.counters()} if self._running is not None else {})
+        own = Own(numbers={CLIP: self._running.counters()} if self._running is not None else {})
+        if self._rest is not None:
+            from hpctrain.replica.tensors import as_array
+
+            own.arrays[REST], own.numbers[REST] = as_array(self._rest), {"weight": self._weight}
+        return own
 
     def load_own(self, own: Own) -> None:
+        if self._rest is not None and REST in own.arrays:
+            from hpctrain.replica.tensors import as_tensor
+
+            self._rest.copy_(as_tensor(own.arrays[REST]))
+            self._weight = own.numbers[REST]["weight"]
         if self._running is not None and CLIP in own.numbers:
             self._running.load(own.numbers[CLIP])
 
