@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpctrain.codecs.sparse import FullValues, Records, ValueForm, kept, largest
+from hpctrain.codecs.sparse import LONGEST, FullValues, Records, ValueForm, kept, largest
 from hpctrain.codecs.wire import WireCodec, wide_dtype
 from hpctrain.replica.blocks import row_blocks
 
@@ -24,6 +24,8 @@ class TopK(WireCodec):
     remembers = True
 
     def __init__(self, keep: float = KEEP, chunk: int = CHUNK, form: ValueForm | None = None) -> None:
+        if not 0 < keep <= 1 or not 0 < chunk <= LONGEST:
+            raise ValueError(f"keep must be above 0 and at most 1, a chunk 1 to {LONGEST}; given: {keep:g}, {chunk}")
         self.unit = chunk
         self._keep, self._records = keep, Records(form or FullValues())
 

@@ -395,6 +395,18 @@ def test_two_bits_keep_signs_and_two_magnitudes(dtype: torch.dtype):
             assert not half.any() or got[half].unique() == pytest.approx(float(row[half].mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize(("keep", "chunk"), [(0.0, 64), (1.01, 64), (0.5, 0), (0.5, 2**15 + 1)])
+def test_topk_refuses_shares_and_chunks_that_it_cannot_write(keep: float, chunk: int):
+    with pytest.raises(ValueError, match=f"given: {keep:g}, {chunk}"):
+        TopK(keep, chunk)
+
+
+def test_places_in_the_longest_chunk_are_written():
+    values = torch.zeros(2**15)
+    values[-1] = 1.0
+    assert torch.equal(_decoded(TopK(1e-9, 2**15), _message(TopK(1e-9, 2**15), values), values), values)
+
+
 @given(data=st.data())
 @settings(max_examples=200, deadline=None)
 def test_largest_are_found(data: st.DataObject):
