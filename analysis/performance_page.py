@@ -33,6 +33,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "all_reduce": ("all_reduce", "-n", "2"),
     "pushes": ("pushes", "-n", "3"),
     "start": ("start",),
+    "codecs": ("codecs",),
     "limits_lan2": ("limits", *TWO),
     "step_mlp_lan2": ("step_mlp", *TWO),
     "step_resnet18_lan2": ("step_resnet18", *TWO),

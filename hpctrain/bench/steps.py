@@ -28,7 +28,7 @@ WALL, PROCESSOR = "step", "processor time"
 SECONDS, FEWEST = 100.0, 3  # for all blocks, and blocks even if they take longer
 NOTHING, TUNED = "no exchange", "DDP tuned"
 DEFAULT, MESSAGE, SERVERS = "all_reduce", "all_reduce, message", "parameter_server, sync"
-BFLOAT16 = "all_reduce, bfloat16"
+BFLOAT16, TOPK = "all_reduce, bfloat16", "all_reduce, topk 1 %"
 ALONE = "no computation, {}"
 
 
@@ -57,9 +57,10 @@ BETWEEN_NODES = MeasuredWays(
         DEFAULT: ("all_reduce", {}),
         MESSAGE: ("all_reduce", {"exchange": "message"}),
         BFLOAT16: ("all_reduce", {"codec": "bfloat16"}),
+        TOPK: ("all_reduce", {"codec": {"name": "topk", "keep": 0.01}}),
     },
     rivals=(),
-    against_tuned={(DEFAULT, MLP): 0.95, (BFLOAT16, MLP): 0.58},
+    against_tuned={(DEFAULT, MLP): 0.95, (BFLOAT16, MLP): 0.58, (TOPK, MLP): 0.25},
     exposed={(DEFAULT, RESNET): 0.4, (BFLOAT16, RESNET): 0.25},
     alone=(DEFAULT, BFLOAT16),
 )

@@ -45,7 +45,9 @@ class LargestFrequencies(WireCodec):
             chosen = frequencies.gather(1, places)
             written = self._records.write(message[self._where(rows, width, values)], chosen, places)
             if rest is not None:
-                rest[elements].copy_((given - self._blocks(written, places, basis)[:, :width]).reshape(-1))
+                found = self._blocks(written, places, basis)[:, :width]
+                left = torch.where(found.isfinite().all(1, keepdim=True), given - found, given)
+                rest[elements].copy_(left.reshape(-1))
 
     def decode(self, message: Tensor, into: Tensor, add: bool = False) -> None:
         for elements, rows in row_blocks(into, self.unit):

@@ -20,11 +20,11 @@ TAKES: dict[str, tuple[CodecName, ...]] = {
 }
 EXAMPLE = '{name = "topk", keep = 0.01}'
 CODEC_TEXT = (
-    "how gradients (local_sgd: changes) are written into messages; ranks that share memory send none. none: as they "
-    "are; bfloat16, float16: in 16 bits, added in float32 (float16 with a scale for each message); int8, int4: in 8 or "
-    "4 bits, rounded at random so that the mean is right (QSGD); sign: in 1 bit, with a scale for each block; topk: "
-    "the largest elements of each block; demo: the largest frequencies of each block (DeMo's). A table gives a name "
-    f"and the keys below: {EXAMPLE}"
+    "how gradients (local_sgd, diloco: changes) are written into messages; ranks that share memory send none. none: as "
+    "they are; bfloat16, float16: in 16 bits, added in float32 (float16 with a scale for each message); int8, int4: in "
+    "8 or 4 bits, rounded at random so that the mean is right (QSGD); sign: in 1 bit, with a scale for each block; "
+    "topk: the largest elements of each block; demo: the largest frequencies of each block (DeMo's). A table gives a "
+    f"name and the keys below: {EXAMPLE}"
 )
 
 

@@ -43,7 +43,8 @@ class TopK(WireCodec):
             if rest is not None:
                 if rest is not values:
                     rest[elements].copy_(values[elements])
-                rest[elements].view(given.shape).scatter_(1, places, chosen.sub_(written).to(rest.dtype))
+                left = torch.where(written.isfinite(), chosen - written, chosen)
+                rest[elements].view(given.shape).scatter_(1, places, left.to(rest.dtype))
 
     def decode(self, message: Tensor, into: Tensor, add: bool = False) -> None:
         wide = wide_dtype(into)

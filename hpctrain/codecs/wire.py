@@ -39,7 +39,8 @@ class WireCodec(Codec):
         """Write `values` into `message`, whose storage begins at a multiple of 8 bytes.
 
         `rest`: flat, with the length and dtype of `values`, may be `values` itself: gets the values minus what the
-        message decodes to. Values that are not finite make the decoded message not finite, too, in one place at least.
+        message decodes to. Values that are not finite make the decoded message not finite, too, in one place at least;
+        in `rest` they are where they were, and nothing else is.
         """
 
     @abstractmethod

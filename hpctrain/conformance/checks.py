@@ -54,8 +54,9 @@ def always(subject: Subject, workers: int) -> str | None:
 
 
 def if_exact(subject: Subject, workers: int) -> str | None:
-    """Applies to exact (synchronous) strategies; with one worker, to all."""
-    if subject.strategy().exact or workers == 1:
+    """Applies to exact (synchronous) strategies; with one worker, to all that are then plain training."""
+    strategy = subject.strategy()
+    if strategy.exact or (workers == 1 and strategy.plain):
         return None
     return "it does not promise to equal one process"
 

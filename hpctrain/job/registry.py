@@ -18,6 +18,7 @@ from hpctrain.text import did_you_mean, shown
 
 STRATEGIES = {
     "all_reduce": "hpctrain.strategies.all_reduce:AllReduce",
+    "diloco": "hpctrain.strategies.diloco:DiLoCo",
     "local_sgd": "hpctrain.strategies.local_sgd:LocalSGD",
     "parameter_server": "hpctrain.strategies.parameter_server:ParameterServer",
     "switch": "hpctrain.job.phases:Switch",

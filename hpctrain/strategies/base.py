@@ -69,6 +69,7 @@ class Strategy:
     Server: ClassVar[type[Server] | None] = None
     needs: Needs = Needs()
     exact: bool = False  # N workers with batch b give the same parameters as one process with batch N*b
+    plain: bool = True  # one worker does what one process does
     deterministic: bool = True  # on virtual ranks, or with ordered sums, the same job gives the same bits
     measured: ClassVar[Sequence[str]] = ()  # the options that `tune` sets where they are "auto"
     tested_with: ClassVar[Sequence[dict[str, Any]]] = ({},)  # options that `hpctrain test-strategy` tries

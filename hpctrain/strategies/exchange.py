@@ -10,17 +10,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from hpctrain.replica.blocks import add_up, is_finite, sum_of_squares
 from hpctrain.replica.layout import Stretch
 from hpctrain.replica.state import Own
-from hpctrain.strategies.contribution import sum_error
+from hpctrain.strategies.contribution import nan_error, sum_error
 from hpctrain.strategies.sums import StretchSums
 
 if TYPE_CHECKING:
     from hpctrain.codecs.base import Codec
     from hpctrain.comm.base import Buffer
+    from hpctrain.errors import NanError
     from hpctrain.strategies.phase import Phase
 
 
@@ -83,6 +85,16 @@ class Exchange(ABC):
 
     def _note(self, gradient: torch.Tensor, finite: bool) -> None:
         self._bad = 0 if finite else self.replica.layout.first_not_finite(gradient, self.low)
+
+    def _gradient_error(self, mine: int) -> NanError:
+        """The error that names the rank and the parameter. `mine`: 1 + the index of the parameter whose gradient on
+        this rank was not finite, or 0. Collective."""
+        phase = self.phase
+        table = self.comm.gather_rows(np.array([mine, self._bad], np.int64))
+        guilty = np.flatnonzero(table[:, 0])
+        if guilty.size:
+            return nan_error(phase, phase.roles.workers[guilty[0]], 0.0, phase.step.number, int(table[guilty[0], 0]))
+        return sum_error(phase, int(table[:, 1].max()), phase.step.number)
 
     def _arriving(self, sums: StretchSums, divisor: float) -> Iterator[Stretch]:
         """What `arrivals` yields, if `sums` sums `mean`."""
@@ -205,6 +217,8 @@ class BucketExchange(MessageExchange):
 
     def publish(self) -> None:
         self.settle()  # buckets were started, but the round was skipped
+        if self._bad and self._sums.rest is not None:  # has what the sum may have lost: where which rank's gradient is
+            raise self._gradient_error(self.replica.layout.first_not_finite(self._sums.rest))
         super().publish()
 
     def free(self) -> None:

@@ -18,14 +18,13 @@ from hpctrain.replica.blocks import add_up, sum_of_squares
 from hpctrain.replica.layout import Stretch, slice_bounds, stretches_of
 from hpctrain.replica.state import Own
 from hpctrain.replica.tensors import as_array, as_tensor
-from hpctrain.strategies.contribution import Contribution, nan_error, sum_error
+from hpctrain.strategies.contribution import Contribution
 from hpctrain.strategies.exchange import Exchange
 from hpctrain.strategies.sums import StretchSums
 
 if TYPE_CHECKING:
     from hpctrain.codecs.base import Codec
     from hpctrain.comm.base import Buffer, Communicator
-    from hpctrain.errors import NanError
     from hpctrain.strategies.phase import Phase
 
 
@@ -93,16 +92,7 @@ class SharedExchange(Exchange):
         self.comm.notify(arena)
         self.comm.wait(arena)
         if any(part[0] for part in self._faults.parts):
-            raise self._gradient_error()
-
-    def _gradient_error(self) -> NanError:
-        """Find the rank and the parameter: every rank searches its own gradient. Collective."""
-        phase = self.phase
-        table = self.comm.gather_rows(np.array([self.replica.first_not_finite(), self._bad], np.int64))
-        guilty = np.flatnonzero(table[:, 0])
-        if guilty.size:
-            return nan_error(phase, phase.roles.workers[guilty[0]], 0.0, phase.step.number, int(table[guilty[0], 0]))
-        return sum_error(phase, int(table[:, 1].max()), phase.step.number)
+            raise self._gradient_error(self.replica.first_not_finite())
 
     def stretches(self) -> list[tuple[int, int]]:
         nodes, parts = self.comm.nodes, len(self._bounds) - 1

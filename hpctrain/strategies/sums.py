@@ -43,7 +43,8 @@ class StretchSums:
     network do not overflow. There are more if all were over before this rank looked again.
 
     What messages of a codec that remembers have left out is kept for the next ones, in units of the mean: the sums of
-    a short round are divided by less. `divisor`: of the latest sums; `expected`: of those that are started now.
+    a short round are divided by less. `rest`: that, or None; `divisor`: of the latest sums; `expected`: of those that
+    are started now.
 
     All ranks must start the same stretches in the same order. Pieces and their stages begin in that order, too, so
     their order alone identifies the messages. The constructor is collective.
@@ -55,7 +56,7 @@ class StretchSums:
         self._comm, self._codec, self._values = own.patient(), codec, values
         self._size = max(size, codec.unit) // codec.unit * codec.unit
         remembers = codec.remembers and own.size > 1
-        self._rest = as_tensor(own.arena(values.numel(), NUMPY_DTYPES[values.dtype]).mine) if remembers else None
+        self.rest = as_tensor(own.arena(values.numel(), NUMPY_DTYPES[values.dtype]).mine) if remembers else None
         self.divisor = self.expected = 1.0
         self._addends: dict[Stretch, Addend] = {}
         self._due: deque[Stretch] = deque()  # pieces that have not begun
@@ -73,14 +74,14 @@ class StretchSums:
 
     def own(self) -> Own:
         """What this rank's messages have left out so far; views. Not collective."""
-        if self._rest is None:
+        if self.rest is None:
             return Own()
-        return Own({REST: as_array(self._rest)}, {REST: {"divisor": self.divisor}})
+        return Own({REST: as_array(self.rest)}, {REST: {"divisor": self.divisor}})
 
     def load_own(self, own: Own) -> None:
         """Continue from the result of `own`. Not collective."""
-        if self._rest is not None and REST in own.arrays:
-            self._rest.copy_(as_tensor(own.arrays[REST]))
+        if self.rest is not None and REST in own.arrays:
+            self.rest.copy_(as_tensor(own.arrays[REST]))
             self.divisor = own.numbers[REST]["divisor"]
 
     def start(self, low: int, high: int) -> None:
@@ -147,7 +148,7 @@ class StretchSums:
             piece = self._due.popleft()
             if piece not in self._addends:
                 here = slice(*piece)
-                rest = self._rest[here] if self._rest is not None else None
+                rest = self.rest[here] if self.rest is not None else None
                 self._addends[piece] = Addend(self._comm, self._values[here], rest)
             self._addends[piece].carry = self.expected / self.divisor
             self._enter(0, piece, self._codec.reduce(self._addends[piece]))

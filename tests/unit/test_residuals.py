@@ -24,6 +24,7 @@ from hpctrain.strategies.parameter_server.worker import ParameterServer
 from hpctrain.strategies.shared import SharedBucketExchange
 from hpctrain.strategies.sums import StretchSums
 from tests import helpers
+from tests.marks import mostly_slow, slow
 
 LENGTH = 1000
 TOPK = CodecTable(name="topk", keep=0.05, block=64)
@@ -40,7 +41,7 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("size", [2, 3, slow(5)])
 @pytest.mark.parametrize("table", REMEMBERING, ids=str)
 def test_nothing_is_lost_in_the_long_run(table: CodecTable, size: int):
     """What has been applied, and what all ranks still have left out, is the sum of all means. The divisor of a round is
@@ -81,7 +82,7 @@ STRATEGIES: dict[str, tuple[helpers.Tables, type]] = {
 
 
 @pytest.mark.parametrize("nodes", [(0, 1), (0, 1, 2), (0, 0, 1, 1)])
-@pytest.mark.parametrize("table", [TOPK, CodecTable(name="sign")], ids=str)
+@pytest.mark.parametrize("table", [TOPK, slow(CodecTable(name="sign"))], ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_resumed_run_has_the_same_bits(
     tmp_path: Path, table: CodecTable, strategy: str, nodes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
@@ -215,7 +216,7 @@ def _distance_to_the_best(folder: Path, strategy: helpers.Tables, codec: Any) ->
     ],
     ids=lambda strategy: strategy["name"],
 )
-@pytest.mark.parametrize("codec", TOLERANCE)
+@pytest.mark.parametrize("codec", mostly_slow(TOLERANCE, ["int8", "sign", "topk"]))
 def test_a_convex_problem_is_solved_with_every_codec(tmp_path: Path, codec: str, strategy: helpers.Tables):
     table = {"topk": {"name": "topk", "keep": 0.1}, "sign": {"name": "sign", "block": 8}}.get(codec, codec)
     assert _distance_to_the_best(tmp_path, strategy, table) < TOLERANCE[codec]
