@@ -40,7 +40,7 @@ class Addend:
     def own(self, codec: Codec) -> Codec:
         """The codec with this addend's own random numbers: they do not depend on which sum is ahead of which."""
         if self._codec is None:
-            self._codec = codec.seeded(self.comm.rank, int(self.values.storage_offset()))
+            self._codec = codec.seeded(self.comm.members[self.comm.rank], int(self.values.storage_offset()))
         return self._codec
 
 

@@ -105,12 +105,15 @@ def override(
 
 
 def _names_first(places: list[Place], look: Look) -> list[bool]:
-    """Which places to set now: the outermost names first, because they determine the tables below; then the rest."""
-    named = [_is_name(place, look) for place in places]
-    depth = min((len(place) for place in compress(places, named)), default=None)
-    if depth is None:
+    """Which places to set now: the outermost names first, because they determine the tables below; then the rest. A
+    whole table comes before the names in it, which it would otherwise replace."""
+    names = [place for place in places if _is_name(place, look)]
+    if not names:
         return [True] * len(places)
-    return [name and len(place) == depth for place, name in zip(places, named, strict=True)]
+    above = [place for place in places if any(len(place) < len(name) and name[: len(place)] == place for name in names)]
+    first = above or names
+    depth = min(map(len, first))
+    return [len(place) == depth and place in first for place in places]
 
 
 def _table_at(model: type[BaseModel], place: Place, tables: Any) -> type[BaseModel] | None:

@@ -83,7 +83,7 @@ def save_own(folder: Path, cursor: int, worker: int, own: Own) -> None:
     """Write a worker's own arrays next to the checkpoint with that cursor; they count once that checkpoint exists. On
     that worker only. Raises CheckpointError."""
     tensors = {quote(name, safe=""): as_tensor(array) for name, array in own.arrays.items()}
-    _write(_own_file(folder, cursor, worker), tensors, {})
+    _write(_own_file(folder, cursor, worker), tensors, {"worker": str(worker)})
 
 
 def load_own(folder: Path, cursor: int, worker: int) -> dict[str, Buffer]:

@@ -54,6 +54,7 @@ class Entrance:
             conductor,
             run.totals.cursor,
             Watching(run.tick, run.saving),
+            seed=job.seed,
         )
         self._announce(phase)
         return phase

@@ -88,17 +88,17 @@ class Keeper:
             self.comm.recorder.event(CheckpointWritten(checkpoint_path(self.folder, cursor).name))
 
     def _save_own(self, phase: Phase, own: Own, cursor: int) -> tuple[list[dict[str, Any]], bool, str | None]:
-        """Save this worker's own arrays. Returns every worker's plain numbers, whether any worker has a file of arrays,
-        and the first error or None. Collective over the workers."""
-        failure = None
-        if own.arrays:
+        """Save this worker's own arrays, also if only others have some. Returns every worker's plain numbers, whether
+        there are files of arrays, and the first error or None. Collective over the workers."""
+        failure, files = None, any(phase.worker_comm.gather_json(bool(own.arrays)))
+        if files:
             try:
                 save_own(self.folder, cursor, phase.worker_index, own)
             except CheckpointError as error:
                 failure = f"rank {self.comm.rank}: {error}"
-        rows = phase.worker_comm.gather_json([own.numbers, bool(own.arrays), failure])
-        failures = [row[2] for row in rows if row[2] is not None]
-        return [row[0] for row in rows], any(row[1] for row in rows), failures[0] if failures else None
+        rows = phase.worker_comm.gather_json([own.numbers, failure])
+        failures = [row[1] for row in rows if row[1] is not None]
+        return [row[0] for row in rows], files, failures[0] if failures else None
 
     def _save_finite(self, checkpoint: Checkpoint, keep: int, failure: str | None) -> None:
         """Save the checkpoint. Refuses parameters that are not finite, because no run could continue from them and the

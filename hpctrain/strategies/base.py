@@ -138,8 +138,10 @@ class Strategy:
         """This worker's own state, for a checkpoint. Contains views, valid until the next step. Not collective."""
         return Own()
 
-    def load_own(self, own: Own) -> None:
-        """Continue from the result of `own`, after `join`; an empty one means a fresh start. Not collective."""
+    def load_own(self, own: Own) -> str | None:
+        """Continue from the result of `own`, after `join`; an empty one means a fresh start. Returns a sentence about
+        what could not be taken, if anything. Not collective."""
+        return None
 
     def leave(self) -> State | None:
         """Finish pending work; all replicas hold equal, final parameters. Returns the same as `state`. Collective."""

@@ -60,8 +60,9 @@ class Exchange(ABC):
         """This rank's own state, as `Strategy.own`."""
         return Own()
 
-    def load_own(self, own: Own) -> None:  # noqa: B027 (most have none)
+    def load_own(self, own: Own) -> str | None:
         """As `Strategy.load_own`; `own` may have more than what is the exchange's."""
+        return None
 
     def start(self, low: int, high: int) -> None:  # noqa: B027 (most have nothing to start)
         """The stretch [low, high) of this rank's gradient is final. May start sending it; never waits."""
@@ -104,7 +105,7 @@ class Exchange(ABC):
             if not add_up([part], part, divisor) and not self._bad:
                 self._bad = self.replica.layout.first_not_finite(part, self.low + low)
             yield self.low + low, self.low + high
-        sums.divisor = divisor
+        sums.divisor = sums.expected
 
     def arrivals(self, divisor: float) -> Iterator[Stretch]:
         """`reduce` in parts: yields stretches of the arena that together are [low, high), each once `mean` has its part
@@ -187,8 +188,8 @@ class BucketExchange(MessageExchange):
     def own(self) -> Own:
         return self._sums.own()
 
-    def load_own(self, own: Own) -> None:
-        self._sums.load_own(own)
+    def load_own(self, own: Own) -> str | None:
+        return self._sums.load_own(own)
 
     def start(self, low: int, high: int) -> None:
         self._sums.start(low, high)

@@ -104,6 +104,7 @@ class Phase:
     cursor: int = 0  # the run's clock, in samples; maintained by the strategy
     watching: Watching = field(default_factory=Watching)
     step: StepState = field(default_factory=StepState)
+    seed: int = 0  # the job's
 
     @property
     def comm(self) -> Communicator:

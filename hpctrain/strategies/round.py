@@ -18,6 +18,7 @@ from hpctrain.codecs import CodecChoice, codec_by
 from hpctrain.errors import HpctrainError
 from hpctrain.replica.state import (
     OPTIMIZER,
+    REST,
     STRATEGY,
     Own,
     Section,
@@ -110,7 +111,7 @@ class RoundStrategy(Strategy):
         codec: CodecChoice = getattr(self.options, "codec", "none")
         if codec == "none":
             return MessageExchange(self.phase)
-        return BucketExchange(self.phase, codec_by(codec), int(USUAL * 2**20), early=False)
+        return BucketExchange(self.phase, codec_by(codec, self.phase.seed), int(USUAL * 2**20), early=False)
 
     def begin(self) -> None:
         """Start the phase: all workers have the same parameters. Allocate memory here. Collective."""
@@ -236,15 +237,17 @@ class RoundStrategy(Strategy):
             own.numbers[OPTIMIZER] = view.optimizer.numbers
         return own
 
-    def load_own(self, own: Own) -> None:
-        self.exchange.load_own(own)
+    def load_own(self, own: Own) -> str | None:
+        lost = self.exchange.load_own(own)
         if self.local is None or OPTIMIZER not in own.numbers:
-            return
+            return lost
         state = State(self.exchange.low, self.exchange.high)
         state.optimizer.numbers = own.numbers[OPTIMIZER]
-        for path in own.arrays.keys() - self.exchange.own().arrays.keys():
-            state.place(path, own.arrays[path])
+        for path, array in own.arrays.items():
+            if path != REST:
+                state.place(path, array)
         self.update.load(state)
+        return lost
 
     def leave(self) -> State | None:
         self.drain()

@@ -121,7 +121,9 @@ class SharedBucketExchange(SharedExchange):
         super().__init__(phase)
         self.bucket_bytes = size if early else 0
         self._size = size // self.mean.element_size()
-        self._sums = StretchSums(self._across, codec, self.mean, self._size) if self._across is not None else None
+        self._sums: StretchSums | None = None
+        if self._across is not None:
+            self._sums = StretchSums(self._across, codec, self.mean, self._size, self.low)
         self._due: deque[Stretch] = deque()  # complete on this rank, but perhaps not on the node's others
 
     def begin(self, position: int, divisor: float) -> None:
@@ -131,9 +133,8 @@ class SharedBucketExchange(SharedExchange):
     def own(self) -> Own:
         return self._sums.own() if self._sums is not None else Own()
 
-    def load_own(self, own: Own) -> None:
-        if self._sums is not None:
-            self._sums.load_own(own)
+    def load_own(self, own: Own) -> str | None:
+        return self._sums.load_own(own) if self._sums is not None else None
 
     def start(self, low: int, high: int) -> None:
         self._due.append((low, high))

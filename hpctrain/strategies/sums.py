@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from hpctrain.comm.base import Communicator, Request
 
 LOOKS = 64  # at open messages, per call of `poll`: MPI moves only a part of a long message (about 64 KiB) in each
+MOVED = (
+    "what the codec's messages had left out is lost, because the run resumes on other nodes or with another exchange"
+)
 FEWEST, MOST = 4, 16  # pieces under way: at first, and where the network was found idle
 
 
@@ -38,19 +41,20 @@ class UnderWay:
 
 class StretchSums:
     """Sums stretches of `values` over the ranks of `comm` with a codec, in place, in pieces of at most `size` elements.
+    `low`: where `values` begin in the arena.
 
     Only some pieces are under way at once, because a rank's other messages wait behind them, and so that queues in the
     network do not overflow. There are more if all were over before this rank looked again.
 
     What messages of a codec that remembers have left out is kept for the next ones, in units of the mean: the sums of
-    a short round are divided by less. `rest`: that, or None; `divisor`: of the latest sums; `expected`: of those that
-    are started now.
+    a short round are divided by less. `rest`: that, or None; `expected`: what the sums that are started now will be
+    divided by, as far as is known, and `divisor`: what was expected of the latest ones. Only their ratio counts.
 
     All ranks must start the same stretches in the same order. Pieces and their stages begin in that order, too, so
     their order alone identifies the messages. The constructor is collective.
     """
 
-    def __init__(self, comm: Communicator, codec: Codec, values: Tensor, size: int) -> None:
+    def __init__(self, comm: Communicator, codec: Codec, values: Tensor, size: int, low: int = 0) -> None:
         own = comm.split(0, comm.rank)
         assert own is not None
         self._comm, self._codec, self._values = own.patient(), codec, values
@@ -58,6 +62,7 @@ class StretchSums:
         remembers = codec.remembers and own.size > 1
         self.rest = as_tensor(own.arena(values.numel(), NUMPY_DTYPES[values.dtype]).mine) if remembers else None
         self.divisor = self.expected = 1.0
+        self._low = low
         self._addends: dict[Stretch, Addend] = {}
         self._due: deque[Stretch] = deque()  # pieces that have not begun
         self._stages: list[deque[UnderWay]] = [deque() for _ in range(codec.stages)]
@@ -76,13 +81,19 @@ class StretchSums:
         """What this rank's messages have left out so far; views. Not collective."""
         if self.rest is None:
             return Own()
-        return Own({REST: as_array(self.rest)}, {REST: {"divisor": self.divisor}})
+        return Own({REST: as_array(self.rest)}, {REST: {"divisor": self.divisor, "low": self._low}})
 
-    def load_own(self, own: Own) -> None:
-        """Continue from the result of `own`. Not collective."""
-        if self.rest is not None and REST in own.arrays:
-            self.rest.copy_(as_tensor(own.arrays[REST]))
-            self.divisor = own.numbers[REST]["divisor"]
+    def load_own(self, own: Own) -> str | None:
+        """Continue from the result of `own`, if it is of the same stretch of the arena. Returns why not. Not
+        collective."""
+        if self.rest is None or REST not in own.arrays:
+            return None
+        kept, about = own.arrays[REST], own.numbers[REST]
+        if kept.size != self.rest.numel() or about["low"] != self._low:
+            return MOVED
+        self.rest.copy_(as_tensor(kept))
+        self.divisor = about["divisor"]
+        return None
 
     def start(self, low: int, high: int) -> None:
         """Start the sum of values[low:high]; never waits."""

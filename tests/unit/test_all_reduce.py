@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,26 +193,32 @@ def test_parameters_are_updated_while_gradients_are_still_on_their_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: tuple[int, ...]
 ):
     """With the same result as all at once, also where a parameter has no gradient in some rounds."""
-    made: list[StretchSums] = []
     under_way: list[int] = []
-    make, update = StretchSums.__init__, SlicedUpdate.apply
+    arrivals = StretchSums.arrivals
 
-    def noted(self: SlicedUpdate, *given: Any, **keys: Any) -> None:
-        under_way.append(sum(map(len, made)))
-        update(self, *given, **keys)
+    def noted(self: StretchSums) -> Iterator[Any]:
+        for piece in arrivals(self):
+            yield piece
+            under_way.append(len(self))  # the piece has been updated
 
     def trained() -> Any:
-        strategy, optimizer = {"name": "all_reduce", "bucket_mb": 0.0005}, {"name": "AdamW", "lr": 0.01}
+        strategy, optimizer = {"name": "all_reduce", "bucket_mb": 0.0001}, {"name": "AdamW", "lr": 0.01}
         job = helpers.make_job(tmp_path, strategy=strategy, optimizer=optimizer, model=helpers.Sometimes)
-        return World(len(nodes), nodes=nodes).run(lambda comm: helpers.vector(helpers.quiet_train(comm, job).model))[0]
+        world = World(len(nodes), nodes=nodes, network=LinkNetwork(bandwidth=1e6))
+        return world.run(lambda comm: helpers.vector(helpers.quiet_train(comm, job).model))[0]
 
-    def noted_too(self: StretchSums, *given: Any) -> None:
-        make(self, *given)
-        made.append(self)
+    updates: list[Any] = []
+    apply = SlicedUpdate.apply
 
-    monkeypatch.setattr(StretchSums, "__init__", noted_too)
-    monkeypatch.setattr(SlicedUpdate, "apply", noted)
-    found = trained()
+    def counted(self: SlicedUpdate, *given: Any, **keys: Any) -> None:
+        updates.append(len(under_way))
+        apply(self, *given, **keys)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StretchSums, "arrivals", noted)
+        patch.setattr(SlicedUpdate, "apply", counted)
+        found = trained()
+    assert len(set(updates)) > 8 * len(set(nodes)), "one update after another, between arrivals"
     assert max(under_way) > 0
     monkeypatch.setattr(AllReduce, "descend", lambda self, r: self.optimize(self.exchange.reduce(r.divisor), r))
     np.testing.assert_array_equal(found, trained())

@@ -81,6 +81,7 @@ MISTAKES = [
     ('codec = {name = "topk", majority = true}', 'has majority with name = "topk"'),
     ('codec = {name = "int8", bits = 32}', 'has bits with name = "int8"'),
     ('codec = {name = "none", block = 8}', 'has block with name = "none"'),
+    ('name = "parameter_server"\ncodec = {name = "sign", majority = true}', "has codec.majority, a vote on sums"),
     ('codec = "int8"\nalgorithm = "ring"', 'has codec = "int8", which needs algorithm = "library"'),
     ('codec = {name = "int8", block = 8}\nalgorithm = "ring"', 'has codec = "int8", which needs algorithm = "library"'),
 ]
@@ -139,6 +140,14 @@ def test_seeds_reach_the_codecs_that_draw():
 
     assert torch.equal(message(1), message(1))
     assert not torch.equal(message(1), message(2))
+
+
+def test_a_codec_may_be_set_in_a_table_that_is_overridden_too():
+    phases = 'phases=[{strategy={name="all_reduce"},until={steps=5}},{strategy="local_sgd"}]'
+    job = Job.load(DIGITS, [phases, "phases.1.strategy.codec=int4"])
+    assert job.schedule[1].strategy.options.codec == "int4"
+    job = Job.load(DIGITS, ["strategy.first.codec=int4", 'strategy.first={name="all_reduce"}'])
+    assert job.schedule[0].strategy.options.codec == "int4"
 
 
 def test_a_choice_without_a_strategy_takes_all():

@@ -16,8 +16,11 @@ from hpctrain.codecs.sign import Sign
 from hpctrain.codecs.wire import WireCodec
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
+from hpctrain.job import Job
 from hpctrain.replica.state import REST
 from hpctrain.replica.tensors import as_tensor
+from hpctrain.run.api import train
+from hpctrain.run.resume import Resume
 from hpctrain.strategies.exchange import BucketExchange
 from hpctrain.strategies.parameter_server.links import Packet
 from hpctrain.strategies.parameter_server.worker import ParameterServer
@@ -81,7 +84,7 @@ STRATEGIES: dict[str, tuple[helpers.Tables, type]] = {
 }
 
 
-@pytest.mark.parametrize("nodes", [(0, 1), (0, 1, 2), (0, 0, 1, 1)])
+@pytest.mark.parametrize("nodes", [(0, 1), (0, 1, 2), (0, 0, 1, 1), (0, 0, 1)])
 @pytest.mark.parametrize("table", [TOPK, slow(CodecTable(name="sign"))], ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_resumed_run_has_the_same_bits(
@@ -109,9 +112,39 @@ def test_a_resumed_run_has_the_same_bits(
     assert not same()
 
 
-def test_a_push_that_does_not_count_is_made_up_for():
-    """Pushes of full and short batches, some of which are dropped: the server's updates and what is kept are all that
-    was computed."""
+def test_runs_resume_without_it_on_other_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Slices of the arena are then other ones."""
+    strategy = {"name": "all_reduce", "codec": TOPK.plain(), "bucket_mb": 0.0005}
+    train = {"steps": 4, "batch_size": 3, "checkpoint_every": {"steps": 2}}
+    job = helpers.make_job(tmp_path, strategy=strategy, train=train)
+    folder = World(4, nodes=(0, 0, 1, 1)).run(lambda comm: helpers.quiet_train(comm, job))[0].folder
+    more = helpers.make_job(tmp_path, strategy=strategy, train={**train, "steps": 6})
+    World(4, nodes=range(4)).run(lambda comm: train_again(comm, more, folder))
+    assert capsys.readouterr().out.count("left out is lost") == 1
+
+
+def train_again(comm: Communicator, job: Job, folder: Path) -> None:
+    train(job, comm, resume=Resume(folder, changes="take"))
+
+
+@pytest.mark.parametrize("weight", [50.0, 0.02])
+def test_weights_of_losses_do_not_matter(tmp_path: Path, weight: float):
+    """As in sums over tokens: a constant factor of all weights changes nothing."""
+
+    def trained(factor: float) -> np.ndarray:
+        def loss(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, float]:
+            return nn.functional.cross_entropy(outputs, targets, reduction="sum") * factor, len(targets) * factor
+
+        strategy = {"name": "all_reduce", "codec": TOPK.plain(), "bucket_mb": 0.0005}
+        job = helpers.make_job(tmp_path, strategy=strategy, loss=loss, train={"steps": 20, "precision": "float64"})
+        return World(2, nodes=(0, 1)).run(lambda comm: helpers.vector(helpers.quiet_train(comm, job).model))[0]
+
+    assert helpers.difference(trained(weight), trained(1.0)) < 1e-9
+
+
+def test_a_push_that_does_not_count_leaves_no_trace():
+    """Pushes of full and short batches, one of which is dropped: the server's updates and what is kept are all that was
+    computed but for that one."""
 
     def body(comm: Communicator) -> None:
         random = torch.Generator().manual_seed(0)
@@ -130,6 +163,7 @@ def test_a_push_that_does_not_count_is_made_up_for():
                 applied += arrived / weight
             else:
                 packet.take_back()
+                given -= chunk / (share or 1.0)
         torch.testing.assert_close(applied + rest / weight, given, rtol=0, atol=1e-5)
         assert rest.abs().max() > 0.1
 

@@ -58,7 +58,7 @@ class Packet:
         from hpctrain.replica.tensors import as_array, as_tensor
 
         self._comm, self._chunk, self.lent, self._rest = comm, chunk, lent, rest
-        self._codec = codec.seeded(comm.rank, int(chunk.storage_offset())) if codec is not None else None
+        self._codec = codec.seeded(comm.members[comm.rank], int(chunk.storage_offset())) if codec is not None else None
         self._version = -1  # of the values that were packed
         if codec is None:
             self.message, self._wire = as_array(chunk), chunk
@@ -73,16 +73,20 @@ class Packet:
         if self._codec is not None and version != self._version:
             rest = self._rest if carry else None
             with self._comm.span("encode", self._wire.nbytes):
-                if rest is not None:
-                    self._chunk.add_(rest, alpha=carry)
-                self._codec.encode(self._chunk, self._wire, rest)
+                if rest is None:
+                    self._codec.encode(self._chunk, self._wire)
+                else:
+                    rest.mul_(carry).add_(self._chunk)
+                    self._codec.encode(rest, self._wire, rest)
             self._version = version
         return self.message
 
     def take_back(self) -> None:
-        """The message counts for nothing: add its values to the rest."""
+        """The message counts for nothing, and nor does the gradient, which is still in the chunk: the rest is what it
+        was before."""
         if self._codec is not None and self._rest is not None:
             self._codec.decode(self._wire, self._rest, add=True)
+            self._rest.sub_(self._chunk)
 
     def unpack(self, into: Tensor) -> None:
         """Store the values of the message in `into`."""
@@ -105,7 +109,7 @@ class Route(ABC):
         return []
 
     def take_back(self) -> None:  # noqa: B027 (memory leaves nothing out)
-        """The push counts for nothing: its values are among what is left out."""
+        """The push counts for nothing: what earlier ones have left out stays left out."""
 
     @abstractmethod
     def pull(self, exact: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from hpctrain.codecs import CodecChoice
+from hpctrain.codecs import CodecChoice, CodecTable
 from hpctrain.options import Options
 
 
@@ -95,6 +95,8 @@ class ParameterServerOptions(Options):
                 raise ValueError(f'has {key} with mode = "{self.mode}", where it has no effect; set mode = {needed}')
         if self.delay_lambda is not None and self.delay_compensation == "none":
             raise ValueError('has delay_lambda with delay_compensation = "none", where it has no effect')
+        if isinstance(self.codec, CodecTable) and self.codec.majority:
+            raise ValueError("has codec.majority, a vote on sums between workers; leave majority out")
         return self
 
     @property

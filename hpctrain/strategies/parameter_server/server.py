@@ -66,8 +66,9 @@ class Wiring:
         sent = not phase.members.shared or len(set(comm.nodes)) > 1  # else chunks would only cost their calls
         chunked = sent and phase.updating.elementwise and not whole
         self._chunk = int(options.chunk_mb * 2**20 / phase.replica.layout.dtype.itemsize) if chunked else None
+        push = wire_codec_by(options.codec, phase.seed)
         rounding = options.codec if options.codec in PULLED else "bfloat16"  # parameters must keep their size
-        self.codecs = Codecs(wire_codec_by(options.codec), wire_codec_by(rounding) if options.codec != "none" else None)
+        self.codecs = Codecs(push, wire_codec_by(rounding) if push is not None else None)
         ahead = np.array([phase.dealing.ahead], np.int64)  # ranks may have different values: use the coordinator's
         comm.broadcast(ahead, self.coordinator)
         self.ahead = int(ahead[0])

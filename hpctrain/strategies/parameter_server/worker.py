@@ -12,7 +12,7 @@ from hpctrain.strategies.base import Needs, Outcome, Strategy
 from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import Contribution, nan_error
 from hpctrain.strategies.parameter_server.corrections import RunningClip
-from hpctrain.strategies.parameter_server.links import routes
+from hpctrain.strategies.parameter_server.links import near, routes
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions
 from hpctrain.strategies.parameter_server.server import ParameterServerServer, Wiring, deal_state
 from hpctrain.strategies.parameter_server.wire import Header, HeaderKind, HeaderRecord, Reply
@@ -104,6 +104,7 @@ class ParameterServer(Strategy):
         self._slices = self._slices[1:]
         if samples and not self.options.lockstep:
             self._clip(samples)
+        self._look_for_nan()
         part = Contribution.of(phase, samples, loss)
         self._header.write(Header(HeaderKind.STEP, self.version, phase.step.round_end, phase.step.number, part))
         reply = self.comm.start_recv(self._reply.bytes, wiring.coordinator, Tag.REPLY)
@@ -121,13 +122,22 @@ class ParameterServer(Strategy):
         return self._outcome(found)
 
     def _room_for_rests(self) -> Tensor | None:
-        """Memory for what pushes leave out, if the codec remembers."""
+        """Memory for what pushes leave out, if there are messages and the codec remembers."""
         from hpctrain.replica.tensors import as_tensor
 
         codec, gradient = self.wiring.codecs.push, self.phase.replica.gradient_arena.mine
-        if codec is None or not codec.remembers:
+        far = [shard for shard in self.wiring.shards() if not near(self.phase, shard.server)]
+        if codec is None or not codec.remembers or not far:
             return None
         return as_tensor(self.phase.comm.arena(self.phase.replica.layout.length, gradient.dtype).mine)
+
+    def _look_for_nan(self) -> None:
+        """Codecs that remember spread what is not finite over its neighbours: find it here."""
+        from hpctrain.replica.blocks import is_finite
+
+        step, replica = self.phase.step, self.phase.replica
+        if self._rest is not None and not step.bad and not is_finite(replica.gradient):
+            step.bad = replica.first_not_finite()
 
     def _carry(self, part: Contribution) -> float:
         """What is to be multiplied with what earlier pushes have left out, which is in units of a mean, as gradients of
@@ -212,7 +222,7 @@ class ParameterServer(Strategy):
             own.arrays[REST], own.numbers[REST] = as_array(self._rest), {"weight": self._weight}
         return own
 
-    def load_own(self, own: Own) -> None:
+    def load_own(self, own: Own) -> str | None:
         if self._rest is not None and REST in own.arrays:
             from hpctrain.replica.tensors import as_tensor
 
@@ -220,6 +230,7 @@ class ParameterServer(Strategy):
             self._weight = own.numbers[REST]["weight"]
         if self._running is not None and CLIP in own.numbers:
             self._running.load(own.numbers[CLIP])
+        return None
 
     def leave(self) -> State | None:
         state = self.state()
