@@ -24,6 +24,7 @@ from hpctrain.errors import JobError
 from hpctrain.job import Job
 from hpctrain.job.explain import explain
 
+DIGITS = Path(__file__).parents[2] / "jobs" / "digits.toml"
 CHOICE: TypeAdapter[Any] = TypeAdapter(CodecChoice)
 
 
