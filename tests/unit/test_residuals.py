@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -114,7 +114,7 @@ def test_a_resumed_run_has_the_same_bits(
         return all((again == first).all() for first, again in World(len(nodes), nodes=nodes).run(body))
 
     assert same()
-    load: Any = keeper.load_own
+    load = cast(Any, keeper).load_own
     if table.name in JOINT:  # whose factors are kept besides
 
         def forget(self: Any, own: Own) -> None:
@@ -218,8 +218,16 @@ TOLERANCE = {  # of the distance to the best slopes, relative to their size, aft
     "sign": 0.005,
     "topk": 0.01,
     "demo": 0.01,
-    "powersgd": 0.01,  # of rank 2
+    "powersgd": 0.01,
     "acp": 0.01,
+}
+FOR_IT: dict[str, helpers.Tables] = {
+    "topk": {"name": "topk", "keep": 0.1},
+    "sign": {"name": "sign", "block": 8},
+    # These slopes are random, so no direction is better than others: with a lower rank too much of the large changes of
+    # local_sgd comes late (all_reduce: rank 2 is enough).
+    "powersgd": {"name": "powersgd", "rank": 4},
+    "acp": {"name": "acp", "rank": 6},
 }
 
 
@@ -255,8 +263,7 @@ def _distance_to_the_best(folder: Path, strategy: helpers.Tables, codec: Any) ->
 def test_a_convex_problem_is_solved_with_every_codec(tmp_path: Path, codec: str, strategy: helpers.Tables):
     if codec in JOINT and strategy["name"] == "parameter_server":
         pytest.skip("a server cannot take it")
-    table = {"topk": {"name": "topk", "keep": 0.1}, "sign": {"name": "sign", "block": 8}}.get(codec, codec)
-    assert _distance_to_the_best(tmp_path, strategy, table) < TOLERANCE[codec]
+    assert _distance_to_the_best(tmp_path, strategy, FOR_IT.get(codec, codec)) < TOLERANCE[codec]
 
 
 def test_signs_alone_do_not_solve_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
