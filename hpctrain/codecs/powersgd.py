@@ -15,6 +15,7 @@ from torch import Tensor
 from hpctrain.codecs.base import Addend
 from hpctrain.codecs.joint import JointAddend, JointCodec
 from hpctrain.codecs.wire import wide_dtype
+from hpctrain.replica.blocks import row_blocks
 from hpctrain.replica.layout import Slot
 from hpctrain.replica.tensors import as_array
 
@@ -37,49 +38,65 @@ class LowRankShape:
 
     @property
     def left(self) -> int:
-        """Elements of P, (rows, rank)."""
+        """Elements of P^T, (rank, rows)."""
         return self.rows * self.rank
 
     @property
     def right(self) -> int:
-        """Elements of Q, (columns, rank)."""
+        """Elements of Q^T, (rank, columns)."""
         return self.columns * self.rank
 
 
 @dataclass(frozen=True)
 class MatrixPart:
     """A parameter that is sent by its factors. `matrix`: its values, a view of (rows, columns); `rest` the same of the
-    rest; `memory`: see `JointCodec.memory`."""
+    rest; `memory`: see `JointCodec.memory`.
+
+    `left`, `right`: P^T, (rank, rows), and Q^T, (rank, columns). Products with narrow matrices that are stored like
+    this are several times faster (BLAS with one thread, 7.7 million elements, rank 2: M^T P takes 23 ms, P^T M 2).
+    """
 
     shape: LowRankShape
     matrix: Tensor
     rest: Tensor | None
     memory: Tensor
 
-    def transposed(self) -> MatrixPart:
-        """The same with views of (columns, rows)."""
-        shape = LowRankShape(self.shape.columns, self.shape.rows, self.shape.rank)
-        return MatrixPart(shape, self.matrix.T, self.rest.T if self.rest is not None else None, self.memory)
+    def multiply(self, right: Tensor, left: Tensor) -> None:
+        """P becomes M Q."""
+        torch.mm(right, self._wide(self.matrix).T, out=left)
 
-    def wide(self) -> Tensor:
-        """The matrix in the dtype of messages; a view if it has that."""
-        return self.matrix.to(wide_dtype(self.matrix))
+    def multiply_transposed(self, left: Tensor, right: Tensor) -> None:
+        """Q becomes M^T P."""
+        torch.mm(left, self._wide(self.matrix), out=right)
 
     def leave_out(self, left: Tensor, right: Tensor) -> None:
-        """The rest becomes matrix - left right^T."""
+        """The rest becomes M - P Q^T."""
         if self.rest is None:
             return
-        if self.rest.dtype == left.dtype:
-            torch.addmm(self.matrix, left, right.T, alpha=-1, out=self.rest)
-        else:
-            self.rest.copy_(torch.addmm(self.wide(), left, right.T, alpha=-1))
+        for rows in self._rows():
+            given, rest, factor = self.matrix[rows], self.rest[rows], left[:, rows].T
+            if rest.dtype == left.dtype:
+                torch.addmm(given, factor, right, alpha=-1, out=rest)
+            else:
+                rest.copy_(torch.addmm(self._wide(given), factor, right, alpha=-1))
 
     def arrive(self, left: Tensor, right: Tensor) -> None:
-        """The matrix becomes left right^T."""
-        if self.matrix.dtype == left.dtype:
-            torch.mm(left, right.T, out=self.matrix)
-        else:
-            self.matrix.copy_(left @ right.T)
+        """The matrix becomes P Q^T."""
+        for rows in self._rows():
+            here, factor = self.matrix[rows], left[:, rows].T
+            if here.dtype == left.dtype:
+                torch.mm(factor, right, out=here)
+            else:
+                here.copy_(factor @ right)
+
+    def _rows(self) -> Iterator[slice]:
+        """Blocks that stay in cache."""
+        return (rows for _, rows in row_blocks(self.matrix.view(-1), self.shape.columns))
+
+    @staticmethod
+    def _wide(values: Tensor) -> Tensor:
+        """In the dtype of messages; no copy if they have that."""
+        return values.to(wide_dtype(values))
 
 
 class LowRank(JointCodec):
@@ -147,13 +164,15 @@ class LowRank(JointCodec):
 
     @staticmethod
     def _message(
-        addend: JointAddend, name: str, matrices: Sequence[MatrixPart], vectors: Sequence[Tensor] = ()
+        addend: JointAddend, turn: int, matrices: Sequence[MatrixPart], vectors: Sequence[Tensor] = ()
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """A message with a factor of (rows, rank) of each matrix, then the vectors; these factors; these vectors."""
-        lengths = [part.shape.left for part in matrices] + [vector.numel() for vector in vectors]
-        message = addend.scratch(name, sum(lengths), wide_dtype(addend.values))
-        parts = message.split(lengths)
-        factors = [flat.view(-1, part.shape.rank) for flat, part in zip(parts, matrices, strict=False)]
+        """A message with P^T (turn 1: Q^T) of each matrix, then the vectors; these factors; these vectors."""
+        lengths = [(part.shape.left, part.shape.right)[turn] for part in matrices]
+        message = addend.scratch(
+            "PQ"[turn], sum(lengths) + sum(vector.numel() for vector in vectors), wide_dtype(addend.values)
+        )
+        parts = message.split(lengths + [vector.numel() for vector in vectors])
+        factors = [flat.view(part.shape.rank, -1) for flat, part in zip(parts, matrices, strict=False)]
         return message, factors, list(parts[len(matrices) :])
 
     @staticmethod
@@ -172,27 +191,26 @@ class PowerSGD(LowRank):
     stages: ClassVar[int] = 2
 
     def memory(self, slot: Slot, dtype: torch.dtype) -> Tensor:
-        """Q, with columns of any length; at first random."""
+        """Q^T, with rows of any length; at first random."""
         return self._random(slot, self.shape(slot).right, dtype)
 
     def _sum(
         self, addend: JointAddend, matrices: Sequence[MatrixPart], vectors: Sequence[Tensor]
     ) -> Iterator[list[Request]]:
-        message, lefts, summed = self._message(addend, "P", matrices, vectors)
+        message, lefts, summed = self._message(addend, 0, matrices, vectors)
         with self._span(addend, "encode", message, matrices):
             for part, left in zip(matrices, lefts, strict=True):
-                torch.mm(part.wide(), part.memory.view(-1, part.shape.rank), out=left)
+                part.multiply(part.memory.view(part.shape.rank, -1), left)
             _copy(vectors, summed)
         yield [addend.comms[0].start_all_reduce(as_array(message))]
         _copy(summed, vectors)
         if not matrices:
             return
-        sides = [part.transposed() for part in matrices]
-        message, rights, _ = self._message(addend, "Q", sides)
+        message, rights, _ = self._message(addend, 1, matrices)
         with self._span(addend, "encode", message, matrices):
-            for part, left, right in zip(sides, lefts, rights, strict=True):
+            for part, left, right in zip(matrices, lefts, rights, strict=True):
                 left.copy_(orthonormal(left))
-                torch.mm(part.wide(), left, out=right)
+                part.multiply_transposed(left, right)
             sent = [right.clone() for right in rights]
         requests = [addend.comms[1].start_all_reduce(as_array(message))]
         with self._span(addend, "encode", message, matrices):  # while it is on its way
@@ -212,48 +230,51 @@ class AlternatingPowerSGD(LowRank):
     stages: ClassVar[int] = 1
 
     def memory(self, slot: Slot, dtype: torch.dtype) -> Tensor:
-        """P, then Q, with columns of any length; at first random."""
+        """P^T, then Q^T, with rows of any length; at first random."""
         shape = self.shape(slot)
         return self._random(slot, shape.left + shape.right, dtype)
 
     def _sum(
         self, addend: JointAddend, matrices: Sequence[MatrixPart], vectors: Sequence[Tensor]
     ) -> Iterator[list[Request]]:
-        kept = [part.memory.split([part.shape.left, part.shape.right]) for part in matrices]
-        turn = addend.number % 2  # 0: P is sent; 1: Q, which is the P of the transposed matrices
+        turn = addend.number % 2  # 0: P is sent, Q is known; 1: Q is sent, P is known
         addend.number += 1
-        sides = [part.transposed() if turn else part for part in matrices]
-        message, factors, summed = self._message(addend, "PQ"[turn], sides, vectors)
+        kept = [part.memory.split([part.shape.left, part.shape.right]) for part in matrices]
+        message, factors, summed = self._message(addend, turn, matrices, vectors)
         with self._span(addend, "encode", message, matrices):
-            known = [both[1 - turn].view(-1, part.shape.rank) for part, both in zip(sides, kept, strict=True)]
-            others = list(map(orthonormal, known))
-            for part, factor, other in zip(sides, factors, others, strict=True):
-                torch.mm(part.wide(), other, out=factor)
+            others = [
+                orthonormal(both[1 - turn].view(part.shape.rank, -1)) for part, both in zip(matrices, kept, strict=True)
+            ]
+            for part, factor, other in zip(matrices, factors, others, strict=True):
+                if turn:
+                    part.multiply_transposed(other, factor)
+                else:
+                    part.multiply(other, factor)
             _copy(vectors, summed)
             sent = [factor.clone() for factor in factors]
         requests = [addend.comms[0].start_all_reduce(as_array(message))]
         with self._span(addend, "encode", message, matrices):  # while it is on its way
-            for part, factor, other in zip(sides, sent, others, strict=True):
-                part.leave_out(factor, other)
+            for part, factor, other in zip(matrices, sent, others, strict=True):
+                part.leave_out(*((other, factor) if turn else (factor, other)))
         yield requests
         with self._span(addend, "decode", message, matrices):
             _copy(summed, vectors)
-            for part, factor, other, both in zip(sides, factors, others, kept, strict=True):
-                part.arrive(factor, other)
+            for part, factor, other, both in zip(matrices, factors, others, kept, strict=True):
+                part.arrive(*((other, factor) if turn else (factor, other)))
                 keep(factor, both[turn])
 
 
 def orthonormal(factor: Tensor) -> Tensor:
-    """An orthonormal basis, (rows, rank), of a space that contains the columns of `factor`: its QR decomposition.
-    Unlike Gram and Schmidt's process, as in the papers, it makes a basis of dependent columns and of zeros, too."""
-    return torch.linalg.qr(factor).Q
+    """An orthonormal basis, (rank, n), of a space that contains the rows of `factor`: its QR decomposition. Unlike Gram
+    and Schmidt's process, as in the papers, it makes a basis of dependent rows and of zeros, too."""
+    return torch.linalg.qr(factor.T).Q.T.contiguous()
 
 
 def keep(factor: Tensor, memory: Tensor) -> None:
-    """Store the columns of `factor` in the flat `memory`, each divided by its largest magnitude, so that products with
-    them stay in range. Where a column is 0, as of a parameter that never had a gradient, or not finite, the old one
-    stays: nothing could be learned from zeros."""
-    largest = factor.abs().amax(0)
+    """Store the rows of `factor`, (rank, n), in the flat `memory`, each divided by its largest magnitude, so that
+    products with them stay in range. Where a row is 0, as of a parameter that never had a gradient, or not finite, the
+    old one stays: nothing could be learned from zeros."""
+    largest = factor.abs().amax(1, keepdim=True)
     known = memory.view(factor.shape)
     known.copy_(torch.where((largest > 0) & torch.isfinite(largest), factor / largest, known))
 

@@ -104,7 +104,7 @@ def test_sums_are_those_of_the_published_algorithms(kind: type[LowRank], ranks: 
     found = _sums(codec, rounds, slots)
     for slot in slots:
         shape, memory, left_out = codec.shape(slot), codec.memory(slot, torch.float64), torch.tensor(0.0)
-        p, q = memory[: -shape.right].view(-1, 2), memory[-shape.right :].view(-1, 2)
+        p, q = memory[: -shape.right].view(2, -1).T, memory[-shape.right :].view(2, -1).T
         for number, given in enumerate(rounds):
             total = _matrix(torch.stack(list(given)).sum(0), slot) + left_out
             if kind is PowerSGD:
