@@ -12,9 +12,10 @@ from torch import Tensor
 
 from hpctrain.codecs.base import Addend, Codec
 from hpctrain.replica.layout import Slot, Stretch, joined
+from hpctrain.replica.tensors import as_tensor
 
 if TYPE_CHECKING:
-    from hpctrain.comm.base import Communicator
+    from hpctrain.comm.base import Buffer, Communicator
 
 
 class JointAddend(Addend):
@@ -70,11 +71,12 @@ class WholeParameters:
         """How many sums there were of each stretch."""
         return max((addend.number for addend in self._addends), default=self._before)
 
-    @number.setter
-    def number(self, number: int) -> None:
-        self._before = number
-        for addend in self._addends:
-            addend.number = number
+    def load(self, memory: Buffer, number: int) -> None:
+        """Continue with `memory` and `number` of an earlier run, before the first sum; or without, if a resumed run
+        changes its codec or the rank, so that the memory is of another length."""
+        if memory.size == self.memory.numel():
+            self.memory.copy_(as_tensor(memory))
+            self._before = number
 
     def pieces(self, low: int, high: int, size: int) -> Iterator[Stretch]:
         """Cut [low, high), which begins and ends with a parameter, between parameters; most have `size` elements or

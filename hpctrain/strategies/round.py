@@ -17,7 +17,9 @@ from hpctrain.clock.decisions import Ask
 from hpctrain.codecs import CodecChoice, codec_by
 from hpctrain.errors import HpctrainError
 from hpctrain.replica.state import (
+    MEMORY,
     OPTIMIZER,
+    REST,
     STRATEGY,
     Own,
     Section,
@@ -242,7 +244,8 @@ class RoundStrategy(Strategy):
             return
         state = State(self.exchange.low, self.exchange.high)
         state.optimizer.numbers = own.numbers[OPTIMIZER]
-        for path in own.arrays.keys() - self.exchange.own().arrays.keys():
+        others = {REST, MEMORY}  # perhaps of another codec, if a resumed run changes it
+        for path in own.arrays.keys() - self.exchange.own().arrays.keys() - others:
             state.place(path, own.arrays[path])
         self.update.load(state)
 

@@ -94,8 +94,7 @@ class StretchSums:
             self._rest.copy_(as_tensor(own.arrays[REST]))
             self.divisor = own.numbers[REST]["divisor"]
         if self._whole is not None and MEMORY in own.arrays:
-            self._whole.memory.copy_(as_tensor(own.arrays[MEMORY]))
-            self._whole.number = own.numbers[MEMORY]["number"]
+            self._whole.load(own.arrays[MEMORY], own.numbers[MEMORY]["number"])
 
     def pieces(self, low: int, high: int) -> Iterator[Stretch]:
         """How the stretch [low, high) is cut."""

@@ -20,6 +20,7 @@ from hpctrain.comm.virtual.network import LinkNetwork
 from hpctrain.comm.virtual.world import World
 from hpctrain.replica.layout import NUMPY_DTYPES, Slot
 from hpctrain.replica.tensors import as_tensor
+from hpctrain.run.resume import Resume
 from hpctrain.strategies.sums import StretchSums
 from tests import helpers
 
@@ -295,3 +296,25 @@ def test_convolutions_train_alike_on_all_ranks(tmp_path: Path, codec: str, excha
         return found
 
     assert np.isfinite(run(codec={"name": codec, "rank": 1})[0]).all()
+
+
+@pytest.mark.parametrize("codec", ["none", "topk", "acp", {"name": "powersgd", "rank": 2}])
+@pytest.mark.parametrize("strategy", [{"name": "all_reduce"}, {"name": "local_sgd", "every": 2}], ids=str)
+def test_a_resumed_run_may_have_another_codec(tmp_path: Path, strategy: helpers.Tables, codec: Any):
+    """It starts with new factors then."""
+
+    def body(comm: Communicator) -> np.ndarray:
+        def job(codec: Any) -> Any:
+            tables: Any = {"strategy": {**strategy, "codec": codec}}
+            tables["train"] = {"steps": 8, "batch_size": 3, "checkpoint_every": {"steps": 4}, "keep_checkpoints": 9}
+            return helpers.make_job(tmp_path, **tables)
+
+        whole = helpers.quiet_train(comm, job({"name": "powersgd", "rank": 1}))
+        if comm.rank == 0:
+            helpers.forget_after(whole.folder, 0)
+        comm.barrier()
+        return helpers.vector(helpers.quiet_train(comm, job(codec), resume=Resume(whole.folder, changes="take")).model)
+
+    found = World(2, nodes=range(2)).run(body)
+    assert np.isfinite(found[0]).all()
+    np.testing.assert_array_equal(*found)
