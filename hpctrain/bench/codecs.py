@@ -10,14 +10,14 @@ from torch import Tensor
 
 from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.codecs import CodecTable, codec_by
-from hpctrain.codecs.options import NAMES
+from hpctrain.codecs.options import JOINT, NAMES
 from hpctrain.codecs.wire import WireCodec
 
 ELEMENTS = 10_000_000  # float32, normally distributed
 REPETITIONS = 7
 GIGABIT = 1e9 / 8  # bytes per second
 TABLES: dict[str, CodecTable] = {
-    **{name: CodecTable(name=name) for name in NAMES if name != "none"},
+    **{name: CodecTable(name=name) for name in NAMES if name not in ("none", *JOINT)},
     "topk, 2 bits": CodecTable(name="topk", bits=2),
     "sign, majority": CodecTable(name="sign", majority=True),
 }

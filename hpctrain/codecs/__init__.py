@@ -22,13 +22,14 @@ def codec_by(codec: CodecName | CodecTable, seed: int = 0) -> Codec:
     from hpctrain.codecs.demo import SIDE, TOP, LargestFrequencies
     from hpctrain.codecs.half import BFloat16, Float16
     from hpctrain.codecs.library import LibrarySum
+    from hpctrain.codecs.powersgd import RANK, AlternatingPowerSGD, PowerSGD
     from hpctrain.codecs.quantise import BLOCK, Int4, Int8
     from hpctrain.codecs.sign import SIGNS, MajoritySign, Sign
     from hpctrain.codecs.sparse import FullValues, TwoBitValues, kept
     from hpctrain.codecs.topk import CHUNK, KEEP, TopK
 
     table = codec if isinstance(codec, CodecTable) else CodecTable(name=codec)
-    keep, block = table.keep, table.block
+    keep, block, rank = table.keep, table.block, table.rank or RANK
     made: dict[CodecName, Callable[[], Codec]] = {
         "none": LibrarySum,
         "bfloat16": BFloat16,
@@ -38,12 +39,14 @@ def codec_by(codec: CodecName | CodecTable, seed: int = 0) -> Codec:
         "sign": lambda: (MajoritySign if table.majority else Sign)(block or SIGNS),
         "topk": lambda: TopK(keep or KEEP, block or CHUNK, TwoBitValues() if table.bits == 2 else FullValues()),
         "demo": lambda: LargestFrequencies(SIDE, kept(keep, SIDE * SIDE) if keep else TOP),
+        "powersgd": lambda: PowerSGD(rank, seed),
+        "acp": lambda: AlternatingPowerSGD(rank, seed),
     }
     return made[table.name]()
 
 
 def wire_codec_by(codec: CodecName | CodecTable, seed: int = 0) -> WireCodec | None:
-    """The same for messages that are not summed on their way; None for "none"."""
+    """The same for messages that are not summed on their way; None for "none", and for those that only sum."""
     from hpctrain.codecs.wire import WireCodec
 
     made = codec_by(codec, seed)

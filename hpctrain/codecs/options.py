@@ -10,21 +10,24 @@ from pydantic import Field, WrapValidator, model_validator
 from hpctrain.options import Options
 from hpctrain.text import did_you_mean
 
-CodecName = Literal["none", "bfloat16", "float16", "int8", "int4", "sign", "topk", "demo"]
+CodecName = Literal["none", "bfloat16", "float16", "int8", "int4", "sign", "topk", "demo", "powersgd", "acp"]
 NAMES: tuple[CodecName, ...] = get_args(CodecName)
+JOINT: tuple[CodecName, ...] = ("powersgd", "acp")  # which a server cannot take
 TAKES: dict[str, tuple[CodecName, ...]] = {
     "keep": ("topk", "demo"),
     "block": ("int8", "int4", "sign", "topk"),
     "bits": ("topk",),
     "majority": ("sign",),
+    "rank": JOINT,
 }
 EXAMPLE = '{name = "topk", keep = 0.01}'
 CODEC_TEXT = (
     "how gradients (local_sgd, diloco: changes) are written into messages; ranks that share memory send none. none: as "
     "they are; bfloat16, float16: in 16 bits, added in float32 (float16 with a scale for each message); int8, int4: in "
     "8 or 4 bits, rounded at random so that the mean is right (QSGD); sign: in 1 bit, with a scale for each block; "
-    "topk: the largest elements of each block; demo: the largest frequencies of each block (DeMo's). A table gives a "
-    f"name and the keys below: {EXAMPLE}"
+    "topk: the largest elements of each block; demo: the largest frequencies of each block (DeMo's); powersgd, acp: "
+    "each matrix as a product of two narrow ones (acp: one of the two in turn). A table gives a name and the keys "
+    f"below: {EXAMPLE}"
 )
 
 
@@ -56,6 +59,14 @@ class CodecTable(Options):
     majority: bool | None = Field(
         default=None,
         description="each element of a sum has the sign that most ranks give it (sign); left out: the sum's own",
+    )
+
+    rank: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**15,
+        description="columns of the factors of a matrix (powersgd, acp), at most its smaller side; a matrix of which "
+        "that saves nothing is sent as it is; left out: 2",
     )
 
     def __str__(self) -> str:

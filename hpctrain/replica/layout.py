@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,10 @@ class Slot:
     shape: tuple[int, ...]
     offset: int
     size: int
+
+    def moved(self, by: int) -> Slot:
+        """The same so many elements further."""
+        return replace(self, offset=self.offset + by)
 
 
 @dataclass(frozen=True)

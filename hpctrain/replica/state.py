@@ -19,6 +19,7 @@ Row = tuple[str, tuple[int, ...], np.dtype[Any]]  # path, shape and dtype of an 
 OPTIMIZER = "optimizer"
 STRATEGY = "strategy"
 REST = "codec/rest"  # among a worker's own arrays: what its messages have left out so far
+MEMORY = "codec/memory"  # and what its codec knows of parameters
 _STRATEGY_IN_0_1 = "strategy: "  # key prefix of the strategy's own moments among the optimizer's
 
 

@@ -75,6 +75,8 @@ class AllReduce(RoundStrategy):
         {"codec": {"name": "topk", "keep": 0.1}, "bucket_mb": 0.0005},
         {"codec": "sign", "exchange": "message"},
         {"codec": "demo", "exchange": "message"},
+        {"codec": {"name": "powersgd", "rank": 1}, "bucket_mb": 0.0005},
+        {"codec": "acp", "exchange": "message"},
     )
 
     def __init__(self, options: AllReduceOptions) -> None:

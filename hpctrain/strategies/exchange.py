@@ -180,7 +180,8 @@ class BucketExchange(MessageExchange):
     def __init__(self, phase: Phase, codec: Codec, size: int, early: bool) -> None:
         super().__init__(phase)
         self.bucket_bytes = size if early else 0
-        self._sums = StretchSums(self.comm, codec, self.mean, size // self.mean.element_size())
+        slots = self.replica.layout.slots
+        self._sums = StretchSums(self.comm, codec, self.mean, size // self.mean.element_size(), slots)
 
     def begin(self, position: int, divisor: float) -> None:
         self._sums.begin(position, divisor)

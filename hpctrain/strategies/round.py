@@ -17,6 +17,7 @@ from hpctrain.clock.decisions import Ask
 from hpctrain.codecs import CodecChoice, codec_by
 from hpctrain.errors import HpctrainError
 from hpctrain.replica.state import (
+    MEMORY,
     OPTIMIZER,
     REST,
     STRATEGY,
@@ -244,7 +245,7 @@ class RoundStrategy(Strategy):
         state = State(self.exchange.low, self.exchange.high)
         state.optimizer.numbers = own.numbers[OPTIMIZER]
         for path, array in own.arrays.items():
-            if path != REST:
+            if path not in (REST, MEMORY):
                 state.place(path, array)
         self.update.load(state)
         return lost

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from hpctrain.codecs.joint import JointCodec
 from hpctrain.replica.blocks import add_up, sum_of_squares
-from hpctrain.replica.layout import Stretch, slice_bounds, stretches_of
+from hpctrain.replica.layout import Stretch, slice_bounds
 from hpctrain.replica.state import Own
 from hpctrain.replica.tensors import as_array, as_tensor
 from hpctrain.strategies.contribution import Contribution
@@ -32,13 +33,14 @@ class SharedExchange(Exchange):
     """Sums gradients slice by slice from node-shared arenas. Nodes all-reduce equal slices with each other, using
     `algorithm`."""
 
-    def __init__(self, phase: Phase, algorithm: str = "library") -> None:
+    def __init__(self, phase: Phase, algorithm: str = "library", whole: bool = False) -> None:
+        """`whole`: slices are cut between parameters, so they may be of unequal length or empty."""
         super().__init__(phase)
         comm = self.comm
         self._algorithm = algorithm
         sizes = [comm.nodes.count(node) for node in sorted(set(comm.nodes))]
         parts = min(sizes)
-        self._bounds = slice_bounds(self.replica.layout, parts, elementwise=True)
+        self._bounds = slice_bounds(self.replica.layout, parts, elementwise=not whole)
         owns = comm.local_rank < parts
         self.low, self.high = self._bounds[comm.local_rank : comm.local_rank + 2] if owns else (0, 0)
         self._across = comm.split(comm.local_rank if owns else None, comm.rank) if len(sizes) > 1 else None
@@ -118,12 +120,13 @@ class SharedBucketExchange(SharedExchange):
     completed a bucket on all ranks of the node, the owner of each part of it sums that part and sends it."""
 
     def __init__(self, phase: Phase, codec: Codec, size: int, early: bool) -> None:
-        super().__init__(phase)
+        super().__init__(phase, whole=isinstance(codec, JointCodec))
         self.bucket_bytes = size if early else 0
-        self._size = size // self.mean.element_size()
+        slots = [slot.moved(-self.low) for slot in self.replica.layout.slots_in(self.low, self.high)]
+        length = size // self.mean.element_size()
         self._sums: StretchSums | None = None
         if self._across is not None:
-            self._sums = StretchSums(self._across, codec, self.mean, self._size, self.low)
+            self._sums = StretchSums(self._across, codec, self.mean, length, slots, self.low)
         self._due: deque[Stretch] = deque()  # complete on this rank, but perhaps not on the node's others
 
     def begin(self, position: int, divisor: float) -> None:
@@ -171,7 +174,7 @@ class SharedBucketExchange(SharedExchange):
             return iter(())
         if not self.bucket_bytes:
             self._sums.expected = divisor
-            for low, high in stretches_of(self.high - self.low, self._size):
+            for low, high in self._sums.pieces(0, self.high - self.low):
                 self._send_part(low, high)
         return self._arriving(self._sums, divisor)
 

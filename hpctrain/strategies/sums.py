@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from hpctrain.codecs.base import Addend, Codec
-from hpctrain.replica.layout import NUMPY_DTYPES, Stretch, stretches_of
-from hpctrain.replica.state import REST, Own
+from hpctrain.codecs.joint import JointCodec, WholeParameters
+from hpctrain.replica.layout import NUMPY_DTYPES, Slot, Stretch, stretches_of
+from hpctrain.replica.state import MEMORY, REST, Own
 from hpctrain.replica.tensors import as_array, as_tensor
 
 if TYPE_CHECKING:
@@ -50,17 +51,30 @@ class StretchSums:
     a short round are divided by less. `rest`: that, or None; `expected`: what the sums that are started now will be
     divided by, as far as is known, and `divisor`: what was expected of the latest ones. Only their ratio counts.
 
+    A JointCodec also needs `slots`, the parameters in `values`. Pieces are then cut between these, and may be longer.
+
     All ranks must start the same stretches in the same order. Pieces and their stages begin in that order, too, so
     their order alone identifies the messages. The constructor is collective.
     """
 
-    def __init__(self, comm: Communicator, codec: Codec, values: Tensor, size: int, low: int = 0) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        codec: Codec,
+        values: Tensor,
+        size: int,
+        slots: Sequence[Slot] = (),
+        low: int = 0,
+    ) -> None:
         own = comm.split(0, comm.rank)
         assert own is not None
         self._comm, self._codec, self._values = own.patient(), codec, values
         self._size = max(size, codec.unit) // codec.unit * codec.unit
         remembers = codec.remembers and own.size > 1
         self.rest = as_tensor(own.arena(values.numel(), NUMPY_DTYPES[values.dtype]).mine) if remembers else None
+        self._whole: WholeParameters | None = None
+        if isinstance(codec, JointCodec) and own.size > 1:
+            self._whole = WholeParameters(self._comm, codec, values, slots)
         self.divisor = self.expected = 1.0
         self._low = low
         self._addends: dict[Stretch, Addend] = {}
@@ -78,10 +92,13 @@ class StretchSums:
         self._codec.position, self.expected = position, expected
 
     def own(self) -> Own:
-        """What this rank's messages have left out so far; views. Not collective."""
-        if self.rest is None:
-            return Own()
-        return Own({REST: as_array(self.rest)}, {REST: {"divisor": self.divisor, "low": self._low}})
+        """What this rank's messages have left out so far, and what its codec remembers; views. Not collective."""
+        own = Own()
+        if self.rest is not None:
+            own.arrays[REST], own.numbers[REST] = as_array(self.rest), {"divisor": self.divisor, "low": self._low}
+        if self._whole is not None:
+            own.arrays[MEMORY], own.numbers[MEMORY] = as_array(self._whole.memory), {"number": self._whole.number}
+        return own
 
     def load_own(self, own: Own) -> str | None:
         """Continue from the result of `own`, if it is of the same stretch of the arena. Returns why not. Not
@@ -93,11 +110,19 @@ class StretchSums:
             return MOVED
         self.rest.copy_(as_tensor(kept))
         self.divisor = about["divisor"]
+        if self._whole is not None and MEMORY in own.arrays:
+            self._whole.load(own.arrays[MEMORY], own.numbers[MEMORY]["number"])
         return None
+
+    def pieces(self, low: int, high: int) -> Iterator[Stretch]:
+        """How the stretch [low, high) is cut."""
+        if self._whole is not None:
+            return self._whole.pieces(low, high, self._size)
+        return ((low + a, low + b) for a, b in stretches_of(high - low, self._size))
 
     def start(self, low: int, high: int) -> None:
         """Start the sum of values[low:high]; never waits."""
-        self._due.extend((low + a, low + b) for a, b in stretches_of(high - low, self._size))
+        self._due.extend(self.pieces(low, high))
         self._fill()
 
     def poll(self) -> None:
@@ -158,11 +183,16 @@ class StretchSums:
         while self._due and self._under_way() < self._most:
             piece = self._due.popleft()
             if piece not in self._addends:
-                here = slice(*piece)
-                rest = self.rest[here] if self.rest is not None else None
-                self._addends[piece] = Addend(self._comm, self._values[here], rest)
+                self._addends[piece] = self._addend(piece)
             self._addends[piece].carry = self.expected / self.divisor
             self._enter(0, piece, self._codec.reduce(self._addends[piece]))
+
+    def _addend(self, piece: Stretch) -> Addend:
+        here = slice(*piece)
+        rest = self.rest[here] if self.rest is not None else None
+        if self._whole is not None:
+            return self._whole.addend(piece, rest)
+        return Addend(self._comm, self._values[here], rest)
 
     def _enter(self, number: int, piece: Stretch, rest: Iterator[list[Request]]) -> None:
         requests = next(rest, None)
@@ -172,6 +202,8 @@ class StretchSums:
             self._stages[number].append(UnderWay(piece, rest, requests))
 
     def free(self) -> None:
-        """Free the communicator, after `finish`. Collective."""
+        """Free the communicators, after `finish`. Collective."""
         self._addends = {}
+        if self._whole is not None:
+            self._whole.free()
         self._comm.free()

@@ -15,7 +15,8 @@ from hpctrain.codecs import CodecChoice, CodecName, CodecTable, codec_by, wire_c
 from hpctrain.codecs.demo import LargestFrequencies
 from hpctrain.codecs.half import BFloat16
 from hpctrain.codecs.library import LibrarySum
-from hpctrain.codecs.options import NAMES, TAKES
+from hpctrain.codecs.options import JOINT, NAMES, TAKES
+from hpctrain.codecs.powersgd import AlternatingPowerSGD, PowerSGD
 from hpctrain.codecs.quantise import Int4, Int8
 from hpctrain.codecs.sign import MajoritySign, Sign
 from hpctrain.codecs.topk import TopK
@@ -65,7 +66,7 @@ def test_keys_of_a_table_are_overridden_one_by_one(tmp_path: Path):
     assert switched.schedule[0].strategy.options.codec == CodecTable(name="int4", block=8)
 
 
-LISTED = '"none", "bfloat16", "float16", "int8", "int4", "sign", "topk", "demo"'
+LISTED = '"none", "bfloat16", "float16", "int8", "int4", "sign", "topk", "demo", "powersgd", "acp"'
 MISTAKES = [
     ('codec = "int9"', f'strategy.codec = "int9": must be one of {LISTED}, or a table such as {{name = "topk"'),
     ('codec = "Int8"', "(did you mean int8?)"),
@@ -83,6 +84,11 @@ MISTAKES = [
     ('codec = {name = "int8", bits = 32}', 'has bits with name = "int8"'),
     ('codec = {name = "none", block = 8}', 'has block with name = "none"'),
     ('name = "parameter_server"\ncodec = {name = "sign", majority = true}', "has codec.majority, a vote on sums"),
+    ('codec = {name = "powersgd", rank = 0}', "codec.rank = 0: must be an integer, at least 1 and at most 32768"),
+    ('codec = {name = "acp", rank = 1.5}', "strategy.codec.rank = 1.5: must be an integer, at least 1"),
+    ('codec = {name = "topk", rank = 2}', 'has rank with name = "topk", where it has no effect; set name = "powersgd"'),
+    ('codec = "powersgd"\nname = "parameter_server"', 'has codec = "powersgd", which sums over workers only'),
+    ('codec = {name = "acp", rank = 1}\nname = "parameter_server"', 'not at a server; use "none", "bfloat16"'),
     ('codec = "int8"\nalgorithm = "ring"', 'has codec = "int8", which needs algorithm = "library"'),
     ('codec = {name = "int8", block = 8}\nalgorithm = "ring"', 'has codec = "int8", which needs algorithm = "library"'),
 ]
@@ -108,10 +114,12 @@ def test_codecs_are_made_as_the_options_say():
         "sign": Sign,
         "topk": TopK,
         "demo": LargestFrequencies,
+        "powersgd": PowerSGD,
+        "acp": AlternatingPowerSGD,
     }
     for name, kind in kinds.items():
         assert type(codec_by(name)) is kind
-        assert (wire_codec_by(name) is None) == (name == "none")
+        assert (wire_codec_by(name) is None) == (name in ("none", *JOINT))
     assert type(codec_by(CodecTable(name="sign", majority=True))) is MajoritySign
     assert type(codec_by(CodecTable(name="sign", majority=False))) is Sign
 

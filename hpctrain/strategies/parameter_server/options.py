@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from hpctrain.codecs import CodecChoice, CodecTable
+from hpctrain.codecs.options import JOINT, NAMES
 from hpctrain.options import Options
 
 
@@ -38,9 +39,9 @@ class ParameterServerOptions(Options):
     codec: CodecChoice = Field(
         "none",
         description="how gradients and parameters are written into messages between nodes. none: as they are; "
-        "bfloat16, float16: in 16 bits (float16 with a scale for each message); any other codec of all_reduce: "
-        "gradients with that codec, parameters in bfloat16; for evaluations, checkpoints and the end of a phase "
-        "parameters are sent as they are",
+        "bfloat16, float16: in 16 bits (float16 with a scale for each message); any other codec of all_reduce but "
+        "powersgd and acp: gradients with that codec, parameters in bfloat16; for evaluations, checkpoints and the end "
+        "of a phase parameters are sent as they are",
     )
     bound: int = Field(
         3,
@@ -88,6 +89,9 @@ class ParameterServerOptions(Options):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if str(self.codec) in JOINT:
+            taken = ", ".join(f'"{name}"' for name in NAMES if name not in JOINT)
+            raise ValueError(f'has codec = "{self.codec}", which sums over workers only, not at a server; use {taken}')
         defaults = type(self).model_fields
         for key, modes in MODE_KEYS.items():
             if self.mode not in modes and getattr(self, key) != defaults[key].default:
