@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hpctrain.bench.report import FigureTable, Sample
 from hpctrain.codecs import CodecTable, codec_by
+from hpctrain.codecs.joint import JointAddend, JointCodec
 from hpctrain.codecs.options import JOINT, NAMES
 from hpctrain.codecs.wire import WireCodec
+from hpctrain.replica.layout import Slot
 
 ELEMENTS = 10_000_000  # float32, normally distributed
 REPETITIONS = 7
@@ -51,7 +58,58 @@ def measure_codecs(progress: Callable[[str], None]) -> FigureTable:
         size = codec.nbytes(values)
         table.rows[name] = {column: Sample(tuple(1e3 * each for each in seconds), "ms") for column, seconds in columns}
         table.rows[name] |= {BYTES: Sample((size / 1e6,), "MB"), RATIO: Sample((full / size,), "1")}
+    slots = _perceptron()
+    shapes = ", ".join(f"{slot.shape[0]} x {slot.shape[1]}" for slot in slots)
+    table.notes.append(f"{' and '.join(JOINT)}, of rank 2: matrices of {shapes}.")
+    for name in JOINT:
+        progress(f"codecs, {name}")
+        table.rows[name] = _joint_row(CodecTable(name=name), values, slots)
     return table
+
+
+class Loopback:
+    """Stands for a communicator of two ranks of which the other gives zeros, in no time. `sent`: bytes."""
+
+    rank, size, sent = 0, 2, 0
+
+    def span(self, *given: Any, **named: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def arena(self, length: int, dtype: Any) -> SimpleNamespace:
+        return SimpleNamespace(mine=np.zeros(length, dtype))
+
+    def start_all_reduce(self, buffer: Any) -> None:
+        self.sent += buffer.nbytes
+
+
+def _perceptron() -> list[Slot]:
+    """The matrices of one with two equal hidden layers, in ELEMENTS elements or a little less."""
+    width = int(math.sqrt(397**2 + ELEMENTS) - 397)
+    slots: list[Slot] = []
+    for shape in ((width, 784), (width, width), (10, width)):
+        offset = slots[-1].offset + slots[-1].size if slots else 0
+        slots.append(Slot(f"matrix {len(slots)}", shape, offset, math.prod(shape)))
+    return slots
+
+
+def _joint_row(options: CodecTable, values: Tensor, slots: list[Slot]) -> dict[str, Sample]:
+    """The same of a codec that sums; it has no way to add."""
+    codec, given = codec_by(options), values[: slots[-1].offset + slots[-1].size]
+    assert isinstance(codec, JointCodec)
+    comm, taken, sums = Loopback(), dict[str, list[float]](), 0
+    for kind, rest in ((ENCODE, None), (REST, torch.zeros_like(given))):
+        memory = [codec.memory(slot, given.dtype) for slot in slots]
+        addend = JointAddend([cast(Any, comm)] * codec.stages, given.clone(), rest, slots, memory)
+        for _ in range(REPETITIONS + 1):
+            addend.values.copy_(given)
+            marks = [time.perf_counter()]
+            marks += [time.perf_counter() for _ in codec.reduce(addend)]
+            taken.setdefault(kind, []).append(marks[-1] - marks[0])
+            taken.setdefault(DECODE, []).append(time.perf_counter() - marks[-1])
+            sums += 1
+    row = {kind: Sample(tuple(1e3 * each for each in seconds[1:]), "ms") for kind, seconds in taken.items()}
+    size = comm.sent / sums
+    return row | {BYTES: Sample((size / 1e6,), "MB"), RATIO: Sample((given.nbytes / size,), "1")}
 
 
 def _times(codec: WireCodec, values: Tensor) -> tuple[float, ...]:
