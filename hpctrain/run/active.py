@@ -34,7 +34,7 @@ class ActiveRun:
 
     `comm`: all ranks. `out`: writes on rank 0 only. `claim`, `files`: on rank 0 only. `signals`: None if stop signals
     are not caught. `closing`: what to undo when the session ends, however it ends. `state`: the state that the next
-    phase takes over, whole on rank 0. `own`: what this worker's strategy continues from in a resumed phase.
+    phase takes over, whole on rank 0. `own`: what this worker's strategy continues from; None unless the phase is resumed.
     `loss_scale`: this rank's; None: losses are not scaled.
     """
 
@@ -51,7 +51,7 @@ class ActiveRun:
     closing: ExitStack
     signals: StopSignals | None = None
     state: State | None = None
-    own: Own = field(default_factory=Own)
+    own: Own | None = None
     loss_scale: LossScale | None = None
     _warned: set[str] = field(default_factory=set)
 
@@ -60,9 +60,9 @@ class ActiveRun:
         state, self.state = self.state, None
         return state
 
-    def take_own(self) -> Own:
-        """What this worker's strategy continues from; available once."""
-        own, self.own = self.own, Own()
+    def take_own(self) -> Own | None:
+        """What this worker's strategy continues from; available once. None on all ranks or on none."""
+        own, self.own = self.own, None
         return own
 
     def saved(self, own: Own) -> Own:

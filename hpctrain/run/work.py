@@ -26,9 +26,9 @@ class Work:
         self._run, self._phase = run, phase
         self._strategy = run.prepared.strategy(phase.index)
         self._strategy.join(phase, run.take_state())
-        lost = phase.worker_comm.gather_json(self._strategy.load_own(run.take_own()))
-        for sentence in filter(None, lost):
-            run.warn(sentence)
+        if (own := run.take_own()) is not None:
+            for lost in filter(None, phase.worker_comm.gather_json(self._strategy.load_own(own))):
+                run.warn(lost)
         self._acting = False  # whether it is doing what a step asked for
         self._loader = self._make_loader()
         self._make_summary()
