@@ -34,8 +34,8 @@ class ActiveRun:
 
     `comm`: all ranks. `out`: writes on rank 0 only. `claim`, `files`: on rank 0 only. `signals`: None if stop signals
     are not caught. `closing`: what to undo when the session ends, however it ends. `state`: the state that the next
-    phase takes over, whole on rank 0. `own`: what this worker's strategy continues from; None unless the phase is resumed.
-    `loss_scale`: this rank's; None: losses are not scaled.
+    phase takes over, whole on rank 0. `own`: what this worker's strategy continues from; None unless the phase is
+    resumed. `loss_scale`: this rank's; None: losses are not scaled.
     """
 
     job: Job
