@@ -115,7 +115,8 @@ class SharedSum:
 
 
 def interleaved(comm: Communicator, ways: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Seconds per call of each way, measured in turn for as long as time allows."""
+    """Seconds per call of each way, measured in turn for as long as time allows. A call before each measurement brings
+    the way's buffers back into the caches: otherwise what follows a way with other buffers takes longer."""
     counts = {}
     for name, way in ways.items():
         seconds_per_call(comm, way, 2)
@@ -124,6 +125,7 @@ def interleaved(comm: Communicator, ways: dict[str, Callable[[], None]]) -> dict
     start, seconds = comm.now(), np.zeros(1)
     while len(taken[next(iter(ways))]) < FEWEST or seconds[0] < SECONDS:
         for name, way in ways.items():
+            way()
             taken[name].append(seconds_per_call(comm, way, counts[name]))
         seconds[0] = (comm.now() - start) / 1e9
         comm.broadcast(seconds)

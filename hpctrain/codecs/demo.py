@@ -46,7 +46,9 @@ class LargestFrequencies(WireCodec):
             written = self._records.write(message[self._where(rows, width, values)], chosen, places)
             if rest is not None:
                 found = self._blocks(written, places, basis)[:, :width]
-                left = torch.where(found.isfinite().all(1, keepdim=True), given - found, given)
+                left = given - found
+                if not written.isfinite().all():
+                    left = torch.where(found.isfinite().all(1, keepdim=True), left, given)
                 rest[elements].copy_(left.reshape(-1))
 
     def decode(self, message: Tensor, into: Tensor, add: bool = False) -> None:

@@ -40,7 +40,9 @@ class Sign(WireCodec):
             scales[rows].copy_(scale.view(-1))
             bits[_bytes(elements)].copy_(as_tensor(np.packbits(np.signbit(as_array(given.view(-1))))))
             if rest is not None:
-                left = torch.where(scale.isfinite(), given - torch.copysign(scale, given), given)
+                left = given - torch.copysign(scale, given)
+                if not scale.isfinite().all():
+                    left = torch.where(scale.isfinite(), left, given)
                 rest[elements].copy_(left.view(-1))
 
     def decode(self, message: Tensor, into: Tensor, add: bool = False) -> None:
