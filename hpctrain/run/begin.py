@@ -129,8 +129,8 @@ def _restore(run: ActiveRun, resume: Resume | None) -> None:
     head, run.state, own = run.keeper.restore(resume.optimizer if resume is not None else "keep")
     run.restore_scale(own)
     run.totals.take(head["account"])
-    if run.totals.ending is Ending.NOTHING:  # otherwise it belongs to the phase that has ended
-        run.own = own
+    if run.totals.ending is Ending.NOTHING and run.comm.rank in head["workers"]:
+        run.own = own  # otherwise it belongs to the phase that has ended, or would stay for the next one
 
 
 def _open(run: ActiveRun, kept: int) -> None:

@@ -87,10 +87,10 @@ try:
 finally:
     pathlib.Path(r"{tmp_path}/cleaned").touch()
 """
-    monkeypatch.setattr(machine, "SECONDS", {"tests": 1.0})
+    monkeypatch.setattr(machine, "SECONDS", {"tests": 3.0})  # Python may start slowly
     began = time.monotonic()
     assert machine.within("tests", [sys.executable, "-c", program]) == 124
-    assert time.monotonic() - began < 9
+    assert time.monotonic() - began < 12
     assert (tmp_path / "cleaned").exists() == (tmp_path / "begun").exists()
     assert machine.within("tests", [sys.executable, "-c", "raise SystemExit(3)"]) == 3
 
