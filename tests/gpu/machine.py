@@ -119,7 +119,10 @@ def run(python: Path, out: Path) -> int:
 def within(part: str, command: Sequence[str]) -> int:
     """The command's status; 124 if it had to be interrupted, as with `timeout`. It may then still clean up for 10 s."""
     began, seconds = time.monotonic(), SECONDS[part]
-    with subprocess.Popen(command, cwd=ROOT, env=_environment(), start_new_session=True) as process:
+    started = subprocess.Popen(
+        command, cwd=ROOT, env=_environment(), start_new_session=True, preexec_fn=_let_interrupts_through
+    )
+    with started as process:
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -132,6 +135,11 @@ def within(part: str, command: Sequence[str]) -> int:
             status = 124
     print(f"{part}: status {status} after {time.monotonic() - began:.0f} s", flush=True)
     return status
+
+
+def _let_interrupts_through() -> None:
+    """A shell without job control starts what is in the background with SIGINT ignored, and programs inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def collect(folder: Path, version: str) -> None:
