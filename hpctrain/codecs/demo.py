@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hpctrain.codecs.sparse import FullValues, Records, largest
-from hpctrain.codecs.wire import WireCodec, wide_dtype
+from hpctrain.codecs.sparse import FullValues, SparseCodec, largest
+from hpctrain.codecs.wire import wide_dtype
 from hpctrain.replica.blocks import row_blocks
 
 SIDE, TOP = 64, 32
 
 
-class LargestFrequencies(WireCodec):
+class LargestFrequencies(SparseCodec):
     """Each block of `unit` = side x side elements is taken to its discrete cosine transform (DCT-II, orthonormal, in
     both directions); the `top` largest coefficients are sent, with their places. A shorter last block has a smaller
     side, and is filled up with zeros.
@@ -24,15 +24,12 @@ class LargestFrequencies(WireCodec):
     sum) belongs to a strategy. Ranks decode to the same bits if their matrix products round alike: on one kind of CPU.
     """
 
-    remembers = True
-
     def __init__(self, side: int = SIDE, top: int = TOP) -> None:
-        self.unit = side * side
-        self._top, self._records = top, Records(FullValues())
+        super().__init__(side * side, FullValues())
+        self._top = top
 
-    def shape(self, values: Tensor) -> tuple[int, torch.dtype]:
-        whole, last = divmod(values.numel(), self.unit)
-        return whole * self._bytes(self.unit, values) + bool(last) * self._bytes(last, values), torch.uint8
+    def count(self, width: int) -> int:
+        return min(self._top, width)
 
     def encode(self, values: Tensor, message: Tensor, rest: Tensor | None = None) -> None:
         wide = wide_dtype(values)
@@ -41,9 +38,9 @@ class LargestFrequencies(WireCodec):
             width = given.shape[1]
             basis = _cosines(_side(width), values)
             frequencies = _both_ways(pad(given, (0, len(basis) ** 2 - width)), basis.T)
-            places = largest(frequencies.abs(), self._count(width))
+            places = largest(frequencies.abs(), self.count(width))
             chosen = frequencies.gather(1, places)
-            written = self._records.write(message[self._where(rows, width, values)], chosen, places)
+            written = self.records.write(message[self.where(rows, width, values)], chosen, places)
             if rest is not None:
                 found = self._blocks(written, places, basis)[:, :width]
                 left = given - found
@@ -55,8 +52,8 @@ class LargestFrequencies(WireCodec):
         for elements, rows in row_blocks(into, self.unit):
             width, chunks = min(self.unit, elements.stop - elements.start), rows.stop - rows.start
             basis = _cosines(_side(width), into)
-            records = message[self._where(rows, width, into)]
-            written, places = self._records.read(records, chunks, self._count(width), basis.dtype)
+            records = message[self.where(rows, width, into)]
+            written, places = self.records.read(records, chunks, self.count(width), basis.dtype)
             found = self._blocks(written, places, basis)[:, :width].reshape(-1)
             if add:
                 into[elements].add_(found)
@@ -68,19 +65,9 @@ class LargestFrequencies(WireCodec):
         frequencies = torch.zeros(len(written), len(basis) ** 2, dtype=basis.dtype, device=basis.device)
         return _both_ways(frequencies.scatter_(1, places, written), basis)
 
-    def _count(self, width: int) -> int:
-        return min(self._top, width)
-
-    def _bytes(self, width: int, values: Tensor) -> int:
-        return self._records.nbytes(self._count(width), wide_dtype(values))
-
-    def _where(self, rows: slice, width: int, values: Tensor) -> slice:
-        begin = rows.start * self._bytes(self.unit, values)
-        return slice(begin, begin + (rows.stop - rows.start) * self._bytes(width, values))
-
 
 def _side(width: int) -> int:
-    """Of the smallest square that holds so many elements."""
+    """The side of the smallest square that holds `width` elements."""
     return math.isqrt(max(0, width - 1)) + 1
 
 

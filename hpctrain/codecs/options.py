@@ -1,4 +1,4 @@
-"""The option `codec` of strategies: a name, or a table with a name and what that codec can be told."""
+"""The option `codec` of strategies: a name, or a table with a name and the options of that codec."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ class Quantised(WireCodec):
     not by the norm as in the paper, whose few levels served its variable-length code. Of a block with values that are
     not finite only these arrive, so that they are found where they are.
 
-    Random numbers are NumPy's SFC64, seeded anew for each message (10 us). They cost less than any way of using numbers
-    twice would save (4 ms for 10 million elements; torch's generator: 17 to 28), and no two elements share any. Of an
+    Random numbers are NumPy's SFC64, seeded anew for each message. That is several times faster than torch's generator,
+    so numbers need not be used twice, and no two elements share any. Of an
     element's 16 bits 15 are used, so a mean is off by at most 2^-16 step, as much as rounding to float32 adds between
     64 and 127; with 8 bits it would be 1/512.
     """
@@ -107,7 +107,7 @@ class Quantised(WireCodec):
 
     @abstractmethod
     def row(self, width: int) -> int:
-        """The bytes of so many elements of a block."""
+        """The number of bytes that `width` elements of a block take."""
 
     @abstractmethod
     def pack(self, whole: Tensor, codes: Tensor) -> None:

@@ -42,7 +42,7 @@ class Slot:
     size: int
 
     def moved(self, by: int) -> Slot:
-        """The same so many elements further."""
+        """The same parameter `by` elements further on."""
         return replace(self, offset=self.offset + by)
 
 
