@@ -122,6 +122,17 @@ def write_job(folder: Path, text: str = "", steps: int = 8) -> Path:
     return path
 
 
+def names_the_dead(rank: int, pid: int, ranks: int) -> str:
+    """A pattern for how the launcher names that rank, which ended the job.
+
+    Where ends are closer together than the scheduler's time slices, its message says that it is not certain.
+    """
+    others = [other for other in range(ranks) if other != rank]
+    before = "".join(f"({other}, )?" for other in others if other < rank)
+    after = "".join(f"(, {other})?" for other in others if other > rank)
+    return rf"hpctrain run: (rank {rank} with PID {pid}|one of the ranks \[{before}{rank}{after}\]) on "
+
+
 class Started:
     """A command in its own session, its output in files; `clear` removes all traces of it."""
 

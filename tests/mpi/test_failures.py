@@ -20,7 +20,7 @@ from hpctrain import launcher
 from hpctrain.run.lock import Lock
 from hpctrain.trace import open_run
 from tests.conftest import ROOT, Mpirun, launch
-from tests.helpers_mpi import RUN, TRAIN, Started, write_job
+from tests.helpers_mpi import RUN, TRAIN, Started, names_the_dead, write_job
 from tests.marks import slow
 
 pytestmark = pytest.mark.launch
@@ -429,7 +429,7 @@ def test_rank_killed_with_signal_9(start: Start, tmp_path: Path) -> None:
         steps = everything[everything["rank"] == rank]
         assert len(steps) > 10, rank
         assert np.isfinite(steps["loss"]).all()
-    assert f"hpctrain run: rank 1 with PID {victim} on " in started.err
+    assert re.search(names_the_dead(1, victim, 3), started.err), started.err
     assert "was killed by signal 9" in started.err
     Lock(_folder(tmp_path), {}).release()  # its holder is recognised as dead
 
