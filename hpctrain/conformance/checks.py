@@ -27,7 +27,7 @@ from hpctrain.trace.schema import KINDS, Kind, OutcomeCode, is_communication
 
 MOMENTUM = {"name": "SGD", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 ADAM = {"name": "Adam", "lr": 0.01}
-EPOCH = {"epochs": 1.0}  # every sample is reached, on any number of workers
+EPOCHS = {"epochs": 2.0}  # every sample is reached, on any number of workers, and rounds are not longer than the run
 
 
 class BrokenPromiseError(HpctrainError):
@@ -71,7 +71,11 @@ def if_deterministic(subject: Subject, workers: int) -> str | None:
 def if_rounds_are_long(subject: Subject, workers: int) -> str | None:
     """Applies to strategies whose workers train independently within a round."""
     strategy = subject.strategy()
-    return None if isinstance(strategy, RoundStrategy) and strategy.length() > 1 else "its rounds are one step long"
+    if not isinstance(strategy, RoundStrategy) or strategy.length() == 1:
+        return "its rounds are one step long"
+    if not strategy.quiet:
+        return "its exchanges end within the next round"
+    return "its islands share every step" if getattr(strategy.options, "island", "worker") == "node" else None
 
 
 # -- helpers -------------------------------------------------------------------------------------------------------
@@ -179,12 +183,12 @@ def honours_accumulate(comm: Communicator, subject: Subject, folder: Path) -> No
 
 def stops_for_nan(comm: Communicator, subject: Subject, folder: Path) -> None:
     """A loss that is not finite ends the run with NanError, which names rank and step."""
-    _expect_nan(comm, subject.job(folder, data=_bad_data(comm), train=EPOCH), "loss is nan on rank ")
+    _expect_nan(comm, subject.job(folder, data=_bad_data(comm), train=EPOCHS), "loss is nan on rank ")
 
 
 def stops_for_nan_in_a_gradient(comm: Communicator, subject: Subject, folder: Path) -> None:
     """So does a gradient that is not finite, deep in a large model, while the loss is finite."""
-    job = subject.job(folder, model=task.Deep, data=_bad_data(comm, 9.0), train=EPOCH)
+    job = subject.job(folder, model=task.Deep, data=_bad_data(comm, 9.0), train=EPOCHS)
     _expect_nan(comm, job, "the gradient of parameter late")
 
 
@@ -210,7 +214,7 @@ def skips_overflows(comm: Communicator, subject: Subject, folder: Path) -> None:
     and the loss scale falls: of all workers if they step together, otherwise of those whose gradient it was."""
     data = task.points()
     data.tensors[0][::20] = 9.0
-    job = subject.job(folder, model=task.Steep, data=data, train={**EPOCH, "precision": "mixed_float16"})
+    job = subject.job(folder, model=task.Steep, data=data, train={**EPOCHS, "precision": "mixed_float16"})
     with session(job, comm, out=Narrator(enabled=False)) as running:
         for batch in running.batches():
             with running.autocast():

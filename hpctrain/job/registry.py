@@ -21,6 +21,7 @@ STRATEGIES = {
     "diloco": "hpctrain.strategies.diloco:DiLoCo",
     "local_sgd": "hpctrain.strategies.local_sgd:LocalSGD",
     "parameter_server": "hpctrain.strategies.parameter_server:ParameterServer",
+    "streaming_diloco": "hpctrain.strategies.streaming_diloco:StreamingDiLoCo",
     "switch": "hpctrain.job.phases:Switch",
 }
 MODELS = {

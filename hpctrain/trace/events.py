@@ -109,6 +109,19 @@ class LossScaleChanged(Event):
 
 
 @dataclass(frozen=True)
+class IntervalChanged(Event):
+    """Workers train by themselves for another number of steps per round, from the next round on (strategy.every)."""
+
+    kind = "interval"
+    old: int
+    new: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"steps per round {self.old} -> {self.new}: {self.why}"
+
+
+@dataclass(frozen=True)
 class Failure(Event):
     """The run failed on this rank. `error`, `message`: the exception's class and text."""
 
@@ -190,6 +203,7 @@ KINDS: dict[str, type[Event]] = {
         PhaseSwitch,
         CheckpointWritten,
         LossScaleChanged,
+        IntervalChanged,
         Failure,
         SamplingStopped,
         DeviceTimesMissing,
