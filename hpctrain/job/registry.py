@@ -47,7 +47,7 @@ RULES = {
     "target": "hpctrain.clock.rules:Target",
 }
 FUNCTION_AS_RULE = "hpctrain.clock.rules:FunctionAsRule"
-# torch.optim's classes with the learning rate of a job that sets none: torch's default, except 0.1 for SGD.
+# The optimizers with the learning rate of a job that sets none: torch's default, except 0.1 for SGD.
 LEARNING_RATES = {
     "SGD": 0.1,
     "Adadelta": 1.0,
@@ -58,12 +58,13 @@ LEARNING_RATES = {
     "Adamax": 0.002,
     "ASGD": 0.01,
     "Muon": 0.001,
+    "MuonAdamW": 0.001,
     "NAdam": 0.002,
     "RAdam": 0.001,
     "RMSprop": 0.01,
     "Rprop": 0.01,
 }
-OPTIMIZERS = {name: f"torch.optim:{name}" for name in LEARNING_RATES}
+OPTIMIZERS = {name: f"torch.optim:{name}" for name in LEARNING_RATES} | {"MuonAdamW": "hpctrain.replica.muon:MuonAdamW"}
 REFUSED_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times within one step, which no strategy can synchronise",
     "SparseAdam": "it takes sparse gradients, and gradients here lie in one dense arena",

@@ -148,7 +148,8 @@ class OptimizerChoice:
 
     def build(self, parameters: Any) -> torch.optim.Optimizer:
         """The optimizer over parameters or groups; ModelError if it rejects its arguments."""
-        cls = without_dynamo(self.cls) if _is_torchs(self.cls) else self.cls
+        known = _is_torchs(self.cls) or self.cls.__module__.startswith("hpctrain.")
+        cls = without_dynamo(self.cls) if known else self.cls
         try:
             return cls(parameters, **self.options)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -156,7 +157,7 @@ class OptimizerChoice:
 
 
 def without_dynamo(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """A class of torch.optim that does the same but does not import torch._dynamo, torch's compiler.
+    """A class that does the same as this one, torch's or ours, but does not import torch._dynamo, torch's compiler.
 
     That takes 3 s of processor time per rank, more than torch itself, and has an effect only where an optimizer is
     compiled. torch wraps `step` and `add_param_group` in functions that import it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from hpctrain.comm.device.gpu import usable_gpus
 from hpctrain.data.generators import seed_run
 from hpctrain.data.loader import Batch, Loader, fetches_ahead
 from hpctrain.data.moving import casts, move
-from hpctrain.data.order import Order
+from hpctrain.data.order import FixedOrder, Order
 from hpctrain.data.splits import Splits, load_data, make_order
 from hpctrain.errors import ClusterError, DataError, JobError, ModelError
 from hpctrain.job import Job, registry
@@ -96,6 +97,11 @@ class Prepared(Measurable):
                 f"optimizer.schedule is stepped after every {'epoch' if self.course.by_epoch else 'round'}; "
                 f"optimizer.schedule.unit changes that"
             )
+        if self.job.optimizer.scaling != "none" and self.job.optimizer.schedule.warmup is None:
+            yield (
+                "optimizer.scaling multiplies the learning rate from the first step on; optimizer.schedule.warmup = "
+                "{epochs = 5} would let it rise (Goyal et al. 2017)"
+            )
         for index, phase in enumerate(self.job.schedule):
             rule = self.rule(index, 0)
             if rule is not None and (why := rule.too_short()) is not None:
@@ -139,7 +145,8 @@ class Prepared(Measurable):
         enter, workers = self.job.schedule[phase].enter or Enter(), len(self.roles[phase].workers)
         scale = enter.scale if enter.scale is not None else 1.0 / workers
         ramp = self.clock(phase).samples(enter.ramp)
-        return Pace(self.course, start, enter.learning_rate, enter.momentum, scale, ramp)
+        factor = {"none": 1.0, "linear": float(workers), "sqrt": math.sqrt(workers)}[self.job.optimizer.scaling]
+        return Pace(self.course, start, enter.learning_rate, enter.momentum, scale, ramp, factor)
 
     @property
     def ahead(self) -> int:
@@ -191,6 +198,8 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     if job.data.last == "drop":
         whole = whole_rounds(order.length, batch * max(len(each.workers) for each in roles))
         order = Order(whole, job.seed, order.shuffle, of=order.length)
+    if job.data.partition == "fixed":
+        order = _fixed(job, order, roles, batch)
     epoch = order.length
     if epoch is None and job.train.steps is None:
         raise DataError(
@@ -211,6 +220,22 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     _check_schedule(prepared)
     check_batchnorm(prepared)
     return prepared
+
+
+def _fixed(job: Job, order: Order, roles: list[Roles], batch: int) -> Order:
+    """The same samples in shards of the workers' own. Raises JobError if the phases deal samples in different ways."""
+    where, workers = 'data.partition = "fixed"', {len(each.workers) for each in roles}
+    if order.length is None:
+        raise JobError(f"{where}: a stream of unknown length has no shards; leave the key out")
+    for spec in [phase.strategy for phase in job.schedule]:
+        if spec.resolve()(spec.options).needs.queue:
+            raise JobError(
+                f"{where}: under strategy {spec.name} samples come from one queue; leave the key out, or choose a "
+                "strategy whose workers take rounds together"
+            )
+    if len(workers) > 1:
+        raise JobError(f"{where}: the phases have {' and '.join(map(str, sorted(workers)))} workers; leave the key out")
+    return FixedOrder(order.length, job.seed, order.shuffle, workers.pop(), batch, of=order.samples)
 
 
 def _check_strategies(job: Job, optimizer: OptimizerChoice) -> None:

@@ -275,3 +275,45 @@ def test_fragments_that_do_not_fit_are_refused(tmp_path: Path, options: helpers.
     with pytest.raises(JobError) as caught:
         helpers.make_job(tmp_path, strategy={"name": "streaming_diloco", **options})
     assert words in str(caught.value)
+
+
+# -- fixed shards, scaled rates -----------------------------------------------------------------------------------
+def test_local_epochs_over_fixed_shards(tmp_path: Path):
+    """The ancestor's regime: each worker passes over its own shard twice, then all average."""
+    strategy = {"name": "local_sgd", "every": {"epochs": 2}}
+    job = helpers.make_job(tmp_path, strategy=strategy, data={"partition": "fixed"}, train={"epochs": 4})
+    recording = helpers.record(3, job)
+    taken = []
+    for rank in range(3):
+        own = [recording.samples(rank, step)[0] for step in range(24)]
+        taken.append({row.tobytes() for row in torch.cat(own).numpy()})
+    assert sum(map(len, taken)) == len(set().union(*taken)) == len(helpers.points())
+    assert sorted(map(len, taken)) == [34, 34, 35]
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"strategy": helpers.served("async")}, "under strategy parameter_server samples come from one queue"),
+        (
+            {
+                "phases": [
+                    {"strategy": {"name": "all_reduce"}, "until": {"rule": "after", "steps": 2}},
+                    {"strategy": helpers.served("sync")},
+                ]
+            },
+            "the phases have 2 and 3 workers",
+        ),
+    ],
+)
+def test_shards_that_cannot_be_fixed_are_refused(tmp_path: Path, keys: Any, words: str):
+    job = helpers.make_job(tmp_path, data={"partition": "fixed"}, **keys)
+    with pytest.raises(JobError, match='^data.partition = "fixed": ' + words):
+        World(3).run(lambda comm: helpers.quiet_train(comm, job))
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("linear", 3.0), ("sqrt", 3.0**0.5)])
+def test_learning_rate_grows_with_the_workers(tmp_path: Path, scaling: str, factor: float):
+    found = trained(tmp_path, 3, {"name": "all_reduce"}, optimizer={"name": "SGD", "lr": 0.1, "scaling": scaling})
+    wanted = trained(tmp_path, 3, {"name": "all_reduce"}, optimizer={"name": "SGD", "lr": 0.1 * factor})
+    assert helpers.difference(found, wanted) < 1e-12
