@@ -194,8 +194,8 @@ class Optimizer(Named):
     )
     scaling: Literal["none", "linear", "sqrt"] = Field(
         default="none",
-        description="how the learning rate grows with the phase's workers, if lr suits one. linear: times their number; "
-        "sqrt: times its square root, as is usual for Adam. Give optimizer.schedule.warmup with it",
+        description="how the learning rate grows with the phase's workers, if lr suits one. linear: times their "
+        "number; sqrt: times its square root, as is usual for Adam. Give optimizer.schedule.warmup with it",
     )
     elementwise: bool | None = Field(
         default=None,
