@@ -30,8 +30,9 @@ ISLAND_TEXT = (
 )
 TARGET, MOST, GUARD = 0.1, 200, 0.05
 FIRST = 8  # steps of an "auto" interval, until something is measured
-GROWTH = 2.0  # of the interval in one decision, at most
-TOLERANCE = 0.1  # relative change of the interval that is not worth a decision
+GROWTH = 2  # times the interval in one decision, at most
+TOLERANCE = 0.25  # relative change of the interval that is not worth a decision
+NEW = 0.1  # weight of the latest round in the means
 
 
 class EveryTable(Options):
@@ -102,8 +103,8 @@ class Interval:
         """Whether `observe` must be called after every round."""
         return False
 
-    def observe(self, costs: Sequence[RoundCost]) -> str:
-        """Take the costs of a round, of all workers. Returns why the interval changes, or "" if it does not."""
+    def observe(self, costs: Sequence[RoundCost], steps: int) -> str:
+        """Take the costs of a round of `steps`, of all workers. Returns why the interval changes, or "" if it does not."""
         return ""
 
     def numbers(self) -> dict[str, Any]:
@@ -132,17 +133,18 @@ class EpochInterval(Interval):
 
 
 class OverheadInterval(Interval):
-    """Keeps the time of exchanges at a share `target` of the slowest worker's computation.
+    """Keeps the time of an exchange at a share `target` of the slowest worker's computation between exchanges.
 
-    The rule of floDl's ElChe: the interval grows or shrinks in proportion to the overhead that was measured since it
-    last changed; it is halved while exchanges change the parameters by more than `guard` of their length, because
-    workers then drift apart.
+    After the rule of floDl's ElChe: the slowest worker counts; the interval follows the measured overhead, and is halved
+    while exchanges change the parameters by more than `guard` of their length, because workers then drift apart. Here
+    both times are means that fade, so that one late message does not change the interval.
     """
 
     def __init__(self, target: float = TARGET, most: int = MOST, guard: float = GUARD) -> None:
         super().__init__(min(FIRST, most))
         self.target, self.most, self.guard = target, most, guard
-        self._computing = self._exchanging = 0.0
+        self._rounds = 0
+        self._computing = self._exchanging = 0.0  # seconds: means per step and per exchange
 
     def start(self, phase: Phase) -> None:
         """Nothing to refuse: it adapts."""
@@ -151,30 +153,32 @@ class OverheadInterval(Interval):
     def measures(self) -> bool:
         return True
 
-    def observe(self, costs: Sequence[RoundCost]) -> str:
-        self._computing += max(cost.computing for cost in costs)
-        self._exchanging += max(cost.exchanging for cost in costs)
+    def observe(self, costs: Sequence[RoundCost], steps: int) -> str:
+        self._rounds += 1
+        weight = max(1.0 / self._rounds, NEW)
+        self._computing += weight * (max(cost.computing for cost in costs) / steps - self._computing)
+        self._exchanging += weight * (max(cost.exchanging for cost in costs) - self._exchanging)
         change = max(cost.change for cost in costs)
         if self._computing <= 0.0:
             return ""
-        overhead = self._exchanging / self._computing
         if change > self.guard:
-            wanted, why = self.steps // 2, f"exchanges change the parameters by {change:.2g}, more than {self.guard:g}"
+            wanted, why = self.steps // 2, f"an exchange changes the parameters by {change:.2g}, above {self.guard:g}"
         else:
-            fitting = self.steps * overhead / self.target
-            wanted = math.ceil(min(max(fitting, self.steps / GROWTH), self.steps * GROWTH))
+            overhead = self._exchanging / (self._computing * self.steps)
+            wanted = min(math.ceil(self.steps * overhead / self.target), GROWTH * self.steps)
             why = f"exchanges take {overhead:.1%} of the slowest worker's computation, and {self.target:.0%} is wanted"
         wanted = min(max(1, wanted), self.most)
         if abs(wanted - self.steps) <= TOLERANCE * self.steps:
             return ""
-        self.steps, self._computing, self._exchanging = wanted, 0.0, 0.0
+        self.steps = wanted
         return why
 
     def numbers(self) -> dict[str, Any]:
-        return {"steps": self.steps, "computing": self._computing, "exchanging": self._exchanging}
+        means = {"computing": self._computing, "exchanging": self._exchanging}
+        return {"steps": self.steps, "rounds": self._rounds, **means}
 
     def load(self, numbers: dict[str, Any]) -> None:
-        self.steps = int(numbers["steps"])
+        self.steps, self._rounds = int(numbers["steps"]), int(numbers["rounds"])
         self._computing, self._exchanging = float(numbers["computing"]), float(numbers["exchanging"])
 
 

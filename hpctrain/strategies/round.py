@@ -385,7 +385,7 @@ class RoundStrategy(Strategy):
         length = sum_of_squares(after) ** 0.5
         change = sum_of_squares(before.sub_(after)) ** 0.5 / length if length else 0.0
         table = self.comm.gather_rows(np.array([computing / 1e9, exchanging / 1e9, change]))
-        if why := self._interval.observe([RoundCost(*row) for row in table.tolist()]):
+        if why := self._interval.observe([RoundCost(*row) for row in table.tolist()], len(self._parts)):
             self.comm.recorder.event(IntervalChanged(old, self._interval.steps, why))
 
     @property
