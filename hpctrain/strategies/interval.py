@@ -104,7 +104,7 @@ class Interval:
         return False
 
     def observe(self, costs: Sequence[RoundCost], steps: int) -> str:
-        """Take the costs of a round of `steps`, of all workers. Returns why the interval changes, or "" if it does not."""
+        """Take the costs of a round of `steps`, of all workers. Returns why the interval changes, or ""."""
         return ""
 
     def numbers(self) -> dict[str, Any]:
@@ -135,9 +135,9 @@ class EpochInterval(Interval):
 class OverheadInterval(Interval):
     """Keeps the time of an exchange at a share `target` of the slowest worker's computation between exchanges.
 
-    After the rule of floDl's ElChe: the slowest worker counts; the interval follows the measured overhead, and is halved
-    while exchanges change the parameters by more than `guard` of their length, because workers then drift apart. Here
-    both times are means that fade, so that one late message does not change the interval.
+    After the rule of floDl's ElChe: the slowest worker counts; the interval follows the measured overhead, and is
+    halved while exchanges change the parameters by more than `guard` of their length, because workers then drift apart.
+    Here both times are means that fade, so that one late message does not change the interval.
     """
 
     def __init__(self, target: float = TARGET, most: int = MOST, guard: float = GUARD) -> None:
