@@ -8,6 +8,7 @@ from pydantic import Field
 from hpctrain.codecs import CODEC_TEXT, CodecChoice
 from hpctrain.options import Options
 from hpctrain.replica.state import Section
+from hpctrain.strategies.balance import STEPS_TEXT, BalanceChoice
 from hpctrain.strategies.round import Round, RoundStrategy, Step
 
 
@@ -23,6 +24,7 @@ class DiLoCoOptions(Options):
         description='outer momentum (Nesterov\'s); 0 with codec = "topk", whose memory takes its place (SparseLoCo)',
     )
     codec: CodecChoice = Field("none", description=CODEC_TEXT)
+    balance: BalanceChoice = Field("none", description=STEPS_TEXT)
 
 
 class DiLoCo(RoundStrategy):
@@ -36,6 +38,7 @@ class DiLoCo(RoundStrategy):
         {"every": 3},
         {"every": 1, "outer_lr": 1.0, "outer_momentum": 0.0},
         {"every": 2, "outer_momentum": 0.0, "codec": {"name": "topk", "keep": 0.1, "bits": 2}},
+        {"every": 4, "balance": "throughput"},
     )
 
     def length(self) -> int:

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from hpctrain.codecs import CODEC_TEXT, CodecChoice
 from hpctrain.options import Options
+from hpctrain.strategies.balance import STEPS_TEXT, BalanceChoice
 from hpctrain.strategies.round import Round, RoundStrategy, Step
 
 
@@ -14,6 +15,7 @@ class LocalSGDOptions(Options):
 
     every: int = Field(8, ge=1, description="steps that each worker takes between averages")
     codec: CodecChoice = Field("none", description=CODEC_TEXT)
+    balance: BalanceChoice = Field("none", description=STEPS_TEXT)
 
 
 class LocalSGD(RoundStrategy):
@@ -22,7 +24,8 @@ class LocalSGD(RoundStrategy):
 
     Options = LocalSGDOptions
     options: LocalSGDOptions
-    tested_with = ({"every": 3}, {"every": 1}, {}, {"every": 2, "codec": "bfloat16"}, {"every": 3, "codec": "topk"})
+    tested_with = ({"every": 3}, {"every": 1}, {}, {"every": 2, "codec": "bfloat16"},
+                   {"every": 4, "balance": "throughput"}, {"every": 3, "codec": "topk"})  # fmt: skip
 
     def length(self) -> int:
         return self.options.every

@@ -29,6 +29,7 @@ from hpctrain.replica.state import (
     send_state,
     start_send_state,
 )
+from hpctrain.strategies.balance import BALANCE, Balance, BatchBalance, StepBalance
 from hpctrain.strategies.base import Outcome, Strategy
 from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import Contribution, RoundTotals, Used, nan_error
@@ -94,6 +95,7 @@ class RoundStrategy(Strategy):
         super().__init__(options)
         if self.local is not None:
             self.needs = replace(self.needs, parameters="rank", lockstep=False)
+        self.deterministic = self.deterministic and not self.balances
 
     # -- defined by subclasses ----------------------------------------------------------------------------------
     def apply(self, round: Round) -> None:
@@ -180,10 +182,21 @@ class RoundStrategy(Strategy):
         part = self._dealt(state)
         if part is not None:
             self.update.load_in_place(part)
+        self.balance = self._make_balance(part)
         self.begin()
         if part is not None:
             _fill(self.common(), part.section(STRATEGY))
         self._start_round()
+
+    def _make_balance(self, state: State | None) -> Balance | None:
+        """What changes the workers' shares, if the strategy's options ask for it; continues from `state`."""
+        if not self.balances:
+            return None
+        kind = BatchBalance if self.local is None else StepBalance
+        balance = kind(self.phase.roles.workers, self.phase.dealing.batch)
+        if state is not None and BALANCE in state.counters:
+            balance.load(state.counters[BALANCE])
+        return balance
 
     def _dealt(self, state: State | None) -> State | None:
         """This rank's stretch of the state that rank 0 holds; None if there is none. Collective."""
@@ -213,6 +226,8 @@ class RoundStrategy(Strategy):
         whole = collect_state(comm, part, keepers[1:], self.phase.replica.layout.length)
         if self.phase.conductor.rule is not None:
             whole.rule = self.phase.conductor.rule.state()
+        if self.balance is not None:
+            whole.counters[BALANCE] = self.balance.state()
         return whole
 
     def _mean_moments(self) -> State:
@@ -280,6 +295,14 @@ class RoundStrategy(Strategy):
         self._foreseen = self.phase.conductor.ends(self._start)
         if self._length > 1 and self.local is None:
             raise HpctrainError(f"strategy {type(self).__name__} has rounds of {self._length} steps but no local()")
+        self._deal()
+
+    def _deal(self) -> None:
+        """Name the shares of the next step."""
+        step = self.phase.step
+        step.shares = step.later = None
+        if self.balance is not None:
+            step.shares, step.later = self.balance.deal(len(self._parts), self._length)
 
     def step(self, samples: int, loss: float) -> Outcome:
         phase = self.phase
@@ -290,6 +313,7 @@ class RoundStrategy(Strategy):
         if len(self._parts) >= self._length or phase.step.round_end >= self._foreseen:
             return self._close()
         phase.cursor = phase.step.round_end
+        self._deal()
         skipped, overflow = bool(samples) and not part.samples, phase.step.bad < 0
         result: Any = "skipped" if skipped else "local"
         return Outcome(result, phase.cursor, part.loss, samples, version=self.version, overflow=overflow)
@@ -317,9 +341,9 @@ class RoundStrategy(Strategy):
         if part.samples and phase.updating.clip_norm is not None:
             gradient.mul_(clip_factor(sum_of_squares(gradient), phase.updating.clip_norm))
         rate, momentum = phase.updating.rate(phase.cursor), phase.updating.momentum(phase.cursor)
-        skip = not part.samples
+        skip, begun = not part.samples, phase.comm.now()
         local(Step(phase.step.number, len(self._parts), part.samples, rate, momentum, skip, part.used))
-        return part
+        return part if skip else replace(part, seconds=part.seconds + (phase.comm.now() - begun) / 1e9)
 
     def _close(self) -> Outcome:
         """Agree on the round that ends here. Collective."""
@@ -339,7 +363,16 @@ class RoundStrategy(Strategy):
             self.apply(round)
             self.version += 1
         self.exchange.publish()
+        if self.balance is not None:
+            self._balance(self.balance, parts)
         return self._end(found)
+
+    def _balance(self, balance: Balance, parts: list[Contribution]) -> None:
+        """Let the shares follow what the workers measured in the round that ends."""
+        samples, seconds = [part.samples for part in parts], [part.seconds for part in parts]
+        decision = balance.observe(samples, seconds, self._length)
+        if decision is not None:
+            self.phase.conductor.notify(decision)
 
     def _round(self, own: Contribution, found: RoundTotals) -> Round:
         phase = self.phase

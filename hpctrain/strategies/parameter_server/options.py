@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from hpctrain.codecs import CodecChoice, CodecTable
 from hpctrain.codecs.options import JOINT, NAMES
 from hpctrain.options import Options
+from hpctrain.strategies.balance import BATCHES_TEXT, BalanceChoice
 
 
 class ParameterServerOptions(Options):
@@ -80,6 +81,7 @@ class ParameterServerOptions(Options):
         le=1e6,
         description="strength of delay_compensation; left out: 0.04 for constant, 2.0 for adaptive, as published",
     )
+    balance: BalanceChoice = Field("none", description=f"{BATCHES_TEXT} (mode sync)")
     backup_workers: int = Field(
         0,
         ge=0,
@@ -92,6 +94,7 @@ class ParameterServerOptions(Options):
         if str(self.codec) in JOINT:
             taken = ", ".join(f'"{name}"' for name in NAMES if name not in JOINT)
             raise ValueError(f'has codec = "{self.codec}", which sums over workers only, not at a server; use {taken}')
+        self._check_balance()
         defaults = type(self).model_fields
         for key, modes in MODE_KEYS.items():
             if self.mode not in modes and getattr(self, key) != defaults[key].default:
@@ -102,6 +105,18 @@ class ParameterServerOptions(Options):
         if isinstance(self.codec, CodecTable) and self.codec.majority:
             raise ValueError("has codec.majority, a vote on sums between workers; leave majority out")
         return self
+
+    def _check_balance(self) -> None:
+        if self.balance != "none" and not self.lockstep:
+            raise ValueError(
+                f'has balance = "{self.balance}" with mode = "{self.mode}", whose workers take their samples from a '
+                'shared queue, slow ones fewer: leave balance out, or set mode = "sync"'
+            )
+        if self.balance != "none" and self.backup_workers:
+            raise ValueError(
+                f'has balance = "{self.balance}" with backup_workers = {self.backup_workers}, which drops what slow '
+                "workers compute, so that their speed does not matter; leave one of them out"
+            )
 
     @property
     def lockstep(self) -> bool:
