@@ -81,6 +81,8 @@ class Trainer:
         self.phase.replica.clear()
         self._left, self.samples, self._loss, self._weight = len(pieces), 0, 0.0, 0.0
         self.phase.step.bad, self.phase.step.seconds = 0, 0.0
+        if not pieces:
+            self._request(following)
         for index, (start, stop) in enumerate(pieces):
             ahead = pieces[index + 1 :] or following
             yield self._take(start, stop, ahead, counts=index < own)
@@ -206,13 +208,16 @@ class Trainer:
             batch = self.move(self.loader.take(start, stop))
             self.coupling.before(counts)
             batch = batch if counts else Batch(batch.inputs, batch.targets, 0)
-            for piece in ahead:
-                self.loader.request(*piece)
+            self._request(ahead)
         self._batch = batch
         self._started = self.phase.comm.now()
         self._forward, self._backward = self._span("forward", stop - start), self._span("backward", stop - start)
         self._forward.__enter__()
         return batch
+
+    def _request(self, pieces: list[Stretch]) -> None:
+        for piece in pieces:
+            self.loader.request(*piece)
 
     def _computed(self) -> int:
         """The time in nanoseconds, without what the worker has waited for others in its models."""
