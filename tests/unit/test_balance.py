@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from hpctrain.analysis import Analysis
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
 from hpctrain.conformance import Subject
@@ -28,8 +29,11 @@ from hpctrain.run.api import Result, session
 from hpctrain.run.folder import Narrator
 from hpctrain.strategies.balance import Balance, BatchBalance, StepBalance, apportioned
 from hpctrain.trace.events import SharesChanged
+from hpctrain.views.figures import timeline
+from hpctrain.views.report.marks import collect_marks
 from tests import helpers
 from tests.marks import slow
+from tests.traces import train_traced
 
 BATCH = 32
 
@@ -340,6 +344,15 @@ def test_decisions_are_events(tmp_path: Path, name: str):
     first = deciding[0][0]
     assert first.slowest == 1 and first.excess == pytest.approx(2.0, rel=0.05) and first.gain > 1.8
     assert first.before == ("8 8 8 8" if name == "local_sgd" else "32 32 32 32")
+
+
+def test_decisions_are_marks_on_timelines(tmp_path: Path):
+    job = slowed_job(tmp_path, {"name": "all_reduce", **THROUGHPUT}, debug={"slow": {}})
+    run = train_traced(tmp_path / "run", job, 4, compute=_costs)
+    legend = timeline.draw(Analysis(run)).legends[0]
+    assert "rebalance (event)" in [text.get_text() for text in legend.get_texts()]
+    [mark, *_] = [mark for mark in collect_marks(run)["events"] if mark["kind"] == "rebalance"]
+    assert mark["ranks"] == [0, 1, 2, 3] and mark["text"].startswith("samples per step 32 32 32 32 -> ")
 
 
 def test_waiting_inside_models_is_not_computation(tmp_path: Path):
