@@ -199,14 +199,17 @@ LOCAL: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def timed(comm: Communicator, job: Job, resume: Path | None = None, seen: Any = None) -> tuple[Result, float]:
-    """Train, where a sample takes COST seconds of virtual time. Returns the result and the seconds of training."""
+def timed(
+    comm: Communicator, job: Job, resume: Path | None = None, seen: Any = None, cost: Sequence[float] = (COST,) * 5
+) -> tuple[Result, float]:
+    """Train, where a sample takes a rank `cost` seconds of virtual time before the forward pass. Returns the result and
+    the seconds of training; `seen` gets (step, samples) of each micro-batch."""
     begun = comm.now()
     with session(job, comm, resume, Narrator(enabled=False)) as running:
         for batch in running.batches():
             if seen is not None:
                 seen.append((running.totals.step, batch.size))
-            comm.sleep(COST * batch.size)
+            comm.sleep(cost[comm.rank] * batch.size)
             running.step(running.loss(running.model(batch.inputs), batch.targets))
     return running.result, (comm.now() - begun) / 1e9
 
@@ -358,12 +361,14 @@ def test_decisions_are_marks_on_timelines(tmp_path: Path):
 def test_waiting_inside_models_is_not_computation(tmp_path: Path):
     """Batch norm over all workers waits for the slowest in every forward pass: the others are not slow."""
     fair = {"name": "all_reduce", **THROUGHPUT}
-    job = slowed_job(tmp_path, fair, model="tests.unit.test_balance:normed", train={"sync_batchnorm": True})
+    keys: dict[str, Any] = {"model": "tests.unit.test_balance:normed", "debug": {"slow": {}}}
+    job = slowed_job(tmp_path, fair, train={"sync_batchnorm": True}, **keys)
     counts: list[list[tuple[int, int]]] = [[] for _ in range(4)]
-    results = World(4).run(lambda comm: timed(comm, job, seen=counts[comm.rank]))
+    cost = (COST, 3 * COST, COST, COST)
+    results = World(4).run(lambda comm: timed(comm, job, seen=counts[comm.rank], cost=cost))
     last = [sum(n for step, n in own if step == 50) for own in counts]
     assert sum(last) == 4 * BATCH and last[1] < 20 and min(last[0], last[2], last[3]) > 30
-    alone = slowed_job(tmp_path, {"name": "all_reduce"}, model="tests.unit.test_balance:normed", debug={"slow": {}})
+    alone = slowed_job(tmp_path, {"name": "all_reduce"}, **keys)
     [(found, _)] = World(1).run(lambda comm: timed(comm, alone.override([f"train.batch_size={4 * BATCH}"])))
     assert helpers.difference(helpers.vector(results[0][0].model), helpers.vector(found.model)) < 1e-8
 
