@@ -118,6 +118,25 @@ class SharesChanged(Event):
 
 
 @dataclass(frozen=True)
+class ShardsSized(Event):
+    """The servers' shards get sizes in proportion to the bandwidth of their links (shard_sizes = "bandwidth").
+
+    `percent`: of an equal share, in the order of servers. `slowest`: the rank of the slowest server; `least`, `most`:
+    bytes per second that the slowest and the fastest have reached in each direction, per worker.
+    """
+
+    kind = "shards"
+    percent: str
+    slowest: int
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        why = f"rank {self.slowest} takes {self.least:.3g} bytes/s from each worker, the fastest {self.most:.3g}"
+        return f"percent of an equal shard {self.percent}: {why}"
+
+
+@dataclass(frozen=True)
 class LossScaleChanged(Event):
     """The factor of the loss changes on this worker (train.precision = "mixed_float16"), from the next step on."""
 
@@ -212,6 +231,7 @@ KINDS: dict[str, type[Event]] = {
         PhaseSwitch,
         CheckpointWritten,
         SharesChanged,
+        ShardsSized,
         LossScaleChanged,
         Failure,
         SamplingStopped,

@@ -75,6 +75,18 @@ def test_batches_move_with_a_parameter_server(join: Join, folder: Path) -> None:
 
 
 @mpi_only
+def test_shards_are_sized_by_links_between_nodes(join: Join, folder: Path) -> None:
+    """Every rank as if on a node of its own: each server is measured, and training is exact whatever is found."""
+    comm = join(ranks_per_node=1, traced=True)
+    if comm.size < 3:
+        pytest.skip("needs 3 ranks")
+    strategy = {"name": "parameter_server", "mode": "sync", "servers": 2, "shard_sizes": "bandwidth"}
+    job = helpers.make_job(folder, strategy=strategy, train={"steps": 12, "precision": "float64"})
+    found = helpers.vector(helpers.quiet_train(comm, job).model)
+    assert helpers.difference(found, helpers.plain(job, comm.size - 2)) < 1e-10
+
+
+@mpi_only
 def test_a_slow_worker_takes_fewer_local_steps(join: Join, folder: Path) -> None:
     comm = join(traced=True)
     if comm.size < 2:

@@ -24,6 +24,7 @@ from hpctrain.trace.events import (
     PlainEvent,
     RuleStatistic,
     SamplingStopped,
+    ShardsSized,
     SharesChanged,
     from_json,
     written,
@@ -40,6 +41,7 @@ WITHOUT_SENTENCE = [
     DeviceTimesMissing(1, "lost"),
 ]
 SHARED = SharesChanged("samples per step", "8 8", "10 6", 1, 1.25, 1.33)
+SIZED = ShardsSized("150 50", 2, 1e6, 3e6)
 SENTENCES: list[tuple[Event, str]] = [
     (PhaseEntered(3, "server", "parameter_server (async)"), "phase 3: server of parameter_server (async)"),
     (RuleStatistic("loss_stable", 0.0293, "<=", 0.03), "loss_stable 0.0293 <= 0.03"),
@@ -72,7 +74,7 @@ def made(kind: type[Event]) -> st.SearchStrategy[Event]:
 @pytest.mark.parametrize(
     "event",
     [event for event, _ in SENTENCES]
-    + [MeasuredLink(1, True, 1e-6, 2e9), SamplingStopped("A", "b"), DeviceTimesMissing(3, "c"), SCALED, SHARED],
+    + [MeasuredLink(1, True, 1e-6, 2e9), SamplingStopped("A", "b"), DeviceTimesMissing(3, "c"), SCALED, SHARED, SIZED],
 )
 def test_short_event_round_trips(event: Event) -> None:
     assert event_of(*written(event)) == event

@@ -29,6 +29,11 @@ class ParameterServerOptions(Options):
         "device",
         description="where servers on GPUs keep and update their shards: in the GPU's memory, or in pinned host memory",
     )
+    shard_sizes: Literal["equal", "bandwidth"] = Field(
+        "equal",
+        description="equal: all servers own as much; bandwidth: in proportion to the bytes per second that their links "
+        "carry, measured when the phase begins (equal where workers and servers share memory: nothing is sent)",
+    )
     chunk_mb: float = Field(
         1.0,
         gt=0,
@@ -100,6 +105,8 @@ class ParameterServerOptions(Options):
             if self.mode not in modes and getattr(self, key) != defaults[key].default:
                 needed = " or ".join(f'"{mode}"' for mode in modes)
                 raise ValueError(f'has {key} with mode = "{self.mode}", where it has no effect; set mode = {needed}')
+        if self.shard_sizes != "equal" and self.servers == 1:
+            raise ValueError(f'has shard_sizes = "{self.shard_sizes}" with servers = 1, where it has no effect')
         if self.delay_lambda is not None and self.delay_compensation == "none":
             raise ValueError('has delay_lambda with delay_compensation = "none", where it has no effect')
         if isinstance(self.codec, CodecTable) and self.codec.majority:

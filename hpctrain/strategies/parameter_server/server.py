@@ -20,6 +20,7 @@ from hpctrain.strategies.balance import BatchBalance
 from hpctrain.strategies.base import Server
 from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import nan_error, sum_error
+from hpctrain.strategies.parameter_server.bandwidth import shard_weights
 from hpctrain.strategies.parameter_server.coordinator import MODES, Coordinator, Message, Terms
 from hpctrain.strategies.parameter_server.corrections import DelayCompensation
 from hpctrain.strategies.parameter_server.links import Codecs, MessageLink, Packet, Shard, memory_link, near
@@ -63,7 +64,8 @@ class Wiring:
         self.between_servers = comm.split(0 if comm.rank in self.servers else None, comm.rank)
         self.slots = len(phase.replica.layout.slots)
         self._shares = len(self.workers) if options.balance != "none" else 0  # that replies carry
-        self.bounds = slice_bounds(phase.replica.layout, len(self.servers), phase.updating.elementwise)
+        weights = shard_weights(phase, service) if options.shard_sizes == "bandwidth" else None
+        self.bounds = slice_bounds(phase.replica.layout, len(self.servers), phase.updating.elementwise, weights)
         whole = options.lockstep and phase.updating.clip_norm is not None  # the norm must be known before any update
         sent = not phase.members.shared or len(set(comm.nodes)) > 1  # else chunks would only cost their calls
         chunked = sent and phase.updating.elementwise and not whole

@@ -43,6 +43,7 @@ class ParameterServer(Strategy):
         {"servers": 2, "colocated": True, "delay_compensation": "adaptive"},
         {"mode": "bounded", "bound": 1},
         {"mode": "sync", "shards": "host"},
+        {"mode": "sync", "servers": 2, "shard_sizes": "bandwidth"},
         {"mode": "sync", "servers": 2, "colocated": True, "chunk_mb": 0.0005, "codec": "bfloat16"},
         {"chunk_mb": 0.0005, "codec": "float16", "delay_compensation": "constant"},
         {"servers": 2, "chunk_mb": 0.0005},
@@ -56,7 +57,7 @@ class ParameterServer(Strategy):
         # Where workers step together, nobody reads parameters during an update: once per node is enough.
         once = options.lockstep and not options.backup_workers
         self.needs = Needs("node" if once else "copies", "copies", options.lockstep, not options.lockstep)
-        self.deterministic = once and not self.balances
+        self.deterministic = once and not self.balances and options.shard_sizes == "equal"
         self.exact = once and options.codec == "none"
 
     @staticmethod
