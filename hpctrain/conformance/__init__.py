@@ -75,9 +75,14 @@ def worlds(subject: Subject, check: Check) -> list[Nodes]:
     return [(0, 0, 1, 1), (0, 0, 0), alone] if check.left_out is if_exact else [(0, 0, 1, 1)]
 
 
+def _unequal(rank: int, kind: str, nbytes: int, flops: float) -> int:
+    """Ranks of different speed, so that strategies that balance have something to do."""
+    return 1000 * (1 + 2 * (rank % 3)) if kind == "forward" else 0
+
+
 def over_virtual_ranks(subject: Subject, check: Check, nodes: Nodes, folder: Path) -> Verdict:
     """Run one check on virtual ranks on these nodes."""
-    world = World(len(nodes), nodes=nodes)
+    world = World(len(nodes), nodes=nodes, compute=_unequal if subject.strategy().balances else None)
     world.recorders = [Recorder(lambda: world.time) for _ in nodes]
 
     def run() -> str | None:

@@ -62,10 +62,10 @@ def if_exact(subject: Subject, workers: int) -> str | None:
 
 
 def if_deterministic(subject: Subject, workers: int) -> str | None:
-    """Does not apply if chance decides the order of updates, or which gradients count."""
+    """Does not apply if the speed of the ranks decides the order of updates, or who computes what."""
     if subject.strategy().deterministic or workers == 1:
         return None
-    return "its results depend on the order in which workers arrive"
+    return "its results depend on how fast the workers are"
 
 
 def if_rounds_are_long(subject: Subject, workers: int) -> str | None:

@@ -7,6 +7,8 @@ the order of a permutation drawn from (seed, epoch). Every rank computes the sam
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -143,13 +145,18 @@ def mix(seed: int, epoch: int, indices: NDArray[Any]) -> NDArray[np.uint64]:
     return state
 
 
-def round_bounds(cursor: int, length: int | None, round_size: int, workers: int) -> list[int]:
+def round_bounds(
+    cursor: int, length: int | None, round_size: int, workers: int, shares: Sequence[int] | None = None
+) -> list[int]:
     """The positions that a round starting at `cursor` assigns to its workers: worker i takes [b[i], b[i+1]).
 
     A round has `round_size` samples but never crosses the end of an epoch, so the last round of an epoch is smaller.
-    The workers' shares differ by at most one sample; some may be empty. `length` None: the end is not known yet.
+    Worker i gets `shares[i]` of them, or its proportion of a smaller round. Without `shares` the workers' shares differ
+    by at most one sample. Some may be empty. `length` None: the end is not known yet.
     """
     size = min(round_size, _epoch_end(cursor, length) - cursor)
+    if shares is not None:
+        return [cursor + size * before // round_size for before in accumulate(shares, initial=0)]
     share, extra = divmod(size, workers)
     return [cursor + i * share + min(i, extra) for i in range(workers + 1)]
 

@@ -228,11 +228,14 @@ def _fixed(job: Job, order: Order, roles: list[Roles], batch: int) -> Order:
     if order.length is None:
         raise JobError(f"{where}: a stream of unknown length has no shards; leave the key out")
     for spec in [phase.strategy for phase in job.schedule]:
-        if spec.resolve()(spec.options).needs.queue:
+        strategy = spec.resolve()(spec.options)
+        if strategy.needs.queue:
             raise JobError(
                 f"{where}: under strategy {spec.name} samples come from one queue; leave the key out, or choose a "
                 "strategy whose workers take rounds together"
             )
+        if strategy.balances:
+            raise JobError(f"{where}: with balance workers take more or fewer samples than a shard has; leave one out")
     if len(workers) > 1:
         raise JobError(f"{where}: the phases have {' and '.join(map(str, sorted(workers)))} workers; leave the key out")
     return FixedOrder(order.length, job.seed, order.shuffle, workers.pop(), batch, of=order.samples)

@@ -5,19 +5,16 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from hpctrain.codecs import CODEC_TEXT, CodecChoice
 from hpctrain.replica.state import Section
-from hpctrain.strategies.interval import EVERY_TEXT, ISLAND_TEXT, EveryChoice, IslandChoice
+from hpctrain.strategies.interval import EVERY_TEXT, EveryChoice, LocalOptions
 from hpctrain.strategies.outer import OuterOptimizer, OuterOptions
 from hpctrain.strategies.round import Round, RoundStrategy, Step
 
 
-class DiLoCoOptions(OuterOptions):
+class DiLoCoOptions(LocalOptions, OuterOptions):
     """The keys of strategy.name = "diloco"."""
 
     every: EveryChoice = Field(100, description=EVERY_TEXT)
-    island: IslandChoice = Field("worker", description=ISLAND_TEXT)
-    codec: CodecChoice = Field("none", description=CODEC_TEXT)
 
 
 class DiLoCo(RoundStrategy):
@@ -31,6 +28,7 @@ class DiLoCo(RoundStrategy):
         {"every": 3},
         {"every": 2, "island": "node"},
         {"every": 1, "outer_lr": 1.0, "outer_momentum": 0.0},
+        {"every": 4, "balance": "throughput"},
         {"every": 2, "outer_momentum": 0.0, "codec": {"name": "topk", "keep": 0.1, "bits": 2}},
     )
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, WrapValidator, model_validator
 
 from hpctrain.clock.samples import RunClock
+from hpctrain.codecs import CODEC_TEXT, CodecChoice
 from hpctrain.errors import JobError
 from hpctrain.options import Options
+from hpctrain.strategies.balance import STEPS_TEXT, BalanceChoice
 
 if TYPE_CHECKING:
     from hpctrain.strategies.phase import Phase
@@ -71,6 +73,23 @@ EveryChoice = Annotated[
     WrapValidator(_every),
     Field(json_schema_extra={"allowed": 'at least 1, "auto", or a table of epochs or of overhead, most and guard'}),
 ]
+
+
+class LocalOptions(Options):
+    """The options of strategies whose workers train by themselves between agreements."""
+
+    every: EveryChoice = Field(description=EVERY_TEXT)
+    island: IslandChoice = Field("worker", description=ISLAND_TEXT)
+    codec: CodecChoice = Field("none", description=CODEC_TEXT)
+    balance: BalanceChoice = Field("none", description=STEPS_TEXT)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.island == "node" and self.balance != "none":
+            raise ValueError(
+                'has island = "node" with balance, but the workers of a node take every step together; leave one out'
+            )
+        return self
 
 
 @dataclass(frozen=True)

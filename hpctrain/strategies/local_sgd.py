@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from hpctrain.codecs import CODEC_TEXT, CodecChoice
-from hpctrain.options import Options
-from hpctrain.strategies.interval import EVERY_TEXT, ISLAND_TEXT, EveryChoice, IslandChoice
+from hpctrain.strategies.interval import EVERY_TEXT, EveryChoice, LocalOptions
 from hpctrain.strategies.round import Round, RoundStrategy, Step
 
 
-class LocalSGDOptions(Options):
+class LocalSGDOptions(LocalOptions):
     """The keys of strategy.name = "local_sgd"."""
 
     every: EveryChoice = Field(8, description=EVERY_TEXT)
-    island: IslandChoice = Field("worker", description=ISLAND_TEXT)
-    codec: CodecChoice = Field("none", description=CODEC_TEXT)
 
 
 class LocalSGD(RoundStrategy):
@@ -30,6 +26,7 @@ class LocalSGD(RoundStrategy):
         {},
         {"every": 3, "island": "node"},
         {"every": 2, "codec": "bfloat16"},
+        {"every": 4, "balance": "throughput"},
         {"every": 3, "codec": "topk"},
     )
 

@@ -27,13 +27,13 @@ from hpctrain.replica.state import (
     Section,
     State,
     collect_state,
-    recv_state,
     send_state,
-    start_send_state,
 )
+from hpctrain.strategies.balance import BALANCE, Balance, BatchBalance, StepBalance
 from hpctrain.strategies.base import Outcome, Strategy
 from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import Contribution, RoundTotals, nan_error
+from hpctrain.strategies.handover import dealt, fill, mean_moments
 from hpctrain.strategies.interval import RoundCost, interval_by
 from hpctrain.strategies.phase import Phase
 from hpctrain.strategies.tuning import USUAL
@@ -81,6 +81,7 @@ class RoundStrategy(Strategy):
         if self.local is not None:
             where: Placement = "node" if self._choice == "node" else "rank"
             self.needs = replace(self.needs, parameters=where, lockstep=False)
+        self.deterministic = self.deterministic and not self.balances
 
     @property
     def _choice(self) -> IslandChoice:
@@ -136,7 +137,7 @@ class RoundStrategy(Strategy):
 
     def resume(self, saved: Section) -> None:
         """Continue from what `common` returned on this stretch; after `begin`. Not collective."""
-        _fill(self.common(), saved)
+        fill(self.common(), saved)
 
     def optimize(self, gradient: torch.Tensor, part: Step | Round) -> None:
         """Clip `gradient` and apply one step of the job's optimizer with it.
@@ -188,9 +189,10 @@ class RoundStrategy(Strategy):
             self._island = island_of(self._choice, exchange)
         self.update = phase.updating.make(self._stretch, exchange.low, exchange.high)
         exchange.synchronise()
-        part = self._dealt(state)
+        part = dealt(self.comm, state, exchange, phase.replica.layout)
         if part is not None:
             self.update.load_in_place(part)
+        self.balance = self._make_balance(part)
         self.begin()
         if part is not None:
             saved = part.section(STRATEGY)
@@ -199,24 +201,19 @@ class RoundStrategy(Strategy):
             self.resume(saved)
         self._start_round()
 
-    def _dealt(self, state: State | None) -> State | None:
-        """This rank's stretch of the state that rank 0 holds; None if there is none. Collective."""
-        comm = self.comm
-        if not comm.broadcast_json(state is not None):
+    def _make_balance(self, state: State | None) -> Balance | None:
+        """What changes the workers' shares, if the strategy's options ask for it; continues from `state`."""
+        if not self.balances:
             return None
-        if state is None:
-            return recv_state(comm, 0)
-        parts = [state.cut(*bounds, self._names(*bounds)) for bounds in self.exchange.stretches()]
-        sends = [start_send_state(comm, parts[rank], rank) for rank in range(1, comm.size)]
-        comm.wait_all([request for started in sends for request in started])
-        return parts[0]
-
-    def _names(self, low: int, high: int) -> list[str]:
-        return [slot.name for slot in self.phase.replica.layout.slots_in(low, high)]
+        kind = BatchBalance if self.local is None else StepBalance
+        balance = kind(self.phase.roles.workers, self.phase.dealing.batch)
+        if state is not None and BALANCE in state.counters:
+            balance.load(state.counters[BALANCE])
+        return balance
 
     def state(self) -> State | None:
         comm, keepers = self.comm, self.exchange.keepers()
-        part = self.update.view() if self.local is None else self._mean_moments()
+        part = self.update.view() if self.local is None else mean_moments(self.exchange.peers, self.update.state())
         kept = self.common()
         if numbers := self._interval.numbers():
             kept = replace(kept, numbers={**kept.numbers, INTERVAL: numbers})
@@ -229,24 +226,9 @@ class RoundStrategy(Strategy):
         whole = collect_state(comm, part, keepers[1:], self.phase.replica.layout.length)
         if self.phase.conductor.rule is not None:
             whole.rule = self.phase.conductor.rule.state()
+        if self.balance is not None:
+            whole.counters[BALANCE] = self.balance.state()
         return whole
-
-    def _mean_moments(self) -> State:
-        """The optimizer state where every worker has its own: the mean over those that own the same stretch, and the
-        first one's plain numbers. Collective."""
-        comm, state = self.exchange.peers, self.update.state()
-        if comm is None:
-            return state
-        rows = comm.gather_json({path: [list(a.shape), str(a.dtype)] for path, a in state.arrays()})
-        here = dict(state.arrays())
-        for path, (shape, dtype) in sorted({path: row[path] for row in reversed(rows) for path in row}.items()):
-            array = here.get(path, _zeros(shape, dtype))
-            comm.all_reduce(array.reshape(-1))
-            array /= comm.size
-            state.place(path, array)
-        numbers = comm.gather_json(state.optimizer.numbers)
-        state.optimizer.numbers = next((found for found in numbers if found), {})
-        return state
 
     def own(self) -> Own:
         own = self.exchange.own()
@@ -303,6 +285,14 @@ class RoundStrategy(Strategy):
         self._foreseen = self.phase.conductor.ends(self._start)
         if self._length > 1 and self.local is None:
             raise HpctrainError(f"strategy {type(self).__name__} has rounds of {self._length} steps but no local()")
+        self._deal()
+
+    def _deal(self) -> None:
+        """Name the shares of the next step."""
+        step = self.phase.step
+        step.shares = step.later = None
+        if self.balance is not None:
+            step.shares, step.later = self.balance.deal(len(self._parts), self._length)
 
     def step(self, samples: int, loss: float) -> Outcome:
         phase = self.phase
@@ -313,6 +303,7 @@ class RoundStrategy(Strategy):
         if len(self._parts) >= self._length or phase.step.round_end >= self._foreseen or self._leaving:
             return self._close()
         phase.cursor = phase.step.round_end
+        self._deal()
         skipped, overflow = bool(samples) and not part.samples, phase.step.bad < 0
         result: Any = "skipped" if skipped else "local"
         return Outcome(result, phase.cursor, part.loss, samples, version=self.version, overflow=overflow)
@@ -335,14 +326,14 @@ class RoundStrategy(Strategy):
         if not skip:
             island.clip()
         rate, momentum = phase.updating.rate(phase.cursor), phase.updating.momentum(phase.cursor)
-        local(
-            Step(
-                phase.step.number, len(self._parts), found.samples, rate, momentum, skip, island.gradient, found.used
-            )
-        )
+        index, begun = len(self._parts), phase.comm.now()
+        local(Step(phase.step.number, index, found.samples, rate, momentum, skip, island.gradient, found.used))
+        taken = (phase.comm.now() - begun) / 1e9
         island.publish()
         self._leaving = bool(found.wish & Ask.LEAVE)
-        return Contribution.nothing(part.wish, len(phase.replica.layout.slots)) if found.skip else part
+        if found.skip:
+            return Contribution.nothing(part.wish, len(phase.replica.layout.slots))
+        return replace(part, seconds=part.seconds + taken) if part.samples else part
 
     def _stop_for(self, part: Contribution) -> None:
         phase = self.phase
@@ -374,6 +365,8 @@ class RoundStrategy(Strategy):
         self.exchange.publish()
         if not round.skip and before is not None:
             self._adapt(closing - self._began, self.comm.now() - agreeing, before)
+        if self.balance is not None:
+            self._balance(self.balance, parts)
         return self._end(found)
 
     def _adapt(self, computing: int, exchanging: int, before: torch.Tensor) -> None:
@@ -387,6 +380,13 @@ class RoundStrategy(Strategy):
         table = self.comm.gather_rows(np.array([computing / 1e9, exchanging / 1e9, change]))
         if why := self._interval.observe([RoundCost(*row) for row in table.tolist()], len(self._parts)):
             self.comm.recorder.event(IntervalChanged(old, self._interval.steps, why))
+
+    def _balance(self, balance: Balance, parts: list[Contribution]) -> None:
+        """Let the shares follow what the workers measured in the round that ends."""
+        samples, seconds = [part.samples for part in parts], [part.seconds for part in parts]
+        decision = balance.observe(samples, seconds, self._length)
+        if decision is not None:
+            self.phase.conductor.notify(decision)
 
     @property
     def _stretch(self) -> torch.Tensor:
@@ -421,22 +421,3 @@ class RoundStrategy(Strategy):
             result, phase.cursor, found.loss, found.samples, ask, self.version, why=phase.conductor.why,
             overflow=overflow,
         )  # fmt: skip
-
-
-def _fill(section: Section, saved: Section) -> None:
-    """Write the saved values into the arrays and numbers of `section`."""
-    for key, array in section.flat.items():
-        if key in saved.flat:
-            array[...] = saved.flat[key]
-    for name, own in section.named.items():
-        for key, array in own.items():
-            if key in saved.named.get(name, {}):
-                array[...] = saved.named[name][key]
-    for name, numbers in saved.numbers.items():
-        section.numbers.setdefault(name, {}).update(numbers)
-
-
-def _zeros(shape: list[int], dtype: str) -> Any:
-    from hpctrain.comm.base import BFLOAT16
-
-    return np.zeros(shape, BFLOAT16 if dtype == "bfloat16" else dtype)

@@ -295,6 +295,7 @@ def test_local_epochs_over_fixed_shards(tmp_path: Path):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
+        ({"strategy": {"name": "all_reduce", "balance": "throughput"}}, "with balance workers take more or fewer"),
         ({"strategy": helpers.served("async")}, "under strategy parameter_server samples come from one queue"),
         (
             {
@@ -311,6 +312,11 @@ def test_shards_that_cannot_be_fixed_are_refused(tmp_path: Path, keys: Any, word
     job = helpers.make_job(tmp_path, data={"partition": "fixed"}, **keys)
     with pytest.raises(JobError, match='^data.partition = "fixed": ' + words):
         World(3).run(lambda comm: helpers.quiet_train(comm, job))
+
+
+def test_balance_within_an_island_is_refused(tmp_path: Path):
+    with pytest.raises(JobError, match='has island = "node" with balance, but the workers of a node'):
+        helpers.make_job(tmp_path, strategy={"name": "diloco", "island": "node", "balance": "throughput"})
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [("linear", 3.0), ("sqrt", 3.0**0.5)])

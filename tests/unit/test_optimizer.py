@@ -417,6 +417,7 @@ def test_slice_bounds(sizes: list[int], parts: int, elementwise: bool, double: b
     model = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in sizes])
     layout = Replica(model.double() if double else model).layout
     bounds = slice_bounds(layout, parts, elementwise)
+    assert bounds == slice_bounds(layout, parts, elementwise, [7] * parts)
     assert len(bounds) == parts + 1
     assert (bounds[0], bounds[-1]) == (0, layout.length)
     assert bounds == sorted(bounds)
@@ -431,6 +432,15 @@ def test_slice_bounds(sizes: list[int], parts: int, elementwise: bool, double: b
         assert max(lengths) <= layout.length / parts + largest
         inside = [s.name for a, b in zip(bounds, bounds[1:], strict=False) for s in layout.slots_in(a, b) if s.size]
         assert inside == [slot.name for slot in layout.slots if slot.size]
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=9), st.integers(0, 5000), st.booleans())
+def test_slices_in_proportion_to_weights(weights: list[int], size: int, elementwise: bool) -> None:
+    layout = Replica(nn.ParameterList([nn.Parameter(torch.zeros(16)) for _ in range(size // 16 + 1)])).layout
+    bounds = slice_bounds(layout, len(weights), elementwise, weights)
+    assert (bounds[0], bounds[-1]) == (0, layout.length) and bounds == sorted(bounds)
+    for place, bound in enumerate(bounds):
+        assert abs(bound - layout.length * sum(weights[:place]) / sum(weights)) <= 16
 
 
 # -- in a run -------------------------------------------------------------------------------------------------

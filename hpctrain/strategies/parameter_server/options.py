@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from hpctrain.codecs import CodecChoice, CodecTable
 from hpctrain.codecs.options import JOINT, NAMES
 from hpctrain.options import Options
+from hpctrain.strategies.balance import BATCHES_TEXT, BalanceChoice
 
 
 class ParameterServerOptions(Options):
@@ -27,6 +28,11 @@ class ParameterServerOptions(Options):
     shards: Literal["device", "host"] = Field(
         "device",
         description="where servers on GPUs keep and update their shards: in the GPU's memory, or in pinned host memory",
+    )
+    shard_sizes: Literal["equal", "bandwidth"] = Field(
+        "equal",
+        description="equal: all servers own as much; bandwidth: in proportion to the bytes per second that their links "
+        "carry, measured when the phase begins (equal where workers and servers share memory: nothing is sent)",
     )
     chunk_mb: float = Field(
         1.0,
@@ -80,6 +86,7 @@ class ParameterServerOptions(Options):
         le=1e6,
         description="strength of delay_compensation; left out: 0.04 for constant, 2.0 for adaptive, as published",
     )
+    balance: BalanceChoice = Field("none", description=f"{BATCHES_TEXT} (mode sync)")
     backup_workers: int = Field(
         0,
         ge=0,
@@ -92,16 +99,31 @@ class ParameterServerOptions(Options):
         if str(self.codec) in JOINT:
             taken = ", ".join(f'"{name}"' for name in NAMES if name not in JOINT)
             raise ValueError(f'has codec = "{self.codec}", which sums over workers only, not at a server; use {taken}')
+        self._check_balance()
         defaults = type(self).model_fields
         for key, modes in MODE_KEYS.items():
             if self.mode not in modes and getattr(self, key) != defaults[key].default:
                 needed = " or ".join(f'"{mode}"' for mode in modes)
                 raise ValueError(f'has {key} with mode = "{self.mode}", where it has no effect; set mode = {needed}')
+        if self.shard_sizes != "equal" and self.servers == 1:
+            raise ValueError(f'has shard_sizes = "{self.shard_sizes}" with servers = 1, where it has no effect')
         if self.delay_lambda is not None and self.delay_compensation == "none":
             raise ValueError('has delay_lambda with delay_compensation = "none", where it has no effect')
         if isinstance(self.codec, CodecTable) and self.codec.majority:
             raise ValueError("has codec.majority, a vote on sums between workers; leave majority out")
         return self
+
+    def _check_balance(self) -> None:
+        if self.balance != "none" and not self.lockstep:
+            raise ValueError(
+                f'has balance = "{self.balance}" with mode = "{self.mode}", whose workers take their samples from a '
+                'shared queue, slow ones fewer: leave balance out, or set mode = "sync"'
+            )
+        if self.balance != "none" and self.backup_workers:
+            raise ValueError(
+                f'has balance = "{self.balance}" with backup_workers = {self.backup_workers}, which drops what slow '
+                "workers compute, so that their speed does not matter; leave one of them out"
+            )
 
     @property
     def lockstep(self) -> bool:

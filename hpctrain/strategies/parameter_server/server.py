@@ -16,9 +16,11 @@ import numpy as np
 from hpctrain.codecs import wire_codec_by
 from hpctrain.comm.base import Tag
 from hpctrain.replica.state import STRATEGY, State, merge, recv_state, send_state
+from hpctrain.strategies.balance import BatchBalance
 from hpctrain.strategies.base import Server
 from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import nan_error, sum_error
+from hpctrain.strategies.parameter_server.bandwidth import shard_weights
 from hpctrain.strategies.parameter_server.coordinator import MODES, Coordinator, Message, Terms
 from hpctrain.strategies.parameter_server.corrections import DelayCompensation
 from hpctrain.strategies.parameter_server.links import Codecs, MessageLink, Packet, Shard, memory_link, near
@@ -61,7 +63,9 @@ class Wiring:
         self.service: Communicator = service
         self.between_servers = comm.split(0 if comm.rank in self.servers else None, comm.rank)
         self.slots = len(phase.replica.layout.slots)
-        self.bounds = slice_bounds(phase.replica.layout, len(self.servers), phase.updating.elementwise)
+        self._shares = len(self.workers) if options.balance != "none" else 0  # that replies carry
+        weights = shard_weights(phase, service) if options.shard_sizes == "bandwidth" else None
+        self.bounds = slice_bounds(phase.replica.layout, len(self.servers), phase.updating.elementwise, weights)
         whole = options.lockstep and phase.updating.clip_norm is not None  # the norm must be known before any update
         sent = not phase.members.shared or len(set(comm.nodes)) > 1  # else chunks would only cost their calls
         chunked = sent and phase.updating.elementwise and not whole
@@ -103,7 +107,7 @@ class Wiring:
 
     def reply_record(self) -> ReplyRecord:
         """A buffer for a reply; the same size on all ranks."""
-        return ReplyRecord(self.ahead + 1)
+        return ReplyRecord(self.ahead + 1, self._shares)
 
     def free(self) -> None:
         """Collective over the phase's ranks."""
@@ -407,6 +411,7 @@ def _terms(phase: Phase, options: ParameterServerOptions) -> Terms:
         queue=phase.dealing.queue,
         epoch=phase.dealing.epoch,
         ahead=phase.dealing.ahead,
+        balance=BatchBalance(phase.roles.workers, phase.dealing.batch) if options.balance != "none" else None,
     )
 
 

@@ -43,11 +43,13 @@ class ParameterServer(Strategy):
         {"servers": 2, "colocated": True, "delay_compensation": "adaptive"},
         {"mode": "bounded", "bound": 1},
         {"mode": "sync", "shards": "host"},
+        {"mode": "sync", "servers": 2, "shard_sizes": "bandwidth"},
         {"mode": "sync", "servers": 2, "colocated": True, "chunk_mb": 0.0005, "codec": "bfloat16"},
         {"chunk_mb": 0.0005, "codec": "float16", "delay_compensation": "constant"},
         {"servers": 2, "chunk_mb": 0.0005},
         {"mode": "sync", "servers": 2, "chunk_mb": 0.0005, "codec": {"name": "topk", "keep": 0.1}},
         {"codec": "int8"},
+        {"mode": "sync", "servers": 2, "colocated": True, "balance": "throughput"},
     )
 
     def __init__(self, options: ParameterServerOptions) -> None:
@@ -55,7 +57,7 @@ class ParameterServer(Strategy):
         # Where workers step together, nobody reads parameters during an update: once per node is enough.
         once = options.lockstep and not options.backup_workers
         self.needs = Needs("node" if once else "copies", "copies", options.lockstep, not options.lockstep)
-        self.deterministic = once
+        self.deterministic = once and not self.balances and options.shard_sizes == "equal"
         self.exact = once and options.codec == "none"
 
     @staticmethod
@@ -190,6 +192,8 @@ class ParameterServer(Strategy):
             raise nan_error(self.phase, self.wiring.workers[nan.worker], nan.loss, nan.step, nan.bad)
         self.version, self.phase.cursor = reply.version, reply.cursor
         self._slices += reply.slices
+        if reply.shares:
+            self.phase.step.shares, self.phase.step.later = reply.shares
         return reply
 
     def _outcome(self, reply: Reply) -> Outcome:
