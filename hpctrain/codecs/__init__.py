@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hpctrain.codecs.options import CODEC_TEXT, CodecChoice, CodecName, CodecTable
+from hpctrain.codecs.options import CHUNK, CODEC_TEXT, CodecChoice, CodecName, CodecTable
 
 if TYPE_CHECKING:
     from hpctrain.codecs.base import Codec
@@ -26,7 +26,7 @@ def codec_by(codec: CodecName | CodecTable, seed: int = 0) -> Codec:
     from hpctrain.codecs.quantise import BLOCK, Int4, Int8
     from hpctrain.codecs.sign import SIGNS, MajoritySign, Sign
     from hpctrain.codecs.sparse import FullValues, TwoBitValues, kept
-    from hpctrain.codecs.topk import CHUNK, KEEP, TopK
+    from hpctrain.codecs.topk import KEEP, TopK
 
     table = codec if isinstance(codec, CodecTable) else CodecTable(name=codec)
     keep, block, rank = table.keep, table.block, table.rank or RANK

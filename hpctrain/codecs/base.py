@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from hpctrain.replica.layout import NUMPY_DTYPES
+from hpctrain.replica.layout import NUMPY_DTYPES, Slot
 from hpctrain.replica.tensors import as_tensor
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ class Codec(ABC):
         """A codec like this one with random numbers for another place (rank, stretch), which stays at the position of
         this one; itself if it draws none."""
         return self
+
+    def unfit(self, slots: Sequence[Slot]) -> str | None:
+        """Why the codec is of no use for a model with these parameters, in words that follow its name; None if it is of
+        use."""
+        return None
 
     @abstractmethod
     def reduce(self, addend: Addend) -> Iterator[list[Request]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
@@ -20,6 +21,7 @@ TAKES: dict[str, tuple[CodecName, ...]] = {
     "majority": ("sign",),
     "rank": JOINT,
 }
+CHUNK = 4096  # elements from which topk chooses, and frequencies from which demo does
 EXAMPLE = '{name = "topk", keep = 0.01}'
 CODEC_TEXT = (
     "how gradients (local_sgd, diloco: changes) are written into messages; ranks that share memory send none. none: as "
@@ -40,8 +42,8 @@ class CodecTable(Options):
         default=None,
         gt=0,
         le=1,
-        description="share of the elements (demo: frequencies) of a block that are sent, at least one; left out: 0.01, "
-        "demo 32 of 4096",
+        description="share of the elements (demo: frequencies) of a block that are sent, at least one of 4096 or of "
+        "`block`; left out: 0.01, demo 32 of 4096",
     )
     block: int | None = Field(
         default=None,
@@ -78,6 +80,13 @@ class CodecTable(Options):
             if getattr(self, key) is not None and self.name not in names:
                 needed = " or ".join(f'"{name}"' for name in names)
                 raise ValueError(f'has {key} with name = "{self.name}", where it has no effect; set name = {needed}')
+        width = self.block or CHUNK
+        if self.keep is not None and round(self.keep * width) == 0:
+            least = math.ceil(1e6 / width) / 1e6
+            raise ValueError(
+                f"has keep = {self.keep:g} of blocks of {width}: less than one of each, so nothing would be sent; "
+                f"set keep = {least:g} or more{', or a longer block' if self.name == 'topk' else ''}"
+            )
         return self
 
 
@@ -90,6 +99,8 @@ def _codec(value: object, handler: object) -> CodecName | CodecTable:
         raise ValueError(f"must be one of {_listed(NAMES)}, or a table such as {EXAMPLE}{did_you_mean(value, NAMES)}")
     if not isinstance(value, (dict, CodecTable)):
         raise ValueError(f"must be the name of a codec, or a table such as {EXAMPLE}")
+    if isinstance(value, dict) and "name" not in value:
+        raise ValueError(f"has no name; set name to one of {_listed(NAMES)}")
     table = CodecTable.model_validate(value)
     return table if set(table.plain()) > {"name"} else table.name
 

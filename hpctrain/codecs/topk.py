@@ -6,11 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hpctrain.codecs.options import CHUNK
 from hpctrain.codecs.sparse import LONGEST, FullValues, SparseCodec, ValueForm, kept, largest
 from hpctrain.codecs.wire import wide_dtype
 from hpctrain.replica.blocks import row_blocks
 
-CHUNK = 4096  # elements
 KEEP = 0.01
 
 

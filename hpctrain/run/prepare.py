@@ -16,6 +16,7 @@ from hpctrain.clock.rates import FunctionCourse, Pace, RateCourse, SteppedCourse
 from hpctrain.clock.rules import Rule
 from hpctrain.clock.samples import RunClock, interval, run_total
 from hpctrain.cluster import Roles, device_for, threads_for
+from hpctrain.codecs import CodecChoice, codec_by
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.device.gpu import usable_gpus
 from hpctrain.data.generators import seed_run
@@ -186,6 +187,7 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     optimizer = _optimizer(job, device)
     optimizer.check(replica.layout, device)
     _check_strategies(job, optimizer)
+    _check_codecs(job, replica)
     order = make_order(splits.train, job.seed, job.data.shuffle)
     batch = job.train.batch_size * job.train.accumulate
     if job.data.last == "drop":
@@ -224,6 +226,14 @@ def _check_strategies(job: Job, optimizer: OptimizerChoice) -> None:
                 f"train.sync_batchnorm = true: under strategy {spec.name} workers do not step together, "
                 "so they share no batch; leave the key out"
             )
+
+
+def _check_codecs(job: Job, replica: Replica) -> None:
+    """Refuse codecs that are of no use for the model."""
+    for index, phase in enumerate(job.schedule):
+        codec: CodecChoice = getattr(phase.strategy.options, "codec", "none")
+        if (why := codec_by(codec).unfit(replica.layout.slots)) is not None:
+            raise ModelError(f'{job.key(index, "strategy")}.codec = "{codec}": {why}')
 
 
 def _check_schedule(prepared: Prepared) -> None:
