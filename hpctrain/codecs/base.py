@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
@@ -20,20 +20,29 @@ class Addend:
     """A stretch of an arena that is summed over the ranks of `comm`, which all have one of the same length.
 
     `values`: the stretch, flat; a codec leaves the sum there. `rest`: what this rank's messages have left out so far,
-    if the codec remembers; `carry` times that is added to the next values. An addend lives as long as its arena, so a
-    codec allocates what it needs once (`scratch`).
+    if the codec remembers, and `kept`: what its feedback keeps besides. These are in units of earlier values; `carry`
+    times them is in units of the next. `begun`: whether they are of earlier sums. An addend lives as long as its arena,
+    so a codec allocates what it needs once (`scratch`).
     """
 
     carry: float = 1.0
 
-    def __init__(self, comm: Communicator, values: Tensor, rest: Tensor | None = None) -> None:
-        self.comm, self.values, self.rest = comm, values, rest
+    def __init__(
+        self,
+        comm: Communicator,
+        values: Tensor,
+        rest: Tensor | None = None,
+        kept: Mapping[str, Tensor] | None = None,
+        begun: bool = False,
+    ) -> None:
+        self.comm, self.values, self.rest, self.kept, self.begun = comm, values, rest, kept or {}, begun
         self._scratch: dict[str, Tensor] = {}
         self._codec: Codec | None = None
 
     def scratch(self, name: str, length: int, dtype: torch.dtype) -> Tensor:
-        """Memory of this addend for that purpose, which messages can be sent from; kept for the next time."""
-        if name not in self._scratch:
+        """Memory of this addend for that purpose, which messages can be sent from; kept for the next time, if that has
+        the same length."""
+        if name not in self._scratch or self._scratch[name].numel() != length:
             self._scratch[name] = as_tensor(self.comm.arena(length, NUMPY_DTYPES[dtype]).mine)
         return self._scratch[name]
 

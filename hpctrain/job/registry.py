@@ -46,7 +46,7 @@ RULES = {
     "target": "hpctrain.clock.rules:Target",
 }
 FUNCTION_AS_RULE = "hpctrain.clock.rules:FunctionAsRule"
-# torch.optim's classes with the learning rate of a job that sets none: torch's default, except 0.1 for SGD.
+# Optimizers with the learning rate of a job that sets none: torch's default, except 0.1 for SGD.
 LEARNING_RATES = {
     "SGD": 0.1,
     "Adadelta": 1.0,
@@ -61,8 +61,10 @@ LEARNING_RATES = {
     "RAdam": 0.001,
     "RMSprop": 0.01,
     "Rprop": 0.01,
+    "SignSGD": 0.001,
 }
 OPTIMIZERS = {name: f"torch.optim:{name}" for name in LEARNING_RATES}
+OPTIMIZERS["SignSGD"] = "hpctrain.replica.signsgd:SignSGD"
 REFUSED_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times within one step, which no strategy can synchronise",
     "SparseAdam": "it takes sparse gradients, and gradients here lie in one dense arena",

@@ -177,7 +177,11 @@ class Optimizer(Named):
 
     KIND = "optimizer"
     KEPT = ("schedule", "groups")
-    name: str = Field(default="SGD", description="a class of torch.optim; further keys are its keyword arguments")
+    name: str = Field(
+        default="SGD",
+        description="a class of torch.optim, or SignSGD: by the sign of the gradient alone; further keys are its "
+        "keyword arguments",
+    )
     lr: Positive | None = Field(
         default=None,
         description="learning rate; left out: 0.1 for SGD, torch's default for its other classes",

@@ -17,9 +17,8 @@ from hpctrain.clock.decisions import Ask
 from hpctrain.codecs import CodecChoice, codec_by
 from hpctrain.errors import HpctrainError
 from hpctrain.replica.state import (
-    MEMORY,
+    CODEC,
     OPTIMIZER,
-    REST,
     STRATEGY,
     Own,
     Section,
@@ -112,7 +111,8 @@ class RoundStrategy(Strategy):
         codec: CodecChoice = getattr(self.options, "codec", "none")
         if codec == "none":
             return MessageExchange(self.phase)
-        return BucketExchange(self.phase, codec_by(codec, self.phase.seed), int(USUAL * 2**20), early=False)
+        made = codec_by(codec, self.phase.seed, self.phase.dealing.epoch)
+        return BucketExchange(self.phase, made, int(USUAL * 2**20), early=False)
 
     def begin(self) -> None:
         """Start the phase: all workers have the same parameters. Allocate memory here. Collective."""
@@ -245,7 +245,7 @@ class RoundStrategy(Strategy):
         state = State(self.exchange.low, self.exchange.high)
         state.optimizer.numbers = own.numbers[OPTIMIZER]
         for path, array in own.arrays.items():
-            if path not in (REST, MEMORY):
+            if not path.startswith(CODEC):
                 state.place(path, array)
         self.update.load(state)
         return lost

@@ -19,9 +19,11 @@ from torch.utils.data import TensorDataset
 from hpctrain import Job
 from hpctrain.comm.virtual.world import World
 from hpctrain.errors import HpctrainError, ModelError
+from hpctrain.job import registry
 from hpctrain.replica.layout import Layout, slice_bounds
 from hpctrain.replica.optimizer import ELEMENTWISE, OptimizerChoice, decay, without_dynamo
 from hpctrain.replica.replica import Replica
+from hpctrain.replica.signsgd import SignSGD
 from hpctrain.replica.state import State, merge
 from hpctrain.replica.update import Update, make_update
 from hpctrain.run.api import train
@@ -56,7 +58,7 @@ class Net(nn.Module):
 
 
 def choice_of(name: str, options: dict[str, Any]) -> OptimizerChoice:
-    return OptimizerChoice.of(getattr(torch.optim, name), options)
+    return OptimizerChoice.of(registry.resolve("optimizer", name), options)
 
 
 def gradients(layout: Layout, steps: int) -> list[Tensor]:
@@ -77,7 +79,7 @@ def flat_values(model: nn.Module, layout: Layout) -> Tensor:
 
 def by_torch(model: nn.Module, layout: Layout, name: str, options: dict[str, Any], groups: Any, steps: int) -> Tensor:
     """The values after this many steps of torch's optimizer on the model itself, with halved rates in odd steps."""
-    optimizer = getattr(torch.optim, name)(groups or model.parameters(), **options)
+    optimizer = registry.resolve("optimizer", name)(groups or model.parameters(), **options)
     named = dict(model.named_parameters())
     rates = [group["lr"] for group in optimizer.param_groups]
     for step, gradient in enumerate(gradients(layout, steps)):
@@ -625,3 +627,17 @@ def test_global_step_counts_do_not_cross_a_switch(tmp_path: Any) -> None:
     phases = [{"strategy": "all_reduce", "until": {"rule": "after", "steps": 2}}, {"strategy": "all_reduce"}]
     with pytest.raises(ModelError, match="Counting counts count for all parameters together"):
         World(2).run(lambda comm: train(job(phases=phases), comm, out=quiet))
+
+
+def test_signs_alone_move_parameters():
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = OptimizerChoice.of(SignSGD, {"lr": 0.1, "weight_decay": 0.5})
+    assert optimizer.elementwise
+    assert optimizer.divisible
+    assert optimizer.adaptive
+    weight.grad = torch.tensor([1e-9, 0.0, -50.0])
+    optimizer.build([weight]).step()
+    expected = torch.tensor([0.95 - 0.1, -1.9, 2.85 + 0.1])
+    torch.testing.assert_close(weight.detach(), expected)
+    with pytest.raises(ModelError, match="must not be negative; given: -1"):
+        OptimizerChoice.of(SignSGD, {"lr": -1.0})

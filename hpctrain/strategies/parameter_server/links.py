@@ -76,7 +76,7 @@ class Packet:
                 if rest is None:
                     self._codec.encode(self._chunk, self._wire)
                 else:
-                    rest.mul_(carry).add_(self._chunk)
+                    rest.mul_(carry * self._codec.feedback.decay).add_(self._chunk)
                     self._codec.encode(rest, self._wire, rest)
             self._version = version
         return self.message
@@ -86,7 +86,7 @@ class Packet:
         was before."""
         if self._codec is not None and self._rest is not None:
             self._codec.decode(self._wire, self._rest, add=True)
-            self._rest.sub_(self._chunk)
+            self._rest.sub_(self._chunk).div_(self._codec.feedback.decay)
 
     def unpack(self, into: Tensor) -> None:
         """Store the values of the message in `into`."""

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from hpctrain.codecs import CodecChoice, CodecTable
-from hpctrain.codecs.options import JOINT, NAMES
+from hpctrain.codecs.options import JOINT, NAMES, ROUNDS
 from hpctrain.options import Options
 
 
@@ -99,8 +99,9 @@ class ParameterServerOptions(Options):
                 raise ValueError(f'has {key} with mode = "{self.mode}", where it has no effect; set mode = {needed}')
         if self.delay_lambda is not None and self.delay_compensation == "none":
             raise ValueError('has delay_lambda with delay_compensation = "none", where it has no effect')
-        if isinstance(self.codec, CodecTable) and self.codec.majority:
-            raise ValueError("has codec.majority, a vote on sums between workers; leave majority out")
+        for key in ROUNDS if isinstance(self.codec, CodecTable) else ():
+            if getattr(self.codec, key):
+                raise ValueError(f"has codec.{key}, {WHY_ROUNDS[key]}; leave {key} out")
         return self
 
     @property
@@ -123,6 +124,12 @@ class ParameterServerOptions(Options):
 # for the square root (Malladi et al. 2022), late gradients for a smaller rate. The value lies in between; for results
 # see docs/asynchrony.md.
 ADAPTIVE_POWER = 0.75
+WHY_ROUNDS = {  # why a server cannot take these keys of a codec
+    "majority": "a vote on sums between workers",
+    "feedback": "an estimate that all workers keep of each other, which a server does not",
+    "momentum": "which is for workers that agree in rounds: a server has a velocity for each worker",
+    "warmup": "which is for workers that agree in rounds: a server reads messages of one length",
+}
 MODE_KEYS = {
     "bound": ("bounded",),
     "backup_workers": ("sync",),
