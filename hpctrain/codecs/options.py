@@ -176,10 +176,19 @@ def _codec(value: object, handler: object) -> CodecName | CodecTable:
     return table if set(table.plain()) > {"name"} else table.name
 
 
+def _codec_or_none(value: object, handler: object) -> CodecName | CodecTable | None:
+    return None if value is None else _codec(value, handler)
+
+
 def _listed(names: Sequence[CodecName]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
 CodecChoice = Annotated[
     CodecName | CodecTable, WrapValidator(_codec), Field(json_schema_extra={"allowed": f"{_listed(NAMES)}, or a table"})
+]
+PullChoice = Annotated[
+    CodecName | CodecTable | None,
+    WrapValidator(_codec_or_none),
+    Field(json_schema_extra={"allowed": f"{_listed(NAMES)}, or a table"}),
 ]

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from hpctrain.codecs import CodecChoice, CodecTable
-from hpctrain.codecs.options import JOINT, NAMES, ROUNDS
+from hpctrain.codecs.options import JOINT, NAMES, ROUNDS, PullChoice
 from hpctrain.options import Options
 
 
@@ -42,6 +42,14 @@ class ParameterServerOptions(Options):
         "bfloat16, float16: in 16 bits (float16 with a scale for each message); any other codec of all_reduce but "
         "powersgd and acp: gradients with that codec, parameters in bfloat16; for evaluations, checkpoints and the end "
         "of a phase parameters are sent as they are",
+    )
+    pull: PullChoice = Field(
+        None,
+        description="how parameters are written into messages between nodes, if not as `codec` says. none: as they "
+        "are; bfloat16, float16: in 16 bits; any other codec of `codec`: the difference to what this worker last "
+        "received, for which servers keep a model for each worker of another node, and each worker one; a worker's "
+        "first push of a phase has its model besides",
+        json_schema_extra={"default": "by codec"},
     )
     bound: int = Field(
         3,
@@ -89,9 +97,15 @@ class ParameterServerOptions(Options):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if str(self.codec) in JOINT:
-            taken = ", ".join(f'"{name}"' for name in NAMES if name not in JOINT)
-            raise ValueError(f'has codec = "{self.codec}", which sums over workers only, not at a server; use {taken}')
+        for name, codec in (("codec", self.codec), ("pull", self.pull)):
+            if str(codec) in JOINT:
+                taken = ", ".join(f'"{name}"' for name in NAMES if name not in JOINT)
+                raise ValueError(f'has {name} = "{codec}", which sums over workers only, not at a server; use {taken}')
+            for key in ROUNDS if isinstance(codec, CodecTable) else ():
+                if getattr(codec, key):
+                    raise ValueError(f"has {name}.{key}, {WHY_ROUNDS[key]}; leave {key} out")
+        if isinstance(self.pull, CodecTable) and self.pull.decay is not None:
+            raise ValueError("has pull.decay, but what a pull leaves out is in the next difference; leave decay out")
         defaults = type(self).model_fields
         for key, modes in MODE_KEYS.items():
             if self.mode not in modes and getattr(self, key) != defaults[key].default:
@@ -99,9 +113,6 @@ class ParameterServerOptions(Options):
                 raise ValueError(f'has {key} with mode = "{self.mode}", where it has no effect; set mode = {needed}')
         if self.delay_lambda is not None and self.delay_compensation == "none":
             raise ValueError('has delay_lambda with delay_compensation = "none", where it has no effect')
-        for key in ROUNDS if isinstance(self.codec, CodecTable) else ():
-            if getattr(self.codec, key):
-                raise ValueError(f"has codec.{key}, {WHY_ROUNDS[key]}; leave {key} out")
         return self
 
     @property
