@@ -63,8 +63,10 @@ LEARNING_RATES = {
     "RAdam": 0.001,
     "RMSprop": 0.01,
     "Rprop": 0.01,
+    "SignSGD": 0.001,
 }
-OPTIMIZERS = {name: f"torch.optim:{name}" for name in LEARNING_RATES} | {"MuonAdamW": "hpctrain.replica.muon:MuonAdamW"}
+OPTIMIZERS = {name: f"torch.optim:{name}" for name in LEARNING_RATES}
+OPTIMIZERS |= {"MuonAdamW": "hpctrain.replica.muon:MuonAdamW", "SignSGD": "hpctrain.replica.signsgd:SignSGD"}
 REFUSED_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times within one step, which no strategy can synchronise",
     "SparseAdam": "it takes sparse gradients, and gradients here lie in one dense arena",

@@ -184,8 +184,8 @@ class Optimizer(Named):
     KEPT = ("schedule", "groups", "scaling")
     name: str = Field(
         default="SGD",
-        description="a class of torch.optim, or MuonAdamW (Muon for matrices, AdamW for the rest); further keys are "
-        "its keyword arguments",
+        description="a class of torch.optim; MuonAdamW (Muon for matrices, AdamW for the rest); or SignSGD (by the "
+        "sign of the gradient alone). Further keys are its keyword arguments",
     )
     lr: Positive | None = Field(
         default=None,

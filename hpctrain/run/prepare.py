@@ -17,6 +17,7 @@ from hpctrain.clock.rates import FunctionCourse, Pace, RateCourse, SteppedCourse
 from hpctrain.clock.rules import Rule
 from hpctrain.clock.samples import RunClock, interval, run_total
 from hpctrain.cluster import Roles, device_for, threads_for
+from hpctrain.codecs import CodecChoice, CodecTable, codec_by
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.device.gpu import usable_gpus
 from hpctrain.data.generators import seed_run
@@ -194,6 +195,7 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     optimizer.check(replica.layout, device)
     _check_strategies(job, optimizer)
     order = make_order(splits.train, job.seed, job.data.shuffle)
+    _check_codecs(job, replica, optimizer, order.length)
     batch = job.train.batch_size * job.train.accumulate
     if job.data.last == "drop":
         whole = whole_rounds(order.length, batch * max(len(each.workers) for each in roles))
@@ -251,6 +253,28 @@ def _check_strategies(job: Job, optimizer: OptimizerChoice) -> None:
             raise ModelError(
                 f"train.sync_batchnorm = true: under strategy {spec.name} workers do not step together, "
                 "so they share no batch; leave the key out"
+            )
+
+
+def _check_codecs(job: Job, replica: Replica, optimizer: OptimizerChoice, epoch: int | None) -> None:
+    """Refuse codecs that are of no use for the model, or have a momentum beside another. Raises ModelError, and
+    JobError where the length of an epoch is needed but not known."""
+    for index, phase in enumerate(job.schedule):
+        spec, key = phase.strategy, job.key(index, "strategy")
+        codec: CodecChoice = getattr(spec.options, "codec", "none")
+        if (why := codec_by(codec, epoch=epoch).unfit(replica.layout.slots)) is not None:
+            raise ModelError(f'{key}.codec = "{codec}": {why}')
+        if not isinstance(codec, CodecTable) or not codec.own_momentum[1]:
+            continue
+        what, momentum = codec.own_momentum
+        start = f"{key}.codec.{what} gives the codec a momentum of its own, {momentum:g}, beside"
+        if outer := getattr(spec.options, "outer_momentum", 0.0):
+            raise ModelError(f"{start} {key}.outer_momentum = {outer:g}; set that to 0, or leave codec.{what} out")
+        sends_gradients = getattr(spec.resolve(), "local", None) is None
+        if sends_gradients and (inner := optimizer.momentum(replica.layout)):
+            raise ModelError(
+                f'{start} that of optimizer "{job.optimizer.name}", {inner:g}; use an optimizer without momentum, such '
+                f"as SGD with momentum = 0, or leave codec.{what} out"
             )
 
 

@@ -103,7 +103,7 @@ class AllReduce(RoundStrategy):
         alone = len(set(nodes)) == len(nodes)  # no worker has another one to share memory with
         automatic = across and options.exchange == "auto" and options.algorithm == "library"
         early, encoded = automatic or options.overlap, options.codec != "none"
-        codec = codec_by(options.codec, self.phase.seed)
+        codec = codec_by(options.codec, self.phase.seed, self.phase.dealing.epoch)
         early = early and not (codec.remembers and self.phase.updating.skips)  # else what is skipped would be kept
         size = int((USUAL if options.bucket_mb == "auto" else options.bucket_mb) * 2**20)
         if self.phase.members.shared and not (automatic and alone):

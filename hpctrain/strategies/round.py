@@ -19,9 +19,8 @@ from hpctrain.clock.decisions import Ask
 from hpctrain.codecs import CodecChoice, codec_by
 from hpctrain.errors import HpctrainError
 from hpctrain.replica.state import (
-    MEMORY,
+    CODEC,
     OPTIMIZER,
-    REST,
     STRATEGY,
     Own,
     Section,
@@ -106,10 +105,14 @@ class RoundStrategy(Strategy):
         from hpctrain.strategies.exchange import BucketExchange, MessageExchange
 
         choice: CodecChoice = getattr(self.options, "codec", "none")
-        codec, size = codec_by(choice, self.phase.seed), int(USUAL * 2**20)
+        codec, size = self.codec_of(choice), int(USUAL * 2**20)
         if (between := self.between_nodes(codec, size)) is not None:
             return between
         return MessageExchange(self.phase) if choice == "none" else BucketExchange(self.phase, codec, size, early=False)
+
+    def codec_of(self, choice: CodecChoice) -> Codec:
+        """A new codec for the phase."""
+        return codec_by(choice, self.phase.seed, self.phase.dealing.epoch)
 
     def between_nodes(self, codec: Codec, size: int) -> Exchange | None:
         """The exchange between nodes whose ranks share memory, if the option `island` says so; else None."""
@@ -245,7 +248,7 @@ class RoundStrategy(Strategy):
         state = State(self.exchange.low, self.exchange.high)
         state.optimizer.numbers = own.numbers[OPTIMIZER]
         for path, array in own.arrays.items():
-            if path not in (REST, MEMORY):
+            if not path.startswith(CODEC):
                 state.place(path, array)
         self.update.load(state)
         return lost

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
-from hpctrain.codecs import CODEC_TEXT, CodecChoice, codec_by
+from hpctrain.codecs import CODEC_TEXT, CodecChoice
 from hpctrain.replica.state import Own, Section, State
 from hpctrain.strategies.interval import ISLAND_TEXT, IslandChoice
 from hpctrain.strategies.outer import OuterOptimizer, OuterOptions
@@ -74,7 +74,7 @@ class StreamingDiLoCo(RoundStrategy):
     def make_exchange(self) -> Exchange:
         from hpctrain.strategies.exchange import ApartExchange
 
-        codec, size = codec_by(self.options.codec, self.phase.seed), int(USUAL * 2**20)
+        codec, size = self.codec_of(self.options.codec), int(USUAL * 2**20)
         return self.between_nodes(codec, size) or ApartExchange(self.phase, codec, size, early=False)
 
     def begin(self) -> None:

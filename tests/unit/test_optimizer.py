@@ -19,10 +19,12 @@ from torch.utils.data import TensorDataset
 from hpctrain import Job
 from hpctrain.comm.virtual.world import World
 from hpctrain.errors import HpctrainError, ModelError
+from hpctrain.job import registry
 from hpctrain.replica.layout import Layout, slice_bounds
 from hpctrain.replica.muon import MuonAdamW, orthogonal
 from hpctrain.replica.optimizer import ELEMENTWISE, OptimizerChoice, decay, without_dynamo
 from hpctrain.replica.replica import Replica
+from hpctrain.replica.signsgd import SignSGD
 from hpctrain.replica.state import State, merge
 from hpctrain.replica.update import Update, make_update
 from hpctrain.run.api import train
@@ -57,12 +59,8 @@ class Net(nn.Module):
         self.double()
 
 
-def optimizer_of(name: str) -> Any:
-    return MuonAdamW if name == "MuonAdamW" else getattr(torch.optim, name)
-
-
 def choice_of(name: str, options: dict[str, Any]) -> OptimizerChoice:
-    return OptimizerChoice.of(optimizer_of(name), options)
+    return OptimizerChoice.of(registry.resolve("optimizer", name), options)
 
 
 def gradients(layout: Layout, steps: int) -> list[Tensor]:
@@ -83,7 +81,7 @@ def flat_values(model: nn.Module, layout: Layout) -> Tensor:
 
 def by_torch(model: nn.Module, layout: Layout, name: str, options: dict[str, Any], groups: Any, steps: int) -> Tensor:
     """The values after this many steps of torch's optimizer on the model itself, with halved rates in odd steps."""
-    optimizer = optimizer_of(name)(groups or model.parameters(), **options)
+    optimizer = registry.resolve("optimizer", name)(groups or model.parameters(), **options)
     named = dict(model.named_parameters())
     rates = [group["lr"] for group in optimizer.param_groups]
     for step, gradient in enumerate(gradients(layout, steps)):
@@ -321,7 +319,7 @@ EVERY = ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAd
 
 @pytest.mark.parametrize("name", [*EVERY, "Adafactor"])
 def test_optimizers_without_dynamo_have_the_same_bits(name: str) -> None:
-    cls = optimizer_of(name)
+    cls = registry.resolve("optimizer", name)
     found = []
     for each in (cls, cast(Any, without_dynamo(cls))):
         torch.manual_seed(3)
@@ -520,7 +518,7 @@ def test_momentum_scale_applies_to_one_update(name: str) -> None:
     half: dict[str, Any] = {"momentum": 0.4} if name == "SGD" else {"betas": (0.4, 0.99)}
     update, values = update_of(name, {"lr": 0.1, **key})
     plain = torch.zeros_like(values, requires_grad=True)
-    optimizer = optimizer_of(name)([plain], lr=0.1, **key)
+    optimizer = registry.resolve("optimizer", name)([plain], lr=0.1, **key)
     for step, momentum in enumerate((1.0, 1.0, 0.5, 1.0)):
         plain.grad = torch.full_like(values, step + 1.0)
         optimizer.param_groups[0].update(half if momentum == 0.5 else key)
@@ -689,3 +687,17 @@ def test_matrices_are_updated_as_by_torchs_muon() -> None:
             parameter.grad = gradient.clone()
             optimizer.step()
     assert float((mine - other).detach().norm() / (mine - begun).detach().norm()) < 0.02
+
+
+def test_signs_alone_move_parameters():
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = OptimizerChoice.of(SignSGD, {"lr": 0.1, "weight_decay": 0.5})
+    assert optimizer.elementwise
+    assert optimizer.divisible
+    assert optimizer.adaptive
+    weight.grad = torch.tensor([1e-9, 0.0, -50.0])
+    optimizer.build([weight]).step()
+    expected = torch.tensor([0.95 - 0.1, -1.9, 2.85 + 0.1])
+    torch.testing.assert_close(weight.detach(), expected)
+    with pytest.raises(ModelError, match="must not be negative; given: -1"):
+        OptimizerChoice.of(SignSGD, {"lr": -1.0})

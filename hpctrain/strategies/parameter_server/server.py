@@ -25,6 +25,7 @@ from hpctrain.strategies.parameter_server.coordinator import MODES, Coordinator,
 from hpctrain.strategies.parameter_server.corrections import DelayCompensation
 from hpctrain.strategies.parameter_server.links import Codecs, MessageLink, Packet, Shard, memory_link, near
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions
+from hpctrain.strategies.parameter_server.pulls import DifferenceLink, check_memory
 from hpctrain.strategies.parameter_server.wire import (
     Decision,
     DecisionRecord,
@@ -47,7 +48,15 @@ if TYPE_CHECKING:
     from hpctrain.replica.update import Update
     from hpctrain.strategies.parameter_server.links import WorkerLink
 
-PULLED = ("bfloat16", "float16")  # codecs that pulls may have, too
+ROUNDED = ("bfloat16", "float16")  # codecs with which pulls have the parameters, which must keep their size
+
+
+def _codecs(options: ParameterServerOptions, seed: int) -> Codecs:
+    push = wire_codec_by(options.codec, seed)
+    if options.pull is not None:
+        return Codecs(push, wire_codec_by(options.pull, seed), differences=options.pull not in ("none", *ROUNDED))
+    rounding = options.codec if options.codec in ROUNDED else "bfloat16"
+    return Codecs(push, wire_codec_by(rounding) if push is not None else None)
 
 
 class Wiring:
@@ -70,9 +79,10 @@ class Wiring:
         sent = not phase.members.shared or len(set(comm.nodes)) > 1  # else chunks would only cost their calls
         chunked = sent and phase.updating.elementwise and not whole
         self._chunk = int(options.chunk_mb * 2**20 / phase.replica.layout.dtype.itemsize) if chunked else None
-        push = wire_codec_by(options.codec, phase.seed)
-        rounding = options.codec if options.codec in PULLED else "bfloat16"  # parameters must keep their size
-        self.codecs = Codecs(push, wire_codec_by(rounding) if push is not None else None)
+        self.codecs = _codecs(options, phase.seed)
+        if self.codecs.differences:
+            itemsize = phase.replica.layout.dtype.itemsize
+            check_memory(comm, phase.roles, phase.members.shared, self.bounds, itemsize)
         ahead = np.array([phase.dealing.ahead], np.int64)  # ranks may have different values: use the coordinator's
         comm.broadcast(ahead, self.coordinator)
         self.ahead = int(ahead[0])
@@ -171,7 +181,10 @@ class ParameterServerServer(Server):
         from hpctrain.codecs.wire import Plain
 
         wiring, gradient = self.wiring, self.shard.chunks(self._room())
-        pushes = [Packet(self.comm, chunk, wiring.codecs.push) for chunk in gradient]
+        pushes, codec = [Packet(self.comm, chunk, wiring.codecs.push) for chunk in gradient], wiring.codecs.pull
+        if wiring.codecs.differences and codec is not None:
+            received, exact = self.shard.chunks(self._room().copy_(self.values)), self._packets(None, lent=True)
+            return DifferenceLink(self.comm, rank, gradient, pushes, exact, self.chunks, received, codec)
         own = self._packets(wiring.codecs.pull or Plain(), lent=False) if self._sends_copies(rank) else None
         read: list[torch.Tensor] = []
         if self.options.delay_compensation != "none":
@@ -246,6 +259,8 @@ class ParameterServerServer(Server):
                 self._clip(self.values)
             return
         self._version += decision.what is What.UPDATE
+        if (pull := self.wiring.codecs.pull) is not None:
+            pull.position = max(0, decision.step)
         for chunk in range(len(self.chunks)):
             for worker in decision.take:
                 self.links[worker].arrive(chunk)
