@@ -145,7 +145,7 @@ class Strategy:
 
     def load_own(self, own: Own) -> str | None:
         """Continue from the result of `own`, after `join`; an empty one means a fresh start. Returns a sentence about
-        what could not be taken, if anything. Not collective."""
+        what could not be taken, if anything. Collective over the workers."""
         return None
 
     def leave(self) -> State | None:

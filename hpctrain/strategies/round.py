@@ -40,6 +40,11 @@ from hpctrain.strategies.units import Round, Step
 from hpctrain.trace.events import IntervalChanged
 
 INTERVAL = "interval"  # the key of the state of the length of rounds
+PLACE = "place"  # among a worker's own numbers: what its own state belongs to
+MOVED = (
+    "each worker's own optimizer state is lost, and all continue with the mean, because the run resumes on other nodes "
+    "or with another strategy.island or kind of memory"
+)
 PARTS = 32  # into which an update is divided, at most: each costs some Python
 
 __all__ = ["Round", "RoundStrategy", "Step"]
@@ -238,13 +243,15 @@ class RoundStrategy(Strategy):
         if self.local is not None:
             view = self.update.view()
             own.arrays |= dict(view.arrays())
-            own.numbers[OPTIMIZER] = view.optimizer.numbers
+            own.numbers |= {OPTIMIZER: view.optimizer.numbers, PLACE: self._place}
         return own
 
     def load_own(self, own: Own) -> str | None:
         lost = self.exchange.load_own(own)
         if self.local is None or OPTIMIZER not in own.numbers:
             return lost
+        if not self._same_place(own):
+            return MOVED if lost is None else f"{lost}; {MOVED}"
         state = State(self.exchange.low, self.exchange.high)
         state.optimizer.numbers = own.numbers[OPTIMIZER]
         for path, array in own.arrays.items():
@@ -252,6 +259,15 @@ class RoundStrategy(Strategy):
                 state.place(path, array)
         self.update.load(state)
         return lost
+
+    @property
+    def _place(self) -> list[Any]:
+        """What this worker's own state belongs to: a stretch of the arena, and the workers of its island."""
+        return [self.exchange.low, self.exchange.high, self._island.members]
+
+    def _same_place(self, own: Own) -> bool:
+        """Whether `own` belongs to the same. Without the number it is of a run in which each worker was alone."""
+        return bool(own.numbers.get(PLACE, [0, self.phase.replica.layout.length, [self.comm.rank]]) == self._place)
 
     def leave(self) -> State | None:
         self.drain()

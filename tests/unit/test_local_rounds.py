@@ -15,7 +15,10 @@ from hpctrain.comm.virtual.network import LinkNetwork
 from hpctrain.comm.virtual.world import World
 from hpctrain.data.order import Order, round_bounds
 from hpctrain.errors import JobError, LeftError
+from hpctrain.run.api import train
+from hpctrain.run.resume import Resume
 from hpctrain.strategies.interval import OverheadInterval, RoundCost
+from hpctrain.strategies.streaming_diloco import StreamingDiLoCo
 from hpctrain.trace.events import IntervalChanged
 from hpctrain.trace.files import event_of
 from tests import helpers
@@ -276,6 +279,55 @@ def test_fragments_that_do_not_fit_are_refused(tmp_path: Path, options: helpers.
     with pytest.raises(JobError) as caught:
         helpers.make_job(tmp_path, strategy={"name": "streaming_diloco", **options})
     assert words in str(caught.value)
+
+
+# -- resumed ------------------------------------------------------------------------------------------------------
+STREAMING = {"name": "streaming_diloco", "every": 4, "fragments": 2}
+LOCAL, NODE = {"name": "local_sgd", "every": 4}, {"island": "node"}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "then", "nodes", "optimizer", "words"),
+    [
+        (STREAMING, {"delay": 0, "every": 8}, EVERY_NODE, "keep", ""),
+        (STREAMING, {"fragments": 4}, EVERY_NODE, "keep", "what workers have learned"),
+        (STREAMING, NODE, EVERY_NODE, "keep", "each worker's own optimizer state is lost"),
+        (STREAMING | NODE, {}, [0, 0, 0, 1], "keep", "what workers have learned"),
+        (STREAMING, {}, EVERY_NODE, "reset", "what workers have learned"),
+        (LOCAL, {"every": 3}, EVERY_NODE, "keep", ""),
+        (LOCAL, NODE, EVERY_NODE, "keep", "each worker's own optimizer state is lost"),
+        (LOCAL | NODE, {"island": "worker"}, EVERY_NODE, "keep", "each worker's own optimizer state is lost"),
+        (LOCAL | NODE, {}, [0, 0, 0, 0], "keep", "each worker's own optimizer state is lost"),
+        (LOCAL, {}, EVERY_NODE, "reset", ""),
+    ],
+)
+def test_what_does_not_fit_a_resumed_run_is_left_out_with_a_warning(
+    tmp_path: Path, monkeypatch: Any, capsys: Any, strategy: Any, then: Any, nodes: Any, optimizer: Any, words: str
+):
+    """The workers' shares of what is exchanged always add up to 1."""
+    shares: dict[Any, list[float]] = {}
+    send = StreamingDiLoCo._send
+
+    def noted(self: StreamingDiLoCo, fragment: int, position: int) -> None:
+        if self.exchange.comm.local_rank == 0 or self.options.island == "worker":
+            shares.setdefault((fragment, position), []).append(self._mine[fragment] / self._all[fragment])
+        send(self, fragment, position)
+
+    keys = {"train": {"steps": 12, "checkpoint_every": {"steps": 4}, "keep_checkpoints": 9}, "optimizer": ADAM}
+    job = helpers.make_job(tmp_path, strategy=strategy, **keys)
+    folder = World(4, EVERY_NODE).run(lambda comm: helpers.quiet_train(comm, job))[0].folder
+    helpers.forget_after(folder, 1)
+    monkeypatch.setattr(StreamingDiLoCo, "_send", noted)
+    job, how = helpers.make_job(tmp_path, strategy=strategy | then, **keys), Resume(folder, "take", optimizer)
+    capsys.readouterr()
+    found = World(4, nodes).run(lambda comm: helpers.vector(train(job, comm=comm, resume=how).model))
+    assert all((each == found[0]).all() for each in found)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == bool(words)
+    assert words in "".join(warnings)
+    assert bool(shares) == (strategy["name"] == "streaming_diloco")
+    for parts in shares.values():
+        assert sum(parts) == pytest.approx(1.0)
 
 
 # -- fixed shards, scaled rates -----------------------------------------------------------------------------------
