@@ -197,7 +197,7 @@ class OverheadInterval(Interval):
         return {"steps": self.steps, "rounds": self._rounds, **means}
 
     def load(self, numbers: dict[str, Any]) -> None:
-        self.steps, self._rounds = int(numbers["steps"]), int(numbers["rounds"])
+        self.steps, self._rounds = min(int(numbers["steps"]), self.most), int(numbers["rounds"])
         self._computing, self._exchanging = float(numbers["computing"]), float(numbers["exchanging"])
 
 

@@ -85,7 +85,7 @@ class RoundStrategy(Strategy):
         if self.local is not None:
             where: Placement = "node" if self._choice == "node" else "rank"
             self.needs = replace(self.needs, parameters=where, lockstep=False)
-        self.deterministic = self.deterministic and not self.balances
+        self.deterministic = self.deterministic and not (self.balances or self._interval.measures)
 
     @property
     def _choice(self) -> IslandChoice:

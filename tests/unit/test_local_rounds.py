@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.network import LinkNetwork
 from hpctrain.comm.virtual.world import World
+from hpctrain.conformance.checks import Subject
 from hpctrain.data.order import Order, round_bounds
-from hpctrain.errors import JobError, LeftError
+from hpctrain.errors import JobError, LeftError, NanError
 from hpctrain.run.api import train
 from hpctrain.run.resume import Resume
 from hpctrain.strategies.interval import OverheadInterval, RoundCost
@@ -101,6 +102,15 @@ def test_interval_shrinks_while_workers_drift_apart():
     for _ in range(5):
         interval.observe(costs(0.5, change=0.06), interval.steps)
     assert interval.steps == 1
+
+
+def test_automatic_interval_depends_on_measured_times():
+    """Such a run cannot be repeated bit by bit. Resumed with a smaller limit, it keeps to that."""
+    assert not Subject("local_sgd", {"every": "auto"}).strategy().deterministic
+    assert Subject("local_sgd", {"every": 3}).strategy().deterministic
+    interval = OverheadInterval(most=5)
+    interval.load({**OverheadInterval().numbers(), "steps": 100})
+    assert interval.steps == 5
 
 
 def test_automatic_interval_is_traced_and_kept_in_checkpoints(tmp_path: Path):
@@ -279,6 +289,35 @@ def test_fragments_that_do_not_fit_are_refused(tmp_path: Path, options: helpers.
     with pytest.raises(JobError) as caught:
         helpers.make_job(tmp_path, strategy={"name": "streaming_diloco", **options})
     assert words in str(caught.value)
+
+
+class Growing(nn.Module):
+    """The first of three layers of equal size overflows as soon as it learns; the others stay as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(7, 3) for _ in range(3)])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        first, *others = [layer(inputs) for layer in self.layers]
+        return 100.0 * first + 0.0 * sum(others)
+
+
+def late(progress: float) -> float:
+    """No learning until the last of six steps, which is too large."""
+    return 3e38 * (progress > 0.8)
+
+
+@pytest.mark.parametrize("island", ["worker", "node"])
+def test_fragment_that_overflows_at_the_end_is_an_error(tmp_path: Path, island: str):
+    """Also if those exchanged after it do not."""
+    strategy = {"name": "streaming_diloco", "every": 6, "fragments": 3, "island": island}
+    schedule = {"name": f"{__name__}:late"}
+    with pytest.raises(NanError, match=r"parameter layers.0.weight.* is not finite"):
+        trained(
+            tmp_path, 2, strategy, {"nodes": [0, 1]}, model=f"{__name__}:Growing",
+            optimizer={"name": "SGD", "lr": 1.0, "schedule": schedule}, train={"steps": 6, "precision": "float32"},
+        )  # fmt: skip
 
 
 # -- resumed ------------------------------------------------------------------------------------------------------
