@@ -187,9 +187,12 @@ class RoundStrategy(Strategy):
         return self.comm.span("update", elements * self.phase.replica.values.element_size(), flops=float(elements))
 
     # -- the phase ---------------------------------------------------------------------------------------------
+    def unfit(self, epoch: int | None, size: int, total: int) -> str | None:
+        return self._interval.unfit(epoch, size, total)
+
     def join(self, phase: Phase, state: State | None = None) -> None:
         self.phase, self.comm, self.version = phase, phase.worker_comm, 0
-        self._interval.start(phase)
+        self._interval.start(phase.dealing.epoch, phase.dealing.batch * len(phase.roles.workers))
         self.exchange = exchange = self.make_exchange()
         if self.local is not None:
             from hpctrain.strategies.island import island_of

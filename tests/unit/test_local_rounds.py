@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.network import LinkNetwork
 from hpctrain.comm.virtual.world import World
-from hpctrain.conformance.checks import Subject
+from hpctrain.conformance import Subject
 from hpctrain.data.order import Order, round_bounds
 from hpctrain.errors import JobError, LeftError, NanError
 from hpctrain.run.api import train
@@ -54,6 +54,15 @@ def test_interval_in_epochs_is_that_many_steps(tmp_path: Path):
 def test_interval_longer_than_the_run_is_refused(tmp_path: Path):
     with pytest.raises(JobError, match=r"^strategy.every = 13, but the run has only 12 steps"):
         trained(tmp_path, 3, {"name": "local_sgd", "every": 13})
+
+
+def test_interval_of_a_later_phase_is_refused_before_the_first(tmp_path: Path):
+    """With the phase's key; no run folder is made."""
+    first = {"strategy": {"name": "all_reduce"}, "until": {"rule": "after", "steps": 2}}
+    job = helpers.make_job(tmp_path, phases=[first, {"strategy": {"name": "diloco"}}])
+    with pytest.raises(JobError, match=r"^phases.1.strategy.every = 100, but the run has only 8 steps"):
+        World(3).run(lambda comm: helpers.quiet_train(comm, job))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
