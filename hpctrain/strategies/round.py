@@ -64,7 +64,7 @@ class Round:
 
     number: int  # in the phase, from 0
     start: int  # the run's clock at the start of the round, in samples
-    steps: int  # steps of each worker, or of the fastest if others take fewer
+    steps: int  # steps per worker
     samples: int  # of all workers
     share: float  # this worker's weight in averages: by samples, unless the loss says otherwise
     divisor: float  # divides the sum of the gradient arenas to give the mean gradient (rounds of one step)
