@@ -99,15 +99,16 @@ class RoundCost:
 
 
 class Interval:
-    """A fixed number of steps. `start` must be called once the phase is known, before `steps` counts."""
+    """A fixed number of steps. `start` must be called once the phase is known, before `steps` counts. `usual`: it is
+    the strategy's default, which may be longer than a short run."""
 
-    def __init__(self, steps: int = 1) -> None:
-        self.steps = steps
+    def __init__(self, steps: int = 1, usual: bool = False) -> None:
+        self.steps, self._usual = steps, usual
 
     def unfit(self, epoch: int | None, size: int, total: int) -> str | None:
         """Why the interval does not suit a run, in words that follow the strategy's key; or None. In samples: `epoch`
         (None: not known yet), `size` (of a step of all workers), `total` (of the run)."""
-        if epoch is None:
+        if epoch is None or self._usual:
             return None
         every, steps = self._length(epoch, size), RunClock(epoch, size, total).rounds(total)
         if every <= max(1, steps):
@@ -212,10 +213,12 @@ class OverheadInterval(Interval):
         self._computing, self._exchanging = float(numbers["computing"]), float(numbers["exchanging"])
 
 
-def interval_by(every: int | Literal["auto"] | EveryTable) -> Interval:
-    """A new interval, as the option says."""
+def interval_of(options: Any) -> Interval:
+    """A new interval, as the option `every` says; of one step if a strategy has no such option."""
+    every: int | Literal["auto"] | EveryTable = getattr(options, "every", 1)
     if isinstance(every, int):
-        return Interval(every)
+        fields = getattr(type(options), "model_fields", {})
+        return Interval(every, usual="every" in fields and every == fields["every"].default)
     if every == "auto":
         return OverheadInterval()
     if every.epochs is not None:

@@ -59,8 +59,8 @@ def test_interval_longer_than_the_run_is_refused(tmp_path: Path):
 def test_interval_of_a_later_phase_is_refused_before_the_first(tmp_path: Path):
     """With the phase's key; no run folder is made."""
     first = {"strategy": {"name": "all_reduce"}, "until": {"rule": "after", "steps": 2}}
-    job = helpers.make_job(tmp_path, phases=[first, {"strategy": {"name": "diloco"}}])
-    with pytest.raises(JobError, match=r"^phases.1.strategy.every = 100, but the run has only 8 steps"):
+    job = helpers.make_job(tmp_path, phases=[first, {"strategy": {"name": "diloco", "every": 13}}])
+    with pytest.raises(JobError, match=r"^phases.1.strategy.every = 13, but the run has only 8 steps"):
         World(3).run(lambda comm: helpers.quiet_train(comm, job))
     assert not list(tmp_path.iterdir())
 
