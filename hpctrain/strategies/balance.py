@@ -26,7 +26,8 @@ BATCHES_TEXT = (
 )
 STEPS_TEXT = (
     "how many steps each worker takes in a round. none: all take the same number; throughput: in proportion to their "
-    "measured speeds, so that all take equally long, and the fastest `every` (dynamic local updates)"
+    "measured speeds, so that all take equally long, and the fastest `every`, so that a round has fewer samples "
+    "(dynamic local updates)"
 )
 
 FEWEST, MOST = 5, 40  # steps measured before a decision: the former at first, then twice as many each time
@@ -171,7 +172,7 @@ class StepBalance(Balance):
         return tuple(self.batch if index < load else 0 for load in loads)
 
     def loads(self, length: int) -> list[int]:
-        return [max(1, int(part * length)) for part in self._parts]
+        return [max(1, int(part * length + 1e-9)) for part in self._parts]  # 15 / 22 * 22 is slightly less than 15
 
     def _proposed(self, speeds: Sequence[float], length: int) -> list[int]:
         return [max(1, int(part * length)) for part in _relative(speeds)]

@@ -421,3 +421,12 @@ def test_it_is_not_promised_to_be_reproducible():
         assert not Subject(name, THROUGHPUT).strategy().deterministic
         assert Subject(name, {}).strategy().deterministic
     assert Subject("all_reduce", THROUGHPUT).strategy().exact
+
+
+def test_loads_are_those_that_were_decided() -> None:
+    """15 / 22 * 22 is slightly less than 15 in floating point."""
+    for length in range(1, 60):
+        for load in range(1, length + 1):
+            balance = StepBalance([0, 1], 8)
+            balance._adopt([load, length], length)
+            assert balance.loads(length) == [load, length]
