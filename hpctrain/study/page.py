@@ -1,0 +1,84 @@
+"""The page of a study: what has run so far, as Markdown with pictures beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpctrain.study import pictures, text
+from hpctrain.study.case import Case, Setting
+from hpctrain.study.kept import Kept
+from hpctrain.study.table import Line, Wanted, lines
+
+Figures = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Settings, the targets of their rows (by the name of the setting), and where results are kept. `host`: the setting
+    whose rows have been timed on one host."""
+
+    settings: Sequence[Setting]
+    targets: Sequence[tuple[str, Wanted]]
+    kept: Kept
+    host: str
+
+    def cases(self, setting: Setting) -> list[Case]:
+        """All runs of a setting."""
+        return [Case(setting, row, seed) for row in setting.rows.values() for seed in range(setting.seeds)]
+
+    def lines(self, setting: Setting) -> list[Line]:
+        """What has run of it."""
+        return lines(self.kept.frame(self.cases(setting)), list(setting.rows), setting.base)
+
+    def measured(self, name: str) -> dict[str, Figures]:
+        """Measurements with real ranks, by row; empty without any. `name`: "host" or "slow"."""
+        path = self.kept.folder / f"{name}.json"
+        found: dict[str, Figures] = json.loads(path.read_text()) if path.exists() else {}
+        return found
+
+
+def write(study: Study, head: str, advice: str, path: Path) -> None:
+    """Write the page and, in the folder of the results, its pictures."""
+    path.write_text("\n".join(page(study, head, advice, path.parent)).rstrip("\n") + "\n")
+
+
+def page(study: Study, head: str, advice: str, folder: Path) -> Iterator[str]:
+    """The lines of the page, which lies in `folder`. Draws the pictures."""
+    found = {setting.name: study.lines(setting) for setting in study.settings}
+    yield from (head, "## What to take when", "", advice)
+    yield from ("## Targets", "", *_targets(study, found), "")
+    for setting in study.settings:
+        if found[setting.name]:
+            yield from (f"## {setting.title}", "", *_setting(study, setting, found[setting.name], folder), "")
+    if slow := study.measured("slow"):
+        yield from ("## One of four workers three times slower", "", *text.slow_table(slow), "")
+
+
+def _targets(study: Study, found: Mapping[str, Sequence[Line]]) -> Iterator[str]:
+    titles = {setting.name: setting.title for setting in study.settings}
+    by = {(name, line.row): line for name, some in found.items() for line in some}
+    chosen = [(titles[name], target, by.get((name, target.row))) for name, target in study.targets if name in titles]
+    return text.target_table(chosen)
+
+
+def _setting(study: Study, setting: Setting, found: Sequence[Line], folder: Path) -> Iterator[str]:
+    done, wanted = sum(line.seeds for line in found), len(study.cases(setting))
+    yield f"jobs/{setting.file.name}{''.join(f', {key}' for key in setting.keys)}: {done} of {wanted} runs."
+    yield ""
+    yield from text.main_table(found, setting)
+    yield from ("", _picture(study, f"{setting.name}.png", "payload and " + setting.metric, folder))
+    pictures.draw_trade(found, setting.base, setting.metric, study.kept.folder / f"{setting.name}.png")
+    if setting.name == study.host:
+        here = {row: figures["ms"] for row, figures in study.measured("host").items()}
+        yield from ("", "### Milliseconds per step", "", *text.time_table(found, here))
+        if here:
+            yield from ("", _picture(study, "steps.png", "milliseconds per step", folder))
+            pictures.draw_times(found, here, study.kept.folder / "steps.png")
+
+
+def _picture(study: Study, name: str, what: str, folder: Path) -> str:
+    return f"![{what}]({(study.kept.folder / name).relative_to(folder)})"
