@@ -20,6 +20,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -29,10 +30,11 @@ import torch
 from hpctrain import launcher
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import connect
+from hpctrain.job import Job
 from hpctrain.study import host
 from hpctrain.study.case import Case, Setting, Variant, cases
 from hpctrain.study.kept import Kept
-from hpctrain.study.page import Study, write
+from hpctrain.study.page import Prose, Study, write
 from hpctrain.study.runs import chosen, run_missing
 from hpctrain.study.slow import train_in_laboratory
 from hpctrain.study.table import Wanted
@@ -55,6 +57,7 @@ def rows(*given: tuple[str, ...]) -> dict[str, Variant]:
 # A row is one line.
 EF = ("optimizer.momentum=0.0", "optimizer.lr=0.3")  # error feedback: what is left out comes later, as momentum does
 SPARSE = ("outer_momentum=0.0", "outer_lr=1.0")
+FEW_ROUNDS = ("outer_momentum=0.5", "optimizer.lr=0.03")
 ROWS = rows(
     (BASE, "all_reduce"),
     ("bfloat16", "all_reduce", "codec=bfloat16"),
@@ -80,9 +83,9 @@ ROWS = rows(
     ("server, bounded, topk 1 %", "parameter_server", "mode=bounded", "codec=topk", *EF),
     ("local_sgd H=8", "local_sgd", "every=8"),
     ("local_sgd H=8, int8", "local_sgd", "every=8", "codec=int8"),
-    ("diloco H=50", "diloco", "every=50", "outer_momentum=0.5"),
-    ("diloco H=50, int4", "diloco", "every=50", "outer_momentum=0.5", "codec=int4"),
-    ("sparseloco H=30", "diloco", "every=30", *SPARSE, "codec={name='topk', keep=0.1, bits=2}"),
+    ("diloco H=50", "diloco", "every=50", *FEW_ROUNDS),
+    ("diloco H=50, int4", "diloco", "every=50", *FEW_ROUNDS, "codec=int4"),
+    ("sparseloco H=30", "diloco", "every=30", *SPARSE, "optimizer.lr=0.02", "codec={name='topk', keep=0.1, bits=2}"),
 )  # fmt: skip
 IMPORTANT = (BASE, "int8", "sign", "topk 1 %", "powersgd rank 2", "server, async", "local_sgd H=8", "diloco H=50")
 CHAR = rows(
@@ -110,7 +113,7 @@ SLOW = rows(
     ("server, bounded", "parameter_server", "mode=bounded", "colocated=true"),
     ("server, async", "parameter_server", "mode=async", "colocated=true"),
     ("local_sgd H=8", "local_sgd", "every=8"),
-    ("diloco H=50", "diloco", "every=50", "outer_momentum=0.5"),
+    ("diloco H=50", "diloco", "every=50", *FEW_ROUNDS),
 )  # fmt: skip
 SLOW_CLUSTER, SLOW_KEYS = ROOT / "clusters" / "slow4.toml", ("data.limit=12800", "train.epochs=1", "seed=0")
 TARGETS = (
@@ -131,39 +134,16 @@ TARGETS = (
     ("char8", Wanted("sparseloco H=30", "loss", 0.01)),
     ("char8", Wanted("sparseloco H=30", "payload", 500)),
 )
-STUDY = Study(SETTINGS, TARGETS, Kept(KEPT), MNIST.name)
+SHAPES = {
+    "LeNet-5": Job.load(FILE),
+    "MLP 784-1024-1024-10": Job.load(FILE, ["model={name='mlp', inputs=784, hidden=[1024, 1024]}"]),
+    "transformer": Job.load(CHARS),
+    "ResNet-18": Job.load(FILE, ["model=resnet18"]),
+}
+STUDY = Study(SETTINGS, TARGETS, Kept(KEPT), MNIST.name, SHAPES)
 QUICK = ("data.limit=2048", "train.epochs=1")
-HEAD = """# What communication can be saved, and what it costs
+PROSE = Prose(**tomllib.loads((ROOT / "analysis" / "study.toml").read_text()))
 
-Written by `make study` (method and rows: analysis/study.py; results of all runs: docs/study/). Every strategy and codec
-trains the same job on the same samples.
-
-How to read the tables:
-
-- *Payload*: the bytes of one worker's own contribution, encoded, per step (of a round of H steps, a H-th); in closed
-  form from the codec and the shapes, with all parameters in one stretch. *Times less*: than the first row.
-- *Received*, *busiest link*: counted on the links between virtual ranks, each on a node of its own, over whole rounds:
-  what a worker receives per step on average, and what the busiest link, a server's too, carries in its busier
-  direction. In them are all-gathers, sums by halving and doubling, parameters from servers, and the rows in which
-  workers agree on a round (96 bytes of each other worker).
-- ± is the standard deviation over seeds; of a difference its standard error, over pairs of runs with the same seed. In
-  brackets: the number of seeds.
-- Computing times of virtual ranks are drawn from a log-normal distribution (sigma 0.3), which only asynchronous
-  strategies notice.
-- *One host, measured*: the mean step of 2 workers (and a server, if there is one) with real ranks. all_reduce exchanges
-  messages where it has a codec, which it would not do on one host; servers exchange through memory without one.
-- *Computed*: that plus the time in which the busiest link of 8 workers carries a step's bytes at that rate, without
-  latency and without overlap.
-"""
-RATES = """The base job's learning rate was chosen among 0.02 and 0.05 (warm-up, then a cosine) for all_reduce.
-Codecs with error feedback that send few values or one bit were tried with that and with the rate 0.3 without momentum;
-what is left out comes later, as momentum does, and both together are too much: sign diverges (0.11), topk reaches 0.983
-instead of 0.987, demo 0.964. DiLoCo's outer momentum is 0.5 instead of 0.9, its outer rate the published 0.7: a run has
-18 rounds, not thousands, and with 0.9 it reaches 0.91. The SparseLoCo-like row has the outer rate 1 and no momentum,
-and keeps 10 %: 3 % reach 0.977, since there are only 31 rounds in which to send what was left out.
-"""
-ADVICE = """To be written from the measurements.
-"""
 
 
 def measure_host(study: Study, ranks: Communicator | None) -> None:
@@ -226,7 +206,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="hpctrain-study-") as folder:
             study = quick(Path(folder) / "study")
             done = run(study, options.only, options.minutes, 1, "0/1")
-            write(study, HEAD, ADVICE, Path(folder) / "study.md")
+            write(study, PROSE, Path(folder) / "study.md")
         return int(not done)
     if options.host:
         measure_host(STUDY, connect() if options.ranks else None)
@@ -235,7 +215,7 @@ def main() -> int:
     elif not options.write and not run(STUDY, options.only, options.minutes, options.processes, options.part or "0/1"):
         return 1
     if not options.ranks and not options.part:
-        write(STUDY, HEAD, ADVICE, DOCUMENT)
+        write(STUDY, PROSE, DOCUMENT)
         print(f"wrote {DOCUMENT}")
     return 0
 

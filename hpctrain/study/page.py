@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpctrain.job import Job
 from hpctrain.study import pictures, text
 from hpctrain.study.case import Case, Setting
 from hpctrain.study.kept import Kept
+from hpctrain.study.payload import ratios
 from hpctrain.study.table import Line, Wanted, lines
 
 Figures = Mapping[str, Any]
@@ -19,12 +21,13 @@ Figures = Mapping[str, Any]
 @dataclass(frozen=True)
 class Study:
     """Settings, the targets of their rows (by the name of the setting), and where results are kept. `host`: the setting
-    whose rows have been timed on one host."""
+    whose rows have been timed on one host. `shapes`: models, by name, whose payloads are computed: a job each."""
 
     settings: Sequence[Setting]
     targets: Sequence[tuple[str, Wanted]]
     kept: Kept
     host: str
+    shapes: Mapping[str, Job]
 
     def cases(self, setting: Setting) -> list[Case]:
         """All runs of a setting."""
@@ -41,21 +44,39 @@ class Study:
         return found
 
 
-def write(study: Study, head: str, advice: str, path: Path) -> None:
+@dataclass(frozen=True)
+class Prose:
+    """What a person wrote of the study. `head`: its title and what it is; `advice`: what follows from it; `reading`:
+    what the columns mean; `shapes`, `slow`: what the tables of payloads and of the slow worker show; `rates`: how rates
+    were chosen."""
+
+    head: str
+    advice: str
+    reading: str
+    shapes: str
+    slow: str
+    rates: str
+
+
+def write(study: Study, prose: Prose, path: Path) -> None:
     """Write the page and, in the folder of the results, its pictures."""
-    path.write_text("\n".join(page(study, head, advice, path.parent)).rstrip("\n") + "\n")
+    path.write_text("\n".join(page(study, prose, path.parent)).rstrip("\n") + "\n")
 
 
-def page(study: Study, head: str, advice: str, folder: Path) -> Iterator[str]:
+def page(study: Study, prose: Prose, folder: Path) -> Iterator[str]:
     """The lines of the page, which lies in `folder`. Draws the pictures."""
     found = {setting.name: study.lines(setting) for setting in study.settings}
-    yield from (head, "## What to take when", "", advice)
+    yield from (prose.head, "## What to take when", "", prose.advice)
     yield from ("## Targets", "", *_targets(study, found), "")
+    yield from ("## How to read the tables", "", prose.reading)
     for setting in study.settings:
         if found[setting.name]:
             yield from (f"## {setting.title}", "", *_setting(study, setting, found[setting.name], folder), "")
+    yield from ("## Payloads of other models", "", prose.shapes)
+    yield from (*text.payload_table({name: ratios(job) for name, job in study.shapes.items()}), "")
     if slow := study.measured("slow"):
-        yield from ("## One of four workers three times slower", "", *text.slow_table(slow), "")
+        yield from ("## One of four workers three times slower", "", prose.slow, *text.slow_table(slow), "")
+    yield from ("## How the rates were chosen", "", prose.rates)
 
 
 def _targets(study: Study, found: Mapping[str, Sequence[Line]]) -> Iterator[str]:

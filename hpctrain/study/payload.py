@@ -9,6 +9,7 @@ import torch
 from hpctrain.bench.codecs import Loopback
 from hpctrain.codecs import codec_by
 from hpctrain.codecs.joint import JointAddend, JointCodec
+from hpctrain.codecs.options import NAMES
 from hpctrain.codecs.wire import WireCodec
 from hpctrain.job import Job
 from hpctrain.replica.layout import Layout
@@ -26,6 +27,13 @@ def payload_per_step(job: Job, layout: Layout) -> float:
     """Bytes per worker and step in the job's first phase: its gradient's, or a round's change over its steps."""
     codec = getattr(job.schedule[0].strategy.options, "codec", "none")
     return message_bytes(codec, layout) / steps_per_round(job)
+
+
+def ratios(job: Job) -> dict[str, float]:
+    """By codec, with its usual options: how many times less a message takes than the job's model's parameters."""
+    layout = model_layout(job)
+    full = layout.length * layout.dtype.itemsize
+    return {name: full / message_bytes(name, layout) for name in NAMES if name != "none"}
 
 
 def steps_per_round(job: Job) -> int:

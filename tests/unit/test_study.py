@@ -16,8 +16,8 @@ from hpctrain.errors import ClusterError, DataError
 from hpctrain.job import Job
 from hpctrain.study.case import Case, Setting, Variant, cases
 from hpctrain.study.kept import Kept
-from hpctrain.study.page import Study, write
-from hpctrain.study.payload import message_bytes, model_layout, payload_per_step, steps_per_round
+from hpctrain.study.page import Prose, Study, write
+from hpctrain.study.payload import message_bytes, model_layout, payload_per_step, ratios, steps_per_round
 from hpctrain.study.runs import chosen, figures_of, run_missing
 from hpctrain.study.table import Line, Wanted, lines
 from hpctrain.study.virtual import CountingNetwork, LinkBytes, per_step, train_virtually
@@ -149,6 +149,13 @@ def test_payloads_follow_from_shapes(keys: tuple[str, ...], expected: float) -> 
     assert payload_per_step(job, model_layout(job)) == expected
 
 
+def test_powersgd_takes_a_hundredth_of_a_large_mlp() -> None:
+    keys = ["model={name='mlp', inputs=784, hidden=[1024, 1024]}"]
+    found = ratios(Job.load(ROOT / "jobs" / "study_mnist.toml", keys))
+    assert 100 < found["powersgd"] < found["acp"]
+    assert found["bfloat16"] == 2.0
+
+
 def test_figures_of_a_run(setting: Setting) -> None:
     found = figures_of(Case(setting, ROWS["topk 1 %"], 0))
     assert found["full"] == 2416 * 4
@@ -212,14 +219,14 @@ def test_targets(measure: Any, bound: float, met: bool) -> None:
 # -- the page ----------------------------------------------------------------------------------------------------
 def test_page_shows_what_has_run(setting: Setting, tmp_path: Path) -> None:
     wanted = [("digits3", Wanted("topk 1 %", "payload", 50)), ("digits3", Wanted("H=4", "points", 1))]
-    study = Study([setting], wanted, Kept(tmp_path / "study"), "digits3")
+    study = Study([setting], wanted, Kept(tmp_path / "study"), "digits3", {"net": Case(setting, BASE, 0).job()})
     figures = {"metric": 0.9, "loss": 0.5, "payload": 100.0, "received": 170.0, "busiest": 125_000.0}
     for seed in range(2):
         study.kept.keep(Case(setting, BASE, seed), figures)
         sparse = {**figures, "payload": 1.5, "metric": 0.88 + 0.01 * seed}
         study.kept.keep(Case(setting, ROWS["topk 1 %"], seed), sparse)
     study.kept.note("host", {"all_reduce": {"ms": 2.0, "runs": [2.0]}})
-    write(study, "# head", "advice", tmp_path / "page.md")
+    write(study, Prose(*("# head", "advice", "reading", "shapes", "slow", "rates")), tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert "job.toml: 4 of 8 runs." in page
     assert "| topk 1 % | 0.8850 ± 0.0071 (2) | -1.50 ± 0.50 | 0.5000 | 1.5 | 66.7 | 170 | 125,000 | 1 |" in page
@@ -227,6 +234,7 @@ def test_page_shows_what_has_run(setting: Setting, tmp_path: Path) -> None:
     assert "| topk 1 % | – | – + 100.0 | – + 10.0 | – + 1.0 |" in page
     assert "| an MLP on the digits | topk 1 % | payload 50 times less | 66.7 times less | **yes** |" in page
     assert "| an MLP on the digits | H=4 | metric at most 1 points below | not run | – |" in page
+    assert "| bfloat16 | 2 |" in page
     for picture in ("digits3.png", "steps.png"):
         assert f"](study/{picture})" in page
         assert (tmp_path / "study" / picture).read_bytes().startswith(b"\x89PNG")
