@@ -30,6 +30,7 @@ import torch
 from hpctrain import launcher
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.connect import connect
+from hpctrain.errors import HpctrainError
 from hpctrain.job import Job
 from hpctrain.study import host
 from hpctrain.study.case import Case, Setting, Variant, cases
@@ -94,9 +95,9 @@ CHAR = rows(
     ("topk 1 %", "all_reduce", "codec=topk"),
     ("powersgd rank 2", "all_reduce", "codec=powersgd"),
     ("local_sgd H=8", "local_sgd", "every=8"),
-    ("diloco H=50", "diloco", "every=50"),
-    ("diloco H=50, int4", "diloco", "every=50", "codec=int4"),
-    ("sparseloco H=30", "diloco", "every=30", *SPARSE, "codec={name='topk', keep=0.03, bits=2}"),
+    ("diloco H=50", "diloco", "every=50", "outer_momentum=0.5"),
+    ("diloco H=50, int4", "diloco", "every=50", "outer_momentum=0.5", "codec=int4"),
+    ("sparseloco H=30", "diloco", "every=30", *SPARSE, "codec={name='topk', keep=0.1, bits=2}"),
 )  # fmt: skip
 FILE, CHARS = ROOT / "jobs" / "study_mnist.toml", ROOT / "jobs" / "study_char.toml"
 MNIST = Setting("mnist8", "LeNet-5 on MNIST, 8 workers", FILE, 8, ROWS, BASE)
@@ -221,4 +222,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except HpctrainError as error:
+        print(f"study: {error}", file=sys.stderr)
+        sys.exit(error.status)

@@ -92,7 +92,7 @@ def _setting(study: Study, setting: Setting, found: Sequence[Line], folder: Path
     yield ""
     yield from text.main_table(found, setting)
     yield from ("", _picture(study, f"{setting.name}.png", "payload and " + setting.metric, folder))
-    pictures.draw_trade(found, setting.base, setting.metric, study.kept.folder / f"{setting.name}.png")
+    pictures.draw_rows(found, setting.base, setting.metric, study.kept.folder / f"{setting.name}.png")
     if setting.name == study.host:
         here = {row: figures["ms"] for row, figures in study.measured("host").items()}
         yield from ("", "### Milliseconds per step", "", *text.time_table(found, here))

@@ -7,27 +7,29 @@ from pathlib import Path
 
 from hpctrain.study.table import LIMITS, Line
 
-ACCENT, PLAIN, WIRE = "tab:red", "tab:blue", ("#c6dbef", "#6baed6", "#2171b5")
+PLAIN, WIRE = "tab:blue", ("#c6dbef", "#6baed6", "#2171b5")
 
 
-def draw_trade(found: Sequence[Line], base: str, metric: str, path: Path) -> None:
-    """What is sent against what is reached: payload per step (logarithmic) and the metric, with its spread."""
+def draw_rows(found: Sequence[Line], base: str, metric: str, path: Path) -> None:
+    """Beside each other, a row each: what is reached, with its spread, and what is sent (logarithmic)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6.5), layout="constrained", dpi=90)
-    axes = figure.add_subplot()
-    for number, line in enumerate(found):
-        colour = ACCENT if line.row == base else PLAIN
-        axes.errorbar(line.payload, line.mean, yerr=line.spread, fmt="o", color=colour, capsize=2, markersize=4)
-        place = (5, 4) if number % 2 else (5, -10)
-        axes.annotate(line.row, (line.payload, line.mean), place, textcoords="offset points", fontsize=7)
-    for line in found:
+    figure = Figure(figsize=(10, 1.2 + 0.26 * len(found)), layout="constrained", dpi=90)
+    reached, sent = figure.subplots(1, 2, sharey=True)
+    for place, line in enumerate(found):
+        reached.errorbar(line.mean, place, xerr=line.spread, fmt="o", color=PLAIN, capsize=3, markersize=5)
+        for value, marker, name in ((line.payload, "o", "payload"), (line.busiest, "s", "busiest link")):
+            colour = WIRE[2] if marker == "o" else WIRE[1]
+            sent.plot(value, place, marker, color=colour, markersize=5, label=name if place == 0 else None)
         if line.row == base:
-            axes.axhline(line.mean, color="lightgray", zorder=0)
-    axes.set_xscale("log")
-    axes.set_xlabel("payload per worker and step, bytes (logarithmic)")
-    axes.set_ylabel(f"{metric}, mean and standard deviation over seeds")
+            reached.axvline(line.mean, color="lightgray", zorder=0)
+    reached.set_yticks(range(len(found)), [line.row for line in found], fontsize=8)
+    reached.invert_yaxis()
+    reached.set_xlabel(f"{metric}: mean and standard deviation")
+    sent.set_xscale("log")
+    sent.set_xlabel("bytes per step (logarithmic)")
+    sent.legend(fontsize=8)
     FigureCanvasAgg(figure).print_png(str(path))
 
 

@@ -35,6 +35,11 @@ class Line:
     saved: float
     link_saved: float
 
+    @property
+    def uncertainty(self) -> str:
+        """Of `points`, if there is more than one seed."""
+        return f" ± {self.error:.2f}" if self.seeds > 1 else ""
+
     def wire_seconds(self, bits_per_second: float) -> float:
         """What the busiest link takes for a step's bytes, at that rate."""
         return self.busiest * 8 / bits_per_second
@@ -52,10 +57,10 @@ class Wanted:
     def verdict(self, line: Line) -> tuple[str, bool]:
         """(what was found, whether it reaches the target)."""
         if self.measure == "payload":
-            return f"{line.saved:.1f} times less", line.saved >= self.bound
+            return f"{line.saved:.3g} times less", line.saved >= self.bound
         if self.measure == "loss":
-            return f"{100 * line.loss_change:+.1f} %", line.loss_change <= self.bound
-        return f"{line.points:+.2f} (standard error {line.error:.2f})", line.points >= -self.bound
+            return f"{100 * line.loss_change:+.1f} % ({line.seeds})", line.loss_change <= self.bound
+        return f"{line.points:+.2f} points{line.uncertainty} ({line.seeds})", line.points >= -self.bound
 
     @property
     def text(self) -> str:

@@ -26,8 +26,7 @@ def main_table(found: Sequence[Line], setting: Setting) -> Iterator[str]:
 def _apart(line: Line, setting: Setting) -> str:
     if line.row == setting.base or math.isnan(line.points):
         return ""
-    error = f" ± {line.error:.2f}" if line.seeds > 1 else ""
-    return f"{100 * line.loss_change:+.1f} %" if setting.measure == "loss" else f"{line.points:+.2f}{error}"
+    return f"{100 * line.loss_change:+.1f} %" if setting.measure == "loss" else f"{line.points:+.2f}{line.uncertainty}"
 
 
 def time_table(found: Sequence[Line], here: Mapping[str, float]) -> Iterator[str]:

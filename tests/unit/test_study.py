@@ -12,15 +12,18 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from hpctrain.comm.virtual.world import World
 from hpctrain.errors import ClusterError, DataError
 from hpctrain.job import Job
 from hpctrain.study.case import Case, Setting, Variant, cases
+from hpctrain.study.host import milliseconds
 from hpctrain.study.kept import Kept
 from hpctrain.study.page import Prose, Study, write
 from hpctrain.study.payload import message_bytes, model_layout, payload_per_step, ratios, steps_per_round
 from hpctrain.study.runs import chosen, figures_of, run_missing
+from hpctrain.study.slow import train_in_laboratory
 from hpctrain.study.table import Line, Wanted, lines
-from hpctrain.study.virtual import CountingNetwork, LinkBytes, per_step, train_virtually
+from hpctrain.study.virtual import CountingNetwork, Jitter, LinkBytes, per_step, train_virtually
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = Variant("all_reduce", ("strategy=all_reduce",))
@@ -163,6 +166,46 @@ def test_figures_of_a_run(setting: Setting) -> None:
     assert 0.0 < found["metric"] < 1.0
     assert found["samples"] == 720
     assert found["busiest"] >= found["received"] > 2 * found["payload"]
+
+
+# -- with real ranks ---------------------------------------------------------------------------------------------
+def test_a_step_is_timed_over_whole_rounds(tmp_path: Path) -> None:
+    """On virtual ranks, where a step takes about 10 ms, and the slowest of three in a round 13 ms."""
+    file = tmp_path / "job.toml"
+    file.write_text(
+        '[model]\nname = "tests.helpers:noisy_net"\n[data]\nname = "tests.helpers:limited_pictures"\n'
+        "[train]\nbatch_size = 2\n"
+    )
+    setting = Setting("pictures3", "noisy pictures", file, 3, ROWS, "all_reduce")
+    given = [Case(setting, ROWS[name], 0) for name in ("all_reduce", "server", "H=4")]
+    world = World(4, (0,) * 4, compute=Jitter(0))
+    found = world.run(lambda comm: milliseconds(comm, given))
+    assert all(other == found[0] for other in found)
+    assert list(found[0]) == ["all_reduce", "server", "H=4"]
+    assert all(10.0 < ms < 16.0 for ms in found[0].values())
+    assert found[0]["H=4"] < found[0]["all_reduce"]  # four steps even out
+
+
+def test_a_run_in_the_laboratory_is_read_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster, status = tmp_path / "four.toml", 0
+
+    def run(path: Path, words: list[str], count: int | None) -> int:
+        assert path == cluster
+        assert words[1:6] == ["-m", "hpctrain", "train", "job.toml", "train.epochs=1"]
+        assert "strategy=parameter_server" in words
+        [output] = [word.partition("=")[2] for word in words if word.startswith("output=")]
+        folder = Path(output, "run-1")
+        folder.mkdir()
+        columns = "step,samples,epoch,seconds,split,loss,metric"
+        (folder / "metrics.csv").write_text(f"{columns}\n5,100,0.5,1.5,test,2.0,0.1\n9,200,1,3.5,test,1.0,0.6\n")
+        return status
+
+    monkeypatch.setattr("hpctrain.lab.command.run", run)
+    found = train_in_laboratory(cluster, Path("job.toml"), ["train.epochs=1"], ROWS["server"])
+    assert found == {"seconds": 3.5, "samples": 200.0, "loss": 1.0, "metric": 0.6}
+    status = 1
+    with pytest.raises(ClusterError, match=r"study: server on four.toml ended with status 1"):
+        train_in_laboratory(cluster, Path("job.toml"), ["train.epochs=1"], ROWS["server"])
 
 
 # -- the table ---------------------------------------------------------------------------------------------------
