@@ -91,6 +91,15 @@ class Analysis:
         return traffic(self.course, self.phases)
 
     @cached_property
+    def volumes(self) -> pd.DataFrame:
+        """Columns rank, node, sent, received, sent_between, received_between, collective, collective_received: see
+        `communication.volumes`."""
+        from hpctrain.analysis.communication import volumes
+
+        nodes = {rank: int(self.run.attributes(rank).get("node", 0)) for rank in self.run.ranks}
+        return volumes(self.course, nodes)
+
+    @cached_property
     def links(self) -> pd.DataFrame:
         """Columns rank, peer, same_node, latency_s, bytes_per_s: measured at the start of the run."""
         from hpctrain.analysis.communication import links

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,6 +52,41 @@ def traffic(course: Course, phases: pd.DataFrame) -> pd.DataFrame:
     for name in ("messages", "bytes", "seconds"):
         table[name] = table[name] / course.share
     return table.astype({"messages": np.int64, "bytes": np.int64})
+
+
+def volumes(course: Course, nodes: Mapping[int, int]) -> pd.DataFrame:
+    """A row per rank: columns rank, node, sent, received, sent_between, received_between, collective,
+    collective_received; all but the first two in bytes. `nodes`: the node of each rank.
+
+    `sent`, `received`: by messages, so what a rank sends to all the others counts at each receiver; `..._between`: of
+    these to and from ranks on other nodes. `collective`: the rank's buffers in the MPI library's all-reduces and
+    all-gathers; `collective_received`: what a rank receives of these at least, in a ring of n ranks (n - 1) / n of an
+    all-gather and twice that of an all-reduce. How the library moves them is not known. All are divided by
+    `course.share`.
+    """
+    import pandas as pd
+
+    spans = course.training
+    messages = spans[(spans["peer"] >= 0) & (spans["id"] >= 0) & (spans["bytes"] > 0)]
+    between = messages["rank"].map(nodes) != messages["peer"].map(nodes)
+    sends, takes = messages["kind"] == Kind.SEND, messages["kind"] == Kind.RECV
+    one = spans[(spans["peer"] < 0) & (spans["id"] >= 0) & spans["communication"]]
+    one = one[one["kind"].isin([Kind.REDUCE, Kind.RECV]) & (one["bytes"] > 0)]
+    ranks = one.groupby(["attempt", "id"])["rank"].transform("nunique")
+    least = one["bytes"] * (ranks - 1) / ranks * np.where(one["kind"] == Kind.REDUCE, 2, 1)
+    parts = {
+        "sent": messages[sends],
+        "received": messages[takes],
+        "sent_between": messages[sends & between],
+        "received_between": messages[takes & between],
+        "collective": one,
+        "collective_received": one.assign(bytes=least),
+    }
+    table = pd.DataFrame({"rank": sorted(nodes), "node": [nodes[rank] for rank in sorted(nodes)]})
+    for name, rows in parts.items():
+        found = rows.groupby("rank")["bytes"].sum() / course.share
+        table[name] = table["rank"].map(found).fillna(0).round().astype(np.int64)
+    return table
 
 
 def _works(spans: pd.DataFrame, phases: pd.DataFrame) -> pd.Series[bool]:

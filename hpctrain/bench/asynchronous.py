@@ -1,4 +1,4 @@
-"""Asynchronous parameter server on real ranks: round trips per second, and the cost of a slow worker.
+"""Parameter server on real ranks: round trips per second. What a slow worker costs, and what helps.
 
 All measuring functions are collective.
 """
@@ -188,6 +188,7 @@ REPETITIONS = 5
 ALL_REDUCE = "all_reduce"
 MODES: dict[str, tuple[dict[str, Any], float | None]] = {
     ALL_REDUCE: ({"name": "all_reduce"}, None),
+    "all_reduce, balance": ({"name": "all_reduce", "balance": "throughput"}, 0.55),
     "parameter_server, async": ({"name": "parameter_server", "mode": "async"}, 0.45),
     "parameter_server, bounded": ({"name": "parameter_server", "mode": "bounded"}, 1.0),
 }
@@ -210,15 +211,16 @@ def measure_slow(comm: Communicator, progress: Progress) -> FigureTable:
     for repetition in range(REPETITIONS):
         progress(f"slow worker, {repetition + 1} of {REPETITIONS}")
         for name, (strategy, _) in MODES.items():
-            taken[name].append(_epoch_seconds(comm, workers if name == ALL_REDUCE else comm, strategy))
+            among = workers if strategy["name"] == "all_reduce" else comm
+            taken[name].append(_epoch_seconds(comm, among, strategy))
     if workers is not None:
         workers.free()
     for name, (_, limit) in MODES.items():
         _fill_row(table, name, taken, limit)
     milliseconds = COMPUTE_SECONDS * 1e3
     table.notes.append(
-        f"Computation is a sleep of {milliseconds:g} ms per step, so that all workers compute at the same time even on "
-        "fewer cores than workers; the slow one sleeps as long as debug.slow says."
+        f"Computation is a sleep of {milliseconds:g} ms per {BATCH} samples, so that all workers compute at the same "
+        "time even on fewer cores than workers; the slow one sleeps as long as debug.slow says."
     )
     return table
 
@@ -254,6 +256,6 @@ def _train_epoch(comm: Communicator, strategy: dict[str, Any]) -> float:
     )
     with quiet_session(job, comm) as session:
         for batch in session.batches():
-            comm.sleep(COMPUTE_SECONDS)
+            comm.sleep(COMPUTE_SECONDS * batch.size / BATCH)
             session.step(nn.functional.cross_entropy(session.model(batch.inputs), batch.targets))
     return session.result.phases[0].seconds

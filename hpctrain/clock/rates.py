@@ -129,7 +129,7 @@ class Pace:
     restarts, including its warm-up, compressed into the rest of the run (warm restarts: Loshchilov and Hutter 2017,
     section 3); "ramp": times a linear rise to 1 over `ramp` samples. `momentum` (how to adjust it when training becomes
     asynchronous: Li et al., Sync-Switch, ICDCS 2021): "keep"; "scale": times `scale`; "ramp": times a linear rise to 1
-    over `ramp` samples; "reset": the optimizer's state is not carried over.
+    over `ramp` samples; "reset": the optimizer's state is not carried over. `factor`: of all learning rates.
     """
 
     course: RateCourse
@@ -138,6 +138,7 @@ class Pace:
     momentum: str
     scale: float
     ramp: int
+    factor: float = 1.0
 
     @property
     def resets(self) -> bool:
@@ -152,8 +153,8 @@ class Pace:
     def rate(self, cursor: int) -> float:
         """The learning rate's factor for the step that begins at `cursor`."""
         if self.learning_rate == "reset":
-            return self._restarted.factor(cursor)
-        return self.course.factor(cursor) * self._factor(self.learning_rate, cursor)
+            return self.factor * self._restarted.factor(cursor)
+        return self.factor * self.course.factor(cursor) * self._factor(self.learning_rate, cursor)
 
     def momentum_factor(self, cursor: int) -> float:
         """The momentum's factor for the step that begins at `cursor`."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from hpctrain.replica.layout import NUMPY_DTYPES
+from hpctrain.replica.layout import NUMPY_DTYPES, Slot
 from hpctrain.replica.tensors import as_tensor
 
 if TYPE_CHECKING:
@@ -20,20 +20,29 @@ class Addend:
     """A stretch of an arena that is summed over the ranks of `comm`, which all have one of the same length.
 
     `values`: the stretch, flat; a codec leaves the sum there. `rest`: what this rank's messages have left out so far,
-    if the codec remembers; `carry` times that is added to the next values. An addend lives as long as its arena, so a
-    codec allocates what it needs once (`scratch`).
+    if the codec remembers, and `kept`: what its feedback keeps besides. These are in units of earlier values; `carry`
+    times them is in units of the next. `begun`: whether they are of earlier sums. An addend lives as long as its arena,
+    so a codec allocates what it needs once (`scratch`).
     """
 
     carry: float = 1.0
 
-    def __init__(self, comm: Communicator, values: Tensor, rest: Tensor | None = None) -> None:
-        self.comm, self.values, self.rest = comm, values, rest
+    def __init__(
+        self,
+        comm: Communicator,
+        values: Tensor,
+        rest: Tensor | None = None,
+        kept: Mapping[str, Tensor] | None = None,
+        begun: bool = False,
+    ) -> None:
+        self.comm, self.values, self.rest, self.kept, self.begun = comm, values, rest, kept or {}, begun
         self._scratch: dict[str, Tensor] = {}
         self._codec: Codec | None = None
 
     def scratch(self, name: str, length: int, dtype: torch.dtype) -> Tensor:
-        """Memory of this addend for that purpose, which messages can be sent from; kept for the next time."""
-        if name not in self._scratch:
+        """Memory of this addend for that purpose, which messages can be sent from; kept for the next time, if that has
+        the same length."""
+        if name not in self._scratch or self._scratch[name].numel() != length:
             self._scratch[name] = as_tensor(self.comm.arena(length, NUMPY_DTYPES[dtype]).mine)
         return self._scratch[name]
 
@@ -71,6 +80,11 @@ class Codec(ABC):
         """A codec like this one with random numbers for another place (rank, stretch), which stays at the position of
         this one; itself if it draws none."""
         return self
+
+    def unfit(self, slots: Sequence[Slot]) -> str | None:
+        """Why the codec is of no use for a model with these parameters, in words that follow its name; None if it is of
+        use."""
+        return None
 
     @abstractmethod
     def reduce(self, addend: Addend) -> Iterator[list[Request]]:

@@ -20,8 +20,11 @@ class LargestFrequencies(SparseCodec):
     both directions); the `top` largest coefficients are sent, with their places. A shorter last block has a smaller
     side, and is filled up with zeros.
 
-    Of DeMo this is the compression. What DeMo does with the momentum (decay, subtracting what is sent, the sign of the
-    sum) belongs to a strategy. Ranks decode to the same bits if their matrix products round alike: on one kind of CPU.
+    Of DeMo this is the compression. With `Feedback(decay)` what is left out is DeMo's momentum: it decays, gradients
+    are added, and what has been sent is subtracted. The third part, to apply the sign of the sum, is an optimizer,
+    SignSGD. DeMo's blocks are tiles of each parameter; these are consecutive elements of the arena.
+
+    Ranks decode to the same bits if their matrix products round alike: on one kind of CPU.
     """
 
     def __init__(self, side: int = SIDE, top: int = TOP) -> None:

@@ -63,20 +63,24 @@ class WholeParameters:
         known = [codec.memory(slot, values.dtype) for slot in slots]
         self.memory = torch.cat(known).to(values.device) if known else values.new_empty(0)
         self._memories = self.memory.split([each.numel() for each in known])
-        self._addends: list[JointAddend] = []
-        self._before = 0
+        self._addends: list[tuple[JointAddend, list[int]]] = []  # with the indices of its parameters
+        self._before = [0] * len(slots)
 
     @property
-    def number(self) -> int:
-        """How many sums there were of each stretch."""
-        return max((addend.number for addend in self._addends), default=self._before)
+    def numbers(self) -> list[int]:
+        """How many sums there were of each parameter."""
+        found = list(self._before)
+        for addend, inside in self._addends:
+            for at in inside:
+                found[at] = addend.number
+        return found
 
-    def load(self, memory: Buffer, number: int) -> None:
-        """Continue with `memory` and `number` of an earlier run, before the first sum; or without, if a resumed run
+    def load(self, memory: Buffer, numbers: list[int]) -> None:
+        """Continue with `memory` and `numbers` of an earlier run, before the first sum; or without, if a resumed run
         changes its codec or the rank, so that the memory is of another length."""
-        if memory.size == self.memory.numel():
+        if memory.size == self.memory.numel() and len(numbers) == len(self._slots):
             self.memory.copy_(as_tensor(memory))
-            self._before = number
+            self._before = list(numbers)
 
     def pieces(self, low: int, high: int, size: int) -> Iterator[Stretch]:
         """Cut [low, high), which begins and ends with a parameter, between parameters; most have `size` elements or
@@ -90,8 +94,10 @@ class WholeParameters:
         inside = [at for at, slot in enumerate(self._slots) if low <= slot.offset and slot.offset + slot.size <= high]
         slots = [self._slots[at].moved(-low) for at in inside]
         memories = [self._memories[at] for at in inside]
-        self._addends.append(JointAddend(self._comms, self._values[low:high], rest, slots, memories, self._before))
-        return self._addends[-1]
+        number = self._before[inside[0]] if inside else 0  # the same for all: they have always been summed together
+        made = JointAddend(self._comms, self._values[low:high], rest, slots, memories, number)
+        self._addends.append((made, inside))
+        return made
 
     def free(self) -> None:
         """Free the communicators of later stages. Collective."""

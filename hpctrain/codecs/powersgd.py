@@ -37,6 +37,11 @@ class LowRankShape:
     rank: int
 
     @property
+    def most(self) -> int:
+        """The highest rank with which the factors have fewer elements than the matrix."""
+        return (self.rows * self.columns - 1) // (self.rows + self.columns)
+
+    @property
     def left(self) -> int:
         """Elements of P^T, (rank, rows)."""
         return self.rows * self.rank
@@ -126,6 +131,19 @@ class LowRank(JointCodec):
         columns = slot.size // rows
         rank = min(self._rank, rows, columns)
         return LowRankShape(rows, columns, rank if rank * (rows + columns) < rows * columns else 0)
+
+    def unfit(self, slots: Sequence[Slot]) -> str | None:
+        """If it compresses no parameter; matrices that are too small for the rank are else sent as they are."""
+        if any(self.shape(slot).rank for slot in slots):
+            return None
+        shapes = {slot.name: self.shape(slot) for slot in slots}
+        name, shape = max(shapes.items(), key=lambda pair: pair[1].most, default=("", LowRankShape(1, 1, 0)))
+        if shape.most == 0:
+            return "the model has no matrix that low rank makes smaller; use another codec"
+        return (
+            f"rank {self._rank} makes no parameter of the model smaller: for {name}, a matrix of {shape.rows} x "
+            f"{shape.columns}, it must be at most {shape.most}; set codec.rank, or use another codec"
+        )
 
     def reduce(self, addend: Addend) -> Iterator[list[Request]]:
         if addend.comm.size == 1:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hpctrain.codecs.options import CHUNK
 from hpctrain.codecs.sparse import LONGEST, FullValues, SparseCodec, ValueForm, kept, largest
 from hpctrain.codecs.wire import wide_dtype
 from hpctrain.replica.blocks import row_blocks
 
-CHUNK = 4096  # elements
 KEEP = 0.01
+FIRST, PARTS = 0.25, 4  # of the warm-up: the share that is kept at first, and how often it changes
 
 
 class TopK(SparseCodec):
@@ -19,16 +20,37 @@ class TopK(SparseCodec):
 
     An element of a message takes 4 bytes for a float32 and 2 for its place in the chunk: 1 % is 66 times less than
     everything. `unit` is at most 32,768.
+
+    In the first `warmup` samples of the run more is kept: a share of 25 % at first, which falls exponentially in four
+    parts, each with messages of one length (Deep Gradient Compression: Lin et al. 2018, section 3.3).
     """
 
-    def __init__(self, keep: float = KEEP, chunk: int = CHUNK, form: ValueForm | None = None) -> None:
+    def __init__(
+        self, keep: float = KEEP, chunk: int = CHUNK, form: ValueForm | None = None, warmup: int = 0
+    ) -> None:
         if not 0 < keep <= 1 or not 0 < chunk <= LONGEST:
             raise ValueError(f"keep must be above 0 and at most 1, a chunk 1 to {LONGEST}; given: {keep:g}, {chunk}")
         super().__init__(chunk, form or FullValues())
-        self._keep = keep
+        self._keep, self._warmup, self._position = keep, warmup, 0
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self._position = position
+
+    @property
+    def keep(self) -> float:
+        """The share that is kept now."""
+        if self._position >= self._warmup:
+            return self._keep
+        begun = max(self._keep, FIRST)
+        return begun * (self._keep / begun) ** (self._position * PARTS // self._warmup / PARTS)
 
     def count(self, width: int) -> int:
-        return kept(self._keep, width)
+        return kept(self.keep, width)
 
     def encode(self, values: Tensor, message: Tensor, rest: Tensor | None = None) -> None:
         wide = wide_dtype(values)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.codecs.base import Addend, Codec
+from hpctrain.codecs.feedback import Feedback
 from hpctrain.comm.algorithms import even_bounds
 from hpctrain.comm.base import Tag
 from hpctrain.replica.blocks import blocks
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 
 
 class WireCodec(Codec):
-    """Writes values into a message of a fixed length, and reads it again."""
+    """Writes values into a message of a fixed length, and reads it again. `feedback`: what makes up for what messages
+    leave out, if the codec remembers."""
 
     stages = 2
+    feedback: Feedback = Feedback()
 
     @abstractmethod
     def shape(self, values: Tensor) -> tuple[int, torch.dtype]:
@@ -69,10 +72,15 @@ class WireCodec(Codec):
         messages = {rank: addend.scratch(f"in {rank}", *self.shape(values)) for rank in others}
         requests = [comm.start_recv(as_array(messages[rank]), rank, Tag.PART) for rank in others]
         messages[me] = self._outgoing(addend, "out", values, addend.rest)
+        if addend.rest is not None:
+            self.feedback.written(addend, self, messages[me])
         yield requests + [comm.start_send(as_array(messages[me]), rank, Tag.PART) for rank in others]
         count = len(messages)
         with comm.span("decode", count * messages[me].nbytes, flops=float(count * values.numel())):
             self.total([messages[rank] for rank in range(count)], values)  # in the same order on all ranks
+            if addend.rest is not None:
+                self.feedback.arrived(addend)
+                addend.begun = True
 
     def _scatter_and_gather(self, addend: Addend) -> Iterator[list[Request]]:
         comm, me = addend.comm, addend.comm.rank
@@ -111,7 +119,7 @@ class WireCodec(Codec):
         assert isinstance(codec, WireCodec)
         with addend.comm.span("encode", message.nbytes):
             if rest is not None:
-                values.add_(rest, alpha=addend.carry)
+                self.feedback.mix(addend)
             codec.encode(values, message, rest)
         return message
 

@@ -18,6 +18,7 @@ import torch
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
 from hpctrain.conformance.checks import CHECKS, BrokenPromiseError, Check, if_exact
+from hpctrain.conformance.pairs import TRAINS_WITH_ITS_CODEC, Pair, RefusedPairError, pairs_of, registered_pairs
 from hpctrain.conformance.task import Subject
 from hpctrain.errors import ClusterError, HpctrainError, JobError, NanError
 from hpctrain.job import registry
@@ -26,13 +27,17 @@ from hpctrain.trace.recorder import Recorder
 
 __all__ = [
     "CHECKS",
+    "TRAINS_WITH_ITS_CODEC",
     "Check",
     "Nodes",
+    "Pair",
     "Subject",
     "Verdict",
     "over_real_ranks",
     "over_virtual_ranks",
+    "pairs_of",
     "registered",
+    "registered_pairs",
     "subjects_of",
     "verdicts",
     "why_left_out",
@@ -75,9 +80,14 @@ def worlds(subject: Subject, check: Check) -> list[Nodes]:
     return [(0, 0, 1, 1), (0, 0, 0), alone] if check.left_out is if_exact else [(0, 0, 1, 1)]
 
 
+def _unequal(rank: int, kind: str, nbytes: int, flops: float) -> int:
+    """Ranks of different speed, so that strategies that balance have something to do."""
+    return 1000 * (1 + 2 * (rank % 3)) if kind == "forward" else 0
+
+
 def over_virtual_ranks(subject: Subject, check: Check, nodes: Nodes, folder: Path) -> Verdict:
     """Run one check on virtual ranks on these nodes."""
-    world = World(len(nodes), nodes=nodes)
+    world = World(len(nodes), nodes=nodes, compute=_unequal if "balance" in subject.options else None)
     world.recorders = [Recorder(lambda: world.time) for _ in nodes]
 
     def run() -> str | None:
@@ -116,6 +126,8 @@ def why_left_out(subject: Subject, check: Check, nodes: Sequence[int]) -> str | 
 def _verdict(subject: Subject, check: Check, ranks: int, run: Callable[[], str | None]) -> Verdict:
     try:
         left_out = run()
+    except RefusedPairError as error:
+        return Verdict(subject, check, ranks, left_out=f"it refuses the codec: {error}")
     except BrokenPromiseError as error:
         return Verdict(subject, check, ranks, broken=str(error))
     except NanError as error:
@@ -129,13 +141,15 @@ def _verdict(subject: Subject, check: Check, ranks: int, run: Callable[[], str |
     return Verdict(subject, check, ranks, left_out=left_out)
 
 
-def verdicts(subjects: Sequence[Subject], comm: Communicator | None = None) -> Iterator[Verdict]:
-    """Run all checks on these strategies: on the ranks of `comm`, or (None) on virtual ranks."""
+def verdicts(
+    subjects: Sequence[Subject], comm: Communicator | None = None, checks: Sequence[Check] = CHECKS
+) -> Iterator[Verdict]:
+    """Run the checks on these strategies: on the ranks of `comm`, or (None) on virtual ranks."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="hpctrain-conformance-") as own:
         folder = Path(own if comm is None else comm.broadcast_json(own))
         for subject in subjects:
-            for check in CHECKS:
+            for check in checks:
                 if comm is not None:
                     yield over_real_ranks(subject, check, comm, folder)
                 else:

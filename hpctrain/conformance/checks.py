@@ -27,7 +27,7 @@ from hpctrain.trace.schema import KINDS, Kind, OutcomeCode, is_communication
 
 MOMENTUM = {"name": "SGD", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 ADAM = {"name": "Adam", "lr": 0.01}
-EPOCH = {"epochs": 1.0}  # every sample is reached, on any number of workers
+EPOCHS = {"epochs": 2.0}  # every sample is reached, on any number of workers, and rounds are not longer than the run
 
 
 class BrokenPromiseError(HpctrainError):
@@ -62,16 +62,20 @@ def if_exact(subject: Subject, workers: int) -> str | None:
 
 
 def if_deterministic(subject: Subject, workers: int) -> str | None:
-    """Does not apply if chance decides the order of updates, or which gradients count."""
+    """Does not apply if the speed of the ranks decides the order of updates, or who computes what."""
     if subject.strategy().deterministic or workers == 1:
         return None
-    return "its results depend on the order in which workers arrive"
+    return "its results depend on how fast the workers are"
 
 
 def if_rounds_are_long(subject: Subject, workers: int) -> str | None:
     """Applies to strategies whose workers train independently within a round."""
     strategy = subject.strategy()
-    return None if isinstance(strategy, RoundStrategy) and strategy.length() > 1 else "its rounds are one step long"
+    if not isinstance(strategy, RoundStrategy) or strategy.length() == 1:
+        return "its rounds are one step long"
+    if not strategy.quiet:
+        return "its exchanges end within the next round"
+    return "its islands share every step" if getattr(strategy.options, "island", "worker") == "node" else None
 
 
 # -- helpers -------------------------------------------------------------------------------------------------------
@@ -81,7 +85,7 @@ def hold(condition: bool, sentence: str) -> None:
         raise BrokenPromiseError(sentence)
 
 
-def _equal(comm: Communicator, result: Result) -> Vector:
+def equal(comm: Communicator, result: Result) -> Vector:
     """The final parameters, which must be bitwise equal on all ranks. Collective."""
     found = vector(result.model)
     table = comm.gather_rows(found)
@@ -89,12 +93,13 @@ def _equal(comm: Communicator, result: Result) -> Vector:
     return found
 
 
-def _workers(comm: Communicator, subject: Subject) -> int:
+def workers_of(comm: Communicator, subject: Subject) -> int:
+    """How many of the ranks are workers."""
     return len(subject.roles(comm.nodes).workers)
 
 
 def _trained(comm: Communicator, subject: Subject, folder: Path, **tables: Any) -> Vector:
-    return _equal(comm, quietly(comm, subject.job(folder, **tables)))
+    return equal(comm, quietly(comm, subject.job(folder, **tables)))
 
 
 # -- equivalence ---------------------------------------------------------------------------------------------------
@@ -107,8 +112,8 @@ def equals_one_process(comm: Communicator, subject: Subject, folder: Path) -> No
     ]
     for optimizer, keys in recipes:
         job = subject.job(folder, optimizer=optimizer, train={"steps": task.STEPS, **keys})
-        found = _equal(comm, quietly(comm, job))
-        off = distance(found, one_process(job, _workers(comm, subject)))
+        found = equal(comm, quietly(comm, job))
+        off = distance(found, one_process(job, workers_of(comm, subject)))
         hold(off < 1e-10, f"with {optimizer['name']} it differs by {off:.1e} from one process with the whole batch")
 
 
@@ -118,8 +123,8 @@ def equals_one_process_unevenly(comm: Communicator, subject: Subject, folder: Pa
     data = (task.some_count(), task.points(11))
     train = {"steps": task.STEPS, "batch_size": 3}
     job = subject.job(folder, model=task.Sometimes, data=data, optimizer=optimizer, train=train)
-    found = _equal(comm, quietly(comm, job))
-    off = distance(found, one_process(job, _workers(comm, subject), task.Sometimes, task.some_count()))
+    found = equal(comm, quietly(comm, job))
+    off = distance(found, one_process(job, workers_of(comm, subject), task.Sometimes, task.some_count()))
     hold(off < 1e-10, f"with ignored targets it differs by {off:.1e} from one process")
 
 
@@ -128,7 +133,7 @@ def leaves_parameters_without_a_gradient(comm: Communicator, subject: Subject, f
     optimizer = {"name": "AdamW", "lr": 0.02, "weight_decay": 0.3}
     job = subject.job(folder, model=task.Sometimes, optimizer=optimizer, train={"steps": task.STEPS})
     result = quietly(comm, job)
-    _equal(comm, result)
+    equal(comm, result)
     torch.manual_seed(job.seed)
     begun = task.Sometimes().double().never.weight
     kept = torch.equal(result.model.state_dict()["never.weight"], begun)
@@ -149,7 +154,7 @@ def honours_clip_norm(comm: Communicator, subject: Subject, folder: Path) -> Non
     clipped = _trained(
         comm, subject, folder, optimizer={"name": "SGD", "lr": 1.0}, train={"steps": steps, "clip_norm": limit}
     )
-    most = 1.01 * limit * steps * _workers(comm, subject)
+    most = 1.01 * limit * steps * workers_of(comm, subject)
     hold(float(np.linalg.norm(free - begun)) > 10 * most, "without train.clip_norm the parameters barely change")
     hold(0.0 < float(np.linalg.norm(clipped - begun)) <= most, "train.clip_norm has no effect")
 
@@ -179,12 +184,12 @@ def honours_accumulate(comm: Communicator, subject: Subject, folder: Path) -> No
 
 def stops_for_nan(comm: Communicator, subject: Subject, folder: Path) -> None:
     """A loss that is not finite ends the run with NanError, which names rank and step."""
-    _expect_nan(comm, subject.job(folder, data=_bad_data(comm), train=EPOCH), "loss is nan on rank ")
+    _expect_nan(comm, subject.job(folder, data=_bad_data(comm), train=EPOCHS), "loss is nan on rank ")
 
 
 def stops_for_nan_in_a_gradient(comm: Communicator, subject: Subject, folder: Path) -> None:
     """So does a gradient that is not finite, deep in a large model, while the loss is finite."""
-    job = subject.job(folder, model=task.Deep, data=_bad_data(comm, 9.0), train=EPOCH)
+    job = subject.job(folder, model=task.Deep, data=_bad_data(comm, 9.0), train=EPOCHS)
     _expect_nan(comm, job, "the gradient of parameter late")
 
 
@@ -210,13 +215,13 @@ def skips_overflows(comm: Communicator, subject: Subject, folder: Path) -> None:
     and the loss scale falls: of all workers if they step together, otherwise of those whose gradient it was."""
     data = task.points()
     data.tensors[0][::20] = 9.0
-    job = subject.job(folder, model=task.Steep, data=data, train={**EPOCH, "precision": "mixed_float16"})
+    job = subject.job(folder, model=task.Steep, data=data, train={**EPOCHS, "precision": "mixed_float16"})
     with session(job, comm, out=Narrator(enabled=False)) as running:
         for batch in running.batches():
             with running.autocast():
                 loss = running.loss(running.model(batch.inputs), batch.targets)
             running.step(loss)
-    hold(bool(np.isfinite(_equal(comm, running.result)).all()), "a gradient that overflowed was applied")
+    hold(bool(np.isfinite(equal(comm, running.result)).all()), "a gradient that overflowed was applied")
     scale, workers = running.run.loss_scale, subject.roles(comm.nodes).workers
     table = comm.gather_rows(np.array([scale.factor if scale is not None else 0.0]))
     found = {float(table[rank, 0]) for rank in workers}
@@ -245,7 +250,7 @@ class Counted(Dataset[Any]):
 def takes_every_sample_once(comm: Communicator, subject: Subject, folder: Path) -> None:
     """In every epoch, all ranks together take each sample once, despite evaluations and phases before and after."""
     epochs, samples = 3, 29
-    phases = _between(subject, 20, 55)
+    phases = between(subject, 20, 55)
     for keys in ({"strategy": subject.table}, {"phases": phases}):
         seen = _samples_taken(comm, folder, epochs, samples, keys)
         together = sorted(pair for own in comm.gather_json(seen) for pair in own)
@@ -279,7 +284,7 @@ def _no_metric(outputs: Any, targets: Any) -> float:
     return 0.0
 
 
-def _between(subject: Subject, begin: int, end: int, **enter: Any) -> list[Tables]:
+def between(subject: Subject, begin: int, end: int, **enter: Any) -> list[Tables]:
     """Phases: all-reduce, the strategy from sample `begin` on, all-reduce from sample `end` on."""
     plain = {"name": "all_reduce"}
     return [
@@ -315,15 +320,15 @@ def resumes(comm: Communicator, subject: Subject, folder: Path) -> None:
     for optimizer in (MOMENTUM, ADAM):
         train = {"steps": 20, "batch_size": 4, "checkpoint_every": {"steps": 3}, "keep_checkpoints": 9}
         # Of every round each worker has two samples at least: batch norm cannot train on one.
-        data = task.points(30 * _workers(comm, subject)), task.points(11)
+        data = task.points(30 * workers_of(comm, subject)), task.points(11)
         keys = {**train, "accumulate": 2}
         job = subject.job(folder, model=task.noisy_net, data=data, optimizer=optimizer, train=keys)
         whole = quietly(comm, job)
-        expected = _equal(comm, whole)
+        expected = equal(comm, whole)
         if comm.rank == 0:
             task.forget_after(whole.folder, 1)
         comm.barrier()
-        again = _equal(comm, quietly(comm, job, resume=whole.folder))
+        again = equal(comm, quietly(comm, job, resume=whole.folder))
         hold(bool((again == expected).all()), f"with {optimizer['name']} a resumed run ends with different parameters")
 
 
@@ -331,12 +336,12 @@ def hands_its_state_over(comm: Communicator, subject: Subject, folder: Path) -> 
     """enter.momentum decides whether the strategy, and the one after it, take over the optimizer's state."""
     found = []
     for policy in ("keep", "reset"):
-        phases = _between(subject, 60, 150, momentum=policy)
+        phases = between(subject, 60, 150, momentum=policy)
         job = task.small_job(folder, optimizer=MOMENTUM, train={"steps": task.STEPS}, phases=phases)
-        found.append(_equal(comm, quietly(comm, job)))
+        found.append(equal(comm, quietly(comm, job)))
     hold(not (found[0] == found[1]).all(), "enter.momentum keep and reset give the same parameters")
     job = task.small_job(folder, optimizer=MOMENTUM, train={"steps": task.STEPS})
-    if if_exact(subject, _workers(comm, subject)) is None and _workers(comm, subject) == comm.size:
+    if if_exact(subject, workers_of(comm, subject)) is None and workers_of(comm, subject) == comm.size:
         off = distance(found[0], one_process(job, comm.size))
         hold(off < 1e-10, f"with phases before and after, it differs by {off:.1e} from one process")
 

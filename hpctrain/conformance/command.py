@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from hpctrain.errors import HpctrainError
@@ -13,8 +14,9 @@ from hpctrain.launcher.started import launched_rank, launched_size
 def main(name: str, overrides: Sequence[str]) -> int:
     """Test the strategy that a job would name `name`, on virtual ranks or on those that mpirun or srun started.
 
-    `overrides`: "key=value" options; without any, each set of options of `Strategy.tested_with`. Returns the exit
-    status: 0 if every promise is kept, 1 if not. Raises HpctrainError for a strategy that cannot be tested.
+    `overrides`: "key=value" options; without any, each set of options of `Strategy.tested_with`, and each codec.
+    Returns the exit status: 0 if every promise is kept, 1 if not. Raises HpctrainError for a strategy that cannot be
+    tested.
     """
     if launched_size(os.environ)[0] == 1:
         return _print_verdicts(name, overrides, None)
@@ -30,14 +32,14 @@ def main(name: str, overrides: Sequence[str]) -> int:
 
 
 def _print_verdicts(name: str, overrides: Sequence[str], comm: Any) -> int:
-    from hpctrain.conformance import Subject, subjects_of, verdicts
+    from hpctrain.conformance import TRAINS_WITH_ITS_CODEC, Subject, pairs_of, subjects_of, verdicts
 
-    subjects = subjects_of(name)
+    subjects, pairs = subjects_of(name), pairs_of(name)
     if overrides:
-        subjects = [Subject(name, _options(name, overrides))]
+        subjects, pairs = [Subject(name, _options(name, overrides))], []
     kept = broken = 0
     label = ""
-    for verdict in verdicts(subjects, comm):
+    for verdict in chain(verdicts(subjects, comm), verdicts(pairs, comm, [TRAINS_WITH_ITS_CODEC])):
         failures = comm.gather_json(verdict.broken) if comm is not None else [verdict.broken]
         failure = next((text for text in failures if text is not None), None)
         if comm is not None and comm.rank != 0:

@@ -116,7 +116,9 @@ class Loader:
         self._left: Generators | None = None  # as the calling thread left them after its last batch
         self._started: deque[_Started] = deque()  # fetched in threads since then
 
-    def bounds(self, cursor: int, round_size: int, workers: int) -> list[int]:
+    def bounds(
+        self, cursor: int, round_size: int, workers: int, shares: Sequence[int] | None = None
+    ) -> list[int]:
         """The positions that the round at `cursor` assigns to its workers; see `round_bounds`.
 
         A stream of unknown length is read to the end of the round, so that all ranks, which all read the same stream,
@@ -128,7 +130,7 @@ class Loader:
             self._look_ahead(self._stream, cursor, cursor + round_size)
         if self._stream is not None and not self._order.common:
             self._compare(cursor + round_size)
-        return round_bounds(cursor, self._order.length, round_size, workers)
+        return round_bounds(cursor, self._order.length, round_size, workers, shares)
 
     def _compare(self, read: int) -> None:
         """Compare whether the stream ends within the first `read` samples; a thread may already have read further."""

@@ -7,6 +7,8 @@ the order of a permutation drawn from (seed, epoch). Every rank computes the sam
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 UNKNOWN_END = 2**62
+SHARDS = 0x5348_4152_4453  # added to the seed when fixed shards are drawn
 _MASK = 2**64 - 1
 
 
@@ -36,6 +39,11 @@ class Order:
         self.shuffle = shuffle
         self._permutations: dict[int, Indices] = {}
         self._lock = threading.Lock()
+
+    @property
+    def samples(self) -> int | None:
+        """The number of samples to choose from; None if it is not known."""
+        return self._of or self.length
 
     def learn(self, length: int) -> None:
         """Set the length of a stream, once its end has been reached (or is known from a checkpoint)."""
@@ -70,8 +78,45 @@ class Order:
             if epoch not in self._permutations:
                 while len(self._permutations) > 1:  # at an epoch's start, the previous epoch is still being fetched
                     del self._permutations[min(self._permutations)]
-                self._permutations[epoch] = permutation(self._of or self.length or 0, self.seed, epoch)[: self.length]
+                self._permutations[epoch] = self._draw(epoch)
             return self._permutations[epoch]
+
+    def _draw(self, epoch: int) -> Indices:
+        """The order of that epoch."""
+        return permutation(self._of or self.length or 0, self.seed, epoch)[: self.length]
+
+
+class FixedOrder(Order):
+    """The order in which each of `workers` workers takes its samples from a shard of its own, in every epoch, in rounds
+    of `batch` samples per worker (see `round_bounds`).
+
+    Shards differ in length by one sample at most. They are drawn from the seed, or, without `shuffle`, consecutive.
+    """
+
+    def __init__(
+        self, length: int, seed: int, shuffle: bool, workers: int, batch: int, of: int | None = None
+    ) -> None:
+        super().__init__(length, seed, shuffle, of)
+        samples = of or length
+        shards = round_bounds(0, samples, samples, workers)
+        drawn = permutation(samples, seed, *words(SHARDS)) if shuffle else np.arange(samples)
+        self._shards = [drawn[a:b] for a, b in zip(shards, shards[1:], strict=False)]
+        self._batch = batch
+
+    def indices(self, start: int, stop: int) -> Indices:
+        epoch, offset = self.place(start, stop)
+        return self._permutation(epoch)[offset : offset + stop - start]
+
+    def _draw(self, epoch: int) -> Indices:
+        length, workers = self.length or 0, len(self._shards)
+        size, drawn = self._batch * workers, np.empty(length, np.int64)
+        rounds = np.arange(length // size * size).reshape(-1, workers, self._batch)
+        last = round_bounds(rounds.size, length, size, workers) if rounds.size < length else [length] * (workers + 1)
+        for worker, shard in enumerate(self._shards):
+            places = np.concatenate([rounds[:, worker].reshape(-1), np.arange(last[worker], last[worker + 1])])
+            own = shard[permutation(len(shard), self.seed, epoch, worker)] if self.shuffle else shard
+            drawn[places] = own[: len(places)]
+        return drawn
 
 
 def permutation(length: int, *seed: int) -> Indices:
@@ -100,13 +145,18 @@ def mix(seed: int, epoch: int, indices: NDArray[Any]) -> NDArray[np.uint64]:
     return state
 
 
-def round_bounds(cursor: int, length: int | None, round_size: int, workers: int) -> list[int]:
+def round_bounds(
+    cursor: int, length: int | None, round_size: int, workers: int, shares: Sequence[int] | None = None
+) -> list[int]:
     """The positions that a round starting at `cursor` assigns to its workers: worker i takes [b[i], b[i+1]).
 
     A round has `round_size` samples but never crosses the end of an epoch, so the last round of an epoch is smaller.
-    The workers' shares differ by at most one sample; some may be empty. `length` None: the end is not known yet.
+    Worker i gets `shares[i]` of them, or its proportion of a smaller round. Without `shares` the workers' shares differ
+    by at most one sample. Some may be empty. `length` None: the end is not known yet.
     """
     size = min(round_size, _epoch_end(cursor, length) - cursor)
+    if shares is not None:
+        return [cursor + size * before // round_size for before in accumulate(shares, initial=0)]
     share, extra = divmod(size, workers)
     return [cursor + i * share + min(i, extra) for i in range(workers + 1)]
 

@@ -222,10 +222,12 @@ def _index(here: list[Any], part: int | str, at: Place) -> int:
 
 
 def _inner(here: Any, part: Any, place: Place, look: Look) -> Any:
-    """The table or list at `place`, created if missing; a bare name is expanded to its table."""
+    """The table or list at `place`, created if missing; a bare name is expanded to its table, also among options that
+    are not known here: the user's own, or another strategy's."""
     value = here[part] if isinstance(here, list) else here.setdefault(part, {})
-    table = look(place)
-    if isinstance(value, str) and (key := _naming(table)):
+    table, outer = look(place), look(place[:-1])
+    opaque = table is None and outer is not None and issubclass(outer, Choice)
+    if isinstance(value, str) and (key := "name" if opaque else _naming(table)):
         value = here[part] = {key: value}
     if not isinstance(value, (dict, list)):
         raise JobError(f"override {dotted(place)}: is {value_text(value)}, so nothing below it can be set")

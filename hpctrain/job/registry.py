@@ -21,6 +21,7 @@ STRATEGIES = {
     "diloco": "hpctrain.strategies.diloco:DiLoCo",
     "local_sgd": "hpctrain.strategies.local_sgd:LocalSGD",
     "parameter_server": "hpctrain.strategies.parameter_server:ParameterServer",
+    "streaming_diloco": "hpctrain.strategies.streaming_diloco:StreamingDiLoCo",
     "switch": "hpctrain.job.phases:Switch",
 }
 MODELS = {
@@ -51,7 +52,7 @@ RULES = {
     "target": "hpctrain.clock.rules:Target",
 }
 FUNCTION_AS_RULE = "hpctrain.clock.rules:FunctionAsRule"
-# torch.optim's classes with the learning rate of a job that sets none: torch's default, except 0.1 for SGD.
+# The optimizers with the learning rate of a job that sets none: torch's default, except 0.1 for SGD.
 LEARNING_RATES = {
     "SGD": 0.1,
     "Adadelta": 1.0,
@@ -62,12 +63,15 @@ LEARNING_RATES = {
     "Adamax": 0.002,
     "ASGD": 0.01,
     "Muon": 0.001,
+    "MuonAdamW": 0.001,
     "NAdam": 0.002,
     "RAdam": 0.001,
     "RMSprop": 0.01,
     "Rprop": 0.01,
+    "SignSGD": 0.001,
 }
 OPTIMIZERS = {name: f"torch.optim:{name}" for name in LEARNING_RATES}
+OPTIMIZERS |= {"MuonAdamW": "hpctrain.replica.muon:MuonAdamW", "SignSGD": "hpctrain.replica.signsgd:SignSGD"}
 REFUSED_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times within one step, which no strategy can synchronise",
     "SparseAdam": "it takes sparse gradients, and gradients here lie in one dense arena",

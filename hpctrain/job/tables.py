@@ -61,13 +61,18 @@ class Data(Named):
     """What it is trained on, and how samples reach the workers."""
 
     KIND = "dataset"
-    KEPT = ("validation", "queue", "shuffle", "last", "prefetch", "threads", "augment")
+    KEPT = ("validation", "queue", "partition", "shuffle", "last", "prefetch", "threads", "augment")
     name: str = Field(default="digits", description="the data set; further keys are its function's keyword arguments")
     validation: Share = Field(default=0.0, description="share of the training samples held back for validation")
     queue: Literal["auto", "static", "shared"] = Field(
         default="auto",
         description="in asynchronous phases, static: each worker has its own share of the samples; shared: one queue "
         "for all, from which a slow worker takes fewer; auto: shared. Synchronous phases divide each round by rank",
+    )
+    partition: Literal["epoch", "fixed"] = Field(
+        default="epoch",
+        description="which samples a worker takes. epoch: others in every epoch; fixed: always those of its own shard, "
+        "for strategies whose workers take rounds together",
     )
     shuffle: bool = Field(default=True, description="reshuffle the samples in every epoch, by the seed")
     last: Literal["keep", "drop"] = Field(
@@ -176,12 +181,21 @@ class Optimizer(Named):
     """How gradients become updates."""
 
     KIND = "optimizer"
-    KEPT = ("schedule", "groups")
-    name: str = Field(default="SGD", description="a class of torch.optim; further keys are its keyword arguments")
+    KEPT = ("schedule", "groups", "scaling")
+    name: str = Field(
+        default="SGD",
+        description="a class of torch.optim; MuonAdamW (Muon for matrices, AdamW for the rest); or SignSGD (by the "
+        "sign of the gradient alone). Further keys are its keyword arguments",
+    )
     lr: Positive | None = Field(
         default=None,
         description="learning rate; left out: 0.1 for SGD, torch's default for its other classes",
         json_schema_extra={"default": "by optimizer"},
+    )
+    scaling: Literal["none", "linear", "sqrt"] = Field(
+        default="none",
+        description="how the learning rate grows with the phase's workers, if lr suits one. linear: times their "
+        "number; sqrt: times its square root, as is usual for Adam. Give optimizer.schedule.warmup with it",
     )
     elementwise: bool | None = Field(
         default=None,

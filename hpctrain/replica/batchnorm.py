@@ -10,8 +10,8 @@ whose share of a round has fewer micro-batches than another's runs extra ones on
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, cast
 
@@ -70,9 +70,9 @@ class BatchNorms(Coupling):
             self._comm = workers.split(0, workers.rank)
             self._ferry = None if workers.concurrent else _Ferry()
 
-    def idle(self, bounds: Sequence[int], size: int, own: int) -> int:
+    def idle(self, batches: Sequence[int], own: int) -> int:
         """The number of micro-batches that this worker has fewer than the worker with the most."""
-        return max(-(-(b - a) // size) for a, b in pairwise(bounds)) - own
+        return max(batches) - own
 
     def before(self, counts: bool) -> None:
         """Set whether the next samples through the model count."""
@@ -101,7 +101,8 @@ class BatchNorms(Coupling):
     def moments(self, count: float, mean: NDArray[Any], squares: NDArray[Any]) -> tuple[float, Any, Any]:
         """(count, mean, biased variance) per channel over all workers, from this one's; float64. Collective."""
         assert self._comm is not None
-        table = self._comm.gather_rows(np.concatenate([[count], mean, squares]))
+        with self._waiting(self._comm):
+            table = self._comm.gather_rows(np.concatenate([[count], mean, squares]))
         counts, means, deviations = table[:, :1], table[:, 1 : 1 + mean.size], table[:, 1 + mean.size :]
         total = float(counts.sum())
         if total == 0:
@@ -113,10 +114,18 @@ class BatchNorms(Coupling):
         """Sum over all workers, in place; float64. Collective, called during backward."""
         assert self._comm is not None
         comm = self._comm
-        if self._ferry is None:
-            comm.all_reduce(sums)
-        else:
-            self._ferry.carry(lambda: comm.all_reduce(sums))
+        with self._waiting(comm):
+            if self._ferry is None:
+                comm.all_reduce(sums)
+            else:
+                self._ferry.carry(lambda: comm.all_reduce(sums))
+
+    @contextmanager
+    def _waiting(self, comm: Communicator) -> Iterator[None]:
+        """Count the time inside as waiting."""
+        begun = comm.now()
+        yield
+        self.waited += comm.now() - begun
 
     def __deepcopy__(self, memo: Any) -> BatchNorms:
         return self  # a copied model (such as a moving average) normalises with the same workers

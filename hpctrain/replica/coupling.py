@@ -13,19 +13,19 @@ from hpctrain.comm.base import Communicator
 class Coupling:
     """No coupling: each worker's model computes alone. Base class of couplings such as `BatchNorms`.
 
-    `waits_in_forward`: whether the workers wait for each other in a forward pass.
+    `waits_in_forward`: whether the workers wait for each other in a forward pass. `waited`: nanoseconds that this one
+    has spent on that so far.
     """
 
     waits_in_forward: ClassVar[bool] = False
+    waited: int = 0
 
     def join(self, workers: Communicator) -> None:
         """Called when a phase with these workers begins. Collective over them."""
 
-    def idle(self, bounds: Sequence[int], size: int, own: int) -> int:
+    def idle(self, batches: Sequence[int], own: int) -> int:
         """The number of micro-batches that do not count, which this worker must run after the `own` ones of its share.
-
-        `bounds`: where the workers' shares of the round begin, and where the last one ends; `size`: maximum number of
-        samples per micro-batch.
+        `batches`: how many each worker's share has.
         """
         return 0
 

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -178,17 +179,19 @@ def joined(stretches: Iterable[Stretch], size: int) -> Iterator[Stretch]:
         yield low, high
 
 
-def slice_bounds(layout: Layout, parts: int, elementwise: bool) -> list[int]:
-    """Cut the arena into `parts` nearly equal stretches: on cache lines, or between parameters if not elementwise.
+def slice_bounds(layout: Layout, parts: int, elementwise: bool, weights: Sequence[int] | None = None) -> list[int]:
+    """Cut the arena into `parts` stretches of nearly equal length, or in proportion to `weights`: on cache lines, or
+    between parameters if not elementwise.
 
     Stretches may be empty if there are more parts than cache lines (or parameters).
     """
     cuts: Sequence[int] = layout.cuts
+    *before, total = accumulate(weights or [1] * parts, initial=0)
     if elementwise:
         unit = ALIGNMENT // layout.dtype.itemsize
-        return [layout.length // unit * i // parts * unit for i in range(parts)] + [layout.length]
+        return [layout.length // unit * weight // total * unit for weight in before] + [layout.length]
     bounds = [0]
-    for part in range(1, parts):
-        ideal = layout.length * part // parts
+    for weight in before[1:]:
+        ideal = layout.length * weight // total
         bounds.append(max(bounds[-1], min(cuts, key=lambda cut: abs(cut - ideal))))
     return [*bounds, layout.length]

@@ -14,7 +14,7 @@ from hpctrain.replica.layout import Layout
 from hpctrain.text import did_you_mean
 
 ELEMENTWISE = frozenset(
-    ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
+    ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD", "SignSGD"]
 )
 FUSED = frozenset(["Adam", "AdamW", "SGD"])  # torch can update these in one kernel on CUDA
 IMPLEMENTATIONS = frozenset(["capturable", "differentiable", "foreach", "fused"])  # arguments that choose another
@@ -46,9 +46,9 @@ class OptimizerChoice:
 
         On a GPU, one kernel updates all elements (fused=True), unless the arguments choose another implementation.
         """
-        name, own = optimizer.__name__, _is_torchs(optimizer)
+        name, own = optimizer.__name__, _is_known(optimizer)
         for base in optimizer.__mro__:
-            if _is_torchs(base) and base.__name__ in REFUSED:
+            if _is_known(base) and base.__name__ in REFUSED:
                 raise ModelError(f"optimizer.name = {name!r} cannot be used: {REFUSED[base.__name__]}")
         _check_keys(optimizer, options, "optimizer.")
         if own and elementwise and name not in ELEMENTWISE:
@@ -64,7 +64,7 @@ class OptimizerChoice:
     @property
     def divisible(self) -> bool:
         """Whether a step may be taken in parts. Not if the class is the user's: it may count its steps."""
-        return self.elementwise and _is_torchs(self.cls)
+        return self.elementwise and _is_known(self.cls)
 
     def check(self, layout: Layout, device: torch.device | str = "cpu") -> None:
         """Check that the optimizer accepts every parameter, with the options of its group. Raises ModelError."""
@@ -92,6 +92,12 @@ class OptimizerChoice:
                     f"optimizer {self.cls.__name__} counts {key} for all parameters together, and that cannot be "
                     "redistributed when a phase ends; train in one phase, or use another optimizer"
                 )
+
+    def momentum(self, layout: Layout) -> float:
+        """The highest momentum of any group of parameters; 0 if it has none."""
+        groups = [{**self.options, **group.options} for group in layout.groups]
+        made = [OptimizerChoice(self.cls, options, self.elementwise)._step("cpu")[0] for options in groups]
+        return max((momentum_of(optimizer.param_groups[0]) for optimizer in made), default=0.0)
 
     def moments(self, layout: Layout, device: torch.device | str = "cpu") -> list[list[str]]:
         """The names of the state kept per parameter of each group ("exp_avg", "step" ...), sorted."""
@@ -148,7 +154,7 @@ class OptimizerChoice:
 
     def build(self, parameters: Any) -> torch.optim.Optimizer:
         """The optimizer over parameters or groups; ModelError if it rejects its arguments."""
-        cls = without_dynamo(self.cls) if _is_torchs(self.cls) else self.cls
+        cls = without_dynamo(self.cls) if _is_known(self.cls) else self.cls
         try:
             return cls(parameters, **self.options)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -156,7 +162,7 @@ class OptimizerChoice:
 
 
 def without_dynamo(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """A class of torch.optim that does the same but does not import torch._dynamo, torch's compiler.
+    """A class that does the same as this one, torch's or ours, but does not import torch._dynamo, torch's compiler.
 
     That takes 3 s of processor time per rank, more than torch itself, and has an effect only where an optimizer is
     compiled. torch wraps `step` and `add_param_group` in functions that import it.
@@ -176,8 +182,9 @@ def momentum_of(group: dict[str, Any]) -> float:
     return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
 
 
-def _is_torchs(cls: type) -> bool:
-    return cls.__module__.startswith("torch.optim")
+def _is_known(cls: type) -> bool:
+    """Whether it is torch's or hpctrain's."""
+    return cls.__module__.startswith(("torch.optim", "hpctrain."))
 
 
 def _line(error: BaseException) -> str:

@@ -18,8 +18,9 @@ from hpctrain.comm.base import BFLOAT16, Buffer, Communicator, Request, Tag
 Row = tuple[str, tuple[int, ...], np.dtype[Any]]  # path, shape and dtype of an array
 OPTIMIZER = "optimizer"
 STRATEGY = "strategy"
-REST = "codec/rest"  # among a worker's own arrays: what its messages have left out so far
-MEMORY = "codec/memory"  # and what its codec knows of parameters
+CODEC = "codec/"  # prefix of what a worker's codec keeps, among its own arrays
+REST = f"{CODEC}rest"  # what its messages have left out so far
+MEMORY = f"{CODEC}memory"  # what its codec knows of parameters
 _STRATEGY_IN_0_1 = "strategy: "  # key prefix of the strategy's own moments among the optimizer's
 
 

@@ -51,23 +51,25 @@ def check_batchnorm(prepared: Prepared) -> None:
         raise ModelError(
             f"layer {layers[layer]} is batch norm over a worker's own samples, and cannot be trained on a single one: "
             f"in an epoch of {prepared.epoch} samples, {size} per round, the last round has "
-            f"{prepared.epoch % size or size} and leaves a worker a batch of one; "
+            f"{prepared.epoch % size or size} and may leave a worker a batch of one; "
             'set data.last = "drop", choose another train.batch_size, or (where workers step together) set '
             "train.sync_batchnorm = true"
         )
 
 
 def _round_with_one(prepared: Prepared) -> int:
-    """The round size of a phase whose last round, if the run reaches it, gives a worker a micro-batch of 1; or 0."""
+    """The round size of a phase whose last round, if the run reaches it, gives a worker a micro-batch of 1 (or may do
+    so, where shares follow the workers' speeds); or 0."""
     own, epoch = prepared.job.train.batch_size, prepared.epoch
     for index, roles in enumerate(prepared.roles):
-        together = not prepared.strategy(index).needs.queue or prepared.job.data.queue == "static"
+        strategy = prepared.strategy(index)
+        together = not strategy.needs.queue or prepared.job.data.queue == "static"
         workers = len(roles.workers) if together else 1
         size = prepared.batch * workers
         start = epoch // size * size
         if start < epoch and start < prepared.total:
             shares = [b - a for a, b in pairwise(round_bounds(start, epoch, size, workers))]
-            if any(share % own == 1 for share in shares):
+            if strategy.balances or any(share % own == 1 for share in shares):
                 return size
         if own == 1:
             return size

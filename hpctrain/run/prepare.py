@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from hpctrain.clock.rates import FunctionCourse, Pace, RateCourse, SteppedCourse
 from hpctrain.clock.rules import Rule
 from hpctrain.clock.samples import RunClock, interval, run_total
 from hpctrain.cluster import Roles, device_for, threads_for
+from hpctrain.codecs import CodecChoice, CodecTable, codec_by
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.device.gpu import usable_gpus
 from hpctrain.data.generators import seed_run
 from hpctrain.data.loader import Batch, Loader, fetches_ahead
 from hpctrain.data.moving import casts, move
-from hpctrain.data.order import Order
+from hpctrain.data.order import FixedOrder, Order
 from hpctrain.data.splits import Splits, load_data, make_order
 from hpctrain.errors import ClusterError, DataError, JobError, ModelError
 from hpctrain.job import Job, registry
@@ -96,6 +98,11 @@ class Prepared(Measurable):
                 f"optimizer.schedule is stepped after every {'epoch' if self.course.by_epoch else 'round'}; "
                 f"optimizer.schedule.unit changes that"
             )
+        if self.job.optimizer.scaling != "none" and self.job.optimizer.schedule.warmup is None:
+            yield (
+                "optimizer.scaling multiplies the learning rate from the first step on; optimizer.schedule.warmup = "
+                "{epochs = 5} would let it rise (Goyal et al. 2017)"
+            )
         for index, phase in enumerate(self.job.schedule):
             rule = self.rule(index, 0)
             if rule is not None and (why := rule.too_short()) is not None:
@@ -139,7 +146,8 @@ class Prepared(Measurable):
         enter, workers = self.job.schedule[phase].enter or Enter(), len(self.roles[phase].workers)
         scale = enter.scale if enter.scale is not None else 1.0 / workers
         ramp = self.clock(phase).samples(enter.ramp)
-        return Pace(self.course, start, enter.learning_rate, enter.momentum, scale, ramp)
+        factor = {"none": 1.0, "linear": float(workers), "sqrt": math.sqrt(workers)}[self.job.optimizer.scaling]
+        return Pace(self.course, start, enter.learning_rate, enter.momentum, scale, ramp, factor)
 
     @property
     def ahead(self) -> int:
@@ -187,10 +195,13 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     optimizer.check(replica.layout, device)
     _check_strategies(job, optimizer)
     order = make_order(splits.train, job.seed, job.data.shuffle)
+    _check_codecs(job, replica, optimizer, order.length)
     batch = job.train.batch_size * job.train.accumulate
     if job.data.last == "drop":
         whole = whole_rounds(order.length, batch * max(len(each.workers) for each in roles))
         order = Order(whole, job.seed, order.shuffle, of=order.length)
+    if job.data.partition == "fixed":
+        order = _fixed(job, order, roles, batch)
     epoch = order.length
     if epoch is None and job.train.steps is None:
         raise DataError(
@@ -213,6 +224,25 @@ def prepare(job: Job, comm: Communicator) -> Prepared:
     return prepared
 
 
+def _fixed(job: Job, order: Order, roles: list[Roles], batch: int) -> Order:
+    """The same samples in shards of the workers' own. Raises JobError if the phases deal samples in different ways."""
+    where, workers = 'data.partition = "fixed"', {len(each.workers) for each in roles}
+    if order.length is None:
+        raise JobError(f"{where}: a stream of unknown length has no shards; leave the key out")
+    for spec in [phase.strategy for phase in job.schedule]:
+        strategy = spec.resolve()(spec.options)
+        if strategy.needs.queue:
+            raise JobError(
+                f"{where}: under strategy {spec.name} samples come from one queue; leave the key out, or choose a "
+                "strategy whose workers take rounds together"
+            )
+        if strategy.balances:
+            raise JobError(f"{where}: with balance workers take more or fewer samples than a shard has; leave one out")
+    if len(workers) > 1:
+        raise JobError(f"{where}: the phases have {' and '.join(map(str, sorted(workers)))} workers; leave the key out")
+    return FixedOrder(order.length, job.seed, order.shuffle, workers.pop(), batch, of=order.samples)
+
+
 def _check_strategies(job: Job, optimizer: OptimizerChoice) -> None:
     """Refuse strategies that do not fit the options of the model and the optimizer."""
     if len(job.schedule) > 1:
@@ -223,6 +253,28 @@ def _check_strategies(job: Job, optimizer: OptimizerChoice) -> None:
             raise ModelError(
                 f"train.sync_batchnorm = true: under strategy {spec.name} workers do not step together, "
                 "so they share no batch; leave the key out"
+            )
+
+
+def _check_codecs(job: Job, replica: Replica, optimizer: OptimizerChoice, epoch: int | None) -> None:
+    """Refuse codecs that are of no use for the model, or have a momentum beside another. Raises ModelError, and
+    JobError where the length of an epoch is needed but not known."""
+    for index, phase in enumerate(job.schedule):
+        spec, key = phase.strategy, job.key(index, "strategy")
+        codec: CodecChoice = getattr(spec.options, "codec", "none")
+        if (why := codec_by(codec, epoch=epoch).unfit(replica.layout.slots)) is not None:
+            raise ModelError(f'{key}.codec = "{codec}": {why}')
+        if not isinstance(codec, CodecTable) or not codec.own_momentum[1]:
+            continue
+        what, momentum = codec.own_momentum
+        start = f"{key}.codec.{what} gives the codec a momentum of its own, {momentum:g}, beside"
+        if outer := getattr(spec.options, "outer_momentum", 0.0):
+            raise ModelError(f"{start} {key}.outer_momentum = {outer:g}; set that to 0, or leave codec.{what} out")
+        sends_gradients = getattr(spec.resolve(), "local", None) is None
+        if sends_gradients and (inner := optimizer.momentum(replica.layout)):
+            raise ModelError(
+                f'{start} that of optimizer "{job.optimizer.name}", {inner:g}; use an optimizer without momentum, such '
+                f"as SGD with momentum = 0, or leave codec.{what} out"
             )
 
 

@@ -36,6 +36,7 @@ FIXED = {
     "data.validation": "other samples would be held out",
     "data.last": "it determines how long an epoch is",
     "data.shuffle": "the order of the samples depends on it",
+    "data.partition": "the order of the samples depends on it",
     "metric": "metrics.csv and the best value so far are for that metric",
 }
 MEASURED = (".bucket_mb",)  # where a job says "auto", a continuation takes what the run has measured

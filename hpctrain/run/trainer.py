@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -54,6 +55,8 @@ class Trainer:
     _loss: float = 0.0
     _weight: float = 0.0
     _started: int = 0
+    _begun: int = 0  # when this micro-batch began, without what the worker has waited for others in it
+    _counts: bool = True  # whether this micro-batch belongs to the worker's share
     _examined: bool = False  # whether the first step's loss has been examined
     _buckets: Buckets | None = None
 
@@ -77,7 +80,9 @@ class Trainer:
         self.inside = False
         self.phase.replica.clear()
         self._left, self.samples, self._loss, self._weight = len(pieces), 0, 0.0, 0.0
-        self.phase.step.bad = 0
+        self.phase.step.bad, self.phase.step.seconds = 0, 0.0
+        if not pieces:
+            self._request(following)
         for index, (start, stop) in enumerate(pieces):
             ahead = pieces[index + 1 :] or following
             yield self._take(start, stop, ahead, counts=index < own)
@@ -106,6 +111,8 @@ class Trainer:
         self._weight += weighed.weight
         self._loss += weighed.mean * weighed.weight
         self._dawdle()
+        if self._counts:
+            self.phase.step.seconds += (self._computed() - self._begun) / 1e9
         outcome = self.finish() if self._left == 0 else None
         self.inside = False
         return outcome
@@ -116,10 +123,12 @@ class Trainer:
         phase = self.phase
         phase.replica.check()
         loss = self.loss
+        begun = phase.comm.now()
         if self._buckets is not None:
             self._buckets.flush()
         else:
             self._inspect(0, phase.replica.layout.length)
+        phase.step.seconds += (phase.comm.now() - begun) / 1e9  # a device has now computed what it was given
         if self.samples and not self._examined:
             self._examined = True
             self._warn_unused()
@@ -162,33 +171,57 @@ class Trainer:
 
     def _next_round(self) -> tuple[list[Stretch], list[Stretch], int]:
         phase, worker, workers = self.phase, self.phase.worker_index, len(self.phase.roles.workers)
-        size = phase.dealing.batch * workers
-        bounds = self.loader.bounds(phase.cursor, size, workers)
+        shares, coming = phase.step.shares, phase.step.later
+        bounds = self.loader.bounds(phase.cursor, self._round_size(shares), workers, shares)
         phase.step.round_end = bounds[-1]
         own = self._pieces(bounds[worker], bounds[worker + 1])
-        later = round_bounds(phase.step.round_end, self.loader.length, size, workers)
+        later = round_bounds(bounds[-1], self.loader.length, self._round_size(coming), workers, coming)
         return own + self._borrowed(bounds, len(own)), self._pieces(later[worker], later[worker + 1]), len(own)
 
+    def _round_size(self, shares: tuple[int, ...] | None) -> int:
+        return self.phase.dealing.batch * len(self.phase.roles.workers) if shares is None else sum(shares)
+
     def _pieces(self, start: int, stop: int) -> list[Stretch]:
-        return [(a, min(stop, a + self.batch_size)) for a in range(start, stop, self.batch_size)]
+        """The micro-batches of a share. With shares of unequal size they are larger or smaller, not more or fewer."""
+        if self.phase.step.shares is None:
+            return [(a, min(stop, a + self.batch_size)) for a in range(start, stop, self.batch_size)]
+        count = self._batches(stop - start)
+        ends = [start + (stop - start) * index // count for index in range(count + 1)] if count else []
+        return list(pairwise(ends))
+
+    def _batches(self, samples: int) -> int:
+        """The number of micro-batches of a share."""
+        if self.phase.step.shares is None:
+            return -(-samples // self.batch_size)
+        fewest = 2  # samples: batch norm cannot train on one
+        return min(self.phase.dealing.batch // self.batch_size, max(1, samples // fewest)) if samples else 0
 
     def _borrowed(self, bounds: list[int], own: int) -> list[Stretch]:
         """Micro-batches that do not count, for models that are coupled: copies of the round's last sample. (Their
         batches have size 0.)"""
-        return [(bounds[-1] - 1, bounds[-1])] * self.coupling.idle(bounds, self.batch_size, own)
+        batches = [self._batches(b - a) for a, b in pairwise(bounds)]
+        return [(bounds[-1] - 1, bounds[-1])] * self.coupling.idle(batches, own)
 
     def _take(self, start: int, stop: int, ahead: list[Stretch], counts: bool) -> Batch:
+        self._counts, self._begun = counts, self._computed()
         with self._span("data", stop - start):
             batch = self.move(self.loader.take(start, stop))
             self.coupling.before(counts)
             batch = batch if counts else Batch(batch.inputs, batch.targets, 0)
-            for piece in ahead:
-                self.loader.request(*piece)
+            self._request(ahead)
         self._batch = batch
         self._started = self.phase.comm.now()
         self._forward, self._backward = self._span("forward", stop - start), self._span("backward", stop - start)
         self._forward.__enter__()
         return batch
+
+    def _request(self, pieces: list[Stretch]) -> None:
+        for piece in pieces:
+            self.loader.request(*piece)
+
+    def _computed(self) -> int:
+        """The time in nanoseconds, without what the worker has waited for others in its models."""
+        return self.phase.comm.now() - self.coupling.waited
 
     def _dawdle(self) -> None:
         """Pretend to compute more slowly; the trace must show it as computation. (`span` would cost virtual time.)"""

@@ -9,6 +9,7 @@ from pydantic import Field, PlainValidator, model_validator
 
 from hpctrain.codecs import CODEC_TEXT, CodecChoice, codec_by
 from hpctrain.options import Options
+from hpctrain.strategies.balance import BATCHES_TEXT, BalanceChoice
 from hpctrain.strategies.base import Needs
 from hpctrain.strategies.round import Round, RoundStrategy
 from hpctrain.strategies.tuning import USUAL, best_bucket_mb
@@ -37,6 +38,7 @@ class AllReduceOptions(Options):
         "library", description="how messages are all-reduced (across nodes, or everywhere with exchange = message)"
     )
     codec: CodecChoice = Field("none", description=CODEC_TEXT)
+    balance: BalanceChoice = Field("none", description=BATCHES_TEXT)
     overlap: bool = Field(
         False, description="start all-reducing buckets while backward still runs, also where exchange is not auto"
     )
@@ -77,6 +79,8 @@ class AllReduce(RoundStrategy):
         {"codec": "demo", "exchange": "message"},
         {"codec": {"name": "powersgd", "rank": 1}, "bucket_mb": 0.0005},
         {"codec": "acp", "exchange": "message"},
+        {"balance": "throughput"},
+        {"balance": "throughput", "exchange": "message", "overlap": True, "bucket_mb": 0.0005},
     )
 
     def __init__(self, options: AllReduceOptions) -> None:
@@ -99,7 +103,7 @@ class AllReduce(RoundStrategy):
         alone = len(set(nodes)) == len(nodes)  # no worker has another one to share memory with
         automatic = across and options.exchange == "auto" and options.algorithm == "library"
         early, encoded = automatic or options.overlap, options.codec != "none"
-        codec = codec_by(options.codec, self.phase.seed)
+        codec = codec_by(options.codec, self.phase.seed, self.phase.dealing.epoch)
         early = early and not (codec.remembers and self.phase.updating.skips)  # else what is skipped would be kept
         size = int((USUAL if options.bucket_mb == "auto" else options.bucket_mb) * 2**20)
         if self.phase.members.shared and not (automatic and alone):

@@ -78,6 +78,11 @@ class Strategy:
     def __init__(self, options: Any) -> None:
         self.options = options
 
+    @property
+    def balances(self) -> bool:
+        """Whether the workers' shares follow their speeds: a strategy that can do this has the option `balance`."""
+        return getattr(self.options, "balance", "none") != "none"
+
     @staticmethod
     def roles(options: Any) -> tuple[int, bool]:
         """(number of servers, whether they are colocated with workers)."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Used = NDArray[np.bool_] | None
 """Which of the layout's parameters the loss depends on, in its order; None: all of them."""
 
-_NUMBERS = 5
+_NUMBERS = 6
 _BITS = 32  # bits in a word; a float64 holds a word exactly
 
 
@@ -32,7 +32,7 @@ class Contribution:
     """One worker's part in a round. On the wire it is a row of float64.
 
     `weight`: what the mean loss is taken over (samples, unless the loss says otherwise). `bad`: as in `StepState`.
-    `used`: see `Used`.
+    `used`: see `Used`. `seconds`: as in `StepState`.
     """
 
     samples: int
@@ -41,13 +41,15 @@ class Contribution:
     wish: Ask
     bad: int = 0
     used: Used = None
+    seconds: float = 0.0
 
     @classmethod
     def of(cls, phase: Phase, samples: int, loss: float) -> Contribution:
         """This worker's contribution from the step that it has just computed."""
         weight = float(samples) if phase.step.weight is None else phase.step.weight
         used = phase.replica.used() if samples else np.zeros(len(phase.replica.layout.slots), np.bool_)
-        return cls(samples, weight, loss if samples else 0.0, phase.step.wish, phase.step.bad, used)
+        seconds = phase.step.seconds if samples else 0.0
+        return cls(samples, weight, loss if samples else 0.0, phase.step.wish, phase.step.bad, used, seconds)
 
     @classmethod
     def nothing(cls, wish: Ask, slots: int) -> Contribution:
@@ -58,7 +60,8 @@ class Contribution:
     def sum_of(cls, parts: Sequence[Contribution]) -> Contribution:
         """The sum of several steps of one worker."""
         whole = RoundTotals.of(parts)
-        return cls(whole.samples, whole.weight, whole.loss, whole.wish, 0, whole.used)
+        seconds = sum(part.seconds for part in parts)
+        return cls(whole.samples, whole.weight, whole.loss, whole.wish, 0, whole.used, seconds)
 
     @staticmethod
     def length(slots: int) -> int:
@@ -67,14 +70,14 @@ class Contribution:
 
     def encode(self, slots: int) -> Buffer:
         """Encode as float64: the numbers, then one bit for each parameter."""
-        numbers = [self.samples, self.weight, self.loss, float(self.wish), self.bad]
+        numbers = [self.samples, self.weight, self.loss, float(self.wish), self.bad, self.seconds]
         return np.concatenate([np.array(numbers, np.float64), pack(self.used, slots)])
 
     @classmethod
     def decode(cls, row: Buffer, slots: int) -> Contribution:
         """The inverse of `encode`."""
-        samples, weight, loss, wish, bad = row[:_NUMBERS].tolist()
-        return cls(int(samples), weight, loss, Ask(int(wish)), int(bad), unpack(row[_NUMBERS:], slots))
+        samples, weight, loss, wish, bad, seconds = row[:_NUMBERS].tolist()
+        return cls(int(samples), weight, loss, Ask(int(wish)), int(bad), unpack(row[_NUMBERS:], slots), seconds)
 
     @property
     def finite(self) -> bool:

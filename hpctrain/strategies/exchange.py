@@ -7,7 +7,7 @@ backward still runs (`BucketExchange`); every worker owns all parameters. In `sh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,18 +16,19 @@ import torch
 from hpctrain.replica.blocks import add_up, is_finite, sum_of_squares
 from hpctrain.replica.layout import Stretch
 from hpctrain.replica.state import Own
+from hpctrain.replica.tensors import as_tensor
 from hpctrain.strategies.contribution import nan_error, sum_error
 from hpctrain.strategies.sums import StretchSums
 
 if TYPE_CHECKING:
     from hpctrain.codecs.base import Codec
-    from hpctrain.comm.base import Buffer
+    from hpctrain.comm.base import Buffer, Communicator
     from hpctrain.errors import NanError
     from hpctrain.strategies.phase import Phase
 
 
 class Exchange(ABC):
-    """The exchange among the workers of a phase. The constructor is collective over them.
+    """The exchange among the workers of a phase, or only those in `comm`. The constructor is collective over them.
 
     `low`, `high`: the stretch of the arena that this rank owns: `reduce` returns its mean, and this rank updates its
     parameters. `mean`: the last result of `reduce`. `bucket_bytes`: the size of the stretches that `start` takes; 0: it
@@ -40,8 +41,18 @@ class Exchange(ABC):
     bucket_bytes: int = 0
     _bad: int = 0  # 1 + the index of a parameter whose gradient is not finite and was about to be applied; 0: none
 
-    def __init__(self, phase: Phase) -> None:
-        self.phase, self.comm, self.replica = phase, phase.worker_comm, phase.replica
+    def __init__(self, phase: Phase, comm: Communicator | None = None) -> None:
+        self.phase, self.comm, self.replica = phase, comm or phase.worker_comm, phase.replica
+
+    @property
+    def peers(self) -> Communicator | None:
+        """The workers that own the same stretch, among which `reduce` sums; None: there are no others."""
+        return self.comm
+
+    @property
+    def island(self) -> Sequence[int]:
+        """The workers, as ranks of `comm`, for all of which this one takes part in `reduce`; itself included."""
+        return [self.comm.rank]
 
     @abstractmethod
     def synchronise(self) -> None:
@@ -77,15 +88,15 @@ class Exchange(ABC):
     def reduce(self, divisor: float) -> torch.Tensor:
         """The sum of all workers' gradient arenas over `divisor`, elements [low, high). Collective."""
 
-    def check(self, gradient: torch.Tensor) -> bool:
-        """Whether `gradient`, the elements [low, high), is finite and may be applied; if not, `publish` raises
-        NanError. Not collective."""
+    def check(self, gradient: torch.Tensor, at: int = 0) -> bool:
+        """Whether `gradient`, elements of [low, high) that begin `at` elements after `low`, is finite and may be
+        applied; if not, `publish` raises NanError. Not collective."""
         if gradient is not self.mean:  # `mean` was checked when it was summed
-            self._note(gradient, is_finite(gradient))
+            self._note(gradient, is_finite(gradient), at)
         return not self._bad
 
-    def _note(self, gradient: torch.Tensor, finite: bool) -> None:
-        self._bad = 0 if finite else self.replica.layout.first_not_finite(gradient, self.low)
+    def _note(self, gradient: torch.Tensor, finite: bool, at: int = 0) -> None:
+        self._bad = 0 if finite else self.replica.layout.first_not_finite(gradient, self.low + at)
 
     def _gradient_error(self, mine: int) -> NanError:
         """The error that names the rank and the parameter. `mine`: 1 + the index of the parameter whose gradient on
@@ -94,7 +105,8 @@ class Exchange(ABC):
         table = self.comm.gather_rows(np.array([mine, self._bad], np.int64))
         guilty = np.flatnonzero(table[:, 0])
         if guilty.size:
-            return nan_error(phase, phase.roles.workers[guilty[0]], 0.0, phase.step.number, int(table[guilty[0], 0]))
+            rank = phase.comm.members.index(self.comm.members[guilty[0]])
+            return nan_error(phase, rank, 0.0, phase.step.number, int(table[guilty[0], 0]))
         return sum_error(phase, int(table[:, 1].max()), phase.step.number)
 
     def _arriving(self, sums: StretchSums, divisor: float) -> Iterator[Stretch]:
@@ -141,8 +153,8 @@ class Exchange(ABC):
 class MessageExchange(Exchange):
     """All-reduces the whole gradient arena by messages, using `algorithm`; every worker owns all of it."""
 
-    def __init__(self, phase: Phase, algorithm: str = "library") -> None:
-        super().__init__(phase)
+    def __init__(self, phase: Phase, algorithm: str = "library", comm: Communicator | None = None) -> None:
+        super().__init__(phase, comm)
         self._algorithm = algorithm
         self.low, self.high, self.mean = 0, self.replica.layout.length, self.replica.gradient
 
@@ -180,8 +192,12 @@ class BucketExchange(MessageExchange):
     def __init__(self, phase: Phase, codec: Codec, size: int, early: bool) -> None:
         super().__init__(phase)
         self.bucket_bytes = size if early else 0
-        slots = self.replica.layout.slots
+        self.mean, slots = self._memory(), self.replica.layout.slots
         self._sums = StretchSums(self.comm, codec, self.mean, size // self.mean.element_size(), slots)
+
+    def _memory(self) -> torch.Tensor:
+        """What is summed."""
+        return self.replica.gradient
 
     def begin(self, position: int, divisor: float) -> None:
         self._sums.begin(position, divisor)
@@ -218,10 +234,25 @@ class BucketExchange(MessageExchange):
         return self._arriving(self._sums, divisor)
 
     def publish(self) -> None:
-        self.settle()  # buckets were started, but the round was skipped
+        if self.bucket_bytes:
+            self.settle()  # buckets were started, but the round was skipped
         if self._bad and self._sums.rest is not None:  # has what the sum may have lost: where which rank's gradient is
             raise self._gradient_error(self.replica.layout.first_not_finite(self._sums.rest))
         super().publish()
 
     def free(self) -> None:
         self._sums.free()
+
+
+class ApartExchange(BucketExchange):
+    """The same for values that the strategy writes into `mean`, which is memory of its own: gradients can be computed
+    while they are on their way."""
+
+    def _memory(self) -> torch.Tensor:
+        length, dtype = self.replica.layout.length, self.replica.layout.dtype
+        self._arena = self.comm.arena(length, dtype)
+        return as_tensor(self._arena.mine)
+
+    def free(self) -> None:
+        super().free()
+        self._arena.free()

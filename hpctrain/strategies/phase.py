@@ -89,6 +89,10 @@ class StepState:
     # is then skipped, which is no error. 0: none was found.
     bad: int = 0
     wish: Ask = Ask.NOTHING  # what this rank asks of all, sent with the step
+    seconds: float = 0.0  # that this worker computed its samples in, without waiting for others
+    # Samples, at most, of each worker in this step, and in the step after it as far as known; None: all alike.
+    shares: tuple[int, ...] | None = None
+    later: tuple[int, ...] | None = None
 
 
 @dataclass

@@ -10,68 +10,49 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from hpctrain.clock.decisions import Ask
 from hpctrain.codecs import CodecChoice, codec_by
 from hpctrain.errors import HpctrainError
 from hpctrain.replica.state import (
-    MEMORY,
+    CODEC,
     OPTIMIZER,
-    REST,
     STRATEGY,
     Own,
     Section,
     State,
     collect_state,
-    recv_state,
     send_state,
-    start_send_state,
 )
+from hpctrain.strategies.balance import BALANCE, Balance, BatchBalance, StepBalance
 from hpctrain.strategies.base import Outcome, Strategy
 from hpctrain.strategies.clipping import clip_factor
-from hpctrain.strategies.contribution import Contribution, RoundTotals, Used, nan_error
+from hpctrain.strategies.contribution import Contribution, RoundTotals, nan_error
+from hpctrain.strategies.handover import dealt, fill, mean_moments
+from hpctrain.strategies.interval import RoundCost, interval_by
 from hpctrain.strategies.phase import Phase
 from hpctrain.strategies.tuning import USUAL
+from hpctrain.strategies.units import Round, Step
+from hpctrain.trace.events import IntervalChanged
 
+INTERVAL = "interval"  # the key of the state of the length of rounds
 PARTS = 32  # into which an update is divided, at most: each costs some Python
+
+__all__ = ["Round", "RoundStrategy", "Step"]
 
 if TYPE_CHECKING:
     import torch
 
+    from hpctrain.codecs.base import Codec
+    from hpctrain.replica.arenas import Placement
     from hpctrain.replica.update import Update
     from hpctrain.strategies.exchange import Exchange
-
-
-@dataclass(frozen=True)
-class Step:
-    """One mini-batch of this worker in a round of several steps. Its mean gradient is in the replica's arena."""
-
-    number: int  # in the run, from 0
-    index: int  # in the round, from 0
-    samples: int
-    rate: float  # factor of the learning rate
-    momentum: float  # factor of the momentum
-    skip: bool  # nothing to apply: no samples, or not finite with train.nan = "skip" or under the loss scale
-    used: Used = None  # the parameters with a gradient; None: all
-
-
-@dataclass(frozen=True)
-class Round:
-    """One agreement among all workers."""
-
-    number: int  # in the phase, from 0
-    start: int  # the run's clock at the start of the round, in samples
-    steps: int  # steps per worker
-    samples: int  # of all workers
-    share: float  # this worker's weight in averages: by samples, unless the loss says otherwise
-    divisor: float  # divides the sum of the gradient arenas to give the mean gradient (rounds of one step)
-    rate: float  # factor of the learning rate
-    momentum: float  # factor of the momentum
-    last: bool  # the phase is known to end with this round
-    skip: bool  # nothing may be applied: no samples, or not finite with train.nan = "skip" or under the loss scale
-    used: Used = None  # the parameters with a gradient on any worker; None: all
+    from hpctrain.strategies.interval import IslandChoice
+    from hpctrain.strategies.island import Island
 
 
 class RoundStrategy(Strategy):
@@ -83,17 +64,29 @@ class RoundStrategy(Strategy):
     """
 
     local: Callable[[Step], None] | None = None
-    """Called after every step if the subclass defines it, including the round's last or only one. The gradient arena
-    holds this worker's mean gradient, clipped. It must not exchange anything or wait."""
+    """Called after every step if the subclass defines it, including the round's last or only one. The step's gradient
+    is clipped. It must not begin to exchange anything."""
+
+    quiet = True  # between the agreements no message is on its way (but for those within an island)
 
     phase: Phase
     exchange: Exchange
     update: Update
+    _island: Island  # with `local` only
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
+        self._interval = interval_by(getattr(options, "every", 1))
         if self.local is not None:
-            self.needs = replace(self.needs, parameters="rank", lockstep=False)
+            where: Placement = "node" if self._choice == "node" else "rank"
+            self.needs = replace(self.needs, parameters=where, lockstep=False)
+        self.deterministic = self.deterministic and not self.balances
+
+    @property
+    def _choice(self) -> IslandChoice:
+        """The option `island`, if the strategy has one."""
+        island: IslandChoice = getattr(self.options, "island", "worker")
+        return island
 
     # -- defined by subclasses ----------------------------------------------------------------------------------
     def apply(self, round: Round) -> None:
@@ -101,18 +94,32 @@ class RoundStrategy(Strategy):
         raise NotImplementedError
 
     def length(self) -> int:
-        """The number of steps in the round that now begins; the same on all workers. More than 1 only with `local`."""
-        return 1
+        """The number of steps in the round that now begins; the same on all workers. More than 1 only with `local`.
+        The default follows the option `every`, if the strategy has one."""
+        return self._interval.steps
 
     def make_exchange(self) -> Exchange:
-        """The exchange that carries this strategy's values between workers: messages, with the codec that the option
-        `codec` names, if the strategy has one. Collective."""
+        """The exchange that carries this strategy's values between workers, or between islands of them: with the codec
+        that the option `codec` names, and among those that the option `island` names, if the strategy has them.
+        Collective."""
         from hpctrain.strategies.exchange import BucketExchange, MessageExchange
 
-        codec: CodecChoice = getattr(self.options, "codec", "none")
-        if codec == "none":
-            return MessageExchange(self.phase)
-        return BucketExchange(self.phase, codec_by(codec, self.phase.seed), int(USUAL * 2**20), early=False)
+        choice: CodecChoice = getattr(self.options, "codec", "none")
+        codec, size = self.codec_of(choice), int(USUAL * 2**20)
+        if (between := self.between_nodes(codec, size)) is not None:
+            return between
+        return MessageExchange(self.phase) if choice == "none" else BucketExchange(self.phase, codec, size, early=False)
+
+    def codec_of(self, choice: CodecChoice) -> Codec:
+        """A new codec for the phase."""
+        return codec_by(choice, self.phase.seed, self.phase.dealing.epoch)
+
+    def between_nodes(self, codec: Codec, size: int) -> Exchange | None:
+        """The exchange between nodes whose ranks share memory, if the option `island` says so; else None."""
+        from hpctrain.strategies.island import IslandExchange
+
+        shared = self._choice == "node" and self.phase.members.shared
+        return IslandExchange(self.phase, codec, size) if shared else None
 
     def begin(self) -> None:
         """Start the phase: all workers have the same parameters. Allocate memory here. Collective."""
@@ -126,10 +133,14 @@ class RoundStrategy(Strategy):
     def common(self) -> Section:
         """The strategy's own state, equal on all workers: arrays over the exchange's stretch, or by parameter.
 
-        Return the section made in `begin` itself, not a copy: a resume writes the checkpoint's values into its arrays
+        Return the section made in `begin` itself, not a copy: `resume` writes the checkpoint's values into its arrays
         and numbers.
         """
         return Section()
+
+    def resume(self, saved: Section) -> None:
+        """Continue from what `common` returned on this stretch; after `begin`. Not collective."""
+        fill(self.common(), saved)
 
     def optimize(self, gradient: torch.Tensor, part: Step | Round) -> None:
         """Clip `gradient` and apply one step of the job's optimizer with it.
@@ -173,37 +184,42 @@ class RoundStrategy(Strategy):
     # -- the phase ---------------------------------------------------------------------------------------------
     def join(self, phase: Phase, state: State | None = None) -> None:
         self.phase, self.comm, self.version = phase, phase.worker_comm, 0
+        self._interval.start(phase)
         self.exchange = exchange = self.make_exchange()
-        values = phase.replica.values[exchange.low : exchange.high]
-        self.update = phase.updating.make(values, exchange.low, exchange.high)
+        if self.local is not None:
+            from hpctrain.strategies.island import island_of
+
+            self._island = island_of(self._choice, exchange)
+        self.update = phase.updating.make(self._stretch, exchange.low, exchange.high)
         exchange.synchronise()
-        part = self._dealt(state)
+        part = dealt(self.comm, state, exchange, phase.replica.layout)
         if part is not None:
             self.update.load_in_place(part)
+        self.balance = self._make_balance(part)
         self.begin()
         if part is not None:
-            _fill(self.common(), part.section(STRATEGY))
+            saved = part.section(STRATEGY)
+            if INTERVAL in saved.numbers:
+                self._interval.load(saved.numbers.pop(INTERVAL))
+            self.resume(saved)
         self._start_round()
 
-    def _dealt(self, state: State | None) -> State | None:
-        """This rank's stretch of the state that rank 0 holds; None if there is none. Collective."""
-        comm = self.comm
-        if not comm.broadcast_json(state is not None):
+    def _make_balance(self, state: State | None) -> Balance | None:
+        """What changes the workers' shares, if the strategy's options ask for it; continues from `state`."""
+        if not self.balances:
             return None
-        if state is None:
-            return recv_state(comm, 0)
-        parts = [state.cut(*bounds, self._names(*bounds)) for bounds in self.exchange.stretches()]
-        sends = [start_send_state(comm, parts[rank], rank) for rank in range(1, comm.size)]
-        comm.wait_all([request for started in sends for request in started])
-        return parts[0]
-
-    def _names(self, low: int, high: int) -> list[str]:
-        return [slot.name for slot in self.phase.replica.layout.slots_in(low, high)]
+        kind = BatchBalance if self.local is None else StepBalance
+        balance = kind(self.phase.roles.workers, self.phase.dealing.batch)
+        if state is not None and BALANCE in state.counters:
+            balance.load(state.counters[BALANCE])
+        return balance
 
     def state(self) -> State | None:
         comm, keepers = self.comm, self.exchange.keepers()
-        part = self.update.view() if self.local is None else self._mean_moments()
+        part = self.update.view() if self.local is None else mean_moments(self.exchange.peers, self.update.state())
         kept = self.common()
+        if numbers := self._interval.numbers():
+            kept = replace(kept, numbers={**kept.numbers, INTERVAL: numbers})
         if kept.keys():
             part.sections[STRATEGY] = kept
         if comm.rank != 0:
@@ -213,22 +229,9 @@ class RoundStrategy(Strategy):
         whole = collect_state(comm, part, keepers[1:], self.phase.replica.layout.length)
         if self.phase.conductor.rule is not None:
             whole.rule = self.phase.conductor.rule.state()
+        if self.balance is not None:
+            whole.counters[BALANCE] = self.balance.state()
         return whole
-
-    def _mean_moments(self) -> State:
-        """The optimizer state where every worker has its own: the mean over the workers, and rank 0's plain numbers.
-        Collective."""
-        comm, state = self.comm, self.update.state()
-        rows = comm.gather_json({path: [list(a.shape), str(a.dtype)] for path, a in state.arrays()})
-        here = dict(state.arrays())
-        for path, (shape, dtype) in sorted({path: row[path] for row in reversed(rows) for path in row}.items()):
-            array = here.get(path, _zeros(shape, dtype))
-            comm.all_reduce(array.reshape(-1))
-            array /= comm.size
-            state.place(path, array)
-        numbers = comm.gather_json(state.optimizer.numbers)
-        state.optimizer.numbers = next((found for found in numbers if found), {})
-        return state
 
     def own(self) -> Own:
         own = self.exchange.own()
@@ -245,7 +248,7 @@ class RoundStrategy(Strategy):
         state = State(self.exchange.low, self.exchange.high)
         state.optimizer.numbers = own.numbers[OPTIMIZER]
         for path, array in own.arrays.items():
-            if path not in (REST, MEMORY):
+            if not path.startswith(CODEC):
                 state.place(path, array)
         self.update.load(state)
         return lost
@@ -253,6 +256,8 @@ class RoundStrategy(Strategy):
     def leave(self) -> State | None:
         self.drain()
         state = self.state()
+        if self.local is not None:
+            self._island.free()
         self.exchange.free()
         return state
 
@@ -266,6 +271,8 @@ class RoundStrategy(Strategy):
         phase = self.phase
         divisor = (phase.step.round_end - phase.cursor) / phase.dealing.batch if self.local is None else 1.0
         self.exchange.begin(self._start, divisor)
+        if not self._parts:
+            self._began = phase.comm.now()
 
     def ready(self, low: int, high: int) -> None:
         self.exchange.start(low, high)
@@ -276,10 +283,19 @@ class RoundStrategy(Strategy):
     def _start_round(self) -> None:
         self._start = self.phase.cursor
         self._parts: list[Contribution] = []
+        self._leaving = False  # a worker of the island has left the training loop
         self._length = self.length()
         self._foreseen = self.phase.conductor.ends(self._start)
         if self._length > 1 and self.local is None:
             raise HpctrainError(f"strategy {type(self).__name__} has rounds of {self._length} steps but no local()")
+        self._deal()
+
+    def _deal(self) -> None:
+        """Name the shares of the next step."""
+        step = self.phase.step
+        step.shares = step.later = None
+        if self.balance is not None:
+            step.shares, step.later = self.balance.deal(len(self._parts), self._length)
 
     def step(self, samples: int, loss: float) -> Outcome:
         phase = self.phase
@@ -287,61 +303,100 @@ class RoundStrategy(Strategy):
         if self.local is not None:
             part = self._step_locally(self.local, part)
         self._parts.append(part)
-        if len(self._parts) >= self._length or phase.step.round_end >= self._foreseen:
+        if len(self._parts) >= self._length or phase.step.round_end >= self._foreseen or self._leaving:
             return self._close()
         phase.cursor = phase.step.round_end
+        self._deal()
         skipped, overflow = bool(samples) and not part.samples, phase.step.bad < 0
         result: Any = "skipped" if skipped else "local"
         return Outcome(result, phase.cursor, part.loss, samples, version=self.version, overflow=overflow)
 
     def withdraw(self) -> Ask:
-        """Close the round here: the other workers reach its end or withdraw as well."""
-        self._parts.append(Contribution.of(self.phase, 0, 0.0))
+        """Close the round here: the other workers reach its end or withdraw as well. Those of the island take one more
+        step with this one, which has no samples in it."""
+        part = Contribution.of(self.phase, 0, 0.0)
+        self._parts.append(part if self.local is None else self._step_locally(self.local, part))
         return self._close().ask
 
     def _step_locally(self, local: Callable[[Step], None], part: Contribution) -> Contribution:
-        """Take a local step; returns what counts of it. Raises NanError, on this worker alone, if it is not finite,
-        not because of the loss scale, and train.nan is "stop"."""
-        from hpctrain.replica.blocks import add_up, sum_of_squares
-
-        phase, gradient = self.phase, self.phase.replica.gradient
-        mean = part.weight / phase.dealing.batch or 1.0
-        if part.samples and part.finite and not add_up([gradient], gradient, mean):
-            part = replace(part, bad=phase.replica.first_not_finite())
-        if not part.finite:
-            if part.faulty and phase.updating.nan == "stop":
-                error = nan_error(phase, phase.comm.rank, part.loss, phase.step.number, part.bad)
-                error.everywhere = False
-                raise error
-            part = Contribution.nothing(part.wish, len(phase.replica.layout.slots))
-        if part.samples and phase.updating.clip_norm is not None:
-            gradient.mul_(clip_factor(sum_of_squares(gradient), phase.updating.clip_norm))
+        """Take a local step; returns what counts of this worker's part of it. Raises NanError, on this worker alone, if
+        its part is not finite, not because of the loss scale, and train.nan is "stop". Collective over the island."""
+        phase, island = self.phase, self._island
+        self._stop_for(part)
+        part, found = island.average(part)
+        self._stop_for(part)
+        skip = found.skip or not island.finite
+        if not skip:
+            island.clip()
         rate, momentum = phase.updating.rate(phase.cursor), phase.updating.momentum(phase.cursor)
-        skip = not part.samples
-        local(Step(phase.step.number, len(self._parts), part.samples, rate, momentum, skip, part.used))
-        return part
+        index, begun = len(self._parts), phase.comm.now()
+        local(Step(phase.step.number, index, found.samples, rate, momentum, skip, island.gradient, found.used))
+        taken = (phase.comm.now() - begun) / 1e9
+        island.publish()
+        self._leaving = bool(found.wish & Ask.LEAVE)
+        if found.skip:
+            return Contribution.nothing(part.wish, len(phase.replica.layout.slots))
+        return replace(part, seconds=part.seconds + taken) if part.samples else part
+
+    def _stop_for(self, part: Contribution) -> None:
+        phase = self.phase
+        if part.faulty and phase.updating.nan == "stop":
+            error = nan_error(phase, phase.comm.rank, part.loss, phase.step.number, part.bad)
+            error.everywhere = False
+            raise error
 
     def _close(self) -> Outcome:
         """Agree on the round that ends here. Collective."""
         phase, slots = self.phase, len(self.phase.replica.layout.slots)
         own = self._parts[0] if len(self._parts) == 1 else Contribution.sum_of(self._parts)
+        closing = self.comm.now()
         table = self.exchange.gather(own.encode(slots))
+        agreeing = self.comm.now()
         parts = [Contribution.decode(row, slots) for row in table]
         found = RoundTotals.of(parts)
         if found.faulty is not None and phase.updating.nan == "stop":
             part = parts[found.faulty]
             self.exchange.settle()  # MPI still writes into the arenas, which are freed after the error
             raise nan_error(phase, phase.roles.workers[found.faulty], part.loss, phase.step.number, part.bad)
-        round = self._round(own, found)
+        round = self._round(RoundTotals.of([parts[rank] for rank in self.exchange.island]), found)
         if round.skip:
             self.skipped(round)
         else:
+            before = self._stretch.clone() if self._interval.measures else None
             self.apply(round)
             self.version += 1
         self.exchange.publish()
+        if not round.skip and before is not None:
+            self._adapt(closing - self._began, self.comm.now() - agreeing, before)
+        if self.balance is not None:
+            self._balance(self.balance, parts)
         return self._end(found)
 
-    def _round(self, own: Contribution, found: RoundTotals) -> Round:
+    def _adapt(self, computing: int, exchanging: int, before: torch.Tensor) -> None:
+        """Adapt the length of rounds to what this one took, in nanoseconds, and to how it changed the parameters, which
+        were `before`. Collective."""
+        from hpctrain.replica.blocks import sum_of_squares
+
+        after, old = self._stretch, self._interval.steps
+        length = sum_of_squares(after) ** 0.5
+        change = sum_of_squares(before.sub_(after)) ** 0.5 / length if length else 0.0
+        table = self.comm.gather_rows(np.array([computing / 1e9, exchanging / 1e9, change]))
+        if why := self._interval.observe([RoundCost(*row) for row in table.tolist()], len(self._parts)):
+            self.comm.recorder.event(IntervalChanged(old, self._interval.steps, why))
+
+    def _balance(self, balance: Balance, parts: list[Contribution]) -> None:
+        """Let the shares follow what the workers measured in the round that ends."""
+        samples, seconds = [part.samples for part in parts], [part.seconds for part in parts]
+        decision = balance.observe(samples, seconds, self._length)
+        if decision is not None:
+            self.phase.conductor.notify(decision)
+
+    @property
+    def _stretch(self) -> torch.Tensor:
+        return self.phase.replica.values[self.exchange.low : self.exchange.high]
+
+    def _round(self, own: RoundTotals, found: RoundTotals) -> Round:
+        """`own`: the totals of this worker, or of its island."""
         phase = self.phase
         return Round(
             number=self.version,
@@ -369,24 +424,3 @@ class RoundStrategy(Strategy):
             result, phase.cursor, found.loss, found.samples, ask, self.version, why=phase.conductor.why,
             overflow=overflow,
         )  # fmt: skip
-
-
-def _fill(section: Section, saved: Section) -> None:
-    """Write the saved values into the arrays and numbers of `section`."""
-    for key, array in section.flat.items():
-        if key in saved.flat:
-            array[...] = saved.flat[key]
-    for name, own in section.named.items():
-        for key, array in own.items():
-            if key in saved.named.get(name, {}):
-                array[...] = saved.named[name][key]
-    for name, numbers in saved.numbers.items():
-        section.numbers.setdefault(name, {}).update(numbers)
-
-
-def _zeros(shape: list[int], dtype: str) -> Any:
-    import numpy as np
-
-    from hpctrain.comm.base import BFLOAT16
-
-    return np.zeros(shape, BFLOAT16 if dtype == "bfloat16" else dtype)

@@ -33,13 +33,21 @@ class SharedExchange(Exchange):
     """Sums gradients slice by slice from node-shared arenas. Nodes all-reduce equal slices with each other, using
     `algorithm`."""
 
-    def __init__(self, phase: Phase, algorithm: str = "library", whole: bool = False) -> None:
-        """`whole`: slices are cut between parameters, so they may be of unequal length or empty."""
-        super().__init__(phase)
+    def __init__(
+        self,
+        phase: Phase,
+        algorithm: str = "library",
+        whole: bool = False,
+        comm: Communicator | None = None,
+        parts: int | None = None,
+    ) -> None:
+        """`whole`: slices are cut between parameters, so they may be of unequal length or empty. `parts`: how many;
+        None: as many as the smallest node has ranks."""
+        super().__init__(phase, comm)
         comm = self.comm
         self._algorithm = algorithm
         sizes = [comm.nodes.count(node) for node in sorted(set(comm.nodes))]
-        parts = min(sizes)
+        parts = parts or min(sizes)
         self._bounds = slice_bounds(self.replica.layout, parts, elementwise=not whole)
         owns = comm.local_rank < parts
         self.low, self.high = self._bounds[comm.local_rank : comm.local_rank + 2] if owns else (0, 0)
@@ -179,7 +187,8 @@ class SharedBucketExchange(SharedExchange):
         return self._arriving(self._sums, divisor)
 
     def publish(self) -> None:
-        self.settle()  # buckets were started, but the round was skipped
+        if self.bucket_bytes:
+            self.settle()  # buckets were started, but the round was skipped
         super().publish()
 
     def _send(self, buckets: int) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hpctrain.codecs.base import Addend, Codec
 from hpctrain.codecs.joint import JointCodec, WholeParameters
+from hpctrain.codecs.wire import WireCodec, wide_dtype
 from hpctrain.replica.layout import NUMPY_DTYPES, Slot, Stretch, stretches_of
-from hpctrain.replica.state import MEMORY, REST, Own
+from hpctrain.replica.state import CODEC, MEMORY, REST, Own
 from hpctrain.replica.tensors import as_array, as_tensor
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ LOOKS = 64  # at open messages, per call of `poll`: MPI moves only a part of a l
 MOVED = (
     "what the codec's messages had left out is lost, because the run resumes on other nodes or with another exchange"
 )
+OTHER = "what the codec's messages had left out is lost, because the run resumes with a codec that keeps something else"
 FEWEST, MOST = 4, 16  # pieces under way: at first, and where the network was found idle
 
 
@@ -72,6 +74,11 @@ class StretchSums:
         self._size = max(size, codec.unit) // codec.unit * codec.unit
         remembers = codec.remembers and own.size > 1
         self.rest = as_tensor(own.arena(values.numel(), NUMPY_DTYPES[values.dtype]).mine) if remembers else None
+        self._kept: dict[str, Tensor] = {}
+        if remembers and isinstance(codec, WireCodec):
+            wide = NUMPY_DTYPES[wide_dtype(values)]
+            self._kept = {name: as_tensor(own.arena(values.numel(), wide).mine) for name in codec.feedback.keeps}
+        self._begun = False  # whether these are of an earlier run
         self._whole: WholeParameters | None = None
         if isinstance(codec, JointCodec) and own.size > 1:
             self._whole = WholeParameters(self._comm, codec, values, slots)
@@ -93,11 +100,11 @@ class StretchSums:
 
     def own(self) -> Own:
         """What this rank's messages have left out so far, and what its codec remembers; views. Not collective."""
-        own = Own()
+        own = Own({f"{CODEC}{name}": as_array(array) for name, array in self._kept.items()})
         if self.rest is not None:
             own.arrays[REST], own.numbers[REST] = as_array(self.rest), {"divisor": self.divisor, "low": self._low}
         if self._whole is not None:
-            own.arrays[MEMORY], own.numbers[MEMORY] = as_array(self._whole.memory), {"number": self._whole.number}
+            own.arrays[MEMORY], own.numbers[MEMORY] = as_array(self._whole.memory), {"numbers": self._whole.numbers}
         return own
 
     def load_own(self, own: Own) -> str | None:
@@ -108,10 +115,16 @@ class StretchSums:
         kept, about = own.arrays[REST], own.numbers[REST]
         if kept.size != self.rest.numel() or about["low"] != self._low:
             return MOVED
+        arrays = {f"{CODEC}{name}": array for name, array in self._kept.items()}
+        if arrays.keys() != {name for name in own.arrays if name.startswith(CODEC)} - {REST, MEMORY}:
+            return OTHER
+        for name, array in arrays.items():
+            array.copy_(as_tensor(own.arrays[name]))
         self.rest.copy_(as_tensor(kept))
+        self._begun = True
         self.divisor = about["divisor"]
         if self._whole is not None and MEMORY in own.arrays:
-            self._whole.load(own.arrays[MEMORY], own.numbers[MEMORY]["number"])
+            self._whole.load(own.arrays[MEMORY], own.numbers[MEMORY]["numbers"])
         return None
 
     def pieces(self, low: int, high: int) -> Iterator[Stretch]:
@@ -192,7 +205,8 @@ class StretchSums:
         rest = self.rest[here] if self.rest is not None else None
         if self._whole is not None:
             return self._whole.addend(piece, rest)
-        return Addend(self._comm, self._values[here], rest)
+        kept = {name: array[here] for name, array in self._kept.items()}
+        return Addend(self._comm, self._values[here], rest, kept, self._begun)
 
     def _enter(self, number: int, piece: Stretch, rest: Iterator[list[Request]]) -> None:
         requests = next(rest, None)

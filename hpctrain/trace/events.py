@@ -96,6 +96,47 @@ class CheckpointWritten(Event):
 
 
 @dataclass(frozen=True)
+class SharesChanged(Event):
+    """The workers' shares of the work follow their speeds (balance = "throughput") in the rounds that come.
+
+    `unit`: "samples per step" or "steps per round". `before`, `after`: the shares in the order of ranks, or their range
+    if there are many. `slowest`: the rank that took longest; `excess`: its time over the mean of all workers. `gain`:
+    how many times as fast training should become.
+    """
+
+    kind = "rebalance"
+    unit: str
+    before: str
+    after: str
+    slowest: int
+    excess: float
+    gain: float
+
+    def __str__(self) -> str:
+        why = f"rank {self.slowest} computed for {self.excess:.2f} times the mean"
+        return f"{self.unit} {self.before} -> {self.after}: {why}; {self.gain:.2f} times as fast is expected"
+
+
+@dataclass(frozen=True)
+class ShardsSized(Event):
+    """The servers' shards get sizes in proportion to the bandwidth of their links (shard_sizes = "bandwidth").
+
+    `percent`: of an equal share, in the order of servers. `slowest`: the rank of the slowest server; `least`, `most`:
+    bytes per second that the slowest and the fastest have reached in each direction, per worker.
+    """
+
+    kind = "shards"
+    percent: str
+    slowest: int
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        why = f"rank {self.slowest} takes {self.least:.3g} bytes/s from each worker, the fastest {self.most:.3g}"
+        return f"percent of an equal shard {self.percent}: {why}"
+
+
+@dataclass(frozen=True)
 class LossScaleChanged(Event):
     """The factor of the loss changes on this worker (train.precision = "mixed_float16"), from the next step on."""
 
@@ -106,6 +147,19 @@ class LossScaleChanged(Event):
 
     def __str__(self) -> str:
         return f"loss scale {self.old:g} -> {self.new:g}: {self.why}"
+
+
+@dataclass(frozen=True)
+class IntervalChanged(Event):
+    """Workers train by themselves for another number of steps per round, from the next round on (strategy.every)."""
+
+    kind = "interval"
+    old: int
+    new: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"steps per round {self.old} -> {self.new}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -189,7 +243,10 @@ KINDS: dict[str, type[Event]] = {
         RuleStatistic,
         PhaseSwitch,
         CheckpointWritten,
+        SharesChanged,
+        ShardsSized,
         LossScaleChanged,
+        IntervalChanged,
         Failure,
         SamplingStopped,
         DeviceTimesMissing,

@@ -24,6 +24,7 @@ from hpctrain.codecs.wire import WireCodec
 from hpctrain.errors import JobError
 from hpctrain.job import Job
 from hpctrain.job.explain import explain
+from hpctrain.strategies.local_sgd import LocalSGD
 
 DIGITS = Path(__file__).parents[2] / "jobs" / "digits.toml"
 CHOICE: TypeAdapter[Any] = TypeAdapter(CodecChoice)
@@ -66,15 +67,37 @@ def test_keys_of_a_table_are_overridden_one_by_one(tmp_path: Path):
     assert switched.schedule[0].strategy.options.codec == CodecTable(name="int4", block=8)
 
 
+def test_a_name_and_keys_below_it_become_a_table(tmp_path: Path):
+    """Also where the strategy has no such key, or is the user's own, so that the message is about what is wrong."""
+    given = ["strategy.codec=topk", "strategy.codec.keep=0.02"]
+    assert _codec("strategy=local_sgd", *given) == CodecTable(name="topk", keep=0.02)
+    file = tmp_path / "job.toml"
+    file.write_text('strategy = {name = "local_sgd", codec = "topk"}')
+    assert _codec(job=Job.load(file, ["strategy.codec.keep=0.1"])) == CodecTable(name="topk", keep=0.1)
+    with pytest.raises(JobError, match=r'strategy\.codec: unknown key \(strategy "all_reduce" has it\)'):
+        Job.load(DIGITS, given)
+    own = Job.load(DIGITS, ["strategy=tests.unit.test_codec_options:Own", *given])
+    assert own.schedule[0].strategy.options.codec == CodecTable(name="topk", keep=0.02)
+
+
+class Own(LocalSGD):
+    """A user's strategy."""
+
+
 LISTED = '"none", "bfloat16", "float16", "int8", "int4", "sign", "topk", "demo", "powersgd", "acp"'
 MISTAKES = [
     ('codec = "int9"', f'strategy.codec = "int9": must be one of {LISTED}, or a table such as {{name = "topk"'),
     ('codec = "Int8"', "(did you mean int8?)"),
     ("codec = 8", "strategy.codec = 8: must be the name of a codec, or a table such as"),
-    ("codec = {}", "strategy.codec.name: is missing; it has no default"),
+    ("codec = {}", f"strategy.codec = an empty table: has no name; set name to one of {LISTED}"),
+    ("codec = {keep = 0.1}", f"strategy.codec = a table: has no name; set name to one of {LISTED}"),
     ('codec = {name = "int9"}', f'strategy.codec.name = "int9": must be one of {LISTED}'),
     ('codec = {name = "topk", keep = 0}', "strategy.codec.keep = 0: must be a number, above 0 and at most 1"),
     ('codec = {name = "topk", keep = 1.5}', "strategy.codec.keep = 1.5: must be a number, above 0 and at most 1"),
+    ('codec = {name = "topk", keep = 1000}', "strategy.codec.keep = 1000: must be a number, above 0 and at most 1"),
+    ('codec = {name = "topk", keep = 1e-4}', "keep = 0.0001 of blocks of 4096: less than one of each, so nothing"),
+    ('codec = {name = "topk", keep = 0.05, block = 8}', "set keep = 0.125 or more, or a longer block"),
+    ('codec = {name = "demo", keep = 1e-4}', "less than one of each, so nothing would be sent; set keep = 0.000245"),
     ('codec = {name = "topk", keep = "1%"}', 'strategy.codec.keep = "1%": must be a number'),
     ('codec = {name = "topk", kep = 1}', "strategy.codec.kep: unknown key (did you mean keep?)"),
     ('codec = {name = "topk", bits = 4}', "strategy.codec.bits = 4: must be one of 2, 32"),

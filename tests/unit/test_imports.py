@@ -15,7 +15,7 @@ HEAVY = {"torch", "mpi4py", "h5py", "cupy", "pandas"}
 PACKAGE = Path(hpctrain.__file__).parent
 LIGHT = ["hpctrain", "hpctrain.cli", "hpctrain.job", "hpctrain.launcher", "hpctrain.launcher.signals", "hpctrain.trace"]
 STRATEGIES = sorted(f"hpctrain.strategies.{path.stem}" for path in (PACKAGE / "strategies").glob("[a-z]*.py"))
-for joined in ("exchange", "shared", "sums"):  # strategies load them when they join a phase
+for joined in ("exchange", "island", "shared", "sums"):  # strategies load them when they join a phase
     STRATEGIES.remove(f"hpctrain.strategies.{joined}")
 
 

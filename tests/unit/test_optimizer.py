@@ -19,9 +19,12 @@ from torch.utils.data import TensorDataset
 from hpctrain import Job
 from hpctrain.comm.virtual.world import World
 from hpctrain.errors import HpctrainError, ModelError
+from hpctrain.job import registry
 from hpctrain.replica.layout import Layout, slice_bounds
+from hpctrain.replica.muon import MuonAdamW, orthogonal
 from hpctrain.replica.optimizer import ELEMENTWISE, OptimizerChoice, decay, without_dynamo
 from hpctrain.replica.replica import Replica
+from hpctrain.replica.signsgd import SignSGD
 from hpctrain.replica.state import State, merge
 from hpctrain.replica.update import Update, make_update
 from hpctrain.run.api import train
@@ -43,6 +46,7 @@ CASES = [(name, options) for name in sorted(ELEMENTWISE) for options in OPTIONS.
 WHOLE: list[tuple[str, dict[str, Any]]] = [("Adafactor", {"lr": 0.01})]
 if hasattr(torch.optim, "Muon"):
     WHOLE.append(("Muon", {"lr": 0.01, "momentum": 0.9}))
+WHOLE.append(("MuonAdamW", {"lr": 0.01}))
 
 
 class Net(nn.Module):
@@ -56,7 +60,7 @@ class Net(nn.Module):
 
 
 def choice_of(name: str, options: dict[str, Any]) -> OptimizerChoice:
-    return OptimizerChoice.of(getattr(torch.optim, name), options)
+    return OptimizerChoice.of(registry.resolve("optimizer", name), options)
 
 
 def gradients(layout: Layout, steps: int) -> list[Tensor]:
@@ -77,7 +81,7 @@ def flat_values(model: nn.Module, layout: Layout) -> Tensor:
 
 def by_torch(model: nn.Module, layout: Layout, name: str, options: dict[str, Any], groups: Any, steps: int) -> Tensor:
     """The values after this many steps of torch's optimizer on the model itself, with halved rates in odd steps."""
-    optimizer = getattr(torch.optim, name)(groups or model.parameters(), **options)
+    optimizer = registry.resolve("optimizer", name)(groups or model.parameters(), **options)
     named = dict(model.named_parameters())
     rates = [group["lr"] for group in optimizer.param_groups]
     for step, gradient in enumerate(gradients(layout, steps)):
@@ -315,7 +319,7 @@ EVERY = ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAd
 
 @pytest.mark.parametrize("name", [*EVERY, "Adafactor"])
 def test_optimizers_without_dynamo_have_the_same_bits(name: str) -> None:
-    cls = getattr(torch.optim, name)
+    cls = registry.resolve("optimizer", name)
     found = []
     for each in (cls, cast(Any, without_dynamo(cls))):
         torch.manual_seed(3)
@@ -337,6 +341,8 @@ def test_training_does_not_import_torchs_compiler() -> None:
         "from hpctrain.replica.optimizer import OptimizerChoice\n"
         f"for name in {EVERY}:\n"
         "    OptimizerChoice.of(getattr(torch.optim, name), {'lr': 0.1})\n"
+        "from hpctrain.replica.muon import MuonAdamW\n"
+        "OptimizerChoice.of(MuonAdamW, {'lr': 0.1})\n"
         "from hpctrain.job import Job\n"
         "from hpctrain.run.api import train\n"
         "from hpctrain.run.folder import Narrator\n"
@@ -409,6 +415,7 @@ def test_slice_bounds(sizes: list[int], parts: int, elementwise: bool, double: b
     model = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in sizes])
     layout = Replica(model.double() if double else model).layout
     bounds = slice_bounds(layout, parts, elementwise)
+    assert bounds == slice_bounds(layout, parts, elementwise, [7] * parts)
     assert len(bounds) == parts + 1
     assert (bounds[0], bounds[-1]) == (0, layout.length)
     assert bounds == sorted(bounds)
@@ -423,6 +430,15 @@ def test_slice_bounds(sizes: list[int], parts: int, elementwise: bool, double: b
         assert max(lengths) <= layout.length / parts + largest
         inside = [s.name for a, b in zip(bounds, bounds[1:], strict=False) for s in layout.slots_in(a, b) if s.size]
         assert inside == [slot.name for slot in layout.slots if slot.size]
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=9), st.integers(0, 5000), st.booleans())
+def test_slices_in_proportion_to_weights(weights: list[int], size: int, elementwise: bool) -> None:
+    layout = Replica(nn.ParameterList([nn.Parameter(torch.zeros(16)) for _ in range(size // 16 + 1)])).layout
+    bounds = slice_bounds(layout, len(weights), elementwise, weights)
+    assert (bounds[0], bounds[-1]) == (0, layout.length) and bounds == sorted(bounds)
+    for place, bound in enumerate(bounds):
+        assert abs(bound - layout.length * sum(weights[:place]) / sum(weights)) <= 16
 
 
 # -- in a run -------------------------------------------------------------------------------------------------
@@ -502,7 +518,7 @@ def test_momentum_scale_applies_to_one_update(name: str) -> None:
     half: dict[str, Any] = {"momentum": 0.4} if name == "SGD" else {"betas": (0.4, 0.99)}
     update, values = update_of(name, {"lr": 0.1, **key})
     plain = torch.zeros_like(values, requires_grad=True)
-    optimizer = getattr(torch.optim, name)([plain], lr=0.1, **key)
+    optimizer = registry.resolve("optimizer", name)([plain], lr=0.1, **key)
     for step, momentum in enumerate((1.0, 1.0, 0.5, 1.0)):
         plain.grad = torch.full_like(values, step + 1.0)
         optimizer.param_groups[0].update(half if momentum == 0.5 else key)
@@ -625,3 +641,63 @@ def test_global_step_counts_do_not_cross_a_switch(tmp_path: Any) -> None:
     phases = [{"strategy": "all_reduce", "until": {"rule": "after", "steps": 2}}, {"strategy": "all_reduce"}]
     with pytest.raises(ModelError, match="Counting counts count for all parameters together"):
         World(2).run(lambda comm: train(job(phases=phases), comm, out=quiet))
+
+
+# -- Muon --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (12, 12)])
+def test_updates_of_muon_are_nearly_orthogonal(shape: tuple[int, int]) -> None:
+    torch.manual_seed(3)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = torch.linalg.svdvals(orthogonal(matrix, 5))
+    assert 0.6 < float(found.min()) <= float(found.max()) < 1.3
+    assert float((left.mT @ orthogonal(matrix, 5) @ right.mT).diagonal().min()) > 0.6
+
+
+def test_muon_updates_what_is_no_matrix_as_adamw_does() -> None:
+    """So does it with matrices of groups that say so, and with no other ones."""
+    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+    mine, other = Net(), Net()
+    groups = [{"params": mine.one.parameters()}, {"params": [*mine.two.parameters(), mine.scale], "matrices": False}]
+    optimizers = [MuonAdamW(groups, **options), torch.optim.AdamW(other.parameters(), **options)]
+    for _ in range(4):
+        mine.zero_grad()
+        (mine.two(torch.tanh(mine.one(torch.ones(2, 5).double()))) * mine.scale).square().sum().backward()
+        for own, theirs in zip(mine.parameters(), other.parameters(), strict=True):
+            theirs.grad = None if own.grad is None else own.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    named = zip(mine.named_parameters(), other.parameters(), strict=True)
+    different = [name for (name, a), b in named if not torch.allclose(a, b, rtol=0, atol=1e-12)]
+    assert different == ["one.weight"]
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_matrices_are_updated_as_by_torchs_muon() -> None:
+    """But for the rounding of its iteration, which is in bfloat16."""
+    torch.manual_seed(4)
+    begun = torch.randn(6, 9)
+    mine, other = nn.Parameter(begun.clone()), nn.Parameter(begun.clone())
+    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.95}
+    pairs: list[Any] = [(MuonAdamW([mine], **options), mine)]
+    pairs += [(torch.optim.Muon([other], adjust_lr_fn="match_rms_adamw", **options), other)]
+    for step in range(5):
+        gradient = torch.randn(6, 9, generator=torch.Generator().manual_seed(step))
+        for optimizer, parameter in pairs:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert float((mine - other).detach().norm() / (mine - begun).detach().norm()) < 0.02
+
+
+def test_signs_alone_move_parameters():
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = OptimizerChoice.of(SignSGD, {"lr": 0.1, "weight_decay": 0.5})
+    assert optimizer.elementwise
+    assert optimizer.divisible
+    assert optimizer.adaptive
+    weight.grad = torch.tensor([1e-9, 0.0, -50.0])
+    optimizer.build([weight]).step()
+    expected = torch.tensor([0.95 - 0.1, -1.9, 2.85 + 0.1])
+    torch.testing.assert_close(weight.detach(), expected)
+    with pytest.raises(ModelError, match="must not be negative; given: -1"):
+        OptimizerChoice.of(SignSGD, {"lr": -1.0})

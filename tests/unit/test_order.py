@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpctrain.data.order import UNKNOWN_END, Order, mix, round_bounds
+from hpctrain.data.order import UNKNOWN_END, FixedOrder, Order, mix, round_bounds
 
 
 def walk(order: Order, epochs: int, round_size: int, workers: int) -> list[list[int]]:
@@ -84,3 +86,34 @@ def test_seeds_of_samples_differ() -> None:
     seeds = np.concatenate([mix(seed, epoch, np.arange(1000)) for seed in (-1, 0, 1) for epoch in (0, 1)])
     assert len(np.unique(seeds)) == len(seeds)
     assert len(np.unique(seeds & 0xFFFFFFFF)) > len(seeds) - 3  # a generator of torch uses 32 bits
+
+
+# -- fixed shards ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("length", "workers", "batch", "of"), [(103, 3, 6, None), (10, 4, 2, None), (96, 4, 6, 103)])
+def test_workers_take_their_samples_from_shards_of_their_own(
+    length: int, workers: int, batch: int, of: int | None, shuffle: bool
+) -> None:
+    order = FixedOrder(length, 7, shuffle, workers, batch, of)
+    seen: list[set[int]] = [set() for _ in range(workers)]
+    for epoch in range(3):
+        cursor, taken = epoch * length, list[int]()
+        while cursor < (epoch + 1) * length:
+            bounds = round_bounds(cursor, length, workers * batch, workers)
+            for worker in range(workers):
+                own = order.indices(bounds[worker], bounds[worker + 1]).tolist()
+                seen[worker] |= set(own)
+                taken += own
+            cursor = bounds[-1]
+        assert len(set(taken)) == len(taken) == length
+    assert sum(map(len, seen)) == len(set().union(*seen)), "shards overlap"
+    sizes = [b - a for a, b in pairwise(round_bounds(0, of or length, of or length, workers))]
+    assert all(len(own) <= size for own, size in zip(seen, sizes, strict=True))
+
+
+def test_samples_of_a_shard_are_reshuffled_in_every_epoch() -> None:
+    order = FixedOrder(40, 7, True, 2, 5)
+    first, second = order.indices(0, 5), order.indices(40, 45)
+    assert first.tolist() != second.tolist()
+    assert FixedOrder(40, 7, True, 2, 5).indices(40, 45).tolist() == second.tolist()
+    assert FixedOrder(40, 7, False, 2, 5).indices(0, 10).tolist() == [0, 1, 2, 3, 4, 20, 21, 22, 23, 24]

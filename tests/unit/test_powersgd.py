@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpctrain.codecs.joint import JointCodec, WholeParameters
 from hpctrain.codecs.powersgd import AlternatingPowerSGD, LowRank, LowRankShape, PowerSGD
@@ -18,6 +18,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.communicator import VirtualCommunicator
 from hpctrain.comm.virtual.network import LinkNetwork
 from hpctrain.comm.virtual.world import World
+from hpctrain.errors import ModelError
 from hpctrain.replica.layout import NUMPY_DTYPES, Slot
 from hpctrain.replica.tensors import as_tensor
 from hpctrain.run.resume import Resume
@@ -318,3 +319,22 @@ def test_a_resumed_run_may_have_another_codec(tmp_path: Path, strategy: helpers.
     found = World(2, nodes=range(2)).run(body)
     assert np.isfinite(found[0]).all()
     np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("name", ["powersgd", "acp"])
+@pytest.mark.parametrize(
+    ("model", "rank", "words"),
+    [
+        (lambda: nn.Sequential(nn.Linear(7, 13), nn.Linear(13, 3)), 5, "for 0.weight, a matrix of 13 x 7, it must be "),
+        (lambda: nn.Sequential(nn.Linear(7, 1), nn.Linear(1, 3)), 1, "has no matrix that low rank makes smaller"),
+    ],
+)
+def test_a_rank_that_compresses_nothing_is_refused(
+    tmp_path: Path, name: str, model: Callable[[], nn.Module], rank: int, words: str
+):
+    strategy = {"name": "all_reduce", "codec": {"name": name, "rank": rank}}
+    job = helpers.make_job(tmp_path, model=model, strategy=strategy)
+    with pytest.raises(ModelError) as caught:
+        World(2, nodes=(0, 1)).run(lambda comm: helpers.quiet_train(comm, job))
+    assert f'strategy.codec = "{name}": ' in str(caught.value)
+    assert words in str(caught.value)

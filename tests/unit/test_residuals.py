@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from hpctrain.codecs import CodecTable, codec_by
 from hpctrain.codecs.options import JOINT
-from hpctrain.codecs.sign import Sign
 from hpctrain.codecs.wire import WireCodec
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
@@ -29,7 +27,7 @@ from hpctrain.strategies.parameter_server.worker import ParameterServer
 from hpctrain.strategies.shared import SharedBucketExchange
 from hpctrain.strategies.sums import StretchSums
 from tests import helpers
-from tests.marks import mostly_slow, slow
+from tests.marks import slow
 
 LENGTH = 1000
 TOPK = CodecTable(name="topk", keep=0.05, block=64)
@@ -218,97 +216,3 @@ def test_what_may_be_skipped_is_not_sent_during_backward(tmp_path: Path, nodes: 
     assert sizes
     assert not any(sizes)
     assert all(np.isfinite(vector).all() for vector in found)
-
-
-SLOPES, ROWS = 40, 96
-
-
-def line() -> TensorDataset:
-    """A regression that no line fits exactly."""
-    random = torch.Generator().manual_seed(7)
-    inputs = torch.randn(ROWS, SLOPES, generator=random)
-    exact = inputs @ torch.randn(SLOPES, 1, generator=random)
-    return TensorDataset(inputs, exact + torch.randn(ROWS, 1, generator=random))
-
-
-def straight() -> nn.Module:
-    return nn.Linear(SLOPES, 1, bias=False)
-
-
-LINES = 12
-
-
-def lines() -> TensorDataset:
-    """Several of them: their slopes are a matrix."""
-    inputs, _ = line().tensors
-    random = torch.Generator().manual_seed(8)
-    exact = inputs @ torch.randn(SLOPES, LINES, generator=random)
-    return TensorDataset(inputs, exact + torch.randn(ROWS, LINES, generator=random))
-
-
-def matrix() -> nn.Module:
-    return nn.Linear(SLOPES, LINES, bias=False)
-
-
-TOLERANCE = {  # of the distance to the best slopes, relative to their size, after 300 decreasing steps
-    "none": 0.002,
-    "bfloat16": 0.002,
-    "float16": 0.002,
-    "int8": 0.002,
-    "int4": 0.01,
-    "sign": 0.005,
-    "topk": 0.01,
-    "demo": 0.01,
-    "powersgd": 0.01,
-    "acp": 0.01,
-}
-FOR_IT: dict[str, helpers.Tables] = {
-    "topk": {"name": "topk", "keep": 0.1},
-    "sign": {"name": "sign", "block": 8},
-    # These slopes are random, so no direction is better than others: with a lower rank too much of the large changes of
-    # local_sgd comes late (all_reduce: rank 2 is enough).
-    "powersgd": {"name": "powersgd", "rank": 4},
-    "acp": {"name": "acp", "rank": 6},
-}
-
-
-def _distance_to_the_best(folder: Path, strategy: helpers.Tables, codec: Any) -> float:
-    """From where training ends."""
-    several = codec in JOINT
-    inputs, targets = (lines() if several else line()).tensors
-    best = torch.linalg.lstsq(inputs.double(), targets.double()).solution.T.reshape(-1)
-    job = helpers.make_job(
-        folder,
-        model=matrix if several else straight,
-        data={"name": lines if several else line},
-        strategy={**strategy, "codec": codec},
-        optimizer={"name": "SGD", "lr": 0.1 * (LINES if several else 1), "schedule": "linear"},  # mse: of all outputs
-        train={"steps": 300, "batch_size": ROWS // 4},
-        loss="mse",
-        metric=helpers.no_metric,
-    )
-    found = World(4, nodes=range(4)).run(lambda comm: helpers.vector(helpers.quiet_train(comm, job).model))
-    return float(np.linalg.norm(found[0] - best.numpy()) / best.norm())
-
-
-ROUNDS = [{"name": "all_reduce"}, {"name": "local_sgd", "every": 4}]
-SERVED = {"name": "parameter_server", "mode": "sync", "servers": 4, "colocated": True}
-PAIRS = [  # a server cannot take joint codecs
-    (codec, strategy) for codec in TOLERANCE for strategy in (ROUNDS if codec in JOINT else [*ROUNDS, SERVED])
-]
-QUICK = [pair for pair in PAIRS if pair[0] in ("int8", "sign", "topk")]
-
-
-def _name(value: Any) -> str:
-    return value if isinstance(value, str) else str(value["name"])
-
-
-@pytest.mark.parametrize(("codec", "strategy"), mostly_slow(PAIRS, QUICK), ids=_name)
-def test_a_convex_problem_is_solved_with_every_codec(tmp_path: Path, codec: str, strategy: helpers.Tables):
-    assert _distance_to_the_best(tmp_path, strategy, FOR_IT.get(codec, codec)) < TOLERANCE[codec]
-
-
-def test_signs_alone_do_not_solve_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Without what earlier messages left out."""
-    monkeypatch.setattr(Sign, "remembers", False)
-    assert _distance_to_the_best(tmp_path, {"name": "all_reduce"}, {"name": "sign", "block": 8}) > TOLERANCE["sign"]

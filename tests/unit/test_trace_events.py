@@ -24,6 +24,8 @@ from hpctrain.trace.events import (
     PlainEvent,
     RuleStatistic,
     SamplingStopped,
+    ShardsSized,
+    SharesChanged,
     from_json,
     written,
 )
@@ -38,6 +40,8 @@ WITHOUT_SENTENCE = [
     SamplingStopped("OSError", "no such file"),
     DeviceTimesMissing(1, "lost"),
 ]
+SHARED = SharesChanged("samples per step", "8 8", "10 6", 1, 1.25, 1.33)
+SIZED = ShardsSized("150 50", 2, 1e6, 3e6)
 SENTENCES: list[tuple[Event, str]] = [
     (PhaseEntered(3, "server", "parameter_server (async)"), "phase 3: server of parameter_server (async)"),
     (RuleStatistic("loss_stable", 0.0293, "<=", 0.03), "loss_stable 0.0293 <= 0.03"),
@@ -58,6 +62,11 @@ def test_message_about_the_loss_scale() -> None:
     assert str(SCALED) == "loss scale 65536 -> 32768: overflow"
 
 
+def test_message_about_shares() -> None:
+    why = "rank 1 computed for 1.25 times the mean; 1.33 times as fast is expected"
+    assert str(SHARED) == f"samples per step 8 8 -> 10 6: {why}"
+
+
 def made(kind: type[Event]) -> st.SearchStrategy[Event]:
     return st.builds(kind, **{field.name: VALUES[str(field.type)] for field in fields(kind)})
 
@@ -65,7 +74,7 @@ def made(kind: type[Event]) -> st.SearchStrategy[Event]:
 @pytest.mark.parametrize(
     "event",
     [event for event, _ in SENTENCES]
-    + [MeasuredLink(1, True, 1e-6, 2e9), SamplingStopped("A", "b"), DeviceTimesMissing(3, "c"), SCALED],
+    + [MeasuredLink(1, True, 1e-6, 2e9), SamplingStopped("A", "b"), DeviceTimesMissing(3, "c"), SCALED, SHARED, SIZED],
 )
 def test_short_event_round_trips(event: Event) -> None:
     assert event_of(*written(event)) == event

@@ -2,7 +2,7 @@
 (Li et al. 2014). Synchronous, asynchronous or bounded.
 
 `worker` pushes and pulls; `coordinator` decides; `server` executes the decisions; `wire` defines the records that they
-exchange.
+exchange, `links` how gradients and parameters travel, `pulls` how differences of parameters do.
 """
 
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions

@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hpctrain.clock.decisions import Ask
 from hpctrain.data.queue import SharedQueue, StaticQueue, Stretch
+from hpctrain.strategies.balance import BALANCE
 from hpctrain.strategies.contribution import RoundTotals
 from hpctrain.strategies.parameter_server.wire import Decision, Header, HeaderKind, NotFinite, Reply, What
 
 if TYPE_CHECKING:
     from hpctrain.clock.decisions import Conductor
     from hpctrain.data.queue import Queue
+    from hpctrain.strategies.balance import BatchBalance
     from hpctrain.strategies.parameter_server.options import ParameterServerOptions
 
 ENDS = Ask.STOP | Ask.END_PHASE | Ask.INTERRUPT
@@ -51,6 +53,7 @@ class Terms:
     queue: Literal["static", "shared"]  # how samples are dealt if workers do not step together
     epoch: int | None  # samples per epoch; needed only if samples are dealt from a queue
     ahead: int  # how many stretches a worker gets in advance, beyond its next one
+    balance: BatchBalance | None = None  # changes the shares of workers that step together; None: they stay equal
 
 
 class Coordinator(ABC):
@@ -70,11 +73,11 @@ class Coordinator(ABC):
         self.left: set[int] = set()
         self._withdrawn: set[int] = set()  # workers whose programs have left the training loop
 
-    def load(self, state: Mapping[str, float]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint of this phase."""
         self.version, self.dropped = int(state.get("version", 0)), int(state.get("dropped", 0))
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """The counters that a checkpoint saves."""
         return {"version": self.version, "dropped": self.dropped}
 
@@ -151,6 +154,20 @@ class Rounds(Coordinator):
         self._backup = terms.options.backup_workers
         self._overflow = False  # whether a gradient overflowed in the latest round
         self._needed = self.workers - self._backup
+        self._balance = terms.balance
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        super().load(state)
+        if self._balance is not None and BALANCE in state:
+            self._balance.load(state[BALANCE])
+
+    def state(self) -> dict[str, Any]:
+        known = super().state()
+        return known if self._balance is None else {**known, BALANCE: self._balance.state()}
+
+    def _reply(self, worker: int, **fields: Any) -> Reply:
+        shares = self._balance.deal(0, 1) if self._balance is not None else ()
+        return super()._reply(worker, shares=shares, **fields)
 
     def _step(self, worker: int, header: Header, now: int) -> Iterator[Message]:
         if header.version < self.version:
@@ -185,6 +202,8 @@ class Rounds(Coordinator):
             part = headers[found.faulty].part
             self.nan = NotFinite(accepted[found.faulty], part.loss, step, part.bad)
         rate, momentum = terms.rate(self.cursor), terms.momentum(self.cursor)
+        if self._balance is not None:
+            self._follow_speeds(self._balance, headers)
         self.version += 1
         self.ask = self._observe(max(header.round_end for header in headers), found.loss, found.wish)
         if self.ask and self._withdrawn:  # withdrawn workers cannot take part in what all workers are asked to do
@@ -198,6 +217,15 @@ class Rounds(Coordinator):
             yield self._reply(worker, **fields)
         what, weight = What.DROP if found.skip else What.UPDATE, found.divisor(terms.batch)
         yield Decision(what, accepted, accepted + withdrawn, self.version, step, weight, rate, momentum, found.used)
+
+
+    def _follow_speeds(self, balance: BatchBalance, headers: list[Header]) -> None:
+        """Let the shares follow what the workers measured; `headers`: of all workers that have not withdrawn."""
+        if len(headers) == self.workers:
+            parts = [header.part for header in headers]
+            decision = balance.observe([part.samples for part in parts], [part.seconds for part in parts])
+            if decision is not None:
+                self.terms.conductor.notify(decision)
 
 
 class Asynchronous(Coordinator):

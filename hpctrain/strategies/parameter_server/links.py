@@ -36,10 +36,12 @@ if TYPE_CHECKING:
 
 
 class Codecs(NamedTuple):
-    """How gradients and parameters travel between nodes; None: as they are."""
+    """How gradients and parameters travel between nodes; None: as they are. `differences`: whether pulls have the
+    differences to what a worker last received."""
 
     push: WireCodec | None
     pull: WireCodec | None
+    differences: bool = False
 
 
 class Packet:
@@ -76,7 +78,7 @@ class Packet:
                 if rest is None:
                     self._codec.encode(self._chunk, self._wire)
                 else:
-                    rest.mul_(carry).add_(self._chunk)
+                    rest.mul_(carry * self._codec.feedback.decay).add_(self._chunk)
                     self._codec.encode(rest, self._wire, rest)
             self._version = version
         return self.message
@@ -86,7 +88,7 @@ class Packet:
         was before."""
         if self._codec is not None and self._rest is not None:
             self._codec.decode(self._wire, self._rest, add=True)
-            self._rest.sub_(self._chunk)
+            self._rest.sub_(self._chunk).div_(self._codec.feedback.decay)
 
     def unpack(self, into: Tensor) -> None:
         """Store the values of the message in `into`."""
@@ -149,9 +151,14 @@ class MessageRoute(Route):
 
     def push(self, carry: float) -> list[Request]:
         self._steps += 1
-        return [
-            self._comm.start_send(packet.pack(self._steps, carry), self._server, Tag.PUSH) for packet in self._pushes
-        ]
+        sends = []
+        for chunk, packet in enumerate(self._pushes):
+            self.before_push(chunk)
+            sends.append(self._comm.start_send(packet.pack(self._steps, carry), self._server, Tag.PUSH))
+        return sends
+
+    def before_push(self, chunk: int) -> None:
+        """Send what the server needs before that chunk."""
 
     def take_back(self) -> None:
         for packet in self._pushes:
@@ -251,7 +258,7 @@ class MessageLink(WorkerLink):
         self.gradient, self.read = gradient, read
         self._pushes, self._pulls, self._exact = pushes, pulls, exact
         self._arriving: list[Request | None] = [None] * len(pushes)
-        self._leaving: list[tuple[Request, Packet] | None] = [None] * len(pushes)
+        self._leaving: list[list[tuple[Request, Packet]]] = [[] for _ in pushes]
 
     def expect(self, chunk: int) -> None:
         self._arriving[chunk] = self._comm.start_recv(self._pushes[chunk].message, self._worker, Tag.PUSH)
@@ -268,11 +275,15 @@ class MessageLink(WorkerLink):
 
     def give(self, chunk: int, version: int, exact: bool) -> None:
         self._finish(chunk)  # its last pull is over: it has pushed since
-        packet = (self._exact if exact else self._pulls)[chunk]
-        request = self._comm.start_send(packet.pack(version), self._worker, Tag.PULL)
-        self._leaving[chunk] = request, packet
+        for packet in self.packets(chunk, exact):
+            request = self._comm.start_send(packet.pack(version), self._worker, Tag.PULL)
+            self._leaving[chunk].append((request, packet))
         if self.read:
             self.keep(chunk, version)
+
+    def packets(self, chunk: int, exact: bool) -> list[Packet]:
+        """What is sent of that chunk."""
+        return [(self._exact if exact else self._pulls)[chunk]]
 
     def keep(self, chunk: int, version: int) -> None:
         """Keep what the worker computes on: rounded, even if it got exact parameters; see `Route.round`."""
@@ -280,15 +291,13 @@ class MessageLink(WorkerLink):
         self._pulls[chunk].unpack(self.read[chunk])
 
     def release(self, chunk: int) -> None:
-        leaving = self._leaving[chunk]
-        if leaving is not None and leaving[1].lent:
+        if any(packet.lent for _, packet in self._leaving[chunk]):
             self._finish(chunk)
 
     def _finish(self, chunk: int) -> None:
-        leaving = self._leaving[chunk]
-        if leaving is not None:
-            leaving[0].wait()
-            self._leaving[chunk] = None
+        leaving, self._leaving[chunk] = self._leaving[chunk], []
+        for request, _ in leaving:
+            request.wait()
 
     def finish(self) -> None:
         for chunk in range(len(self._leaving)):
@@ -359,22 +368,6 @@ class Shard(NamedTuple):
     def chunks(self, values: Tensor) -> list[Tensor]:
         """The chunks of the stretch's `values`."""
         return [values[low - self.low : high - self.low] for low, high in pairwise(self.bounds)]
-
-
-def routes(
-    phase: Phase, comm: Communicator, shards: Sequence[Shard], codecs: Codecs, rest: Tensor | None
-) -> list[Route]:
-    """This worker's routes to the owners of these shards. `rest`: what its pushes leave out, of the whole arena."""
-    found: list[Route] = []
-    for shard in shards:
-        if near(phase, shard.server):
-            found.append(MemoryRoute(phase, comm, shard.server))
-        else:
-            here = slice(shard.low, shard.high)
-            values, gradient = (shard.chunks(part[here]) for part in (phase.replica.values, phase.replica.gradient))
-            rests = shard.chunks(rest[here]) if rest is not None else None
-            found.append(MessageRoute(comm, shard.server, values, gradient, rests, codecs))
-    return found
 
 
 def memory_link(phase: Phase, comm: Communicator, worker: int, shard: Shard, values: Sequence[Tensor]) -> MemoryLink:

@@ -7,8 +7,9 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from hpctrain.codecs import CodecChoice, CodecTable
-from hpctrain.codecs.options import JOINT, NAMES
+from hpctrain.codecs.options import JOINT, NAMES, ROUNDS, PullChoice
 from hpctrain.options import Options
+from hpctrain.strategies.balance import BATCHES_TEXT, BalanceChoice
 
 
 class ParameterServerOptions(Options):
@@ -28,6 +29,11 @@ class ParameterServerOptions(Options):
         "device",
         description="where servers on GPUs keep and update their shards: in the GPU's memory, or in pinned host memory",
     )
+    shard_sizes: Literal["equal", "bandwidth"] = Field(
+        "equal",
+        description="equal: all servers own as much; bandwidth: in proportion to the bytes per second that their links "
+        "carry, measured when the phase begins (equal where workers and servers share memory: nothing is sent)",
+    )
     chunk_mb: float = Field(
         1.0,
         gt=0,
@@ -42,6 +48,14 @@ class ParameterServerOptions(Options):
         "bfloat16, float16: in 16 bits (float16 with a scale for each message); any other codec of all_reduce but "
         "powersgd and acp: gradients with that codec, parameters in bfloat16; for evaluations, checkpoints and the end "
         "of a phase parameters are sent as they are",
+    )
+    pull: PullChoice = Field(
+        None,
+        description="how parameters are written into messages between nodes, if not as `codec` says. none: as they "
+        "are; bfloat16, float16: in 16 bits; any other codec of `codec`: the difference to what this worker last "
+        "received, for which servers keep a model for each worker of another node, and each worker one; a worker's "
+        "first push of a phase has its model besides",
+        json_schema_extra={"default": "by codec"},
     )
     bound: int = Field(
         3,
@@ -80,6 +94,7 @@ class ParameterServerOptions(Options):
         le=1e6,
         description="strength of delay_compensation; left out: 0.04 for constant, 2.0 for adaptive, as published",
     )
+    balance: BalanceChoice = Field("none", description=f"{BATCHES_TEXT} (mode sync)")
     backup_workers: int = Field(
         0,
         ge=0,
@@ -89,19 +104,38 @@ class ParameterServerOptions(Options):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if str(self.codec) in JOINT:
-            taken = ", ".join(f'"{name}"' for name in NAMES if name not in JOINT)
-            raise ValueError(f'has codec = "{self.codec}", which sums over workers only, not at a server; use {taken}')
+        for name, codec in (("codec", self.codec), ("pull", self.pull)):
+            if str(codec) in JOINT:
+                taken = ", ".join(f'"{name}"' for name in NAMES if name not in JOINT)
+                raise ValueError(f'has {name} = "{codec}", which sums over workers only, not at a server; use {taken}')
+            for key in ROUNDS if isinstance(codec, CodecTable) else ():
+                if getattr(codec, key):
+                    raise ValueError(f"has {name}.{key}, {WHY_ROUNDS[key]}; leave {key} out")
+        if isinstance(self.pull, CodecTable) and self.pull.decay is not None:
+            raise ValueError("has pull.decay, but what a pull leaves out is in the next difference; leave decay out")
+        self._check_balance()
         defaults = type(self).model_fields
         for key, modes in MODE_KEYS.items():
             if self.mode not in modes and getattr(self, key) != defaults[key].default:
                 needed = " or ".join(f'"{mode}"' for mode in modes)
                 raise ValueError(f'has {key} with mode = "{self.mode}", where it has no effect; set mode = {needed}')
+        if self.shard_sizes != "equal" and self.servers == 1:
+            raise ValueError(f'has shard_sizes = "{self.shard_sizes}" with servers = 1, where it has no effect')
         if self.delay_lambda is not None and self.delay_compensation == "none":
             raise ValueError('has delay_lambda with delay_compensation = "none", where it has no effect')
-        if isinstance(self.codec, CodecTable) and self.codec.majority:
-            raise ValueError("has codec.majority, a vote on sums between workers; leave majority out")
         return self
+
+    def _check_balance(self) -> None:
+        if self.balance != "none" and not self.lockstep:
+            raise ValueError(
+                f'has balance = "{self.balance}" with mode = "{self.mode}", whose workers take their samples from a '
+                'shared queue, slow ones fewer: leave balance out, or set mode = "sync"'
+            )
+        if self.balance != "none" and self.backup_workers:
+            raise ValueError(
+                f'has balance = "{self.balance}" with backup_workers = {self.backup_workers}, which drops what slow '
+                "workers compute, so that their speed does not matter; leave one of them out"
+            )
 
     @property
     def lockstep(self) -> bool:
@@ -123,6 +157,12 @@ class ParameterServerOptions(Options):
 # for the square root (Malladi et al. 2022), late gradients for a smaller rate. The value lies in between; for results
 # see docs/asynchrony.md.
 ADAPTIVE_POWER = 0.75
+WHY_ROUNDS = {  # why a server cannot take these keys of a codec
+    "majority": "a vote on sums between workers",
+    "feedback": "an estimate that all workers keep of each other, which a server does not",
+    "momentum": "which is for workers that agree in rounds: a server has a velocity for each worker",
+    "warmup": "which is for workers that agree in rounds: a server reads messages of one length",
+}
 MODE_KEYS = {
     "bound": ("bounded",),
     "backup_workers": ("sync",),

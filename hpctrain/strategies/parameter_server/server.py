@@ -16,13 +16,16 @@ import numpy as np
 from hpctrain.codecs import wire_codec_by
 from hpctrain.comm.base import Tag
 from hpctrain.replica.state import STRATEGY, State, merge, recv_state, send_state
+from hpctrain.strategies.balance import BatchBalance
 from hpctrain.strategies.base import Server
 from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import nan_error, sum_error
+from hpctrain.strategies.parameter_server.bandwidth import shard_weights
 from hpctrain.strategies.parameter_server.coordinator import MODES, Coordinator, Message, Terms
 from hpctrain.strategies.parameter_server.corrections import DelayCompensation
 from hpctrain.strategies.parameter_server.links import Codecs, MessageLink, Packet, Shard, memory_link, near
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions
+from hpctrain.strategies.parameter_server.pulls import DifferenceLink, check_memory
 from hpctrain.strategies.parameter_server.wire import (
     Decision,
     DecisionRecord,
@@ -45,7 +48,15 @@ if TYPE_CHECKING:
     from hpctrain.replica.update import Update
     from hpctrain.strategies.parameter_server.links import WorkerLink
 
-PULLED = ("bfloat16", "float16")  # codecs that pulls may have, too
+ROUNDED = ("bfloat16", "float16")  # codecs with which pulls have the parameters, which must keep their size
+
+
+def _codecs(options: ParameterServerOptions, seed: int) -> Codecs:
+    push = wire_codec_by(options.codec, seed)
+    if options.pull is not None:
+        return Codecs(push, wire_codec_by(options.pull, seed), differences=options.pull not in ("none", *ROUNDED))
+    rounding = options.codec if options.codec in ROUNDED else "bfloat16"
+    return Codecs(push, wire_codec_by(rounding) if push is not None else None)
 
 
 class Wiring:
@@ -61,14 +72,17 @@ class Wiring:
         self.service: Communicator = service
         self.between_servers = comm.split(0 if comm.rank in self.servers else None, comm.rank)
         self.slots = len(phase.replica.layout.slots)
-        self.bounds = slice_bounds(phase.replica.layout, len(self.servers), phase.updating.elementwise)
+        self._shares = len(self.workers) if options.balance != "none" else 0  # that replies carry
+        weights = shard_weights(phase, service) if options.shard_sizes == "bandwidth" else None
+        self.bounds = slice_bounds(phase.replica.layout, len(self.servers), phase.updating.elementwise, weights)
         whole = options.lockstep and phase.updating.clip_norm is not None  # the norm must be known before any update
         sent = not phase.members.shared or len(set(comm.nodes)) > 1  # else chunks would only cost their calls
         chunked = sent and phase.updating.elementwise and not whole
         self._chunk = int(options.chunk_mb * 2**20 / phase.replica.layout.dtype.itemsize) if chunked else None
-        push = wire_codec_by(options.codec, phase.seed)
-        rounding = options.codec if options.codec in PULLED else "bfloat16"  # parameters must keep their size
-        self.codecs = Codecs(push, wire_codec_by(rounding) if push is not None else None)
+        self.codecs = _codecs(options, phase.seed)
+        if self.codecs.differences:
+            itemsize = phase.replica.layout.dtype.itemsize
+            check_memory(comm, phase.roles, phase.members.shared, self.bounds, itemsize)
         ahead = np.array([phase.dealing.ahead], np.int64)  # ranks may have different values: use the coordinator's
         comm.broadcast(ahead, self.coordinator)
         self.ahead = int(ahead[0])
@@ -103,7 +117,7 @@ class Wiring:
 
     def reply_record(self) -> ReplyRecord:
         """A buffer for a reply; the same size on all ranks."""
-        return ReplyRecord(self.ahead + 1)
+        return ReplyRecord(self.ahead + 1, self._shares)
 
     def free(self) -> None:
         """Collective over the phase's ranks."""
@@ -167,7 +181,10 @@ class ParameterServerServer(Server):
         from hpctrain.codecs.wire import Plain
 
         wiring, gradient = self.wiring, self.shard.chunks(self._room())
-        pushes = [Packet(self.comm, chunk, wiring.codecs.push) for chunk in gradient]
+        pushes, codec = [Packet(self.comm, chunk, wiring.codecs.push) for chunk in gradient], wiring.codecs.pull
+        if wiring.codecs.differences and codec is not None:
+            received, exact = self.shard.chunks(self._room().copy_(self.values)), self._packets(None, lent=True)
+            return DifferenceLink(self.comm, rank, gradient, pushes, exact, self.chunks, received, codec)
         own = self._packets(wiring.codecs.pull or Plain(), lent=False) if self._sends_copies(rank) else None
         read: list[torch.Tensor] = []
         if self.options.delay_compensation != "none":
@@ -242,6 +259,8 @@ class ParameterServerServer(Server):
                 self._clip(self.values)
             return
         self._version += decision.what is What.UPDATE
+        if (pull := self.wiring.codecs.pull) is not None:
+            pull.position = max(0, decision.step)
         for chunk in range(len(self.chunks)):
             for worker in decision.take:
                 self.links[worker].arrive(chunk)
@@ -407,6 +426,7 @@ def _terms(phase: Phase, options: ParameterServerOptions) -> Terms:
         queue=phase.dealing.queue,
         epoch=phase.dealing.epoch,
         ahead=phase.dealing.ahead,
+        balance=BatchBalance(phase.roles.workers, phase.dealing.batch) if options.balance != "none" else None,
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import numpy as np
 
 from hpctrain.clock.decisions import Ask
+from hpctrain.strategies.balance import Shares
 from hpctrain.strategies.base import Result
 from hpctrain.strategies.contribution import Contribution, Used, pack, unpack, words
 
@@ -83,6 +84,8 @@ class Reply(NamedTuple):
     why: str = ""  # why the phase ends
     nan: NotFinite | None = None  # raise NanError: no other reply follows
     overflow: bool = False  # as in `Outcome`
+    # Samples, at most, of each worker in the next step and in the one after it; empty: all alike.
+    shares: tuple[Shares, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -121,12 +124,13 @@ def header_dtype(slots: int) -> DType:
     return np.dtype([*numbers, ("part", "f8", (Contribution.length(slots),))])
 
 
-def reply_dtype(stretches: int) -> DType:
-    """The dtype of a reply that deals out at most `stretches` stretches of samples."""
+def reply_dtype(stretches: int, workers: int) -> DType:
+    """The dtype of a reply that deals out at most `stretches` stretches of samples, or shares of `workers` workers."""
     numbers = [("worker", "i8"), ("cursor", "i8"), ("version", "i8"), ("ask", "i8"), ("result", "i8"), ("loss", "f8")]
     numbers += [("samples", "i8"), ("staleness", "i8"), ("held", "i8")]
     dealt: list[Any] = [("dealt", "i8"), ("slices", "i8", (stretches, 2))]
-    return np.dtype([*numbers, *dealt, ("nan", NOT_FINITE), ("why", "S", WHY), ("overflow", "?")])
+    shares: list[Any] = [("shares", "i8", (2, workers))]
+    return np.dtype([*numbers, *dealt, ("nan", NOT_FINITE), ("why", "S", WHY), ("overflow", "?"), *shares])
 
 
 def decision_dtype(workers: int, slots: int) -> DType:
@@ -169,25 +173,29 @@ class HeaderRecord(Record):
 
 
 class ReplyRecord(Record):
-    """A record of one reply with at most `stretches` stretches; a reply with more raises ValueError."""
+    """A record of one reply with at most `stretches` stretches; a reply with more raises ValueError. `workers`: how
+    many have shares; 0: replies have none."""
 
-    def __init__(self, stretches: int) -> None:
-        super().__init__(reply_dtype(stretches))
+    def __init__(self, stretches: int, workers: int = 0) -> None:
+        super().__init__(reply_dtype(stretches, workers))
         self._slices = np.zeros((stretches, 2), np.int64)
+        self._shares = np.zeros((2, workers), np.int64)
 
     def write(self, reply: Reply) -> None:
         """Write a reply into the bytes; cuts `why` to WHY bytes."""
         result, dealt = RESULTS.index(reply.result), len(reply.slices)
         if dealt:  # entries after these are ignored
             self._slices[:dealt] = reply.slices
+        if reply.shares:
+            self._shares[:] = reply.shares
         numbers = (*reply[:4], result, *reply[5:9])
-        rest = _nan_fields(reply.nan), bounded(reply.why, WHY), reply.overflow
+        rest = _nan_fields(reply.nan), bounded(reply.why, WHY), reply.overflow, self._shares
         self._array[0] = (*numbers, dealt, self._slices, *rest)
 
     def read(self) -> Reply:
         """The reply in the bytes."""
         worker, cursor, version, ask, result, loss, samples, staleness, held, dealt, slices, *rest = self._fields()
-        nan, why, overflow = rest
+        nan, why, overflow, shares = rest
         return Reply(
             worker,
             cursor,
@@ -202,6 +210,7 @@ class ReplyRecord(Record):
             why.decode(),
             _nan_of(nan),
             overflow,
+            tuple(map(tuple, shares.tolist())) if shares.size else (),
         )
 
 

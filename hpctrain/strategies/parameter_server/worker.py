@@ -12,8 +12,9 @@ from hpctrain.strategies.base import Needs, Outcome, Strategy
 from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import Contribution, nan_error
 from hpctrain.strategies.parameter_server.corrections import RunningClip
-from hpctrain.strategies.parameter_server.links import near, routes
+from hpctrain.strategies.parameter_server.links import near
 from hpctrain.strategies.parameter_server.options import ParameterServerOptions
+from hpctrain.strategies.parameter_server.pulls import routes
 from hpctrain.strategies.parameter_server.server import ParameterServerServer, Wiring, deal_state
 from hpctrain.strategies.parameter_server.wire import Header, HeaderKind, HeaderRecord, Reply
 from hpctrain.strategies.phase import Phase
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from hpctrain.data.queue import Stretch
 
 CLIP = "clip"  # key in a worker's own numbers
+RECEIVED = "received"  # key in its own arrays: what pulls of differences have brought so far
 
 
 class ParameterServer(Strategy):
@@ -43,11 +45,14 @@ class ParameterServer(Strategy):
         {"servers": 2, "colocated": True, "delay_compensation": "adaptive"},
         {"mode": "bounded", "bound": 1},
         {"mode": "sync", "shards": "host"},
+        {"mode": "sync", "servers": 2, "shard_sizes": "bandwidth"},
         {"mode": "sync", "servers": 2, "colocated": True, "chunk_mb": 0.0005, "codec": "bfloat16"},
         {"chunk_mb": 0.0005, "codec": "float16", "delay_compensation": "constant"},
         {"servers": 2, "chunk_mb": 0.0005},
         {"mode": "sync", "servers": 2, "chunk_mb": 0.0005, "codec": {"name": "topk", "keep": 0.1}},
         {"codec": "int8"},
+        {"mode": "sync", "servers": 2, "colocated": True, "balance": "throughput"},
+        {"mode": "sync", "servers": 2, "chunk_mb": 0.0005, "codec": "int8", "pull": {"name": "topk", "keep": 0.1}},
     )
 
     def __init__(self, options: ParameterServerOptions) -> None:
@@ -55,8 +60,8 @@ class ParameterServer(Strategy):
         # Where workers step together, nobody reads parameters during an update: once per node is enough.
         once = options.lockstep and not options.backup_workers
         self.needs = Needs("node" if once else "copies", "copies", options.lockstep, not options.lockstep)
-        self.deterministic = once
-        self.exact = once and options.codec == "none"
+        self.deterministic = once and not self.balances and options.shard_sizes == "equal"
+        self.exact = once and options.codec == "none" and options.pull in (None, "none")
 
     @staticmethod
     def roles(options: ParameterServerOptions) -> tuple[int, bool]:
@@ -83,7 +88,9 @@ class ParameterServer(Strategy):
         self._slices: list[Stretch] = []
         self._running = self._running_clip()
         self._rest, self._weight = self._room_for_rests(), 1.0
-        self._routes = routes(phase, self.comm, self.wiring.shards(), self.wiring.codecs, self._rest)
+        self._received = self._room_for_pulls()
+        wiring = self.wiring
+        self._routes = routes(phase, self.comm, wiring.shards(), wiring.codecs, self._rest, self._received)
         self._exact = True  # whether the parameters are exact, although the next step computes on rounded ones
         self._header = HeaderRecord(len(phase.replica.layout.slots))
         self._reply = self.wiring.reply_record()
@@ -123,13 +130,24 @@ class ParameterServer(Strategy):
 
     def _room_for_rests(self) -> Tensor | None:
         """Memory for what pushes leave out, if there are messages and the codec remembers."""
+        codec = self.wiring.codecs.push
+        return self._room() if codec is not None and codec.remembers and self._has_far() else None
+
+    def _room_for_pulls(self) -> Tensor | None:
+        """What has been received, if pulls are messages with differences: at first the parameters of all."""
+        differences = self.wiring.codecs.differences and self._has_far()
+        return self._room().copy_(self.phase.replica.values) if differences else None
+
+    def _has_far(self) -> bool:
+        """Whether there are servers that this worker reaches by messages."""
+        return any(not near(self.phase, shard.server) for shard in self.wiring.shards())
+
+    def _room(self) -> Tensor:
+        """Memory like the arena's."""
         from hpctrain.replica.tensors import as_tensor
 
-        codec, gradient = self.wiring.codecs.push, self.phase.replica.gradient_arena.mine
-        far = [shard for shard in self.wiring.shards() if not near(self.phase, shard.server)]
-        if codec is None or not codec.remembers or not far:
-            return None
-        return as_tensor(self.phase.comm.arena(self.phase.replica.layout.length, gradient.dtype).mine)
+        layout = self.phase.replica.layout
+        return as_tensor(self.phase.comm.arena(layout.length, layout.dtype).mine)
 
     def _look_for_nan(self) -> None:
         """Codecs that remember spread what is not finite over its neighbours: find it here."""
@@ -190,6 +208,8 @@ class ParameterServer(Strategy):
             raise nan_error(self.phase, self.wiring.workers[nan.worker], nan.loss, nan.step, nan.bad)
         self.version, self.phase.cursor = reply.version, reply.cursor
         self._slices += reply.slices
+        if reply.shares:
+            self.phase.step.shares, self.phase.step.later = reply.shares
         return reply
 
     def _outcome(self, reply: Reply) -> Outcome:
@@ -220,6 +240,10 @@ class ParameterServer(Strategy):
             from hpctrain.replica.tensors import as_array
 
             own.arrays[REST], own.numbers[REST] = as_array(self._rest), {"weight": self._weight}
+        if self._received is not None:
+            from hpctrain.replica.tensors import as_array
+
+            own.arrays[RECEIVED] = as_array(self._received)
         return own
 
     def load_own(self, own: Own) -> str | None:
@@ -228,6 +252,10 @@ class ParameterServer(Strategy):
 
             self._rest.copy_(as_tensor(own.arrays[REST]))
             self._weight = own.numbers[REST]["weight"]
+        if self._received is not None and RECEIVED in own.arrays:
+            from hpctrain.replica.tensors import as_tensor
+
+            self._received.copy_(as_tensor(own.arrays[RECEIVED]))
         if self._running is not None and CLIP in own.numbers:
             self._running.load(own.numbers[CLIP])
         return None

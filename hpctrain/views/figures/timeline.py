@@ -34,7 +34,7 @@ from hpctrain.views.figures.style import (
 
 COLUMNS = 1200
 MOST_MARKS = 200  # per kind of event; more would form a solid bar across the figure
-MARKS = {"switch": "v", "checkpoint": "s", "rebalance": "D", "failure": "X"}
+MARKS = {"switch": "v", "checkpoint": "s", "rebalance": "D", "shards": "P", "failure": "X"}
 
 
 def draw(analysis: Analysis) -> Figure:

@@ -62,6 +62,7 @@ def render_page(analysis: Analysis, notify: Notify) -> tuple[str, str]:
         "times": part("times", lambda: tables.times(analysis.times)),
         "device_times": part("device times", lambda: tables.device_times(analysis.device_times)),
         "matrix": part("waiting", lambda: tables.waiting(analysis.waiting_matrix())),
+        "traffic": part("traffic", lambda: tables.traffic(analysis.volumes)),
         "metrics": part("metrics", lambda: tables.metrics(run)),
         "job": run.job_text,
     }

@@ -192,6 +192,41 @@ def _rank(rank: Any) -> str:
     return f"rank {rank}" if int(rank) >= 0 else "unknown"
 
 
+# -- traffic -----------------------------------------------------------------------------------------------------
+def traffic(frame: pd.DataFrame) -> PageTable | None:
+    """A row per rank: what it sent and received, in MB, by messages, of these between nodes, and by collectives of the
+    MPI library. For many ranks: a row per node, with sums."""
+    numbers = [str(name) for name in frame.columns if name not in ("rank", "node")]
+    if not len(frame) or not frame[numbers].to_numpy().any():
+        return None
+    numbers = [name for name in numbers if frame[name].any()]
+    by_node = len(frame) > MOST_CELLS
+    if by_node:
+        frame = frame.groupby("node", as_index=False)[numbers].sum()
+    heads = ["node"] if by_node else ["rank", "node"]
+    rows = [
+        [*(str(row[name]) for name in heads), *(f"{row[name] / 1e6:.4g}" for name in numbers)]
+        for row in frame.to_dict("records")
+    ]
+    note = ""
+    if "collective" in numbers:
+        note = (
+            "collective: the buffers that ranks give to the MPI library's all-reduces and all-gathers; what they "
+            "receive of them is at least that much, as in a ring."
+        )
+    return PageTable([*heads, *(f"{VOLUMES[name]}, MB" for name in numbers)], rows, note=note)
+
+
+VOLUMES = {
+    "sent": "sent",
+    "received": "received",
+    "sent_between": "sent to other nodes",
+    "received_between": "received from other nodes",
+    "collective": "collective",
+    "collective_received": "received of it",
+}
+
+
 # -- results -------------------------------------------------------------------------------------------------------
 def metrics(run: Run) -> PageTable | None:
     """The last evaluations of each split in metrics.csv."""
