@@ -47,7 +47,7 @@ BASE = "all_reduce"
 
 def rows(*given: tuple[str, ...]) -> dict[str, Variant]:
     """By name. Each: the name, the strategy, and its keys without "strategy."; those of other tables in full."""
-    tables = ("optimizer.", "train.", "data.")
+    tables = ("optimizer", "train.", "data.")
     found = {}
     for name, strategy, *keys in given:
         full = [key if key.startswith(tables) else f"strategy.{key}" for key in keys]
@@ -58,6 +58,8 @@ def rows(*given: tuple[str, ...]) -> dict[str, Variant]:
 # A row is one line.
 EF = ("optimizer.momentum=0.0", "optimizer.lr=0.3")  # error feedback: what is left out comes later, as momentum does
 SPARSE = ("outer_momentum=0.0", "outer_lr=1.0")
+SIGNS = "optimizer={name='SignSGD', lr=0.001, schedule={name='cosine', warmup={fraction=0.05}}}"
+NO_MOMENTUM = ("optimizer.momentum=0.0",)  # of the optimizer, because the codec has one
 FEW_ROUNDS = ("outer_momentum=0.5", "optimizer.lr=0.03")
 ROWS = rows(
     (BASE, "all_reduce"),
@@ -69,13 +71,17 @@ ROWS = rows(
     ("sign, majority", "all_reduce", "codec={name='sign', majority=true}", *EF),
     ("topk 1 %", "all_reduce", "codec=topk", *EF),
     ("topk 1 %, 2 bits", "all_reduce", "codec={name='topk', bits=2}", *EF),
+    ("topk 1 %, DGC", "all_reduce", "codec={name='topk', momentum=0.9, warmup={samples=12000}}", *NO_MOMENTUM),
+    ("topk 1 %, EF21-SGDM", "all_reduce", "codec={name='topk', feedback='ef21'}", *EF),
     ("demo 32 of 4096", "all_reduce", "codec=demo", *EF),
+    ("DeMo", "all_reduce", "codec={name='demo', decay=0.999}", SIGNS),
     ("powersgd rank 2", "all_reduce", "codec=powersgd"),
     ("powersgd rank 4", "all_reduce", "codec={name='powersgd', rank=4}"),
     ("acp rank 2", "all_reduce", "codec=acp"),
     ("server, sync", "parameter_server", "mode=sync"),
     ("server, sync, int8", "parameter_server", "mode=sync", "codec=int8"),
     ("server, sync, topk 1 %", "parameter_server", "mode=sync", "codec=topk", *EF),
+    ("server, sync, topk, pulls int8", "parameter_server", "mode=sync", "codec=topk", "pull=int8", *EF),
     ("server, async", "parameter_server", "mode=async"),
     ("server, async, int8", "parameter_server", "mode=async", "codec=int8"),
     ("server, async, topk 1 %", "parameter_server", "mode=async", "codec=topk", *EF),
@@ -86,7 +92,8 @@ ROWS = rows(
     ("local_sgd H=8, int8", "local_sgd", "every=8", "codec=int8"),
     ("diloco H=50", "diloco", "every=50", *FEW_ROUNDS),
     ("diloco H=50, int4", "diloco", "every=50", *FEW_ROUNDS, "codec=int4"),
-    ("sparseloco H=30", "diloco", "every=30", *SPARSE, "optimizer.lr=0.02", "codec={name='topk', keep=0.1, bits=2}"),
+    ("streaming diloco H=48", "streaming_diloco", "every=48", *FEW_ROUNDS),
+    ("sparseloco H=30", "diloco", "every=30", *SPARSE, "optimizer.lr=0.03", "codec={name='topk', keep=0.1, bits=2}"),
 )  # fmt: skip
 IMPORTANT = (BASE, "int8", "sign", "topk 1 %", "powersgd rank 2", "server, async", "local_sgd H=8", "diloco H=50")
 CHAR = rows(
@@ -97,6 +104,7 @@ CHAR = rows(
     ("local_sgd H=8", "local_sgd", "every=8"),
     ("diloco H=50", "diloco", "every=50", "outer_momentum=0.5"),
     ("diloco H=50, int4", "diloco", "every=50", "outer_momentum=0.5", "codec=int4"),
+    ("diloco H=50, MuonAdamW", "diloco", "every=50", "outer_momentum=0.5", "optimizer.name=MuonAdamW"),
     ("sparseloco H=30", "diloco", "every=30", *SPARSE, "codec={name='topk', keep=0.1, bits=2}"),
 )  # fmt: skip
 FILE, CHARS = ROOT / "jobs" / "study_mnist.toml", ROOT / "jobs" / "study_char.toml"
@@ -110,11 +118,14 @@ SETTINGS = (
 )
 SLOW = rows(
     (BASE, "all_reduce"),
+    ("all_reduce, balance", "all_reduce", "balance=throughput"),
     ("server, sync, 1 backup worker", "parameter_server", "mode=sync", "colocated=true", "backup_workers=1"),
     ("server, bounded", "parameter_server", "mode=bounded", "colocated=true"),
     ("server, async", "parameter_server", "mode=async", "colocated=true"),
     ("local_sgd H=8", "local_sgd", "every=8"),
+    ("local_sgd H=8, balance", "local_sgd", "every=8", "balance=throughput"),
     ("diloco H=50", "diloco", "every=50", *FEW_ROUNDS),
+    ("diloco H=50, balance", "diloco", "every=50", "balance=throughput", *FEW_ROUNDS),
 )  # fmt: skip
 SLOW_CLUSTER, SLOW_KEYS = ROOT / "clusters" / "slow4.toml", ("data.limit=12800", "train.epochs=1", "seed=0")
 TARGETS = (

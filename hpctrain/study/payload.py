@@ -15,6 +15,7 @@ from hpctrain.job import Job
 from hpctrain.replica.layout import Layout
 from hpctrain.replica.replica import Replica
 
+AFTER = 2**62  # samples: any warm-up is over
 TURNS = 2  # ACP-SGD sends its factors in turn
 
 
@@ -43,8 +44,10 @@ def steps_per_round(job: Job) -> int:
 
 
 def message_bytes(name: Any, layout: Layout) -> float:
-    """Bytes of one message, or of all messages of a sum, with all parameters of the layout in one stretch."""
+    """Bytes of one message, or of all messages of a sum, after any warm-up, with all parameters of the layout in one
+    stretch."""
     codec, values = codec_by(name), torch.zeros(layout.length, dtype=torch.float32)
+    codec.position = AFTER
     if isinstance(codec, WireCodec):
         return codec.nbytes(values)
     if not isinstance(codec, JointCodec):
