@@ -57,7 +57,7 @@ def rows(*given: tuple[str, ...]) -> dict[str, Variant]:
 
 # A row is one line.
 EF = ("optimizer.momentum=0.0", "optimizer.lr=0.3")  # error feedback: what is left out comes later, as momentum does
-SPARSE = ("outer_momentum=0.0", "outer_lr=1.0")
+SPARSE = ("outer_momentum=0.0", "outer_lr=1.0", "codec={name='topk', keep=0.1, bits=2, decay=0.95}")
 SIGNS = "optimizer={name='SignSGD', lr=0.001, schedule={name='cosine', warmup={fraction=0.05}}}"
 NO_MOMENTUM = ("optimizer.momentum=0.0",)  # of the optimizer, because the codec has one
 FEW_ROUNDS = ("outer_momentum=0.5", "optimizer.lr=0.03")
@@ -93,7 +93,7 @@ ROWS = rows(
     ("diloco H=50", "diloco", "every=50", *FEW_ROUNDS),
     ("diloco H=50, int4", "diloco", "every=50", *FEW_ROUNDS, "codec=int4"),
     ("streaming diloco H=48", "streaming_diloco", "every=48", *FEW_ROUNDS),
-    ("sparseloco H=30", "diloco", "every=30", *SPARSE, "optimizer.lr=0.03", "codec={name='topk', keep=0.1, bits=2}"),
+    ("sparseloco H=30", "diloco", "every=30", "optimizer.lr=0.03", *SPARSE),
 )  # fmt: skip
 IMPORTANT = (BASE, "int8", "sign", "topk 1 %", "powersgd rank 2", "server, async", "local_sgd H=8", "diloco H=50")
 CHAR = rows(
@@ -105,7 +105,7 @@ CHAR = rows(
     ("diloco H=50", "diloco", "every=50", "outer_momentum=0.5"),
     ("diloco H=50, int4", "diloco", "every=50", "outer_momentum=0.5", "codec=int4"),
     ("diloco H=50, MuonAdamW", "diloco", "every=50", "outer_momentum=0.5", "optimizer.name=MuonAdamW"),
-    ("sparseloco H=30", "diloco", "every=30", *SPARSE, "codec={name='topk', keep=0.1, bits=2}"),
+    ("sparseloco H=30", "diloco", "every=30", *SPARSE),
 )  # fmt: skip
 FILE, CHARS = ROOT / "jobs" / "study_mnist.toml", ROOT / "jobs" / "study_char.toml"
 MNIST = Setting("mnist8", "LeNet-5 on MNIST, 8 workers", FILE, 8, ROWS, BASE)
