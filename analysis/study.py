@@ -152,7 +152,7 @@ SHAPES = {
     "transformer": Job.load(CHARS),
     "ResNet-18": Job.load(FILE, ["model=resnet18"]),
 }
-STUDY = Study(SETTINGS, TARGETS, Kept(KEPT), MNIST.name, SHAPES)
+STUDY = Study(SETTINGS, TARGETS, Kept(KEPT), MNIST, SLOW, SHAPES)
 QUICK = ("data.limit=2048", "train.epochs=1")
 PROSE = Prose(**tomllib.loads((ROOT / "analysis" / "study.toml").read_text()))
 
@@ -167,18 +167,17 @@ def measure_host(study: Study, ranks: Communicator | None) -> None:
     setting = replace(MNIST, workers=host.WORKERS)
     found = host.milliseconds(ranks, [Case(setting, row, 0) for row in setting.rows.values()])
     if ranks.rank == 0:
-        before = study.measured("host")
+        before = study.measured("host", setting.rows)
         runs = {row: [*before.get(row, {}).get("runs", []), ms] for row, ms in found.items()}
-        study.kept.note("host", {row: {"ms": median(each), "runs": each} for row, each in runs.items()})
+        study.note("host", {row: {"ms": median(each), "runs": each} for row, each in runs.items()}, setting.rows)
 
 
 def measure_slow(study: Study) -> None:
     """All rows that have not been measured."""
-    found = study.measured("slow")
     for name, row in SLOW.items():
-        if name not in found:
+        if name not in (found := study.measured("slow", SLOW)):
             found[name] = train_in_laboratory(SLOW_CLUSTER, MNIST.file, SLOW_KEYS, row)
-            study.kept.note("slow", {name: found[name] for name in SLOW if name in found})
+            study.note("slow", found, SLOW)
 
 
 def quick(folder: Path) -> Study:
@@ -220,16 +219,17 @@ def main() -> int:
             done = run(study, options.only, options.minutes, 1, "0/1")
             write(study, PROSE, Path(folder) / "study.md")
         return int(not done)
+    done = True
     if options.host:
         measure_host(STUDY, connect() if options.ranks else None)
     elif options.slow:
         measure_slow(STUDY)
-    elif not options.write and not run(STUDY, options.only, options.minutes, options.processes, options.part or "0/1"):
-        return 1
+    elif not options.write:
+        done = run(STUDY, options.only, options.minutes, options.processes, options.part or "0/1")
     if not options.ranks and not options.part:
         write(STUDY, PROSE, DOCUMENT)
         print(f"wrote {DOCUMENT}")
-    return 0
+    return int(not done)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 from hpctrain.job import Job
 from hpctrain.study import pictures, text
-from hpctrain.study.case import Case, Setting
+from hpctrain.study.case import Case, Setting, Variant
 from hpctrain.study.kept import Kept
 from hpctrain.study.payload import ratios
 from hpctrain.study.table import Line, Wanted, lines
@@ -21,12 +21,14 @@ Figures = Mapping[str, Any]
 @dataclass(frozen=True)
 class Study:
     """Settings, the targets of their rows (by the name of the setting), and where results are kept. `host`: the setting
-    whose rows have been timed on one host. `shapes`: models, by name, whose payloads are computed: a job each."""
+    whose rows are timed on one host. `slow`: the rows of the table of a slow worker. `shapes`: models, by name, whose
+    payloads are computed: a job each."""
 
     settings: Sequence[Setting]
     targets: Sequence[tuple[str, Wanted]]
     kept: Kept
-    host: str
+    host: Setting
+    slow: Mapping[str, Variant]
     shapes: Mapping[str, Job]
 
     def cases(self, setting: Setting) -> list[Case]:
@@ -37,11 +39,16 @@ class Study:
         """What has run of it."""
         return lines(self.kept.frame(self.cases(setting)), list(setting.rows), setting.base)
 
-    def measured(self, name: str) -> dict[str, Figures]:
-        """Measurements with real ranks, by row; empty without any. `name`: "host" or "slow"."""
+    def measured(self, name: str, rows: Mapping[str, Variant]) -> dict[str, Figures]:
+        """Measurements with real ranks, by row, in the order of `rows`; without those of other keys. `name`: "host" or
+        "slow"."""
         path = self.kept.folder / f"{name}.json"
         found: dict[str, Figures] = json.loads(path.read_text()) if path.exists() else {}
-        return found
+        return {row: found[row] for row, of in rows.items() if found.get(row, {}).get("keys") == list(of.keys)}
+
+    def note(self, name: str, found: Mapping[str, Figures], rows: Mapping[str, Variant]) -> None:
+        """Keep such measurements."""
+        self.kept.note(name, {row: {"keys": rows[row].keys, **figures} for row, figures in found.items()})
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def page(study: Study, prose: Prose, folder: Path) -> Iterator[str]:
             yield from (f"## {setting.title}", "", *_setting(study, setting, found[setting.name], folder), "")
     yield from ("## Payloads of other models", "", prose.shapes)
     yield from (*text.payload_table({name: ratios(job) for name, job in study.shapes.items()}), "")
-    if slow := study.measured("slow"):
+    if slow := study.measured("slow", study.slow):
         yield from ("## One of four workers three times slower", "", prose.slow, *text.slow_table(slow), "")
     yield from ("## How the rates were chosen", "", prose.rates)
 
@@ -93,8 +100,8 @@ def _setting(study: Study, setting: Setting, found: Sequence[Line], folder: Path
     yield from text.main_table(found, setting)
     yield from ("", _picture(study, f"{setting.name}.png", "payload and " + setting.metric, folder))
     pictures.draw_rows(found, setting.base, setting.metric, study.kept.folder / f"{setting.name}.png")
-    if setting.name == study.host:
-        here = {row: figures["ms"] for row, figures in study.measured("host").items()}
+    if setting == study.host:
+        here = {row: figures["ms"] for row, figures in study.measured("host", setting.rows).items()}
         yield from ("", "### Milliseconds per step", "", *text.time_table(found, here))
         if here:
             yield from ("", _picture(study, "steps.png", "milliseconds per step", folder))

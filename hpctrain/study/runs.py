@@ -14,7 +14,7 @@ from hpctrain.study.virtual import train_virtually
 
 
 def chosen(cases: Iterable[Case], pattern: str) -> list[Case]:
-    """Those whose name (SETTING/ROW.SEED) matches a shell pattern, or begins with it, or has it in it."""
+    """Those in whose name (SETTING/ROW.SEED) there is a match of a shell pattern."""
     return [case for case in cases if fnmatch.fnmatch(case.name, f"*{pattern}*")]
 
 
@@ -23,10 +23,10 @@ def run_missing(
 ) -> bool:
     """Run the cases that have no result, one after another; begin none after so many seconds.
 
-    `part`: (index, count) of the processes that share them. A run that fails with an HpctrainError is said and left
-    out. Returns whether nothing is left to do and nothing failed.
+    `part`: (index, count) of the processes that share them, all of which are given the same cases. A run that fails
+    with an HpctrainError is said and left out. Returns whether nothing is left to do and nothing failed.
     """
-    todo = [case for case in cases if kept.find(case) is None][part[0] :: part[1]]
+    todo = [case for case in list(cases)[part[0] :: part[1]] if kept.find(case) is None]
     began, complete = time.monotonic(), True
     for number, case in enumerate(todo):
         if time.monotonic() - began >= seconds:

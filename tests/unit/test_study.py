@@ -262,13 +262,15 @@ def test_targets(measure: Any, bound: float, met: bool) -> None:
 # -- the page ----------------------------------------------------------------------------------------------------
 def test_page_shows_what_has_run(setting: Setting, tmp_path: Path) -> None:
     wanted = [("digits3", Wanted("topk 1 %", "payload", 50)), ("digits3", Wanted("H=4", "points", 1))]
-    study = Study([setting], wanted, Kept(tmp_path / "study"), "digits3", {"net": Case(setting, BASE, 0).job()})
+    study = Study([setting], wanted, Kept(tmp_path / "study"), setting, ROWS, {"net": Case(setting, BASE, 0).job()})
     figures = {"metric": 0.9, "loss": 0.5, "payload": 100.0, "received": 170.0, "busiest": 125_000.0}
     for seed in range(2):
         study.kept.keep(Case(setting, BASE, seed), figures)
         sparse = {**figures, "payload": 1.5, "metric": 0.88 + 0.01 * seed}
         study.kept.keep(Case(setting, ROWS["topk 1 %"], seed), sparse)
-    study.kept.note("host", {"all_reduce": {"ms": 2.0, "runs": [2.0]}})
+    study.note("host", {"all_reduce": {"ms": 2.0, "runs": [2.0]}}, ROWS)
+    slow = {"seconds": 2.0, "samples": 3000.0, "metric": 0.5}
+    study.note("slow", {"server": slow, "all_reduce": {**slow, "seconds": 4.0}}, ROWS)
     write(study, Prose(*("# head", "advice", "reading", "shapes", "slow", "rates")), tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert "job.toml: 4 of 8 runs." in page
@@ -278,9 +280,19 @@ def test_page_shows_what_has_run(setting: Setting, tmp_path: Path) -> None:
     assert "| an MLP on the digits | topk 1 % | payload 50 times less | 66.7 times less | **yes** |" in page
     assert "| an MLP on the digits | H=4 | metric at most 1 points below | not run | – |" in page
     assert "| bfloat16 | 2 |" in page
+    assert "| server | 2.0 | 0.50 | 1,500 | 0.5000 |" in page
     for picture in ("digits3.png", "steps.png"):
         assert f"](study/{picture})" in page
         assert (tmp_path / "study" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_measurements_of_other_keys_are_not_shown(setting: Setting, tmp_path: Path) -> None:
+    study = Study([setting], [], Kept(tmp_path / "study"), setting, ROWS, {})
+    study.note("slow", {"server": {"seconds": 2.0}, "all_reduce": {"seconds": 1.0}}, ROWS)
+    assert list(study.measured("slow", ROWS)) == ["all_reduce", "server"]
+    other = {**ROWS, "server": Variant("server", ("strategy=parameter_server",))}
+    assert list(study.measured("slow", other)) == ["all_reduce"]
+    assert study.measured("host", ROWS) == {}
 
 
 def test_rows_of_the_study_can_run_and_its_targets_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
