@@ -29,6 +29,7 @@ SECONDS, FEWEST = 100.0, 3  # for all blocks, and blocks even if they take longe
 NOTHING, TUNED = "no exchange", "DDP tuned"
 DEFAULT, MESSAGE, SERVERS = "all_reduce", "all_reduce, message", "parameter_server, sync"
 BFLOAT16, TOPK = "all_reduce, bfloat16", "all_reduce, topk 1 %"
+LOCAL, LOCAL_TOPK = "local_sgd, every 4", "local_sgd, every 4, topk 1 %"
 ALONE = "no computation, {}"
 
 
@@ -58,6 +59,8 @@ BETWEEN_NODES = MeasuredWays(
         MESSAGE: ("all_reduce", {"exchange": "message"}),
         BFLOAT16: ("all_reduce", {"codec": "bfloat16"}),
         TOPK: ("all_reduce", {"codec": {"name": "topk", "keep": 0.01}}),
+        LOCAL: ("local_sgd", {"every": 4}),
+        LOCAL_TOPK: ("local_sgd", {"every": 4, "codec": {"name": "topk", "keep": 0.01}}),
     },
     rivals=(),
     against_tuned={(DEFAULT, MLP): 0.95, (BFLOAT16, MLP): 0.58, (TOPK, MLP): 0.25},
@@ -131,6 +134,8 @@ def _blocks(
     bench = StepBench(comm, load)
     blocks: dict[str, Callable[[], Cost]] = {NOTHING: lambda: bench.block(None)}
     for name, way in measured.ways.items():
+        if load.steps % way[1].get("every", 1):
+            continue  # a block would have no whole rounds
         blocks[name] = partial(bench.block, _tuned(comm, way))
         if name in measured.alone:
             blocks[ALONE.format(name)] = partial(bench.block, _tuned(comm, way), computes=False)
@@ -161,13 +166,13 @@ def compare(table: FigureTable, label: str, measured: MeasuredWays) -> list[Comp
         ratio(f"{name} / {base}", WALL, samples[name], samples[base], _target(wanted, name, label))
         for base, wanted in ((TUNED, measured.against_tuned), (DEFAULT, measured.against_default))
         for name in measured.ways
-        if base in samples and (base == TUNED or (name, label) in wanted)
+        if {base, name} <= samples.keys() and (base == TUNED or (name, label) in wanted)
     ]
     return found + [
         exposed(f"exposed communication, {name} / {TUNED}", WALL, samples[name], samples[TUNED], samples[NOTHING],
                 _target(measured.exposed, name, label))
         for name in measured.ways
-        if measured.exposed and TUNED in samples
+        if measured.exposed and {TUNED, name} <= samples.keys()
     ]  # fmt: skip
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from hpctrain.codecs.bits import pack_signs
 from hpctrain.codecs.wire import WireCodec, typed, wide_dtype
 from hpctrain.replica.blocks import row_blocks
-from hpctrain.replica.tensors import as_array, as_tensor
 
 SIGNS = 4096  # elements per scale, a multiple of 8
 
@@ -38,7 +37,7 @@ class Sign(WireCodec):
             given = values[elements].to(wide).view(rows.stop - rows.start, -1)
             scale = given.abs().mul_(1 / given.shape[1]).sum(1, keepdim=True)  # divided first: a sum may overflow
             scales[rows].copy_(scale.view(-1))
-            bits[_bytes(elements)].copy_(as_tensor(np.packbits(np.signbit(as_array(given.view(-1))))))
+            bits[_bytes(elements)].copy_(pack_signs(given.view(-1)))
             if rest is not None:
                 left = given - torch.copysign(scale, given)
                 if not scale.isfinite().all():

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from hpctrain.codecs.bits import pack_bits, unpack_bits
 from hpctrain.codecs.wire import WireCodec, wide_dtype
-from hpctrain.replica.tensors import as_array, as_tensor
 
 LONGEST = 2**15  # elements of a chunk: a place fits into 16 bits
 GROUP = 8  # elements whose maximum is looked at first
@@ -58,13 +57,12 @@ class TwoBitValues(ValueForm):
         high = magnitudes > (magnitudes * (1 / values.shape[1])).sum(1, keepdim=True)
         levels = torch.cat([_mean(magnitudes, ~high), _mean(magnitudes, high)], 1)
         bits = torch.cat([torch.signbit(values), high], 1)
-        packed = as_tensor(np.packbits(as_array(bits.view(torch.uint8)), axis=1))
-        return torch.cat([levels.view(torch.uint8), packed], 1)
+        return torch.cat([levels.view(torch.uint8), pack_bits(bits)], 1)
 
     def read(self, written: Tensor, count: int, dtype: torch.dtype) -> Tensor:
         end = 2 * dtype.itemsize
         low, high = _cast(written[:, :end], dtype).split(1, 1)
-        bits = as_tensor(np.unpackbits(as_array(written[:, end:].contiguous()), axis=1)).bool()
+        bits = unpack_bits(written[:, end:])
         magnitudes = torch.where(bits[:, count : 2 * count], high, low)
         return torch.where(bits[:, :count], -magnitudes, magnitudes)
 

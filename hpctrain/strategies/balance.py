@@ -29,8 +29,9 @@ STEPS_TEXT = (
     "measured speeds, so that all take equally long, and the fastest `every` (dynamic local updates)"
 )
 
-FEWEST, MOST = 5, 40  # steps measured before a decision: the former at first and after a change, then up to the latter
+FEWEST, MOST = 5, 40  # steps measured before a decision: the former at first, then twice as many each time
 WORTHWHILE = 1.05  # how many times as fast a round must become for shares to change
+LARGE = 1.25  # after such a gain decide early again: with other shares, costs that do not depend on samples show
 GROWTH = 2  # a batch has at most this many times the samples of an equal share: memory is limited
 PART = 16  # and at least that part of it, so that a worker that has been slow is still measured
 PAIR = 2  # samples, because batch norm cannot train on one
@@ -91,10 +92,9 @@ class Balance(ABC):
         after = self._proposed([1 / each for each in pace], length)
         times = [each * load for each, load in zip(pace, before, strict=True)]
         gain = _throughput(pace, after) / _throughput(pace, before)
+        self._window = FEWEST if gain > LARGE else min(2 * self._window, MOST)
         if gain <= WORTHWHILE:
-            self._window = min(2 * self._window, MOST)
             return None
-        self._window = FEWEST
         self._adopt(after, length)
         slowest = self.ranks[times.index(max(times))]
         excess = max(times) * len(times) / sum(times)

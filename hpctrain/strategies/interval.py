@@ -103,15 +103,16 @@ class RoundCost:
 
 
 class Interval:
-    """A fixed number of steps. `start` must be called once the phase is known, before `steps` counts."""
+    """A fixed number of steps. `start` must be called once the phase is known, before `steps` counts. `usual`: it is
+    the strategy's default, which may be longer than a short run."""
 
-    def __init__(self, steps: int = 1) -> None:
-        self.steps = steps
+    def __init__(self, steps: int = 1, usual: bool = False) -> None:
+        self.steps, self._usual = steps, usual
 
     def start(self, phase: Phase) -> None:
         """Refuse an interval that does not fit the run (JobError)."""
         steps = _steps_of_run(phase)
-        if steps is not None and self.steps > max(1, steps):
+        if steps is not None and self.steps > max(1, steps) and not self._usual:
             raise _refused(
                 f"strategy.every = {self.steps}, but the run has only {steps} steps, so that the workers would agree "
                 "only at its end; lower it, or train longer"
@@ -218,10 +219,12 @@ def _refused(text: str) -> JobError:
     return error
 
 
-def interval_by(every: int | Literal["auto"] | EveryTable) -> Interval:
-    """A new interval, as the option says."""
+def interval_of(options: Any) -> Interval:
+    """A new interval, as the option `every` says; of one step if a strategy has no such option."""
+    every: int | Literal["auto"] | EveryTable = getattr(options, "every", 1)
     if isinstance(every, int):
-        return Interval(every)
+        fields = getattr(type(options), "model_fields", {})
+        return Interval(every, usual="every" in fields and every == fields["every"].default)
     if every == "auto":
         return OverheadInterval()
     if every.epochs is not None:

@@ -33,7 +33,7 @@ from hpctrain.strategies.base import Outcome, Strategy
 from hpctrain.strategies.clipping import clip_factor
 from hpctrain.strategies.contribution import Contribution, RoundTotals, nan_error
 from hpctrain.strategies.handover import dealt, fill, mean_moments
-from hpctrain.strategies.interval import RoundCost, interval_by
+from hpctrain.strategies.interval import RoundCost, interval_of
 from hpctrain.strategies.phase import Phase
 from hpctrain.strategies.tuning import USUAL
 from hpctrain.strategies.units import Round, Step
@@ -76,7 +76,7 @@ class RoundStrategy(Strategy):
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
-        self._interval = interval_by(getattr(options, "every", 1))
+        self._interval = interval_of(options)
         if self.local is not None:
             where: Placement = "node" if self._choice == "node" else "rank"
             self.needs = replace(self.needs, parameters=where, lockstep=False)

@@ -295,7 +295,7 @@ def test_resumes_with_the_same_shares(tmp_path: Path, name: str, kept: int):
     """In virtual time, where a resumed run measures the same: bit for bit, before a decision, between a decision and
     its effect, and after it."""
     strategy, size = {**LOCKSTEP, **LOCAL}[name]
-    keys = {"steps": 40, "checkpoint_every": {"steps": 6}, "keep_checkpoints": 99}
+    keys = {"steps": 40, "checkpoint_every": {"steps": 5}, "keep_checkpoints": 99}
     job = slowed_job(tmp_path, {**strategy, **THROUGHPUT}, train=keys, optimizer=RECIPES["momentum"][0])
     seen: dict[int, list[tuple[int, int]]] = {rank: [] for rank in range(2 * size)}
     whole = World(size).run(lambda comm: timed(comm, job, seen=seen[comm.rank]))[0][0]

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpctrain.codecs.bits import pack_bits, pack_signs, packed, unpack_bits, unpacked
 from hpctrain.codecs.demo import LargestFrequencies
 from hpctrain.codecs.half import BFloat16, Float16
 from hpctrain.codecs.quantise import Int4, Int8, Quantised
@@ -322,6 +323,20 @@ def test_signs_have_the_mean_magnitude_of_their_block(block: int, length: int):
         here = slice(low, low + block)
         expected = torch.copysign(values[here].double().abs().mean(), values[here].double())
         torch.testing.assert_close(found[here].double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (8,), (13,), (3, 21), (0, 5)])
+def test_bits_are_the_same_on_every_device(shape: tuple[int, ...]):
+    """NumPy's, on the CPU, and torch's."""
+    flags = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    written = pack_bits(flags)
+    assert written.shape == (*shape[:-1], -(-shape[-1] // 8))
+    assert torch.equal(packed(flags), written)
+    assert torch.equal(pack_signs(torch.where(flags, -0.0, 0.0)), written)
+    found = unpack_bits(written)
+    assert torch.equal(unpacked(written), found)
+    assert torch.equal(found[..., : shape[-1]], flags)
+    assert not found[..., shape[-1] :].any()
 
 
 def _vote(size: int, rounds: int = 1, length: int = 1000, block: int = 200) -> tuple[torch.Tensor, list[np.ndarray]]:

@@ -602,24 +602,25 @@ def test_header_survives_the_wire(slots: int, kind: HeaderKind, numbers: tuple[i
 @settings(deadline=None)
 @given(
     data=st.data(), text=st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=100),
-    slices=st.lists(st.tuples(NUMBERS, NUMBERS), max_size=STRETCHES),
+    slices=st.lists(st.tuples(NUMBERS, NUMBERS), max_size=STRETCHES), balanced=st.booleans(),
 )  # fmt: skip
-def test_reply_survives_the_wire(data: st.DataObject, text: str, slices: list[Stretch]):
-    record = ReplyRecord(STRETCHES)
+def test_reply_survives_the_wire(data: st.DataObject, text: str, slices: list[Stretch], balanced: bool):
+    shares = data.draw(st.tuples(*[st.tuples(*[NUMBERS] * WORKERS)] * 2)) if balanced else ()
+    record, other = (ReplyRecord(STRETCHES, WORKERS if balanced else 0) for _ in range(2))
     record.write(
         Reply(
             8, 7, 6, Ask.STOP, "applied", 0.5, 4, 3, 2, ((1, 2),) * STRETCHES, "an earlier one",
-            NotFinite(1, 2.0, 3, 4), True,
+            NotFinite(1, 2.0, 3, 4), True, ((1,) * WORKERS,) * 2 if balanced else (),
         )
     )
     reply = Reply(
         data.draw(st.integers(0, WORKERS)), data.draw(NUMBERS), data.draw(NUMBERS), data.draw(ASKS),
         data.draw(st.sampled_from(RESULTS)), data.draw(st.floats()), data.draw(NUMBERS), data.draw(NUMBERS),
         data.draw(NUMBERS), tuple(slices), text, data.draw(st.none() | NANS),
-        data.draw(st.booleans()),
+        data.draw(st.booleans()), shares,
     )  # fmt: skip
     record.write(reply)
-    assert repr(sent(record, ReplyRecord(STRETCHES))) == repr(reply)
+    assert repr(sent(record, other)) == repr(reply)
 
 
 @settings(deadline=None)

@@ -471,7 +471,7 @@ def test_overlap_refuses_unforeseen_reuse(tmp_path: Path):
 def test_rows_return_what_was_put_into_them():
     used = np.arange(70) % 3 > 0
     for part in (
-        Contribution(5, 2.5, 0.25, Ask.INTERRUPT | Ask.CHECKPOINT, 7, used),
+        Contribution(5, 2.5, 0.25, Ask.INTERRUPT | Ask.CHECKPOINT, 7, used, 0.125),
         Contribution(0, 0.0, float("inf"), Ask.NOTHING, 0, None),
     ):
         assert repr(Contribution.decode(part.encode(70), 70)) == repr(part)
