@@ -63,6 +63,7 @@ NO_MOMENTUM = ("optimizer.momentum=0.0",)  # of the optimizer, because the codec
 FEW_ROUNDS = ("outer_momentum=0.5", "optimizer.lr=0.03")
 ROWS = rows(
     (BASE, "all_reduce"),
+    ("all_reduce, rate 0.3", "all_reduce", *EF),
     ("bfloat16", "all_reduce", "codec=bfloat16"),
     ("float16", "all_reduce", "codec=float16"),
     ("int8", "all_reduce", "codec=int8"),
