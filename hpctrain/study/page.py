@@ -101,9 +101,12 @@ def _setting(study: Study, setting: Setting, found: Sequence[Line], folder: Path
     yield from ("", _picture(study, f"{setting.name}.png", "payload and " + setting.metric, folder))
     pictures.draw_rows(found, setting.base, setting.metric, study.kept.folder / f"{setting.name}.png")
     if setting == study.host:
-        here = {row: figures["ms"] for row, figures in study.measured("host", setting.rows).items()}
+        measured = study.measured("host", setting.rows)
+        here = {row: figures["ms"] for row, figures in measured.items()}
         yield from ("", "### Milliseconds per step", "", *text.time_table(found, here))
         if here:
+            times = min(len(figures["runs"]) for figures in measured.values())
+            yield from ("", f"Measured {times} time{'s' * (times > 1)}; medians.")
             yield from ("", _picture(study, "steps.png", "milliseconds per step", folder))
             pictures.draw_times(found, here, study.kept.folder / "steps.png")
 
