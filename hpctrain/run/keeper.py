@@ -17,7 +17,7 @@ from hpctrain.filenames import CHECKPOINTS
 from hpctrain.models.wrappers import named_parameters, plain_name, plain_state
 from hpctrain.replica.blocks import is_finite
 from hpctrain.replica.layout import Layout
-from hpctrain.replica.state import Own, Section, State, recv_state, send_state
+from hpctrain.replica.state import OPTIMIZER, Own, Section, State, recv_state, send_state
 from hpctrain.replica.tensors import as_array
 from hpctrain.run import folder as runfolder
 from hpctrain.run.agreement import agreed
@@ -149,7 +149,9 @@ class Keeper:
         self.prepared.untrained.share(comm)
         kept = [checkpoint.numbers, checkpoint.files] if checkpoint is not None else None
         numbers, files = comm.broadcast_json(kept)
-        own_state = agreed(comm, lambda: self._load_own(head, numbers, files and optimizer == "keep"))
+        if optimizer == "reset":
+            files, numbers = False, [{k: v for k, v in own.items() if k != OPTIMIZER} for own in numbers]
+        own_state = agreed(comm, lambda: self._load_own(head, numbers, files))
         if checkpoint is None:
             if comm.rank in head["workers"]:
                 self._adopt_own(unpacked(recv_state(comm, 0)))

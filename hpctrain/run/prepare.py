@@ -279,7 +279,8 @@ def _check_codecs(job: Job, replica: Replica, optimizer: OptimizerChoice, epoch:
 
 
 def _check_schedule(prepared: Prepared) -> None:
-    """Refuse rules that could never end their phase, and data that cannot be divided among workers."""
+    """Refuse rules that could never end their phase, strategies that need more steps than the run has, and data that
+    cannot be divided among workers."""
     job, schedule = prepared.job, prepared.job.schedule
     queued = any(prepared.strategy(index).needs.queue for index in range(len(schedule)))
     if job.data.queue == "shared" and not queued:
@@ -295,6 +296,9 @@ def _check_schedule(prepared: Prepared) -> None:
         rule = prepared.rule(index, 0)
         if rule is not None and (why := rule.unfit(_evaluates(prepared, index))) is not None:
             raise JobError(f"{job.key(index, 'until')}: {why}")
+        size = prepared.batch * len(prepared.roles[index].workers)
+        if (why := prepared.strategy(index).unfit(prepared.order.length, size, prepared.total)) is not None:
+            raise JobError(f"{job.key(index, 'strategy')}.{why}")
 
 
 def _evaluates(prepared: Prepared, phase: int) -> bool:

@@ -92,6 +92,11 @@ class Strategy:
     def check(options: Any, roles: Roles) -> None:
         """Refuse options that these roles cannot satisfy (HpctrainError), before anything is allocated."""
 
+    def unfit(self, epoch: int | None, size: int, total: int) -> str | None:
+        """Why an option does not suit a run of `total` samples, with `epoch` per epoch (None: not known yet) and `size`
+        per step of all workers; in words that begin with its key. None: nothing is wrong. Called before the run."""
+        return None
+
     @staticmethod
     def tune(options: Any, comm: Communicator) -> dict[str, Any]:
         """Values for options that are "auto", measured on the ranks of a new run. A resumed run keeps them; none need
@@ -145,7 +150,7 @@ class Strategy:
 
     def load_own(self, own: Own) -> str | None:
         """Continue from the result of `own`, after `join`; an empty one means a fresh start. Returns a sentence about
-        what could not be taken, if anything. Not collective."""
+        what could not be taken, if anything. Collective over the workers."""
         return None
 
     def leave(self) -> State | None:

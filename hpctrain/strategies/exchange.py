@@ -91,7 +91,7 @@ class Exchange(ABC):
     def check(self, gradient: torch.Tensor, at: int = 0) -> bool:
         """Whether `gradient`, elements of [low, high) that begin `at` elements after `low`, is finite and may be
         applied; if not, `publish` raises NanError. Not collective."""
-        if gradient is not self.mean:  # `mean` was checked when it was summed
+        if gradient is not self.mean and not self._bad:  # `mean` was checked when it was summed
             self._note(gradient, is_finite(gradient), at)
         return not self._bad
 

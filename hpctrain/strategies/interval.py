@@ -5,18 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, WrapValidator, model_validator
 
 from hpctrain.clock.samples import RunClock
 from hpctrain.codecs import CODEC_TEXT, CodecChoice
-from hpctrain.errors import JobError
 from hpctrain.options import Options
 from hpctrain.strategies.balance import STEPS_TEXT, BalanceChoice
-
-if TYPE_CHECKING:
-    from hpctrain.strategies.phase import Phase
 
 EXAMPLES = "a number of steps, {epochs = 1} or {overhead = 0.1}"
 EVERY_TEXT = (
@@ -109,14 +105,26 @@ class Interval:
     def __init__(self, steps: int = 1, usual: bool = False) -> None:
         self.steps, self._usual = steps, usual
 
-    def start(self, phase: Phase) -> None:
-        """Refuse an interval that does not fit the run (JobError)."""
-        steps = _steps_of_run(phase)
-        if steps is not None and self.steps > max(1, steps) and not self._usual:
-            raise _refused(
-                f"strategy.every = {self.steps}, but the run has only {steps} steps, so that the workers would agree "
-                "only at its end; lower it, or train longer"
-            )
+    def unfit(self, epoch: int | None, size: int, total: int) -> str | None:
+        """Why the interval does not suit a run, in words that follow the strategy's key; or None. In samples: `epoch`
+        (None: not known yet), `size` (of a step of all workers), `total` (of the run)."""
+        if epoch is None or self._usual:
+            return None
+        every, steps = self._length(epoch, size), RunClock(epoch, size, total).rounds(total)
+        if every <= max(1, steps):
+            return None
+        return (
+            f"every = {every}, but the run has only {steps} steps, so that some parameters, or all, would be exchanged "
+            "only at its end; lower it, or train longer"
+        )
+
+    def start(self, epoch: int | None, size: int) -> None:
+        """Begin a phase; the arguments are those of `unfit`."""
+        if epoch is not None:
+            self.steps = self._length(epoch, size)
+
+    def _length(self, epoch: int, size: int) -> int:
+        return self.steps
 
     @property
     def measures(self) -> bool:
@@ -142,14 +150,16 @@ class EpochInterval(Interval):
         super().__init__(2)  # not known before `start`, but more than one
         self.epochs = epochs
 
-    def start(self, phase: Phase) -> None:
-        if phase.dealing.epoch is None:
-            raise _refused(
-                f"strategy.every = {{epochs = {self.epochs:g}}} needs training data of known length; give the stream a "
-                "__len__, or give strategy.every in steps"
+    def unfit(self, epoch: int | None, size: int, total: int) -> str | None:
+        if epoch is None:
+            return (
+                f"every = {{epochs = {self.epochs:g}}} needs training data of known length; give the stream a __len__, "
+                "or give every in steps"
             )
-        self.steps = max(1, round(self.epochs * -(-phase.dealing.epoch // _step_size(phase))))
-        super().start(phase)
+        return super().unfit(epoch, size, total)
+
+    def _length(self, epoch: int, size: int) -> int:
+        return max(1, round(self.epochs * -(-epoch // size)))
 
 
 class OverheadInterval(Interval):
@@ -166,8 +176,9 @@ class OverheadInterval(Interval):
         self._rounds = 0
         self._computing = self._exchanging = 0.0  # seconds: means per step and per exchange
 
-    def start(self, phase: Phase) -> None:
-        """Nothing to refuse: it adapts."""
+    def unfit(self, epoch: int | None, size: int, total: int) -> str | None:
+        """None: it adapts."""
+        return None
 
     @property
     def measures(self) -> bool:
@@ -198,25 +209,8 @@ class OverheadInterval(Interval):
         return {"steps": self.steps, "rounds": self._rounds, **means}
 
     def load(self, numbers: dict[str, Any]) -> None:
-        self.steps, self._rounds = int(numbers["steps"]), int(numbers["rounds"])
+        self.steps, self._rounds = min(int(numbers["steps"]), self.most), int(numbers["rounds"])
         self._computing, self._exchanging = float(numbers["computing"]), float(numbers["exchanging"])
-
-
-def _step_size(phase: Phase) -> int:
-    """The samples of a step of all workers."""
-    return phase.dealing.batch * len(phase.roles.workers)
-
-
-def _steps_of_run(phase: Phase) -> int | None:
-    """The steps of a run in which all workers take part from its start to its end; None if it is not known."""
-    epoch, total = phase.dealing.epoch, phase.conductor.total
-    return None if epoch is None else RunClock(epoch, _step_size(phase), total).rounds(total)
-
-
-def _refused(text: str) -> JobError:
-    error = JobError(text)
-    error.everywhere = True  # all workers find the same
-    return error
 
 
 def interval_of(options: Any) -> Interval:

@@ -36,6 +36,11 @@ class Island(ABC):
     def __init__(self, phase: Phase, gradient: torch.Tensor) -> None:
         self.phase, self.gradient = phase, gradient
 
+    @property
+    @abstractmethod
+    def members(self) -> list[int]:
+        """Their ranks among the workers, in order."""
+
     @abstractmethod
     def average(self, part: Contribution) -> tuple[Contribution, RoundTotals]:
         """Compute `gradient`. Returns this worker's contribution, with what was found in its gradient, and the island's
@@ -70,6 +75,10 @@ class WorkerIsland(Island):
     def __init__(self, phase: Phase) -> None:
         super().__init__(phase, phase.replica.gradient)
 
+    @property
+    def members(self) -> list[int]:
+        return [self.phase.worker_comm.rank]
+
     def average(self, part: Contribution) -> tuple[Contribution, RoundTotals]:
         replica = self.phase.replica
         mean = part.weight / self.phase.dealing.batch or 1.0
@@ -87,6 +96,10 @@ class NodeIsland(Island):
     def __init__(self, phase: Phase, inside: Exchange) -> None:
         super().__init__(phase, inside.mean)
         self._inside = inside
+
+    @property
+    def members(self) -> list[int]:
+        return list(self.phase.worker_comm.local_ranks)
 
     def average(self, part: Contribution) -> tuple[Contribution, RoundTotals]:
         slots, inside = len(self.phase.replica.layout.slots), self._inside

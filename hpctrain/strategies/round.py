@@ -40,6 +40,11 @@ from hpctrain.strategies.units import Round, Step
 from hpctrain.trace.events import IntervalChanged
 
 INTERVAL = "interval"  # the key of the state of the length of rounds
+PLACE = "place"  # among a worker's own numbers: what its own state belongs to
+MOVED = (
+    "each worker's own optimizer state is lost, and all continue with the mean, because the run resumes on other nodes "
+    "or with another strategy.island or kind of memory"
+)
 PARTS = 32  # into which an update is divided, at most: each costs some Python
 
 __all__ = ["Round", "RoundStrategy", "Step"]
@@ -80,7 +85,7 @@ class RoundStrategy(Strategy):
         if self.local is not None:
             where: Placement = "node" if self._choice == "node" else "rank"
             self.needs = replace(self.needs, parameters=where, lockstep=False)
-        self.deterministic = self.deterministic and not self.balances
+        self.deterministic = self.deterministic and not (self.balances or self._interval.measures)
 
     @property
     def _choice(self) -> IslandChoice:
@@ -182,9 +187,12 @@ class RoundStrategy(Strategy):
         return self.comm.span("update", elements * self.phase.replica.values.element_size(), flops=float(elements))
 
     # -- the phase ---------------------------------------------------------------------------------------------
+    def unfit(self, epoch: int | None, size: int, total: int) -> str | None:
+        return self._interval.unfit(epoch, size, total)
+
     def join(self, phase: Phase, state: State | None = None) -> None:
         self.phase, self.comm, self.version = phase, phase.worker_comm, 0
-        self._interval.start(phase)
+        self._interval.start(phase.dealing.epoch, phase.dealing.batch * len(phase.roles.workers))
         self.exchange = exchange = self.make_exchange()
         if self.local is not None:
             from hpctrain.strategies.island import island_of
@@ -238,13 +246,15 @@ class RoundStrategy(Strategy):
         if self.local is not None:
             view = self.update.view()
             own.arrays |= dict(view.arrays())
-            own.numbers[OPTIMIZER] = view.optimizer.numbers
+            own.numbers |= {OPTIMIZER: view.optimizer.numbers, PLACE: self._place}
         return own
 
     def load_own(self, own: Own) -> str | None:
         lost = self.exchange.load_own(own)
         if self.local is None or OPTIMIZER not in own.numbers:
             return lost
+        if not self._same_place(own):
+            return MOVED if lost is None else f"{lost}; {MOVED}"
         state = State(self.exchange.low, self.exchange.high)
         state.optimizer.numbers = own.numbers[OPTIMIZER]
         for path, array in own.arrays.items():
@@ -252,6 +262,15 @@ class RoundStrategy(Strategy):
                 state.place(path, array)
         self.update.load(state)
         return lost
+
+    @property
+    def _place(self) -> list[Any]:
+        """What this worker's own state belongs to: a stretch of the arena, and the workers of its island."""
+        return [self.exchange.low, self.exchange.high, self._island.members]
+
+    def _same_place(self, own: Own) -> bool:
+        """Whether `own` belongs to the same. Without the number it is of a run in which each worker was alone."""
+        return bool(own.numbers.get(PLACE, [0, self.phase.replica.layout.length, [self.comm.rank]]) == self._place)
 
     def leave(self) -> State | None:
         self.drain()

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 VALUES = "streaming/values"  # among a worker's own arrays: its parameters
 PROGRESS = "streaming"  # the key of plain numbers
+LOST = (
+    "what workers have learned since their latest exchanges is lost, because the run resumes with other fragments, on "
+    "other nodes, with another kind of memory, or without the optimizer's state"
+)
 
 
 class StreamingDiLoCoOptions(OuterOptions):
@@ -86,8 +90,8 @@ class StreamingDiLoCo(RoundStrategy):
 
         low, high, fragments = self.exchange.low, self.exchange.high, self.options.fragments
         elementwise = str(self.options.codec) not in JOINT
-        cuts = slice_bounds(self.phase.replica.layout, fragments, elementwise)
-        here = [min(max(cut, low), high) - low for cut in cuts]  # this rank may own nothing of some fragments
+        self._cuts = slice_bounds(self.phase.replica.layout, fragments, elementwise)
+        here = [min(max(cut, low), high) - low for cut in self._cuts]  # this rank may own nothing of some fragments
         self._fragments = list(zip(here, here[1:], strict=False))
         self.values = self.phase.replica.values[low:high]
         self.outer = OuterOptimizer(self.options, self.values)
@@ -99,13 +103,7 @@ class StreamingDiLoCo(RoundStrategy):
 
     # -- state ------------------------------------------------------------------------------------------------
     def common(self) -> Section:
-        self.outer.section.numbers[PROGRESS] = {"all": self._all, "next": self._next, "pending": self._pending}
         return self.outer.section
-
-    def resume(self, saved: Section) -> None:
-        super().resume(saved)
-        if (progress := saved.numbers.get(PROGRESS)) is not None:
-            self._all, self._next, self._pending = list(progress["all"]), progress["next"], progress["pending"]
 
     def state(self) -> State | None:
         self.exchange.settle()  # what was sent is part of the state, though it is not applied yet
@@ -117,18 +115,23 @@ class StreamingDiLoCo(RoundStrategy):
         self.exchange.settle()
         own = super().own()
         self._kept.copy_(self.values)
-        own.arrays[VALUES], own.numbers[PROGRESS] = as_array(self._kept), self._mine
+        progress = {"mine": self._mine, "all": self._all, "next": self._next, "pending": self._pending}
+        own.arrays[VALUES], own.numbers[PROGRESS] = as_array(self._kept), {**progress, "cuts": self._cuts}
         return own
 
     def load_own(self, own: Own) -> str | None:
         from hpctrain.replica.tensors import as_tensor
 
         own = Own(dict(own.arrays), dict(own.numbers))
-        values, mine = own.arrays.pop(VALUES, None), own.numbers.pop(PROGRESS, None)
-        if values is not None and mine is not None:
-            self.values.copy_(as_tensor(values))
-            self._mine = list(mine)
-        return super().load_own(own)
+        values, progress = own.arrays.pop(VALUES, None), own.numbers.pop(PROGRESS, {})
+        lost = super().load_own(own)
+        fits = values is not None and self._same_place(own) and progress.get("cuts") == self._cuts
+        if not all(self.comm.gather_json(fits)):  # without the others' values, this worker's have no right share
+            return LOST if lost is None else f"{lost}; {LOST}"
+        self.values.copy_(as_tensor(values))
+        self._mine, self._all = list(progress["mine"]), list(progress["all"])
+        self._next, self._pending = progress["next"], progress["pending"]
+        return lost
 
     @contextmanager
     def settled(self) -> Iterator[None]:

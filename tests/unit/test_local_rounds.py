@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.network import LinkNetwork
 from hpctrain.comm.virtual.world import World
+from hpctrain.conformance import Subject
 from hpctrain.data.order import Order, round_bounds
-from hpctrain.errors import JobError, LeftError
+from hpctrain.errors import JobError, LeftError, NanError
+from hpctrain.run.api import train
+from hpctrain.run.resume import Resume
 from hpctrain.strategies.interval import OverheadInterval, RoundCost
+from hpctrain.strategies.streaming_diloco import StreamingDiLoCo
 from hpctrain.trace.events import IntervalChanged
 from hpctrain.trace.files import event_of
 from tests import helpers
@@ -50,6 +54,15 @@ def test_interval_in_epochs_is_that_many_steps(tmp_path: Path):
 def test_interval_longer_than_the_run_is_refused(tmp_path: Path):
     with pytest.raises(JobError, match=r"^strategy.every = 13, but the run has only 12 steps"):
         trained(tmp_path, 3, {"name": "local_sgd", "every": 13})
+
+
+def test_interval_of_a_later_phase_is_refused_before_the_first(tmp_path: Path):
+    """With the phase's key; no run folder is made."""
+    first = {"strategy": {"name": "all_reduce"}, "until": {"rule": "after", "steps": 2}}
+    job = helpers.make_job(tmp_path, phases=[first, {"strategy": {"name": "diloco", "every": 13}}])
+    with pytest.raises(JobError, match=r"^phases.1.strategy.every = 13, but the run has only 8 steps"):
+        World(3).run(lambda comm: helpers.quiet_train(comm, job))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -98,6 +111,15 @@ def test_interval_shrinks_while_workers_drift_apart():
     for _ in range(5):
         interval.observe(costs(0.5, change=0.06), interval.steps)
     assert interval.steps == 1
+
+
+def test_automatic_interval_depends_on_measured_times():
+    """Such a run cannot be repeated bit by bit. Resumed with a smaller limit, it keeps to that."""
+    assert not Subject("local_sgd", {"every": "auto"}).strategy().deterministic
+    assert Subject("local_sgd", {"every": 3}).strategy().deterministic
+    interval = OverheadInterval(most=5)
+    interval.load({**OverheadInterval().numbers(), "steps": 100})
+    assert interval.steps == 5
 
 
 def test_automatic_interval_is_traced_and_kept_in_checkpoints(tmp_path: Path):
@@ -276,6 +298,84 @@ def test_fragments_that_do_not_fit_are_refused(tmp_path: Path, options: helpers.
     with pytest.raises(JobError) as caught:
         helpers.make_job(tmp_path, strategy={"name": "streaming_diloco", **options})
     assert words in str(caught.value)
+
+
+class Growing(nn.Module):
+    """The first of three layers of equal size overflows as soon as it learns; the others stay as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(7, 3) for _ in range(3)])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        first, *others = [layer(inputs) for layer in self.layers]
+        return 100.0 * first + 0.0 * sum(others)
+
+
+def late(progress: float) -> float:
+    """No learning until the last of six steps, which is too large."""
+    return 3e38 * (progress > 0.8)
+
+
+@pytest.mark.parametrize("island", ["worker", "node"])
+def test_fragment_that_overflows_at_the_end_is_an_error(tmp_path: Path, island: str):
+    """Also if those exchanged after it do not."""
+    strategy = {"name": "streaming_diloco", "every": 6, "fragments": 3, "island": island}
+    schedule = {"name": f"{__name__}:late"}
+    with pytest.raises(NanError, match=r"parameter layers.0.weight.* is not finite"):
+        trained(
+            tmp_path, 2, strategy, {"nodes": [0, 1]}, model=f"{__name__}:Growing",
+            optimizer={"name": "SGD", "lr": 1.0, "schedule": schedule}, train={"steps": 6, "precision": "float32"},
+        )  # fmt: skip
+
+
+# -- resumed ------------------------------------------------------------------------------------------------------
+STREAMING = {"name": "streaming_diloco", "every": 4, "fragments": 2}
+LOCAL, NODE = {"name": "local_sgd", "every": 4}, {"island": "node"}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "then", "nodes", "optimizer", "words"),
+    [
+        (STREAMING, {"delay": 0, "every": 8}, EVERY_NODE, "keep", ""),
+        (STREAMING, {"fragments": 4}, EVERY_NODE, "keep", "what workers have learned"),
+        (STREAMING, NODE, EVERY_NODE, "keep", "each worker's own optimizer state is lost"),
+        (STREAMING | NODE, {}, [0, 0, 0, 1], "keep", "what workers have learned"),
+        (STREAMING, {}, EVERY_NODE, "reset", "what workers have learned"),
+        (LOCAL, {"every": 3}, EVERY_NODE, "keep", ""),
+        (LOCAL, NODE, EVERY_NODE, "keep", "each worker's own optimizer state is lost"),
+        (LOCAL | NODE, {"island": "worker"}, EVERY_NODE, "keep", "each worker's own optimizer state is lost"),
+        (LOCAL | NODE, {}, [0, 0, 0, 0], "keep", "each worker's own optimizer state is lost"),
+        (LOCAL, {}, EVERY_NODE, "reset", ""),
+    ],
+)
+def test_what_does_not_fit_a_resumed_run_is_left_out_with_a_warning(
+    tmp_path: Path, monkeypatch: Any, capsys: Any, strategy: Any, then: Any, nodes: Any, optimizer: Any, words: str
+):
+    """The workers' shares of what is exchanged always add up to 1."""
+    shares: dict[Any, list[float]] = {}
+    send = StreamingDiLoCo._send
+
+    def noted(self: StreamingDiLoCo, fragment: int, position: int) -> None:
+        if self.exchange.comm.local_rank == 0 or self.options.island == "worker":
+            shares.setdefault((fragment, position), []).append(self._mine[fragment] / self._all[fragment])
+        send(self, fragment, position)
+
+    keys = {"train": {"steps": 12, "checkpoint_every": {"steps": 4}, "keep_checkpoints": 9}, "optimizer": ADAM}
+    job = helpers.make_job(tmp_path, strategy=strategy, **keys)
+    folder = World(4, EVERY_NODE).run(lambda comm: helpers.quiet_train(comm, job))[0].folder
+    helpers.forget_after(folder, 1)
+    monkeypatch.setattr(StreamingDiLoCo, "_send", noted)
+    job, how = helpers.make_job(tmp_path, strategy=strategy | then, **keys), Resume(folder, "take", optimizer)
+    capsys.readouterr()
+    found = World(4, nodes).run(lambda comm: helpers.vector(train(job, comm=comm, resume=how).model))
+    assert all((each == found[0]).all() for each in found)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == bool(words)
+    assert words in "".join(warnings)
+    assert bool(shares) == (strategy["name"] == "streaming_diloco")
+    for parts in shares.values():
+        assert sum(parts) == pytest.approx(1.0)
 
 
 # -- fixed shards, scaled rates -----------------------------------------------------------------------------------
