@@ -8,6 +8,8 @@
 # make gpu-wheels    download what test-gpu needs besides these into WHEELS, for GPU_PYTHON
 # make lint          ruff, mypy, import-linter, shellcheck
 # make bench         hpctrain bench
+# make study         what communication can be saved and what it costs, into docs/study.md: hours; needs MNIST and
+#                    tinyshakespeare; it goes on where it was interrupted. OPTIONS="--only topk", "--minutes 30", "--quick"
 # make study-async   what asynchrony costs in accuracy, into docs/asynchrony.md: an hour on two cores; needs MNIST
 #
 # PYTHON=python3.12           another Python (3.11 or newer)
@@ -22,6 +24,7 @@ OTHER_RANKS ?= 1 2 3 8
 OPENMPI_RANKS ?= 1 4
 WHEELS ?=
 OUT ?= build/gpu
+OPTIONS ?=
 GPU_PYTHON ?= 3.12
 
 PIP = -m pip --disable-pip-version-check install -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -32,7 +35,7 @@ MPIEXEC = $(1)/bin/python -c 'import sys; from hpctrain.launcher import run; sys
 # A rank that waits inside MPI cannot be interrupted by a signal: the thread method ends it.
 UNDER_MPI = -m pytest -q --color=no --with-mpi --timeout 120 --timeout-method=thread tests/mpi
 
-.PHONY: demo test test-unit test-mpich test-slow test-openmpi test-slurm test-hosts test-gpu gpu-wheels lint lint-mypy lint-imports bench study-async clean
+.PHONY: demo test test-unit test-mpich test-slow test-openmpi test-slurm test-hosts test-gpu gpu-wheels lint lint-mypy lint-imports bench study study-async clean
 .DELETE_ON_ERROR:
 
 demo: $(MPICH)/.installed
@@ -84,6 +87,9 @@ lint-imports:
 
 bench: $(MPICH)/.installed
 	$(MPICH)/bin/hpctrain bench
+
+study: $(MPICH)/.installed
+	$(MPICH)/bin/python analysis/study.py $(OPTIONS)
 
 study-async: $(MPICH)/.installed
 	$(MPICH)/bin/python analysis/study_async.py

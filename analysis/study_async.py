@@ -13,23 +13,21 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import random
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from hpctrain import launcher
-from hpctrain.comm.virtual.world import World
 from hpctrain.job import Job
 from hpctrain.run.api import Result, train
 from hpctrain.run.folder import Narrator
+from hpctrain.study.virtual import train_virtually
 
 ROOT = Path(__file__).parent.parent
 RESULTS, DOCUMENT = ROOT / "docs" / "asynchrony.csv", ROOT / "docs" / "asynchrony.md"
@@ -141,20 +139,9 @@ def run_virtual(todo: list[Case], part: int, parts: int) -> None:
     """Every `parts`-th case."""
     torch.set_num_threads(1)
     for case in [case for case in todo if case.virtual][part::parts]:
-        began, job = time.monotonic(), case.job()
-        world = World(case.ranks, compute=Jitter(case.seed))
-        results = world.run(partial(train, job, out=Narrator(enabled=False)))
-        keep(case, results[0], time.monotonic() - began)
-
-
-class Jitter:
-    """A forward and backward pass takes about 10 ms of virtual time, another in every step."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-
-    def __call__(self, rank: int, kind: str, nbytes: int, flops: float) -> int:
-        return int(1e7 * self._random.lognormvariate(0.0, 0.3)) if kind == "forward" else 0
+        began = time.monotonic()
+        trained = train_virtually(case.job(), (0,) * case.ranks, case.seed)
+        keep(case, trained.result, time.monotonic() - began)
 
 
 def keep(case: Case, result: Result, seconds: float) -> None:

@@ -90,6 +90,11 @@ def pictures(samples: int = 75) -> Splits:
     return Splits(*parts)
 
 
+def limited_pictures(limit: int = 75) -> Splits:
+    """The first `limit` pictures."""
+    return pictures(limit)
+
+
 # -- jobs --------------------------------------------------------------------------------------------------------
 def make_job(folder: Path | str, **tables: Any) -> Job:
     """A small job: `net` on `points`, 8 steps of 6 samples per worker; tables are merged into it."""

@@ -196,13 +196,14 @@ def one_process(
         model.parameters(), lr=job.optimizer.lr, **dict(job.optimizer.options)
     )
     inputs, targets = (data or points()).tensors
+    inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
     order = Order(len(targets), job.seed)
     size = job.train.batch_size * job.train.accumulate * workers
     for _ in range(job.train.steps or 0 if steps is None else steps):
         stop = min(cursor + size, order.epoch_end(cursor))
         chosen = torch.from_numpy(order.indices(cursor, stop))
         optimizer.zero_grad()
-        loss(model(inputs[chosen].to(dtype)), targets[chosen]).backward()
+        loss(model(inputs[chosen]), targets[chosen]).backward()
         if job.train.clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), job.train.clip_norm)
         optimizer.step()

@@ -42,6 +42,26 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         return pixels.to(torch.float32).mul_(self._scale).add_(self._shift)
 
 
+class Windows(Dataset[tuple[Tensor, Tensor]]):
+    """Windows of a sequence that follow each other. `codes` (length,) uint8. Sample i has the `size` codes from place
+    i * size on, and as targets the same one place later, each (size,) int64."""
+
+    def __init__(self, codes: Tensor, size: int) -> None:
+        self._windows = codes.unfold(0, size + 1, size) if len(codes) > size else codes.new_empty(0, size + 1)
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        window = self._windows[index].long()
+        return window[:-1], window[1:]
+
+    def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples at `indices` (int64, one-dimensional): inputs and targets, each (n, size) int64."""
+        windows = self._windows[indices].long()
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
 def unwrap(dataset: Any) -> tuple[Any, NDArray[np.int64] | None]:
     """(the data set inside any nesting of `Subset`, the indices of its selected samples; None: all, in order)."""
     picked = None
@@ -74,7 +94,7 @@ def _select(tensor: Tensor, indices: Tensor) -> Tensor:
 
 def only_indexed(base: Any) -> bool:
     """Whether an unwrapped data set is known to run no user code when its samples are fetched."""
-    return type(base) in (TensorDataset, Images, list)
+    return type(base) in (TensorDataset, Images, Windows, list)
 
 
 def known_targets(dataset: Any) -> NDArray[np.int64] | None:

@@ -29,14 +29,19 @@ MODELS = {
     "lenet5": "hpctrain.models.lenet5:lenet5",
     "resnet18": "hpctrain.models.resnet18:resnet18",
     "convnet": "hpctrain.models.convnet:convnet",
+    "transformer": "hpctrain.models.transformer:transformer",
 }
-DATASETS = {"digits": "hpctrain.data.digits:digits", "mnist": "hpctrain.data.mnist:mnist"}
+DATASETS = {
+    "digits": "hpctrain.data.digits:digits",
+    "mnist": "hpctrain.data.mnist:mnist",
+    "tinyshakespeare": "hpctrain.data.text:tinyshakespeare",
+}
 LOSSES = {
     "cross_entropy": "torch.nn.functional:cross_entropy",
     "mse": "torch.nn.functional:mse_loss",
     "model": "hpctrain.models.losses:ModelLoss",
 }
-METRICS = {"accuracy": "hpctrain.models.metrics:accuracy"}
+METRICS = {"accuracy": "hpctrain.models.metrics:accuracy", "bits": "hpctrain.models.metrics:bits"}
 AUGMENTATIONS = {"shift": "hpctrain.data.augment:shift", "flip": "hpctrain.data.augment:flip"}
 SCHEDULES = {name: f"hpctrain.clock.rates:{name}" for name in ("constant", "linear", "cosine", "step")}
 GROUPS = {"decay": "hpctrain.replica.optimizer:decay"}

@@ -1,8 +1,9 @@
-"""Metrics: accuracy, and the metric that a job's [metric] specifies."""
+"""Metrics: accuracy, bits, and the metric that a job's [metric] specifies."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,20 @@ def accuracy(
         raise ModelError(f"{_shapes(outputs, targets)} do not fit with metric.dim = {place}; leave it out, or {_OWN}")
     counted = targets != ignore_index
     return ((found == targets) & counted).sum(), counted.sum()
+
+
+def bits(outputs: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """(the bits that it takes to say the `targets`, knowing `outputs`; the number of targets that count), both scalars:
+    the cross entropy to base 2. Of characters, their ratio is the bits per character.
+
+    `outputs`: scores (n, classes, ...), `targets`: class indices (n, ...), as for torch's cross entropy. Raises
+    ModelError for other shapes.
+    """
+    if outputs.shape[:1] + outputs.shape[2:] != targets.shape:
+        shapes = f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}"
+        raise ModelError(f"bits: {shapes} do not fit: it takes outputs (n, classes, ...) and class indices (n, ...)")
+    nats = functional.cross_entropy(outputs.float(), targets, reduction="sum", ignore_index=ignore_index)
+    return nats / math.log(2), (targets != ignore_index).sum()
 
 
 def _yes_or_no(outputs: Tensor, targets: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
