@@ -27,10 +27,10 @@ CODECS = [str(pair.options["codec"]) for pair in PAIRS]
 
 
 def _is_quick(pair: Pair) -> bool:
-    """All codecs of one strategy; of the others every second one, so that each codec is with some of them."""
+    """All codecs of one strategy; of the others every third one, so that each codec is with some of them."""
     strategies = list(dict.fromkeys(NAMES))
     place = strategies.index(pair.name)
-    return place == 0 or (place + pairs_of(pair.name).index(pair)) % 2 == 0
+    return place == 0 or (place + pairs_of(pair.name).index(pair)) % 3 == 0
 
 
 REFUSED = {  # (strategy, key of the codec, or its name): why
