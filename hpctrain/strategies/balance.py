@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 from hpctrain.trace.events import SharesChanged
@@ -32,7 +32,8 @@ STEPS_TEXT = (
 
 FEWEST, MOST = 5, 40  # steps measured before a decision: the former at first, then twice as many each time
 WORTHWHILE = 1.05  # how many times as fast a round must become for shares to change
-LARGE = 1.25  # after such a gain decide early again: with other shares, costs that do not depend on samples show
+LARGE = 1.25  # such a gain after shares that were right means that speeds have changed: decide early again
+LATE = 5  # of so many measurements the slowest does not count
 GROWTH = 2  # a batch has at most this many times the samples of an equal share: memory is limited
 PART = 16  # and at least that part of it, so that a worker that has been slow is still measured
 PAIR = 2  # samples, because batch norm cannot train on one
@@ -41,15 +42,16 @@ PAIR = 2  # samples, because batch norm cannot train on one
 class Balance(ABC):
     """The shares of the workers, in rank order, and the controller that changes them.
 
-    It compares the medians of the seconds per sample that workers measured in a few rounds: a round that was delayed
-    once does not count. `ranks`: of the workers, for messages; `batch`: samples per worker and step with equal shares.
+    It compares the means of the seconds per sample that workers measured in a few rounds, without the slowest fifth: a
+    round that was delayed once does not count, but a processor that is taken away now and then does. `ranks`: of the
+    workers, for messages; `batch`: samples per worker and step with equal shares.
     """
 
     unit: ClassVar[str]  # of the loads
 
     def __init__(self, ranks: Sequence[int], batch: int) -> None:
         self.ranks, self.batch = tuple(ranks), batch
-        self._window = FEWEST
+        self._window, self._settled = FEWEST, False
         self._restart()
 
     @abstractmethod
@@ -83,7 +85,7 @@ class Balance(ABC):
         self._rounds += 1
         if self._rounds < max(2, -(-self._window // length)):
             return None
-        found = [median(paces) if paces else 0.0 for paces in self._paces]
+        found = [_typical(paces) if paces else 0.0 for paces in self._paces]
         self._restart()
         return self._decision(found, length) if all(found) else None
 
@@ -93,8 +95,9 @@ class Balance(ABC):
         after = self._proposed([1 / each for each in pace], length)
         times = [each * load for each, load in zip(pace, before, strict=True)]
         gain = _throughput(pace, after) / _throughput(pace, before)
-        self._window = FEWEST if gain > LARGE else min(2 * self._window, MOST)
-        if gain <= WORTHWHILE:
+        self._window = FEWEST if gain > LARGE and self._settled else min(2 * self._window, MOST)
+        self._settled = gain <= WORTHWHILE
+        if self._settled:
             return None
         self._adopt(after, length)
         slowest = self.ranks[times.index(max(times))]
@@ -108,11 +111,12 @@ class Balance(ABC):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint saves; plain values."""
-        return {"window": self._window, "rounds": self._rounds, "paces": self._paces}
+        return {"window": self._window, "settled": self._settled, "rounds": self._rounds, "paces": self._paces}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from the result of `state` on as many workers."""
-        self._window, self._rounds = int(state["window"]), int(state["rounds"])
+        self._window, self._settled = int(state["window"]), bool(state["settled"])
+        self._rounds = int(state["rounds"])
         self._paces = [list(paces) for paces in state["paces"]]
 
 
@@ -186,6 +190,11 @@ class StepBalance(Balance):
     def load(self, state: Mapping[str, Any]) -> None:
         super().load(state)
         self._parts = list(state["parts"])
+
+
+def _typical(paces: Sequence[float]) -> float:
+    """The mean without the slowest."""
+    return fmean(sorted(paces)[: len(paces) - len(paces) // LATE])
 
 
 def _relative(speeds: Sequence[float]) -> list[float]:

@@ -26,6 +26,7 @@ def draw_rows(found: Sequence[Line], base: str, metric: str, path: Path) -> None
             reached.axvline(line.mean, color="lightgray", zorder=0)
     reached.set_yticks(range(len(found)), [line.row for line in found], fontsize=8)
     reached.invert_yaxis()
+    reached.locator_params(axis="x", nbins=6)
     reached.set_xlabel(f"{metric}: mean and standard deviation")
     sent.set_xscale("log")
     sent.set_xlabel("bytes per step (logarithmic)")
