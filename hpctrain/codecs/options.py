@@ -54,7 +54,7 @@ class WarmUp(Options):
         return self
 
     def length(self, epoch: int | None) -> int:
-        """In samples, if an epoch has so many. Raises JobError if it is given in epochs and their length is unknown."""
+        """In samples. `epoch`: the samples per epoch, or None if unknown; then JobError if it is given in epochs."""
         if self.samples is not None:
             return self.samples
         if epoch is None:

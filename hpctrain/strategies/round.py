@@ -377,7 +377,7 @@ class RoundStrategy(Strategy):
             part = parts[found.faulty]
             self.exchange.settle()  # MPI still writes into the arenas, which are freed after the error
             raise nan_error(phase, phase.roles.workers[found.faulty], part.loss, phase.step.number, part.bad)
-        round = self._round(RoundTotals.of([parts[rank] for rank in self.exchange.island]), found)
+        round = self._round([parts[rank] for rank in self.exchange.island], found)
         if round.skip:
             self.skipped(round)
         else:
@@ -414,15 +414,18 @@ class RoundStrategy(Strategy):
     def _stretch(self) -> torch.Tensor:
         return self.phase.replica.values[self.exchange.low : self.exchange.high]
 
-    def _round(self, own: RoundTotals, found: RoundTotals) -> Round:
-        """`own`: the totals of this worker, or of its island."""
+    def _round(self, own: list[Contribution], found: RoundTotals) -> Round:
+        """`own`: the contributions of this worker, or of its island."""
         phase = self.phase
+        part, whole = sum(each.weight for each in own), found.weight
+        if not whole:
+            part, whole = sum(each.samples for each in own), max(1, found.samples)
         return Round(
             number=self.version,
             start=self._start,
             steps=len(self._parts),
             samples=found.samples,
-            share=own.weight / found.weight if found.weight else own.samples / max(1, found.samples),
+            share=part / whole,
             divisor=found.divisor(phase.dealing.batch),
             rate=phase.updating.rate(self._start),
             momentum=phase.updating.momentum(self._start),

@@ -1,4 +1,5 @@
-"""What a study runs: rows (a strategy with its keys) in settings (a job and so many workers), with several seeds."""
+"""What a study runs: rows (a strategy with its keys) in settings (a job and a number of workers), each with several
+seeds."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Setting:
-    """A job on so many workers. `base`: the row that others are compared with; `rows`: those that run, by name;
+    """A job on a number of workers. `base`: the row that others are compared with; `rows`: those that run, by name;
     `metric`: what the job's metric is, in words; `measure`: what is compared, the metric ("points") or the loss;
     `seeds`: how many; `keys`: overrides for all rows."""
 

@@ -21,10 +21,10 @@ def chosen(cases: Iterable[Case], pattern: str) -> list[Case]:
 def run_missing(
     cases: Iterable[Case], kept: Kept, seconds: float, say: Callable[[str], None], part: tuple[int, int] = (0, 1)
 ) -> bool:
-    """Run the cases that have no result, one after another; begin none after so many seconds.
+    """Run the cases that have no result, one after another. After `seconds`, start no more.
 
     `part`: (index, count) of the processes that share them, all of which are given the same cases. A run that fails
-    with an HpctrainError is said and left out. Returns whether nothing is left to do and nothing failed.
+    with an HpctrainError is reported with `say` and left out. Returns whether nothing is left to do and nothing failed.
     """
     todo = [case for case in list(cases)[part[0] :: part[1]] if kept.find(case) is None]
     began, complete = time.monotonic(), True

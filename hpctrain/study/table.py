@@ -47,8 +47,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a row should reach. `points`: the metric at most so much below the base's, in hundredths; `loss`: the loss
-    at most that share above the base's; `payload`: so many times less than the base's."""
+    """What a row should reach. `points`: how far the metric may be below the base's, in hundredths; `loss`: by which
+    share the loss may exceed the base's; `payload`: by which factor it must be smaller than the base's."""
 
     row: str
     measure: Measure
