@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -430,3 +431,16 @@ def test_loads_are_those_that_were_decided() -> None:
             balance = StepBalance([0, 1], 8)
             balance._adopt([load, length], length)
             assert balance.loads(length) == [load, length]
+
+
+def test_noise_makes_decisions_rarer() -> None:
+    """After a large gain only where the shares were right before: otherwise measurements contradict each other."""
+    balance, decided = BatchBalance([0, 1], 32), []
+    for round in range(60):
+        slow = len(decided) % 2  # after every decision another worker seems to be the slow one
+        seconds = [count * (3.0 if rank == slow else 1.0) for rank, count in enumerate(balance.loads(1))]
+        if balance.observe(balance.loads(1), seconds) is not None:
+            decided.append(round)
+    waits = [later - earlier for earlier, later in pairwise(decided)]
+    assert waits == sorted(waits)
+    assert waits[-1] > 2 * waits[0]
