@@ -435,8 +435,8 @@ def test_loads_are_those_that_were_decided() -> None:
 
 def test_noise_makes_decisions_rarer() -> None:
     """After a large gain only where the shares were right before: otherwise measurements contradict each other."""
-    balance, decided = BatchBalance([0, 1], 32), []
-    for round in range(60):
+    balance, decided = BatchBalance([0, 1], 32), list[int]()
+    for round in range(120):
         slow = len(decided) % 2  # after every decision another worker seems to be the slow one
         seconds = [count * (3.0 if rank == slow else 1.0) for rank, count in enumerate(balance.loads(1))]
         if balance.observe(balance.loads(1), seconds) is not None:
