@@ -27,7 +27,7 @@ from hpctrain.launcher.processes import environments, exit_code, parent
 # Slurm's variable is not usable: everything that a batch script starts inherits the script's own rank.
 RANK_VARIABLES = tuple(dict.fromkeys(launcher.rank for launcher in LAUNCHERS if launcher.kind))
 TOGETHER = 2.0  # seconds within which a launcher kills the other ranks
-SIMULTANEOUS = 0.005  # seconds within which the order of ends is not certain: about one time slice of the scheduler
+SIMULTANEOUS = 0.02  # seconds within which the order of ends is not certain: a few time slices of the scheduler
 LAUNCHERS_OWN = {signal.SIGKILL, signal.SIGTERM}
 ASKED = {signal.SIGUSR1, signal.SIGTERM}
 
@@ -83,6 +83,10 @@ class RankWatch:
         self.finish()
         for file in [*self._watched, self._stop]:
             os.close(file)
+
+    def first_end(self, ranks: Collection[int]) -> float | None:
+        """When the first of these ranks that has ended did so; None if none has."""
+        return min((end.time for end in tuple(self.ends) if end.rank in ranks), default=None)
 
     def finish(self) -> list[End]:
         """Stop watching, and return the ends in order."""

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -24,6 +24,7 @@ from hpctrain.launcher.output import Pump
 from hpctrain.launcher.processes import wait
 from hpctrain.launcher.rankwatch import RankWatch, verdict
 
+ABANDONED = 5.0  # seconds that a launcher may take to end the other ranks after one ended in the middle of a run
 GRACE = 10.0  # seconds between asking the ranks to stop and killing them, unless they announce that they will stop
 
 
@@ -59,7 +60,7 @@ def run(
         watcher(process.pid, mark, started, grace),
     ):
         try:
-            status = job.wait()
+            status = job.wait(lambda: ranks.first_end(unfinished(mark)) if ranks.ends else None)
             if status != 128 + signal.SIGKILL:
                 job.drain()
             why = job.why(ranks, unfinished(mark))
@@ -107,10 +108,12 @@ class _Job:
         if hasattr(self, "process") and not self.deadline.again:
             self.process.send_signal(signal.SIGUSR1)
 
-    def wait(self) -> int:
-        """The job's exit status, once the launcher has ended; 137 if it has not by the deadline."""
-        if not self._ended_in_time():
-            _say("the ranks had not stopped yet and were killed")
+    def wait(self, lost: Callable[[], float | None]) -> int:
+        """The job's exit status, once the launcher has ended; 137 if it has not by the deadline, or does not end the
+        others although a rank has ended in the middle of a run. `lost`: when a rank did that, if any has."""
+        if not self._ended_in_time(lost):
+            if not self._abandoned(lost):
+                _say("the ranks had not stopped yet and were killed")
             return 128 + signal.SIGKILL
         status = self.process.returncode
         usr1, kill = signal.SIGUSR1, signal.SIGKILL
@@ -131,9 +134,14 @@ class _Job:
         for pump in self._pumps:
             pump.join(5.0)
 
-    def _ended_in_time(self) -> bool:
+    def _abandoned(self, lost: Callable[[], float | None]) -> bool:
+        """Launchers sometimes do not notice such an end, or leave the others waiting for that rank."""
+        end = lost()
+        return end is not None and time.monotonic() > end + ABANDONED
+
+    def _ended_in_time(self, lost: Callable[[], float | None]) -> bool:
         while self.process.poll() is None:
-            if self.deadline.late():
+            if self.deadline.late() or self._abandoned(lost):
                 return False
             if self.deadline.long() and not self._explained:
                 _say("waiting for the step in progress and its checkpoint; press Ctrl-C again to stop at once")

@@ -123,14 +123,24 @@ Start = Callable[..., Started]
 
 @pytest.fixture
 def start(tmp_path: Path, mpi: launcher.Mpi) -> Iterator[Start]:
-    """start(count, body, *arguments, plain=False, grace=GRACE): with `run`, or with the bare mpiexec."""
+    """start(count, body, *arguments, plain=False, grace=GRACE, options=()): with `run`, or with the bare mpiexec.
+
+    `options`: of mpiexec.
+    """
     began = []
     root = str(Path(launcher.__file__).parents[2])
     mark = f"test-{os.getpid()}-{time.monotonic_ns()}"
 
-    def begin(count: int, body: str, *arguments: str, plain: bool = False, grace: float = GRACE) -> Started:
+    def begin(
+        count: int,
+        body: str,
+        *arguments: str,
+        plain: bool = False,
+        grace: float = GRACE,
+        options: tuple[str, ...] = (),
+    ) -> Started:
         (tmp_path / "program.py").write_text(HEAD + body)
-        command = [sys.executable, "-m", "mpi4py", str(tmp_path / "program.py"), str(tmp_path), *arguments]
+        command = [*options, sys.executable, "-m", "mpi4py", str(tmp_path / "program.py"), str(tmp_path), *arguments]
         environment = {**os.environ, "PYTHONPATH": root, "TEST_MARK": mark}
         argv = [sys.executable, "-c", RUN, str(grace), str(count)]
         if plain:
@@ -271,6 +281,20 @@ def test_rank_that_dies_silently_ends_all_and_is_named_once(start: Start, how: s
     assert len(lines) == 1, lines
     assert re.match(names_the_dead(1, victim, 3), lines[0]), lines
     assert lines[0].endswith(words)
+
+
+def test_ranks_whose_launcher_does_not_notice_a_lost_rank_are_ended(mpi: launcher.Mpi, start: Start) -> None:
+    if mpi.library.kind != "mpich":
+        pytest.skip("only MPICH's mpiexec can be made not to notice")
+    began = time.time()
+    body = f"{RUNNING}comm.Barrier()\nif rank == 1:\n    os._exit(0)\n" + STUBBORN
+    run = start(3, body, options=("-disable-auto-cleanup",))
+    assert run.end(30) == 137
+    victim = int((run.folder / "pid.1").read_text())
+    assert not run.living()
+    no_files_since(began)
+    assert run.text().startswith(f"hpctrain run: rank 1 with PID {victim} on ")
+    assert run.text().count("\n") == 1
 
 
 @pytest.mark.parametrize("victim", ["launcher", "run"])

@@ -36,7 +36,7 @@ class TestCulprits:
             (ends((1, KILLED, 5.0), (0, KILLED, 5.1), (2, KILLED, 5.1)), [1]),  # killed; the launcher killed the others
             (ends((1, status(0), 5.0), (0, KILLED, 5.1), (2, KILLED, 5.1)), [1]),  # os._exit(0)
             (ends((0, KILLED, 5.0), (2, KILLED, 5.0), (1, SEGMENTATION, 5.0)), [1]),  # a crash is recognisable
-            (ends((0, KILLED, 5.0), (2, KILLED, 5.002), (1, KILLED, 5.1)), [0, 2]),  # too close for the order to count
+            (ends((0, KILLED, 5.0), (2, KILLED, 5.015), (1, KILLED, 5.1)), [0, 2]),  # too close for the order to count
             (ends((1, None, 5.0), (0, None, 5.1)), []),  # the launcher may know
             (ends((2, status(3), 5.0), (0, KILLED, 5.1)), [2]),
             (ends((0, status(0), 5.0), (1, status(0), 5.0), (2, KILLED, 5.1)), [2]),  # the end of the run
