@@ -22,9 +22,10 @@ import numpy as np
 if TYPE_CHECKING:
     from hpctrain.trace.recorder import Recorder
 
-Buffer = Any  # np.ndarray, or a CuPy array on the device path
-Share = Literal["node", "rank", "host"]
+Buffer = Any  # np.ndarray; a CuPy array on the device path; a Phantom where a simulation needs no values
+Share = Literal["node", "rank", "host", "board"]
 Operation = Literal["sum", "max", "min"]
+SHARED: tuple[Share, ...] = ("node", "board")  # by the ranks of a node
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HALVES = (BFLOAT16, np.dtype(np.float16))  # are added in float32, never in their own precision
 
@@ -90,10 +91,10 @@ class Request(ABC):
 class Arena(ABC):
     """One contiguous buffer per rank, placed by the communicator.
 
-    `parts[i]` is the buffer of the i-th rank of this node (`share="node"`), or `parts` contains only this rank's own
-    buffer (`share="rank"`; "host": in host memory, pinned if the others are on a GPU). A rank may request length 0, so
-    "once per node" means: local rank 0 requests n, the others 0, and all use `parts[0]`. `mine` is this rank's own
-    buffer.
+    `parts[i]` is the buffer of the i-th rank of this node (`share="node"`; "board": for numbers that ranks decide by,
+    which exist even where arenas hold no memory), or `parts` contains only this rank's own buffer (`share="rank"`;
+    "host": in host memory, pinned if the others are on a GPU). A rank may request length 0, so "once per node" means:
+    local rank 0 requests n, the others 0, and all use `parts[0]`. `mine` is this rank's own buffer.
     """
 
     parts: list[Buffer]
@@ -222,7 +223,7 @@ class Communicator(ABC):
     # -- memory ------------------------------------------------------------------------------------------
     @abstractmethod
     def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
-        """A zeroed buffer of `length` elements. Collective over the node's ranks if `share="node"`."""
+        """A zeroed buffer of `length` elements. Collective over the node's ranks if `share` is "node" or "board"."""
 
     @abstractmethod
     def can_share(self, nbytes: int) -> str | None:

@@ -37,6 +37,7 @@ class Update(ABC):
         self._adaptive = False
         self._group_of: dict[int, dict[str, Any]] = {}
         self._velocities: dict[int, dict[torch.nn.Parameter, torch.Tensor]] = {}
+        self._taken: set[tuple[Stretch | None, int | None]] = set()  # steps without memory
 
     def apply(
         self,
@@ -52,7 +53,7 @@ class Update(ABC):
         `momentum` the momenta (for Adam and similar, the first beta). `worker`: the worker that computed the gradient,
         if SGD keeps a velocity per worker; see `_step_for`. `used`: which of the layout's parameters have a gradient
         (None: all); the others, and their state, are not changed, as in torch.optim if .grad is None."""
-        if self._optimizer is None:
+        if self._optimizer is None or self._known(part, worker):
             return
         for group, rate, inertia in zip(self._optimizer.param_groups, self._rates, self._momenta, strict=True):
             group["lr"] = rate * factor
@@ -62,6 +63,15 @@ class Update(ABC):
             self._optimizer.step()
         else:
             self._step_for(worker, self._optimizer)
+
+    def _known(self, part: Stretch | None, worker: int | None) -> bool:
+        """Whether this would do nothing: without memory, a step does no more than add to the optimizer's state what it
+        then keeps."""
+        if not self.values.is_meta:
+            return False
+        known = (part, worker) in self._taken
+        self._taken.add((part, worker))
+        return known
 
     def _step_for(self, worker: int, optimizer: torch.optim.Optimizer) -> None:
         """Step with this worker's own velocity, and Nesterov momentum.

@@ -163,7 +163,7 @@ def _attributes(job: Job, comm: Communicator, prepared: Prepared, attempt: int) 
 
 def _gpu(prepared: Prepared) -> str | None:
     """The UUID of this rank's GPU, which does not depend on CUDA_VISIBLE_DEVICES; None on the CPU."""
-    if prepared.device.type == "cpu":
+    if prepared.device.type != "cuda":
         return None
     import torch
 

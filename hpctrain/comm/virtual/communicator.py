@@ -14,6 +14,7 @@ import numpy as np
 from hpctrain.comm import algorithms
 from hpctrain.comm.base import (
     HALVES,
+    SHARED,
     Arena,
     Buffer,
     Communicator,
@@ -23,6 +24,7 @@ from hpctrain.comm.base import (
     Thread,
     barrier_id,
 )
+from hpctrain.comm.phantom import Phantom
 from hpctrain.comm.virtual.platform import Platform
 from hpctrain.comm.virtual.requests import (
     UNTRACED,
@@ -178,8 +180,8 @@ class VirtualCommunicator(Communicator):
 
     # -- memory --------------------------------------------------------------------------------------------
     def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
-        mine = np.zeros(length, dtype)
-        if share != "node":
+        mine = Phantom(length, dtype) if self.world.phantom and share != "board" else np.zeros(length, dtype)
+        if share not in SHARED:
             return VirtualArena([mine], 0, [0], [], -1)
         parts = self._meet("arena", self.local_ranks, mine)
         id = barrier_id(self.group.number, self._count)

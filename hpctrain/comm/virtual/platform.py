@@ -12,12 +12,14 @@ Compute = Callable[[int, str, int, float], int]
 
 
 class Platform(Scheduler):
-    """`nodes`: rank -> node index; `network`: how long messages take; `compute`: the cost of spans (None: free)."""
+    """`nodes`: rank -> node index; `network`: how long messages take; `compute`: the cost of spans (None: free);
+    `phantom`: arenas hold no memory, because only what operations cost is of interest."""
 
     def __init__(
-        self, nodes: Sequence[int], network: Network | None, compute: Compute | None, isolate_torch: bool
+        self, nodes: Sequence[int], network: Network | None, compute: Compute | None, isolate_torch: bool, phantom: bool
     ) -> None:
         super().__init__(isolate_torch)
         self.nodes = tuple(nodes)
         self.network: Network = network or FreeNetwork()
         self.compute = compute
+        self.phantom = phantom

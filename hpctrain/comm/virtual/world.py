@@ -22,6 +22,7 @@ from hpctrain.trace.recorder import NullRecorder, Recorder
 class World(Platform):
     """`size` virtual ranks on `nodes` (rank -> node index; default: all on one).
 
+    `phantom`: arenas hold no memory (`comm.phantom`): for costs without numbers.
     `isolate_torch`: save and restore torch's grad mode, autocast and CPU random state at every switch between ranks.
     Attributes after a run: `time` (virtual nanoseconds), `resumptions` (the number of switches between ranks).
     """
@@ -34,8 +35,9 @@ class World(Platform):
         compute: Compute | None = None,
         recorders: Sequence[Recorder] | None = None,
         isolate_torch: bool = True,
+        phantom: bool = False,
     ) -> None:
-        super().__init__(nodes if nodes is not None else (0,) * size, network, compute, isolate_torch)
+        super().__init__(nodes if nodes is not None else (0,) * size, network, compute, isolate_torch, phantom)
         self.size = size
         self.recorders = recorders
 
