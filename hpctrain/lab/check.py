@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from hpctrain.errors import ClusterError
-from hpctrain.lab.description import Description, Host
+from hpctrain.hosts import Description, Host
 from hpctrain.lab.machine import on_host
 
 SECONDS = 2.0  # of each measurement

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hpctrain.errors import ClusterError
-from hpctrain.lab import machine, ranks
+from hpctrain.hosts import Description
+from hpctrain.lab import buildable, machine, ranks
 from hpctrain.lab.check import check
-from hpctrain.lab.description import Description
 
 
 def up(path: Path) -> int:
     """Build the cluster of that file; it stays until `down`."""
-    cluster = Description.load(path)
+    cluster = buildable.load(path)
     with machine.only_one():
         _refuse_another(cluster)
         if machine.standing() is None:
@@ -27,14 +27,14 @@ def up(path: Path) -> int:
 
 def run(path: Path, command: Sequence[str], count: int | None, environment: Mapping[str, str] | None = None) -> int:
     """Start the command on ranks of the cluster's hosts; returns its exit status."""
-    with using(Description.load(path)) as cluster:
+    with using(buildable.load(path)) as cluster:
         return ranks.run(cluster.each(), command, environment, count)
 
 
 def look(path: Path) -> int:
     """Measure the cluster's links and processor shares; returns 1 if one is wrong."""
     wrong = 0
-    with using(Description.load(path)) as cluster:
+    with using(buildable.load(path)) as cluster:
         print(f"lab {cluster.summary()}", flush=True)
         for each in check(cluster):
             print(f"  {each}", flush=True)

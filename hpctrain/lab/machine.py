@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hpctrain.errors import ClusterError
-from hpctrain.lab.description import Description, Host
+from hpctrain.hosts import Description, Host
 
 PREFIX = "hpclab-"
 SWITCH = f"{PREFIX}switch"

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from hpctrain.errors import ClusterError
-from hpctrain.lab.description import Host
+from hpctrain.hosts import Host, nodes
 from hpctrain.lab.machine import CARD, HOME, on_host
 from hpctrain.launcher import find_mpiexec, rank_environment
 from hpctrain.launcher.mpiexec import Mpi
@@ -28,10 +28,7 @@ def run(
 ) -> int:
     """Start `command` on ranks of these hosts, as many on each as it has, or `count` in total, filling host after host.
     Forwards output; returns the exit status. Raises ClusterError if there are not enough places."""
-    places = sum(host.ranks for host in hosts)
-    count = places if count is None else count
-    if not 1 <= count <= places:
-        raise ClusterError(f"-n {count}: the cluster has places for 1 to {places} ranks; raise `ranks` of its hosts")
+    count = len(nodes(hosts, count))
     mpi = find_mpiexec()
     variables = rank_environment(mpi.library, {**os.environ, **(environment or {})})
     argv = _mpich(mpi, hosts, count) if mpi.library.kind == "mpich" else _open_mpi(mpi, hosts, count, variables)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from hpctrain.hosts import Description
 from hpctrain.lab import machine
-from hpctrain.lab.description import Description
 
 ROOT = Path(__file__).resolve().parents[2]
 MBIT = 200

@@ -1,4 +1,4 @@
-"""Clusters described in TOML; the hosts themselves are in tests/hosts."""
+"""Which clusters the laboratory builds; the hosts themselves are in tests/hosts."""
 
 from __future__ import annotations
 
@@ -10,60 +10,44 @@ import pytest
 
 from hpctrain.cli import main
 from hpctrain.errors import ClusterError
-from hpctrain.lab import machine
+from hpctrain.hosts import Description
+from hpctrain.lab import buildable, machine
 from hpctrain.lab.check import LimitCheck
-from hpctrain.lab.description import Description, HostLink
 
 CLUSTERS = Path(__file__).resolve().parents[2] / "clusters"
 
 
-def described(folder: Path, text: str) -> Description:
-    path = folder / "mine.toml"
-    path.write_text(text)
-    return Description.load(path)
-
-
-@pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.toml")), ids=lambda path: path.stem)
-def test_ready_made_clusters_load(path: Path) -> None:
-    assert Description.load(path).name == path.stem
-
-
-def test_groups_become_hosts_and_the_link_is_inherited(tmp_path: Path) -> None:
-    cluster = described(
-        tmp_path,
-        "[[hosts]]\ncount = 2\nranks = 3\n"
-        "[[hosts]]\ncores = 0.25\nlink = {mbit_per_s = 10.0}\n"
-        "[link]\nmbit_per_s = 100.0\n",
-    )
-    assert cluster.name == "mine"
-    hosts = cluster.each()
-    assert [(h.name, h.ranks, h.cores, h.link.mbit_per_s) for h in hosts] == [
-        ("node1", 3, None, 100.0), ("node2", 3, None, 100.0), ("node3", 1, 0.25, 10.0),
-    ]  # fmt: skip
-    assert [host.address for host in hosts] == ["10.213.0.1", "10.213.0.2", "10.213.0.3"]
-    assert cluster.summary() == "mine: 3 hosts, 10 to 100 Mbit/s, 0.25 cores on 1 of them"
-
-
-def test_plain_form_is_the_same_cluster(tmp_path: Path) -> None:
-    cluster = described(tmp_path, "[[hosts]]\n[link]\nlatency_ms = 2.0\n")
-    assert Description.model_validate(cluster.plain()) == cluster
-    assert cluster.link == HostLink(latency_ms=2.0)
+@pytest.mark.parametrize("name", ["lan2", "lan4", "slow2", "slow4"])
+def test_laboratory_loads_its_own_clusters(name: str) -> None:
+    assert buildable.load(CLUSTERS / f"{name}.toml").name == name
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"mine.toml: hosts: is missing"),
-        ("[[hosts]]\ncount = 0\n", r"hosts\.0\.count = 0: must be .*at least 1"),
-        ("[[hosts]]\nspeed = 2.0\n", r"hosts\.0\.speed"),
-        ("[[hosts]]\n[link]\nmbit_per_s = 0.0\n", r"link\.mbit_per_s = 0\.0: must be"),
-        ("[[hosts]]\ncount = 40\n[[hosts]]\ncount = 40\n", "80 hosts; at most 64 fit on one machine"),
-        ("hosts = ", "not valid TOML"),
+        ("[[hosts]]\ncount = 80\n", "80 hosts; at most 64 fit on one machine"),
+        ("[[hosts]]\n[[hosts]]\nspeed = 0.5\n", r"cannot build speed of node2 \(give slower hosts fewer `cores`\)\."),
+        ("[[hosts]]\njitter = 0.1\n", "cannot build jitter of node1"),
+        ("[[hosts]]\nslow = {every_s = 9.0, for_s = 1.0, factor = 2.0}\n", "cannot build slow of node1"),
+        ('[[hosts]]\ndevice = "a100"\ndevices = 2\n', "cannot build device of node1"),
+        ("[[hosts]]\nmemory_gbyte_per_s = 9.0\n", "cannot build memory_gbyte_per_s of node1"),
+        ("[[hosts]]\n[[hosts]]\nrack = 2\n", "cannot build several racks"),
+        ("[[hosts]]\n[link]\nmbit_per_s = 4e5\n", "cannot build links of more than 100000 Mbit/s"),
+        ("[[hosts]]\ncores = 1024.0\n", "cannot build hosts of 1024 cores in total on the"),
     ],
 )
-def test_mistakes_in_a_cluster_file_are_named(tmp_path: Path, text: str, message: str) -> None:
+def test_laboratory_refuses_what_it_cannot_build(tmp_path: Path, text: str, message: str) -> None:
+    """All of these are clusters that the simulator takes."""
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    assert Description.load(path)
     with pytest.raises(ClusterError, match=message):
-        described(tmp_path, text)
+        buildable.load(path)
+
+
+def test_refused_cluster_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lab", "up", "--cluster", str(CLUSTERS / "k80.toml")]) == 2
+    assert "hpctrain simulate" in capsys.readouterr().err
 
 
 def test_missing_cluster_file_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
