@@ -39,6 +39,11 @@ def is_finite(flat: Tensor) -> bool:
     return flat.is_meta or all(_is_finite(flat[piece]) for piece in blocks(flat))
 
 
+def all_finite(values: Tensor) -> bool:
+    """The same for a small tensor of any shape."""
+    return values.is_meta or bool(values.isfinite().all())
+
+
 def sum_of_squares(flat: Tensor) -> float:
     """The squared Euclidean norm; rows in the tensor's precision (at least float32), their squares in float64.
 

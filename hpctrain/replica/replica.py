@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ class Replica:
         self._used = bytearray(len(self.parameters))
         self._hooks: list[RemovableHandle] = []
         self._listeners: list[Callable[[int], None]] = []
+        self._held: list[int] | None = None
 
     def _find_owners(self) -> list[tuple[Mapping[str, nn.Parameter | None], str]]:
         """For every slot, the owning module's table of parameters (not a dictionary in scripted modules) and the name
@@ -161,6 +163,9 @@ class Replica:
 
     def accumulated(self, index: int) -> None:
         """Backward has added to the gradient of this parameter: torch calls it, or who simulates a backward pass."""
+        if self._held is not None:
+            self._held.append(index)
+            return
         self._used[index] = 1
         for listener in self._listeners:
             listener(index)
@@ -170,6 +175,22 @@ class Replica:
         Returns what ends that."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
+
+    @property
+    def heard(self) -> bool:
+        """Whether anybody listens to single gradients."""
+        return bool(self._listeners)
+
+    @contextmanager
+    def held(self) -> Iterator[list[int]]:
+        """Within this context, gradients that become complete are not announced but listed, for who announces them
+        later (`accumulated`)."""
+        found: list[int] = []
+        self._held = found
+        try:
+            yield found
+        finally:
+            self._held = None
 
     def clear(self) -> None:
         """Zero the gradient and reset which parameters had one, at the start of a round."""

@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from hpctrain.comm.base import BFLOAT16, Buffer, Communicator, Request, Tag
-from hpctrain.comm.phantom import Phantom
+from hpctrain.comm.phantom import Phantom, deliver
 
 Row = tuple[str, tuple[int, ...], np.dtype[Any]]  # path, shape and dtype of an array
 OPTIMIZER = "optimizer"
@@ -247,10 +247,8 @@ def merge(pieces: Sequence[State], high: int, low: int = 0) -> State:
             for key, part in section.flat.items():
                 if part.size == high - low:
                     into.flat[key] = part
-                elif isinstance(part, Phantom):
-                    into.flat[key] = Phantom(high - low, part.dtype)
                 else:
-                    whole.room(name, key, part.dtype)[piece.low - low : piece.high - low] = part
+                    deliver(part, whole.room(name, key, part.dtype)[piece.low - low : piece.high - low])
             into.named.update(section.named)
             for what, numbers in section.numbers.items():
                 into.numbers.setdefault(what, {}).update(numbers)

@@ -38,6 +38,11 @@ def as_array(tensor: torch.Tensor) -> Buffer:
     return array.view(BFLOAT16) if tensor.dtype == torch.bfloat16 else array
 
 
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory; the tensor itself if it is there, or has no memory."""
+    return tensor if tensor.is_meta else tensor.cpu()
+
+
 @cache
 def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
     return torch.bfloat16 if dtype == BFLOAT16 else torch.from_numpy(np.empty(0, dtype)).dtype

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hpctrain.comm.phantom import deliver
 from hpctrain.replica.layout import Layout, Slot, Stretch
 from hpctrain.replica.optimizer import OptimizerChoice, momentum_of
 from hpctrain.replica.state import OPTIMIZER, Section, State
-from hpctrain.replica.tensors import as_array, as_tensor
+from hpctrain.replica.tensors import as_array, as_tensor, on_host
 
 _STRETCH = re.compile(r"\d+:\d+:\d+")
 
@@ -247,11 +248,12 @@ class SlicedUpdate(Update):
             numbers = {}
             for key, value in self._optimizer.state[piece.flat].items():
                 if isinstance(value, torch.Tensor) and value.dim():
-                    array = as_array(value.cpu())
+                    array = as_array(on_host(value))
                     if piece.last - piece.first == self.high - self.low:
                         kept.flat[key] = array
                     else:
-                        state.room(OPTIMIZER, key, array.dtype)[piece.first - self.low : piece.last - self.low] = array
+                        room = state.room(OPTIMIZER, key, array.dtype)
+                        deliver(array, room[piece.first - self.low : piece.last - self.low])
                 else:
                     numbers[key] = _number(value)
             if self._divided:
@@ -333,7 +335,7 @@ class WholeUpdate(Update):
             assert self._optimizer is not None
             for key, value in self._optimizer.state[parameter].items():
                 if isinstance(value, torch.Tensor) and value.dim():
-                    kept.named.setdefault(slot.name, {})[key] = as_array(value.detach().cpu().contiguous())
+                    kept.named.setdefault(slot.name, {})[key] = as_array(on_host(value.detach()).contiguous())
                 else:
                     kept.numbers.setdefault(slot.name, {})[key] = _number(value)
         return state

@@ -172,11 +172,12 @@ class Prepared(Measurable):
         )
 
 
-def prepare_evaluation(job: Job, comm: Communicator) -> Measurable:
-    """Build what an evaluation needs, for any schedule. Not collective; raises the same errors as `prepare`."""
+def prepare_evaluation(job: Job, comm: Communicator, splits: Splits | None = None) -> Measurable:
+    """Build what an evaluation needs, for any schedule; with `splits`, if given. Not collective; raises the same errors
+    as `prepare`."""
     device = _device(job, comm)
     seed_run(job.seed, device)  # so that code that draws while building data or model draws the same on all ranks
-    splits = load_data(job)
+    splits = splits or load_data(job)
     model = _model(job, device)
     loss = losses.bind(job.loss, device)
     return Measurable(job, device, splits, model, loss, metrics.bind(job.metric, loss))

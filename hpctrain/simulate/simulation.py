@@ -1,0 +1,161 @@
+"""Runs a job on virtual ranks over a described cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.virtual.network import LinkNetwork, Network
+from hpctrain.comm.virtual.world import World
+from hpctrain.data.splits import Splits
+from hpctrain.errors import ClusterError
+from hpctrain.hosts import Description, Host, nodes
+from hpctrain.job import Job
+from hpctrain.replica.coupling import Coupling
+from hpctrain.run.api import fit_batch
+from hpctrain.run.prepare import Prepared, prepare, prepare_evaluation
+from hpctrain.run.session import Session
+from hpctrain.simulate.calibration import Calibration
+from hpctrain.simulate.cores import Cores
+from hpctrain.simulate.opened import opened
+from hpctrain.simulate.passes import Processor, Spells, TimedPasses
+from hpctrain.simulate.phantom import PhantomKeeper, PhantomParts, phantom_loss
+from hpctrain.simulate.recording import KeepingRecorder, Tally, TallyRecorder
+
+TRACED = 64  # ranks, at most, that write traces
+FREE = frozenset(["forward", "backward", "data", "evaluate", "switch", "checkpoint", "trace"])  # or counted elsewhere
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What came out. `tallies`: of each rank; `seconds`: virtual, from the first step's begin to the end of the run."""
+
+    tallies: list[Tally]
+    workers: list[int]
+    seconds: float
+    folder: Path
+    hosts: list[Host]
+    places: tuple[int, ...]
+
+
+class Simulation:
+    """A job on a cluster with what a calibration says of computing. `ranks`: None: as many as the cluster has places
+    for. `learn`: really compute gradients; otherwise only costs count. `loss`: of a step that is not computed, by the
+    run's cursor."""
+
+    def __init__(
+        self,
+        job: Job,
+        cluster: Description,
+        calibration: Calibration,
+        ranks: int | None = None,
+        learn: bool = False,
+        loss: Callable[[int], float] = lambda cursor: 1.0,
+    ) -> None:
+        self.job, self.cluster, self.calibration = job, cluster, calibration
+        self.hosts = cluster.each()
+        self.places = nodes(self.hosts, ranks)
+        self.learn, self._loss = learn, loss
+        self._world: World
+        self._processors: list[Processor] = []
+
+    def run(self) -> Simulated:
+        """Run it. Raises HpctrainErrors as training does, and ClusterError where the calibration does not tell a cost
+        that the job has."""
+        size = len(self.places)
+        recorders = [self._recorder(rank) for rank in range(size)]
+        self._world = world = World(
+            size, self.places, self._network(), self._span_cost, recorders,
+            isolate_torch=self.learn, phantom=not self.learn,
+        )  # fmt: skip
+        self._processors = self._make_processors()
+        build = self._build()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            folders = world.run(lambda comm: self._body(comm, build))
+        finally:
+            torch.set_num_threads(threads)
+        tallies = [recorder.tally for recorder in recorders]
+        workers = [rank for rank, tally in enumerate(tallies) if tally.steps]
+        return Simulated(tallies, workers, world.time / 1e9, folders[0], self.hosts, self.places)
+
+    def _body(self, comm: Communicator, build: Callable[[Job, Communicator], Prepared]) -> Path:
+        with opened(self.job, comm, build) as running:
+            if not self.learn:
+                run = running.run
+                run.keeper = PhantomKeeper(run.prepared, comm, run.folder, run.files)
+            passes = self._passes(running)
+            running.prepared.coupling = passes
+            for batch in running.batches():
+                passes.forward(batch.size)
+                if self.learn:
+                    fit_batch(running, batch)
+                else:
+                    running.step(phantom_loss(self._loss(running.totals.cursor)))
+        return running.folder
+
+    def _passes(self, running: Session) -> TimedPasses:
+        inner: Coupling | None = running.prepared.coupling if self.learn else None
+        return TimedPasses(self.calibration, self._processors[running.comm.rank], running.replica, inner)
+
+    def _build(self) -> Callable[[Job, Communicator], Prepared]:
+        """What builds each rank's parts. Data are loaded once for all ranks; without `learn`, the model, too."""
+        phantoms: list[PhantomParts] = []
+        splits: list[Splits] = []
+
+        def build(job: Job, comm: Communicator) -> Prepared:
+            if not self.learn:
+                if not phantoms:
+                    phantoms.append(PhantomParts(prepare_evaluation(job, comm)))
+                return phantoms[0].build(job, comm)
+            parts = prepare_evaluation(job, comm, *splits)
+            splits[:] = [parts.splits]
+            return prepare(job, comm, parts)
+
+        return build
+
+    def _recorder(self, rank: int) -> TallyRecorder:
+        kind = KeepingRecorder if rank < TRACED and self.job.trace.enabled else TallyRecorder
+        return kind(lambda: self._world.time)
+
+    def _make_processors(self) -> list[Processor]:
+        """Of each rank: ranks of a host share its cores, or its accelerators in turn."""
+        world, seed = self._world, self.job.seed
+        cores = [Cores(world, host.cores if host.cores is not None else 1e9) for host in self.hosts]
+        devices = [[Cores(world, 1.0) for _ in range(host.devices)] for host in self.hosts]
+        spells = [Spells(host, seed) for host in self.hosts]
+        found, before = [], dict.fromkeys(range(len(self.hosts)), 0)
+        for rank, place in enumerate(self.places):
+            host, local = self.hosts[place], before[place]
+            before[place] += 1
+            own = devices[place][local % host.devices] if host.devices else cores[place]
+            found.append(Processor(world, host, own, spells[place], seed, rank))
+        return found
+
+    def _network(self) -> Network:
+        link, costs = self.cluster.link, self.calibration
+        return LinkNetwork(
+            int(costs.between.latency_s * 1e9 + link.latency_ms * 1e6),
+            link.mbit_per_s * 1e6 / 8 * costs.between.efficiency,
+            int(costs.within.latency_s * 1e9),
+            costs.within.bytes_per_s or 5e9,
+            costs.between.eager_bytes,
+        )
+
+    def _span_cost(self, rank: int, kind: str, nbytes: int, flops: float) -> int:
+        """Lets a span's time pass on its rank's processor; nothing is left for the communicator to add."""
+        if kind in FREE or not nbytes:
+            return 0
+        known = self.calibration.spans.get(kind)
+        if known is None:
+            raise ClusterError(
+                f'the calibration ({self.calibration.source}) does not tell what "{kind}" costs, which this job does; '
+                "calibrate with a run of the same strategy and codec, or with: hpctrain calibrate --measure JOB"
+            )
+        self._processors[rank].work(known.seconds(nbytes))
+        return 0
