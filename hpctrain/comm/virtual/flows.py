@@ -63,7 +63,7 @@ class Port:
 
 
 @dataclass(frozen=True)
-class Route:
+class FlowPath:
     """The way from one host to another. `ports`: those that its flows compete for; `passed`: all of them. `latency`
     there and `back`, in nanoseconds; `alone`: bytes per nanosecond of a flow without competitors."""
 
@@ -80,7 +80,7 @@ class Flow:
 
     __slots__ = ("bytes", "left", "message", "pair", "rate", "receiver", "route", "timer", "updated")
 
-    def __init__(self, message: FlowMessage, route: Route, pair: tuple[int, int], nbytes: int) -> None:
+    def __init__(self, message: FlowMessage, route: FlowPath, pair: tuple[int, int], nbytes: int) -> None:
         self.message, self.route, self.pair, self.bytes = message, route, pair, nbytes
         self.receiver = pair[1]
         self.left, self.rate, self.updated = float(nbytes), 0.0, 0
@@ -104,7 +104,7 @@ class FlowNetwork:
     _sends: dict[int, int] = field(default_factory=dict)  # by rank: when it is free to send
     _receives: dict[int, int] = field(default_factory=dict)
     _pairs: dict[tuple[int, int], deque[Flow]] = field(default_factory=dict)  # the first is under way
-    _routes: dict[tuple[int, int], Route] = field(default_factory=dict)
+    _routes: dict[tuple[int, int], FlowPath] = field(default_factory=dict)
     _changed: dict[Port, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ class FlowNetwork:
         else:
             self._queue(flow)
 
-    def _add_route(self, here: int, there: int) -> Route:
+    def _add_route(self, here: int, there: int) -> FlowPath:
         if here == there:
             costs, latency, back = self.within, self.within.latency, self.within.latency
             memory = self._memory[here]
@@ -169,7 +169,7 @@ class FlowNetwork:
                 if self._narrowed > 1:  # else the hosts' links are always narrower
                     ports = passed
         alone = min(costs.bandwidth / 1e9, *(port.capacity for port in passed))
-        route = self._routes[here, there] = Route(ports, passed, costs, latency, back, alone)
+        route = self._routes[here, there] = FlowPath(ports, passed, costs, latency, back, alone)
         return route
 
     # -- flows ---------------------------------------------------------------------------------------------------
