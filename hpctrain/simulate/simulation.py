@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import torch
 
 from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual.network import LinkNetwork, Network
+from hpctrain.comm.virtual.flows import FlowNetwork, MessageCosts
 from hpctrain.comm.virtual.world import World
 from hpctrain.data.splits import Splits
 from hpctrain.errors import ClusterError
@@ -19,7 +20,7 @@ from hpctrain.replica.coupling import Coupling
 from hpctrain.run.api import fit_batch
 from hpctrain.run.prepare import Prepared, prepare, prepare_evaluation
 from hpctrain.run.session import Session
-from hpctrain.simulate.calibration import Calibration
+from hpctrain.simulate.calibration import Calibration, LinkCosts
 from hpctrain.simulate.cores import Cores
 from hpctrain.simulate.opened import opened
 from hpctrain.simulate.passes import Processor, Spells, TimedPasses
@@ -137,14 +138,13 @@ class Simulation:
             found.append(Processor(world, host, own, spells[place], seed, rank))
         return found
 
-    def _network(self) -> Network:
-        link, costs = self.cluster.link, self.calibration
-        return LinkNetwork(
-            int(costs.between.latency_s * 1e9 + link.latency_ms * 1e6),
-            link.mbit_per_s * 1e6 / 8 * costs.between.efficiency,
-            int(costs.within.latency_s * 1e9),
-            costs.within.bytes_per_s or 5e9,
-            costs.between.eager_bytes,
+    def _network(self) -> FlowNetwork:
+        costs = self.calibration
+        return FlowNetwork(
+            self.cluster,
+            message_costs(costs.between),
+            message_costs(costs.within),
+            goodput=costs.between.efficiency,
         )
 
     def _span_cost(self, rank: int, kind: str, nbytes: int, flops: float) -> int:
@@ -159,3 +159,10 @@ class Simulation:
             )
         self._processors[rank].work(known.seconds(nbytes))
         return 0
+
+
+def message_costs(link: LinkCosts) -> MessageCosts:
+    """As the network of virtual ranks takes them."""
+    overhead = round(link.overhead_s * 1e9)
+    bandwidth = inf if link.bytes_per_s is None else link.bytes_per_s
+    return MessageCosts(round(link.latency_s * 1e9), bandwidth, overhead, overhead, link.eager_bytes)

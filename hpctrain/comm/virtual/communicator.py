@@ -70,15 +70,20 @@ class VirtualCommunicator(Communicator):
             send.id = self._number(dest, tag, 0)
             self.recorder.open("send", world.time, buffer.nbytes, self.members[dest], send.id)
             self.recorder.close(world.time)
+        send.since = world.time
         box = self.boxes[dest, self.rank, tag]
         if box and isinstance(recv := box[0], VirtualRecv):
             box.popleft()
             match(world, send, recv)
             return send
-        if buffer.nbytes <= world.network.eager_limit:  # it does not wait for its receiver
+        there = world.nodes[self.members[dest]]
+        if buffer.nbytes <= world.eager_limits[there == self.host]:  # it does not wait for its receiver
             send.buffer = buffer.copy()
-            there = world.nodes[self.members[dest]]
-            send.ends, send.arrives = world.network.transfer(self.host, there, buffer.nbytes, world.time)
+            if world.flows is None:
+                send.ends, send.arrives = world.network.transfer(self.host, there, buffer.nbytes, world.time)
+            else:
+                send.into = None
+                world.flows.carry(send)
         box.append(send)
         return send
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+LATER = 2**63  # a time that is not known yet
+
 
 class Network(Protocol):
     """How long messages take. A message of at most `eager_limit` bytes does not wait for its receiver."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from hpctrain.comm.virtual.flows import FlowNetwork
 from hpctrain.comm.virtual.network import FreeNetwork, Network
 from hpctrain.comm.virtual.scheduler import Scheduler
 
@@ -16,10 +17,22 @@ class Platform(Scheduler):
     `phantom`: arenas hold no memory, because only what operations cost is of interest."""
 
     def __init__(
-        self, nodes: Sequence[int], network: Network | None, compute: Compute | None, isolate_torch: bool, phantom: bool
+        self,
+        nodes: Sequence[int],
+        network: Network | FlowNetwork | None,
+        compute: Compute | None,
+        isolate_torch: bool,
+        phantom: bool,
     ) -> None:
         super().__init__(isolate_torch)
         self.nodes = tuple(nodes)
-        self.network: Network = network or FreeNetwork()
+        self.network: Network = FreeNetwork()  # unused where there are `flows`
+        self.flows: FlowNetwork | None = None
+        if isinstance(network, FlowNetwork):
+            network.begin(self, self.nodes)
+            self.flows, self.eager_limits = network, (network.between.eager_limit, network.within.eager_limit)
+        else:
+            self.network = network or self.network
+            self.eager_limits = (self.network.eager_limit, self.network.eager_limit)  # between nodes, within one
         self.compute = compute
         self.phantom = phantom

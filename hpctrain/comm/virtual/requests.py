@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 from hpctrain.comm.base import Buffer, Request
 from hpctrain.comm.phantom import deliver
+from hpctrain.comm.virtual.network import LATER
 from hpctrain.comm.virtual.platform import Platform
 from hpctrain.comm.virtual.scheduler import Scheduler, Task
 from hpctrain.trace.recorder import Recorder
 
-LATER = 2**63
 UNTRACED = nullcontext()
 
 Box = deque["VirtualSend | VirtualRecv"]
@@ -59,7 +59,8 @@ class VirtualRequest(Request):
     """A send or a receive in progress: over when the clock reaches `ends`, which is LATER until it is known.
 
     For a receive: `elements`, the number received. For a send: `arrives`, its arrival time if it was sent before its
-    receiver was ready (else -1).
+    receiver was ready (else -1; LATER until it is known), `since`, when it was started, and `into`, the receive that
+    waits for it to arrive.
     """
 
     __slots__ = ("arrives", "buffer", "comm", "elements", "ends", "id", "peer", "tag", "task")
@@ -106,8 +107,31 @@ class VirtualRequest(Request):
 
 
 class VirtualSend(VirtualRequest):
-    __slots__ = ()
+    __slots__ = ("into", "since")
     verb = "send"
+    into: VirtualRecv | None
+    since: int
+
+    @property
+    def route(self) -> tuple[int, int, int]:
+        """(sender, receiver, bytes), with ranks of the whole run."""
+        comm = self.comm
+        return comm.members[comm.rank], comm.members[self.peer], self.buffer.nbytes
+
+    def left(self, time: int) -> None:
+        """Its last byte leaves the sender at `time`."""
+        self.ends = time
+        if self.task is not None:
+            self.comm.world.wake_at(time, self.task)
+
+    def arrived(self, time: int) -> None:
+        """It is known now that it arrives at `time`."""
+        self.arrives = time
+        recv = self.into
+        if recv is not None:
+            recv.ends = time
+            if recv.task is not None:
+                recv.comm.world.wake_at(time, recv.task)
 
     def wait(self) -> int:
         if not self.test():
@@ -171,6 +195,11 @@ def match(world: Platform, send: VirtualSend, recv: VirtualRecv) -> None:
         raise ValueError(f"a message of {out.nbytes} bytes does not fit a buffer of {into.nbytes}: {recv}")
     recv.elements = out.size
     arrives = send.arrives
+    if world.flows is not None and (arrives < 0 or arrives == LATER):
+        send.into = recv
+        if arrives < 0:
+            world.flows.carry(send)
+        return
     if arrives < 0:
         send.ends, arrives = world.network.transfer(send.comm.host, recv.comm.host, out.nbytes, now)
         if send.task is not None:

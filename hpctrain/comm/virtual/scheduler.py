@@ -20,6 +20,8 @@ import greenlet
 import numpy as np
 from numpy.random import mtrand
 
+LAST = 2**62  # added to the number of an event that comes after the others of its time
+
 
 class DeadlockError(RuntimeError):
     """No task can continue; the message lists what each task waits for."""
@@ -34,6 +36,7 @@ class Task:
     result: Any = None
     error: BaseException | None = None
     joiner: Task | None = None
+    call: None = None  # what tells it from a `Timer`
     inside = 0  # depth of collectives: until they return, no code runs that could use torch's state
     torch: tuple[Any, ...] | None = None  # saved state; None while it is active
 
@@ -41,6 +44,15 @@ class Task:
         self.name = name
         self.glet: Any = None
         self.resume: Callable[[], Any]
+
+
+class Timer:
+    """A call at a time. Set `finished` to cancel it."""
+
+    __slots__ = ("argument", "call", "finished")
+
+    def __init__(self, call: Callable[[Any], None], argument: Any) -> None:
+        self.call, self.argument, self.finished = call, argument, False
 
 
 class Scheduler:
@@ -52,7 +64,7 @@ class Scheduler:
         self.current: Task | None = None
         self._torch = sys.modules.get("torch") if isolate_torch else None
         self._ready: deque[Task] = deque()
-        self._events: list[tuple[int, int, Task]] = []
+        self._events: list[tuple[int, int, Task | Timer]] = []
         self._sequence = 0
         self._tasks: dict[Task, None] = {}  # those that have not ended, in the order of their start
         self._failed: list[Task] = []
@@ -123,6 +135,14 @@ class Scheduler:
             task.queued = True
             self._ready.append(task)
 
+    def call_at(self, time: int, call: Callable[[Any], None], argument: Any = None, last: bool = False) -> Timer:
+        """Call `call(argument)` when the clock reaches `time`, at the earliest when no task is runnable. `last`: after
+        all other events of that time."""
+        self._sequence += 1
+        timer = Timer(call, argument)
+        heapq.heappush(self._events, (time, self._sequence + (LAST if last else 0), timer))
+        return timer
+
     def block(self, waits: Any) -> None:
         """Suspend the current task until another wakes it, perhaps for an outdated reason: recheck the condition then.
 
@@ -149,9 +169,15 @@ class Scheduler:
         if self._ready:
             return self._ready.popleft()
         while self._events:
-            self.time, _, task = heapq.heappop(self._events)
-            if not task.finished:
-                return task
+            time, _, event = heapq.heappop(self._events)
+            if event.finished:
+                continue
+            self.time = time
+            if event.call is None:
+                return event
+            event.call(event.argument)
+            if self._ready:
+                return self._ready.popleft()
         return None
 
     def restore_torch(self, task: Task) -> None:

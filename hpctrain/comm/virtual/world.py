@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from hpctrain.comm.virtual.communicator import VirtualCommunicator
+from hpctrain.comm.virtual.flows import FlowNetwork
 from hpctrain.comm.virtual.network import Network
 from hpctrain.comm.virtual.platform import Compute, Platform
 from hpctrain.comm.virtual.shared import VirtualGroup
@@ -31,7 +32,7 @@ class World(Platform):
         self,
         size: int,
         nodes: Sequence[int] | None = None,
-        network: Network | None = None,
+        network: Network | FlowNetwork | None = None,
         compute: Compute | None = None,
         recorders: Sequence[Recorder] | None = None,
         isolate_torch: bool = True,

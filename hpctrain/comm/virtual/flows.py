@@ -1,0 +1,285 @@
+"""A network whose messages share ports: each is a flow, and flows through one port share it max-min fairly.
+
+Ports: the link of a host, out and in; the uplink and downlink of a rack; the memory of a host, for messages within it.
+A flow's rate changes when another begins or ends on one of its ports, so its end is only known when it comes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil, inf
+from typing import Protocol
+
+from hpctrain.comm.virtual.network import LATER
+from hpctrain.comm.virtual.scheduler import Scheduler, Timer
+from hpctrain.hosts import Description
+
+TIE = 1 + 1e-9  # shares that differ by less are equal
+
+
+@dataclass(frozen=True)
+class MessageCosts:
+    """What messages of one class of link cost, besides sharing ports. Times in nanoseconds.
+
+    A rank's sends occupy it for `send_overhead` each, one after the other, and its arriving messages for
+    `recv_overhead`. A message above `eager_limit` bytes waits for its receiver, and asks it first: one more round trip.
+    """
+
+    latency: int = 20_000  # one way, besides that of the sender's own link
+    bandwidth: float = inf  # bytes per second of a single message, at most
+    send_overhead: int = 0
+    recv_overhead: int = 0
+    eager_limit: int = 8192
+
+
+BETWEEN, WITHIN = MessageCosts(), MessageCosts(latency=500, bandwidth=8e9)
+
+
+class FlowMessage(Protocol):
+    """A message as the network knows it. `ends`: when its sender may continue; `arrives`: when it has arrived; both are
+    LATER until they are known. `since`: when its send was started."""
+
+    ends: int
+    arrives: int
+    since: int
+
+    @property
+    def route(self) -> tuple[int, int, int]: ...
+    def left(self, time: int) -> None: ...
+    def arrived(self, time: int) -> None: ...
+
+
+class Port:
+    """What flows share. `capacity`: bytes per nanosecond; `bytes` that have passed; `busy`: nanoseconds in use."""
+
+    __slots__ = ("active", "busy", "bytes", "capacity", "flows", "name", "since")
+
+    def __init__(self, name: str, capacity: float) -> None:
+        self.name, self.capacity = name, capacity
+        self.bytes = self.busy = self.active = self.since = 0
+        self.flows: dict[Flow, None] = {}
+
+
+@dataclass(frozen=True)
+class FlowPath:
+    """The way from one host to another. `ports`: those that its flows compete for; `passed`: all of them. `latency`
+    there and `back`, in nanoseconds; `alone`: bytes per nanosecond of a flow without competitors."""
+
+    ports: tuple[Port, ...]
+    passed: tuple[Port, ...]
+    costs: MessageCosts
+    latency: int
+    back: int
+    alone: float
+
+
+class Flow:
+    """A message on its way. `left`: bytes that were left at time `updated`; `rate`: bytes per nanosecond since then."""
+
+    __slots__ = ("bytes", "left", "message", "pair", "rate", "receiver", "route", "timer", "updated")
+
+    def __init__(self, message: FlowMessage, route: FlowPath, pair: tuple[int, int], nbytes: int) -> None:
+        self.message, self.route, self.pair, self.bytes = message, route, pair, nbytes
+        self.receiver = pair[1]
+        self.left, self.rate, self.updated = float(nbytes), 0.0, 0
+        self.timer: Timer | None = None
+
+
+@dataclass
+class FlowNetwork:
+    """The links of a described cluster; node i of the virtual ranks is its i-th host, from 0. For one run.
+
+    Rates of links are those of the description times `goodput`, the share that headers leave. `memory`: bytes per
+    second that the ranks of a host share for messages among them, where the description gives no memory_gbyte_per_s.
+    Messages of one rank to another keep their order.
+    """
+
+    cluster: Description
+    between: MessageCosts = BETWEEN
+    within: MessageCosts = WITHIN
+    memory: float = 2e10
+    goodput: float = 1.0
+    _sends: dict[int, int] = field(default_factory=dict)  # by rank: when it is free to send
+    _receives: dict[int, int] = field(default_factory=dict)
+    _pairs: dict[tuple[int, int], deque[Flow]] = field(default_factory=dict)  # the first is under way
+    _routes: dict[tuple[int, int], FlowPath] = field(default_factory=dict)
+    _changed: dict[Port, None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.hosts, self._narrowed = self.cluster.each(), self.cluster.switch.oversubscription
+        per_ns = self.goodput * 1e6 / 8 / 1e9
+        links = [host.link.mbit_per_s * per_ns for host in self.hosts]
+        self._out = [Port(f"{h.name} out", rate) for h, rate in zip(self.hosts, links, strict=True)]
+        self._in = [Port(f"{h.name} in", rate) for h, rate in zip(self.hosts, links, strict=True)]
+        self._memory = [
+            Port(f"{h.name} memory", self.memory / 1e9 if h.memory_gbyte_per_s is None else h.memory_gbyte_per_s)
+            for h in self.hosts
+        ]
+        racks = dict.fromkeys(host.rack for host in self.hosts)
+        total = {rack: sum(r for h, r in zip(self.hosts, links, strict=True) if h.rack == rack) for rack in racks}
+        self._up = {r: Port(f"rack{r} up", rate / self._narrowed) for r, rate in total.items()}
+        self._down = {r: Port(f"rack{r} down", rate / self._narrowed) for r, rate in total.items()}
+
+    def begin(self, clock: Scheduler, nodes: Sequence[int]) -> None:
+        """Run on this clock, for ranks on these nodes."""
+        self._clock, self._nodes = clock, nodes
+        self._ranks = [0] * len(self.hosts)
+        for node in nodes:
+            self._ranks[node] += 1
+
+    def ports(self) -> list[Port]:
+        """All ports, with what has passed them."""
+        racks = [*self._up.values(), *self._down.values()] if len(self._up) > 1 else []
+        return [*self._out, *self._in, *self._memory, *racks]
+
+    def carry(self, message: FlowMessage) -> None:
+        """Take a message that goes at once, or whose receive has been started; sets its `ends` and `arrives`."""
+        sender, receiver, nbytes = message.route
+        here, there = self._nodes[sender], self._nodes[receiver]
+        route = self._routes.get((here, there)) or self._add_route(here, there)
+        costs, free, now = route.costs, self._sends.get(sender, 0), self._clock.time
+        start = (free if free > message.since else message.since) + costs.send_overhead
+        self._sends[sender] = message.ends = start
+        message.arrives = LATER
+        if nbytes > costs.eager_limit:
+            message.ends = LATER
+            start += route.latency
+            start = (start if start > now else now) + route.back
+        flow = Flow(message, route, (sender, receiver), nbytes)
+        if start > now:
+            self._clock.call_at(start, self._queue, flow)
+        else:
+            self._queue(flow)
+
+    def _add_route(self, here: int, there: int) -> FlowPath:
+        if here == there:
+            costs, latency, back = self.within, self.within.latency, self.within.latency
+            memory = self._memory[here]
+            passed: tuple[Port, ...] = (memory,)
+            ports = passed if costs.bandwidth / 1e9 * self._ranks[here] > memory.capacity else ()
+        else:
+            costs = self.between
+            latency, back = (costs.latency + round(self.hosts[h].link.latency_ms * 1e6) for h in (here, there))
+            passed = ports = (self._out[here], self._in[there])
+            racks = self.hosts[here].rack, self.hosts[there].rack
+            if racks[0] != racks[1]:
+                passed = (*passed, self._up[racks[0]], self._down[racks[1]])
+                if self._narrowed > 1:  # else the hosts' links are always narrower
+                    ports = passed
+        alone = min(costs.bandwidth / 1e9, *(port.capacity for port in passed))
+        route = self._routes[here, there] = FlowPath(ports, passed, costs, latency, back, alone)
+        return route
+
+    # -- flows ---------------------------------------------------------------------------------------------------
+    def _queue(self, flow: Flow) -> None:
+        """Start the flow, or let it wait for those before it from the same rank to the same other one."""
+        waiting = self._pairs.get(flow.pair)
+        if waiting is None:
+            self._pairs[flow.pair] = deque((flow,))
+            self._start(flow)
+        else:
+            waiting.append(flow)
+
+    def _start(self, flow: Flow) -> None:
+        route, now = flow.route, self._clock.time
+        for port in route.passed:
+            if not port.active:
+                port.since = now
+            port.active += 1
+        flow.updated, alone = now, True
+        for port in route.ports:
+            if port.flows:
+                alone = False
+            port.flows[flow] = None
+        if alone:
+            flow.rate = route.alone
+            flow.timer = self._clock.call_at(now + ceil(flow.left / flow.rate), self._end, flow)
+        else:
+            self._change(route.ports)
+
+    def _end(self, flow: Flow) -> None:
+        route, message, clock = flow.route, flow.message, self._clock
+        now = clock.time
+        for port in route.passed:
+            port.bytes += flow.bytes
+            port.active -= 1
+            if not port.active:
+                port.busy += now - port.since
+        for port in route.ports:
+            del port.flows[flow]
+        if busy := [port for port in route.ports if port.flows]:
+            self._change(busy)
+        if message.ends == LATER:
+            message.left(now)
+        if route.costs.recv_overhead:
+            clock.call_at(now + route.latency, self._receive, flow)
+        else:
+            message.arrived(now + route.latency)
+        waiting = self._pairs[flow.pair]
+        waiting.popleft()
+        if waiting:
+            self._start(waiting[0])
+        else:
+            del self._pairs[flow.pair]
+
+    def _receive(self, flow: Flow) -> None:
+        free, now = self._receives.get(flow.receiver, 0), self._clock.time
+        self._receives[flow.receiver] = done = (free if free > now else now) + flow.route.costs.recv_overhead
+        flow.message.arrived(done)
+
+    # -- rates ---------------------------------------------------------------------------------------------------
+    def _change(self, ports: Sequence[Port]) -> None:
+        """The flows on these ports have to share them anew, once nothing else happens at this time."""
+        if not self._changed:
+            self._clock.call_at(self._clock.time, self._share, last=True)
+        self._changed.update(dict.fromkeys(ports))
+
+    def _share(self, _: object) -> None:
+        """New rates for all flows that a change can affect."""
+        ports = list(self._changed)
+        self._changed.clear()
+        known, flows = dict.fromkeys(ports), dict[Flow, None]()
+        for port in ports:
+            for flow in port.flows:
+                if flow not in flows:
+                    flows[flow] = None
+                    new = [other for other in flow.route.ports if other not in known]
+                    known.update(dict.fromkeys(new))
+                    ports += new
+        now = self._clock.time
+        for flow, rate in max_min(flows, ports).items():
+            if rate != flow.rate:
+                flow.left = max(flow.left - flow.rate * (now - flow.updated), 0.0)
+                flow.rate, flow.updated = rate, now
+                if flow.timer is not None:
+                    flow.timer.finished = True
+                flow.timer = self._clock.call_at(now + ceil(flow.left / rate), self._end, flow)
+
+
+def max_min(flows: dict[Flow, None], ports: Sequence[Port]) -> dict[Flow, float]:
+    """The max-min fair rates of flows that compete for these ports only: progressive filling. The ports that fill up
+    first fix the rates of their flows; the others share what is left."""
+    rates: dict[Flow, float] = {}
+    left = {port: [port.capacity, float(len(port.flows))] for port in ports if port.flows}
+    unfixed = dict(flows)
+    while unfixed:
+        share = min(capacity / count for capacity, count in left.values())
+        single = min(flow.route.costs.bandwidth for flow in unfixed) / 1e9
+        if single <= share:
+            rate, limit = single, single * TIE
+            fixed = [flow for flow in unfixed if flow.route.costs.bandwidth / 1e9 <= limit]
+        else:
+            rate, limit = share, share * TIE
+            full = [port for port, (capacity, count) in left.items() if capacity / count <= limit]
+            fixed = [flow for flow in dict.fromkeys(f for port in full for f in port.flows) if flow in unfixed]
+        for flow in fixed:
+            rates[flow] = rate
+            del unfixed[flow]
+            for port in flow.route.ports:
+                place = left[port]
+                place[0], place[1] = max(place[0] - rate, 0.0), place[1] - 1
+                if not place[1]:
+                    del left[port]
+    return rates
