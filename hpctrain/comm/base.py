@@ -120,7 +120,8 @@ class Communicator(ABC):
     `local_ranks` the ranks of this node in order, `local_rank` this rank's index among them; `members[r]` the rank that
     r has in the whole run (used in traces and user messages); `concurrent` whether ranks really run in parallel (False:
     coroutines; do not create threads); `cores` how many of its node's cores are available to this rank (less than 1 if
-    there are more ranks than cores).
+    there are more ranks than cores); `simulates` the description of the cluster that virtual ranks stand for ("":
+    none), which makes them write traces.
     """
 
     rank: int
@@ -130,6 +131,7 @@ class Communicator(ABC):
     local_rank: int
     members: tuple[int, ...]
     concurrent: bool
+    simulates: str = ""
     cores: float = 1.0
     recorder: Recorder
 

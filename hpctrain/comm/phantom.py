@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
+NO_VALUES = "a buffer that holds no memory has no values"
 
 
-class Phantom:
+class Phantom(NDArrayOperatorsMixin):
     """A one-dimensional buffer of `size` elements of `dtype` whose values do not exist.
 
     It can be sliced, copied and viewed as another dtype. Writing to it changes nothing. Reading a value raises
@@ -39,7 +42,7 @@ class Phantom:
         if place is Ellipsis:
             return self
         if not isinstance(place, slice):
-            raise TypeError("a buffer that holds no memory has no values to read")
+            raise TypeError(NO_VALUES)
         return Phantom(len(range(*place.indices(self.size))), self.dtype)
 
     def __setitem__(self, place: Any, value: Any) -> None:
@@ -62,8 +65,11 @@ class Phantom:
         """Itself: phantoms are flat."""
         return self
 
+    def __bool__(self) -> bool:
+        raise TypeError(NO_VALUES)
+
     def __array__(self, *arguments: Any, **named: Any) -> Any:
-        raise TypeError("a buffer that holds no memory cannot become an array")
+        raise TypeError(NO_VALUES)
 
     def __array_ufunc__(self, function: Any, method: str, *inputs: Any, out: Any = None, **named: Any) -> Any:
         return self if out is None else out[0]

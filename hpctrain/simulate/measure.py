@@ -1,4 +1,7 @@
-"""Measures what a job's step costs on this machine: a few steps of it on virtual ranks, one after the other."""
+"""Measures what a job's step costs on this machine: a few steps of it on virtual ranks, one after the other.
+
+Times are this thread's processor time, so that other work on the machine does not count.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +51,10 @@ class BackwardOrder:
 
     def begin(self) -> None:
         """A backward pass begins."""
-        self._at, self._place = time.perf_counter(), 0
+        self._at, self._place = time.thread_time(), 0
 
     def _note(self, index: int) -> None:
-        now = time.perf_counter()
+        now = time.thread_time()
         if self._place < 0:
             return
         if self._place < len(self.order):
@@ -65,7 +68,7 @@ class BackwardOrder:
     def end(self) -> None:
         """The pass has ended: what follows the last gradient belongs to it."""
         if self._place == len(self._seconds) > 0:
-            self._seconds[-1] += time.perf_counter() - self._at
+            self._seconds[-1] += time.thread_time() - self._at
         self._place = -1
 
     @property
@@ -85,7 +88,7 @@ class Measuring:
 
 
 class Stopwatch(Recorder):
-    """Measures spans of a virtual rank in real time: what each took without the spans within it.
+    """Measures spans of a virtual rank in processor time: what each took without the spans within it.
 
     The communicator's own spans do not count: on virtual ranks other ranks run in them. `leads`: whether it is rank
     0's.
@@ -105,7 +108,7 @@ class Stopwatch(Recorder):
         self, kind: int | str, now_ns: int, bytes: int = 0, peer: int = -1, id: int = -1, items: int = 0,
         flops: float = 0.0,
     ) -> None:  # fmt: skip
-        now = time.perf_counter()
+        now = time.thread_time()
         if self._open:
             self._open[-1][2] += now - self._open[-1][3]
         own = kind in COMMUNICATION and id != -1
@@ -115,7 +118,7 @@ class Stopwatch(Recorder):
 
     def close(self, now_ns: int) -> None:
         kind, amount, seconds, began = self._open.pop()
-        now, into = time.perf_counter(), self._into
+        now, into = time.thread_time(), self._into
         if self._open:
             self._open[-1][3] = now
         if kind == "backward" and self._leads and into.order is not None:
@@ -160,9 +163,9 @@ def _measure(job: Job, nodes: Sequence[int], samples: Samples, order: BackwardOr
     """With the job's batch, and with half of it."""
     job, round = _short_rounds(job)
     fewest = max(FIRST, round)
-    began = time.perf_counter()
+    began = time.thread_time()
     _run(job, nodes, fewest)
-    each = (time.perf_counter() - began) / fewest
+    each = (time.thread_time() - began) / fewest
     sizes = sorted({max(1, job.train.batch_size // 2), job.train.batch_size})
     steps = FIRST + max(min(MOST, max(LEAST, int(LIMIT / len(sizes) / each))), 2 * round)
     for size in sizes:
@@ -204,7 +207,7 @@ def _run(
             for taken, batch in enumerate(running.batches()):
                 if leads and taken >= FIRST:
                     into.samples, into.order = samples, order
-                    marks.append(time.perf_counter() - into.seconds)
+                    marks.append(time.thread_time() - into.seconds)
                 fit_batch(running, batch)
             if leads:
                 into.samples = into.order = None

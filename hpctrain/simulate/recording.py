@@ -11,6 +11,11 @@ from hpctrain.trace.recorder import Recorder
 COMPUTING = frozenset(["data", "forward", "backward", "reduce", "update", "encode", "decode"])
 
 
+def kind_of(kind: int | str, id: int) -> str:
+    """The kind of a span; a sum over ranks, which has a number, is not one of a rank's own."""
+    return "all_reduce" if kind == "reduce" and id != -1 else str(kind)
+
+
 class Tally:
     """Totals of one rank. `seconds`: by kind of span, without the spans within it; `steps`: when each ended (virtual
     nanoseconds), with its samples; `staleness`: how many updates each step of this worker was behind."""
@@ -50,6 +55,7 @@ class TallyRecorder(Recorder):
     """Only counts."""
 
     __slots__ = ("tally",)
+    keeps = False
 
     def __init__(self, now: Any) -> None:
         super().__init__(now)
@@ -62,7 +68,7 @@ class TallyRecorder(Recorder):
         self, kind: int | str, now_ns: int, bytes: int = 0, peer: int = -1, id: int = -1, items: int = 0,
         flops: float = 0.0,
     ) -> None:  # fmt: skip
-        self.tally.open(str(kind), now_ns)
+        self.tally.open(kind_of(kind, id), now_ns)
 
     def close(self, now_ns: int) -> None:
         self.tally.close(now_ns)
@@ -84,6 +90,7 @@ class KeepingRecorder(TallyRecorder):
     """Counts, and records all of it for a trace."""
 
     __slots__ = ()
+    keeps = True
 
     def lane(self, number: int) -> Recorder:
         return Recorder.lane(self, number)
@@ -92,7 +99,7 @@ class KeepingRecorder(TallyRecorder):
         self, kind: int | str, now_ns: int, bytes: int = 0, peer: int = -1, id: int = -1, items: int = 0,
         flops: float = 0.0,
     ) -> None:  # fmt: skip
-        self.tally.open(str(kind), now_ns)
+        self.tally.open(kind_of(kind, id), now_ns)
         Recorder.open(self, kind, now_ns, bytes, peer, id, items, flops)
 
     def close(self, now_ns: int) -> None:

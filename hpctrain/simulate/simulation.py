@@ -9,23 +9,27 @@ from pathlib import Path
 
 import torch
 
+from hpctrain.clock.samples import run_total
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.flows import FlowNetwork, MessageCosts
 from hpctrain.comm.virtual.world import World
 from hpctrain.data.splits import Splits
 from hpctrain.errors import ClusterError
-from hpctrain.hosts import Description, Host, nodes
+from hpctrain.hosts import Description, nodes
 from hpctrain.job import Job
 from hpctrain.replica.coupling import Coupling
 from hpctrain.run.api import fit_batch
+from hpctrain.run.folder import name_of
 from hpctrain.run.prepare import Prepared, prepare, prepare_evaluation
 from hpctrain.run.session import Session
 from hpctrain.simulate.calibration import Calibration, LinkCosts
 from hpctrain.simulate.cores import Cores
-from hpctrain.simulate.opened import opened
+from hpctrain.simulate.numbers import reads_numbers, refuse_numbers
+from hpctrain.simulate.opened import only_steps, opened
 from hpctrain.simulate.passes import Processor, Spells, TimedPasses
 from hpctrain.simulate.phantom import PhantomKeeper, PhantomParts, phantom_loss
 from hpctrain.simulate.recording import KeepingRecorder, Tally, TallyRecorder
+from hpctrain.simulate.window import Moment, Stretch, Window
 
 TRACED = 64  # ranks, at most, that write traces
 FREE = frozenset(["forward", "backward", "data", "evaluate", "switch", "checkpoint", "trace"])  # or counted elsewhere
@@ -33,20 +37,22 @@ FREE = frozenset(["forward", "backward", "data", "evaluate", "switch", "checkpoi
 
 @dataclass(frozen=True)
 class Simulated:
-    """What came out. `tallies`: of each rank; `seconds`: virtual, from the first step's begin to the end of the run."""
+    """What came out. `tallies`: of each rank; `workers`: the ranks that took steps; `stretch`: what predictions come
+    from; `total`: samples of the whole run, of which perhaps only a part was simulated; `seconds`: virtual, of the
+    simulated part."""
 
     tallies: list[Tally]
     workers: list[int]
+    stretch: Stretch
+    total: int
     seconds: float
     folder: Path
-    hosts: list[Host]
-    places: tuple[int, ...]
 
 
 class Simulation:
     """A job on a cluster with what a calibration says of computing. `ranks`: None: as many as the cluster has places
-    for. `learn`: really compute gradients; otherwise only costs count. `loss`: of a step that is not computed, by the
-    run's cursor."""
+    for. `learn`: really compute gradients; otherwise only costs count. `steps`: rounds, None: as many as the job has.
+    `loss`: of a step that is not computed, by the run's cursor."""
 
     def __init__(
         self,
@@ -55,35 +61,62 @@ class Simulation:
         calibration: Calibration,
         ranks: int | None = None,
         learn: bool = False,
+        steps: int | None = None,
         loss: Callable[[int], float] = lambda cursor: 1.0,
     ) -> None:
-        self.job, self.cluster, self.calibration = job, cluster, calibration
+        self._whole, self.cluster, self.calibration = job, cluster, calibration
         self.hosts = cluster.each()
         self.places = nodes(self.hosts, ranks)
         self.learn, self._loss = learn, loss
+        self.job = self._simulated(job, steps)
         self._world: World
+        self._window: Window | None = None
+        self._total = 0
         self._processors: list[Processor] = []
+
+    def _simulated(self, job: Job, steps: int | None) -> Job:
+        """The job as it is run here."""
+        if not self.learn:
+            refuse_numbers(job)
+            job = only_steps(job, steps, job.output)
+        elif steps is not None:
+            job = job.override([f"train.steps={steps}"])
+        if any(host.devices for host in self.hosts):  # models on accelerators share no memory
+            job = job.override(["communicator.shared=false"])
+        return job.override([f"name={job.name}-simulated", "train.checkpoint_every=default"])
 
     def run(self) -> Simulated:
         """Run it. Raises HpctrainErrors as training does, and ClusterError where the calibration does not tell a cost
         that the job has."""
         size = len(self.places)
         recorders = [self._recorder(rank) for rank in range(size)]
+        self._flows = network = self._network()
         self._world = world = World(
-            size, self.places, self._network(), self._span_cost, recorders,
-            isolate_torch=self.learn, phantom=not self.learn,
+            size, self.places, network, self._span_cost, recorders,
+            isolate_torch=self.learn, phantom=not self.learn, simulates=self.cluster.summary(),
         )  # fmt: skip
+        self._tallies = [recorder.tally for recorder in recorders]
         self._processors = self._make_processors()
         build = self._build()
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             folders = world.run(lambda comm: self._body(comm, build))
+        except (TypeError, NotImplementedError, RuntimeError) as error:
+            if self.learn or not reads_numbers(error):
+                raise
+            names = " or ".join(sorted({name_of(phase.strategy) for phase in self.job.schedule}))
+            raise ClusterError(
+                f"strategy {names} reads numbers that a simulation of costs does not have ({error}); simulate it with "
+                "--learn, which computes them"
+            ) from error
         finally:
             torch.set_num_threads(threads)
-        tallies = [recorder.tally for recorder in recorders]
-        workers = [rank for rank, tally in enumerate(tallies) if tally.steps]
-        return Simulated(tallies, workers, world.time / 1e9, folders[0], self.hosts, self.places)
+        window = self._window
+        assert window is not None and window.first is not None and window.last is not None
+        workers = [rank for rank, tally in enumerate(self._tallies) if tally.steps]
+        stretch = Stretch(window.first, window.last)
+        return Simulated(self._tallies, workers, stretch, self._total, world.time / 1e9, folders[0])
 
     def _body(self, comm: Communicator, build: Callable[[Job, Communicator], Prepared]) -> Path:
         with opened(self.job, comm, build) as running:
@@ -92,13 +125,30 @@ class Simulation:
                 run.keeper = PhantomKeeper(run.prepared, comm, run.folder, run.files)
             passes = self._passes(running)
             running.prepared.coupling = passes
+            window = self._begin_window(running) if comm.rank == 0 else None
             for batch in running.batches():
+                if window is not None and window.wants(running.totals.cursor):
+                    window.take(self._moment(running))
                 passes.forward(batch.size)
                 if self.learn:
                     fit_batch(running, batch)
                 else:
                     running.step(phantom_loss(self._loss(running.totals.cursor)))
+            while window is not None and window.last is None:  # the run was short
+                window.take(self._moment(running))
         return running.folder
+
+    def _begin_window(self, running: Session) -> Window:
+        """The stretch to look at, and how many samples the whole job has."""
+        prepared = running.prepared
+        size = prepared.batch * len(prepared.roles[0].workers)
+        self._total = run_total(self._whole.train, prepared.epoch, size)
+        every = getattr(self.job.schedule[0].strategy.options, "every", 1)
+        self._window = Window(prepared.total, size * (every if isinstance(every, int) else 1))
+        return self._window
+
+    def _moment(self, running: Session) -> Moment:
+        return Moment.now(self._world.time, running.totals.cursor, self._tallies, self._flows)
 
     def _passes(self, running: Session) -> TimedPasses:
         inner: Coupling | None = running.prepared.coupling if self.learn else None

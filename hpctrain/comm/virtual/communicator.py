@@ -57,6 +57,7 @@ class VirtualCommunicator(Communicator):
         self.local_ranks = group.local_ranks[group.nodes[rank]]
         self.local_rank = self.local_ranks.index(rank)
         self.concurrent = False
+        self.simulates = world.simulates
         self.recorder = recorder
         self.host = world.nodes[group.members[rank]]
         self.traced = not isinstance(recorder, NullRecorder)

@@ -14,7 +14,8 @@ Compute = Callable[[int, str, int, float], int]
 
 class Platform(Scheduler):
     """`nodes`: rank -> node index; `network`: how long messages take; `compute`: the cost of spans (None: free);
-    `phantom`: arenas hold no memory, because only what operations cost is of interest."""
+    `phantom`: arenas hold no memory, because only what operations cost is of interest; `simulates`: the cluster that
+    it stands for, described."""
 
     def __init__(
         self,
@@ -23,6 +24,7 @@ class Platform(Scheduler):
         compute: Compute | None,
         isolate_torch: bool,
         phantom: bool,
+        simulates: str,
     ) -> None:
         super().__init__(isolate_torch)
         self.nodes = tuple(nodes)
@@ -35,4 +37,4 @@ class Platform(Scheduler):
             self.network = network or self.network
             self.eager_limits = (self.network.eager_limit, self.network.eager_limit)  # between nodes, within one
         self.compute = compute
-        self.phantom = phantom
+        self.phantom, self.simulates = phantom, simulates

@@ -23,7 +23,8 @@ from hpctrain.trace.recorder import NullRecorder, Recorder
 class World(Platform):
     """`size` virtual ranks on `nodes` (rank -> node index; default: all on one).
 
-    `phantom`: arenas hold no memory (`comm.phantom`): for costs without numbers.
+    `phantom`: arenas hold no memory (`comm.phantom`): for costs without numbers. `simulates`: the description of the
+    cluster that the ranks stand for; their runs then write traces.
     `isolate_torch`: save and restore torch's grad mode, autocast and CPU random state at every switch between ranks.
     Attributes after a run: `time` (virtual nanoseconds), `resumptions` (the number of switches between ranks).
     """
@@ -37,8 +38,10 @@ class World(Platform):
         recorders: Sequence[Recorder] | None = None,
         isolate_torch: bool = True,
         phantom: bool = False,
+        simulates: str = "",
     ) -> None:
-        super().__init__(nodes if nodes is not None else (0,) * size, network, compute, isolate_torch, phantom)
+        places = nodes if nodes is not None else (0,) * size
+        super().__init__(places, network, compute, isolate_torch, phantom, simulates)
         self.size = size
         self.recorders = recorders
 
