@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from hpctrain.comm.virtual.flows import FlowNetwork
 from hpctrain.comm.virtual.network import FreeNetwork, Network
@@ -11,12 +12,20 @@ from hpctrain.comm.virtual.scheduler import Scheduler
 Compute = Callable[[int, str, int, float], int]
 """(rank, span kind, bytes, flops) -> nanoseconds that the span costs in virtual time."""
 
+Collectives = Literal["messages", "loop"]
+
 
 class Platform(Scheduler):
-    """`nodes`: rank -> node index; `network`: how long messages take; `compute`: the cost of spans (None: free)."""
+    """`nodes`: rank -> node index; `network`: how long messages take; `compute`: the cost of spans (None: free);
+    `collectives`: by messages, or each as one loop where `loops` can."""
 
     def __init__(
-        self, nodes: Sequence[int], network: Network | FlowNetwork | None, compute: Compute | None, isolate_torch: bool
+        self,
+        nodes: Sequence[int],
+        network: Network | FlowNetwork | None,
+        compute: Compute | None,
+        isolate_torch: bool,
+        collectives: Collectives = "messages",
     ) -> None:
         super().__init__(isolate_torch)
         self.nodes = tuple(nodes)
@@ -29,3 +38,4 @@ class Platform(Scheduler):
             self.network = network or self.network
             self.eager_limits = (self.network.eager_limit, self.network.eager_limit)  # between nodes, within one
         self.compute = compute
+        self.collectives = collectives
