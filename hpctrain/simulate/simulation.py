@@ -32,6 +32,7 @@ from hpctrain.simulate.recording import KeepingRecorder, Tally, TallyRecorder
 from hpctrain.simulate.window import Moment, Stretch, Window
 
 TRACED = 64  # ranks, at most, that write traces
+BY_MESSAGES = 16  # ranks, at most, whose collectives are simulated message by message
 FREE = frozenset(["forward", "backward", "data", "evaluate", "switch", "checkpoint", "trace"])  # or counted elsewhere
 
 
@@ -93,7 +94,8 @@ class Simulation:
         self._flows = network = self._network()
         self._world = world = World(
             size, self.places, network, self._span_cost, recorders,
-            isolate_torch=self.learn, phantom=not self.learn, simulates=self.cluster.summary(),
+            isolate_torch=self.learn, collectives="loop" if size > BY_MESSAGES else "messages",
+            phantom=not self.learn, simulates=self.cluster.summary(),
         )  # fmt: skip
         self._tallies = [recorder.tally for recorder in recorders]
         self._processors = self._make_processors()

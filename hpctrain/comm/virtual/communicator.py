@@ -25,6 +25,8 @@ from hpctrain.comm.base import (
     barrier_id,
 )
 from hpctrain.comm.phantom import Phantom
+from hpctrain.comm.virtual import schedules
+from hpctrain.comm.virtual.loops import Course, loop_of
 from hpctrain.comm.virtual.platform import Platform
 from hpctrain.comm.virtual.requests import (
     UNTRACED,
@@ -37,6 +39,7 @@ from hpctrain.comm.virtual.requests import (
     verb_span,
 )
 from hpctrain.comm.virtual.scheduler import Scheduler, Task
+from hpctrain.comm.virtual.schedules import Schedule
 from hpctrain.comm.virtual.shared import Meeting, VirtualArena, VirtualGroup
 from hpctrain.trace.recorder import NullRecorder, Recorder
 
@@ -61,6 +64,7 @@ class VirtualCommunicator(Communicator):
         self.recorder = recorder
         self.host = world.nodes[group.members[rank]]
         self.traced = not isinstance(recorder, NullRecorder)
+        self.loop = loop_of(world, group)
         self._count = 0
         self._numbers: dict[tuple[int, int], int] = {}
 
@@ -137,7 +141,7 @@ class VirtualCommunicator(Communicator):
     # -- collectives ---------------------------------------------------------------------------------------
     def barrier(self) -> None:
         with self._collective("wait"):
-            algorithms.dissemination_barrier(self, self.group.all_ranks)
+            self._perform(_barrier, schedules.dissemination_barrier, np.zeros(1, np.uint8))
 
     def broadcast(self, buffer: Buffer, root: int = 0) -> None:
         all_ranks = self.group.all_ranks
@@ -146,18 +150,38 @@ class VirtualCommunicator(Communicator):
 
     def all_reduce(self, buffer: Buffer, operation: Operation = "sum", algorithm: str = "library") -> None:
         with self._collective("reduce"):
-            self._all_reduce(buffer, operation, algorithm)
+            if self._all_reduce(buffer, operation, algorithm):
+                self._learn(buffer.nbytes)
 
-    def _all_reduce(self, buffer: Buffer, operation: Operation, algorithm: str) -> None:
+    def _all_reduce(self, buffer: Buffer, operation: Operation, algorithm: str) -> bool:
         if algorithm == "library":
             algorithm = "tree" if buffer.nbytes <= 2048 else "halving_doubling"
         reduce = algorithms.all_reduce_by(algorithm)
-        if buffer.dtype in HALVES:
-            wide = buffer.astype(np.float32)
-            reduce(self, wide, operation, self.group.all_ranks)
+        wide = buffer.astype(np.float32) if buffer.dtype in HALVES else buffer
+
+        def course(comm: VirtualCommunicator, part: Buffer) -> None:
+            reduce(comm, part, operation, comm.group.all_ranks)
+
+        looped = self._perform(course, schedules.ALL_REDUCE.get(algorithm), wide, operation)
+        if wide is not buffer:
             buffer[:] = wide
+        return looped
+
+    def _perform(
+        self, course: Course, schedule: Schedule | None, buffer: Buffer, operation: Operation = "sum"
+    ) -> bool:
+        """As one loop, if it can be: then True; else by messages, which record the bytes."""
+        if self.loop is None or schedule is None:
+            looped = False
         else:
-            reduce(self, buffer, operation, self.group.all_ranks)
+            looped = self.loop.enter(self, self._count, course, schedule, buffer, operation)
+        if not looped:
+            course(self, buffer)
+        return looped
+
+    def _learn(self, nbytes: int) -> None:
+        if self.traced:
+            self.recorder.learn(nbytes, -1, self.group.number << 44 | self._count)
 
     def start_all_reduce(self, buffer: Buffer, operation: Operation = "sum") -> Request:
         """Runs in a separate coroutine of this rank, with its own messages."""
@@ -165,14 +189,20 @@ class VirtualCommunicator(Communicator):
         id = self.group.number << 44 | self._count
         beside = copy(self)
         beside.boxes = self._shared("started", self.size, lambda: defaultdict(deque))
-        beside.recorder, beside.traced = NullRecorder(), False
+        beside.recorder, beside.traced, beside.loop = NullRecorder(), False, None
         name = f"a started all-reduce of rank {self.members[self.rank]}"
         task = self.world.start(name, lambda: beside._all_reduce(buffer, operation, "library"), inside=1)
         return VirtualReduce(self, task, buffer.nbytes, id)
 
     def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
         with self._collective("recv"):
-            algorithms.ring_all_gather(self, buffer, bounds, self.group.all_ranks)
+
+
+            def course(comm: VirtualCommunicator, part: Buffer) -> None:
+                algorithms.ring_all_gather(comm, part, bounds, comm.group.all_ranks)
+
+            if self._perform(course, schedules.ring_all_gather(bounds), buffer):
+                self._learn(buffer.nbytes)
 
     def split(self, color: int | None, key: int = 0) -> VirtualCommunicator | None:
         answers = self._meet("split", self.group.all_ranks, (color, key))
@@ -301,6 +331,10 @@ class VirtualCommunicator(Communicator):
 
     def free(self) -> None:
         return None
+
+
+def _barrier(comm: VirtualCommunicator, token: Buffer) -> None:
+    algorithms.dissemination_barrier(comm, comm.group.all_ranks)
 
 
 class VirtualThread(Thread):

@@ -101,10 +101,12 @@ class FlowNetwork:
     within: MessageCosts = WITHIN
     memory: float = 2e10
     goodput: float = 1.0
-    _sends: dict[int, int] = field(default_factory=dict)  # by rank: when it is free to send
-    _receives: dict[int, int] = field(default_factory=dict)
+    carried: int = 0  # messages
+    delivered: int = 0  # of these, those whose last byte has left
+    sends: dict[int, int] = field(default_factory=dict)  # by rank: when it is free to send
+    receives: dict[int, int] = field(default_factory=dict)
     _pairs: dict[tuple[int, int], deque[Flow]] = field(default_factory=dict)  # the first is under way
-    _routes: dict[tuple[int, int], FlowPath] = field(default_factory=dict)
+    _paths: dict[tuple[int, int], FlowPath] = field(default_factory=dict)
     _changed: dict[Port, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -122,6 +124,11 @@ class FlowNetwork:
         self._up = {r: Port(f"rack{r} up", rate / self._narrowed) for r, rate in total.items()}
         self._down = {r: Port(f"rack{r} down", rate / self._narrowed) for r, rate in total.items()}
 
+    @property
+    def narrowed_racks(self) -> bool:
+        """Whether flows between racks can compete although no two pass the same host's link."""
+        return self._narrowed > 1
+
     def begin(self, clock: Scheduler, nodes: Sequence[int]) -> None:
         """Run on this clock, for ranks on these nodes."""
         self._clock, self._nodes = clock, nodes
@@ -138,11 +145,12 @@ class FlowNetwork:
         """Take a message that goes at once, or whose receive has been started; sets its `ends` and `arrives`."""
         sender, receiver, nbytes = message.route
         here, there = self._nodes[sender], self._nodes[receiver]
-        route = self._routes.get((here, there)) or self._add_route(here, there)
-        costs, free, now = route.costs, self._sends.get(sender, 0), self._clock.time
+        route = self._paths.get((here, there)) or self.path(here, there)
+        costs, free, now = route.costs, self.sends.get(sender, 0), self._clock.time
         start = (free if free > message.since else message.since) + costs.send_overhead
-        self._sends[sender] = message.ends = start
+        self.sends[sender] = message.ends = start
         message.arrives = LATER
+        self.carried += 1
         if nbytes > costs.eager_limit:
             message.ends = LATER
             start += route.latency
@@ -153,7 +161,8 @@ class FlowNetwork:
         else:
             self._queue(flow)
 
-    def _add_route(self, here: int, there: int) -> FlowPath:
+    def path(self, here: int, there: int) -> FlowPath:
+        """From one host to another."""
         if here == there:
             costs, latency, back = self.within, self.within.latency, self.within.latency
             memory = self._memory[here]
@@ -169,7 +178,7 @@ class FlowNetwork:
                 if self._narrowed > 1:  # else the hosts' links are always narrower
                     ports = passed
         alone = min(costs.bandwidth / 1e9, *(port.capacity for port in passed))
-        route = self._routes[here, there] = FlowPath(ports, passed, costs, latency, back, alone)
+        route = self._paths[here, there] = FlowPath(ports, passed, costs, latency, back, alone)
         return route
 
     # -- flows ---------------------------------------------------------------------------------------------------
@@ -202,6 +211,7 @@ class FlowNetwork:
     def _end(self, flow: Flow) -> None:
         route, message, clock = flow.route, flow.message, self._clock
         now = clock.time
+        self.delivered += 1
         for port in route.passed:
             port.bytes += flow.bytes
             port.active -= 1
@@ -225,8 +235,8 @@ class FlowNetwork:
             del self._pairs[flow.pair]
 
     def _receive(self, flow: Flow) -> None:
-        free, now = self._receives.get(flow.receiver, 0), self._clock.time
-        self._receives[flow.receiver] = done = (free if free > now else now) + flow.route.costs.recv_overhead
+        free, now = self.receives.get(flow.receiver, 0), self._clock.time
+        self.receives[flow.receiver] = done = (free if free > now else now) + flow.route.costs.recv_overhead
         flow.message.arrived(done)
 
     # -- rates ---------------------------------------------------------------------------------------------------

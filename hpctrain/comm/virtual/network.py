@@ -43,19 +43,19 @@ class LinkNetwork:
     node_latency: int = 500
     node_bandwidth: float = 8e9
     eager_limit: int = 8192
-    _out: dict[int, int] = field(default_factory=dict)
-    _in: dict[int, int] = field(default_factory=dict)
+    out: dict[int, int] = field(default_factory=dict)  # by node: when its link is free
+    into: dict[int, int] = field(default_factory=dict)
 
     def transfer(self, source: int, dest: int, nbytes: int, start: int) -> tuple[int, int]:
         if source == dest:
             end = start + self.node_latency + int(nbytes * 1e9 / self.node_bandwidth)
             return end, end
         wire = int(nbytes * 1e9 / self.bandwidth)
-        leave, arrive = self._out.get(source, 0), self._in.get(dest, 0)
+        leave, arrive = self.out.get(source, 0), self.into.get(dest, 0)
         if leave < start:
             leave = start
         if arrive < leave + self.latency:
             arrive = leave + self.latency
-        self._out[source] = sent = leave + wire
-        self._in[dest] = arrived = arrive + wire
+        self.out[source] = sent = leave + wire
+        self.into[dest] = arrived = arrive + wire
         return sent, arrived

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from hpctrain.comm.virtual.flows import FlowNetwork
 from hpctrain.comm.virtual.network import FreeNetwork, Network
@@ -11,11 +12,13 @@ from hpctrain.comm.virtual.scheduler import Scheduler
 Compute = Callable[[int, str, int, float], int]
 """(rank, span kind, bytes, flops) -> nanoseconds that the span costs in virtual time."""
 
+Collectives = Literal["messages", "loop"]
+
 
 class Platform(Scheduler):
     """`nodes`: rank -> node index; `network`: how long messages take; `compute`: the cost of spans (None: free);
-    `phantom`: arenas hold no memory, because only what operations cost is of interest; `simulates`: the cluster that
-    it stands for, described."""
+    `collectives`: by messages, or each as one loop where `loops` can; `phantom`: arenas hold no memory, because only
+    what operations cost is of interest; `simulates`: the cluster that it stands for, described."""
 
     def __init__(
         self,
@@ -23,6 +26,7 @@ class Platform(Scheduler):
         network: Network | FlowNetwork | None,
         compute: Compute | None,
         isolate_torch: bool,
+        collectives: Collectives,
         phantom: bool,
         simulates: str,
     ) -> None:
@@ -38,3 +42,4 @@ class Platform(Scheduler):
             self.eager_limits = (self.network.eager_limit, self.network.eager_limit)  # between nodes, within one
         self.compute = compute
         self.phantom, self.simulates = phantom, simulates
+        self.collectives = collectives

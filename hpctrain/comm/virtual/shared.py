@@ -27,6 +27,7 @@ class VirtualGroup:
         self.all_ranks = tuple(range(len(members)))
         self.boxes: Boxes = defaultdict(deque)
         self.meetings: dict[Any, Meeting] = {}
+        self.loop: Any = None  # see `loops.loop_of`
 
 
 class Meeting:

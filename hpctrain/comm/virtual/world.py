@@ -15,7 +15,7 @@ from typing import Any
 from hpctrain.comm.virtual.communicator import VirtualCommunicator
 from hpctrain.comm.virtual.flows import FlowNetwork
 from hpctrain.comm.virtual.network import Network
-from hpctrain.comm.virtual.platform import Compute, Platform
+from hpctrain.comm.virtual.platform import Collectives, Compute, Platform
 from hpctrain.comm.virtual.shared import VirtualGroup
 from hpctrain.trace.recorder import NullRecorder, Recorder
 
@@ -23,6 +23,7 @@ from hpctrain.trace.recorder import NullRecorder, Recorder
 class World(Platform):
     """`size` virtual ranks on `nodes` (rank -> node index; default: all on one).
 
+    `collectives`: "loop" is faster and takes the same time, with one span per rank for each collective: see `loops`.
     `phantom`: arenas hold no memory (`comm.phantom`): for costs without numbers. `simulates`: the description of the
     cluster that the ranks stand for; their runs then write traces.
     `isolate_torch`: save and restore torch's grad mode, autocast and CPU random state at every switch between ranks.
@@ -37,11 +38,12 @@ class World(Platform):
         compute: Compute | None = None,
         recorders: Sequence[Recorder] | None = None,
         isolate_torch: bool = True,
+        collectives: Collectives = "messages",
         phantom: bool = False,
         simulates: str = "",
     ) -> None:
         places = nodes if nodes is not None else (0,) * size
-        super().__init__(places, network, compute, isolate_torch, phantom, simulates)
+        super().__init__(places, network, compute, isolate_torch, collectives, phantom, simulates)
         self.size = size
         self.recorders = recorders
 
