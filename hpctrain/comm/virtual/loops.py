@@ -9,8 +9,10 @@ links meanwhile:
   the last has entered, so up to that much later.
 - What ranks send that have left, while messages of the collective are still under way, does not compete with them; in
   the group's next collective it waits for them. (Messages above the eager limit have all arrived by then.)
+- Started all-reduces that overlap take turns on the links instead of sharing them: each takes less time, the last ends
+  when it would.
 - A group that shares its hosts (or an oversubscribed uplink) with ranks outside always exchanges messages, and so do
-  started all-reduces, the hierarchical algorithm and broadcasts.
+  the hierarchical algorithm and broadcasts.
 In a trace such a collective is one span per rank, as one of an MPI library: with the bytes of its buffer, and peer -1.
 """
 
@@ -24,6 +26,7 @@ import numpy as np
 
 from hpctrain.comm.algorithms import COMBINE
 from hpctrain.comm.base import Buffer, Operation
+from hpctrain.comm.phantom import Phantom
 from hpctrain.comm.virtual.lockstep import Crowded, StepTimes, step_times
 from hpctrain.comm.virtual.platform import Platform
 from hpctrain.comm.virtual.scheduler import Task
@@ -135,7 +138,7 @@ class GroupLoop:
     def _one_by_one(self, gathering: Gathering, kind: type[Member], course: Course) -> list[int]:
         """By messages, from when the ranks entered and in that order, on a clock of their own."""
         outer, group, ends = self.world, self.group, [0] * len(gathering.members)
-        inner = Platform(outer.nodes, outer.flows or outer.network, None, isolate_torch=False)
+        inner = Platform(outer.nodes, outer.flows or outer.network, None, False, phantom=outer.phantom)
         inner.time = min(time for time, _, _ in gathering.entered.values())
         apart = VirtualGroup(outer.nodes, group.members, group.number)
 
@@ -184,8 +187,8 @@ def _alone(world: Platform, hosts: Sequence[int]) -> bool:
 
 
 def has_numbers(buffer: Buffer) -> bool:
-    """False for a buffer without memory of its own, all of whose elements are one."""
-    return buffer.size <= 1 or buffer.strides != (0,)
+    """Whether there is something to compute."""
+    return not isinstance(buffer, Phantom)
 
 
 def compute(steps: Sequence[ScheduleStep], buffers: list[Buffer], operation: Operation) -> None:
