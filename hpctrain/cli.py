@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("options", metavar="key=value", nargs="*", help="its options (default: each set that it lists)")
     test.set_defaults(command=_test_strategy)
     _add_lab(commands)
+    _add_simulator(commands)
     job = commands.add_parser("job", help="show and explain job files")
     about = job.add_subparsers(required=True, metavar="ACTION")
     explain = about.add_parser("explain", help="list every key of a job with its type, default and meaning")
@@ -152,6 +153,25 @@ def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     down.set_defaults(command=_lab_down)
 
 
+def _add_simulator(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands that predict."""
+    simulate = commands.add_parser("simulate", help="predict what a job does on a described cluster, without it")
+    _job_arguments(simulate, required=True)
+    simulate.add_argument("--cluster", metavar="FILE", type=Path, required=True, help="such as clusters/lan1g.toml")
+    simulate.add_argument("-n", type=int, metavar="N", help="how many ranks (default: all places of the hosts)")
+    simulate.add_argument(
+        "--calibration", metavar="FILE", type=Path, help="what computing costs (default: measured here, in seconds)"
+    )
+    simulate.add_argument("--learn", action="store_true", help="also compute gradients: loss against simulated seconds")
+    simulate.add_argument("--steps", type=int, metavar="N", help="rounds (default: enough to see what a step costs)")
+    simulate.set_defaults(command=_simulate)
+    calibrate = commands.add_parser("calibrate", help="measure what a job's computing costs, for `hpctrain simulate`")
+    _job_arguments(calibrate, required=True)
+    calibrate.add_argument("--cluster", metavar="FILE", type=Path, help="with ranks on hosts as in that cluster")
+    calibrate.add_argument("-o", "--output", metavar="FILE", type=Path, default=Path("calibration.toml"))
+    calibrate.set_defaults(command=_calibrate)
+
+
 def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands that read traces."""
     report = commands.add_parser("report", help="write report.html: timeline, waiting, efficiency, convergence ...")
@@ -183,8 +203,8 @@ def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     export.set_defaults(command=_export)
 
 
-def _job_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("job", metavar="JOB", nargs="?", help="a job file (TOML)")
+def _job_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    parser.add_argument("job", metavar="JOB", nargs=None if required else "?", help="a job file (TOML)")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to change, such as train.epochs=3")
 
 
@@ -319,6 +339,21 @@ def _watch(options: argparse.Namespace) -> int:
     from hpctrain.views.watch import watch
 
     return watch(options.run, options.every, options.once)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from hpctrain.job import Job
+    from hpctrain.simulate import command
+
+    job = Job.load(options.job, options.overrides)
+    return command.simulate(job, options.cluster, options.n, options.calibration, options.learn, options.steps)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from hpctrain.job import Job
+    from hpctrain.simulate import command
+
+    return command.calibrate_here(Job.load(options.job, options.overrides), options.cluster, options.output)
 
 
 def _lab_up(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from hpctrain.codecs.sparse import FullValues, SparseCodec, largest
 from hpctrain.codecs.wire import wide_dtype
-from hpctrain.replica.blocks import row_blocks
+from hpctrain.replica.blocks import all_finite, row_blocks
 
 SIDE, TOP = 64, 32
 
@@ -47,7 +47,7 @@ class LargestFrequencies(SparseCodec):
             if rest is not None:
                 found = self._blocks(written, places, basis)[:, :width]
                 left = given - found
-                if not written.isfinite().all():
+                if not all_finite(written):
                     left = torch.where(found.isfinite().all(1, keepdim=True), left, given)
                 rest[elements].copy_(left.reshape(-1))
 

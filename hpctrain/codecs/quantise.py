@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.codecs.wire import WireCodec, typed, wide_dtype
-from hpctrain.replica.blocks import row_blocks
+from hpctrain.replica.blocks import all_finite, row_blocks
 
 BLOCK = 2048  # elements per scale
 SLACK = 1 + 2.0**-20  # the largest value of a block stays below the last level, whatever is rounded on the way
@@ -87,7 +87,7 @@ class Quantised(WireCodec):
             step = given.abs().amax(1, keepdim=True).mul_(SLACK / self.levels).clamp_(min=torch.finfo(wide).tiny)
             steps[rows].copy_(step.view(-1))
             whole = (given * step.reciprocal()).add_(_noise(random, given), alpha=2.0**-16).round_()
-            if not step.isfinite().all():
+            if not all_finite(step):
                 whole = whole.where(step.isfinite(), given.isfinite().logical_not_().to(wide))
             self.pack(whole, self._codes(codes, rows, given.shape[1]))
             if rest is not None:
@@ -172,7 +172,7 @@ class Int4(Quantised):
 
 def _times(whole: Tensor, step: Tensor) -> Tensor:
     """The decoded values, in the memory of `whole` if possible. In a block whose step is not finite, 0 stays 0."""
-    return whole.mul_(step) if step.isfinite().all() else whole.where(whole == 0, whole * step)
+    return whole.mul_(step) if all_finite(step) else whole.where(whole == 0, whole * step)
 
 
 def _noise(random: np.random.SFC64, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpctrain.codecs.bits import pack_signs
 from hpctrain.codecs.wire import WireCodec, typed, wide_dtype
-from hpctrain.replica.blocks import row_blocks
+from hpctrain.replica.blocks import all_finite, row_blocks
 
 SIGNS = 4096  # elements per scale, a multiple of 8
 
@@ -40,7 +40,7 @@ class Sign(WireCodec):
             bits[_bytes(elements)].copy_(pack_signs(given.view(-1)))
             if rest is not None:
                 left = given - torch.copysign(scale, given)
-                if not scale.isfinite().all():
+                if not all_finite(scale):
                     left = torch.where(scale.isfinite(), left, given)
                 rest[elements].copy_(left.view(-1))
 

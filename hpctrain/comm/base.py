@@ -22,9 +22,10 @@ import numpy as np
 if TYPE_CHECKING:
     from hpctrain.trace.recorder import Recorder
 
-Buffer = Any  # np.ndarray, or a CuPy array on the device path
-Share = Literal["node", "rank", "host"]
+Buffer = Any  # np.ndarray; a CuPy array on the device path; a Phantom where a simulation needs no values
+Share = Literal["node", "rank", "host", "board"]
 Operation = Literal["sum", "max", "min"]
+SHARED: tuple[Share, ...] = ("node", "board")  # by the ranks of a node
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HALVES = (BFLOAT16, np.dtype(np.float16))  # are added in float32, never in their own precision
 
@@ -90,10 +91,10 @@ class Request(ABC):
 class Arena(ABC):
     """One contiguous buffer per rank, placed by the communicator.
 
-    `parts[i]` is the buffer of the i-th rank of this node (`share="node"`), or `parts` contains only this rank's own
-    buffer (`share="rank"`; "host": in host memory, pinned if the others are on a GPU). A rank may request length 0, so
-    "once per node" means: local rank 0 requests n, the others 0, and all use `parts[0]`. `mine` is this rank's own
-    buffer.
+    `parts[i]` is the buffer of the i-th rank of this node (`share="node"`; "board": for numbers that ranks decide by,
+    which exist even where arenas hold no memory), or `parts` contains only this rank's own buffer (`share="rank"`;
+    "host": in host memory, pinned if the others are on a GPU). A rank may request length 0, so "once per node" means:
+    local rank 0 requests n, the others 0, and all use `parts[0]`. `mine` is this rank's own buffer.
     """
 
     parts: list[Buffer]
@@ -119,7 +120,8 @@ class Communicator(ABC):
     `local_ranks` the ranks of this node in order, `local_rank` this rank's index among them; `members[r]` the rank that
     r has in the whole run (used in traces and user messages); `concurrent` whether ranks really run in parallel (False:
     coroutines; do not create threads); `cores` how many of its node's cores are available to this rank (less than 1 if
-    there are more ranks than cores).
+    there are more ranks than cores); `simulates` the description of the cluster that virtual ranks stand for ("":
+    none), which makes them write traces.
     """
 
     rank: int
@@ -129,6 +131,7 @@ class Communicator(ABC):
     local_rank: int
     members: tuple[int, ...]
     concurrent: bool
+    simulates: str = ""
     cores: float = 1.0
     recorder: Recorder
 
@@ -222,7 +225,7 @@ class Communicator(ABC):
     # -- memory ------------------------------------------------------------------------------------------
     @abstractmethod
     def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
-        """A zeroed buffer of `length` elements. Collective over the node's ranks if `share="node"`."""
+        """A zeroed buffer of `length` elements. Collective over the node's ranks if `share` is "node" or "board"."""
 
     @abstractmethod
     def can_share(self, nbytes: int) -> str | None:

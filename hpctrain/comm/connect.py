@@ -58,7 +58,7 @@ def place_arenas(job: Job, comm: Communicator, device: torch.device) -> tuple[Co
         )
         error.everywhere = True
         raise error
-    if device.type == "cpu":
+    if device.type != "cuda":
         why = usable_gpus()[1] if job.device == "auto" else None
         return comm, f"computing on the CPU: {why}" if why is not None else None
     table = job.communicator

@@ -134,6 +134,13 @@ class Job(Table):
         job._file, job._overrides = self._file, (*self._overrides, *job._overrides)
         return job
 
+    def only(self, phase: int) -> Job:
+        """A new job that trains with the strategy of that phase from beginning to end."""
+        tables = {key: value for key, value in self._tables().items() if key not in ("strategy", "phases")}
+        job = Job(**tables, strategy=self.schedule[phase].strategy.with_objects())
+        job._file, job._overrides = self._file, self._overrides
+        return job
+
     def resolved(self, values: Mapping[str, Any]) -> Job:
         """A new job in which these keys ("strategy.bucket_mb") have values that were found out, not overridden."""
         job = self.override([f"{key}={value}" for key, value in values.items()])

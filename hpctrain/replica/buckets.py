@@ -44,10 +44,7 @@ class Buckets:
         self._missing: list[int] = []
         self._next = len(self._bounds)
         self._torn: str | None = None
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._note(index))
-            for index, parameter in enumerate(replica.parameters)
-        ]
+        self._end = replica.listen(self._note)
 
     def arm(self) -> None:
         """Prepare for the last backward pass of the round, which comes next."""
@@ -56,7 +53,7 @@ class Buckets:
         self._missing, self._next = list(self._sizes), 0
 
     def _note(self, index: int) -> None:
-        """Called by the hook of this parameter."""
+        """Backward has added to the gradient of this parameter."""
         if not self._armed:
             return
         bucket = self._bucket_of[index]
@@ -97,6 +94,5 @@ class Buckets:
         self._ready(low, high)
 
     def remove(self) -> None:
-        """Remove the hooks from the parameters."""
-        for hook in self._hooks:
-            hook.remove()
+        """Listen no longer."""
+        self._end()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -46,6 +47,8 @@ class Replica:
         self._frozen = [(name, p) for name, p in named_parameters(model) if not p.requires_grad]
         self._used = bytearray(len(self.parameters))
         self._hooks: list[RemovableHandle] = []
+        self._listeners: list[Callable[[int], None]] = []
+        self._held: list[int] | None = None
 
     def _find_owners(self) -> list[tuple[Mapping[str, nn.Parameter | None], str]]:
         """For every slot, the owning module's table of parameters (not a dictionary in scripted modules) and the name
@@ -154,12 +157,40 @@ class Replica:
         """Record from now on which parameters get a gradient."""
         if not self._hooks:
             self._hooks = [
-                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._note(index))
+                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self.accumulated(index))
                 for index, parameter in enumerate(self.parameters)
             ]
 
-    def _note(self, index: int) -> None:
+    def accumulated(self, index: int) -> None:
+        """Backward has added to the gradient of this parameter: torch calls it, or who simulates a backward pass."""
+        if self._held is not None:
+            self._held.append(index)
+            return
         self._used[index] = 1
+        for listener in self._listeners:
+            listener(index)
+
+    def listen(self, listener: Callable[[int], None]) -> Callable[[], None]:
+        """Call `listener` with the index of each parameter that backward has added to the gradient of, from now on.
+        Returns what ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    @property
+    def heard(self) -> bool:
+        """Whether anybody listens to single gradients."""
+        return bool(self._listeners)
+
+    @contextmanager
+    def held(self) -> Iterator[list[int]]:
+        """Within this context, gradients that become complete are not announced but listed, for who announces them
+        later (`accumulated`)."""
+        found: list[int] = []
+        self._held = found
+        try:
+            yield found
+        finally:
+            self._held = None
 
     def clear(self) -> None:
         """Zero the gradient and reset which parameters had one, at the start of a round."""

@@ -14,6 +14,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from hpctrain.comm.base import BFLOAT16, Buffer, Communicator, Request, Tag
+from hpctrain.comm.phantom import Phantom, deliver
 
 Row = tuple[str, tuple[int, ...], np.dtype[Any]]  # path, shape and dtype of an array
 OPTIMIZER = "optimizer"
@@ -171,8 +172,12 @@ def start_send_state(comm: Communicator, state: State, dest: int) -> list[Reques
     rows = state.arrays()
     head = {**state.head(), "arrays": [[path, list(a.shape), str(a.dtype)] for path, a in rows]}
     text = np.frombuffer(json.dumps(head).encode(), np.uint8).copy()
-    flat = [np.ascontiguousarray(array).reshape(-1) for _, array in rows if array.size]
+    flat = [_contiguous(array).reshape(-1) for _, array in rows if array.size]
     return [comm.start_send(part, dest, Tag.STATE) for part in (np.array([text.size], np.int64), text, *flat)]
+
+
+def _contiguous(array: Buffer) -> Buffer:
+    return array if isinstance(array, Phantom) else np.ascontiguousarray(array)
 
 
 def recv_state(comm: Communicator, source: int) -> State:
@@ -243,7 +248,7 @@ def merge(pieces: Sequence[State], high: int, low: int = 0) -> State:
                 if part.size == high - low:
                     into.flat[key] = part
                 else:
-                    whole.room(name, key, part.dtype)[piece.low - low : piece.high - low] = part
+                    deliver(part, whole.room(name, key, part.dtype)[piece.low - low : piece.high - low])
             into.named.update(section.named)
             for what, numbers in section.numbers.items():
                 into.numbers.setdefault(what, {}).update(numbers)

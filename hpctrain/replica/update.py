@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hpctrain.comm.phantom import deliver
 from hpctrain.replica.layout import Layout, Slot, Stretch
 from hpctrain.replica.optimizer import OptimizerChoice, momentum_of
 from hpctrain.replica.state import OPTIMIZER, Section, State
-from hpctrain.replica.tensors import as_array, as_tensor
+from hpctrain.replica.tensors import as_array, as_tensor, on_host
 
 _STRETCH = re.compile(r"\d+:\d+:\d+")
 
@@ -37,6 +38,7 @@ class Update(ABC):
         self._adaptive = False
         self._group_of: dict[int, dict[str, Any]] = {}
         self._velocities: dict[int, dict[torch.nn.Parameter, torch.Tensor]] = {}
+        self._taken: set[tuple[Stretch | None, int | None]] = set()  # steps without memory
 
     def apply(
         self,
@@ -52,7 +54,7 @@ class Update(ABC):
         `momentum` the momenta (for Adam and similar, the first beta). `worker`: the worker that computed the gradient,
         if SGD keeps a velocity per worker; see `_step_for`. `used`: which of the layout's parameters have a gradient
         (None: all); the others, and their state, are not changed, as in torch.optim if .grad is None."""
-        if self._optimizer is None:
+        if self._optimizer is None or self._known(part, worker):
             return
         for group, rate, inertia in zip(self._optimizer.param_groups, self._rates, self._momenta, strict=True):
             group["lr"] = rate * factor
@@ -62,6 +64,15 @@ class Update(ABC):
             self._optimizer.step()
         else:
             self._step_for(worker, self._optimizer)
+
+    def _known(self, part: Stretch | None, worker: int | None) -> bool:
+        """Whether this would do nothing: without memory, a step does no more than add to the optimizer's state what it
+        then keeps."""
+        if not self.values.is_meta:
+            return False
+        known = (part, worker) in self._taken
+        self._taken.add((part, worker))
+        return known
 
     def _step_for(self, worker: int, optimizer: torch.optim.Optimizer) -> None:
         """Step with this worker's own velocity, and Nesterov momentum.
@@ -237,11 +248,12 @@ class SlicedUpdate(Update):
             numbers = {}
             for key, value in self._optimizer.state[piece.flat].items():
                 if isinstance(value, torch.Tensor) and value.dim():
-                    array = as_array(value.cpu())
+                    array = as_array(on_host(value))
                     if piece.last - piece.first == self.high - self.low:
                         kept.flat[key] = array
                     else:
-                        state.room(OPTIMIZER, key, array.dtype)[piece.first - self.low : piece.last - self.low] = array
+                        room = state.room(OPTIMIZER, key, array.dtype)
+                        deliver(array, room[piece.first - self.low : piece.last - self.low])
                 else:
                     numbers[key] = _number(value)
             if self._divided:
@@ -323,7 +335,7 @@ class WholeUpdate(Update):
             assert self._optimizer is not None
             for key, value in self._optimizer.state[parameter].items():
                 if isinstance(value, torch.Tensor) and value.dim():
-                    kept.named.setdefault(slot.name, {})[key] = as_array(value.detach().cpu().contiguous())
+                    kept.named.setdefault(slot.name, {})[key] = as_array(on_host(value.detach()).contiguous())
                 else:
                     kept.numbers.setdefault(slot.name, {})[key] = _number(value)
         return state

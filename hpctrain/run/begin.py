@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -36,13 +36,19 @@ from hpctrain.trace.writer import next_attempt
 
 
 @contextmanager
-def begun(job: Job, comm: Communicator, resume: Resume | None, out: Narrator | None) -> Iterator[ActiveRun]:
+def begun(
+    job: Job,
+    comm: Communicator,
+    resume: Resume | None,
+    out: Narrator | None,
+    build: Callable[[Job, Communicator], Prepared] = prepare,
+) -> Iterator[ActiveRun]:
     """Begin a run; if it cannot begin, nothing of it is left behind. Closes the run on exit, whatever the reason.
-    Collective over all ranks. Raises HpctrainErrors, on all ranks."""
+    Collective over all ranks. Raises HpctrainErrors, on all ranks. `build`: builds the parts of the run."""
     with ExitStack() as undo, ExitStack() as closing:
         narrator = (out or Narrator()) if comm.rank == 0 else Narrator(enabled=False)
         try:
-            run = _begin(job, comm, resume, narrator, closing, undo)
+            run = _begin(job, comm, resume, narrator, closing, undo, build)
         except SystemExit as error:
             if comm.size == 1:
                 raise
@@ -52,7 +58,13 @@ def begun(job: Job, comm: Communicator, resume: Resume | None, out: Narrator | N
 
 
 def _begin(
-    job: Job, comm: Communicator, resume: Resume | None, out: Narrator, closing: ExitStack, undo: ExitStack
+    job: Job,
+    comm: Communicator,
+    resume: Resume | None,
+    out: Narrator,
+    closing: ExitStack,
+    undo: ExitStack,
+    build: Callable[[Job, Communicator], Prepared],
 ) -> ActiveRun:
     """`undo`: what else to do if the run cannot begin."""
     kept = keep_freed_memory(os.environ)  # before anything large is allocated
@@ -62,7 +74,7 @@ def _begin(
         closing.callback(old.release)
     resumed: bool = comm.broadcast_json(old is not None)
     job = tuned(job, comm, old.folder if old is not None else None)
-    prepared: Prepared = agreed(comm, lambda: prepare(job, comm))
+    prepared: Prepared = agreed(comm, lambda: build(job, comm))
     _check_built_alike(comm, prepared)
     closing.callback(prepared.coupling.restore)
     comm, how = place_arenas(job, comm, prepared.device)

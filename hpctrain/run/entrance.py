@@ -91,7 +91,8 @@ class Entrance:
         collective."""
         prepared = self._run.prepared
         placement, replica = strategy.needs.placement(comm.nodes), prepared.replica
-        allowed = self._run.job.communicator.shared and prepared.device.type == "cpu" and prepared.optimizer.elementwise
+        in_host_memory = prepared.device.type in ("cpu", "meta")
+        allowed = self._run.job.communicator.shared and in_host_memory and prepared.optimizer.elementwise
         if placement == "rank" or not allowed:
             return "rank"
         if replica.keeps_shared(comm, placement):

@@ -172,27 +172,30 @@ class Prepared(Measurable):
         )
 
 
-def prepare_evaluation(job: Job, comm: Communicator) -> Measurable:
-    """Build what an evaluation needs, for any schedule. Not collective; raises the same errors as `prepare`."""
+def prepare_evaluation(job: Job, comm: Communicator, splits: Splits | None = None) -> Measurable:
+    """Build what an evaluation needs, for any schedule; with `splits`, if given. Not collective; raises the same errors
+    as `prepare`."""
     device = _device(job, comm)
     seed_run(job.seed, device)  # so that code that draws while building data or model draws the same on all ranks
-    splits = load_data(job)
+    splits = splits or load_data(job)
     model = _model(job, device)
     loss = losses.bind(job.loss, device)
     return Measurable(job, device, splits, model, loss, metrics.bind(job.metric, loss))
 
 
-def prepare(job: Job, comm: Communicator) -> Prepared:
-    """Build everything. Not collective, but all ranks do the same. Raises HpctrainErrors of every kind."""
+def prepare(job: Job, comm: Communicator, parts: Measurable | None = None) -> Prepared:
+    """Build everything, but for `parts` if given. Not collective, but all ranks do the same. Raises HpctrainErrors of
+    every kind."""
     roles = roles_of(job, comm.nodes)
-    parts = prepare_evaluation(job, comm)
+    parts = parts or prepare_evaluation(job, comm)
     device, splits, model = parts.device, parts.splits, parts.model
     coupling = BatchNorms(model) if job.train.sync_batchnorm else Coupling()
     groups = job.optimizer.groups
     replica = Replica(model, groups.bind(positional=1)(model) if groups is not None else None)
     untrained = Untrained(model, job.train.buffer_policies)
-    optimizer = _optimizer(job, device)
-    optimizer.check(replica.layout, device)
+    tried_on = device if device.type != "meta" else torch.device("cpu")  # without memory nothing can be tried
+    optimizer = _optimizer(job, tried_on)
+    optimizer.check(replica.layout, tried_on)
     _check_strategies(job, optimizer)
     order = make_order(splits.train, job.seed, job.data.shuffle)
     _check_codecs(job, replica, optimizer, order.length)

@@ -40,14 +40,16 @@ class Tracing:
         self._device: DeviceTimes | None = None
 
     def open(self, job: Job, prepared: Prepared, attempt: int) -> None:
-        """Open this rank's file. Not collective; raises TraceError. Virtual ranks only record."""
+        """Open this rank's file. Not collective; raises TraceError. Virtual ranks only record, unless they simulate a
+        cluster."""
         comm = self._comm
-        if job.trace.enabled and comm.concurrent:
+        if job.trace.enabled and comm.recorder.keeps and (comm.concurrent or comm.simulates):
             path = trace_path(self._folder, comm.rank, attempt)
             attributes = _attributes(job, comm, prepared, attempt)
             comm.recorder.drain()  # discard the start-up, most of it torch's import
             self._writer = TraceWriter(path, comm.recorder, attributes, job.trace.flush_seconds)
-            self._sampler = Sampler(comm.recorder, job.trace.resources_seconds, _gpu(prepared))
+            if comm.concurrent:
+                self._sampler = Sampler(comm.recorder, job.trace.resources_seconds, _gpu(prepared))
             if prepared.device.type == "cuda":
                 self._device = time_on_cuda(comm.recorder)
 
@@ -74,12 +76,14 @@ class Tracing:
 
         Returns, on all ranks, which traces ended before the run did, and why; None if none did.
         """
-        if self._writer is None:
+        if self._writer is None and not self._comm.simulates:  # in a simulation other ranks may have one
             return None
-        measure_clock(self._comm)
+        if self._comm.concurrent:
+            measure_clock(self._comm)
         self.settle()
         self.close()
-        stopped = self._comm.gather_json(self._writer.stopped)  # now all ranks have closed their files
+        own = self._writer.stopped if self._writer is not None else None
+        stopped = self._comm.gather_json(own)  # now all ranks have closed their files
         if self._comm.rank == 0 and trace_files(self._folder):  # false if the run folder was removed in the meantime
             try:
                 link_ranks(self._folder)
@@ -148,8 +152,10 @@ def _attributes(job: Job, comm: Communicator, prepared: Prepared, attempt: int) 
     return {
         "rank": comm.rank,
         "size": comm.size,
-        "host": socket.gethostname(),
+        "host": f"node{comm.nodes[comm.rank] + 1}" if comm.simulates else socket.gethostname(),
         "node": comm.nodes[comm.rank],
+        "cores": float(comm.cores),
+        **({"simulated": comm.simulates} if comm.simulates else {}),
         "role": prepared.roles[0].of(comm.rank).value,
         "device": str(prepared.device),
         "parameters": prepared.replica.layout.parameters,
@@ -163,7 +169,7 @@ def _attributes(job: Job, comm: Communicator, prepared: Prepared, attempt: int) 
 
 def _gpu(prepared: Prepared) -> str | None:
     """The UUID of this rank's GPU, which does not depend on CUDA_VISIBLE_DEVICES; None on the CPU."""
-    if prepared.device.type == "cpu":
+    if prepared.device.type != "cuda":
         return None
     import torch
 

@@ -57,7 +57,7 @@ class SharedExchange(Exchange):
         self.mean = torch.zeros_like(self._slices[0])
         width = Contribution.length(len(self.replica.layout.slots))
         self._board: NodeBoard | MessageBoard = NodeBoard(comm, width) if len(sizes) == 1 else MessageBoard(comm)
-        self._faults = comm.arena(1, np.dtype(np.float64), "node")  # for each rank: whether its slice is not finite
+        self._faults = comm.arena(1, np.dtype(np.float64), "board")  # for each rank: whether its slice is not finite
         nbytes, ranks = self.mean.nbytes, len(self._slices)
         self._reducing = comm.span("reduce", nbytes * ranks, flops=float(self.mean.numel() * ranks))
 
@@ -218,7 +218,7 @@ class NodeBoard:
     def __init__(self, comm: Communicator, width: int) -> None:
         """`width`: elements of the longest row."""
         self.comm, self.width = comm, -(-width // 8) * 8  # whole cache lines
-        self.arena = comm.arena(2 * self.width, np.dtype(np.float64), "node")
+        self.arena = comm.arena(2 * self.width, np.dtype(np.float64), "board")
         self.turn = 0
 
     def exchange(self, row: Buffer) -> Buffer:

@@ -100,6 +100,9 @@ class Run:
         return {number: [file for file in self._files if file.attempt == number] for number in self.attempts}
 
     def _note_gaps(self) -> None:
+        for cluster in dict.fromkeys(str(file.attributes.get("simulated", "")) for file in self._files):
+            if cluster:
+                self._note(f"simulated, not measured: {cluster}")
         for version in sorted({int(file.attributes["schema_version"]) for file in self._files} & set(READER_NOTES)):
             ranks = sorted({file.rank for file in self._files if file.attributes["schema_version"] == version})
             self._note(f"{name_ranks(ranks)}: written in schema version {version}: {READER_NOTES[version]}")

@@ -10,7 +10,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -126,6 +126,7 @@ class Recorder:
     """
 
     __slots__ = ("_store", "emit", "make", "now", "number", "stack", "step")
+    keeps: ClassVar[bool] = True  # what a trace needs
 
     def __init__(self, now: Clock = time.monotonic_ns) -> None:
         self._begin(now, 0, _Store())
@@ -291,6 +292,7 @@ class NullRecorder(Recorder):
     """Records nothing; costs only the call."""
 
     __slots__ = ()
+    keeps = False
 
     def lane(self, number: int) -> Recorder:
         return self

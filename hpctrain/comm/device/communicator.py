@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from hpctrain.comm.base import (
+    SHARED,
     Arena,
     Buffer,
     Communicator,
@@ -168,7 +169,7 @@ class DeviceCommunicator(Communicator):
     # -- memory --------------------------------------------------------------------------------------------
     def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
         """On the device, except for memory shared by the ranks of a node, which lies on the host, and pinned memory."""
-        if share == "node":
+        if share in SHARED:
             return self.inner.arena(length, dtype, share)
         return (DeviceArena if share == "rank" else PinnedArena)(self.gpu, length, dtype)
 

@@ -22,6 +22,7 @@ from hpctrain.comm import algorithms
 from hpctrain.comm.base import (
     BFLOAT16,
     HALVES,
+    SHARED,
     Arena,
     Buffer,
     Communicator,
@@ -201,7 +202,7 @@ class MpiCommunicator(Communicator):
 
     # -- memory --------------------------------------------------------------------------------------------
     def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
-        if share != "node":
+        if share not in SHARED:
             return PrivateArena(length, dtype)
         self._count += 1
         return SharedArena(self.node, length, dtype, barrier_id(self.number, self._count))

@@ -14,6 +14,7 @@ import numpy as np
 from hpctrain.comm import algorithms
 from hpctrain.comm.base import (
     HALVES,
+    SHARED,
     Arena,
     Buffer,
     Communicator,
@@ -23,6 +24,7 @@ from hpctrain.comm.base import (
     Thread,
     barrier_id,
 )
+from hpctrain.comm.phantom import Phantom
 from hpctrain.comm.virtual import schedules
 from hpctrain.comm.virtual.loops import Course, loop_of
 from hpctrain.comm.virtual.platform import Platform
@@ -58,6 +60,7 @@ class VirtualCommunicator(Communicator):
         self.local_ranks = group.local_ranks[group.nodes[rank]]
         self.local_rank = self.local_ranks.index(rank)
         self.concurrent = False
+        self.simulates = world.simulates
         self.recorder = recorder
         self.host = world.nodes[group.members[rank]]
         self.traced = not isinstance(recorder, NullRecorder)
@@ -213,8 +216,8 @@ class VirtualCommunicator(Communicator):
 
     # -- memory --------------------------------------------------------------------------------------------
     def arena(self, length: int, dtype: np.dtype[Any], share: Share = "rank") -> Arena:
-        mine = np.zeros(length, dtype)
-        if share != "node":
+        mine = Phantom(length, dtype) if self.world.phantom and share != "board" else np.zeros(length, dtype)
+        if share not in SHARED:
             return VirtualArena([mine], 0, [0], [], -1)
         parts = self._meet("arena", self.local_ranks, mine)
         id = barrier_id(self.group.number, self._count)

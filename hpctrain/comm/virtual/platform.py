@@ -17,7 +17,8 @@ Collectives = Literal["messages", "loop"]
 
 class Platform(Scheduler):
     """`nodes`: rank -> node index; `network`: how long messages take; `compute`: the cost of spans (None: free);
-    `collectives`: by messages, or each as one loop where `loops` can."""
+    `collectives`: by messages, or each as one loop where `loops` can; `phantom`: arenas hold no memory, because only
+    what operations cost is of interest; `simulates`: the cluster that it stands for, described."""
 
     def __init__(
         self,
@@ -25,7 +26,9 @@ class Platform(Scheduler):
         network: Network | FlowNetwork | None,
         compute: Compute | None,
         isolate_torch: bool,
-        collectives: Collectives = "messages",
+        collectives: Collectives,
+        phantom: bool,
+        simulates: str,
     ) -> None:
         super().__init__(isolate_torch)
         self.nodes = tuple(nodes)
@@ -38,4 +41,5 @@ class Platform(Scheduler):
             self.network = network or self.network
             self.eager_limits = (self.network.eager_limit, self.network.eager_limit)  # between nodes, within one
         self.compute = compute
+        self.phantom, self.simulates = phantom, simulates
         self.collectives = collectives

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from hpctrain.comm.base import Buffer, Request
+from hpctrain.comm.phantom import deliver
 from hpctrain.comm.virtual.network import LATER
 from hpctrain.comm.virtual.platform import Platform
 from hpctrain.comm.virtual.scheduler import Scheduler, Task
@@ -188,10 +189,8 @@ class VirtualRecv(VirtualRequest):
 def match(world: Platform, send: VirtualSend, recv: VirtualRecv) -> None:
     """Copy the data, and schedule the end on both sides."""
     out, into, now = send.buffer, recv.buffer, world.time
-    if out.size == into.size:
-        into[...] = out
-    elif out.size < into.size:
-        into[: out.size] = out
+    if out.size <= into.size:
+        deliver(out, into)
     else:
         raise ValueError(f"a message of {out.nbytes} bytes does not fit a buffer of {into.nbytes}: {recv}")
     recv.elements = out.size

@@ -24,6 +24,8 @@ class World(Platform):
     """`size` virtual ranks on `nodes` (rank -> node index; default: all on one).
 
     `collectives`: "loop" is faster and takes the same time, with one span per rank for each collective: see `loops`.
+    `phantom`: arenas hold no memory (`comm.phantom`): for costs without numbers. `simulates`: the description of the
+    cluster that the ranks stand for; their runs then write traces.
     `isolate_torch`: save and restore torch's grad mode, autocast and CPU random state at every switch between ranks.
     Attributes after a run: `time` (virtual nanoseconds), `resumptions` (the number of switches between ranks).
     """
@@ -37,8 +39,11 @@ class World(Platform):
         recorders: Sequence[Recorder] | None = None,
         isolate_torch: bool = True,
         collectives: Collectives = "messages",
+        phantom: bool = False,
+        simulates: str = "",
     ) -> None:
-        super().__init__(nodes if nodes is not None else (0,) * size, network, compute, isolate_torch, collectives)
+        places = nodes if nodes is not None else (0,) * size
+        super().__init__(places, network, compute, isolate_torch, collectives, phantom, simulates)
         self.size = size
         self.recorders = recorders
 

@@ -24,9 +24,9 @@ class DelayCompensation:
 
     def view(self) -> dict[str, Buffer]:
         """The state to save in a checkpoint, on the CPU, not copied if possible: moments of the shard's elements."""
-        from hpctrain.replica.tensors import as_array
+        from hpctrain.replica.tensors import as_array, on_host
 
-        return {} if self._mean_square is None else {MEAN_SQUARE: as_array(self._mean_square.cpu())}
+        return {} if self._mean_square is None else {MEAN_SQUARE: as_array(on_host(self._mean_square))}
 
     def load(self, moments: dict[str, Buffer]) -> None:
         """Continue from the result of `view`."""

@@ -1,0 +1,93 @@
+"""What a machine's computing and messages cost: measured once, kept in a TOML file that a person can read and edit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+
+from hpctrain.errors import ClusterError, JobError
+from hpctrain.job import file as tomlfile
+from hpctrain.job.messages import faults
+from hpctrain.options import Table
+
+BEYOND = 2.0  # a cost is known for as much as this factor more or less than what was measured
+Seconds = Annotated[float, Field(ge=0, le=1e6)]
+
+
+class Cost(Table):
+    """`fixed_s` + `each_s` * n seconds of one core. `least`, `most`: of n, as far as it was measured. `spread`: the
+    standard deviation of single measurements, relative to the mean."""
+
+    fixed_s: Seconds = 0.0
+    each_s: Seconds = 0.0
+    least: float = 0.0
+    most: float = 0.0
+    spread: Annotated[float, Field(ge=0, le=100)] = 0.0
+
+    def seconds(self, n: float) -> float:
+        """Of one core, for n samples or bytes."""
+        return self.fixed_s + self.each_s * n
+
+    def knows(self, n: float) -> bool:
+        """Whether n is near what was measured."""
+        return self.least / BEYOND <= n <= self.most * BEYOND
+
+
+class ModelCosts(Table):
+    """The passes of one model. `order`: the parameters, as indices in the arena, in the order in which backward
+    completes their gradients; `shares`: of the pass, the part that ends with each of them. They add up to 1."""
+
+    name: str
+    parameters: Annotated[int, Field(ge=1)]
+    forward: Cost  # n: samples of a micro-batch
+    backward: Cost
+    order: list[int]
+    shares: list[Annotated[float, Field(ge=0, le=1)]]
+
+
+class LinkCosts(Table):
+    """Messages between two ranks. `latency_s`: one way. `bytes_per_s`: of one message on its way, None: the link's rate
+    in the cluster file. `overhead_s`: of the sender's and of the receiver's core, for each message; `core_s_per_byte`:
+    the same, for each byte. `efficiency`: the share of a link's rate that carries data."""
+
+    latency_s: Seconds = 0.0
+    bytes_per_s: Annotated[float, Field(gt=0)] | None = None
+    overhead_s: Seconds = 0.0
+    core_s_per_byte: Seconds = 0.0
+    efficiency: Annotated[float, Field(gt=0, le=1)] = 1.0
+    eager_bytes: Annotated[int, Field(ge=0)] = 16384
+
+
+class Calibration(Table):
+    """What was measured. `source`: the command or the runs. `spans`: by kind (reduce, update, encode ...), for bytes.
+    `step`: what a step costs besides its spans. `error`: how far a computing time may be off, relative."""
+
+    source: str = ""
+    strategies: list[str] = Field(default_factory=list)
+    model: ModelCosts
+    spans: dict[str, Cost] = Field(default_factory=dict)
+    step: Cost = Cost()
+    between: LinkCosts = LinkCosts(latency_s=50e-6, overhead_s=5e-6, efficiency=0.94)
+    within: LinkCosts = LinkCosts(latency_s=1e-6, bytes_per_s=5e9, overhead_s=1e-6)
+    error: Annotated[float, Field(ge=0, le=10)] = 0.05
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """From a TOML file. Raises ClusterError with all mistakes."""
+        try:
+            return cls.model_validate(tomlfile.read(path))
+        except JobError as error:
+            raise ClusterError(str(error).replace("job file", "calibration file")) from None
+        except ValidationError as error:
+            mistakes = "; ".join(str(fault).replace("the job:", "the calibration:") for fault in faults(error, cls))
+            raise ClusterError(f"{path}: {mistakes}") from None
+
+    def save(self, path: Path) -> None:
+        """Write it as TOML. Raises ClusterError."""
+        try:
+            path.write_text(tomlfile.write(self.plain()))
+        except OSError as error:
+            raise ClusterError(f"{path}: the calibration cannot be written there ({error.strerror})") from None

@@ -1,0 +1,101 @@
+"""The parts of a run whose costs alone count: a model without memory, and batches without samples."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from hpctrain.comm.base import Communicator
+from hpctrain.data.loader import Batch, Loader
+from hpctrain.data.splits import Splits
+from hpctrain.job import Job
+from hpctrain.replica.state import Own, State
+from hpctrain.run.keeper import Keeper
+from hpctrain.run.prepare import Measurable, Prepared, prepare
+from hpctrain.run.untrained import Untrained
+from hpctrain.strategies.phase import Phase
+
+META = torch.device("meta")
+
+
+class SizeLoader(Loader):
+    """Deals out batches that have a size and nothing else."""
+
+    def take(self, start: int, stop: int) -> Batch:
+        return Batch(None, None, stop - start)
+
+    def request(self, start: int, stop: int) -> None:
+        return None
+
+
+class NothingUntrained(Untrained):
+    """As if the model had neither frozen parameters nor buffers: who has their values does not matter."""
+
+    def frozen(self) -> dict[str, Tensor]:
+        return {}
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {}
+
+    def _all_buffers(self) -> dict[str, Tensor]:
+        return {}
+
+
+class PhantomPrepared(Prepared):
+    """See the module."""
+
+    def move(self, batch: Batch) -> Batch:
+        return batch
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def loader(self, phase: int, threads: int | None = None, workers: Communicator | None = None) -> Loader:
+        return SizeLoader(self.splits.train, self.order, threads=0, workers=workers)
+
+
+class PhantomKeeper(Keeper):
+    """Keeps nothing: there is nothing to keep."""
+
+    def save(self, phase: Phase, state: State | None, own_state: Own, account: dict[str, Any], cursor: int) -> None:
+        return None
+
+    def settle_model(self, phase: Phase) -> None:
+        return None
+
+    def check_model(self) -> list[str]:
+        return []
+
+    def save_model(self) -> None:
+        return None
+
+
+class PhantomParts:
+    """Builds the parts of a run for many virtual ranks from one model and the length of one data set."""
+
+    def __init__(self, parts: Measurable) -> None:
+        """`parts`: real ones, of which shapes and lengths are taken."""
+        model = copy.deepcopy(parts.model).to(META)
+        self._parts = Measurable(
+            parts.job, META, Splits(TensorDataset(torch.empty(len(parts.splits.train), 0))), model, parts.loss,
+            parts.metric,
+        )  # fmt: skip
+
+    def build(self, job: Job, comm: Communicator) -> Prepared:
+        """As `prepare`."""
+        known = self._parts
+        own = Measurable(job, META, known.splits, copy.deepcopy(known.model), known.loss, known.metric)
+        made = prepare(job, comm, own)
+        values = {each.name: getattr(made, each.name) for each in fields(made)}
+        return PhantomPrepared(**{**values, "untrained": NothingUntrained(own.model)})
+
+
+def phantom_loss(value: float) -> Tensor:
+    """A loss of that value that depends on no parameter but can be differentiated."""
+    return torch.zeros((), requires_grad=True) + value

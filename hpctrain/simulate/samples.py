@@ -1,0 +1,61 @@
+"""Single measurements of costs, and the lines through them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median, pstdev
+
+from hpctrain.simulate.calibration import Cost
+
+PASSES = ("data", "forward", "backward")  # their costs depend on samples, those of other spans on bytes
+
+
+@dataclass
+class Samples:
+    """Seconds of one core by what was done (a span's kind) and how much of it (samples or bytes)."""
+
+    seen: dict[str, dict[float, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+
+    def add(self, kind: str, n: float, seconds: float) -> None:
+        """One measurement."""
+        self.seen[kind][n].append(seconds)
+
+    def kinds(self) -> list[str]:
+        """What was measured."""
+        return sorted(self.seen)
+
+    def cost(self, kind: str) -> Cost:
+        """The line through the medians of a kind (least squares, relative), with no negative part; a kind that was
+        measured for one amount only costs in proportion to it."""
+        points = {n: _trimmed(values) for n, values in sorted(self.seen.get(kind, {}).items())}
+        if not points:
+            return Cost()
+        fixed, each = _line([(n, median(values), len(values)) for n, values in points.items()])
+        means = [(fmean(values), values) for values in points.values()]
+        spread = fmean(pstdev(values) / mean if mean else 0.0 for mean, values in means)
+        return Cost(fixed_s=fixed, each_s=each, least=min(points), most=max(points), spread=spread)
+
+
+def _trimmed(values: Sequence[float]) -> list[float]:
+    """Without the slowest tenth, which is of the machine's other work."""
+    kept = sorted(values)
+    return kept[: max(1, len(kept) - len(kept) // 10)]
+
+
+def _line(points: Iterable[tuple[float, float, int]]) -> tuple[float, float]:
+    """(fixed, each) of the line that fits points (n, seconds, weight) best, relative to the seconds."""
+    found = [(n, y, w / max(y, 1e-9) ** 2) for n, y, w in points]
+    if len(found) == 1 or found[-1][0] == found[0][0]:
+        n, y, _ = found[0]
+        return (0.0, y / n) if n else (y, 0.0)
+    total = sum(w for _, _, w in found)
+    x, y = (sum(w * point[at] for *point, w in found) / total for at in (0, 1))
+    across = sum(w * (n - x) ** 2 for n, _, w in found)
+    each = max(0.0, sum(w * (n - x) * (s - y) for n, s, w in found) / across)
+    fixed = y - each * x
+    if fixed >= 0:
+        return fixed, each
+    squares = sum(w * n * n for n, _, w in found)
+    return 0.0, sum(w * n * s for n, s, w in found) / squares

@@ -1,0 +1,220 @@
+"""Runs a job on virtual ranks over a described cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+
+import torch
+
+from hpctrain.clock.samples import run_total
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.virtual.flows import FlowNetwork, MessageCosts
+from hpctrain.comm.virtual.world import World
+from hpctrain.data.splits import Splits
+from hpctrain.errors import ClusterError
+from hpctrain.hosts import Description, nodes
+from hpctrain.job import Job
+from hpctrain.replica.coupling import Coupling
+from hpctrain.run.api import fit_batch
+from hpctrain.run.folder import name_of
+from hpctrain.run.prepare import Prepared, prepare, prepare_evaluation
+from hpctrain.run.session import Session
+from hpctrain.simulate.calibration import Calibration, LinkCosts
+from hpctrain.simulate.cores import Cores
+from hpctrain.simulate.numbers import reads_numbers, refuse_numbers
+from hpctrain.simulate.opened import only_steps, opened
+from hpctrain.simulate.passes import Processor, Spells, TimedPasses
+from hpctrain.simulate.phantom import PhantomKeeper, PhantomParts, phantom_loss
+from hpctrain.simulate.recording import KeepingRecorder, Tally, TallyRecorder
+from hpctrain.simulate.window import Moment, Stretch, Window
+
+TRACED = 64  # ranks, at most, that write traces
+BY_MESSAGES = 16  # ranks, at most, whose collectives are simulated message by message
+FREE = frozenset(["forward", "backward", "data", "evaluate", "switch", "checkpoint", "trace"])  # or counted elsewhere
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What came out. `tallies`: of each rank; `workers`: the ranks that took steps; `stretch`: what predictions come
+    from; `total`: samples of the whole run, of which perhaps only a part was simulated; `seconds`: virtual, of the
+    simulated part."""
+
+    tallies: list[Tally]
+    workers: list[int]
+    stretch: Stretch
+    total: int
+    seconds: float
+    folder: Path
+
+
+class Simulation:
+    """A job on a cluster with what a calibration says of computing. `ranks`: None: as many as the cluster has places
+    for. `learn`: really compute gradients; otherwise only costs count. `steps`: rounds, None: as many as the job has.
+    `loss`: of a step that is not computed, by the run's cursor."""
+
+    def __init__(
+        self,
+        job: Job,
+        cluster: Description,
+        calibration: Calibration,
+        ranks: int | None = None,
+        learn: bool = False,
+        steps: int | None = None,
+        loss: Callable[[int], float] = lambda cursor: 1.0,
+    ) -> None:
+        self._whole, self.cluster, self.calibration = job, cluster, calibration
+        self.hosts = cluster.each()
+        self.places = nodes(self.hosts, ranks)
+        self.learn, self._loss = learn, loss
+        self.job = self._simulated(job, steps)
+        self._world: World
+        self._window: Window | None = None
+        self._total = 0
+        self._processors: list[Processor] = []
+
+    def _simulated(self, job: Job, steps: int | None) -> Job:
+        """The job as it is run here."""
+        if not self.learn:
+            refuse_numbers(job)
+            job = only_steps(job, steps, job.output)
+        elif steps is not None:
+            job = job.override([f"train.steps={steps}"])
+        if any(host.devices for host in self.hosts):  # models on accelerators share no memory
+            job = job.override(["communicator.shared=false"])
+        return job.override([f"name={job.name}-simulated", "train.checkpoint_every=default"])
+
+    def run(self) -> Simulated:
+        """Run it. Raises HpctrainErrors as training does, and ClusterError where the calibration does not tell a cost
+        that the job has."""
+        size = len(self.places)
+        recorders = [self._recorder(rank) for rank in range(size)]
+        self._flows = network = self._network()
+        self._world = world = World(
+            size, self.places, network, self._span_cost, recorders,
+            isolate_torch=self.learn, collectives="loop" if size > BY_MESSAGES else "messages",
+            phantom=not self.learn, simulates=self.cluster.summary(),
+        )  # fmt: skip
+        self._tallies = [recorder.tally for recorder in recorders]
+        self._processors = self._make_processors()
+        build = self._build()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            folders = world.run(lambda comm: self._body(comm, build))
+        except (TypeError, NotImplementedError, RuntimeError) as error:
+            if self.learn or not reads_numbers(error):
+                raise
+            names = " or ".join(sorted({name_of(phase.strategy) for phase in self.job.schedule}))
+            raise ClusterError(
+                f"strategy {names} reads numbers that a simulation of costs does not have ({error}); simulate it with "
+                "--learn, which computes them"
+            ) from error
+        finally:
+            torch.set_num_threads(threads)
+        window = self._window
+        assert window is not None and window.first is not None and window.last is not None
+        workers = [rank for rank, tally in enumerate(self._tallies) if tally.steps]
+        stretch = Stretch(window.first, window.last)
+        return Simulated(self._tallies, workers, stretch, self._total, world.time / 1e9, folders[0])
+
+    def _body(self, comm: Communicator, build: Callable[[Job, Communicator], Prepared]) -> Path:
+        with opened(self.job, comm, build) as running:
+            if not self.learn:
+                run = running.run
+                run.keeper = PhantomKeeper(run.prepared, comm, run.folder, run.files)
+            passes = self._passes(running)
+            running.prepared.coupling = passes
+            window = self._begin_window(running) if comm.rank == 0 else None
+            for batch in running.batches():
+                if window is not None and window.wants(running.totals.cursor):
+                    window.take(self._moment(running))
+                passes.forward(batch.size)
+                if self.learn:
+                    fit_batch(running, batch)
+                else:
+                    running.step(phantom_loss(self._loss(running.totals.cursor)))
+            while window is not None and window.last is None:  # the run was short
+                window.take(self._moment(running))
+        return running.folder
+
+    def _begin_window(self, running: Session) -> Window:
+        """The stretch to look at, and how many samples the whole job has."""
+        prepared = running.prepared
+        size = prepared.batch * len(prepared.roles[0].workers)
+        self._total = run_total(self._whole.train, prepared.epoch, size)
+        every = getattr(self.job.schedule[0].strategy.options, "every", 1)
+        self._window = Window(prepared.total, size * (every if isinstance(every, int) else 1))
+        return self._window
+
+    def _moment(self, running: Session) -> Moment:
+        return Moment.now(self._world.time, running.totals.cursor, self._tallies, self._flows)
+
+    def _passes(self, running: Session) -> TimedPasses:
+        inner: Coupling | None = running.prepared.coupling if self.learn else None
+        return TimedPasses(self.calibration, self._processors[running.comm.rank], running.replica, inner)
+
+    def _build(self) -> Callable[[Job, Communicator], Prepared]:
+        """What builds each rank's parts. Data are loaded once for all ranks; without `learn`, the model, too."""
+        phantoms: list[PhantomParts] = []
+        splits: list[Splits] = []
+
+        def build(job: Job, comm: Communicator) -> Prepared:
+            if not self.learn:
+                if not phantoms:
+                    phantoms.append(PhantomParts(prepare_evaluation(job, comm)))
+                return phantoms[0].build(job, comm)
+            parts = prepare_evaluation(job, comm, *splits)
+            splits[:] = [parts.splits]
+            return prepare(job, comm, parts)
+
+        return build
+
+    def _recorder(self, rank: int) -> TallyRecorder:
+        kind = KeepingRecorder if rank < TRACED and self.job.trace.enabled else TallyRecorder
+        return kind(lambda: self._world.time)
+
+    def _make_processors(self) -> list[Processor]:
+        """Of each rank: ranks of a host share its cores, or its accelerators in turn."""
+        world, seed = self._world, self.job.seed
+        cores = [Cores(world, host.cores if host.cores is not None else 1e9) for host in self.hosts]
+        devices = [[Cores(world, 1.0) for _ in range(host.devices)] for host in self.hosts]
+        spells = [Spells(host, seed) for host in self.hosts]
+        found, before = [], dict.fromkeys(range(len(self.hosts)), 0)
+        for rank, place in enumerate(self.places):
+            host, local = self.hosts[place], before[place]
+            before[place] += 1
+            own = devices[place][local % host.devices] if host.devices else cores[place]
+            found.append(Processor(world, host, own, spells[place], seed, rank))
+        return found
+
+    def _network(self) -> FlowNetwork:
+        costs = self.calibration
+        return FlowNetwork(
+            self.cluster,
+            message_costs(costs.between),
+            message_costs(costs.within),
+            goodput=costs.between.efficiency,
+        )
+
+    def _span_cost(self, rank: int, kind: str, nbytes: int, flops: float) -> int:
+        """Lets a span's time pass on its rank's processor; nothing is left for the communicator to add."""
+        if kind in FREE or not nbytes:
+            return 0
+        known = self.calibration.spans.get(kind)
+        if known is None:
+            raise ClusterError(
+                f'the calibration ({self.calibration.source}) does not tell what "{kind}" costs, which this job does; '
+                "calibrate with a run of the same strategy and codec, or with: hpctrain calibrate --measure JOB"
+            )
+        self._processors[rank].work(known.seconds(nbytes))
+        return 0
+
+
+def message_costs(link: LinkCosts) -> MessageCosts:
+    """As the network of virtual ranks takes them."""
+    overhead = round(link.overhead_s * 1e9)
+    bandwidth = inf if link.bytes_per_s is None else link.bytes_per_s
+    return MessageCosts(round(link.latency_s * 1e9), bandwidth, overhead, overhead, link.eager_bytes)
