@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from hpctrain.bench.report import FigureTable, Sample
+from hpctrain.comm.phantom import Phantom
 from hpctrain.comm.virtual.communicator import VirtualCommunicator
 from hpctrain.comm.virtual.flows import FlowNetwork
 from hpctrain.comm.virtual.network import LinkNetwork, Network
@@ -55,7 +56,7 @@ def _ring(comm: VirtualCommunicator) -> None:
 
 
 def _many(comm: VirtualCommunicator) -> None:
-    buffer, random = np.broadcast_to(np.zeros(1, np.float32), (LARGE,)), np.random.default_rng(comm.rank)
+    buffer, random = Phantom(LARGE, np.dtype(np.float32)), np.random.default_rng(comm.rank)
     for _ in range(STEPS):
         comm.sleep(0.01 * random.lognormal(0.0, 0.1))
         comm.all_reduce(buffer)

@@ -18,7 +18,7 @@ from hpctrain.hosts import Description, HostGroup, HostLink, HostSwitch
 
 PYTHON = "/usr/bin/python3"  # the system's, for which distributions build SimGrid
 SCRIPT = Path(__file__).parents[1] / "simgrid_times.py"
-MOST = 0.02
+MOST = 0.001
 Step = tuple[tuple[int, int] | None, int | None]
 
 EQUAL = Description(hosts=[HostGroup(count=8)], link=HostLink(mbit_per_s=1000.0, latency_ms=0.1))

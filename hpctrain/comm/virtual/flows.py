@@ -132,6 +132,7 @@ class FlowNetwork:
     def begin(self, clock: Scheduler, nodes: Sequence[int]) -> None:
         """Run on this clock, for ranks on these nodes."""
         self._clock, self._nodes = clock, nodes
+        self._changed.clear()
         self._ranks = [0] * len(self.hosts)
         for node in nodes:
             self._ranks[node] += 1

@@ -24,6 +24,7 @@ import numpy as np
 
 from hpctrain.comm.algorithms import COMBINE
 from hpctrain.comm.base import Buffer, Operation
+from hpctrain.comm.phantom import Phantom
 from hpctrain.comm.virtual.lockstep import Crowded, StepTimes, step_times
 from hpctrain.comm.virtual.platform import Platform
 from hpctrain.comm.virtual.scheduler import Task
@@ -113,7 +114,7 @@ class GroupLoop:
             ends = self._times_of(steps, entered, buffers[0].itemsize)
         except Crowded:
             return self._one_by_one(gathering, kind, course)
-        if has_numbers(buffers[0]):
+        if not any(isinstance(buffer, Phantom) for buffer in buffers):
             compute(steps, buffers, operation)
         return ends
 
@@ -135,7 +136,9 @@ class GroupLoop:
     def _one_by_one(self, gathering: Gathering, kind: type[Member], course: Course) -> list[int]:
         """By messages, from when the ranks entered and in that order, on a clock of their own."""
         outer, group, ends = self.world, self.group, [0] * len(gathering.members)
-        inner = Platform(outer.nodes, outer.flows or outer.network, None, isolate_torch=False)
+        carried = outer.flows.carried if outer.flows is not None else 0
+        network = outer.flows or outer.network
+        inner = Platform(outer.nodes, network, None, False, "messages", outer.phantom, outer.simulates)
         inner.time = min(time for time, _, _ in gathering.entered.values())
         apart = VirtualGroup(outer.nodes, group.members, group.number)
 
@@ -158,6 +161,7 @@ class GroupLoop:
         finally:
             if outer.flows is not None:
                 outer.flows.begin(outer, outer.nodes)
+                outer.flows.carried = outer.flows.delivered = carried  # as if they had been of a loop
         return ends
 
 
@@ -181,11 +185,6 @@ def _alone(world: Platform, hosts: Sequence[int]) -> bool:
             places = racks
     used = {places[host] for host in hosts}
     return sum(places[node] in used for node in world.nodes) == len(hosts)
-
-
-def has_numbers(buffer: Buffer) -> bool:
-    """False for a buffer without memory of its own, all of whose elements are one."""
-    return buffer.size <= 1 or buffer.strides != (0,)
 
 
 def compute(steps: Sequence[ScheduleStep], buffers: list[Buffer], operation: Operation) -> None:
