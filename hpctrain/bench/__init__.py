@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ALONE = {  # benches that need no other ranks, or start their own
     "virtual": "alone:measure_virtual",
+    "simulate": "simulated:measure_simulate",
     "trace": "alone:measure_trace",
     "read": "reading:measure_read",
     "codecs": "codecs:measure_codecs",

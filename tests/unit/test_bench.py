@@ -25,6 +25,7 @@ from hpctrain.bench import (
     device,
     limits,
     reading,
+    simulated,
     start,
     steps,
     switching,
@@ -113,6 +114,15 @@ def test_bench_virtual_counts_resumptions():
     assert rates[1] > rates[0] > 0
     table = alone.measure_virtual(silent)
     assert set(table.rows) == set(alone.NETWORKS)
+
+
+def test_bench_simulate_measures_both_networks_and_both_ways(monkeypatch):
+    for name, value in {"RANKS": 4, "MANY": 6, "STEPS": 2, "REPETITIONS": 1}.items():
+        monkeypatch.setattr(simulated, name, value)
+    table = simulated.measure_simulate(silent)
+    assert list(table.rows) == ["ring of 4 ranks, by messages", "ring of 4 ranks, as one loop",
+                                "2 steps of 6 ranks, as one loop"]  # fmt: skip
+    assert all(set(cells) == {"links", "flows"} for cells in table.rows.values())
 
 
 def test_cost_of_a_span():

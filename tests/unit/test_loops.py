@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hpctrain.comm import algorithms
 from hpctrain.comm.base import Operation
+from hpctrain.comm.phantom import Phantom
 from hpctrain.comm.virtual import schedules
 from hpctrain.comm.virtual.flows import FlowNetwork, MessageCosts
 from hpctrain.comm.virtual.loops import GroupLoop
@@ -157,6 +158,19 @@ def test_sums_have_the_bits_of_messages(size: int, length: int, name: str, dtype
         return buffer.tobytes()
 
     assert World(size, range(size), collectives="loop").run(body) == World(size, range(size)).run(body)
+
+
+@pytest.mark.parametrize("places", [range(6), (0, 0, 0, 1, 1, 2)])
+def test_buffers_without_numbers_take_the_same_times(places: Sequence[int]) -> None:
+    def body(comm: Any, make: Callable[[], Any]) -> int:
+        comm.pass_time(1000 * comm.rank)
+        comm.all_reduce(make())
+        return comm.now()
+
+    size = len(places)
+    numbers, none = (lambda: np.zeros(10**6, np.float32)), (lambda: Phantom(10**6, np.dtype(np.float32)))
+    wanted = World(size, places, flows()).run(lambda comm: body(comm, numbers))
+    assert World(size, places, flows(), collectives="loop").run(lambda comm: body(comm, none)) == wanted
 
 
 def test_ring_of_equal_ranks_is_one_loop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ A flow's rate changes when another begins or ends on one of its ports, so its en
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf
@@ -46,7 +45,7 @@ class FlowMessage(Protocol):
     since: int
 
     @property
-    def route(self) -> tuple[int, int, int]: ...
+    def envelope(self) -> tuple[int, int, int]: ...
     def left(self, time: int) -> None: ...
     def arrived(self, time: int) -> None: ...
 
@@ -62,7 +61,7 @@ class Port:
         self.flows: dict[Flow, None] = {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FlowPath:
     """The way from one host to another. `ports`: those that its flows compete for; `passed`: all of them. `latency`
     there and `back`, in nanoseconds; `alone`: bytes per nanosecond of a flow without competitors."""
@@ -78,13 +77,14 @@ class FlowPath:
 class Flow:
     """A message on its way. `left`: bytes that were left at time `updated`; `rate`: bytes per nanosecond since then."""
 
-    __slots__ = ("bytes", "left", "message", "pair", "rate", "receiver", "route", "timer", "updated")
+    __slots__ = ("bytes", "following", "left", "message", "pair", "rate", "receiver", "path", "timer", "updated")
 
-    def __init__(self, message: FlowMessage, route: FlowPath, pair: tuple[int, int], nbytes: int) -> None:
-        self.message, self.route, self.pair, self.bytes = message, route, pair, nbytes
+    def __init__(self, message: FlowMessage, path: FlowPath, pair: tuple[int, int], nbytes: int) -> None:
+        self.message, self.path, self.pair, self.bytes = message, path, pair, nbytes
         self.receiver = pair[1]
         self.left, self.rate, self.updated = float(nbytes), 0.0, 0
         self.timer: Timer | None = None
+        self.following: Flow | None = None  # of the same pair, which waits for this one to end
 
 
 @dataclass
@@ -105,7 +105,7 @@ class FlowNetwork:
     delivered: int = 0  # of these, those whose last byte has left
     sends: dict[int, int] = field(default_factory=dict)  # by rank: when it is free to send
     receives: dict[int, int] = field(default_factory=dict)
-    _pairs: dict[tuple[int, int], deque[Flow]] = field(default_factory=dict)  # the first is under way
+    _pairs: dict[tuple[int, int], Flow] = field(default_factory=dict)  # the last one under way or waiting
     _paths: dict[tuple[int, int], FlowPath] = field(default_factory=dict)
     _changed: dict[Port, None] = field(default_factory=dict)
 
@@ -132,6 +132,7 @@ class FlowNetwork:
     def begin(self, clock: Scheduler, nodes: Sequence[int]) -> None:
         """Run on this clock, for ranks on these nodes."""
         self._clock, self._nodes = clock, nodes
+        self._changed.clear()
         self._ranks = [0] * len(self.hosts)
         for node in nodes:
             self._ranks[node] += 1
@@ -143,19 +144,19 @@ class FlowNetwork:
 
     def carry(self, message: FlowMessage) -> None:
         """Take a message that goes at once, or whose receive has been started; sets its `ends` and `arrives`."""
-        sender, receiver, nbytes = message.route
+        sender, receiver, nbytes = message.envelope
         here, there = self._nodes[sender], self._nodes[receiver]
-        route = self._paths.get((here, there)) or self.path(here, there)
-        costs, free, now = route.costs, self.sends.get(sender, 0), self._clock.time
+        path = self._paths.get((here, there)) or self.path(here, there)
+        costs, free, now = path.costs, self.sends.get(sender, 0), self._clock.time
         start = (free if free > message.since else message.since) + costs.send_overhead
         self.sends[sender] = message.ends = start
         message.arrives = LATER
         self.carried += 1
         if nbytes > costs.eager_limit:
             message.ends = LATER
-            start += route.latency
-            start = (start if start > now else now) + route.back
-        flow = Flow(message, route, (sender, receiver), nbytes)
+            start += path.latency
+            start = (start if start > now else now) + path.back
+        flow = Flow(message, path, (sender, receiver), nbytes)
         if start > now:
             self._clock.call_at(start, self._queue, flow)
         else:
@@ -178,65 +179,64 @@ class FlowNetwork:
                 if self._narrowed > 1:  # else the hosts' links are always narrower
                     ports = passed
         alone = min(costs.bandwidth / 1e9, *(port.capacity for port in passed))
-        route = self._paths[here, there] = FlowPath(ports, passed, costs, latency, back, alone)
-        return route
+        path = self._paths[here, there] = FlowPath(ports, passed, costs, latency, back, alone)
+        return path
 
     # -- flows ---------------------------------------------------------------------------------------------------
     def _queue(self, flow: Flow) -> None:
         """Start the flow, or let it wait for those before it from the same rank to the same other one."""
-        waiting = self._pairs.get(flow.pair)
-        if waiting is None:
-            self._pairs[flow.pair] = deque((flow,))
+        before = self._pairs.get(flow.pair)
+        self._pairs[flow.pair] = flow
+        if before is None:
             self._start(flow)
         else:
-            waiting.append(flow)
+            before.following = flow
 
     def _start(self, flow: Flow) -> None:
-        route, now = flow.route, self._clock.time
-        for port in route.passed:
+        path, now = flow.path, self._clock.time
+        for port in path.passed:
             if not port.active:
                 port.since = now
             port.active += 1
         flow.updated, alone = now, True
-        for port in route.ports:
+        for port in path.ports:
             if port.flows:
                 alone = False
             port.flows[flow] = None
         if alone:
-            flow.rate = route.alone
+            flow.rate = path.alone
             flow.timer = self._clock.call_at(now + ceil(flow.left / flow.rate), self._end, flow)
         else:
-            self._change(route.ports)
+            self._change(path.ports)
 
     def _end(self, flow: Flow) -> None:
-        route, message, clock = flow.route, flow.message, self._clock
+        path, message, clock = flow.path, flow.message, self._clock
         now = clock.time
         self.delivered += 1
-        for port in route.passed:
+        flow.timer = None  # which knows the flow: without the circle, both are freed at once
+        for port in path.passed:
             port.bytes += flow.bytes
             port.active -= 1
             if not port.active:
                 port.busy += now - port.since
-        for port in route.ports:
+        for port in path.ports:
             del port.flows[flow]
-        if busy := [port for port in route.ports if port.flows]:
+        if busy := [port for port in path.ports if port.flows]:
             self._change(busy)
         if message.ends == LATER:
             message.left(now)
-        if route.costs.recv_overhead:
-            clock.call_at(now + route.latency, self._receive, flow)
+        if path.costs.recv_overhead:
+            clock.call_at(now + path.latency, self._receive, flow)
         else:
-            message.arrived(now + route.latency)
-        waiting = self._pairs[flow.pair]
-        waiting.popleft()
-        if waiting:
-            self._start(waiting[0])
+            message.arrived(now + path.latency)
+        if flow.following is not None:
+            self._start(flow.following)
         else:
             del self._pairs[flow.pair]
 
     def _receive(self, flow: Flow) -> None:
         free, now = self.receives.get(flow.receiver, 0), self._clock.time
-        self.receives[flow.receiver] = done = (free if free > now else now) + flow.route.costs.recv_overhead
+        self.receives[flow.receiver] = done = (free if free > now else now) + flow.path.costs.recv_overhead
         flow.message.arrived(done)
 
     # -- rates ---------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ class FlowNetwork:
             for flow in port.flows:
                 if flow not in flows:
                     flows[flow] = None
-                    new = [other for other in flow.route.ports if other not in known]
+                    new = [other for other in flow.path.ports if other not in known]
                     known.update(dict.fromkeys(new))
                     ports += new
         now = self._clock.time
@@ -276,10 +276,10 @@ def max_min(flows: dict[Flow, None], ports: Sequence[Port]) -> dict[Flow, float]
     unfixed = dict(flows)
     while unfixed:
         share = min(capacity / count for capacity, count in left.values())
-        single = min(flow.route.costs.bandwidth for flow in unfixed) / 1e9
+        single = min(flow.path.costs.bandwidth for flow in unfixed) / 1e9
         if single <= share:
             rate, limit = single, single * TIE
-            fixed = [flow for flow in unfixed if flow.route.costs.bandwidth / 1e9 <= limit]
+            fixed = [flow for flow in unfixed if flow.path.costs.bandwidth / 1e9 <= limit]
         else:
             rate, limit = share, share * TIE
             full = [port for port, (capacity, count) in left.items() if capacity / count <= limit]
@@ -287,7 +287,7 @@ def max_min(flows: dict[Flow, None], ports: Sequence[Port]) -> dict[Flow, float]
         for flow in fixed:
             rates[flow] = rate
             del unfixed[flow]
-            for port in flow.route.ports:
+            for port in flow.path.ports:
                 place = left[port]
                 place[0], place[1] = max(place[0] - rate, 0.0), place[1] - 1
                 if not place[1]:

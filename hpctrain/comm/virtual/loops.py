@@ -9,10 +9,8 @@ links meanwhile:
   the last has entered, so up to that much later.
 - What ranks send that have left, while messages of the collective are still under way, does not compete with them; in
   the group's next collective it waits for them. (Messages above the eager limit have all arrived by then.)
-- Started all-reduces that overlap take turns on the links instead of sharing them: each takes less time, the last ends
-  when it would.
 - A group that shares its hosts (or an oversubscribed uplink) with ranks outside always exchanges messages, and so do
-  the hierarchical algorithm and broadcasts.
+  started all-reduces, the hierarchical algorithm and broadcasts.
 In a trace such a collective is one span per rank, as one of an MPI library: with the bytes of its buffer, and peer -1.
 """
 
@@ -116,7 +114,7 @@ class GroupLoop:
             ends = self._times_of(steps, entered, buffers[0].itemsize)
         except Crowded:
             return self._one_by_one(gathering, kind, course)
-        if has_numbers(buffers[0]):
+        if not any(isinstance(buffer, Phantom) for buffer in buffers):
             compute(steps, buffers, operation)
         return ends
 
@@ -138,7 +136,9 @@ class GroupLoop:
     def _one_by_one(self, gathering: Gathering, kind: type[Member], course: Course) -> list[int]:
         """By messages, from when the ranks entered and in that order, on a clock of their own."""
         outer, group, ends = self.world, self.group, [0] * len(gathering.members)
-        inner = Platform(outer.nodes, outer.flows or outer.network, None, False, phantom=outer.phantom)
+        carried = outer.flows.carried if outer.flows is not None else 0
+        network = outer.flows or outer.network
+        inner = Platform(outer.nodes, network, None, False, "messages", outer.phantom, outer.simulates)
         inner.time = min(time for time, _, _ in gathering.entered.values())
         apart = VirtualGroup(outer.nodes, group.members, group.number)
 
@@ -161,6 +161,7 @@ class GroupLoop:
         finally:
             if outer.flows is not None:
                 outer.flows.begin(outer, outer.nodes)
+                outer.flows.carried = outer.flows.delivered = carried  # as if they had been of a loop
         return ends
 
 
@@ -184,11 +185,6 @@ def _alone(world: Platform, hosts: Sequence[int]) -> bool:
             places = racks
     used = {places[host] for host in hosts}
     return sum(places[node] in used for node in world.nodes) == len(hosts)
-
-
-def has_numbers(buffer: Buffer) -> bool:
-    """Whether there is something to compute."""
-    return not isinstance(buffer, Phantom)
 
 
 def compute(steps: Sequence[ScheduleStep], buffers: list[Buffer], operation: Operation) -> None:

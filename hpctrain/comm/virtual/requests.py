@@ -113,7 +113,7 @@ class VirtualSend(VirtualRequest):
     since: int
 
     @property
-    def route(self) -> tuple[int, int, int]:
+    def envelope(self) -> tuple[int, int, int]:
         """(sender, receiver, bytes), with ranks of the whole run."""
         comm = self.comm
         return comm.members[comm.rank], comm.members[self.peer], self.buffer.nbytes
