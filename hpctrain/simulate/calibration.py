@@ -17,7 +17,7 @@ BEYOND = 2.0  # a cost is known for as much as this factor more or less than wha
 Seconds = Annotated[float, Field(ge=0, le=1e6)]
 
 
-class Cost(Table):
+class MeasuredCost(Table):
     """`fixed_s` + `each_s` * n seconds of one core. `least`, `most`: of n, as far as it was measured. `spread`: the
     standard deviation of single measurements, relative to the mean."""
 
@@ -42,8 +42,8 @@ class ModelCosts(Table):
 
     name: str
     parameters: Annotated[int, Field(ge=1)]
-    forward: Cost  # n: samples of a micro-batch
-    backward: Cost
+    forward: MeasuredCost  # n: samples of a micro-batch
+    backward: MeasuredCost
     order: list[int]
     shares: list[Annotated[float, Field(ge=0, le=1)]]
 
@@ -68,8 +68,8 @@ class Calibration(Table):
     source: str = ""
     strategies: list[str] = Field(default_factory=list)
     model: ModelCosts
-    spans: dict[str, Cost] = Field(default_factory=dict)
-    step: Cost = Cost()
+    spans: dict[str, MeasuredCost] = Field(default_factory=dict)
+    step: MeasuredCost = MeasuredCost()
     between: LinkCosts = LinkCosts(latency_s=50e-6, overhead_s=5e-6, efficiency=0.94)
     within: LinkCosts = LinkCosts(latency_s=1e-6, bytes_per_s=5e9, overhead_s=1e-6)
     error: Annotated[float, Field(ge=0, le=10)] = 0.05

@@ -23,7 +23,7 @@ from hpctrain.replica.replica import Replica
 from hpctrain.run.api import fit_batch
 from hpctrain.run.folder import name_of
 from hpctrain.run.prepare import Prepared, prepare, prepare_evaluation
-from hpctrain.simulate.calibration import Calibration, Cost, ModelCosts
+from hpctrain.simulate.calibration import Calibration, MeasuredCost, ModelCosts
 from hpctrain.simulate.opened import only_steps, opened
 from hpctrain.simulate.samples import PASSES, Samples
 from hpctrain.trace.recorder import Recorder
@@ -155,7 +155,7 @@ def measure(job: Job, nodes: Sequence[int]) -> Calibration:
             shares=order.shares,
         ),
         spans={kind: samples.cost(kind) for kind in samples.kinds() if kind not in ("forward", "backward")},
-        step=Cost(fixed_s=beside),
+        step=MeasuredCost(fixed_s=beside),
     )
 
 

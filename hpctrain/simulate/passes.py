@@ -13,7 +13,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.scheduler import Scheduler
 from hpctrain.hosts import Host
 from hpctrain.replica.coupling import Coupling
-from hpctrain.simulate.calibration import Calibration, Cost
+from hpctrain.simulate.calibration import Calibration, MeasuredCost
 from hpctrain.simulate.cores import Cores
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class TimedPasses(Coupling):
         """A forward pass over that many samples, with getting them and what a step costs besides its spans."""
         known, self._samples = self._calibration, samples
         self._processor.draw(known.model.forward.spread)
-        data = known.spans.get("data", Cost()).seconds(samples)
+        data = known.spans.get("data", MeasuredCost()).seconds(samples)
         self._processor.work(known.model.forward.seconds(samples) + known.step.seconds(0) + data)
 
     def backward(self, loss: Tensor) -> None:

@@ -16,7 +16,7 @@ def kind_of(kind: int | str, id: int) -> str:
     return "all_reduce" if kind == "reduce" and id != -1 else str(kind)
 
 
-class Tally:
+class TimeTally:
     """Totals of one rank. `seconds`: by kind of span, without the spans within it; `steps`: when each ended (virtual
     nanoseconds), with its samples; `staleness`: how many updates each step of this worker was behind."""
 
@@ -59,7 +59,7 @@ class TallyRecorder(Recorder):
 
     def __init__(self, now: Any) -> None:
         super().__init__(now)
-        self.tally = Tally()
+        self.tally = TimeTally()
 
     def lane(self, number: int) -> Recorder:
         return TallyRecorder(self.now)  # of a colocated server: its rank's time is the main lane's

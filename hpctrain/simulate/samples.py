@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median, pstdev
 
-from hpctrain.simulate.calibration import Cost
+from hpctrain.simulate.calibration import MeasuredCost
 
 PASSES = ("data", "forward", "backward")  # their costs depend on samples, those of other spans on bytes
 
@@ -26,16 +26,16 @@ class Samples:
         """What was measured."""
         return sorted(self.seen)
 
-    def cost(self, kind: str) -> Cost:
+    def cost(self, kind: str) -> MeasuredCost:
         """The line through the medians of a kind (least squares, relative), with no negative part; a kind that was
         measured for one amount only costs in proportion to it."""
         points = {n: _trimmed(values) for n, values in sorted(self.seen.get(kind, {}).items())}
         if not points:
-            return Cost()
+            return MeasuredCost()
         fixed, each = _line([(n, median(values), len(values)) for n, values in points.items()])
         means = [(fmean(values), values) for values in points.values()]
         spread = fmean(pstdev(values) / mean if mean else 0.0 for mean, values in means)
-        return Cost(fixed_s=fixed, each_s=each, least=min(points), most=max(points), spread=spread)
+        return MeasuredCost(fixed_s=fixed, each_s=each, least=min(points), most=max(points), spread=spread)
 
 
 def _trimmed(values: Sequence[float]) -> list[float]:

@@ -28,7 +28,7 @@ from hpctrain.simulate.numbers import reads_numbers, refuse_numbers
 from hpctrain.simulate.opened import only_steps, opened
 from hpctrain.simulate.passes import Processor, Spells, TimedPasses
 from hpctrain.simulate.phantom import PhantomKeeper, PhantomParts, phantom_loss
-from hpctrain.simulate.recording import KeepingRecorder, Tally, TallyRecorder
+from hpctrain.simulate.recording import KeepingRecorder, TallyRecorder, TimeTally
 from hpctrain.simulate.window import Moment, Stretch, Window
 
 TRACED = 64  # ranks, at most, that write traces
@@ -42,7 +42,7 @@ class Simulated:
     from; `total`: samples of the whole run, of which perhaps only a part was simulated; `seconds`: virtual, of the
     simulated part."""
 
-    tallies: list[Tally]
+    tallies: list[TimeTally]
     workers: list[int]
     stretch: Stretch
     total: int

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hpctrain.comm.virtual.flows import FlowNetwork
-from hpctrain.simulate.recording import COMPUTING, Tally
+from hpctrain.simulate.recording import COMPUTING, TimeTally
 
 BEGIN, END = 0.2, 0.95  # of the samples
 
@@ -23,7 +23,7 @@ class Moment:
     ports: dict[str, tuple[int, int]]
 
     @classmethod
-    def now(cls, time: int, samples: int, tallies: Sequence[Tally], network: FlowNetwork) -> Moment:
+    def now(cls, time: int, samples: int, tallies: Sequence[TimeTally], network: FlowNetwork) -> Moment:
         """The totals at this time."""
         return cls(
             time,

@@ -119,14 +119,14 @@ class RoundTotals:
         numbers = [[part.samples, part.weight, part.loss, float(part.wish), part.bad] for part in parts]
         used = [part.used for part in parts if part.used is not None]
         everything = len(used) < len(parts)
-        return cls._of(np.array(numbers, np.float64), None if everything else np.array(used).any(axis=0))
+        return cls._of(np.array(numbers, np.float64), None if everything else np.asarray(np.array(used).any(axis=0)))
 
     @classmethod
     def of_rows(cls, table: Buffer, slots: int) -> RoundTotals:
         """The same of encoded contributions, one per row, without decoding each: there may be thousands."""
         bits = np.unpackbits(table[:, _NUMBERS:].astype(np.uint32).view(np.uint8), axis=1)[:, :slots]
         everything = bool(bits.all(axis=1).any())
-        return cls._of(table[:, :_NUMBERS], None if everything else bits.any(axis=0))
+        return cls._of(table[:, :_NUMBERS], None if everything else np.asarray(bits.any(axis=0)))
 
     @classmethod
     def _of(cls, numbers: Buffer, used: Used) -> RoundTotals:
