@@ -181,6 +181,15 @@ def test_ring_of_equal_ranks_is_one_loop(monkeypatch: pytest.MonkeyPatch) -> Non
     assert world.resumptions <= 4 * 64
 
 
+def test_gathers_of_ranks_that_share_hosts_are_one_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short messages within a host do not compete for its memory."""
+    places = [rank // 8 for rank in range(48)]
+    wanted = World(48, places, flows()).run(lambda comm: [comm.gather_rows(np.ones(2)).sum(), comm.now()])
+    monkeypatch.setattr(GroupLoop, "_one_by_one", None)
+    world = World(48, places, flows(), collectives="loop")
+    assert world.run(lambda comm: [comm.gather_rows(np.ones(2)).sum(), comm.now()]) == wanted
+
+
 # -- when messages are needed ----------------------------------------------------------------------------------
 def test_groups_that_share_hosts_with_others_use_messages() -> None:
     """Two groups with a rank each on every host, as strategies have between nodes, compete for the links."""

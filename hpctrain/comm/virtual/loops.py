@@ -189,6 +189,9 @@ def _alone(world: Platform, hosts: Sequence[int]) -> bool:
 
 def compute(steps: Sequence[ScheduleStep], buffers: list[Buffer], operation: Operation) -> None:
     """What the messages of these steps do to the ranks' buffers, in the same order."""
+    if not any(step.combine for step in steps):
+        _gather(steps[0], buffers)
+        return
     reduce = COMBINE[operation]
     longest = max(int((step.high - step.low).max(initial=0)) for step in steps)
     if longest > SHORT:
@@ -206,6 +209,15 @@ def compute(steps: Sequence[ScheduleStep], buffers: list[Buffer], operation: Ope
         rows[dest, columns] = reduce(rows[dest, columns], given) if combine else given
     for buffer, row in zip(buffers, rows, strict=True):
         buffer[...] = row
+
+
+def _gather(first: ScheduleStep, buffers: list[Buffer]) -> None:
+    """Every rank begins with its own part, and all end with all of them."""
+    whole = buffers[0].copy()
+    for rank, low, high in zip(first.source.tolist(), first.low.tolist(), first.high.tolist(), strict=True):
+        whole[low:high] = buffers[rank][low:high]
+    for buffer in buffers:
+        buffer[...] = whole
 
 
 def _equal(step: ScheduleStep) -> Iterator[tuple[Numbers, Numbers, Numbers, bool]]:
