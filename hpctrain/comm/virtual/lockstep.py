@@ -180,8 +180,8 @@ class FlowTimes(StepTimes):
         if not eager.all():
             asked = np.maximum(ready + pairs.latency, np.maximum(send, recv)) + pairs.back
             start = np.where(eager, ready, asked)
-        for row in shared:
-            start = np.maximum(start, self._kept[row])
+        for row in shared:  # long messages of other collectives let short ones pass
+            start = np.where(eager, start, np.maximum(start, self._kept[row]))
         start = np.maximum(start, pairs.free)
         self._from = min(self._from, int(start.min()))
         took = np.ceil(nbytes / pairs.alone).astype(np.int64)

@@ -7,10 +7,11 @@ links meanwhile:
 - If the group's own messages compete with each other, they are exchanged one by one, on a clock of their own.
 - If another message was under way on the network since the first rank entered, the ranks exchange messages from when
   the last has entered, so up to that much later.
-- What ranks send that have left, while messages of the collective are still under way, does not compete with them; in
-  the group's next collective it waits for them. (Messages above the eager limit have all arrived by then.)
+- What ranks send that have left, while messages of the collective are still under way, does not compete with them. If
+  the group begins another collective meanwhile, as with started all-reduces, the one waits at each link for the other
+  (but short messages do not), instead of sharing it: several that overlap end up to a fifth earlier than by messages.
 - A group that shares its hosts (or an oversubscribed uplink) with ranks outside always exchanges messages, and so do
-  started all-reduces, the hierarchical algorithm and broadcasts.
+  the hierarchical algorithm and broadcasts.
 In a trace such a collective is one span per rank, as one of an MPI library: with the bytes of its buffer, and peer -1.
 """
 
