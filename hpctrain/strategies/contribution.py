@@ -116,17 +116,29 @@ class RoundTotals:
     @classmethod
     def of(cls, parts: Sequence[Contribution]) -> RoundTotals:
         """The totals of contributions in rank order."""
-        weights = np.array([part.weight for part in parts])
-        losses = np.array([part.loss for part in parts])
-        weight = float(weights.sum())
-        wish = Ask(int(np.bitwise_or.reduce([int(part.wish) for part in parts])))
+        numbers = [[part.samples, part.weight, part.loss, float(part.wish), part.bad] for part in parts]
         used = [part.used for part in parts if part.used is not None]
         everything = len(used) < len(parts)
-        union = None if everything else np.logical_or.reduce(used)
-        faulty = next((index for index, part in enumerate(parts) if part.faulty), None)
+        return cls._of(np.array(numbers, np.float64), None if everything else np.array(used).any(axis=0))
+
+    @classmethod
+    def of_rows(cls, table: Buffer, slots: int) -> RoundTotals:
+        """The same of encoded contributions, one per row, without decoding each: there may be thousands."""
+        bits = np.unpackbits(table[:, _NUMBERS:].astype(np.uint32).view(np.uint8), axis=1)[:, :slots]
+        everything = bool(bits.all(axis=1).any())
+        return cls._of(table[:, :_NUMBERS], None if everything else bits.any(axis=0))
+
+    @classmethod
+    def _of(cls, numbers: Buffer, used: Used) -> RoundTotals:
+        """`numbers`: the first columns of encoded contributions."""
+        weights, losses, bad = numbers[:, 1], numbers[:, 2], numbers[:, 4]
+        weight = float(weights.sum())
+        wish = Ask(int(np.bitwise_or.reduce(numbers[:, 3].astype(np.int64))))
+        overflow = bad < 0
+        faulty = np.flatnonzero(~(np.isfinite(losses) & (bad == 0)) & ~overflow)
         mean = float((weights * losses).sum()) / weight if weight else 0.0
-        samples = sum(part.samples for part in parts)
-        return cls(samples, weight, mean, wish, union, faulty, any(part.overflow for part in parts))
+        first = int(faulty[0]) if faulty.size else None
+        return cls(int(numbers[:, 0].sum()), weight, mean, wish, used, first, bool(overflow.any()))
 
     @property
     def skip(self) -> bool:
@@ -137,6 +149,11 @@ class RoundTotals:
         """The divisor of the sum of the gradients, which are already divided by `batch`. If the weight is 0, so are the
         gradients, and they stay 0: the optimizer then does what torch's does with zeros."""
         return self.weight / batch or 1.0
+
+
+def measured_in(table: Buffer) -> tuple[list[int], list[float]]:
+    """The samples of each worker, and the seconds that it computed them in, from encoded contributions."""
+    return table[:, 0].astype(np.int64).tolist(), table[:, _NUMBERS - 1].tolist()
 
 
 def nan_error(phase: Phase, rank: int, loss: float, step: int, bad: int = 0) -> NanError:

@@ -104,7 +104,7 @@ class NodeIsland(Island):
     def average(self, part: Contribution) -> tuple[Contribution, RoundTotals]:
         slots, inside = len(self.phase.replica.layout.slots), self._inside
         table = inside.gather(part.encode(slots))
-        found = RoundTotals.of([Contribution.decode(row, slots) for row in table])
+        found = RoundTotals.of_rows(table, slots)
         if not found.skip:
             self.gradient = inside.reduce(found.divisor(self.phase.dealing.batch))
         return part, found

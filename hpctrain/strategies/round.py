@@ -31,7 +31,7 @@ from hpctrain.replica.state import (
 from hpctrain.strategies.balance import BALANCE, Balance, BatchBalance, StepBalance
 from hpctrain.strategies.base import Outcome, Strategy
 from hpctrain.strategies.clipping import clip_factor
-from hpctrain.strategies.contribution import Contribution, RoundTotals, nan_error
+from hpctrain.strategies.contribution import Contribution, RoundTotals, measured_in, nan_error
 from hpctrain.strategies.handover import dealt, fill, mean_moments
 from hpctrain.strategies.interval import RoundCost, interval_of
 from hpctrain.strategies.phase import Phase
@@ -371,13 +371,12 @@ class RoundStrategy(Strategy):
         closing = self.comm.now()
         table = self.exchange.gather(own.encode(slots))
         agreeing = self.comm.now()
-        parts = [Contribution.decode(row, slots) for row in table]
-        found = RoundTotals.of(parts)
+        found = RoundTotals.of_rows(table, slots)
         if found.faulty is not None and phase.updating.nan == "stop":
-            part = parts[found.faulty]
+            part = Contribution.decode(table[found.faulty], slots)
             self.exchange.settle()  # MPI still writes into the arenas, which are freed after the error
             raise nan_error(phase, phase.roles.workers[found.faulty], part.loss, phase.step.number, part.bad)
-        round = self._round([parts[rank] for rank in self.exchange.island], found)
+        round = self._round([Contribution.decode(table[rank], slots) for rank in self.exchange.island], found)
         if round.skip:
             self.skipped(round)
         else:
@@ -388,7 +387,7 @@ class RoundStrategy(Strategy):
         if not round.skip and before is not None:
             self._adapt(closing - self._began, self.comm.now() - agreeing, before)
         if self.balance is not None:
-            self._balance(self.balance, parts)
+            self._balance(self.balance, *measured_in(table))
         return self._end(found)
 
     def _adapt(self, computing: int, exchanging: int, before: torch.Tensor) -> None:
@@ -403,9 +402,8 @@ class RoundStrategy(Strategy):
         if why := self._interval.observe([RoundCost(*row) for row in table.tolist()], len(self._parts)):
             self.comm.recorder.event(IntervalChanged(old, self._interval.steps, why))
 
-    def _balance(self, balance: Balance, parts: list[Contribution]) -> None:
+    def _balance(self, balance: Balance, samples: list[int], seconds: list[float]) -> None:
         """Let the shares follow what the workers measured in the round that ends."""
-        samples, seconds = [part.samples for part in parts], [part.seconds for part in parts]
         decision = balance.observe(samples, seconds, self._length)
         if decision is not None:
             self.phase.conductor.notify(decision)

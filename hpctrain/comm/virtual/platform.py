@@ -26,9 +26,9 @@ class Platform(Scheduler):
         network: Network | FlowNetwork | None,
         compute: Compute | None,
         isolate_torch: bool,
-        collectives: Collectives,
-        phantom: bool,
-        simulates: str,
+        collectives: Collectives = "messages",
+        phantom: bool = False,
+        simulates: str = "",
     ) -> None:
         super().__init__(isolate_torch)
         self.nodes = tuple(nodes)
