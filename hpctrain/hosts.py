@@ -21,7 +21,7 @@ class HostLink(Table):
     """The link from a host to the switch, the same in both directions."""
 
     mbit_per_s: Annotated[float, Field(ge=0.1, le=1e7)] = 1000.0
-    latency_ms: Annotated[float, Field(ge=0, le=1e4)] = 0.0  # one way, added to what the machine itself takes
+    latency_ms: Annotated[float, Field(ge=0, le=1e4)] = 0.0  # of what a host sends, besides what the machine takes
 
 
 class SlowSpells(Table):

@@ -301,7 +301,8 @@ def test_no_port_carries_more_than_it_can_and_every_byte_arrives(
     assert sum(p.bytes for p in ports if p.name.endswith("memory")) == sum(n for _, _, n, _ in sent) - between_hosts
     for port in ports:
         assert port.active == 0 and not port.flows
-        assert port.bytes <= port.capacity * port.busy * (1 + 1e-6) + 1
+        if not port.name.endswith("memory"):  # for which short messages do not compete
+            assert port.bytes <= port.capacity * port.busy * (1 + 1e-6) + 1
 
 
 def test_only_what_a_change_touches_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.errors import ClusterError
-from hpctrain.hosts import Description, HostLink, SlowSpells, nodes
+from hpctrain.hosts import Description, HostGroup, HostLink, SlowSpells, nodes
 
 CLUSTERS = Path(__file__).resolve().parents[2] / "clusters"
 
@@ -89,3 +89,11 @@ def test_ranks_fill_host_after_host(tmp_path: Path) -> None:
     assert nodes(hosts, 4) == (0, 0, 0, 1)
     with pytest.raises(ClusterError, match="-n 8: the cluster has places for 1 to 7 ranks"):
         nodes(hosts, 8)
+
+
+def test_documentation_shows_a_valid_cluster_and_every_key(tmp_path: Path) -> None:
+    text = (CLUSTERS.parent / "docs" / "clusters.md").read_text()
+    assert len(described(tmp_path, text.split("```toml\n")[1].split("```")[0]).each()) == 16
+    assert all(f"hosts.{key}`" in text for key in HostGroup.model_fields)
+    assert all(f"link.{key}`" in text for key in HostLink.model_fields)
+    assert all(f"`{path.stem}`" in text for path in CLUSTERS.glob("*.toml"))

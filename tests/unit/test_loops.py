@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -181,6 +182,15 @@ def test_ring_of_equal_ranks_is_one_loop(monkeypatch: pytest.MonkeyPatch) -> Non
     assert world.resumptions <= 4 * 64
 
 
+def test_gathers_of_ranks_that_share_hosts_are_one_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short messages within a host do not compete for its memory."""
+    places = [rank // 8 for rank in range(48)]
+    wanted = World(48, places, flows()).run(lambda comm: [comm.gather_rows(np.ones(2)).sum(), comm.now()])
+    monkeypatch.setattr(GroupLoop, "_one_by_one", None)
+    world = World(48, places, flows(), collectives="loop")
+    assert world.run(lambda comm: [comm.gather_rows(np.ones(2)).sum(), comm.now()]) == wanted
+
+
 # -- when messages are needed ----------------------------------------------------------------------------------
 def test_groups_that_share_hosts_with_others_use_messages() -> None:
     """Two groups with a rank each on every host, as strategies have between nodes, compete for the links."""
@@ -217,6 +227,33 @@ def test_other_messages_under_way_make_a_collective_use_messages() -> None:
     busy = World(4, range(4), flows(), collectives="loop").run(lambda comm: body(comm, True))
     assert [total for _, total in busy] == [total for _, total in quiet] == [1e6] * 4
     assert max(end for end, _ in busy) > max(end for end, _ in quiet) + 1_000_000
+
+
+def started(comm: Any, delay: Sequence[int], count: int) -> tuple[list[int], bytes]:
+    """All-reduces that are started one after the other, 10 ms apart, and take longer than that."""
+    comm.pass_time(delay[comm.rank])
+    buffers = [np.random.default_rng(comm.rank + i).standard_normal(500_000).astype(np.float32) for i in range(count)]
+    requests = []
+    for buffer in buffers:
+        requests.append(comm.start_all_reduce(buffer))
+        comm.pass_time(10_000_000)
+    ends = []
+    for request in requests:
+        request.wait()
+        ends.append(comm.now())
+    return ends, b"".join(buffer.tobytes() for buffer in buffers)
+
+
+@pytest.mark.parametrize("size", [5, 8])
+def test_started_all_reduces_are_loops_that_wait_for_each_other(size: int) -> None:
+    """One has the time of its messages; the last of several ends as by messages, or up to a fifth earlier."""
+    delay = np.random.default_rng(size).integers(1, 1_000_000, size).tolist()
+    for count, tolerance in ((1, 0.0), (4, 0.2)):
+        body = partial(started, delay=delay, count=count)
+        by_messages = World(size, range(size), flows()).run(body)
+        looped = World(size, range(size), flows(), collectives="loop").run(body)
+        assert [data for _, data in looped] == [data for _, data in by_messages]
+        assert [ends[-1] for ends, _ in looped] == pytest.approx([ends[-1] for ends, _ in by_messages], rel=tolerance)
 
 
 @pytest.mark.parametrize("collective", ["hierarchical", "started", "broadcast"])

@@ -86,8 +86,8 @@ def test_costs_alone_hold_no_memory(tmp_path: Path) -> None:
     optimizer = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
     job = small_job(tmp_path, model=wide_net, optimizer=optimizer, train={"steps": 3, "precision": "float32"})
     model = ModelCosts(
-        name="wide", parameters=2**24, forward=MeasuredCost(fixed_s=1.0), backward=MeasuredCost(fixed_s=2.0), order=[1, 0],
-        shares=[0.5, 0.5],
+        name="wide", parameters=2**24, forward=MeasuredCost(fixed_s=1.0), backward=MeasuredCost(fixed_s=2.0),
+        order=[1, 0], shares=[0.5, 0.5],
     )  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = simulate(job, {"hosts": [{"count": 32, "ranks": 2}]}, calibration(model=model), steps=3)

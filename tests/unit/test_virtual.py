@@ -685,6 +685,24 @@ def test_collectives_have_one_number_on_all_ranks():
     assert len(ids[0]) == 3
 
 
+def test_calls_happen_at_their_time_unless_cancelled():
+    """In the order in which they were asked for, `last` ones after the others, and all after ranks that can run."""
+    world, seen = World(1), []
+
+    def body(comm):
+        world.call_at(5, lambda argument: seen.append((argument, world.time)), "last", last=True)
+        world.call_at(5, lambda argument: seen.append((argument, world.time)), "first")
+        world.call_at(3, lambda argument: seen.append((argument, world.time)), "cancelled").finished = True
+        world.call_at(900, seen.append, "never: all ranks have ended").finished = True
+        comm.pass_time(5)
+        seen.append(("rank", comm.now()))
+        comm.pass_time(1)
+
+    world.run(body)
+    assert seen == [("first", 5), ("rank", 5), ("last", 5)]
+    assert world.time == 6
+
+
 # -- speed -----------------------------------------------------------------------------------------------------
 def test_ring_of_many_ranks_takes_one_turn_per_message():
     """`hpctrain bench virtual` measures the speed; this tests that there are no more turns than needed."""

@@ -189,7 +189,7 @@ class VirtualCommunicator(Communicator):
         id = self.group.number << 44 | self._count
         beside = copy(self)
         beside.boxes = self._shared("started", self.size, lambda: defaultdict(deque))
-        beside.recorder, beside.traced, beside.loop = NullRecorder(), False, None
+        beside.recorder, beside.traced = NullRecorder(), False
         name = f"a started all-reduce of rank {self.members[self.rank]}"
         task = self.world.start(name, lambda: beside._all_reduce(buffer, operation, "library"), inside=1)
         return VirtualReduce(self, task, buffer.nbytes, id)

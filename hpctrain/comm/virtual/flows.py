@@ -1,6 +1,7 @@
 """A network whose messages share ports: each is a flow, and flows through one port share it max-min fairly.
 
-Ports: the link of a host, out and in; the uplink and downlink of a rack; the memory of a host, for messages within it.
+Ports: the link of a host, out and in; the uplink and downlink of a rack; the memory of a host, for messages within it
+above the eager limit (shorter ones stay in caches).
 A flow's rate changes when another begins or ends on one of its ports, so its end is only known when it comes.
 """
 
@@ -63,10 +64,12 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class FlowPath:
-    """The way from one host to another. `ports`: those that its flows compete for; `passed`: all of them. `latency`
-    there and `back`, in nanoseconds; `alone`: bytes per nanosecond of a flow without competitors."""
+    """The way from one host to another. `passed`: its ports; of these, flows compete for `ports`, or if they are not
+    longer than the eager limit, for `short`. `latency` there and `back`, in nanoseconds; `alone`: bytes per nanosecond
+    of a flow without competitors."""
 
     ports: tuple[Port, ...]
+    short: tuple[Port, ...]
     passed: tuple[Port, ...]
     costs: MessageCosts
     latency: int
@@ -77,11 +80,11 @@ class FlowPath:
 class Flow:
     """A message on its way. `left`: bytes that were left at time `updated`; `rate`: bytes per nanosecond since then."""
 
-    __slots__ = ("bytes", "following", "left", "message", "pair", "rate", "receiver", "path", "timer", "updated")
+    __slots__ = ("bytes", "following", "left", "message", "pair", "path", "ports", "rate", "timer", "updated")
 
     def __init__(self, message: FlowMessage, path: FlowPath, pair: tuple[int, int], nbytes: int) -> None:
         self.message, self.path, self.pair, self.bytes = message, path, pair, nbytes
-        self.receiver = pair[1]
+        self.ports = path.ports if nbytes > path.costs.eager_limit else path.short
         self.left, self.rate, self.updated = float(nbytes), 0.0, 0
         self.timer: Timer | None = None
         self.following: Flow | None = None  # of the same pair, which waits for this one to end
@@ -169,6 +172,7 @@ class FlowNetwork:
             memory = self._memory[here]
             passed: tuple[Port, ...] = (memory,)
             ports = passed if costs.bandwidth / 1e9 * self._ranks[here] > memory.capacity else ()
+            short: tuple[Port, ...] = ()  # such messages stay in caches
         else:
             costs = self.between
             latency, back = (costs.latency + round(self.hosts[h].link.latency_ms * 1e6) for h in (here, there))
@@ -178,8 +182,9 @@ class FlowNetwork:
                 passed = (*passed, self._up[racks[0]], self._down[racks[1]])
                 if self._narrowed > 1:  # else the hosts' links are always narrower
                     ports = passed
+            short = ports
         alone = min(costs.bandwidth / 1e9, *(port.capacity for port in passed))
-        path = self._paths[here, there] = FlowPath(ports, passed, costs, latency, back, alone)
+        path = self._paths[here, there] = FlowPath(ports, short, passed, costs, latency, back, alone)
         return path
 
     # -- flows ---------------------------------------------------------------------------------------------------
@@ -199,7 +204,7 @@ class FlowNetwork:
                 port.since = now
             port.active += 1
         flow.updated, alone = now, True
-        for port in path.ports:
+        for port in flow.ports:
             if port.flows:
                 alone = False
             port.flows[flow] = None
@@ -207,7 +212,7 @@ class FlowNetwork:
             flow.rate = path.alone
             flow.timer = self._clock.call_at(now + ceil(flow.left / flow.rate), self._end, flow)
         else:
-            self._change(path.ports)
+            self._change(flow.ports)
 
     def _end(self, flow: Flow) -> None:
         path, message, clock = flow.path, flow.message, self._clock
@@ -219,9 +224,9 @@ class FlowNetwork:
             port.active -= 1
             if not port.active:
                 port.busy += now - port.since
-        for port in path.ports:
+        for port in flow.ports:
             del port.flows[flow]
-        if busy := [port for port in path.ports if port.flows]:
+        if busy := [port for port in flow.ports if port.flows]:
             self._change(busy)
         if message.ends == LATER:
             message.left(now)
@@ -235,8 +240,8 @@ class FlowNetwork:
             del self._pairs[flow.pair]
 
     def _receive(self, flow: Flow) -> None:
-        free, now = self.receives.get(flow.receiver, 0), self._clock.time
-        self.receives[flow.receiver] = done = (free if free > now else now) + flow.path.costs.recv_overhead
+        free, now = self.receives.get(flow.pair[1], 0), self._clock.time
+        self.receives[flow.pair[1]] = done = (free if free > now else now) + flow.path.costs.recv_overhead
         flow.message.arrived(done)
 
     # -- rates ---------------------------------------------------------------------------------------------------
@@ -255,7 +260,7 @@ class FlowNetwork:
             for flow in port.flows:
                 if flow not in flows:
                     flows[flow] = None
-                    new = [other for other in flow.path.ports if other not in known]
+                    new = [other for other in flow.ports if other not in known]
                     known.update(dict.fromkeys(new))
                     ports += new
         now = self._clock.time
@@ -287,7 +292,7 @@ def max_min(flows: dict[Flow, None], ports: Sequence[Port]) -> dict[Flow, float]
         for flow in fixed:
             rates[flow] = rate
             del unfixed[flow]
-            for port in flow.path.ports:
+            for port in flow.ports:
                 place = left[port]
                 place[0], place[1] = max(place[0] - rate, 0.0), place[1] - 1
                 if not place[1]:

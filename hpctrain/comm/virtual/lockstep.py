@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain.comm.virtual.flows import FlowNetwork, Port
-from hpctrain.comm.virtual.network import FreeNetwork, LinkNetwork, Network
+from hpctrain.comm.virtual.network import LATER, FreeNetwork, LinkNetwork, Network
 from hpctrain.comm.virtual.schedules import Numbers
 
 
@@ -98,7 +98,8 @@ class FlowPairs:
 
     By pair: `latency`, `back`, `alone`, `limit` (see `FlowPath`), the overheads `sending` and `receiving`, `free`: when
     its last message has left, and `bytes` and `busy`, sums over its messages. `ports`: one row per position on the
-    path, the number of the port there, 0 for none; `shared`: the same for ports that flows can compete for.
+    path, the number of the port there, 0 for none; `long` and `short`: the same for the ports that messages above the
+    eager limit, and up to it, compete for.
     """
 
     def __init__(self, network: FlowNetwork, hosts: tuple[Numbers, Numbers], numbers: dict[Port, int]) -> None:
@@ -110,9 +111,12 @@ class FlowPairs:
         self.sending = np.array([path.costs.send_overhead for path in paths])
         self.receiving = np.array([path.costs.recv_overhead for path in paths])
         self.received = bool(self.receiving.any())
-        self.ports = _table([path.passed for path in paths], numbers)
-        self.shared = _table([path.ports for path in paths], numbers)
-        self.crowded = any(np.bincount(row[row > 0]).max(initial=0) > 1 for row in self.shared)
+        width = max(len(path.passed) for path in paths)
+        self.ports = _table([path.passed for path in paths], numbers, width)
+        self._tables = [
+            _table([getattr(path, name) for path in paths], numbers, width) for name in ("short", "ports")
+        ]
+        self.short, self.long = map(SharedPorts, self._tables)
         self.kept = np.zeros(len(paths), np.int64)
         self.begin()
 
@@ -121,8 +125,28 @@ class FlowPairs:
         self.free, self.bytes, self.busy = self.kept, np.zeros_like(self.kept), np.zeros_like(self.kept)
 
 
-def _table(passed: Sequence[tuple[Port, ...]], numbers: dict[Port, int]) -> list[Numbers]:
-    width = max(map(len, passed), default=0)
+    def shared(self, eager: Any) -> list[Numbers]:
+        """The ports that messages compete for, of which some are `eager`. Raises Crowded if two need the same one."""
+        if eager.all():
+            found = self.short
+        elif eager.any():
+            found = SharedPorts([np.where(eager, short, long) for short, long in zip(*self._tables, strict=True)])
+        else:
+            found = self.long
+        if found.crowded:
+            raise Crowded
+        return found.rows
+
+
+class SharedPorts:
+    """`rows` of ports that messages compete for, as in `FlowPairs`; `crowded`: two messages for the same one."""
+
+    def __init__(self, rows: list[Numbers]) -> None:
+        self.rows = [row for row in rows if row.any()]
+        self.crowded = any(np.bincount(row[row > 0]).max() > 1 for row in self.rows)
+
+
+def _table(passed: Sequence[tuple[Port, ...]], numbers: dict[Port, int], width: int) -> list[Numbers]:
     return list(np.array([[numbers[port] for port in ports] + [0] * (width - len(ports)) for ports in passed]).T)
 
 
@@ -144,30 +168,31 @@ class FlowTimes(StepTimes):
         self._free = np.zeros_like(self._kept)
         self._used: list[tuple[Numbers, Numbers, Numbers]] = []  # ports (then ranks), from when, until when
         self._unordered = False
+        self._from, self._until = LATER, 0
         for pairs in self._pairs.values():
             pairs.begin()
 
     def step(self, source: Numbers, dest: Numbers, nbytes: Numbers, send: Numbers, recv: Numbers) -> Any:
         pairs = self._known(source, dest)
-        if pairs.crowded:
-            raise Crowded
         self._sends[source] = ready = np.maximum(send, self._sends[source]) + pairs.sending
         eager = nbytes <= pairs.limit
-        start = ready
+        shared, start = pairs.shared(eager), ready
         if not eager.all():
             asked = np.maximum(ready + pairs.latency, np.maximum(send, recv)) + pairs.back
             start = np.where(eager, ready, asked)
-        for row in pairs.shared:
-            start = np.maximum(start, self._kept[row])
+        for row in shared:  # long messages of other collectives let short ones pass
+            start = np.where(eager, start, np.maximum(start, self._kept[row]))
         start = np.maximum(start, pairs.free)
+        self._from = min(self._from, int(start.min()))
         took = np.ceil(nbytes / pairs.alone).astype(np.int64)
         pairs.free = left = start + took
+        self._until = max(self._until, int(left.max()))
         pairs.bytes, pairs.busy = pairs.bytes + nbytes, pairs.busy + took
-        for row in pairs.shared:
+        for row in shared:
             self._unordered |= bool(np.any(start < self._free[row]))
             self._free[row] = np.maximum(self._free[row], left)
+            self._free[0] = 0
             self._used.append((row, start, left))
-        self._free[0] = 0
         done = left + pairs.latency
         if pairs.received:
             last, free, early = self._last[dest], self._receives[dest], done < self._last[dest]
@@ -209,7 +234,7 @@ class FlowTimes(StepTimes):
                 np.add.at(busy, row, pairs.busy)
         for port, more, longer in zip(self._ports, nbytes[1:].tolist(), busy[1:].tolist(), strict=True):
             port.bytes += more
-            port.busy += longer
+            port.busy += min(longer, self._until - self._from)  # messages that do not compete overlap
 
 
 def step_times(network: Network | FlowNetwork, hosts: Numbers, members: Sequence[int]) -> StepTimes | None:

@@ -7,10 +7,11 @@ links meanwhile:
 - If the group's own messages compete with each other, they are exchanged one by one, on a clock of their own.
 - If another message was under way on the network since the first rank entered, the ranks exchange messages from when
   the last has entered, so up to that much later.
-- What ranks send that have left, while messages of the collective are still under way, does not compete with them; in
-  the group's next collective it waits for them. (Messages above the eager limit have all arrived by then.)
+- What ranks send that have left, while messages of the collective are still under way, does not compete with them. If
+  the group begins another collective meanwhile, as with started all-reduces, the one waits at each link for the other
+  (but short messages do not), instead of sharing it: several that overlap end up to a fifth earlier than by messages.
 - A group that shares its hosts (or an oversubscribed uplink) with ranks outside always exchanges messages, and so do
-  started all-reduces, the hierarchical algorithm and broadcasts.
+  the hierarchical algorithm and broadcasts.
 In a trace such a collective is one span per rank, as one of an MPI library: with the bytes of its buffer, and peer -1.
 """
 
@@ -189,6 +190,9 @@ def _alone(world: Platform, hosts: Sequence[int]) -> bool:
 
 def compute(steps: Sequence[ScheduleStep], buffers: list[Buffer], operation: Operation) -> None:
     """What the messages of these steps do to the ranks' buffers, in the same order."""
+    if not any(step.combine for step in steps):
+        _gather(steps[0], buffers)
+        return
     reduce = COMBINE[operation]
     longest = max(int((step.high - step.low).max(initial=0)) for step in steps)
     if longest > SHORT:
@@ -206,6 +210,15 @@ def compute(steps: Sequence[ScheduleStep], buffers: list[Buffer], operation: Ope
         rows[dest, columns] = reduce(rows[dest, columns], given) if combine else given
     for buffer, row in zip(buffers, rows, strict=True):
         buffer[...] = row
+
+
+def _gather(first: ScheduleStep, buffers: list[Buffer]) -> None:
+    """Every rank begins with its own part, and all end with all of them."""
+    whole = buffers[0].copy()
+    for rank, low, high in zip(first.source.tolist(), first.low.tolist(), first.high.tolist(), strict=True):
+        whole[low:high] = buffers[rank][low:high]
+    for buffer in buffers:
+        buffer[...] = whole
 
 
 def _equal(step: ScheduleStep) -> Iterator[tuple[Numbers, Numbers, Numbers, bool]]:
