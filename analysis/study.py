@@ -6,7 +6,7 @@
     python analysis/study.py --processes 2      two runs at a time
     python analysis/study.py --host             measure a step of two workers on this host (alone on the machine)
     python analysis/study.py --slow             measure one slow host of four in the laboratory (root, alone)
-    python analysis/study.py --quick            a few short runs and their page, in a temporary folder: does it work?
+    python analysis/study.py --quick            a short run of each kind of row, and its page, in a temporary folder
     python analysis/study.py --write            only write the page
 
 About three hours on one core. It can be interrupted: each run leaves a file in docs/study/. MNIST must be in data/mnist
@@ -155,8 +155,12 @@ SHAPES = {
 }
 STUDY = Study(SETTINGS, TARGETS, Kept(KEPT), MNIST, SLOW, SHAPES)
 QUICK = ("data.limit=1700", "train.batch_size=4", "train.epochs=1")  # 54 steps of 8 workers: rounds have up to 50
+QUICK_ROWS = {  # a row of each kind
+    "mnist8": (BASE, "topk 1 %", "powersgd rank 2", "server, sync, topk, pulls int8", "server, async", "local_sgd H=8",
+               "diloco H=50, int4", "streaming diloco H=48"),
+    "char8": (BASE,),
+}  # fmt: skip
 PROSE = Prose(**tomllib.loads((ROOT / "analysis" / "study.toml").read_text()))
-
 
 
 def measure_host(study: Study, ranks: Communicator | None) -> None:
@@ -182,10 +186,12 @@ def measure_slow(study: Study) -> None:
 
 
 def quick(folder: Path) -> Study:
-    """Each row of MNIST once, with a few steps, and the first of the other settings: no numbers to keep."""
-    first = [replace(each, rows={BASE: each.rows[BASE]}) for each in SETTINGS[1:]]
-    short = [replace(each, seeds=1, keys=(*each.keys, *QUICK)) for each in (MNIST, *first)]
-    return replace(STUDY, settings=short, kept=Kept(folder))
+    """A row of each kind (QUICK_ROWS) once, with a few steps: no numbers to keep."""
+    short = []
+    for setting in SETTINGS:
+        rows = {name: setting.rows[name] for name in QUICK_ROWS.get(setting.name, ())}
+        short.append(replace(setting, rows=rows, seeds=1, keys=(*setting.keys, *QUICK)))
+    return replace(STUDY, settings=[setting for setting in short if setting.rows], kept=Kept(folder))
 
 
 def run(study: Study, only: str, minutes: float, processes: int, part: str) -> bool:
