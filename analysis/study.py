@@ -9,8 +9,8 @@
     python analysis/study.py --quick            a short run of each kind of row, and its page, in a temporary folder
     python analysis/study.py --write            only write the page
 
-About three hours on one core. It can be interrupted: each run leaves a file in docs/study/. MNIST must be in data/mnist
-and tinyshakespeare in data/tinyshakespeare (or below HPCTRAIN_DATA).
+About three hours on one core. It can be interrupted: each run leaves a file in docs/study/. MNIST must be in
+data/mnist, tinyshakespeare in data/tinyshakespeare and BCCD in data/bccd_voc/BCCD (or below HPCTRAIN_DATA).
 """
 
 from __future__ import annotations
@@ -108,12 +108,14 @@ CHAR = rows(
     ("diloco H=50, MuonAdamW", "diloco", "every=50", "outer_momentum=0.5", "optimizer.name=MuonAdamW"),
     ("sparseloco H=30", "diloco", "every=30", *SPARSE),
 )  # fmt: skip
-FILE, CHARS = ROOT / "jobs" / "study_mnist.toml", ROOT / "jobs" / "study_char.toml"
+FILE, CHARS, CELLS = (ROOT / "jobs" / f"study_{name}.toml" for name in ("mnist", "char", "bccd"))
 MNIST = Setting("mnist8", "LeNet-5 on MNIST, 8 workers", FILE, 8, ROWS, BASE)
 FEW = {name: ROWS[name] for name in IMPORTANT}
+SYNCHRONOUS = {name: ROWS[name] for name in (BASE, "int8", "sign", "topk 1 %", "powersgd rank 2", "local_sgd H=8")}
 SETTINGS = (
     MNIST,
     Setting("char8", "Transformer on tinyshakespeare, 8 workers", CHARS, 8, CHAR, BASE, "bits per character", "loss"),
+    Setting("bccd8", "Narrow ResNet on BCCD's cells, 8 workers", CELLS, 8, SYNCHRONOUS, BASE, "balanced accuracy"),
     Setting("mnist4", "LeNet-5 on MNIST, 4 workers", FILE, 4, FEW, BASE, keys=("train.batch_size=32",)),
     Setting("mnist16", "LeNet-5 on MNIST, 16 workers", FILE, 16, FEW, BASE, keys=("train.batch_size=8",)),
 )
@@ -159,6 +161,7 @@ QUICK_ROWS = {  # a row of each kind
     "mnist8": (BASE, "topk 1 %", "powersgd rank 2", "server, sync, topk, pulls int8", "server, async", "local_sgd H=8",
                "diloco H=50, int4", "streaming diloco H=48"),
     "char8": (BASE,),
+    "bccd8": (BASE,),
 }  # fmt: skip
 PROSE = Prose(**tomllib.loads((ROOT / "analysis" / "study.toml").read_text()))
 
