@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from hpctrain.bench import (
     workload,
 )
 from hpctrain.bench.report import FigureTable, Report, Sample, number
+from hpctrain.bench.workload import LARGE
 from hpctrain.cli import main
 from hpctrain.comm.virtual.network import FreeNetwork, LinkNetwork
 from hpctrain.comm.virtual.world import World
@@ -474,6 +476,17 @@ def test_ratio_of_blocks_and_its_interval():
     spread = comparison.ratio("a / b", "ms", Sample(tuple(np.exp(logs)), ""), Sample((1.0, 1.0, 1.0), ""))
     reach = 4.302653 * logs.std(ddof=1) / math.sqrt(3)  # Student's t, two degrees of freedom
     assert np.log([spread.value, spread.low, spread.high]) == pytest.approx([0.3, 0.3 - reach, 0.3 + reach])
+
+
+@pytest.mark.parametrize(("period", "expected"), [(1, [2, 6]), (4, [4, 8]), (3, [3, 7])])
+def test_measured_steps_begin_after_whole_rounds(period: int, expected: list[int], monkeypatch: pytest.MonkeyPatch):
+    def body(comm: Any) -> list[int]:
+        taken, marks = list[None](), list[int]()
+        monkeypatch.setattr(comm, "barrier", lambda: marks.append(len(taken)))
+        steps.timed(comm, replace(LARGE, steps=4), lambda: taken.append(None), period)
+        return [*marks, len(taken)]
+
+    assert World(1).run(body)[0] == expected
 
 
 def test_exposed_communication_is_what_a_step_takes_longer():
