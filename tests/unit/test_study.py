@@ -253,12 +253,13 @@ def test_rows_without_a_base_are_not_compared() -> None:
         ("points", 1.49, False),
         ("loss", 0.51, True),
         ("loss", 0.49, False),
-        ("payload", 1.9, True),
-        ("payload", 2.1, False),
+        ("payload", 2.0, True),
+        ("payload", 2.01, False),
     ],
 )
 def test_targets(measure: Any, bound: float, met: bool) -> None:
     found = frame(half=[(0, 0.90, 0.3), (1, 0.94, 0.3)], base=[(0, 0.92, 0.1), (1, 0.95, 0.3)])
+    found["payload"] *= found["row"].map({"half": 1.001, "base": 1.0})  # 1.998 times less: 2 to three digits
     half: Line = lines(found, ["half"], "base")[0]
     assert Wanted("half", measure, bound).verdict(half)[1] is met
 
