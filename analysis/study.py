@@ -4,7 +4,8 @@
     python analysis/study.py --only topk        only the runs whose names have that in them (a shell pattern)
     python analysis/study.py --minutes 10       begin no run after ten minutes; start it again to go on
     python analysis/study.py --processes 2      two runs at a time
-    python analysis/study.py --host             measure a step of two workers on this host (alone on the machine)
+    python analysis/study.py --host             measure a step of two workers on this host (alone on the machine),
+                                                or with --only of some rows
     python analysis/study.py --slow             measure one slow host of four in the laboratory (root, alone)
     python analysis/study.py --quick            a short run of each kind of row, and its page, in a temporary folder
     python analysis/study.py --write            only write the page
@@ -57,6 +58,7 @@ def rows(*given: tuple[str, ...]) -> dict[str, Variant]:
 
 # A row is one line.
 EF = ("optimizer.momentum=0.0", "optimizer.lr=0.3")  # error feedback: what is left out comes later, as momentum does
+HALF_EACH = ("optimizer.momentum=0.0", "optimizer.lr=0.2")  # ACP-SGD leaves more for later than PowerSGD
 SPARSE = ("outer_momentum=0.0", "outer_lr=1.0", "codec={name='topk', keep=0.1, bits=2, decay=0.95}")
 SIGNS = "optimizer={name='SignSGD', lr=0.001, schedule={name='cosine', warmup={fraction=0.05}}}"
 NO_MOMENTUM = ("optimizer.momentum=0.0",)  # of the optimizer, because the codec has one
@@ -80,7 +82,8 @@ ROWS = rows(
     ("DeMo", "all_reduce", "codec={name='demo', decay=0.999}", SIGNS),
     ("powersgd rank 2", "all_reduce", "codec=powersgd"),
     ("powersgd rank 4", "all_reduce", "codec={name='powersgd', rank=4}"),
-    ("acp rank 2", "all_reduce", "codec=acp"),
+    ("acp rank 2", "all_reduce", "codec=acp", *HALF_EACH),
+    ("acp rank 4", "all_reduce", "codec={name='acp', rank=4}", *HALF_EACH),
     ("server, sync", "parameter_server", "mode=sync"),
     ("server, sync, int8", "parameter_server", "mode=sync", "codec=int8"),
     ("server, sync, topk 1 %", "parameter_server", "mode=sync", "codec=topk", *EF),
@@ -172,18 +175,21 @@ QUICK_ROWS = {  # a row of each kind
 PROSE = Prose(**tomllib.loads((ROOT / "analysis" / "study.toml").read_text()))
 
 
-def measure_host(study: Study, ranks: Communicator | None) -> None:
-    """One repetition more of all rows, and medians of all. `ranks`: of the MPI job that does it; None: start one."""
+def measure_host(study: Study, ranks: Communicator | None, only: str) -> None:
+    """One repetition more of the rows whose names have the pattern `only`, and medians of all. `ranks`: of the MPI job
+    that does it; None: start one."""
     if ranks is None:
-        if status := launcher.run(host.WORKERS + 1, [sys.executable, __file__, "--host", "--ranks"]):
+        this = [sys.executable, __file__, "--host", "--ranks", "--only", only]
+        if status := launcher.run(host.WORKERS + 1, this):
             raise SystemExit(status)
         return
     setting = replace(MNIST, workers=host.WORKERS)
-    found = host.milliseconds(ranks, [Case(setting, row, 0) for row in setting.rows.values()])
+    found = host.milliseconds(ranks, chosen([Case(setting, row, 0) for row in setting.rows.values()], only))
     if ranks.rank == 0:
         before = study.measured("host", setting.rows)
         runs = {row: [*before.get(row, {}).get("runs", []), ms] for row, ms in found.items()}
-        study.note("host", {row: {"ms": median(each), "runs": each} for row, each in runs.items()}, setting.rows)
+        now = {row: {"ms": median(each), "runs": each} for row, each in runs.items()}
+        study.note("host", {**before, **now}, setting.rows)
 
 
 def measure_slow(study: Study) -> None:
@@ -238,7 +244,7 @@ def main() -> int:
         return int(not done)
     done = True
     if options.host:
-        measure_host(STUDY, connect() if options.ranks else None)
+        measure_host(STUDY, connect() if options.ranks else None, options.only)
     elif options.slow:
         measure_slow(STUDY)
     elif not options.write:
