@@ -116,11 +116,13 @@ CHAR = rows(
 FILE, CHARS, CELLS = (ROOT / "jobs" / f"study_{name}.toml" for name in ("mnist", "char", "bccd"))
 MNIST = Setting("mnist8", "LeNet-5 on MNIST, 8 workers", FILE, 8, ROWS, BASE)
 FEW = {name: ROWS[name] for name in IMPORTANT}
-SYNCHRONOUS = {name: ROWS[name] for name in (BASE, "int8", "sign", "topk 1 %", "powersgd rank 2", "local_sgd H=8")}
+SOME = (BASE, "all_reduce, rate 0.3", "int8", "sign", "topk 1 %", "powersgd rank 2", "local_sgd H=8")
+CELL_ROWS = {name: ROWS[name] for name in SOME}
+CELL_ROWS |= rows(("powersgd rank 2, rate 0.3", "all_reduce", "codec=powersgd", *EF))
 SETTINGS = (
     MNIST,
     Setting("char8", "Transformer on tinyshakespeare, 8 workers", CHARS, 8, CHAR, BASE, "bits per character", "loss"),
-    Setting("bccd8", "Narrow ResNet on BCCD's cells, 8 workers", CELLS, 8, SYNCHRONOUS, BASE, "balanced accuracy"),
+    Setting("bccd8", "Narrow ResNet on BCCD's cells, 8 workers", CELLS, 8, CELL_ROWS, BASE, "balanced accuracy"),
     Setting("mnist4", "LeNet-5 on MNIST, 4 workers", FILE, 4, FEW, BASE, keys=("train.batch_size=32",)),
     Setting("mnist16", "LeNet-5 on MNIST, 16 workers", FILE, 16, FEW, BASE, keys=("train.batch_size=8",)),
 )
