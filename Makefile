@@ -8,8 +8,9 @@
 # make gpu-wheels    download what test-gpu needs besides these into WHEELS, for GPU_PYTHON
 # make lint          ruff, mypy, import-linter, shellcheck
 # make bench         hpctrain bench
-# make study         what communication can be saved and what it costs, into docs/study.md: hours; needs MNIST and
-#                    tinyshakespeare; it goes on where it was interrupted. OPTIONS="--only topk", "--minutes 30", "--quick"
+# make study         what communication can be saved and what it costs, into docs/study.md: hours; needs MNIST,
+#                    tinyshakespeare and BCCD; it goes on where it was interrupted. OPTIONS="--only topk", "--minutes 30",
+#                    "--quick"
 # make study-async   what asynchrony costs in accuracy, into docs/asynchrony.md: an hour on two cores; needs MNIST
 #
 # PYTHON=python3.12           another Python (3.11 or newer)

@@ -4,13 +4,14 @@
     python analysis/study.py --only topk        only the runs whose names have that in them (a shell pattern)
     python analysis/study.py --minutes 10       begin no run after ten minutes; start it again to go on
     python analysis/study.py --processes 2      two runs at a time
-    python analysis/study.py --host             measure a step of two workers on this host (alone on the machine)
+    python analysis/study.py --host             measure a step of two workers on this host (alone on the machine),
+                                                or with --only of some rows
     python analysis/study.py --slow             measure one slow host of four in the laboratory (root, alone)
-    python analysis/study.py --quick            a few short runs and their page, in a temporary folder: does it work?
+    python analysis/study.py --quick            a short run of each kind of row, and its page, in a temporary folder
     python analysis/study.py --write            only write the page
 
-About three hours on one core. It can be interrupted: each run leaves a file in docs/study/. MNIST must be in data/mnist
-and tinyshakespeare in data/tinyshakespeare (or below HPCTRAIN_DATA).
+About three hours on one core. It can be interrupted: each run leaves a file in docs/study/. MNIST must be in
+data/mnist, tinyshakespeare in data/tinyshakespeare and BCCD in data/bccd_voc/BCCD (or below HPCTRAIN_DATA).
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def rows(*given: tuple[str, ...]) -> dict[str, Variant]:
 
 # A row is one line.
 EF = ("optimizer.momentum=0.0", "optimizer.lr=0.3")  # error feedback: what is left out comes later, as momentum does
+HALF_EACH = ("optimizer.momentum=0.0", "optimizer.lr=0.2")  # ACP-SGD leaves more for later than PowerSGD
 SPARSE = ("outer_momentum=0.0", "outer_lr=1.0", "codec={name='topk', keep=0.1, bits=2, decay=0.95}")
 SIGNS = "optimizer={name='SignSGD', lr=0.001, schedule={name='cosine', warmup={fraction=0.05}}}"
 NO_MOMENTUM = ("optimizer.momentum=0.0",)  # of the optimizer, because the codec has one
@@ -69,6 +71,8 @@ ROWS = rows(
     ("int8", "all_reduce", "codec=int8"),
     ("int4", "all_reduce", "codec=int4"),
     ("sign", "all_reduce", "codec=sign", *EF),
+    ("int8, block 32768", "all_reduce", "codec={name='int8', block=32768}"),
+    ("sign, block 32768", "all_reduce", "codec={name='sign', block=32768}", *EF),
     ("sign, majority", "all_reduce", "codec={name='sign', majority=true}", *EF),
     ("topk 1 %", "all_reduce", "codec=topk", *EF),
     ("topk 1 %, 2 bits", "all_reduce", "codec={name='topk', bits=2}", *EF),
@@ -78,7 +82,8 @@ ROWS = rows(
     ("DeMo", "all_reduce", "codec={name='demo', decay=0.999}", SIGNS),
     ("powersgd rank 2", "all_reduce", "codec=powersgd"),
     ("powersgd rank 4", "all_reduce", "codec={name='powersgd', rank=4}"),
-    ("acp rank 2", "all_reduce", "codec=acp"),
+    ("acp rank 2", "all_reduce", "codec=acp", *HALF_EACH),
+    ("acp rank 4", "all_reduce", "codec={name='acp', rank=4}", *HALF_EACH),
     ("server, sync", "parameter_server", "mode=sync"),
     ("server, sync, int8", "parameter_server", "mode=sync", "codec=int8"),
     ("server, sync, topk 1 %", "parameter_server", "mode=sync", "codec=topk", *EF),
@@ -108,12 +113,16 @@ CHAR = rows(
     ("diloco H=50, MuonAdamW", "diloco", "every=50", "outer_momentum=0.5", "optimizer.name=MuonAdamW"),
     ("sparseloco H=30", "diloco", "every=30", *SPARSE),
 )  # fmt: skip
-FILE, CHARS = ROOT / "jobs" / "study_mnist.toml", ROOT / "jobs" / "study_char.toml"
+FILE, CHARS, CELLS = (ROOT / "jobs" / f"study_{name}.toml" for name in ("mnist", "char", "bccd"))
 MNIST = Setting("mnist8", "LeNet-5 on MNIST, 8 workers", FILE, 8, ROWS, BASE)
 FEW = {name: ROWS[name] for name in IMPORTANT}
+SOME = (BASE, "all_reduce, rate 0.3", "int8", "sign", "topk 1 %", "powersgd rank 2", "local_sgd H=8")
+CELL_ROWS = {name: ROWS[name] for name in SOME}
+CELL_ROWS |= rows(("powersgd rank 2, rate 0.3", "all_reduce", "codec=powersgd", *EF))
 SETTINGS = (
     MNIST,
     Setting("char8", "Transformer on tinyshakespeare, 8 workers", CHARS, 8, CHAR, BASE, "bits per character", "loss"),
+    Setting("bccd8", "Narrow ResNet on BCCD's cells, 8 workers", CELLS, 8, CELL_ROWS, BASE, "balanced accuracy"),
     Setting("mnist4", "LeNet-5 on MNIST, 4 workers", FILE, 4, FEW, BASE, keys=("train.batch_size=32",)),
     Setting("mnist16", "LeNet-5 on MNIST, 16 workers", FILE, 16, FEW, BASE, keys=("train.batch_size=8",)),
 )
@@ -136,7 +145,11 @@ TARGETS = (
     ("mnist8", Wanted("demo 32 of 4096", "points", 0.5)),
     ("mnist8", Wanted("powersgd rank 2", "points", 0.5)),
     ("mnist8", Wanted("int8", "payload", 4)),
+    ("mnist8", Wanted("int8, block 32768", "points", 0.5)),
+    ("mnist8", Wanted("int8, block 32768", "payload", 4)),
     ("mnist8", Wanted("sign", "payload", 32)),
+    ("mnist8", Wanted("sign, block 32768", "points", 0.5)),
+    ("mnist8", Wanted("sign, block 32768", "payload", 32)),
     ("mnist8", Wanted("topk 1 %", "payload", 50)),
     ("mnist8", Wanted("local_sgd H=8", "points", 0.5)),
     ("mnist8", Wanted("local_sgd H=8", "payload", 8)),
@@ -155,22 +168,30 @@ SHAPES = {
 }
 STUDY = Study(SETTINGS, TARGETS, Kept(KEPT), MNIST, SLOW, SHAPES)
 QUICK = ("data.limit=1700", "train.batch_size=4", "train.epochs=1")  # 54 steps of 8 workers: rounds have up to 50
+QUICK_ROWS = {  # a row of each kind
+    "mnist8": (BASE, "topk 1 %", "powersgd rank 2", "server, sync, topk, pulls int8", "server, async", "local_sgd H=8",
+               "diloco H=50, int4", "streaming diloco H=48"),
+    "char8": (BASE,),
+    "bccd8": (BASE,),
+}  # fmt: skip
 PROSE = Prose(**tomllib.loads((ROOT / "analysis" / "study.toml").read_text()))
 
 
-
-def measure_host(study: Study, ranks: Communicator | None) -> None:
-    """One repetition more of all rows, and medians of all. `ranks`: of the MPI job that does it; None: start one."""
+def measure_host(study: Study, ranks: Communicator | None, only: str) -> None:
+    """One repetition more of the rows whose names have the pattern `only`, and medians of all. `ranks`: of the MPI job
+    that does it; None: start one."""
     if ranks is None:
-        if status := launcher.run(host.WORKERS + 1, [sys.executable, __file__, "--host", "--ranks"]):
+        this = [sys.executable, __file__, "--host", "--ranks", "--only", only]
+        if status := launcher.run(host.WORKERS + 1, this):
             raise SystemExit(status)
         return
     setting = replace(MNIST, workers=host.WORKERS)
-    found = host.milliseconds(ranks, [Case(setting, row, 0) for row in setting.rows.values()])
+    found = host.milliseconds(ranks, chosen([Case(setting, row, 0) for row in setting.rows.values()], only))
     if ranks.rank == 0:
         before = study.measured("host", setting.rows)
         runs = {row: [*before.get(row, {}).get("runs", []), ms] for row, ms in found.items()}
-        study.note("host", {row: {"ms": median(each), "runs": each} for row, each in runs.items()}, setting.rows)
+        now = {row: {"ms": median(each), "runs": each} for row, each in runs.items()}
+        study.note("host", {**before, **now}, setting.rows)
 
 
 def measure_slow(study: Study) -> None:
@@ -182,10 +203,12 @@ def measure_slow(study: Study) -> None:
 
 
 def quick(folder: Path) -> Study:
-    """Each row of MNIST once, with a few steps, and the first of the other settings: no numbers to keep."""
-    first = [replace(each, rows={BASE: each.rows[BASE]}) for each in SETTINGS[1:]]
-    short = [replace(each, seeds=1, keys=(*each.keys, *QUICK)) for each in (MNIST, *first)]
-    return replace(STUDY, settings=short, kept=Kept(folder))
+    """A row of each kind (QUICK_ROWS) once, with a few steps: no numbers to keep."""
+    short = []
+    for setting in SETTINGS:
+        rows = {name: setting.rows[name] for name in QUICK_ROWS.get(setting.name, ())}
+        short.append(replace(setting, rows=rows, seeds=1, keys=(*setting.keys, *QUICK)))
+    return replace(STUDY, settings=[setting for setting in short if setting.rows], kept=Kept(folder))
 
 
 def run(study: Study, only: str, minutes: float, processes: int, part: str) -> bool:
@@ -223,7 +246,7 @@ def main() -> int:
         return int(not done)
     done = True
     if options.host:
-        measure_host(STUDY, connect() if options.ranks else None)
+        measure_host(STUDY, connect() if options.ranks else None, options.only)
     elif options.slow:
         measure_slow(STUDY)
     elif not options.write:

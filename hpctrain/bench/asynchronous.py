@@ -189,6 +189,10 @@ ALL_REDUCE = "all_reduce"
 MODES: dict[str, tuple[dict[str, Any], float | None]] = {
     ALL_REDUCE: ({"name": "all_reduce"}, None),
     "all_reduce, balance": ({"name": "all_reduce", "balance": "throughput"}, 0.55),
+    "local_sgd, every 4": ({"name": "local_sgd", "every": 4}, None),
+    "local_sgd, every 4, balance": ({"name": "local_sgd", "every": 4, "balance": "throughput"}, None),
+    "parameter_server, sync": ({"name": "parameter_server", "mode": "sync"}, None),
+    "parameter_server, sync, balance": ({"name": "parameter_server", "mode": "sync", "balance": "throughput"}, 0.55),
     "parameter_server, async": ({"name": "parameter_server", "mode": "async"}, 0.45),
     "parameter_server, bounded": ({"name": "parameter_server", "mode": "bounded"}, 1.0),
 }
@@ -211,7 +215,7 @@ def measure_slow(comm: Communicator, progress: Progress) -> FigureTable:
     for repetition in range(REPETITIONS):
         progress(f"slow worker, {repetition + 1} of {REPETITIONS}")
         for name, (strategy, _) in MODES.items():
-            among = workers if strategy["name"] == "all_reduce" else comm
+            among = comm if strategy["name"] == "parameter_server" else workers
             taken[name].append(_epoch_seconds(comm, among, strategy))
     if workers is not None:
         workers.free()
@@ -227,10 +231,12 @@ def measure_slow(comm: Communicator, progress: Progress) -> FigureTable:
 
 def _fill_row(table: FigureTable, name: str, taken: dict[str, list[float]], limit: float | None) -> None:
     row = table.rows[name] = {"seconds": Sample(tuple(taken[name]), "s")}
+    if name != ALL_REDUCE:
+        shares = tuple(own / base for own, base in zip(taken[name], taken[ALL_REDUCE], strict=True))
+        row["of all_reduce"] = Sample(shares, "")
     if limit is None:
         return
-    shares = tuple(own / base for own, base in zip(taken[name], taken[ALL_REDUCE], strict=True))
-    row |= {"of all_reduce": Sample(shares, ""), "limit": Sample((limit,), "")}
+    row["limit"] = Sample((limit,), "")
     met = "met" if row["of all_reduce"].median <= limit else "not met"
     table.notes.append(f"{name}: {row['of all_reduce'].median:.3f} of all_reduce's time, limit {limit:g}: {met}")
 

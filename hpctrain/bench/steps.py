@@ -29,7 +29,8 @@ SECONDS, FEWEST = 100.0, 3  # for all blocks, and blocks even if they take longe
 NOTHING, TUNED = "no exchange", "DDP tuned"
 DEFAULT, MESSAGE, SERVERS = "all_reduce", "all_reduce, message", "parameter_server, sync"
 BFLOAT16, TOPK = "all_reduce, bfloat16", "all_reduce, topk 1 %"
-LOCAL, LOCAL_TOPK = "local_sgd, every 4", "local_sgd, every 4, topk 1 %"
+POWERSGD = "all_reduce, powersgd rank 2"
+LOCAL, LOCAL_TOPK = "local_sgd, every 8", "local_sgd, every 8, topk 1 %"
 ALONE = "no computation, {}"
 
 
@@ -59,11 +60,14 @@ BETWEEN_NODES = MeasuredWays(
         MESSAGE: ("all_reduce", {"exchange": "message"}),
         BFLOAT16: ("all_reduce", {"codec": "bfloat16"}),
         TOPK: ("all_reduce", {"codec": {"name": "topk", "keep": 0.01}}),
-        LOCAL: ("local_sgd", {"every": 4}),
-        LOCAL_TOPK: ("local_sgd", {"every": 4, "codec": {"name": "topk", "keep": 0.01}}),
+        POWERSGD: ("all_reduce", {"codec": "powersgd"}),
+        LOCAL: ("local_sgd", {"every": 8}),
+        LOCAL_TOPK: ("local_sgd", {"every": 8, "codec": {"name": "topk", "keep": 0.01}}),
     },
     rivals=(),
-    against_tuned={(DEFAULT, MLP): 0.95, (BFLOAT16, MLP): 0.58, (TOPK, MLP): 0.25},
+    against_tuned={
+        (DEFAULT, MLP): 0.95, (BFLOAT16, MLP): 0.58, (TOPK, MLP): 0.25, (POWERSGD, MLP): 0.25, (LOCAL_TOPK, MLP): 0.25
+    },
     exposed={(DEFAULT, RESNET): 0.4, (BFLOAT16, RESNET): 0.25},
     alone=(DEFAULT, BFLOAT16),
 )
@@ -181,9 +185,10 @@ def _target(wanted: Mapping[tuple[str, str], float], name: str, label: str) -> G
     return Goal(value) if value is not None else None
 
 
-def timed(comm: Communicator, load: Load, step: Callable[[], None]) -> Cost:
-    """The cost of a step, over `load.steps` steps after some that do not count."""
-    for _ in range(load.unmeasured):
+def timed(comm: Communicator, load: Load, step: Callable[[], None], period: int = 1) -> Cost:
+    """The cost of a step, over `load.steps` steps after some that do not count: whole rounds of `period` steps, since
+    the first one touches fresh memory."""
+    for _ in range(-(-load.unmeasured // period) * period):
         step()
     comm.barrier()
     start, used = comm.now(), time.process_time()
@@ -214,7 +219,8 @@ class StepBench:
         strategy.join(phase)
         early = strategy.bucket_bytes
         buckets = Buckets(self.replica, early, strategy.ready, strategy.poll) if early else None
-        cost = timed(self.comm, self.load, lambda: self._step(phase, strategy, buckets, computes))
+        step = partial(self._step, phase, strategy, buckets, computes)
+        cost = timed(self.comm, self.load, step, given.get("every", 1))
         if buckets is not None:
             buckets.remove()
         strategy.leave()

@@ -39,7 +39,7 @@ class Load:
     unmeasured: int = 2
 
 
-LARGE = Load(lambda: mlp(784, 10, HIDDEN), (784,), 32, steps=4, blocks=8)
+LARGE = Load(lambda: mlp(784, 10, HIDDEN), (784,), 32, steps=8, blocks=8)
 LOADS = {MLP: LARGE, RESNET: Load(lambda: resnet18(), (3, 32, 32), 16, steps=2, blocks=6, unmeasured=1)}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from hpctrain.data.memory import Images
+from hpctrain.data.options import data_folder, whole
 from hpctrain.data.splits import Splits
 from hpctrain.errors import DataError
 
@@ -28,12 +28,8 @@ def mnist(path: str | None = None, limit: int | None = None) -> Splits:
     folder set by HPCTRAIN_DATA, else in `data`. `limit`: use only the first `limit` training images. Raises DataError
     for files that are missing or corrupt.
     """
-    if path is not None and not isinstance(path, (str, os.PathLike)):
-        raise DataError(f"data.path = {path!r}: expected the name of a folder")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise DataError(f"data.limit = {limit!r}: expected a whole number of images, at least 1")
-    folder = Path(path if path is not None else os.environ.get("HPCTRAIN_DATA") or "data")
-    return Splits(_part(folder, "train", limit), None, _part(folder, "t10k", None))
+    folder, first = data_folder(path), whole("limit", limit) if limit is not None else None
+    return Splits(_part(folder, "train", first), None, _part(folder, "t10k", None))
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from hpctrain.data.memory import Windows
+from hpctrain.data.options import data_folder, whole
 from hpctrain.data.splits import Splits
 from hpctrain.errors import DataError
 
@@ -24,12 +24,9 @@ def tinyshakespeare(path: str | None = None, context: int = 64, limit: int | Non
     by HPCTRAIN_DATA, else in `data`. `limit`: use only the first `limit` training windows. Raises DataError if the file
     is missing or shorter than ten windows.
     """
-    if path is not None and not isinstance(path, (str, os.PathLike)):
-        raise DataError(f"data.path = {path!r}: expected the name of a folder")
     for key, value in (("context", context), ("limit", 1 if limit is None else limit)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise DataError(f"data.{key} = {value!r}: expected a whole number of at least 1")
-    file = _find(Path(path if path is not None else os.environ.get("HPCTRAIN_DATA") or "data"))
+        whole(key, value)
+    file = _find(data_folder(path))
     codes = _codes(file)
     border = round(len(codes) * (1 - TEST_SHARE))
     train, test = codes[:border], codes[border:]

@@ -32,6 +32,7 @@ MODELS = {
     "transformer": "hpctrain.models.transformer:transformer",
 }
 DATASETS = {
+    "bccd_crops": "hpctrain.data.bccd:bccd_crops",
     "digits": "hpctrain.data.digits:digits",
     "mnist": "hpctrain.data.mnist:mnist",
     "tinyshakespeare": "hpctrain.data.text:tinyshakespeare",
@@ -41,7 +42,11 @@ LOSSES = {
     "mse": "torch.nn.functional:mse_loss",
     "model": "hpctrain.models.losses:ModelLoss",
 }
-METRICS = {"accuracy": "hpctrain.models.metrics:accuracy", "bits": "hpctrain.models.metrics:bits"}
+METRICS = {
+    "accuracy": "hpctrain.models.metrics:accuracy",
+    "balanced_accuracy": "hpctrain.models.metrics:BalancedAccuracy",
+    "bits": "hpctrain.models.metrics:bits",
+}
 AUGMENTATIONS = {"shift": "hpctrain.data.augment:shift", "flip": "hpctrain.data.augment:flip"}
 SCHEDULES = {name: f"hpctrain.clock.rates:{name}" for name in ("constant", "linear", "cosine", "step")}
 GROUPS = {"decay": "hpctrain.replica.optimizer:decay"}

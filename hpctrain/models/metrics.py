@@ -1,9 +1,10 @@
-"""Metrics: accuracy, bits, and the metric that a job's [metric] specifies."""
+"""Metrics: accuracy, balanced accuracy, bits, and the metric that a job's [metric] specifies."""
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,48 @@ def accuracy(
         raise ModelError(f"{_shapes(outputs, targets)} do not fit with metric.dim = {place}; leave it out, or {_OWN}")
     counted = targets != ignore_index
     return ((found == targets) & counted).sum(), counted.sum()
+
+
+class BalancedAccuracy:
+    """The mean over classes of the share of a class' samples that are classified correctly; classes without samples do
+    not count. Rare classes weigh as much as frequent ones.
+
+    Outputs are (n, classes), targets class indices (n,). Raises ModelError for other shapes.
+    """
+
+    def start(self) -> None:
+        """Reset."""
+        self._correct = self._samples = torch.zeros(0, dtype=torch.int64)
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add a batch."""
+        if outputs.dim() != 2 or targets.shape != outputs.shape[:1] or targets.is_floating_point():
+            shapes = f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}"
+            raise ModelError(f"balanced_accuracy: {shapes} do not fit: it takes (n, classes) and class indices (n,)")
+        found, classes = outputs.argmax(1), outputs.shape[1]
+        self._correct = _sum([self._correct, targets[found == targets].bincount(minlength=classes).cpu()])
+        self._samples = _sum([self._samples, targets.bincount(minlength=classes).cpu()])
+
+    def state(self) -> dict[str, Tensor]:
+        """By class: how many samples there were, and how many were classified correctly; empty without a batch."""
+        return {"correct": self._correct, "samples": self._samples}
+
+    def merge(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Replace this rank's counts by those of all ranks."""
+        self._correct, self._samples = (_sum([state[name] for state in states]) for name in ("correct", "samples"))
+
+    def value(self) -> float:
+        """The mean; NaN without samples."""
+        there = self._samples > 0
+        return float((self._correct[there].double() / self._samples[there]).mean())
+
+
+def _sum(counts: Sequence[Tensor]) -> Tensor:
+    """Of counts by class; one that is shorter lacks the last classes."""
+    total = torch.zeros(max(len(each) for each in counts), dtype=torch.int64)
+    for each in counts:
+        total[: len(each)] += each
+    return total
 
 
 def bits(outputs: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,8 @@ class Line:
 @dataclass(frozen=True)
 class Wanted:
     """What a row should reach. `points`: how far the metric may be below the base's, in hundredths; `loss`: by which
-    share the loss may exceed the base's; `payload`: by which factor it must be smaller than the base's."""
+    share the loss may exceed the base's; `payload`: by which factor it must be smaller than the base's, to three
+    digits."""
 
     row: str
     measure: Measure
@@ -57,7 +58,8 @@ class Wanted:
     def verdict(self, line: Line) -> tuple[str, bool]:
         """(what was found, whether it reaches the target)."""
         if self.measure == "payload":
-            return f"{line.saved:.3g} times less", line.saved >= self.bound
+            saved = f"{line.saved:.3g}"
+            return f"{saved} times less", float(saved) >= self.bound
         if self.measure == "loss":
             return f"{100 * line.loss_change:+.1f} % ({line.seeds})", line.loss_change <= self.bound
         return f"{line.points:+.2f} points{line.uncertainty} ({line.seeds})", line.points >= -self.bound

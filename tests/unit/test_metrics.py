@@ -1,4 +1,4 @@
-"""Accuracy for every shape of outputs and targets, and options it takes from the job's loss."""
+"""Accuracy for every shape of outputs and targets, and options it takes from the job's loss; balanced accuracy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hpctrain.errors import ModelError
 from hpctrain.job import Job
 from hpctrain.models import losses, metrics
 from hpctrain.models.measures import Tally, mean
-from hpctrain.models.metrics import accuracy
+from hpctrain.models.metrics import BalancedAccuracy, accuracy
 
 
 def share(outputs: Tensor, targets: Tensor, **keys: Any) -> float:
@@ -112,3 +112,32 @@ def keywords(job: Job) -> dict[str, Any]:
     assert isinstance(bound.function, partial)
     assert bound.function.func is accuracy
     return bound.function.keywords
+
+
+# -- balanced accuracy -------------------------------------------------------------------------------------------
+def test_balanced_accuracy_is_that_of_scikit_learn_whoever_has_the_samples() -> None:
+    balanced_accuracy_score = pytest.importorskip("sklearn.metrics").balanced_accuracy_score
+    drawn = torch.rand(200, generator=torch.Generator().manual_seed(3))
+    targets = (drawn * drawn * 4).long()  # of five classes, the last of which does not occur
+    outputs = torch.rand(200, 5, generator=torch.Generator().manual_seed(4)) + functional.one_hot(targets, 5) * 0.4
+    outputs[:, 4] = -1.0
+    ranks = [BalancedAccuracy() for _ in range(3)]
+    for metric in ranks:
+        metric.start()
+    for metric, first, last in ((ranks[0], 0, 35), (ranks[0], 35, 70), (ranks[1], 70, 200)):
+        metric.update(outputs[first:last], targets[first:last])
+    assert [len(metric.state()["samples"]) for metric in ranks] == [5, 5, 0]  # the last had no batch
+    ranks[0].merge([metric.state() for metric in ranks])
+    expected = balanced_accuracy_score(targets, outputs.argmax(1))
+    assert ranks[0].value() == pytest.approx(expected, abs=1e-12)
+    assert abs(expected - float((outputs.argmax(1) == targets).double().mean())) > 0.001
+    ranks[1].start()
+    assert math.isnan(ranks[1].value())
+
+
+@pytest.mark.parametrize("shapes", [((4,), (4,)), ((4, 3), (3,)), ((4, 3, 2), (4, 2))])
+def test_balanced_accuracy_names_shapes_that_do_not_fit(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    metric = BalancedAccuracy()
+    metric.start()
+    with pytest.raises(ModelError, match=r"balanced_accuracy: outputs of shape .* do not fit"):
+        metric.update(torch.zeros(shapes[0]), torch.zeros(shapes[1], dtype=torch.int64))

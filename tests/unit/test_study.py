@@ -12,6 +12,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from hpctrain.codecs import codec_by
+from hpctrain.codecs.base import Codec
+from hpctrain.codecs.joint import JointCodec
+from hpctrain.codecs.wire import WireCodec
 from hpctrain.comm.virtual.world import World
 from hpctrain.errors import ClusterError, DataError
 from hpctrain.job import Job
@@ -249,12 +253,13 @@ def test_rows_without_a_base_are_not_compared() -> None:
         ("points", 1.49, False),
         ("loss", 0.51, True),
         ("loss", 0.49, False),
-        ("payload", 1.9, True),
-        ("payload", 2.1, False),
+        ("payload", 2.0, True),
+        ("payload", 2.01, False),
     ],
 )
 def test_targets(measure: Any, bound: float, met: bool) -> None:
     found = frame(half=[(0, 0.90, 0.3), (1, 0.94, 0.3)], base=[(0, 0.92, 0.1), (1, 0.95, 0.3)])
+    found["payload"] *= found["row"].map({"half": 1.001, "base": 1.0})  # 1.998 times less: 2 to three digits
     half: Line = lines(found, ["half"], "base")[0]
     assert Wanted("half", measure, bound).verdict(half)[1] is met
 
@@ -295,9 +300,33 @@ def test_measurements_of_other_keys_are_not_shown(setting: Setting, tmp_path: Pa
     assert study.measured("host", ROWS) == {}
 
 
-def test_rows_of_the_study_can_run_and_its_targets_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What analysis/study.py defines."""
     monkeypatch.setattr(sys, "argv", ["study.py"])
-    script = runpy.run_path(str(ROOT / "analysis" / "study.py"))
+    return runpy.run_path(str(ROOT / "analysis" / "study.py"))
+
+
+def test_a_quick_study_has_a_row_of_every_kind(script: dict[str, Any], tmp_path: Path) -> None:
+    def kinds(given: list[Case]) -> set[tuple[str, str]]:
+        """Strategies (whether servers are asynchronous), kinds of codec, models."""
+        found = set()
+        for case in given:
+            job = case.job()
+            options = job.schedule[0].strategy.options
+            mode = getattr(options, "mode", "sync").replace("bounded", "async")
+            codec = codec_by(getattr(options, "codec", "none"))
+            base = next(kind for kind in (WireCodec, JointCodec, Codec) if isinstance(codec, kind))
+            strategy = job.schedule[0].strategy.name
+            found |= {("strategy", f"{strategy} {mode}"), ("codec", base.__name__), ("model", job.model.name)}
+        return found
+
+    quick = list(cases(script["quick"](tmp_path).settings))
+    assert kinds(quick) == kinds([case for case in cases(script["SETTINGS"]) if case.seed == 0])
+    assert len(quick) < 12
+
+
+def test_rows_of_the_study_can_run_and_its_targets_have_rows(script: dict[str, Any]) -> None:
     settings = {setting.name: setting for setting in script["SETTINGS"]}
     every = list(cases(list(settings.values())))
     assert len({case.name for case in every}) == len(every)
