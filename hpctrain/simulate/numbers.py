@@ -11,7 +11,12 @@ LEARN = "simulate it with --learn, which computes gradients"
 
 
 def refuse_numbers(job: Job) -> None:
-    """Raise JobError if numbers decide what `job` does next."""
+    """Raise JobError if numbers decide what `job` does next, or what it sends is not known without a forward pass."""
+    if job.train.sync_batchnorm:
+        raise JobError(
+            "train.sync_batchnorm = true: what layers exchange in a forward pass is not known without one; "
+            f"{LEARN}, or leave the key out"
+        )
     for index, phase in enumerate(job.schedule):
         if phase.until is not None and phase.until.name != COUNTS:
             raise JobError(

@@ -94,6 +94,7 @@ class TimedPasses(Coupling):
         if self._computes:
             with replica.held() as found:
                 self._inner.backward(loss)
+            self.waited = self._inner.waited
             complete = [index for index in model.order if index in found]
             complete += [index for index in found if index not in model.order]
         seconds = model.backward.seconds(self._samples)
@@ -114,6 +115,7 @@ class TimedPasses(Coupling):
 
     def before(self, counts: bool) -> None:
         self._inner.before(counts)
+        self.waited = self._inner.waited
 
     def leave(self) -> None:
         self._inner.leave()

@@ -16,7 +16,7 @@ from hpctrain.comm.virtual.world import World
 from hpctrain.data.splits import Splits
 from hpctrain.errors import ClusterError
 from hpctrain.hosts import Description, nodes
-from hpctrain.job import Job
+from hpctrain.job import Job, check_ranks
 from hpctrain.replica.coupling import Coupling
 from hpctrain.run.api import fit_batch
 from hpctrain.run.folder import name_of
@@ -68,6 +68,7 @@ class Simulation:
         self._whole, self.cluster, self.calibration = job, cluster, calibration
         self.hosts = cluster.each()
         self.places = nodes(self.hosts, ranks)
+        check_ranks(job, len(self.places))
         self.learn, self._loss = learn, loss
         self.job = self._simulated(job, steps)
         self._world: World
@@ -109,8 +110,8 @@ class Simulation:
                 raise
             names = " or ".join(sorted({name_of(phase.strategy) for phase in self.job.schedule}))
             raise ClusterError(
-                f"strategy {names} reads numbers that a simulation of costs does not have ({error}); simulate it with "
-                "--learn, which computes them"
+                f"strategy {names} or optimizer {self.job.optimizer.name} reads numbers that a simulation of costs "
+                f"does not have ({error}); simulate it with --learn, which computes them"
             ) from error
         finally:
             torch.set_num_threads(threads)
