@@ -177,11 +177,12 @@ def test_buffers_without_numbers_take_the_same_times(places: Sequence[int]) -> N
 def test_short_messages_of_many_ranks_take_nearly_the_time_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they meet, in groups of which the size is no power of two, each counts as if it were alone."""
     delay = np.random.default_rng(0).integers(1, 20_000, 300).tolist()
-    network = partial(FlowNetwork, Description(hosts=[HostGroup(count=300)]), OVERHEADS)
+    costs = MessageCosts(latency=10_000, send_overhead=700, recv_overhead=900, eager_limit=16_384)
+    network = partial(FlowNetwork, Description(hosts=[HostGroup(count=300)]), costs)
 
     def body(comm: Any) -> int:
         comm.pass_time(delay[comm.rank])
-        comm.all_reduce(np.zeros(20_000, np.float32))
+        comm.all_reduce(np.zeros(72_848, np.float32))
         return comm.now()
 
     by_messages = World(300, range(300), network()).run(body)

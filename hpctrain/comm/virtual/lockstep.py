@@ -16,7 +16,7 @@ from hpctrain.comm.virtual.flows import FlowNetwork, Port
 from hpctrain.comm.virtual.network import LATER, FreeNetwork, LinkNetwork, Network
 from hpctrain.comm.virtual.schedules import Numbers
 
-EXACT = 256  # ranks of a group up to which short messages may compete, which takes the loop's time many times over
+EXACT = 256  # ranks of a group up to which short messages that meet are taken one by one, which is slow
 
 
 class Crowded(Exception):
