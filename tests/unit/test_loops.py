@@ -174,6 +174,23 @@ def test_buffers_without_numbers_take_the_same_times(places: Sequence[int]) -> N
     assert World(size, places, flows(), collectives="loop").run(lambda comm: body(comm, none)) == wanted
 
 
+def test_short_messages_of_many_ranks_take_nearly_the_time_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they meet, in groups of which the size is no power of two, each counts as if it were alone."""
+    delay = np.random.default_rng(0).integers(1, 20_000, 300).tolist()
+    costs = MessageCosts(latency=10_000, send_overhead=700, recv_overhead=900, eager_limit=16_384)
+    network = partial(FlowNetwork, Description(hosts=[HostGroup(count=300)]), costs)
+
+    def body(comm: Any) -> int:
+        comm.pass_time(delay[comm.rank])
+        comm.all_reduce(np.zeros(72_848, np.float32))
+        return comm.now()
+
+    by_messages = World(300, range(300), network()).run(body)
+    monkeypatch.setattr(GroupLoop, "_one_by_one", None)
+    looped = World(300, range(300), network(), collectives="loop").run(body)
+    assert max(looped) == pytest.approx(max(by_messages), rel=0.02)
+
+
 def test_ring_of_equal_ranks_is_one_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few turns per rank, and no message by itself."""
     monkeypatch.setattr(GroupLoop, "_one_by_one", None)

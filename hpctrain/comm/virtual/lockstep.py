@@ -16,6 +16,8 @@ from hpctrain.comm.virtual.flows import FlowNetwork, Port
 from hpctrain.comm.virtual.network import LATER, FreeNetwork, LinkNetwork, Network
 from hpctrain.comm.virtual.schedules import Numbers
 
+EXACT = 256  # ranks of a group up to which short messages that meet are taken one by one, which is slow
+
 
 class Crowded(Exception):
     """Messages compete, so their times depend on the order of events."""
@@ -155,6 +157,7 @@ class FlowTimes(StepTimes):
 
     def __init__(self, network: FlowNetwork, hosts: Numbers, members: Sequence[int]) -> None:
         self._network, self._hosts, self._members = network, hosts, members
+        self._exact = len(members) <= EXACT
         self._ports = network.ports()
         self._numbers = {port: number for number, port in enumerate(self._ports, start=1)}
         # When each port becomes free from the messages of earlier collectives, and of this one. Number 0 is no port.
@@ -192,7 +195,10 @@ class FlowTimes(StepTimes):
             self._unordered |= bool(np.any(start < self._free[row]))
             self._free[row] = np.maximum(self._free[row], left)
             self._free[0] = 0
-            self._used.append((row, start, left))
+            if self._exact:
+                self._used.append((row, start, left))
+            else:
+                self._used.append((row[~eager], start[~eager], left[~eager]))
         done = left + pairs.latency
         if pairs.received:
             last, free, early = self._last[dest], self._receives[dest], done < self._last[dest]
@@ -201,7 +207,8 @@ class FlowTimes(StepTimes):
             begun = np.where(early | (pairs.receiving == 0), done, np.maximum(done, free))
             done = begun + pairs.receiving
             self._receives[dest] = np.where(pairs.receiving == 0, free, np.maximum(free, done))
-            self._used.append((len(self._kept) + dest, begun, done))
+            if self._exact:
+                self._used.append((len(self._kept) + dest, begun, done))
         return np.where(eager, ready, left), np.maximum(done, recv)
 
     def _check(self) -> None:
@@ -221,7 +228,7 @@ class FlowTimes(StepTimes):
         return pairs
 
     def keep(self) -> None:
-        if self._unordered:
+        if self._unordered and self._used:
             self._check()
         self._network.sends.update(zip(self._members, self._sends.tolist(), strict=True))
         self._network.receives.update(zip(self._members, self._receives.tolist(), strict=True))

@@ -5,6 +5,8 @@ all ranks at once, when each of them would leave by messages, from when each of 
 arithmetic in the same order. The times are those of messages to the nanosecond, as long as only this group uses its
 links meanwhile:
 - If the group's own messages compete with each other, they are exchanged one by one, on a clock of their own.
+- Among more than 256 ranks, messages up to the eager limit that meet at a port count as if each were alone there:
+  all-reduces of less than about 100 kB end up to a fifth earlier than by messages, larger ones a few per cent.
 - If another message was under way on the network since the first rank entered, the ranks exchange messages from when
   the last has entered, so up to that much later.
 - What ranks send that have left, while messages of the collective are still under way, does not compete with them. If

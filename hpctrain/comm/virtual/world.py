@@ -23,7 +23,8 @@ from hpctrain.trace.recorder import NullRecorder, Recorder
 class World(Platform):
     """`size` virtual ranks on `nodes` (rank -> node index; default: all on one).
 
-    `collectives`: "loop" is faster and takes the same time, with one span per rank for each collective: see `loops`.
+    `collectives`: "loop" is faster, and takes the same virtual time within the limits that `loops` states; a collective
+    leaves one span per rank.
     `phantom`: arenas hold no memory (`comm.phantom`): for costs without numbers. `simulates`: the description of the
     cluster that the ranks stand for; their runs then write traces.
     `isolate_torch`: save and restore torch's grad mode, autocast and CPU random state at every switch between ranks.
