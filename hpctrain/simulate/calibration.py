@@ -50,13 +50,12 @@ class ModelCosts(Table):
 
 class LinkCosts(Table):
     """Messages between two ranks. `latency_s`: one way. `bytes_per_s`: of one message on its way, None: the link's rate
-    in the cluster file. `overhead_s`: of the sender's and of the receiver's core, for each message; `core_s_per_byte`:
-    the same, for each byte. `efficiency`: the share of a link's rate that carries data."""
+    in the cluster file. `overhead_s`: of the sender and of the receiver, for each message. `efficiency`: the share of a
+    link's rate that carries data."""
 
     latency_s: Seconds = 0.0
     bytes_per_s: Annotated[float, Field(gt=0)] | None = None
     overhead_s: Seconds = 0.0
-    core_s_per_byte: Seconds = 0.0
     efficiency: Annotated[float, Field(gt=0, le=1)] = 1.0
     eager_bytes: Annotated[int, Field(ge=0)] = 16384
 

@@ -76,6 +76,22 @@ class Simulation:
         self._total = 0
         self._processors: list[Processor] = []
 
+    def _check_known(self, prepared: Prepared) -> None:
+        """Refuse to guess what another model costs, or batches far from those that were measured."""
+        known, batch = self.calibration.model, self.job.train.batch_size
+        parameters = prepared.replica.layout.parameters
+        if parameters != known.parameters:
+            raise ClusterError(
+                f"the calibration ({self.calibration.source}) is of a model with {known.parameters:,} parameters, but "
+                f"this job's has {parameters:,}; calibrate with this job: hpctrain calibrate --measure JOB"
+            )
+        if not known.forward.knows(batch):
+            raise ClusterError(
+                f"train.batch_size = {batch}: the calibration ({self.calibration.source}) has measured batches of "
+                f"{known.forward.least:g} to {known.forward.most:g} samples, and what others cost is not known; "
+                "calibrate with this batch size"
+            )
+
     def _simulated(self, job: Job, steps: int | None) -> Job:
         """The job as it is run here."""
         if not self.learn:
@@ -162,14 +178,20 @@ class Simulation:
         phantoms: list[PhantomParts] = []
         splits: list[Splits] = []
 
-        def build(job: Job, comm: Communicator) -> Prepared:
-            if not self.learn:
-                if not phantoms:
-                    phantoms.append(PhantomParts(prepare_evaluation(job, comm)))
-                return phantoms[0].build(job, comm)
+        def learning(job: Job, comm: Communicator) -> Prepared:
             parts = prepare_evaluation(job, comm, *splits)
             splits[:] = [parts.splits]
             return prepare(job, comm, parts)
+
+        def costing(job: Job, comm: Communicator) -> Prepared:
+            if not phantoms:
+                phantoms.append(PhantomParts(prepare_evaluation(job, comm)))
+            return phantoms[0].build(job, comm)
+
+        def build(job: Job, comm: Communicator) -> Prepared:
+            made = learning(job, comm) if self.learn else costing(job, comm)
+            self._check_known(made)
+            return made
 
         return build
 

@@ -57,6 +57,11 @@ class TraceFile:
     faults: tuple[str, ...] = ()
 
     @property
+    def simulated(self) -> str:
+        """The cluster that the rank was simulated on, in words; "" if it was a real one."""
+        return str(self.attributes.get("simulated", ""))
+
+    @property
     def version(self) -> int:
         """The version of the file's schema."""
         return int(self.attributes["schema_version"])

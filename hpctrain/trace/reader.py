@@ -100,9 +100,8 @@ class Run:
         return {number: [file for file in self._files if file.attempt == number] for number in self.attempts}
 
     def _note_gaps(self) -> None:
-        for cluster in dict.fromkeys(str(file.attributes.get("simulated", "")) for file in self._files):
-            if cluster:
-                self._note(f"simulated, not measured: {cluster}")
+        if self.simulated:
+            self._note(f"simulated, not measured: {self.simulated}")
         for version in sorted({int(file.attributes["schema_version"]) for file in self._files} & set(READER_NOTES)):
             ranks = sorted({file.rank for file in self._files if file.attributes["schema_version"] == version})
             self._note(f"{name_ranks(ranks)}: written in schema version {version}: {READER_NOTES[version]}")
@@ -144,6 +143,11 @@ class Run:
             self.notes[known] = text  # more of the table has been read since
 
     # -- about the run -----------------------------------------------------------------------------------
+    @property
+    def simulated(self) -> str:
+        """The cluster that the run was simulated on, in words; "" if it was a real run."""
+        return next((file.simulated for file in self._files if file.simulated), "")
+
     @cached_property
     def job(self) -> Job | str:
         """The resolved job, without importing anything it names; its text if it is not a valid job; "" if missing."""

@@ -47,7 +47,7 @@ def calibration(spread: float = 0.0, **changes: Any) -> Calibration:
     """For the net of the conformance tasks, which has six parameters. A pass takes 5 ms."""
     known = ModelCosts(
         name="net",
-        parameters=197,
+        parameters=192,
         forward=MeasuredCost(fixed_s=FORWARD, least=1, most=64, spread=spread),
         backward=MeasuredCost(fixed_s=BACKWARD, least=1, most=64),
         order=SIX[::-1],
@@ -86,8 +86,8 @@ def test_costs_alone_hold_no_memory(tmp_path: Path) -> None:
     optimizer = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
     job = small_job(tmp_path, model=wide_net, optimizer=optimizer, train={"steps": 3, "precision": "float32"})
     model = ModelCosts(
-        name="wide", parameters=2**24, forward=MeasuredCost(fixed_s=1.0), backward=MeasuredCost(fixed_s=2.0),
-        order=[1, 0], shares=[0.5, 0.5],
+        name="wide", parameters=2**24, forward=MeasuredCost(fixed_s=1.0, least=1, most=64),
+        backward=MeasuredCost(fixed_s=2.0), order=[1, 0], shares=[0.5, 0.5],
     )  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = simulate(job, {"hosts": [{"count": 32, "ranks": 2}]}, calibration(model=model), steps=3)
@@ -213,7 +213,9 @@ def test_run_folder_is_an_ordinary_one_and_says_that_it_is_simulated(run_folder:
     for words in (["trace"], ["report"], ["watch", "--once"], ["trace", "export"], ["compare"]):
         folders = [str(run_folder)] * (2 if words == ["compare"] else 1)
         assert main([*words[:1], *words[1:], *folders] if words[0] != "watch" else ["watch", *folders, "--once"]) == 0
-    assert "simulated, not measured: two" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert "simulated, not measured: two" in shown
+    assert "stopped before its end" not in shown
     assert "simulated, not measured: two" in (run_folder / "report.html").read_text()
 
 
@@ -293,6 +295,19 @@ def test_strategy_that_reads_numbers_is_named(tmp_path: Path) -> None:
     assert simulate(job, learn=True).workers == [0, 1, 2, 3]
     with pytest.raises(ClusterError, match="Peeking or optimizer SGD reads numbers that"):
         simulate(job)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": wide_net}, "is of a model with 192 parameters, but this job's has 16,777,216"),
+        ({"train": {"batch_size": 200}}, "has measured batches of 1 to 64 samples, and what others cost is not known"),
+    ],
+)
+def test_calibration_of_something_else_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=words):
+        simulate(small_job(tmp_path, **changes))
+    assert not list(tmp_path.iterdir())  # no run folder of a run that has not begun
 
 
 def test_unknown_cost_is_not_made_up(tmp_path: Path) -> None:

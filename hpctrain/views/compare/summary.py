@@ -184,7 +184,7 @@ def summarise(analysis: Analysis, name: str) -> RunSummary:
         transferred=float(analysis.convergence["bytes"].max()) if len(losses) else 0.0,
         staleness_mean=float(stale.mean()) if len(stale) else NAN,
         staleness_p95=float(stale.quantile(0.95)) if len(stale) else NAN,
-        finished=(run.folder / MODEL).exists(),
+        finished=(run.folder / MODEL).exists() or bool(run.simulated),
         losses=losses,
         evaluations=evaluations,
         job=job_keys(run),

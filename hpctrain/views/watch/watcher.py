@@ -219,7 +219,8 @@ class Watcher:
             return RunStatus.WAITING
         silent = silence > max(map(self._patience, self._attempt.ranks.values()))
         if all(tail.closed for tail in tails) and (len(tails) == self._attempt.size or silent):
-            return RunStatus.FINISHED if (self.folder / MODEL).exists() else RunStatus.STOPPED
+            whole = (self.folder / MODEL).exists() or any(tail.file.simulated for tail in tails)
+            return RunStatus.FINISHED if whole else RunStatus.STOPPED
         return RunStatus.SILENT if silent else RunStatus.RUNNING
 
     def _patience(self, rank: _Rank) -> float:
