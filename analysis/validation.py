@@ -45,6 +45,10 @@ mean step, from the run's traces. *Predicted*: by `hpctrain simulate` from one c
 a network. A host of 0.5 cores gets half the time of a core in every 10 ms.
 
 {verdict}
+
+Not in the predictions, and part of what is missing: the hosts of the laboratory share two cores, which four hosts use at
+the same time and slow each other; the processor time that messages take; and what TCP loses where 10 Mbit/s are full in
+both directions.
 """
 
 
