@@ -47,8 +47,9 @@ a network. A host of 0.5 cores gets half the time of a core in every 10 ms.
 {verdict}
 
 Not in the predictions, and part of what is missing: the hosts of the laboratory share two cores, which four hosts use
-at the same time, so that they slow each other; the processor time that messages take; and what TCP loses where 10 Mbit/s
-are full in both directions.
+at the same time, so that they slow each other; the processor time that messages take; and what TCP loses where 10
+Mbit/s are full in both directions. Messages that share a link with perfect fairness keep the workers of an asynchronous
+server in phase; real ones fall out of it, and use both directions of the link.
 """
 
 
