@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from hpctrain.errors import ClusterError, JobError
 from hpctrain.job import file as tomlfile
 from hpctrain.job.messages import faults
 from hpctrain.options import Table
 
+SLACK = 0.01
 BEYOND = 2.0  # a cost is known for as much as this factor more or less than what was measured
 Seconds = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -44,8 +45,16 @@ class ModelCosts(Table):
     parameters: Annotated[int, Field(ge=1)]
     forward: MeasuredCost  # n: samples of a micro-batch
     backward: MeasuredCost
-    order: list[int]
+    order: Annotated[list[int], Field(min_length=1)]
     shares: list[Annotated[float, Field(ge=0, le=1)]]
+
+    @model_validator(mode="after")
+    def _one_share_for_each_parameter(self) -> Self:
+        if len(self.order) != len(self.shares) or len(set(self.order)) < len(self.order) or min(self.order) < 0:
+            raise ValueError("order must have each parameter's index (0, 1, ...) once, and shares as many numbers")
+        if abs(sum(self.shares) - 1.0) > SLACK:
+            raise ValueError(f"shares must add up to 1, not {sum(self.shares):g}")
+        return self
 
 
 class LinkCosts(Table):
@@ -54,7 +63,7 @@ class LinkCosts(Table):
     link's rate that carries data."""
 
     latency_s: Seconds = 0.0
-    bytes_per_s: Annotated[float, Field(gt=0)] | None = None
+    bytes_per_s: Annotated[float, Field(ge=1e3)] | None = None
     overhead_s: Seconds = 0.0
     efficiency: Annotated[float, Field(gt=0, le=1)] = 1.0
     eager_bytes: Annotated[int, Field(ge=0)] = 16384
@@ -65,13 +74,21 @@ class Calibration(Table):
     `step`: what a step costs besides its spans. `error`: how far a computing time may be off, relative."""
 
     source: str = ""
-    strategies: list[str] = Field(default_factory=list)
     model: ModelCosts
     spans: dict[str, MeasuredCost] = Field(default_factory=dict)
     step: MeasuredCost = MeasuredCost()
     between: LinkCosts = LinkCosts(latency_s=50e-6, overhead_s=5e-6, efficiency=0.94)
     within: LinkCosts = LinkCosts(latency_s=1e-6, bytes_per_s=5e9, overhead_s=1e-6)
-    error: Annotated[float, Field(ge=0, le=10)] = 0.05
+    error: Annotated[float, Field(ge=0, le=10)] = 0.15
+
+    def span(self, kind: str) -> MeasuredCost:
+        """What spans of that kind cost. Raises ClusterError if that is not known."""
+        if kind not in self.spans:
+            raise ClusterError(
+                f'the calibration ({self.source}) does not tell what "{kind}" costs, which this job does; calibrate '
+                "with this job: hpctrain calibrate --measure JOB"
+            )
+        return self.spans[kind]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -82,6 +99,7 @@ class Calibration(Table):
             raise ClusterError(str(error).replace("job file", "calibration file")) from None
         except ValidationError as error:
             mistakes = "; ".join(str(fault).replace("the job:", "the calibration:") for fault in faults(error, cls))
+            mistakes = mistakes.replace("; a job has", "; a calibration has")
             raise ClusterError(f"{path}: {mistakes}") from None
 
     def save(self, path: Path) -> None:

@@ -6,10 +6,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpctrain.errors import ClusterError
 from hpctrain.hosts import Description, nodes
-from hpctrain.job import Job
+from hpctrain.job import Job, check_ranks
 from hpctrain.simulate.calibration import Calibration
 from hpctrain.simulate.measure import measure
+from hpctrain.simulate.numbers import refuse_numbers
 from hpctrain.simulate.simulation import Simulation
 from hpctrain.simulate.summary import lines, predict
 
@@ -23,17 +25,26 @@ def simulate(
     """Predict what `job` does on that cluster, and print it. Raises HpctrainErrors."""
     described = Description.load(cluster)
     places = nodes(described.each(), ranks)
+    check_ranks(job, len(places))
+    if steps is not None and steps < 1:
+        raise ClusterError(f"--steps {steps}: at least 1 is needed")
+    if not learn:
+        refuse_numbers(job)
     if calibration is not None:
         known = Calibration.load(calibration)
     else:
-        print("measuring a step of the job on this machine ...", flush=True)
-        known = measure(job, few(places))
+        print("measuring some steps of the job on this machine ...", flush=True)
+        known = measure_job(job, places)
     rounds = usual_steps(job, learn) if steps is None else steps
     simulation = Simulation(job, described, known, ranks, learn, rounds)
     began = time.monotonic()
     found = simulation.run()
-    depth = "with gradients" if learn else "costs only"
-    print(f"{job.name} on {described.summary()}; {len(places)} ranks; {depth}; calibration: {known.source}")
+    depth, size = "with gradients" if learn else "costs only", len(places)
+    print(f"{job.name} on {described.summary()}; {size} rank{'s' * (size > 1)}; {depth}; calibration: {known.source}")
+    if any(host.devices for host in described.each()):
+        print("  note: computing times are those of a core of the calibrated machine, times the hosts' `speed`")
+    if found.loops:
+        print("  note: all-reduces that overlap were computed as loops, and may end up to a fifth too early")
     for line in lines(found, predict(found, known)):
         print(f"  {line}")
     print(f"simulated {found.seconds:.3g} s in {time.monotonic() - began:.3g} s; run folder {found.folder}")
@@ -45,7 +56,7 @@ def calibrate_here(job: Job, cluster: Path | None, output: Path) -> int:
     places: Sequence[int] = (0, 0, 1, 1)
     if cluster is not None:
         places = nodes(Description.load(cluster).each(), None)
-    measure(job, few(places)).save(output)
+    measure_job(job, places).save(output)
     print(f"wrote {output}")
     return 0
 
@@ -57,13 +68,19 @@ def usual_steps(job: Job, learn: bool) -> int | None:
     every = getattr(job.schedule[0].strategy.options, "every", 1)
     if not isinstance(every, int):
         return None
-    wanted = max(STEPS, ROUNDS * every)
-    return wanted if job.train.steps is None else min(wanted, job.train.steps)
+    return max(-(-STEPS // every), ROUNDS) * every
 
 
-def few(places: Sequence[int]) -> Sequence[int]:
-    """The first ranks of the first two nodes, for a measurement."""
-    chosen = [place for place in places if place < 2]
-    per_node = max(1, MEASURED // len(set(chosen)))
-    kept = [p for n in sorted(set(chosen)) for p in [n] * min(per_node, chosen.count(n))]
-    return kept if len(kept) > 1 else [0, *([1] if len(set(places)) > 1 else [0])]
+def measure_job(job: Job, places: Sequence[int]) -> Calibration:
+    """What steps of the job cost, measured on a few virtual ranks, whatever number of ranks it needs."""
+    return measure(job.override(["ranks=default"]), few(job, places))
+
+
+def few(job: Job, places: Sequence[int]) -> Sequence[int]:
+    """Ranks for a measurement: as few as the job can run on, some of them on one node and some on another."""
+    servers = max(getattr(phase.strategy.options, "servers", 0) for phase in job.schedule)
+    wanted = max(MEASURED, servers + 2)
+    chosen = [place for rank, place in enumerate(places) if places[:rank].count(place) < 2][:wanted]
+    if len(chosen) < wanted:  # more of them on the same nodes
+        chosen = list(places[:wanted])
+    return chosen if len(chosen) > 1 else [0, 0]

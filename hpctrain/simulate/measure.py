@@ -21,7 +21,7 @@ from hpctrain.data.splits import Splits
 from hpctrain.job import Job
 from hpctrain.replica.replica import Replica
 from hpctrain.run.api import fit_batch
-from hpctrain.run.folder import name_of
+from hpctrain.run.folder import title
 from hpctrain.run.prepare import Prepared, prepare, prepare_evaluation
 from hpctrain.simulate.calibration import Calibration, MeasuredCost, ModelCosts
 from hpctrain.simulate.opened import only_steps, opened
@@ -144,8 +144,7 @@ def measure(job: Job, nodes: Sequence[int]) -> Calibration:
     finally:
         torch.set_num_threads(threads)
     return Calibration(
-        source=f"hpctrain calibrate --measure {job.file or job.name}",
-        strategies=sorted({name_of(phase.strategy) for phase in job.schedule}),
+        source=f"steps of {title(job.name, job.overrides)}, measured on one core",
         model=ModelCosts(
             name=job.model.name,
             parameters=order.parameters,
@@ -167,7 +166,8 @@ def _measure(job: Job, nodes: Sequence[int], samples: Samples, order: BackwardOr
     _run(job, nodes, fewest)
     each = (time.thread_time() - began) / fewest
     sizes = sorted({max(1, job.train.batch_size // 2), job.train.batch_size})
-    steps = FIRST + max(min(MOST, max(LEAST, int(LIMIT / len(sizes) / each))), 2 * round)
+    least = LEAST if LEAST * each < LIMIT else 2
+    steps = FIRST + max(min(MOST, max(least, int(LIMIT / len(sizes) / each))), 2 * round)
     for size in sizes:
         _run(job.override([f"train.batch_size={size}"]), nodes, steps, samples, order)
 

@@ -22,7 +22,7 @@ def refuse_numbers(job: Job) -> None:
             raise JobError(
                 f"{job.key(index, 'until')} = {phase.until.name!r} depends on losses or evaluations, which a "
                 f"simulation of costs does not have; {LEARN}, or say when the phase ends: "
-                'until = {name = "after", epochs = 2}'
+                'until = {rule = "after", epochs = 2}'
             )
         every = getattr(phase.strategy.options, "every", None)
         if every == "auto" or getattr(every, "overhead", None) is not None:

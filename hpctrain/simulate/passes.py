@@ -13,7 +13,7 @@ from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.scheduler import Scheduler
 from hpctrain.hosts import Host
 from hpctrain.replica.coupling import Coupling
-from hpctrain.simulate.calibration import Calibration, MeasuredCost
+from hpctrain.simulate.calibration import Calibration
 from hpctrain.simulate.cores import Cores
 
 if TYPE_CHECKING:
@@ -46,12 +46,21 @@ class Processor:
     def __init__(self, world: Scheduler, host: Host, cores: Cores, spells: Spells, seed: int, rank: int) -> None:
         self._world, self._host, self._cores, self._spells = world, host, cores, spells
         self._random = random.Random(f"{seed}/{rank}")
-        self._luck = 1.0
+        self._luck, self._passes = 1.0, False
 
     def draw(self, spread: float) -> None:
-        """A new pass begins."""
+        """A new pass begins, with a time that varies by that much, relative."""
+        self._luck, self._passes = self._drawn(spread), True
+
+    def _drawn(self, spread: float) -> float:
         sigma = math.hypot(math.sqrt(math.log1p(spread**2)), self._host.jitter)
-        self._luck = self._random.lognormvariate(-sigma * sigma / 2, sigma) if sigma else 1.0
+        return self._random.lognormvariate(-sigma * sigma / 2, sigma) if sigma else 1.0
+
+    def serve(self, seconds: float) -> None:
+        """The same for work besides passes. Where there are none, as on a server, it has its own factor."""
+        if not self._passes:
+            self._luck = self._drawn(0.0)
+        self.work(seconds)
 
     def work(self, seconds: float) -> None:
         """Compute for that long, as measured on one whole core of the calibrated machine."""
@@ -83,7 +92,7 @@ class TimedPasses(Coupling):
         """A forward pass over that many samples, with getting them and what a step costs besides its spans."""
         known, self._samples = self._calibration, samples
         self._processor.draw(known.model.forward.spread)
-        data = known.spans.get("data", MeasuredCost()).seconds(samples)
+        data = known.span("data").seconds(samples)
         self._processor.work(known.model.forward.seconds(samples) + known.step.seconds(0) + data)
 
     def backward(self, loss: Tensor) -> None:

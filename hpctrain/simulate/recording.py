@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from math import nan
 from typing import Any
 
 from hpctrain.trace.events import Event
@@ -17,14 +18,16 @@ def kind_of(kind: int | str, id: int) -> str:
 
 
 class TimeTally:
-    """Totals of one rank. `seconds`: by kind of span, without the spans within it; `steps`: when each ended (virtual
-    nanoseconds), with its samples; `staleness`: how many updates each step of this worker was behind."""
+    """Totals of one rank. `nanoseconds`: by kind of span, without the spans within it; of each step: when it ended
+    (`steps`, virtual nanoseconds), with how many samples of this worker, its loss, whether a round ended with it, and
+    how many updates it was behind (`staleness`)."""
 
     def __init__(self) -> None:
         self.nanoseconds: dict[str, int] = defaultdict(int)
         self.steps: list[int] = []
         self.losses: list[float] = []
-        self.samples = 0
+        self.samples: list[int] = []
+        self.rounds: list[bool] = []
         self.staleness: list[int] = []
         self._open: list[list[Any]] = []  # kind, when the current piece began
 
@@ -42,13 +45,21 @@ class TimeTally:
         if self._open:
             self._open[-1][1] = now
 
-    def step(self, now: int, loss: float, samples: int, stale: int) -> None:
+    def step(self, now: int, loss: float, samples: int, ends_round: bool, stale: int) -> None:
         """A step has ended."""
         self.steps.append(now)
         self.losses.append(loss)
-        self.samples += samples
+        self.samples.append(samples)
+        self.rounds.append(ends_round)
         if stale >= 0:
             self.staleness.append(stale)
+
+    def whole_rounds(self, begin: float) -> tuple[int, int] | None:
+        """(first, last): the step that ends the first round after that share of the steps, and the one that ends the
+        last round; None if there are not two."""
+        ends = [step for step, ended in enumerate(self.rounds) if ended]
+        later = [step for step in ends if step + 1 >= begin * len(self.steps)]
+        return (later[0], later[-1]) if len(later) > 1 else None
 
 
 class TallyRecorder(Recorder):
@@ -83,7 +94,8 @@ class TallyRecorder(Recorder):
         return None
 
     def step_done(self, epoch: float, loss: float, samples: int, *row: Any, **named: Any) -> None:
-        self.tally.step(self.now(), loss, samples, row[3] if len(row) > 3 else -1)
+        outcome, stale = (row[1], row[3]) if len(row) > 3 else ("applied", -1)
+        self.tally.step(self.now(), loss, samples, outcome != "local", stale)
 
 
 class KeepingRecorder(TallyRecorder):
@@ -118,3 +130,12 @@ class KeepingRecorder(TallyRecorder):
     def step_done(self, *row: Any, **named: Any) -> None:
         super().step_done(*row, **named)
         Recorder.step_done(self, *row, **named)
+
+
+class CostRecorder(KeepingRecorder):
+    """The same for a run without gradients: it has no losses."""
+
+    __slots__ = ()
+
+    def step_done(self, epoch: float, loss: float, samples: int, *row: Any, **named: Any) -> None:
+        super().step_done(epoch, nan, samples, *row, **named)

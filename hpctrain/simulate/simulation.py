@@ -13,10 +13,11 @@ from hpctrain.clock.samples import run_total
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.flows import FlowNetwork, MessageCosts
 from hpctrain.comm.virtual.world import World
-from hpctrain.data.splits import Splits
-from hpctrain.errors import ClusterError
+from hpctrain.data.splits import load_data, make_order
+from hpctrain.errors import ClusterError, JobError
 from hpctrain.hosts import Description, nodes
 from hpctrain.job import Job, check_ranks
+from hpctrain.job.roles import roles_of
 from hpctrain.replica.coupling import Coupling
 from hpctrain.run.api import fit_batch
 from hpctrain.run.folder import name_of
@@ -28,7 +29,7 @@ from hpctrain.simulate.numbers import reads_numbers, refuse_numbers
 from hpctrain.simulate.opened import only_steps, opened
 from hpctrain.simulate.passes import Processor, Spells, TimedPasses
 from hpctrain.simulate.phantom import PhantomKeeper, PhantomParts, phantom_loss
-from hpctrain.simulate.recording import KeepingRecorder, TallyRecorder, TimeTally
+from hpctrain.simulate.recording import CostRecorder, KeepingRecorder, TallyRecorder, TimeTally
 from hpctrain.simulate.window import Moment, Stretch, Window
 
 TRACED = 64  # ranks, at most, that write traces
@@ -38,16 +39,18 @@ FREE = frozenset(["forward", "backward", "data", "evaluate", "switch", "checkpoi
 
 @dataclass(frozen=True)
 class Simulated:
-    """What came out. `tallies`: of each rank; `workers`: the ranks that took steps; `stretch`: what predictions come
-    from; `total`: samples of the whole run, of which perhaps only a part was simulated; `seconds`: virtual, of the
-    simulated part."""
+    """What came out. `tallies`: of each rank; `workers`: the ranks that took steps; `stretch`: what shares and bytes
+    come from; `begun`: when the first batch came (virtual nanoseconds); `left`: samples of the job that were not
+    simulated; `seconds`: virtual, of everything that was; `loops`: whether collectives were computed as loops."""
 
     tallies: list[TimeTally]
     workers: list[int]
     stretch: Stretch
-    total: int
+    begun: int
+    left: int
     seconds: float
     folder: Path
+    loops: bool
 
 
 class Simulation:
@@ -65,22 +68,28 @@ class Simulation:
         steps: int | None = None,
         loss: Callable[[int], float] = lambda cursor: 1.0,
     ) -> None:
-        self._whole, self.cluster, self.calibration = job, cluster, calibration
+        self.cluster, self.calibration = cluster, calibration
         self.hosts = cluster.each()
         self.places = nodes(self.hosts, ranks)
         check_ranks(job, len(self.places))
         self.learn, self._loss = learn, loss
+        if not learn:
+            refuse_numbers(job)
+        if steps is not None and len(job.schedule) > 1:
+            raise JobError("--steps: the job has several phases, which would no longer be what they are; leave it out")
+        self._splits = load_data(job)
+        self._left = 0
         self.job = self._simulated(job, steps)
         self._world: World
-        self._window: Window | None = None
-        self._total = 0
+        self._stretch: Stretch | None = None
+        self._begun = 0
         self._processors: list[Processor] = []
 
     def _check_known(self, prepared: Prepared) -> None:
         """Refuse to guess what another model costs, or batches far from those that were measured."""
         known, batch = self.calibration.model, self.job.train.batch_size
         parameters = prepared.replica.layout.parameters
-        if parameters != known.parameters:
+        if parameters != known.parameters or max(known.order) >= len(prepared.replica.layout.slots):
             raise ClusterError(
                 f"the calibration ({self.calibration.source}) is of a model with {known.parameters:,} parameters, but "
                 f"this job's has {parameters:,}; calibrate with this job: hpctrain calibrate --measure JOB"
@@ -93,9 +102,14 @@ class Simulation:
             )
 
     def _simulated(self, job: Job, steps: int | None) -> Job:
-        """The job as it is run here."""
+        """The job as it is run here: at most all of it."""
+        if steps is not None:
+            size = job.train.batch_size * job.train.accumulate * len(roles_of(job, self.places)[0].workers)
+            length = make_order(self._splits.train).length
+            total = run_total(job.train, length or 2**62, size)
+            steps = steps if steps * size < total else None
+            self._left = total - steps * size if steps is not None else 0
         if not self.learn:
-            refuse_numbers(job)
             job = only_steps(job, steps, job.output)
         elif steps is not None:
             job = job.override([f"train.steps={steps}"])
@@ -109,9 +123,10 @@ class Simulation:
         size = len(self.places)
         recorders = [self._recorder(rank) for rank in range(size)]
         self._flows = network = self._network()
+        loops = size > BY_MESSAGES
         self._world = world = World(
             size, self.places, network, self._span_cost, recorders,
-            isolate_torch=self.learn, collectives="loop" if size > BY_MESSAGES else "messages",
+            isolate_torch=self.learn, collectives="loop" if loops else "messages",
             phantom=not self.learn, simulates=self.cluster.summary(),
         )  # fmt: skip
         self._tallies = [recorder.tally for recorder in recorders]
@@ -131,11 +146,10 @@ class Simulation:
             ) from error
         finally:
             torch.set_num_threads(threads)
-        window = self._window
-        assert window is not None and window.first is not None and window.last is not None
+        assert self._stretch is not None
         workers = [rank for rank, tally in enumerate(self._tallies) if tally.steps]
-        stretch = Stretch(window.first, window.last)
-        return Simulated(self._tallies, workers, stretch, self._total, world.time / 1e9, folders[0])
+        seconds = world.time / 1e9
+        return Simulated(self._tallies, workers, self._stretch, self._begun, self._left, seconds, folders[0], loops)
 
     def _body(self, comm: Communicator, build: Callable[[Job, Communicator], Prepared]) -> Path:
         with opened(self.job, comm, build) as running:
@@ -144,30 +158,23 @@ class Simulation:
                 run.keeper = PhantomKeeper(run.prepared, comm, run.folder, run.files)
             passes = self._passes(running)
             running.prepared.coupling = passes
-            window = self._begin_window(running) if comm.rank == 0 else None
+            window, tally = Window(running.prepared.total), self._tallies[comm.rank]
             for batch in running.batches():
-                if window is not None and window.wants(running.totals.cursor):
-                    window.take(self._moment(running))
+                if comm.rank == 0 and not tally.rounds:
+                    self._begun = self._world.time
+                elif comm.rank == 0 and tally.rounds[-1]:
+                    window.round_ended(running.totals.cursor, self._moment)
                 passes.forward(batch.size)
                 if self.learn:
                     fit_batch(running, batch)
                 else:
                     running.step(phantom_loss(self._loss(running.totals.cursor)))
-            while window is not None and window.last is None:  # the run was short
-                window.take(self._moment(running))
+            if comm.rank == 0:
+                self._stretch = window.close(self._moment)
         return running.folder
 
-    def _begin_window(self, running: Session) -> Window:
-        """The stretch to look at, and how many samples the whole job has."""
-        prepared = running.prepared
-        size = prepared.batch * len(prepared.roles[0].workers)
-        self._total = run_total(self._whole.train, prepared.epoch, size)
-        every = getattr(self.job.schedule[0].strategy.options, "every", 1)
-        self._window = Window(prepared.total, size * (every if isinstance(every, int) else 1))
-        return self._window
-
-    def _moment(self, running: Session) -> Moment:
-        return Moment.now(self._world.time, running.totals.cursor, self._tallies, self._flows)
+    def _moment(self) -> Moment:
+        return Moment.now(self._world.time, self._tallies, self._flows)
 
     def _passes(self, running: Session) -> TimedPasses:
         inner: Coupling | None = running.prepared.coupling if self.learn else None
@@ -176,16 +183,13 @@ class Simulation:
     def _build(self) -> Callable[[Job, Communicator], Prepared]:
         """What builds each rank's parts. Data are loaded once for all ranks; without `learn`, the model, too."""
         phantoms: list[PhantomParts] = []
-        splits: list[Splits] = []
 
         def learning(job: Job, comm: Communicator) -> Prepared:
-            parts = prepare_evaluation(job, comm, *splits)
-            splits[:] = [parts.splits]
-            return prepare(job, comm, parts)
+            return prepare(job, comm, prepare_evaluation(job, comm, self._splits))
 
         def costing(job: Job, comm: Communicator) -> Prepared:
             if not phantoms:
-                phantoms.append(PhantomParts(prepare_evaluation(job, comm)))
+                phantoms.append(PhantomParts(prepare_evaluation(job, comm, self._splits)))
             return phantoms[0].build(job, comm)
 
         def build(job: Job, comm: Communicator) -> Prepared:
@@ -196,7 +200,8 @@ class Simulation:
         return build
 
     def _recorder(self, rank: int) -> TallyRecorder:
-        kind = KeepingRecorder if rank < TRACED and self.job.trace.enabled else TallyRecorder
+        keeping = KeepingRecorder if self.learn else CostRecorder
+        kind = keeping if rank < TRACED and self.job.trace.enabled else TallyRecorder
         return kind(lambda: self._world.time)
 
     def _make_processors(self) -> list[Processor]:
@@ -226,13 +231,7 @@ class Simulation:
         """Lets a span's time pass on its rank's processor; nothing is left for the communicator to add."""
         if kind in FREE or not nbytes:
             return 0
-        known = self.calibration.spans.get(kind)
-        if known is None:
-            raise ClusterError(
-                f'the calibration ({self.calibration.source}) does not tell what "{kind}" costs, which this job does; '
-                "calibrate with a run of the same strategy and codec, or with: hpctrain calibrate --measure JOB"
-            )
-        self._processors[rank].work(known.seconds(nbytes))
+        self._processors[rank].serve(self.calibration.span(kind).seconds(nbytes))
         return 0
 
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import fmean, median
+from itertools import pairwise
+from statistics import fmean, median, stdev
 
+from hpctrain.errors import ClusterError
 from hpctrain.simulate.calibration import Calibration
 from hpctrain.simulate.simulation import Simulated
-from hpctrain.simulate.window import Stretch
+from hpctrain.simulate.window import BEGIN
 
-NETWORK_ERROR = 0.05  # relative, of the time in which ranks wait for messages
+NETWORK_ERROR = 0.2  # relative, of the time in which ranks wait for messages: docs/validation.md
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """`step`: seconds that a worker takes for a step, median over workers; `error`: of it, one standard deviation;
-    `rate`: samples per second of all workers; `rest`: seconds from the end of the stretch to the end of the whole run,
-    `whole`: of the whole training; `computing`: each rank's share of time. `busiest`: (name, bytes per step, share of
-    time in use) of the link that is used most."""
+    """`step`: seconds that a worker takes for a step, median over workers; `error`: relative, one standard deviation;
+    `rate`: samples per second of all workers; `whole`: seconds of the whole training; `computing`: each rank's share of
+    time; `busiest`: (name, bytes per step, share of time in use) of the link that is used most; `sent`: bytes per step
+    on all links; `staleness`: mean and maximum."""
 
     step: float
     error: float
@@ -28,7 +30,7 @@ class Prediction:
     computing: dict[int, float]
     workers: list[int]
     busiest: tuple[str, float, float] | None
-    total_bytes: float
+    sent: float
     staleness: tuple[float, int] | None
 
     @property
@@ -38,50 +40,63 @@ class Prediction:
 
 
 def predict(found: Simulated, calibration: Calibration) -> Prediction:
-    """The figures of the stretch that the simulation ran."""
-    stretch, workers = found.stretch, found.workers
-    seconds, per_step = stretch.seconds, _steps_per_second(stretch, workers)
-    step = 1.0 / per_step
-    computing = {rank: stretch.computing(rank) / seconds for rank in range(len(found.tallies))}
-    share = fmean(computing[rank] for rank in workers)
-    error = step * math.hypot(share * calibration.error, (1 - share) * NETWORK_ERROR)
-    rate = stretch.samples / seconds
-    links = {name: (n, used) for name, (n, used) in stretch.ports().items() if n and not name.endswith("memory")}
-    steps = seconds * per_step
+    """The figures of the stretch that the simulation ran. Raises ClusterError if it was too short for any."""
+    rounds = {rank: found.tallies[rank].whole_rounds(BEGIN) for rank in found.workers}
+    known = {rank: ends for rank, ends in rounds.items() if ends is not None}
+    stretch = found.stretch
+    if not known or stretch.seconds <= 0 or not stretch.steps:
+        raise ClusterError("too few rounds were simulated to tell what a step costs; raise --steps, or train longer")
+    taken = {rank: _seconds(found, rank, *ends) for rank, ends in known.items()}
+    step = median(taken[rank] / (last - first) for rank, (first, last) in known.items())
+    rate = sum(sum(found.tallies[r].samples[a + 1 : b + 1]) / taken[r] for r, (a, b) in known.items())
+    computing = {rank: min(1.0, stretch.computing(rank) / stretch.seconds) for rank in range(len(found.tallies))}
+    share = fmean(computing[rank] for rank in found.workers)
+    chance = _chance(found, *next(iter(known.items())))
+    error = math.hypot(share * calibration.error, (1 - share) * NETWORK_ERROR, chance)
+    links = {name: each for name, each in stretch.ports().items() if each[0] and not name.endswith("memory")}
     busiest = max(links.items(), key=lambda item: item[1][1], default=None)
-    stale = [value for rank in workers for value in found.tallies[rank].staleness]
+    stale = [value for rank in found.workers for value in found.tallies[rank].staleness]
+    trained = (max(found.tallies[rank].steps[-1] for rank in found.workers) - found.begun) / 1e9
     return Prediction(
         step,
         error,
         rate,
-        found.total / rate,
+        trained + found.left / rate,
         computing,
-        workers,
-        (busiest[0], busiest[1][0] / steps, busiest[1][1]) if busiest is not None else None,
-        sum(n for name, (n, _) in links.items() if name.endswith(" out")) / steps,
+        found.workers,
+        (busiest[0], busiest[1][0] / stretch.steps, busiest[1][1]) if busiest is not None else None,
+        sum(n for name, (n, _) in links.items() if name.endswith(" out")) / stretch.steps,
         (fmean(stale), max(stale)) if stale and max(stale) > 0 else None,
     )
 
 
-def _steps_per_second(stretch: Stretch, workers: list[int]) -> float:
-    return median(stretch.steps(rank) for rank in workers) / stretch.seconds
+def _seconds(found: Simulated, rank: int, first: int, last: int) -> float:
+    steps = found.tallies[rank].steps
+    return (steps[last] - steps[first]) / 1e9
+
+
+def _chance(found: Simulated, rank: int, ends: tuple[int, int]) -> float:
+    """The relative standard error of the mean, from how much this rank's rounds differ."""
+    tally, (first, last) = found.tallies[rank], ends
+    marks = [tally.steps[step] for step in range(first, last + 1) if tally.rounds[step]]
+    taken = [b - a for a, b in pairwise(marks)]
+    return stdev(taken) / fmean(taken) / math.sqrt(len(taken)) if len(taken) > 1 and fmean(taken) else 0.0
 
 
 def lines(found: Simulated, predicted: Prediction) -> Iterator[str]:
     """The table that `hpctrain simulate` prints."""
-    size, relative = len(found.tallies), predicted.error / predicted.step
-    rounds = found.total / predicted.rate / predicted.step
-    yield f"{'step':<20}{_time(predicted.step)} +- {_time(predicted.error)}"
+    size, relative = len(found.tallies), predicted.error
+    yield f"{'step':<20}{_time(predicted.step)} +- {_time(predicted.step * relative)}"
     yield f"{'samples per second':<20}{predicted.rate:,.0f} +- {predicted.rate * relative:,.0f}"
     finish = f"{_time(predicted.whole)} +- {_time(predicted.whole * relative)}"
-    yield f"{'time to finish':<20}{finish} for {rounds:,.0f} steps of each worker, without evaluations and checkpoints"
+    yield f"{'time to finish':<20}{finish} of training, without start-up, evaluations and checkpoints"
     yield f"{'cost':<20}{predicted.whole * size:,.0f} rank-seconds"
     yield f"{'efficiency':<20}{100 * predicted.efficiency:.0f} % of the workers' time is computing"
     yield from _waiting(predicted, size)
     if predicted.busiest is not None:
         name, nbytes, used = predicted.busiest
         yield f"{'busiest link':<20}{name}: {_bytes(nbytes)} per step, in use {100 * used:.0f} % of the time"
-        yield f"{'between hosts':<20}{_bytes(predicted.total_bytes)} per step, all links together"
+        yield f"{'between hosts':<20}{_bytes(predicted.sent)} per step, all links together"
     if predicted.staleness is not None:
         mean, most = predicted.staleness
         yield f"{'staleness':<20}{mean:.1f} updates on average, at most {most}"

@@ -1,64 +1,58 @@
-"""The stretch of a simulated run that predictions come from: whole rounds, after the first ones."""
+"""The stretch of a simulated run that shares and bytes come from: whole rounds, after the first ones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from hpctrain.comm.virtual.flows import FlowNetwork
 from hpctrain.simulate.recording import COMPUTING, TimeTally
 
-BEGIN, END = 0.2, 0.95  # of the samples
+BEGIN = 0.2  # of the samples, which are left out: rounds are not yet what they will be
 
 
 @dataclass(frozen=True)
 class Moment:
     """Totals up to some virtual time (nanoseconds). `spent`: by rank and kind of span; `ports`: bytes and nanoseconds
-    in use, by name; `samples`: the run's cursor; `steps`: by rank."""
+    in use, by name; `steps`: of rank 0."""
 
     time: int
-    samples: int
-    steps: tuple[int, ...]
+    steps: int
     spent: tuple[dict[str, int], ...]
     ports: dict[str, tuple[int, int]]
 
     @classmethod
-    def now(cls, time: int, samples: int, tallies: Sequence[TimeTally], network: FlowNetwork) -> Moment:
+    def now(cls, time: int, tallies: Sequence[TimeTally], network: FlowNetwork) -> Moment:
         """The totals at this time."""
+        used = {port.name: port.busy + (time - port.since if port.active else 0) for port in network.ports()}
         return cls(
             time,
-            samples,
-            tuple(len(tally.steps) for tally in tallies),
+            len(tallies[0].steps),
             tuple(dict(tally.nanoseconds) for tally in tallies),
-            {port.name: (port.bytes, port.busy) for port in network.ports()},
+            {port.name: (port.bytes, used[port.name]) for port in network.ports()},
         )
 
 
-@dataclass
 class Window:
-    """From the first round that begins at or after 20 % of the samples to the last that ends before 95 %; in a shorter
-    run, all but the first round. `round`: samples in one."""
+    """From the end of the first round at or after 20 % of `total` samples to the end of the last but one; in a shorter
+    run, to its end."""
 
-    total: int
-    round: int
-    first: Moment | None = field(default=None, init=False)
-    last: Moment | None = field(default=None, init=False)
+    def __init__(self, total: int) -> None:
+        self._low = BEGIN * total
+        self.first: Moment | None = None
+        self.last: Moment | None = None
 
-    def __post_init__(self) -> None:
-        rounds = max(1, self.total // self.round)
-        self._low = min(max(1, round(BEGIN * rounds)), rounds - 1) * self.round
-        self._high = max(int(END * rounds), self._low // self.round + 1) * self.round
+    def round_ended(self, cursor: int, now: Callable[[], Moment]) -> None:
+        """A round has ended at that cursor; `now` makes the totals."""
+        if self.first is None and (cursor >= self._low):
+            self.first = now()
+        elif self.first is not None:
+            self.last = now()
 
-    def wants(self, cursor: int) -> bool:
-        """Whether the totals at this cursor are a bound of the window."""
-        return (self.first is None and cursor >= self._low) or (self.last is None and cursor >= self._high)
-
-    def take(self, moment: Moment) -> None:
-        """The totals that it wanted, or those at the end of the run."""
-        if self.first is None:
-            self.first = moment
-        else:
-            self.last = moment
+    def close(self, now: Callable[[], Moment]) -> Stretch:
+        """The run has ended."""
+        last = self.last or now()
+        return Stretch(self.first or last, last)
 
 
 @dataclass(frozen=True)
@@ -74,27 +68,20 @@ class Stretch:
         return (self.last.time - self.first.time) / 1e9
 
     @property
-    def samples(self) -> int:
-        """Of all workers."""
-        return self.last.samples - self.first.samples
-
-    def steps(self, rank: int) -> int:
-        """That this rank took."""
-        return self.last.steps[rank] - self.first.steps[rank]
-
-    def spent(self, rank: int) -> dict[str, float]:
-        """The rank's seconds by kind of span."""
-        before = self.first.spent[rank]
-        return {kind: (ns - before.get(kind, 0)) / 1e9 for kind, ns in self.last.spent[rank].items()}
+    def steps(self) -> int:
+        """That rank 0 took."""
+        return self.last.steps - self.first.steps
 
     def computing(self, rank: int) -> float:
         """The rank's seconds in passes, sums, updates and codecs."""
-        return sum(seconds for kind, seconds in self.spent(rank).items() if kind in COMPUTING)
+        before, after = self.first.spent[rank], self.last.spent[rank]
+        return sum(after.get(kind, 0) - before.get(kind, 0) for kind in COMPUTING) / 1e9
 
     def ports(self) -> dict[str, tuple[int, float]]:
         """(bytes, share of the time in use) of everything that messages passed."""
         found = {}
         for name, (nbytes, busy) in self.last.ports.items():
             before = self.first.ports[name]
-            found[name] = nbytes - before[0], (busy - before[1]) / max(1, self.last.time - self.first.time)
+            share = (busy - before[1]) / max(1, self.last.time - self.first.time)
+            found[name] = nbytes - before[0], min(1.0, share)  # collectives as loops count what still lies ahead
         return found

@@ -53,7 +53,7 @@ def calibration(spread: float = 0.0, **changes: Any) -> Calibration:
         order=SIX[::-1],
         shares=[0.5, 0.1, 0.1, 0.1, 0.1, 0.1],
     )
-    spans = {kind: MeasuredCost(each_s=EACH_BYTE, least=1, most=1e9) for kind in KINDS}
+    spans = {kind: MeasuredCost(each_s=EACH_BYTE, least=1, most=1e9) for kind in KINDS} | {"data": MeasuredCost()}
     return Calibration(**{"model": known, "spans": spans, "source": "a test", **changes})
 
 
@@ -245,6 +245,34 @@ def test_traces_cover_the_simulated_time(run_folder: Path) -> None:
     assert taken.tolist() == pytest.approx([3.0] * len(taken))
 
 
+def test_step_is_that_of_whole_rounds_however_many_are_simulated(tmp_path: Path) -> None:
+    """Rounds of 4 steps: one exchange in each. A job is never made longer."""
+    job = small_job(tmp_path, strategy={"name": "local_sgd", "every": 4}, train={"steps": 40})
+    slow = {"hosts": [{"count": 2}], "link": {"mbit_per_s": 1.0}}
+    found = {steps: simulate(job, slow, steps=steps) for steps in (None, 8, 24, 1000)}
+    steps = {key: predict(each, calibration()).step for key, each in found.items()}
+    assert steps[8] == pytest.approx(steps[None], rel=0.02)
+    assert steps[24] == pytest.approx(steps[None], rel=0.02)
+    assert steps[1000] == steps[None]
+    whole = {key: predict(each, calibration()).whole for key, each in found.items()}
+    assert whole[24] == pytest.approx(whole[None], rel=0.05)
+    assert len(found[1000].tallies[0].steps) == 40
+
+
+def test_too_short_a_simulation_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="too few rounds were simulated"):
+        predict(simulate(small_job(tmp_path), steps=1), calibration())
+
+
+def test_servers_have_jitter_too(tmp_path: Path) -> None:
+    job = small_job(tmp_path, strategy={"name": "parameter_server", "mode": "sync"}, trace={"enabled": True})
+    costly = {kind: MeasuredCost(each_s=1e-6) for kind in KINDS} | {"data": MeasuredCost()}
+    found = simulate(job, {"hosts": [{"count": 3, "jitter": 0.3}]}, calibration(spans=costly))
+    spans = open_run(found.folder).spans(rank=2)
+    updates = spans[spans["kind"] == "update"]
+    assert (updates["end_ns"] - updates["start_ns"]).nunique() > 2
+
+
 def test_command_prints_a_prediction(tmp_path: Path, capfd: Any) -> None:
     calibrated = tmp_path / "known.toml"
     words = ["jobs/digits.toml", "strategy=all_reduce", "train.epochs=4", f"output={tmp_path}"]
@@ -330,7 +358,7 @@ def test_calibration_of_something_else_is_refused(changes: dict[str, Any], words
 
 
 def test_unknown_cost_is_not_made_up(tmp_path: Path) -> None:
-    bare = calibration(spans={"reduce": MeasuredCost(each_s=1e-9)})
+    bare = calibration(spans={"data": MeasuredCost(), "reduce": MeasuredCost(each_s=1e-9)})
     with pytest.raises(ClusterError, match='does not tell what "update" costs'):
         simulate(small_job(tmp_path), known=bare)
 

@@ -197,7 +197,6 @@ class VirtualCommunicator(Communicator):
     def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
         with self._collective("recv"):
 
-
             def course(comm: VirtualCommunicator, part: Buffer) -> None:
                 algorithms.ring_all_gather(comm, part, bounds, comm.group.all_ranks)
 
