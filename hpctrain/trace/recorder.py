@@ -126,7 +126,7 @@ class Recorder:
     """
 
     __slots__ = ("_store", "emit", "make", "now", "number", "stack", "step")
-    keeps: ClassVar[bool] = True  # what a trace needs
+    keeps: ClassVar[bool] = True  # whether a run with traces writes a file for it
 
     def __init__(self, now: Clock = time.monotonic_ns) -> None:
         self._begin(now, 0, _Store())
@@ -292,7 +292,6 @@ class NullRecorder(Recorder):
     """Records nothing; costs only the call."""
 
     __slots__ = ()
-    keeps = False
 
     def lane(self, number: int) -> Recorder:
         return self
