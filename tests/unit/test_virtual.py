@@ -716,3 +716,22 @@ def _ring_sum(comm):
     buffer = np.ones(128, np.float32)
     comm.all_reduce(buffer, algorithm="ring")
     return float(buffer[0])
+
+
+def test_waiting_for_many_messages_takes_no_more_wake_ups_than_messages() -> None:
+    """Each time that one comes the receiver looks again; it must not ask anew to be woken for all the others."""
+    senders = 40
+    world = World(senders + 1, network=LinkNetwork(node_latency=1000))
+
+    def body(comm: Any) -> int:
+        if comm.rank:
+            comm.sleep(comm.rank * 1e-9)
+            comm.send(np.zeros(4), 0, 2)
+            return 0
+        comm.sleep(100e-9)  # all are on their way by then
+        left = [comm.start_recv(np.zeros(4), rank, 2) for rank in range(1, comm.size)]
+        while left:
+            left.pop(comm.wait_any(left))
+        return world.resumptions
+
+    assert world.run(body)[0] < 10 * senders

@@ -63,7 +63,7 @@ class VirtualRequest(Request):
     waits for it to arrive.
     """
 
-    __slots__ = ("arrives", "buffer", "comm", "elements", "ends", "id", "peer", "tag", "task")
+    __slots__ = ("arrives", "buffer", "comm", "elements", "ends", "id", "peer", "tag", "task", "woken")
     verb = ""
 
     def __init__(self, comm: Endpoint, buffer: Buffer, peer: int, tag: int) -> None:
@@ -72,7 +72,8 @@ class VirtualRequest(Request):
         self.peer = peer
         self.tag = tag
         self.ends = LATER
-        self.task: Task | None = None
+        self.task: Task | None = None  # that waits
+        self.woken: Task | None = None  # that will be woken
         self.arrives = self.id = -1
         self.elements = 0
 
@@ -82,8 +83,16 @@ class VirtualRequest(Request):
     def watch(self, waits: bool) -> None:
         world = self.comm.world
         self.task = world.current if waits else None
-        if self.task is not None and self.ends < LATER:
-            world.wake_at(self.ends, self.task)
+        if self.ends < LATER:
+            self.wake()
+
+    def wake(self) -> None:
+        """Once the clock reaches `ends`, wake the task that waits, if one does. Only once for each task: one that waits
+        for many messages looks again whenever one of them comes."""
+        task = self.task
+        if task is not None and task is not self.woken:
+            self.woken = task
+            self.comm.world.wake_at(self.ends, task)
 
     def block(self) -> None:
         """Wait until it is over. Only for operations that are not over yet."""
@@ -121,8 +130,7 @@ class VirtualSend(VirtualRequest):
     def left(self, time: int) -> None:
         """Its last byte leaves the sender at `time`."""
         self.ends = time
-        if self.task is not None:
-            self.comm.world.wake_at(time, self.task)
+        self.wake()
 
     def arrived(self, time: int) -> None:
         """It is known now that it arrives at `time`."""
@@ -130,8 +138,7 @@ class VirtualSend(VirtualRequest):
         recv = self.into
         if recv is not None:
             recv.ends = time
-            if recv.task is not None:
-                recv.comm.world.wake_at(time, recv.task)
+            recv.wake()
 
     def wait(self) -> int:
         if not self.test():
@@ -202,11 +209,9 @@ def match(world: Platform, send: VirtualSend, recv: VirtualRecv) -> None:
         return
     if arrives < 0:
         send.ends, arrives = world.network.transfer(send.comm.host, recv.comm.host, out.nbytes, now)
-        if send.task is not None:
-            world.wake_at(send.ends, send.task)
+        send.wake()
     recv.ends = arrives if arrives > now else now
-    if recv.task is not None:
-        world.wake_at(recv.ends, recv.task)
+    recv.wake()
 
 
 class VirtualReduce(Request):
