@@ -130,7 +130,7 @@ def predicted(trial: Trial, known: Calibration) -> float:
     """Seconds per step that the simulator says."""
     with tempfile.TemporaryDirectory(prefix="hpctrain-validation-") as folder:
         job = trial.job(folder).override(["trace.enabled=false"])
-        return predict(Simulation(job, trial.cluster, known).run(), known).step
+        return predict(Simulation(job, trial.cluster).run(known), known).step
 
 
 def calibrated(trials: tuple[Trial, ...]) -> Calibration:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from hpctrain.errors import ClusterError
 from hpctrain.hosts import Description, nodes
-from hpctrain.job import Job, check_ranks
+from hpctrain.job import Job
 from hpctrain.simulate.calibration import Calibration
 from hpctrain.simulate.measure import measure
-from hpctrain.simulate.numbers import refuse_numbers
 from hpctrain.simulate.simulation import Simulation
 from hpctrain.simulate.summary import lines, predict
 
@@ -25,20 +24,16 @@ def simulate(
     """Predict what `job` does on that cluster, and print it. Raises HpctrainErrors."""
     described = Description.load(cluster)
     places = nodes(described.each(), ranks)
-    check_ranks(job, len(places))
     if steps is not None and steps < 1:
         raise ClusterError(f"--steps {steps}: at least 1 is needed")
-    if not learn:
-        refuse_numbers(job)
+    simulation = Simulation(job, described, ranks, learn, usual_steps(job, learn) if steps is None else steps)
     if calibration is not None:
         known = Calibration.load(calibration)
     else:
         print("measuring some steps of the job on this machine ...", flush=True)
         known = measure_job(job, places)
-    rounds = usual_steps(job, learn) if steps is None else steps
-    simulation = Simulation(job, described, known, ranks, learn, rounds)
     began = time.monotonic()
-    found = simulation.run()
+    found = simulation.run(known)
     depth, size = "with gradients" if learn else "costs only", len(places)
     print(f"{job.name} on {described.summary()}; {size} rank{'s' * (size > 1)}; {depth}; calibration: {known.source}")
     if any(host.devices for host in described.each()):

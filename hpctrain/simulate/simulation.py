@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -18,18 +17,13 @@ from hpctrain.errors import ClusterError, JobError
 from hpctrain.hosts import Description, nodes
 from hpctrain.job import Job, check_ranks
 from hpctrain.job.roles import roles_of
-from hpctrain.replica.coupling import Coupling
-from hpctrain.run.api import fit_batch
-from hpctrain.run.folder import name_of
-from hpctrain.run.prepare import Prepared, prepare, prepare_evaluation
-from hpctrain.run.session import Session
+from hpctrain.run.prepare import Prepared
 from hpctrain.simulate.calibration import Calibration, LinkCosts
 from hpctrain.simulate.cores import Cores
-from hpctrain.simulate.numbers import reads_numbers, refuse_numbers
-from hpctrain.simulate.opened import only_steps, opened
+from hpctrain.simulate.depth import Costs, Depth, Gradients
+from hpctrain.simulate.opened import opened
 from hpctrain.simulate.passes import Processor, Spells, TimedPasses
-from hpctrain.simulate.phantom import PhantomKeeper, PhantomParts, phantom_loss
-from hpctrain.simulate.recording import CostRecorder, KeepingRecorder, TallyRecorder, TimeTally
+from hpctrain.simulate.recording import TallyRecorder, TimeTally
 from hpctrain.simulate.window import Moment, Stretch, Window
 
 TRACED = 64  # ranks, at most, that write traces
@@ -54,32 +48,29 @@ class Simulated:
 
 
 class Simulation:
-    """A job on a cluster with what a calibration says of computing. `ranks`: None: as many as the cluster has places
-    for. `learn`: really compute gradients; otherwise only costs count. `steps`: rounds, None: as many as the job has.
-    `loss`: of a step that is not computed, by the run's cursor."""
+    """A job on a cluster. `ranks`: None: as many as the cluster has places for. `learn`: really compute gradients;
+    otherwise only costs count. `steps`: rounds, None: as many as the job has. Raises HpctrainErrors if the job cannot
+    be simulated there."""
 
     def __init__(
         self,
         job: Job,
         cluster: Description,
-        calibration: Calibration,
         ranks: int | None = None,
         learn: bool = False,
         steps: int | None = None,
-        loss: Callable[[int], float] = lambda cursor: 1.0,
     ) -> None:
-        self.cluster, self.calibration = cluster, calibration
+        self.cluster = cluster
         self.hosts = cluster.each()
         self.places = nodes(self.hosts, ranks)
         check_ranks(job, len(self.places))
-        self.learn, self._loss = learn, loss
-        if not learn:
-            refuse_numbers(job)
+        self._depth: Depth = Gradients() if learn else Costs()
         if steps is not None and len(job.schedule) > 1:
             raise JobError("--steps: the job has several phases, which would no longer be what they are; leave it out")
         self._splits = load_data(job)
         self._left = 0
         self.job = self._simulated(job, steps)
+        self.calibration: Calibration
         self._world: World
         self._stretch: Stretch | None = None
         self._begun = 0
@@ -109,41 +100,34 @@ class Simulation:
             total = run_total(job.train, length or 2**62, size)
             steps = steps if steps * size < total else None
             self._left = total - steps * size if steps is not None else 0
-        if not self.learn:
-            job = only_steps(job, steps, job.output)
-        elif steps is not None:
-            job = job.override([f"train.steps={steps}"])
+        job = self._depth.shortened(job, steps)
         if any(host.devices for host in self.hosts):  # models on accelerators share no memory
             job = job.override(["communicator.shared=false"])
         return job.override([f"name={job.name}-simulated", "train.checkpoint_every=default"])
 
-    def run(self) -> Simulated:
-        """Run it. Raises HpctrainErrors as training does, and ClusterError where the calibration does not tell a cost
-        that the job has."""
-        size = len(self.places)
+    def run(self, calibration: Calibration) -> Simulated:
+        """Run it, with what the calibration says of computing. Raises HpctrainErrors as training does, and ClusterError
+        where the calibration does not say what something costs."""
+        self.calibration, size, depth = calibration, len(self.places), self._depth
         recorders = [self._recorder(rank) for rank in range(size)]
         self._flows = network = self._network()
         loops = size > BY_MESSAGES
         self._world = world = World(
             size, self.places, network, self._span_cost, recorders,
-            isolate_torch=self.learn, collectives="loop" if loops else "messages",
-            phantom=not self.learn, simulates=self.cluster.summary(),
+            isolate_torch=depth.computes, collectives="loop" if loops else "messages",
+            phantom=not depth.computes, simulates=self.cluster.summary(),
         )  # fmt: skip
         self._tallies = [recorder.tally for recorder in recorders]
         self._processors = self._make_processors()
-        build = self._build()
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            folders = world.run(lambda comm: self._body(comm, build))
-        except (TypeError, NotImplementedError, RuntimeError) as error:
-            if self.learn or not reads_numbers(error):
+            folders = world.run(self._body)
+        except Exception as error:
+            explained = depth.explained(error, self.job)
+            if explained is error:
                 raise
-            names = " or ".join(sorted({name_of(phase.strategy) for phase in self.job.schedule}))
-            raise ClusterError(
-                f"strategy {names} or optimizer {self.job.optimizer.name} reads numbers that a simulation of costs "
-                f"does not have ({error}); simulate it with --learn, which computes them"
-            ) from error
+            raise explained from error
         finally:
             torch.set_num_threads(threads)
         assert self._stretch is not None
@@ -151,13 +135,10 @@ class Simulation:
         seconds = world.time / 1e9
         return Simulated(self._tallies, workers, self._stretch, self._begun, self._left, seconds, folders[0], loops)
 
-    def _body(self, comm: Communicator, build: Callable[[Job, Communicator], Prepared]) -> Path:
-        with opened(self.job, comm, build) as running:
-            if not self.learn:
-                run = running.run
-                run.keeper = PhantomKeeper(run.prepared, comm, run.folder, run.files)
-            passes = self._passes(running)
-            running.prepared.coupling = passes
+    def _body(self, comm: Communicator) -> Path:
+        with opened(self.job, comm, self._build) as running:
+            inner, processor = self._depth.begin(running), self._processors[comm.rank]
+            running.prepared.coupling = passes = TimedPasses(self.calibration, processor, running.replica, inner)
             window, tally = Window(running.prepared.total), self._tallies[comm.rank]
             for batch in running.batches():
                 if comm.rank == 0 and not tally.rounds:
@@ -165,10 +146,7 @@ class Simulation:
                 elif comm.rank == 0 and tally.rounds[-1]:
                     window.round_ended(running.totals.cursor, self._moment)
                 passes.forward(batch.size)
-                if self.learn:
-                    fit_batch(running, batch)
-                else:
-                    running.step(phantom_loss(self._loss(running.totals.cursor)))
+                self._depth.step(running, batch)
             if comm.rank == 0:
                 self._stretch = window.close(self._moment)
         return running.folder
@@ -176,32 +154,14 @@ class Simulation:
     def _moment(self) -> Moment:
         return Moment.now(self._world.time, self._tallies, self._flows)
 
-    def _passes(self, running: Session) -> TimedPasses:
-        inner: Coupling | None = running.prepared.coupling if self.learn else None
-        return TimedPasses(self.calibration, self._processors[running.comm.rank], running.replica, inner)
-
-    def _build(self) -> Callable[[Job, Communicator], Prepared]:
-        """What builds each rank's parts. Data are loaded once for all ranks; without `learn`, the model, too."""
-        phantoms: list[PhantomParts] = []
-
-        def learning(job: Job, comm: Communicator) -> Prepared:
-            return prepare(job, comm, prepare_evaluation(job, comm, self._splits))
-
-        def costing(job: Job, comm: Communicator) -> Prepared:
-            if not phantoms:
-                phantoms.append(PhantomParts(prepare_evaluation(job, comm, self._splits)))
-            return phantoms[0].build(job, comm)
-
-        def build(job: Job, comm: Communicator) -> Prepared:
-            made = learning(job, comm) if self.learn else costing(job, comm)
-            self._check_known(made)
-            return made
-
-        return build
+    def _build(self, job: Job, comm: Communicator) -> Prepared:
+        """A rank's parts. Data are loaded once for all ranks."""
+        made = self._depth.build(job, comm, self._splits)
+        self._check_known(made)
+        return made
 
     def _recorder(self, rank: int) -> TallyRecorder:
-        keeping = KeepingRecorder if self.learn else CostRecorder
-        kind = keeping if rank < TRACED and self.job.trace.enabled else TallyRecorder
+        kind: type[TallyRecorder] = self._depth.recorder if rank < TRACED and self.job.trace.enabled else TallyRecorder
         return kind(lambda: self._world.time)
 
     def _make_processors(self) -> list[Processor]:

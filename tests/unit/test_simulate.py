@@ -61,7 +61,7 @@ def simulate(
     job: Job, cluster: dict[str, Any] | None = None, known: Calibration | None = None, **named: Any
 ) -> Simulated:
     described = Description.model_validate(cluster or TWO)
-    return Simulation(job, described, known or calibration(), **named).run()
+    return Simulation(job, described, **named).run(known or calibration())
 
 
 def intervals(found: Simulated) -> list[list[int]]:

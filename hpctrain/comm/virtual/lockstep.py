@@ -53,7 +53,7 @@ class FreeTimes(StepTimes):
 
 
 class LinkTimes(StepTimes):
-    """Of a `LinkNetwork`, which serves messages in the order in which it is told of them."""
+    """Of a `LinkNetwork`, which serves messages in the order in which they are sent."""
 
     def __init__(self, network: LinkNetwork, hosts: Numbers) -> None:
         self._network = network
@@ -63,8 +63,8 @@ class LinkTimes(StepTimes):
     def begin(self) -> None:
         self._out = np.array([self._network.out.get(node, 0) for node in self._names])
         self._in = np.array([self._network.into.get(node, 0) for node in self._names])
-        # Out and in: when it was told of the last message of this collective, and by which rank.
-        self._told = np.full((4, len(self._names)), -1)
+        # Out and in: when the latest message of this collective was sent, and by which rank.
+        self._latest = np.full((4, len(self._names)), -1)
 
     def step(self, source: Numbers, dest: Numbers, nbytes: Numbers, send: Numbers, recv: Numbers) -> Any:
         network, here, there = self._network, self._node[source], self._node[dest]
@@ -76,19 +76,19 @@ class LinkTimes(StepTimes):
         if far.size:
             wire = (nbytes[far] * 1e9 / network.bandwidth).astype(np.int64)
             out, into, now = here[far], there[far], start[far]
-            self._check(self._told[:2], out, source[far], now)
-            self._check(self._told[2:], into, source[far], now)
+            self._check(self._latest[:2], out, source[far], now)
+            self._check(self._latest[2:], into, source[far], now)
             leave = np.maximum(self._out[out], now)
             arrive = np.maximum(self._in[into], leave + network.latency)
             self._out[out] = sent[far] = leave + wire
             self._in[into] = arrived[far] = arrive + wire
         return sent, np.maximum(arrived, both)
 
-    def _check(self, told: Numbers, nodes: Numbers, senders: Numbers, now: Numbers) -> None:
-        when, whom = told
-        if np.bincount(nodes).max() > 1 or np.any((now <= when[nodes]) & (whom[nodes] != senders)):
+    def _check(self, latest: Numbers, nodes: Numbers, senders: Numbers, now: Numbers) -> None:
+        when, sender = latest
+        if np.bincount(nodes).max() > 1 or np.any((now <= when[nodes]) & (sender[nodes] != senders)):
             raise Crowded
-        when[nodes], whom[nodes] = now, senders
+        when[nodes], sender[nodes] = now, senders
 
     def keep(self) -> None:
         self._network.out.update(zip(self._names, self._out.tolist(), strict=True))
@@ -125,7 +125,6 @@ class FlowPairs:
     def begin(self) -> None:
         """Before a collective."""
         self.free, self.bytes, self.busy = self.kept, np.zeros_like(self.kept), np.zeros_like(self.kept)
-
 
     def shared(self, eager: Any) -> list[Numbers]:
         """The ports that messages compete for, of which some are `eager`. Raises Crowded if two need the same one."""

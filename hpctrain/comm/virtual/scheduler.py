@@ -36,7 +36,7 @@ class Task:
     result: Any = None
     error: BaseException | None = None
     joiner: Task | None = None
-    call: None = None  # what tells it from a `Timer`
+    call: None = None  # a `Timer` has a function here
     inside = 0  # depth of collectives: until they return, no code runs that could use torch's state
     torch: tuple[Any, ...] | None = None  # saved state; None while it is active
 

@@ -1,0 +1,103 @@
+"""How deep a simulation goes: with gradients, or costs alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from hpctrain.comm.base import Communicator
+from hpctrain.data.loader import Batch
+from hpctrain.data.splits import Splits
+from hpctrain.errors import ClusterError
+from hpctrain.job import Job
+from hpctrain.replica.coupling import Coupling
+from hpctrain.run.api import fit_batch
+from hpctrain.run.folder import name_of
+from hpctrain.run.prepare import Prepared, prepare, prepare_evaluation
+from hpctrain.run.session import Session
+from hpctrain.simulate.numbers import reads_numbers, refuse_numbers
+from hpctrain.simulate.opened import only_steps
+from hpctrain.simulate.phantom import PhantomKeeper, PhantomParts, phantom_loss
+from hpctrain.simulate.recording import CostRecorder, KeepingRecorder
+
+
+class Depth(ABC):
+    """`computes`: whether there are numbers; `recorder`: of ranks that write traces."""
+
+    computes: ClassVar[bool]
+    recorder: ClassVar[type[KeepingRecorder]]
+
+    @abstractmethod
+    def shortened(self, job: Job, steps: int | None) -> Job:
+        """The job as it is simulated, for that many rounds; None: as many as it has. Raises JobError if it cannot be
+        simulated at this depth."""
+
+    @abstractmethod
+    def build(self, job: Job, comm: Communicator, splits: Splits) -> Prepared:
+        """The parts of a rank's run, as from `prepare`."""
+
+    @abstractmethod
+    def begin(self, running: Session) -> Coupling | None:
+        """A rank's run has begun. Returns the job's own coupling, if it computes."""
+
+    @abstractmethod
+    def step(self, running: Session, batch: Batch) -> None:
+        """Process one batch."""
+
+    def explained(self, error: Exception, job: Job) -> Exception:
+        """The error to raise instead of this one of a rank; itself, if there is nothing to add."""
+        return error
+
+
+class Gradients(Depth):
+    """Everything is computed, on the virtual clock."""
+
+    computes = True
+    recorder = KeepingRecorder
+
+    def shortened(self, job: Job, steps: int | None) -> Job:
+        return job if steps is None else job.override([f"train.steps={steps}"])
+
+    def build(self, job: Job, comm: Communicator, splits: Splits) -> Prepared:
+        return prepare(job, comm, prepare_evaluation(job, comm, splits))
+
+    def begin(self, running: Session) -> Coupling:
+        return running.prepared.coupling
+
+    def step(self, running: Session, batch: Batch) -> None:
+        fit_batch(running, batch)
+
+
+class Costs(Depth):
+    """Nothing is computed, and nothing holds memory."""
+
+    computes = False
+    recorder = CostRecorder
+
+    def __init__(self) -> None:
+        self._parts: PhantomParts | None = None  # the same for all ranks
+
+    def shortened(self, job: Job, steps: int | None) -> Job:
+        refuse_numbers(job)
+        return only_steps(job, steps, job.output)
+
+    def build(self, job: Job, comm: Communicator, splits: Splits) -> Prepared:
+        if self._parts is None:
+            self._parts = PhantomParts(prepare_evaluation(job, comm, splits))
+        return self._parts.build(job, comm)
+
+    def begin(self, running: Session) -> None:
+        run = running.run
+        run.keeper = PhantomKeeper(run.prepared, run.comm, run.folder, run.files)
+
+    def step(self, running: Session, batch: Batch) -> None:
+        running.step(phantom_loss())
+
+    def explained(self, error: Exception, job: Job) -> Exception:
+        if not reads_numbers(error):
+            return error
+        names = " or ".join(sorted({name_of(phase.strategy) for phase in job.schedule}))
+        return ClusterError(
+            f"strategy {names} or optimizer {job.optimizer.name} reads numbers that a simulation of costs does "
+            f"not have ({error}); simulate it with --learn, which computes them"
+        )
