@@ -3,6 +3,7 @@ loss depends on, and gradient stretches that are sent only when final."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.marks import mostly_slow, slow
 from tests.unit.test_losses import pair
 
 SIZE = 4
+SOME = np.arange(40) % 3 == 0  # parameters that a loss depends on
 ADAMW = {"name": "AdamW", "lr": 0.02, "weight_decay": 0.3}
 MOMENTUM = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
 
@@ -488,3 +490,23 @@ def test_round_combines_its_rows():
     assert RoundTotals.of([one, Contribution(4, 1.0, 1.0, Ask.NOTHING, bad=2)]).faulty == 1
     scaled = RoundTotals.of([one, Contribution(4, 1.0, 1.0, Ask.NOTHING, bad=-2)])
     assert (scaled.faulty, scaled.overflow, scaled.skip) == (None, True, True)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [Contribution(3, 3.0, 0.5, Ask.NOTHING), Contribution(2, 2.0, 1.5, Ask.CHECKPOINT, used=SOME)],
+        [Contribution(3, 3.0, 0.5, Ask.NOTHING, used=SOME), Contribution(2, 2.0, 1.5, Ask.STOP, used=~SOME)],
+        [Contribution(3, 3.0, 0.5, Ask.NOTHING, bad=-1), Contribution(2, 2.0, float("nan"), Ask.NOTHING)],
+        [Contribution(1, 1.0, 0.5, Ask.NOTHING, bad=4, used=SOME), Contribution.nothing(Ask.LEAVE, SOME.size)],
+    ],
+)
+def test_totals_of_encoded_rows_are_those_of_contributions(parts: list[Contribution]) -> None:
+    table = np.array([part.encode(SOME.size) for part in parts])
+    rows, whole = RoundTotals.of_rows(table, SOME.size), RoundTotals.of(parts)
+    assert (rows.used is None) == (whole.used is None)
+    if whole.used is not None:
+        assert rows.used is not None
+        assert rows.used.tolist() == whole.used.tolist()
+    assert replace(rows, used=None, loss=0.0) == replace(whole, used=None, loss=0.0)
+    assert rows.loss == pytest.approx(whole.loss, nan_ok=True)

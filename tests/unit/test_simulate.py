@@ -229,6 +229,7 @@ def test_run_folder_is_an_ordinary_one_and_says_that_it_is_simulated(run_folder:
     assert run.ranks == [0, 1, 2, 3]
     assert run.notes == ["simulated, not measured: two: 2 hosts, 1000 Mbit/s"]
     assert run.attributes(2)["host"] == "node2"
+    assert run.steps()["loss"].isna().all()  # nothing was computed
     for words in (["trace"], ["report"], ["watch", "--once"], ["trace", "export"], ["compare"]):
         folders = [str(run_folder)] * (2 if words == ["compare"] else 1)
         assert main([*words[:1], *words[1:], *folders] if words[0] != "watch" else ["watch", *folders, "--once"]) == 0
