@@ -68,7 +68,8 @@ def usual_steps(job: Job, learn: bool) -> int | None:
 
 def measure_job(job: Job, places: Sequence[int]) -> Calibration:
     """What steps of the job cost, measured on a few virtual ranks, whatever number of ranks it needs."""
-    return measure(job.override(["ranks=default"]), few(job, places))
+    free = job.override(["ranks=default"]) if job.ranks is not None else job
+    return measure(free, few(job, places))
 
 
 def few(job: Job, places: Sequence[int]) -> Sequence[int]:
