@@ -36,14 +36,13 @@ def run_digits(mpi: launcher.Mpi, folder: Path, ranks: int, *keys: str) -> tuple
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_straggler_is_the_headline(mpi: launcher.Mpi, tmp_path: Path, name: str) -> None:
-    """One of three workers is twice as slow; they share about two cores, hence the margin. (All strategies:
-    tests/unit/test_headline.py.)"""
+    """One of three workers is twice as slow. By how much is not asserted: they share cores with whatever else runs.
+    (All strategies and the factor: tests/unit/test_headline.py.)"""
     keys = [*STRATEGIES[name], "train.epochs=6", f"debug.slow={{{SLOW} = 2.0}}", "trace.report=false"]
     run, _ = run_digits(mpi, tmp_path, 4, *keys)
     analysis = analyse(run)
     found = straggler(analysis)
     assert found is not None and found.rank == SLOW, analysis.headline
-    assert 1.2 < found.times < 4
     if name != "switch":
         assert re.match(rf"\d+% of worker time is waiting for rank {SLOW}, whose", analysis.headline)
     else:
