@@ -66,7 +66,7 @@ class Trial:
     def cluster(self) -> Description:
         """The cluster of the laboratory and of the simulator."""
         return Description.model_validate(
-            {"name": "trial", "hosts": list(self.hosts), "link": {"mbit_per_s": self.mbit}}
+            {"name": "trial", "hosts": list(self.hosts), "link": {"mbit_per_s": self.mbit}, "machine_cores": 2.0}
         )
 
     def job(self, output: str) -> Job:

@@ -26,7 +26,9 @@ SWITCH = f"{PREFIX}switch"
 HOME = Path("/run/hpctrain-lab")
 HOSTS_FILES = Path("/etc/netns")  # `ip netns exec` puts their contents in place of those of /etc
 CARD = "e0"  # a host's network card
-QUEUE_MS = 50  # of data that waits before a limited link drops packets
+BURST_MS = 0.6  # of data that a link passes at once after a pause: a whole packet of TCP (64 KiB) at 1 Gbit/s; at least two of the wire
+QUEUE_MS = 50  # of data that waits before a link drops packets, but at least as much as follows
+CARD_QUEUE, PORT_QUEUE = 1_500_000, 256_000  # bytes: a card's thousand packets, a port of an office switch
 PERIOD_US = 10_000  # over which a host's share of the processors is counted
 SECONDS = 30.0  # for any command
 TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux"}
@@ -142,10 +144,11 @@ def _add(host: Host, names: str) -> None:
 def _limit_link(host: Host, space: str, port: str) -> None:
     """Limit both directions: what the host sends, and what the switch sends to it."""
     rate = host.link.mbit_per_s * 1e6
-    burst = max(int(rate / 8 / 250), 16384)
-    limit = ("tbf", "rate", f"{rate:.0f}bit", "burst", f"{burst}", "latency", f"{QUEUE_MS}ms")
-    for where, card in ((space, CARD), (SWITCH, port)):
-        _in(where, "tc", "qdisc", "add", "dev", card, "root", "handle", "1:", *limit)
+    burst = max(int(rate / 8 * BURST_MS / 1000), 3200)
+    limit = ("tbf", "rate", f"{rate:.0f}bit", "burst", f"{burst}", "limit")
+    for where, card, queue in ((space, CARD, CARD_QUEUE), (SWITCH, port, PORT_QUEUE)):
+        waits = max(int(rate / 8 * QUEUE_MS / 1000), queue)
+        _in(where, "tc", "qdisc", "add", "dev", card, "root", "handle", "1:", *limit, f"{waits}")
     if host.link.latency_ms:
         packets = max(100, int(rate / 8 / 1500 * (host.link.latency_ms + QUEUE_MS) / 1000))  # on the way, or waiting
         delay = ("netem", "delay", f"{host.link.latency_ms}ms", "limit", f"{packets}")

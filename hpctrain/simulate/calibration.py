@@ -69,6 +69,15 @@ class LinkCosts(Table):
     eager_bytes: Annotated[int, Field(ge=0)] = 16384
 
 
+class HandlingCosts(Table):
+    """What messages take of a core. `message_s`, `byte_s`: of the sender's and of the receiver's, for each; `napping`:
+    the share of a core that a rank uses that waits with naps."""
+
+    message_s: Seconds = 5e-6
+    byte_s: Annotated[float, Field(ge=0, le=1)] = 5e-10
+    napping: Annotated[float, Field(ge=0, le=1)] = 0.05
+
+
 class Calibration(Table):
     """What was measured. `source`: the command or the runs. `spans`: by kind (reduce, update, encode ...), for bytes.
     `step`: what a step costs besides its spans. `error`: how far a computing time may be off, relative."""
@@ -79,6 +88,7 @@ class Calibration(Table):
     step: MeasuredCost = MeasuredCost()
     between: LinkCosts = LinkCosts(latency_s=50e-6, overhead_s=5e-6, efficiency=0.94)
     within: LinkCosts = LinkCosts(latency_s=1e-6, bytes_per_s=5e9, overhead_s=1e-6)
+    handling: HandlingCosts = HandlingCosts()
     error: Annotated[float, Field(ge=0, le=10)] = 0.15
 
     def span(self, kind: str) -> MeasuredCost:

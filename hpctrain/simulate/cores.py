@@ -1,90 +1,140 @@
-"""The cores of a host in virtual time: ranks that compute at the same time share them."""
+"""The cores of hosts in virtual time: ranks that compute at the same time share them."""
 
 from __future__ import annotations
 
-from math import ceil
+import random
+from collections.abc import Iterator
+from math import ceil, inf
 
-from hpctrain.comm.virtual.scheduler import Scheduler, Task
+from hpctrain.comm.virtual.scheduler import Scheduler, Task, Timer
 
 DONE = 0.5  # nanoseconds
 PERIOD = 10_000_000  # nanoseconds, over which a part of a core is counted; the laboratory's, too
+TICK = 4_000_000  # nanoseconds: how often Linux looks who should run, and whether a quota is used up (CONFIG_HZ = 250)
+KEPT = 1_000_000  # nanoseconds of an unused quota that stay for the next period (min_cfs_rq_runtime)
 
 
 class Cores:
-    """`count` cores. A task uses at most one. If more tasks compute than there are cores, each gets an equal share (as
-    the completely fair scheduler does over many time slices).
+    """What the ranks of one host compute with: `count` cores, or None: one for each task. A task uses at most one. If
+    more tasks compute than there are cores, they take turns of 4 ms.
 
-    Of a part of a core, such as the last half of 1.5, ranks get what a quota of the control groups gives: they compute
-    at full speed until the host has used up `count` times 10 ms in a period of 10 ms, and then wait for the next one.
+    Of a part of a core, such as the last half of 1.5, ranks get what a quota of Linux's control groups gives: they
+    compute at full speed until the host has used up `count` times 10 ms in a period of 10 ms, then wait for the next
+    one. Linux looks only every 4 ms, and subtracts from the next period what was used too much.
     """
 
-    def __init__(self, world: Scheduler, count: float) -> None:
-        self._world = world
-        self._whole, self._quota = ceil(count), count * PERIOD  # nanoseconds of cores in a period
-        self._left: dict[Task, float] = {}  # nanoseconds of a whole core
-        self._since = 0  # when `_left` and `_used` were right
-        self._used = 0.0  # of the quota, in the period of `_since`
-        self._first: Task | None = None  # the task that is done first, as far as is known now, and when
-        self._end = 0
+    def __init__(self, machine: Machine, count: float | None, phase: int) -> None:
+        self._machine = machine
+        self.width = inf if count is None else ceil(count)
+        self.quota = inf if count is None or count == self.width else count * PERIOD
+        self.budget = self.quota  # nanoseconds of cores, until `refresh`; negative: used too much
+        self.refresh = phase  # when the next period begins
+        self.stopped = False
 
     def work(self, nanoseconds: float) -> None:
-        """Let the current task compute for that long on a whole core, or longer on its share of one."""
-        world, left = self._world, self._left
-        task = world.current
+        """Let the current task compute for that long on a core, when it gets one."""
+        self._machine.work(self, nanoseconds)
+
+    def used(self, nanoseconds: float, since: int) -> None:
+        """That much of the host's quota has already been used, in the time since then."""
+        if self.quota < inf:
+            now = self._machine.advance()
+            here = min(now - since, now - (self.refresh - PERIOD))
+            self.budget -= nanoseconds * here / max(1, now - since)
+            self.stopped = self.stopped or self.budget <= 0
+
+    def spend(self, nanoseconds: float, now: int) -> None:
+        """Tasks of the host have computed for that long until now, where a turn, a task or a period ends."""
+        if self.quota < inf:
+            self.budget -= nanoseconds
+            self.stopped = self.stopped or (self.budget <= DONE and now % TICK == 0)
+            while self.refresh <= now:
+                self.budget = min(self.budget, KEPT) + self.quota
+                self.refresh += PERIOD
+                if self.budget >= self.quota and self.refresh < now:  # nothing happens in whole periods
+                    self.refresh += (now - self.refresh) // PERIOD * PERIOD
+                self.stopped = self.budget <= 0
+
+
+class Machine:
+    """`count` cores (None: enough for all) that one or several hosts are parts of."""
+
+    def __init__(self, world: Scheduler, count: float | None, seed: int | str = 0) -> None:
+        self._world, self._count = world, inf if count is None else count
+        self._hosts: list[Cores] = []
+        self._phases = random.Random(f"{seed}/periods")
+        self._left: dict[Task, float] = {}  # nanoseconds; tasks in the order in which they get cores
+        self._host: dict[Task, Cores] = {}
+        self._since = 0
+        self._timer: Timer | None = None
+
+    def host(self, count: float | None) -> Cores:
+        """A part of it, with that many cores. Its periods begin at a random time."""
+        host = Cores(self, count, self._phases.randrange(PERIOD))
+        self._hosts.append(host)
+        return host
+
+    def work(self, host: Cores, nanoseconds: float) -> None:
+        """See `Cores.work`."""
+        task = self._world.current
         assert task is not None
-        self._advance()
-        left[task] = nanoseconds
+        self.advance()
+        self._left[task], self._host[task] = nanoseconds, host
         self._plan()
-        while True:
-            world.block("the end of a computation")
-            self._advance()
-            if left[task] <= DONE:
-                break
-            if self._first is task and world.time >= self._end:  # rounding has left a part of it
-                self._plan()
-        del left[task]
-        self._plan()
+        while task in self._left:
+            self._world.block("the end of a computation")
 
-    @property
-    def _rate(self) -> float:
-        """The share of a core that each computing task has while there is quota left."""
-        return min(1.0, self._whole / max(1, len(self._left)))
+    def _running(self) -> list[Task]:
+        """The tasks that have a core."""
+        found, taken = list[Task](), dict[Cores, int]()
+        for task, host in self._host.items():
+            if not host.stopped and taken.get(host, 0) < host.width:
+                taken[host] = taken.get(host, 0) + 1
+                found.append(task)
+                if len(found) >= self._count:
+                    break
+        return found
 
-    def _running(self, start: int, used: float) -> float:
-        """For how many nanoseconds from `start` on tasks can run in that period, of whose quota so much is used."""
-        rest = PERIOD - start % PERIOD
-        busy = self._rate * len(self._left)
-        return min(rest, (self._quota - used) / busy) if busy else rest
-
-    def _advance(self) -> None:
-        now, busy, rate = self._world.time, self._rate * len(self._left), self._rate
+    def advance(self) -> int:
+        """Let what computes go on until now; returns the time."""
+        now = self._world.time
         while self._since < now:
-            end = min(now, self._since - self._since % PERIOD + PERIOD)
-            ran = min(end - self._since, self._running(self._since, self._used))
-            for task in self._left:
-                self._left[task] -= ran * rate
-            self._used = 0.0 if end % PERIOD == 0 else self._used + ran * busy
+            running = self._running()
+            end = int(min(now, self._change(running)))
+            spent = dict.fromkeys(self._hosts, 0)
+            for task in running:
+                self._left[task] -= end - self._since
+                spent[self._host[task]] += end - self._since
+            for host, nanoseconds in spent.items():
+                host.spend(nanoseconds, end)
+            for task in running:
+                if self._left[task] <= DONE:
+                    del self._left[task], self._host[task]
+                    self._world.wake(task)
+                elif end % TICK == 0 and len(running) < len(self._host):  # its turn is over
+                    self._host[task] = self._host.pop(task)
             self._since = end
-            if not self._left and now - end > PERIOD:  # nothing happens in whole periods
-                self._since, self._used = now - now % PERIOD, 0.0
+        return now
+
+    def _change(self, running: list[Task]) -> float:
+        """When another task may get a core: one is done, its turn is over, or a period begins."""
+        since, hosts = self._since, dict.fromkeys(self._host.values())
+        times = [since + max(1, ceil(self._left[task])) for task in running]
+        times += [host.refresh for host in hosts if host.quota < inf]
+        if len(running) < len(self._host) or any(host.quota < inf for host in hosts):
+            times.append((since // TICK + 1) * TICK)
+        return min(times, default=inf)
 
     def _plan(self) -> None:
-        """Wake the task that is done first, once it is: it plans for the next one."""
-        if not self._left:
-            return
-        task = min(self._left, key=self._left.__getitem__)
-        end = self._ending(max(0.0, self._left[task]) / self._rate)
-        if (task, end) != (self._first, self._end):
-            self._first, self._end = task, end
-            self._world.wake_at(end, task)
+        """Come back when that changes."""
+        if self._timer is not None:
+            self._timer.finished = True
+            self._timer = None
+        time = self._change(self._running())
+        if time < inf:
+            self._timer = self._world.call_at(int(time), self._come_back)
 
-    def _ending(self, running: float) -> int:
-        """When tasks have run for that many nanoseconds from now on."""
-        now = self._world.time
-        first = self._running(now, self._used)
-        if running <= first:
-            return now + max(1, round(running))
-        running -= first
-        each = self._running(0, 0.0)
-        periods = ceil(running / each) - 1
-        return now - now % PERIOD + PERIOD + periods * PERIOD + max(1, round(running - periods * each))
+    def _come_back(self, _: object) -> None:
+        self._timer = None
+        self.advance()
+        self._plan()

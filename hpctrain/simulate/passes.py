@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from hpctrain.replica.replica import Replica
 
 
+NOTICING = 1e-9  # seconds
+
+
 class Spells:
     """When a host is slow: spells of `for_s` seconds, one in every stretch of `every_s`, at a random place in it."""
 
@@ -47,6 +50,7 @@ class Processor:
         self._world, self._host, self._cores, self._spells = world, host, cores, spells
         self._random = random.Random(f"{seed}/{rank}")
         self._luck, self._passes = 1.0, False
+        self._owed = 0.0  # seconds of the host's cores, for messages
 
     def draw(self, spread: float) -> None:
         """A new pass begins, with a time that varies by that much, relative."""
@@ -64,9 +68,26 @@ class Processor:
 
     def work(self, seconds: float) -> None:
         """Compute for that long, as measured on one whole core of the calibrated machine."""
-        here = seconds * self._luck / self._host.speed * self._spells.factor(self._world.time)
+        here = seconds * self._luck
+        if not self._host.devices:  # else a core of the host handles messages meanwhile
+            here, self._owed = here + self._owed, 0.0
+        here *= self._spells.factor(self._world.time) / self._host.speed
         if here > 0:
             self._cores.work(here * 1e9)
+
+    def owe(self, seconds: float) -> None:
+        """Handle messages for that long, as soon as possible."""
+        self._owed += seconds
+
+    def waited(self, since: int, polling: float) -> None:
+        """The rank has waited since then, and has handled messages meanwhile. `polling`: the share of a core that it
+        has used for that. Returns when it goes on, which is later if its host's quota is used up."""
+        elapsed = (self._world.time - since) / 1e9
+        handled = min(elapsed, self._owed / self._host.speed)
+        self._owed -= handled * self._host.speed
+        self._cores.used(min(elapsed, max(polling * elapsed, handled)) * 1e9, since)
+        if self._owed or self._cores.stopped:
+            self.work(NOTICING)
 
 
 class TimedPasses(Coupling):

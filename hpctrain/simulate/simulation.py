@@ -18,8 +18,9 @@ from hpctrain.hosts import Description, nodes
 from hpctrain.job import Job, check_ranks
 from hpctrain.job.roles import roles_of
 from hpctrain.run.prepare import Prepared
+from hpctrain.simulate.attention import WaitingRanks
 from hpctrain.simulate.calibration import Calibration, LinkCosts
-from hpctrain.simulate.cores import Cores
+from hpctrain.simulate.cores import Machine
 from hpctrain.simulate.depth import Costs, Depth, Gradients
 from hpctrain.simulate.opened import opened
 from hpctrain.simulate.passes import Processor, Spells, TimedPasses
@@ -119,6 +120,7 @@ class Simulation:
         )  # fmt: skip
         self._tallies = [recorder.tally for recorder in recorders]
         self._processors = self._make_processors()
+        world.attention = WaitingRanks(world, self._processors, calibration.handling, self._naps())
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -167,8 +169,9 @@ class Simulation:
     def _make_processors(self) -> list[Processor]:
         """Of each rank: ranks of a host share its cores, or its accelerators in turn."""
         world, seed = self._world, self.job.seed
-        cores = [Cores(world, host.cores if host.cores is not None else 1e9) for host in self.hosts]
-        devices = [[Cores(world, 1.0) for _ in range(host.devices)] for host in self.hosts]
+        shared = Machine(world, self.cluster.machine_cores, seed) if self.cluster.machine_cores is not None else None
+        cores = [(shared or Machine(world, None, f"{seed}/{host.number}")).host(host.cores) for host in self.hosts]
+        devices = [[Machine(world, None).host(1.0) for _ in range(host.devices)] for host in self.hosts]
         spells = [Spells(host, seed) for host in self.hosts]
         found, before = [], dict.fromkeys(range(len(self.hosts)), 0)
         for rank, place in enumerate(self.places):
@@ -177,6 +180,12 @@ class Simulation:
             own = devices[place][local % host.devices] if host.devices else cores[place]
             found.append(Processor(world, host, own, spells[place], seed, rank))
         return found
+
+    def _naps(self) -> bool:
+        """Whether waiting ranks nap: as real ones, if any has less than a core."""
+        ranks = [self.places.count(index) for index in range(len(self.hosts))]
+        scarce = any(h.cores is not None and h.cores < n for h, n in zip(self.hosts, ranks, strict=True))
+        return self.job.communicator.wait == "nap" or (self.job.communicator.wait == "auto" and scarce)
 
     def _network(self) -> FlowNetwork:
         costs = self.calibration

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from hpctrain.comm.mpi.requests import BETWEEN, LONGEST, LOOKS, NAP, Waiting
+from hpctrain.comm.mpi.requests import LOOKS, Waiting
+from hpctrain.comm.waiting import BETWEEN, LONGEST, NAP
 
 
 @pytest.fixture

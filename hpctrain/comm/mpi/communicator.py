@@ -34,7 +34,7 @@ from hpctrain.comm.base import (
 )
 from hpctrain.comm.mpi.ending import end_all_ranks
 from hpctrain.comm.mpi.quota import processor_quota
-from hpctrain.comm.mpi.requests import MpiRecv, MpiReduce, MpiRequest, MpiSend, Waiting
+from hpctrain.comm.mpi.requests import SHORT, MpiRecv, MpiReduce, MpiRequest, MpiSend, Waiting
 from hpctrain.comm.mpi.shared import PrivateArena, SharedArena, why_not_shared
 from hpctrain.comm.mpi.start import MPI
 from hpctrain.errors import ClusterError
@@ -98,6 +98,7 @@ class MpiCommunicator(Communicator):
         self._count = 0
         self._messages: dict[tuple[int, int], int] = {}
         self._all_ranks = tuple(range(self.size))
+        self._apart = len(order) == self.size
 
     # -- point to point ------------------------------------------------------------------------------------
     def start_send(self, buffer: Buffer, dest: int, tag: int) -> Request:
@@ -139,12 +140,16 @@ class MpiCommunicator(Communicator):
     # Of a short all-reduce, Python's own calls take a good part, most of all while none of this is in the CPU caches.
     def all_reduce(self, buffer: Buffer, operation: Operation = "sum", algorithm: str = "library") -> None:
         id, recorder = self._collective(), self.recorder
-        if self.waiting.naps:
+        naps = self.waiting.naps
+        if naps and not self._apart:
             self._gather_up(id)
         wide = buffer.astype(np.float32) if buffer.itemsize == 2 and buffer.dtype in HALVES else buffer
         if algorithm == "library":
             began = recorder.now()
-            self.handle.Allreduce(MPI.IN_PLACE, wide, OPERATIONS[operation])
+            if naps and self._apart:
+                self._settle(self.handle.Iallreduce(MPI.IN_PLACE, wide, OPERATIONS[operation]), wide.nbytes)
+            else:
+                self.handle.Allreduce(MPI.IN_PLACE, wide, OPERATIONS[operation])
             recorder.passed(REDUCE, began, buffer.nbytes, id)
         else:
             with self.span("reduce", id=id):  # its messages have the bytes
@@ -160,14 +165,16 @@ class MpiCommunicator(Communicator):
         return MpiReduce(self.recorder, self.waiting, request, buffer, wide, id)
 
     def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
-        id = self._collective()
-        if self.waiting.naps:
+        id, naps = self._collective(), self.waiting.naps
+        if naps and not self._apart:
             self._gather_up(id)
         with self.span("recv", buffer.nbytes, id=id):
-            wire = _wire(buffer)
             counts = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-            places = list(bounds[:-1])
-            self.handle.Allgatherv(MPI.IN_PLACE, [wire, (counts, places)])
+            into = [_wire(buffer), (counts, list(bounds[:-1]))]
+            if naps and self._apart:
+                self._settle(self.handle.Iallgatherv(MPI.IN_PLACE, into), buffer.nbytes)
+            else:
+                self.handle.Allgatherv(MPI.IN_PLACE, into)
 
     def gather_rows(self, row: Buffer) -> Buffer:
         id, recorder = self._collective(), self.recorder
@@ -191,8 +198,13 @@ class MpiCommunicator(Communicator):
         hosts = tuple(self.hosts[r] for r in ranks)
         return MpiCommunicator(handle, members, hosts, number, self.waiting, self.recorder, self.cores)
 
+    def _settle(self, request: MPI.Request, nbytes: int) -> None:
+        """Where cores are scarce and messages go between nodes, which takes long: nap until the collective is over."""
+        self.waiting.settle(request, idle=nbytes <= SHORT)
+
     def _gather_up(self, id: int) -> None:
-        """Where cores are scarce: wait for the last rank without using a core, then exchange at full speed."""
+        """Where cores are scarce, on one node: wait for the last rank without using a core, then exchange at full
+        speed."""
         with self.span("wait", id=id):
             self.waiting.settle(self.handle.Ibarrier(), idle=True)
 

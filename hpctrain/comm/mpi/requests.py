@@ -8,13 +8,9 @@ from collections.abc import Callable
 
 from hpctrain.comm.base import Buffer, Request
 from hpctrain.comm.mpi.start import MPI
+from hpctrain.comm.waiting import BETWEEN, NAP, nap
 from hpctrain.trace.recorder import Recorder
 
-NAP = 50e-6  # seconds between polls if there are more ranks than cores
-LONGEST = 1e-3  # seconds; a nap grows to this while nothing moves
-GROWTH = 1 / 8  # of the time waited so far: the end is noticed late by a sixteenth of the wait on average
-BETWEEN = 5e-4  # seconds; the longest nap while a long message moves: 16 pieces are then 2 GB/s
-LATER = 1 / 32  # its growth
 LOOKS = 16  # polls between naps: in each, MPICH moves only one piece (about 64 KiB) of a long message
 QUICK = 5e-6  # seconds; a poll that moves a piece takes longer than twice this, or twice the quickest poll so far
 SHORT = 1 << 12  # bytes; messages up to this are there all at once
@@ -41,10 +37,10 @@ class Waiting:
             while not ready():
                 os.sched_yield()
             return
-        longest, growth, looks = (LONGEST, GROWTH, 1) if idle else (BETWEEN, LATER, LOOKS)
+        looks = 1 if idle else LOOKS
         began, quick = time.monotonic(), QUICK
         while True:
-            time.sleep(min(longest, max(self._shortest, growth * (time.monotonic() - began))))
+            time.sleep(nap(time.monotonic() - began, idle, self._shortest))
             for _ in range(looks):
                 start = time.perf_counter()
                 if ready():

@@ -27,7 +27,7 @@ from hpctrain.comm.base import (
 from hpctrain.comm.phantom import Phantom
 from hpctrain.comm.virtual import schedules
 from hpctrain.comm.virtual.loops import Course, loop_of
-from hpctrain.comm.virtual.platform import Platform
+from hpctrain.comm.virtual.platform import Manner, Platform
 from hpctrain.comm.virtual.requests import (
     UNTRACED,
     Boxes,
@@ -64,6 +64,7 @@ class VirtualCommunicator(Communicator):
         self.recorder = recorder
         self.host = world.nodes[group.members[rank]]
         self.traced = not isinstance(recorder, NullRecorder)
+        self.manner: Manner = "naps"
         self.loop = loop_of(world, group)
         self._count = 0
         self._numbers: dict[tuple[int, int], int] = {}
@@ -75,6 +76,8 @@ class VirtualCommunicator(Communicator):
             send.id = self._number(dest, tag, 0)
             self.recorder.open("send", world.time, buffer.nbytes, self.members[dest], send.id)
             self.recorder.close(world.time)
+        if world.attention is not None:
+            world.attention.handled(self.members[self.rank], buffer.nbytes)
         send.since = world.time
         box = self.boxes[dest, self.rank, tag]
         if box and isinstance(recv := box[0], VirtualRecv):
@@ -130,7 +133,9 @@ class VirtualCommunicator(Communicator):
             for request in requests:
                 request.watch(True)
             with verb_span(self, "wait"):
+                since = self.world.time
                 self.world.block(requests)
+                self._notice(since)
                 for request in requests:
                     if request.over():
                         request.explain()
@@ -149,7 +154,7 @@ class VirtualCommunicator(Communicator):
             algorithms.tree_broadcast(self, buffer, all_ranks[root:] + all_ranks[:root])
 
     def all_reduce(self, buffer: Buffer, operation: Operation = "sum", algorithm: str = "library") -> None:
-        with self._collective("reduce"):
+        with self._collective("reduce"), self._in_library(algorithm == "library"):
             if self._all_reduce(buffer, operation, algorithm):
                 self._learn(buffer.nbytes)
 
@@ -174,7 +179,10 @@ class VirtualCommunicator(Communicator):
         if self.loop is None or schedule is None:
             looped = False
         else:
+            since = self.world.time
             looped = self.loop.enter(self, self._count, course, schedule, buffer, operation)
+            if looped:
+                self._notice(since)
         if not looped:
             course(self, buffer)
         return looped
@@ -189,13 +197,13 @@ class VirtualCommunicator(Communicator):
         id = self.group.number << 44 | self._count
         beside = copy(self)
         beside.boxes = self._shared("started", self.size, lambda: defaultdict(deque))
-        beside.recorder, beside.traced = NullRecorder(), False
+        beside.recorder, beside.traced, beside.manner = NullRecorder(), False, "beside"
         name = f"a started all-reduce of rank {self.members[self.rank]}"
         task = self.world.start(name, lambda: beside._all_reduce(buffer, operation, "library"), inside=1)
         return VirtualReduce(self, task, buffer.nbytes, id)
 
     def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
-        with self._collective("recv"):
+        with self._collective("recv"), self._in_library():
 
             def course(comm: VirtualCommunicator, part: Buffer) -> None:
                 algorithms.ring_all_gather(comm, part, bounds, comm.group.all_ranks)
@@ -239,12 +247,14 @@ class VirtualCommunicator(Communicator):
         epoch, world = arena.epochs[arena.index], self.world
         if len(arena.epochs) == 1:
             return
+        since = world.time
         with verb_span(self, "wait", id=arena.id | epoch):  # also for the last rank, which others waited for
             while min(arena.epochs) < epoch:
                 late = [self.members[self.local_ranks[i]] for i, e in enumerate(arena.epochs) if e < epoch]
                 assert world.current is not None
                 arena.waiting.append(world.current)
                 world.block(f"notify of epoch {epoch} by ranks {late}")
+            self._notice(since)
 
     def behind(self, arena: Arena) -> int:
         assert isinstance(arena, VirtualArena)
@@ -299,6 +309,28 @@ class VirtualCommunicator(Communicator):
             task.inside -= 1
             if task.torch is not None and not task.inside:
                 self.world.restore_torch(task)
+
+    @contextmanager
+    def _in_library(self, library: bool = True) -> Iterator[None]:
+        """A collective of the MPI library, which polls, other than messages. Where cores are scarce, ranks do as real
+        ones: they start it and nap, or if they share nodes, they gather first."""
+        attention = self.world.attention
+        apart = len(set(self.nodes)) == self.size
+        if attention is None or not library or (attention.naps and apart):
+            yield
+            return
+        if attention.naps:
+            self._perform(_barrier, schedules.dissemination_barrier, np.zeros(1, np.uint8))
+        before, self.manner = self.manner, "polls"
+        try:
+            yield
+        finally:
+            self.manner = before
+
+    def _notice(self, since: int) -> None:
+        """This rank has waited since then."""
+        if self.world.attention is not None:
+            self.world.attention.waited(self.members[self.rank], since, self.manner)
 
     # -- time, threads -------------------------------------------------------------------------------------
     def now(self) -> int:

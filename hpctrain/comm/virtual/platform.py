@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 from hpctrain.comm.virtual.flows import FlowNetwork
 from hpctrain.comm.virtual.network import FreeNetwork, Network
@@ -13,6 +13,22 @@ Compute = Callable[[int, str, int, float], int]
 """(rank, span kind, bytes, flops) -> nanoseconds that the span costs in virtual time."""
 
 Collectives = Literal["messages", "loop"]
+
+Manner = Literal["naps", "polls", "beside"]
+"""How a rank waits: it looks now and then; all the time, as MPI does within a collective; or not by itself, because
+another part of the rank does."""
+
+
+class Attention(Protocol):
+    """What messages take of the ranks' processors. `naps`: waiting ranks look only now and then."""
+
+    naps: bool
+
+    def handled(self, rank: int, nbytes: int) -> None:
+        """The rank has sent or received a message; that takes it time, from now on."""
+
+    def waited(self, rank: int, since: int, manner: Manner) -> None:
+        """The rank has waited since then. Returns when it has noticed the end."""
 
 
 class Platform(Scheduler):
@@ -43,3 +59,4 @@ class Platform(Scheduler):
         self.compute = compute
         self.phantom, self.simulates = phantom, simulates
         self.collectives = collectives
+        self.attention: Attention | None = None

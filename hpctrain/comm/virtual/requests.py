@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from hpctrain.comm.base import Buffer, Request
 from hpctrain.comm.phantom import deliver
 from hpctrain.comm.virtual.network import LATER
-from hpctrain.comm.virtual.platform import Platform
+from hpctrain.comm.virtual.platform import Manner, Platform
 from hpctrain.comm.virtual.scheduler import Scheduler, Task
 from hpctrain.trace.recorder import Recorder
 
@@ -32,6 +32,7 @@ class Endpoint(Protocol):
     boxes: Boxes
     recorder: Recorder
     traced: bool
+    manner: Manner
 
 
 class VerbSpan:
@@ -101,8 +102,11 @@ class VirtualRequest(Request):
         if comm.traced:
             comm.recorder.open(self.verb, world.time, 0, comm.members[self.peer], self.id)
         self.watch(True)
+        since = world.time
         while self.ends > world.time:
             world.block(self)
+        if world.attention is not None:
+            world.attention.waited(comm.members[comm.rank], since, comm.manner)
         if comm.traced:
             self.learn()
             comm.recorder.close(world.time)
@@ -201,6 +205,8 @@ def match(world: Platform, send: VirtualSend, recv: VirtualRecv) -> None:
     else:
         raise ValueError(f"a message of {out.nbytes} bytes does not fit a buffer of {into.nbytes}: {recv}")
     recv.elements = out.size
+    if world.attention is not None:
+        world.attention.handled(recv.comm.members[recv.comm.rank], out.nbytes)
     arrives = send.arrives
     if world.flows is not None and (arrives < 0 or arrives == LATER):
         send.into = recv
@@ -228,8 +234,12 @@ class VirtualReduce(Request):
 
     def wait(self) -> int:
         if not self._work.finished:
-            with verb_span(self._comm, "reduce", self._nbytes, self._id):
-                join(self._comm.world, self._work)
+            comm = self._comm
+            with verb_span(comm, "reduce", self._nbytes, self._id):
+                since = comm.world.time
+                join(comm.world, self._work)
+                if comm.world.attention is not None:
+                    comm.world.attention.waited(comm.members[comm.rank], since, comm.manner)
         return 0
 
     def __str__(self) -> str:
