@@ -38,6 +38,11 @@ def simulate(
     print(f"{job.name} on {described.summary()}; {size} rank{'s' * (size > 1)}; {depth}; calibration: {known.source}")
     if any(host.devices for host in described.each()):
         print("  note: computing times are those of a core of the calibrated machine, times the hosts' `speed`")
+    if found.from_flops:
+        print(
+            f"  note: the calibration is of {known.model.name}; what {job.model.name} takes was predicted from its "
+            f"flops, +- {100 * known.error_other_model:.0f} % of computing"
+        )
     if found.loops:
         print("  note: all-reduces that overlap were computed as loops, and may end up to a fifth too early")
     for line in lines(found, predict(found, known)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 from hpctrain.comm.base import Communicator
@@ -13,12 +14,14 @@ from hpctrain.job import Job
 from hpctrain.replica.coupling import Coupling
 from hpctrain.run.api import fit_batch
 from hpctrain.run.folder import name_of
-from hpctrain.run.prepare import Prepared, prepare, prepare_evaluation
+from hpctrain.run.prepare import Measurable, Prepared, prepare, prepare_evaluation
 from hpctrain.run.session import Session
 from hpctrain.simulate.numbers import reads_numbers, refuse_numbers
 from hpctrain.simulate.opened import only_steps
 from hpctrain.simulate.phantom import PhantomKeeper, PhantomParts, phantom_loss
 from hpctrain.simulate.recording import CostRecorder, KeepingRecorder
+
+Look = Callable[[Measurable], None]
 
 
 class Depth(ABC):
@@ -33,8 +36,8 @@ class Depth(ABC):
         simulated at this depth."""
 
     @abstractmethod
-    def build(self, job: Job, comm: Communicator, splits: Splits) -> Prepared:
-        """The parts of a rank's run, as from `prepare`."""
+    def build(self, job: Job, comm: Communicator, splits: Splits, look: Look) -> Prepared:
+        """The parts of a rank's run, as from `prepare`. `look`: called with the real ones."""
 
     @abstractmethod
     def begin(self, running: Session) -> Coupling | None:
@@ -58,8 +61,10 @@ class Gradients(Depth):
     def shortened(self, job: Job, steps: int | None) -> Job:
         return job if steps is None else job.override([f"train.steps={steps}"])
 
-    def build(self, job: Job, comm: Communicator, splits: Splits) -> Prepared:
-        return prepare(job, comm, prepare_evaluation(job, comm, splits))
+    def build(self, job: Job, comm: Communicator, splits: Splits, look: Look) -> Prepared:
+        parts = prepare_evaluation(job, comm, splits)
+        look(parts)
+        return prepare(job, comm, parts)
 
     def begin(self, running: Session) -> Coupling:
         return running.prepared.coupling
@@ -81,9 +86,11 @@ class Costs(Depth):
         refuse_numbers(job)
         return only_steps(job, steps, job.output)
 
-    def build(self, job: Job, comm: Communicator, splits: Splits) -> Prepared:
+    def build(self, job: Job, comm: Communicator, splits: Splits, look: Look) -> Prepared:
         if self._parts is None:
-            self._parts = PhantomParts(prepare_evaluation(job, comm, splits))
+            parts = prepare_evaluation(job, comm, splits)
+            look(parts)
+            self._parts = PhantomParts(parts)
         return self._parts.build(job, comm)
 
     def begin(self, running: Session) -> None:

@@ -17,10 +17,11 @@ from hpctrain.errors import ClusterError, JobError
 from hpctrain.hosts import Description, nodes
 from hpctrain.job import Job, check_ranks
 from hpctrain.job.roles import roles_of
-from hpctrain.run.prepare import Prepared
+from hpctrain.run.prepare import Measurable, Prepared
 from hpctrain.simulate.calibration import Calibration, LinkCosts
 from hpctrain.simulate.cores import Cores
 from hpctrain.simulate.depth import Costs, Depth, Gradients
+from hpctrain.simulate.flops import CountedPasses, count, parameters_of
 from hpctrain.simulate.opened import opened
 from hpctrain.simulate.passes import Processor, Spells, TimedPasses
 from hpctrain.simulate.recording import TallyRecorder, TimeTally
@@ -35,7 +36,8 @@ FREE = frozenset(["forward", "backward", "data", "evaluate", "switch", "checkpoi
 class Simulated:
     """What came out. `tallies`: of each rank; `workers`: the ranks that took steps; `stretch`: what shares and bytes
     come from; `begun`: when the first batch came (virtual nanoseconds); `left`: samples of the job that were not
-    simulated; `seconds`: virtual, of everything that was; `loops`: whether collectives were computed as loops."""
+    simulated; `seconds`: virtual, of everything that was; `loops`: whether collectives were computed as loops;
+    `from_flops`: whether the calibration is of another model, so that flops say what the passes take."""
 
     tallies: list[TimeTally]
     workers: list[int]
@@ -45,6 +47,7 @@ class Simulated:
     seconds: float
     folder: Path
     loops: bool
+    from_flops: bool
 
 
 class Simulation:
@@ -74,18 +77,38 @@ class Simulation:
         self._world: World
         self._stretch: Stretch | None = None
         self._begun = 0
+        self._counted: CountedPasses | None = None
+        self._from_flops = False
         self._processors: list[Processor] = []
 
-    def _check_known(self, prepared: Prepared) -> None:
-        """Refuse to guess what another model costs, or batches far from those that were measured."""
-        known, batch = self.calibration.model, self.job.train.batch_size
-        parameters = prepared.replica.layout.parameters
-        if parameters != known.parameters or max(known.order) >= len(prepared.replica.layout.slots):
+    def _look(self, parts: Measurable) -> None:
+        """Count what the job's model does, the first time. Raises ClusterError if it must be known and is not."""
+        if self._counted is not None or self.calibration.model.work is None:
+            return
+        try:
+            self._counted = count(parts)
+        except ClusterError:
+            if parameters_of(parts.model) != self.calibration.model.parameters:
+                raise
+
+    def _take_costs(self, prepared: Prepared) -> None:
+        """Take the calibration for the job's model; if it is of another one, what flops say. Raises ClusterError if
+        that is not known, and for batches far from those measured."""
+        if self._from_flops:
+            return
+        known, batch, layout = self.calibration.model, self.job.train.batch_size, prepared.replica.layout
+        same = layout.parameters == known.parameters and max(known.order) < len(layout.slots)
+        counted, work = self._counted, known.work
+        if counted is not None and work is not None and (not same or counted.differs(work)):
+            costs = counted.costs(known, work, self.job.model.name, layout)
+            self.calibration, self._from_flops = self.calibration.model_copy(update={"model": costs}), True
+        elif not same:
             raise ClusterError(
                 f"the calibration ({self.calibration.source}) is of a model with {known.parameters:,} parameters, but "
-                f"this job's has {parameters:,}; calibrate with this job: hpctrain calibrate --measure JOB"
+                f"this job's has {layout.parameters:,}, and it does not say how many floating-point operations its own "
+                "takes; calibrate with this job, or again with that one: hpctrain calibrate --measure JOB"
             )
-        if not known.forward.knows(batch):
+        elif not known.forward.knows(batch):
             raise ClusterError(
                 f"train.batch_size = {batch}: the calibration ({self.calibration.source}) has measured batches of "
                 f"{known.forward.least:g} to {known.forward.most:g} samples, and what others cost is not known; "
@@ -133,7 +156,9 @@ class Simulation:
         assert self._stretch is not None
         workers = [rank for rank, tally in enumerate(self._tallies) if tally.steps]
         seconds = world.time / 1e9
-        return Simulated(self._tallies, workers, self._stretch, self._begun, self._left, seconds, folders[0], loops)
+        return Simulated(
+            self._tallies, workers, self._stretch, self._begun, self._left, seconds, folders[0], loops, self._from_flops
+        )  # fmt: skip
 
     def _body(self, comm: Communicator) -> Path:
         with opened(self.job, comm, self._build) as running:
@@ -156,8 +181,8 @@ class Simulation:
 
     def _build(self, job: Job, comm: Communicator) -> Prepared:
         """A rank's parts. Data are loaded once for all ranks."""
-        made = self._depth.build(job, comm, self._splits)
-        self._check_known(made)
+        made = self._depth.build(job, comm, self._splits, self._look)
+        self._take_costs(made)
         return made
 
     def _recorder(self, rank: int) -> TallyRecorder:

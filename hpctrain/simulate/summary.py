@@ -52,7 +52,8 @@ def predict(found: Simulated, calibration: Calibration) -> Prediction:
     computing = {rank: min(1.0, stretch.computing(rank) / stretch.seconds) for rank in range(len(found.tallies))}
     share = fmean(computing[rank] for rank in found.workers)
     chance = _chance(found, *next(iter(known.items())))
-    error = math.hypot(share * calibration.error, (1 - share) * NETWORK_ERROR, chance)
+    of_computing = calibration.error_other_model if found.from_flops else calibration.error
+    error = math.hypot(share * of_computing, (1 - share) * NETWORK_ERROR, chance)
     links = {name: each for name, each in stretch.ports().items() if each[0] and not name.endswith("memory")}
     busiest = max(links.items(), key=lambda item: item[1][1], default=None)
     stale = [value for rank in found.workers for value in found.tallies[rank].staleness]
