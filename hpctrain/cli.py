@@ -163,6 +163,9 @@ def _add_simulator(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "--calibration", metavar="FILE", type=Path, help="what computing costs (default: measured here, in seconds)"
     )
     simulate.add_argument("--learn", action="store_true", help="also compute gradients: loss against simulated seconds")
+    simulate.add_argument(
+        "--curve", metavar="RUN", type=Path, help="the run folder whose losses and evaluations the job's rules observe"
+    )
     simulate.add_argument("--steps", type=int, metavar="N", help="rounds (default: enough to see what a step costs)")
     simulate.set_defaults(command=_simulate)
     calibrate = commands.add_parser("calibrate", help="measure what a job's computing costs, for `hpctrain simulate`")
@@ -347,7 +350,9 @@ def _simulate(options: argparse.Namespace) -> int:
     from hpctrain.simulate import command
 
     job = Job.load(options.job, options.overrides)
-    return command.simulate(job, options.cluster, options.n, options.calibration, options.learn, options.steps)
+    return command.simulate(
+        job, options.cluster, options.n, options.calibration, options.learn, options.steps, options.curve
+    )
 
 
 def _calibrate(options: argparse.Namespace) -> int:
