@@ -50,7 +50,7 @@ def predict(found: Simulated, calibration: Calibration) -> Prediction:
     taken = {rank: _seconds(found, rank, *ends) for rank, ends in known.items()}
     step = median(taken[rank] / (last - first) for rank, (first, last) in known.items())
     rate = sum(sum(found.tallies[r].samples[a + 1 : b + 1]) / taken[r] for r, (a, b) in known.items())
-    computing = {rank: min(1.0, stretch.computing(rank) / stretch.seconds) for rank in range(len(found.tallies))}
+    computing = {rank: stretch.computing(rank) / stretch.seconds for rank in range(len(found.tallies))}
     share = fmean(computing[rank] for rank in found.workers)
     chance = _chance(found, *next(iter(known.items())))
     of_computing = calibration.error_other_model if found.from_flops else calibration.error
