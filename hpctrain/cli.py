@@ -9,16 +9,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 from hpctrain import __version__
+from hpctrain.commandline import job_arguments, job_file, load, named, parse, resume_arguments
 from hpctrain.errors import HpctrainError
-from hpctrain.filenames import JOB, LATEST
 from hpctrain.text import escaped, shown_path
-
-if TYPE_CHECKING:
-    from hpctrain.job import Job
-    from hpctrain.run.resume import Resume
 
 DESCRIPTION = "Train PyTorch models on MPI and Slurm clusters with the synchronisation strategy that is fastest there."
 EXPORT = "trace export"
@@ -41,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         with _written_out():
-            options = _parser().parse_args(words)
+            options = parse(_parser(), words)
             return int(options.command(options))
     except HpctrainError as error:
         print(f"hpctrain: {escaped(str(error))}", file=sys.stderr)
@@ -84,13 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hpctrain {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="run a job on the ranks that mpirun or srun started (or on one)")
-    _job_arguments(train)
-    _resume_arguments(train)
+    job_arguments(train)
+    resume_arguments(train)
     train.set_defaults(command=_train)
     run = commands.add_parser("run", help="start ranks on this machine and train (finds the right mpiexec)")
     run.add_argument("-n", type=int, default=2, metavar="N", help="how many ranks (default 2)")
-    _job_arguments(run)
-    _resume_arguments(run)
+    job_arguments(run)
+    resume_arguments(run)
     run.set_defaults(command=_run)
     evaluate = commands.add_parser("evaluate", help="compute loss and metric of a run's model on its test samples")
     evaluate.add_argument("run", metavar="RUN", type=Path, help="a run folder")
@@ -127,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     show = about.add_parser(
         "show", help="print a job with every default written out, and import nothing that it names", description=SHOW
     )
-    _job_arguments(show)
+    job_arguments(show)
     show.set_defaults(command=_show)
     return parser
 
@@ -156,13 +151,16 @@ def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _add_simulator(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands that predict."""
     simulate = commands.add_parser("simulate", help="predict what a job does on a described cluster, without it")
-    _job_arguments(simulate, required=True)
+    job_arguments(simulate)
     simulate.add_argument("--cluster", metavar="FILE", type=Path, required=True, help="such as clusters/lan1g.toml")
     simulate.add_argument("-n", type=int, metavar="N", help="how many ranks (default: all places of the hosts)")
     simulate.add_argument(
         "--calibration", metavar="FILE", type=Path, help="what computing costs (default: measured here, in seconds)"
     )
     simulate.add_argument("--learn", action="store_true", help="also compute gradients: loss against simulated seconds")
+    simulate.add_argument(
+        "--curve", metavar="RUN", type=Path, help="the run folder whose losses and evaluations the job's rules observe"
+    )
     simulate.add_argument("--steps", type=int, metavar="N", help="rounds (default: enough to see what a step costs)")
     simulate.set_defaults(command=_simulate)
     calibrate = commands.add_parser("calibrate", help="measure what a job's computing costs, for `hpctrain simulate`")
@@ -204,75 +202,10 @@ def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     export.set_defaults(command=_export)
 
 
-def _job_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    parser.add_argument("job", metavar="JOB", nargs=None if required else "?", help="a job file (TOML)")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to change, such as train.epochs=3")
-
-
-def _named(path: str | None) -> str:
-    """The given job file. Raises JobError if none was given."""
-    from hpctrain.errors import JobError
-
-    if path is None:
-        raise JobError("no job file given; name one, such as jobs/digits.toml")
-    return path
-
-
-def _resume_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="here",
-        metavar="RUN",
-        help="continue from the newest checkpoint of that run folder (leave JOB out, or give the run's own); without "
-        "RUN: of the folder that contains JOB; `latest`: of the newest unfinished run with an equal job in this Slurm "
-        "job (outside Slurm: among runs started outside Slurm), or start a new run if there is none",
-    )
-    parser.add_argument(
-        "--reset-optimizer",
-        action="store_true",
-        help="with --resume: reset the optimizer's state (momentum, Adam's moments); required if the optimizer changes",
-    )
-
-
-def _job_file(options: argparse.Namespace) -> str:
-    """The job file that the options name, or mean by `--resume RUN`. Raises JobError."""
-    resume, path = options.resume, options.job
-    if resume not in (None, "here", LATEST):
-        if path is None:
-            path = os.path.join(resume, JOB)
-        elif "=" in path and not os.path.exists(path):
-            options.overrides.insert(0, path)  # `train --resume RUN key=value`
-            options.job = path = os.path.join(resume, JOB)
-    path = _named(path)
-    if resume is None and options.reset_optimizer:
-        from hpctrain.errors import JobError
-
-        raise JobError("--reset-optimizer: there is nothing to reset without --resume RUN")
-    return path
-
-
-def _load(options: argparse.Namespace) -> tuple[Job, Resume | None]:
-    """The job, and what to resume from, if anything."""
-    from hpctrain.job import Job
-    from hpctrain.run.resume import Resume
-
-    path, resume = _job_file(options), options.resume
-    job = Job.load(path, options.overrides)
-    if resume is None:
-        return job, None
-    optimizer: Literal["keep", "reset"] = "reset" if options.reset_optimizer else "keep"
-    if resume == LATEST:
-        return job, Resume(LATEST, optimizer=optimizer)
-    folder = Path(path).parent if resume == "here" else Path(resume)
-    own = os.path.exists(folder / JOB) and os.path.samefile(path, folder / JOB)
-    return job, Resume(folder, "take" if own else "refuse", optimizer)  # changes to the run's own job are intended
-
-
 def _train(options: argparse.Namespace) -> int:
     from hpctrain.run.command import main
 
-    status = main(lambda: _load(options))
+    status = main(lambda: load(options))
     try:
         sys.stdout.flush()
     except OSError:  # already reported, and harmless: the run's results are in its folder
@@ -284,11 +217,10 @@ def _run(options: argparse.Namespace) -> int:
     from hpctrain import launcher
     from hpctrain.launcher.mpiexec import LibraryQuery
 
-    _job_file(options)  # rank 0 reports mistakes in the file: to read it here as well would delay the ranks by 0.3 s
+    job_file(options)  # rank 0 reports mistakes in the file: to read it here as well would delay the ranks by 0.3 s
     asked = LibraryQuery()
     command = [sys.executable, "-m", "hpctrain", "train"]
-    if options.job is not None:
-        command += [options.job, *options.overrides]
+    command += [*([options.job] if options.job is not None else []), *options.overrides]
     if options.resume is not None:
         command += [f"--resume={options.resume}"]
     if options.reset_optimizer:
@@ -346,8 +278,10 @@ def _simulate(options: argparse.Namespace) -> int:
     from hpctrain.job import Job
     from hpctrain.simulate import command
 
-    job = Job.load(options.job, options.overrides)
-    return command.simulate(job, options.cluster, options.n, options.calibration, options.learn, options.steps)
+    job = Job.load(named(options.job), options.overrides)
+    return command.simulate(
+        job, options.cluster, options.n, options.calibration, options.learn, options.steps, options.curve
+    )
 
 
 def _calibrate(options: argparse.Namespace) -> int:
@@ -442,7 +376,7 @@ def _explain(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from hpctrain.job import Job
 
-    job = Job.recorded(_named(options.job), options.overrides)
+    job = Job.recorded(named(options.job), options.overrides)
     print(job.dump(), end="")
     for key in job.unchecked:
         print(f"note: {key} is not built in and was not imported, so its options are not checked", file=sys.stderr)

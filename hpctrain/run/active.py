@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,8 @@ from hpctrain.run.tracing import Tracing
 from hpctrain.trace.events import Failure
 
 LOSS_SCALE = "loss_scale"  # key in a worker's own numbers
+Evaluator = Callable[[str], Evaluation]
+"""By the name of the part of the data. Collective over the workers."""
 
 
 @dataclass
@@ -35,7 +37,8 @@ class ActiveRun:
     `comm`: all ranks. `out`: writes on rank 0 only. `claim`, `files`: on rank 0 only. `signals`: None if stop signals
     are not caught. `closing`: what to undo when the session ends, however it ends. `state`: the state that the next
     phase takes over, whole on rank 0. `own`: what this worker's strategy continues from; None unless the phase is
-    resumed. `loss_scale`: this rank's; None: losses are not scaled.
+    resumed. `loss_scale`: this rank's; None: losses are not scaled. `evaluator`: what evaluates a part of the data in
+    place of the model, if anything.
     """
 
     job: Job
@@ -53,6 +56,7 @@ class ActiveRun:
     state: State | None = None
     own: Own | None = None
     loss_scale: LossScale | None = None
+    evaluator: Evaluator | None = None
     _warned: set[str] = field(default_factory=set)
 
     def take_state(self) -> State | None:
@@ -121,16 +125,19 @@ class ActiveRun:
         prepared, totals, job = self.prepared, self.totals, self.job
         self.works()  # any earlier checkpoint has been written
         with workers.span("evaluate"), buffers, self._known_to(workers):
-            found = evaluate(
-                prepared.model, dataset, prepared.loss, prepared.metric, workers, job.train.evaluation_batch,
-                self._move_measured, prepared.autocast,
-            )  # fmt: skip
+            found = self.evaluator(name) if self.evaluator is not None else self._evaluate(workers, dataset)
         epoch = totals.cursor / prepared.epoch
         if self.files is not None:
             self.files.add_row(metrics_row(totals.step, totals.cursor, epoch, totals.seconds, name, found.plain()))
         first, *others = found.text(name, job.metric.name)
         self.out.say(f"epoch {epoch:.2f}: {', '.join([first, *(text.removeprefix(f'{name} ') for text in others)])}")
         return found
+
+    def _evaluate(self, workers: Communicator, dataset: Any) -> Evaluation:
+        made, batch = self.prepared, self.job.train.evaluation_batch
+        return evaluate(
+            made.model, dataset, made.loss, made.metric, workers, batch, self._move_measured, made.autocast
+        )  # fmt: skip
 
     @contextmanager
     def _known_to(self, workers: Communicator) -> Iterator[None]:

@@ -135,10 +135,15 @@ class _Fed:
                 self._failure = error
 
 
+def own_part(samples: int, worker: int, workers: int) -> tuple[int, int]:
+    """The stretch of a data set of known length that one of several workers evaluates."""
+    return samples * worker // workers, samples * (worker + 1) // workers
+
+
 def _share(loader: Loader, order: Order, comm: Communicator, batch_size: int) -> Iterator[tuple[int, int]]:
     """This worker's batches of one pass: a contiguous stretch; for a stream of unknown length, batches in turn."""
     if order.length is not None:
-        low, high = order.length * comm.rank // comm.size, order.length * (comm.rank + 1) // comm.size
+        low, high = own_part(order.length, comm.rank, comm.size)
         for start in range(low, high, batch_size):
             yield start, min(high, start + batch_size)
         return

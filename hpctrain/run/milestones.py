@@ -136,7 +136,8 @@ class Milestones:
         run.check_hold()
         run.saving()
         own = run.saved(self._strategy.own())
-        with self._workers.span("checkpoint"), self._strategy.settled():
+        written = self._phase.replica.values.nbytes if self._workers.rank == 0 else 0  # besides the optimizer's state
+        with self._workers.span("checkpoint", written), self._strategy.settled():
             account = {**totals.plain(), "ending": ending.value}
             run.keeper.save(self._phase, self._strategy.state(), own, account, totals.cursor)
         if run.comm.rank == 0 and not totals.interrupted:

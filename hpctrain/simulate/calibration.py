@@ -37,9 +37,24 @@ class MeasuredCost(Table):
         return self.least / BEYOND <= n <= self.most * BEYOND
 
 
+class PassWork(Table):
+    """What a pass of a model does: `flops` for each sample, and how many `operators` it calls for a batch."""
+
+    flops: Annotated[float, Field(gt=0)]
+    operators: Annotated[int, Field(ge=1)]
+
+
+class ModelWork(Table):
+    """What the passes of a model do."""
+
+    forward: PassWork
+    backward: PassWork
+
+
 class ModelCosts(Table):
     """The passes of one model. `order`: the parameters, as indices in the arena, in the order in which backward
-    completes their gradients; `shares`: of the pass, the part that ends with each of them. They add up to 1."""
+    completes their gradients; `shares`: of the pass, the part that ends with each of them. They add up to 1.
+    `work`: what the passes do, from which the costs of other models follow; None: not known."""
 
     name: str
     parameters: Annotated[int, Field(ge=1)]
@@ -47,6 +62,7 @@ class ModelCosts(Table):
     backward: MeasuredCost
     order: Annotated[list[int], Field(min_length=1)]
     shares: list[Annotated[float, Field(ge=0, le=1)]]
+    work: ModelWork | None = None
 
     @model_validator(mode="after")
     def _one_share_for_each_parameter(self) -> Self:
@@ -80,7 +96,8 @@ class HandlingCosts(Table):
 
 class Calibration(Table):
     """What was measured. `source`: the command or the runs. `spans`: by kind (reduce, update, encode ...), for bytes.
-    `step`: what a step costs besides its spans. `error`: how far a computing time may be off, relative."""
+    `step`: what a step costs besides its spans. `error`: how far a computing time may be off, relative (one standard
+    deviation); `error_other_model`: of a model that was never run."""
 
     source: str = ""
     model: ModelCosts
@@ -90,6 +107,7 @@ class Calibration(Table):
     within: LinkCosts = LinkCosts(latency_s=1e-6, bytes_per_s=5e9, overhead_s=1e-6)
     handling: HandlingCosts = HandlingCosts()
     error: Annotated[float, Field(ge=0, le=10)] = 0.15
+    error_other_model: Annotated[float, Field(ge=0, le=10)] = 0.5  # docs/simulation.md
 
     def span(self, kind: str) -> MeasuredCost:
         """What spans of that kind cost. Raises ClusterError if that is not known."""

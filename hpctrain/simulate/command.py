@@ -10,6 +10,7 @@ from hpctrain.errors import ClusterError
 from hpctrain.hosts import Description, nodes
 from hpctrain.job import Job
 from hpctrain.simulate.calibration import Calibration
+from hpctrain.simulate.curve import Curve
 from hpctrain.simulate.measure import measure
 from hpctrain.simulate.simulation import Simulation
 from hpctrain.simulate.summary import lines, predict
@@ -19,14 +20,28 @@ MEASURED = 4  # ranks that a measurement takes, where the job can run on so few
 
 
 def simulate(
-    job: Job, cluster: Path, ranks: int | None, calibration: Path | None, learn: bool, steps: int | None
+    job: Job,
+    cluster: Path,
+    ranks: int | None,
+    calibration: Path | None,
+    learn: bool,
+    steps: int | None,
+    curve: Path | None,
 ) -> int:
     """Predict what `job` does on that cluster, and print it. Raises HpctrainErrors."""
+    if curve is not None and (learn or steps is not None):
+        raise ClusterError(
+            f"--curve {curve}: that run's losses stand for those that --learn computes, and decide how many rounds "
+            "there are; leave --learn and --steps out"
+        )
     described = Description.load(cluster)
     places = nodes(described.each(), ranks)
     if steps is not None and steps < 1:
         raise ClusterError(f"--steps {steps}: at least 1 is needed")
-    simulation = Simulation(job, described, ranks, learn, usual_steps(job, learn) if steps is None else steps)
+    followed = Curve.of(curve, job) if curve is not None else None
+    if steps is None:
+        steps = usual_steps(job, learn or followed is not None)
+    simulation = Simulation(job, described, ranks, learn, steps, followed)
     if calibration is not None:
         known = Calibration.load(calibration)
     else:
@@ -35,9 +50,16 @@ def simulate(
     began = time.monotonic()
     found = simulation.run(known)
     depth, size = "with gradients" if learn else "costs only", len(places)
+    if curve is not None:
+        depth = f"costs only, with the losses of {curve}"
     print(f"{job.name} on {described.summary()}; {size} rank{'s' * (size > 1)}; {depth}; calibration: {known.source}")
     if any(host.devices for host in described.each()):
         print("  note: computing times are those of a core of the calibrated machine, times the hosts' `speed`")
+    if found.from_flops:
+        print(
+            f"  note: the calibration is of {known.model.name}; what {job.model.name} takes was predicted from its "
+            f"flops, +- {100 * known.error_other_model:.0f} % of computing"
+        )
     if found.loops:
         print("  note: all-reduces that overlap were computed as loops, and may end up to a fifth too early")
     for line in lines(found, predict(found, known)):
@@ -56,9 +78,10 @@ def calibrate_here(job: Job, cluster: Path | None, output: Path) -> int:
     return 0
 
 
-def usual_steps(job: Job, learn: bool) -> int | None:
-    """How many rounds to simulate if nothing is said: all, or as many as show what a step costs."""
-    if learn or len(job.schedule) > 1:
+def usual_steps(job: Job, whole: bool) -> int | None:
+    """How many rounds to simulate if nothing is said: all (`whole`, or of several phases), or as many as show what a
+    step costs."""
+    if whole or len(job.schedule) > 1:
         return None
     every = getattr(job.schedule[0].strategy.options, "every", 1)
     if not isinstance(every, int):

@@ -79,13 +79,16 @@ class PhantomKeeper(Keeper):
 class PhantomParts:
     """Builds the parts of a run for many virtual ranks from one model and the length of one data set."""
 
-    def __init__(self, parts: Measurable) -> None:
-        """`parts`: real ones, of which shapes and lengths are taken."""
+    def __init__(self, parts: Measurable, judged: bool) -> None:
+        """`parts`: real ones, of which shapes and lengths are taken. `judged`: whether there is something to evaluate:
+        what evaluations during training take."""
         model = copy.deepcopy(parts.model).to(META)
-        self._parts = Measurable(
-            parts.job, META, Splits(TensorDataset(torch.empty(len(parts.splits.train), 0))), model, parts.loss,
-            parts.metric,
-        )  # fmt: skip
+        splits = Splits(_sized(parts.splits.train))
+        if judged and parts.splits.validation is not None:
+            splits.validation = _sized(parts.splits.validation)
+        elif judged and parts.splits.test is not None:
+            splits.test = _sized(parts.splits.test)
+        self._parts = Measurable(parts.job, META, splits, model, parts.loss, parts.metric)
 
     def build(self, job: Job, comm: Communicator) -> Prepared:
         """As `prepare`."""
@@ -96,6 +99,11 @@ class PhantomParts:
         return PhantomPrepared(**{**values, "untrained": NothingUntrained(own.model)})
 
 
-def phantom_loss() -> Tensor:
+def _sized(dataset: Any) -> TensorDataset:
+    """A data set of the same length."""
+    return TensorDataset(torch.empty(len(dataset), 0))
+
+
+def phantom_loss(value: float) -> Tensor:
     """A loss that depends on no parameter but can be differentiated."""
-    return torch.zeros((), requires_grad=True) + 1.0
+    return torch.zeros((), requires_grad=True) + value

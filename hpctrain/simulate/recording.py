@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from math import nan
 from typing import Any
 
@@ -12,38 +11,69 @@ from hpctrain.trace.recorder import Recorder
 COMPUTING = frozenset(["data", "forward", "backward", "reduce", "update", "encode", "decode"])
 
 
-def kind_of(kind: int | str, id: int) -> str:
-    """The kind of a span; a sum over ranks, which has a number, is not one of a rank's own."""
-    return "all_reduce" if kind == "reduce" and id != -1 else str(kind)
+class ComputingClock:
+    """For how many nanoseconds a rank computes, in one of its lanes (its own, a colocated server's) or in several."""
+
+    __slots__ = ("_lanes", "_since", "_total")
+
+    def __init__(self) -> None:
+        self._lanes = self._since = self._total = 0
+
+    def begin(self, now: int) -> None:
+        """One more lane computes."""
+        if not self._lanes:
+            self._since = now
+        self._lanes += 1
+
+    def end(self, now: int) -> None:
+        """One lane no longer computes."""
+        self._lanes -= 1
+        if not self._lanes:
+            self._total += now - self._since
+
+    def until(self, now: int) -> int:
+        """So far."""
+        return self._total + (now - self._since if self._lanes else 0)
+
+
+class OpenSpans:
+    """The spans of one lane that are open: the innermost one says whether the lane computes."""
+
+    __slots__ = ("_clock", "_computes")
+
+    def __init__(self, clock: ComputingClock) -> None:
+        self._clock = clock
+        self._computes = [False]  # of each span, after an outermost one that is always there
+
+    def open(self, kind: int | str, id: int, now: int) -> None:
+        """A span begins. A sum over ranks, which has a number, is not computing."""
+        computes = kind in COMPUTING and not (kind == "reduce" and id != -1)
+        self._change(self._computes[-1], computes, now)
+        self._computes.append(computes)
+
+    def close(self, now: int) -> None:
+        """The innermost span ends."""
+        self._change(self._computes.pop(), self._computes[-1], now)
+
+    def _change(self, before: bool, after: bool, now: int) -> None:
+        if after and not before:
+            self._clock.begin(now)
+        elif before and not after:
+            self._clock.end(now)
 
 
 class TimeTally:
-    """Totals of one rank. `nanoseconds`: by kind of span, without the spans within it; of each step: when it ended
-    (`steps`, virtual nanoseconds), with how many samples of this worker, its loss, whether a round ended with it, and
-    how many updates it was behind (`staleness`)."""
+    """Totals of one rank. `computing`: of all its lanes; of each step: when it ended (`steps`, virtual nanoseconds),
+    with how many samples of this worker, its loss, whether a round ended with it, and how many updates it was behind
+    (`staleness`)."""
 
     def __init__(self) -> None:
-        self.nanoseconds: dict[str, int] = defaultdict(int)
+        self.computing = ComputingClock()
         self.steps: list[int] = []
         self.losses: list[float] = []
         self.samples: list[int] = []
         self.rounds: list[bool] = []
         self.staleness: list[int] = []
-        self._open: list[list[Any]] = []  # kind, when the current piece began
-
-    def open(self, kind: str, now: int) -> None:
-        """A span begins."""
-        if self._open:
-            last = self._open[-1]
-            self.nanoseconds[last[0]] += now - last[1]
-        self._open.append([kind, now])
-
-    def close(self, now: int) -> None:
-        """The innermost span ends."""
-        kind, began = self._open.pop()
-        self.nanoseconds[kind] += now - began
-        if self._open:
-            self._open[-1][1] = now
 
     def step(self, now: int, loss: float, samples: int, ends_round: bool, stale: int) -> None:
         """A step has ended."""
@@ -65,24 +95,32 @@ class TimeTally:
 class TallyRecorder(Recorder):
     """Only counts."""
 
-    __slots__ = ("tally",)
+    __slots__ = ("_spans", "tally")
     keeps = False
 
     def __init__(self, now: Any) -> None:
         super().__init__(now)
-        self.tally = TimeTally()
+        self._count_into(TimeTally())
+
+    def _count_into(self, tally: TimeTally) -> None:
+        self.tally, self._spans = tally, OpenSpans(tally.computing)
 
     def lane(self, number: int) -> Recorder:
-        return TallyRecorder(self.now)  # of a colocated server: its rank's time is the main lane's
+        if number in self._store.lanes:
+            return self._store.lanes[number]
+        other = type(self).__new__(type(self))
+        other._begin(self.now, number, self._store)
+        other._count_into(self.tally)
+        return other
 
     def open(
         self, kind: int | str, now_ns: int, bytes: int = 0, peer: int = -1, id: int = -1, items: int = 0,
         flops: float = 0.0,
     ) -> None:  # fmt: skip
-        self.tally.open(kind_of(kind, id), now_ns)
+        self._spans.open(kind, id, now_ns)
 
     def close(self, now_ns: int) -> None:
-        self.tally.close(now_ns)
+        self._spans.close(now_ns)
 
     def learn(self, bytes: int, peer: int, id: int) -> None:
         return None
@@ -104,18 +142,15 @@ class KeepingRecorder(TallyRecorder):
     __slots__ = ()
     keeps = True
 
-    def lane(self, number: int) -> Recorder:
-        return Recorder.lane(self, number)
-
     def open(
         self, kind: int | str, now_ns: int, bytes: int = 0, peer: int = -1, id: int = -1, items: int = 0,
         flops: float = 0.0,
     ) -> None:  # fmt: skip
-        self.tally.open(kind_of(kind, id), now_ns)
+        self._spans.open(kind, id, now_ns)
         Recorder.open(self, kind, now_ns, bytes, peer, id, items, flops)
 
     def close(self, now_ns: int) -> None:
-        self.tally.close(now_ns)
+        self._spans.close(now_ns)
         Recorder.close(self, now_ns)
 
     def learn(self, bytes: int, peer: int, id: int) -> None:

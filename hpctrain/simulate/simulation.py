@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from math import inf
 from pathlib import Path
 
@@ -17,13 +18,18 @@ from hpctrain.errors import ClusterError, JobError
 from hpctrain.hosts import Description, nodes
 from hpctrain.job import Job, check_ranks
 from hpctrain.job.roles import roles_of
-from hpctrain.run.prepare import Prepared
+from hpctrain.run.folder import PhaseSummary
+from hpctrain.run.prepare import Measurable, Prepared
+from hpctrain.run.session import Session
 from hpctrain.simulate.attention import WaitingRanks
 from hpctrain.simulate.calibration import Calibration, LinkCosts
 from hpctrain.simulate.cores import Machine
-from hpctrain.simulate.depth import Costs, Depth, Gradients
+from hpctrain.simulate.curve import Curve
+from hpctrain.simulate.depth import Costs, Depth, Followed, Gradients
+from hpctrain.simulate.flops import CountedPasses, count, parameters_of
 from hpctrain.simulate.opened import opened
 from hpctrain.simulate.passes import Processor, Spells, TimedPasses
+from hpctrain.simulate.pauses import PauseCosts, Pauses, stages
 from hpctrain.simulate.recording import TallyRecorder, TimeTally
 from hpctrain.simulate.window import Moment, Stretch, Window
 
@@ -36,7 +42,9 @@ FREE = frozenset(["forward", "backward", "data", "evaluate", "switch", "checkpoi
 class Simulated:
     """What came out. `tallies`: of each rank; `workers`: the ranks that took steps; `stretch`: what shares and bytes
     come from; `begun`: when the first batch came (virtual nanoseconds); `left`: samples of the job that were not
-    simulated; `seconds`: virtual, of everything that was; `loops`: whether collectives were computed as loops."""
+    simulated; `seconds`: virtual, of everything that was; `loops`: whether collectives were computed as loops;
+    `from_flops`: whether the calibration is of another model, so that flops say what the passes take; `phases`: of the
+    simulated part; `pauses`: of the whole job, none of which is in the simulated time."""
 
     tallies: list[TimeTally]
     workers: list[int]
@@ -46,11 +54,15 @@ class Simulated:
     seconds: float
     folder: Path
     loops: bool
+    from_flops: bool
+    phases: list[PhaseSummary]
+    pauses: Pauses
 
 
 class Simulation:
     """A job on a cluster. `ranks`: None: as many as the cluster has places for. `learn`: really compute gradients;
-    otherwise only costs count. `steps`: rounds, None: as many as the job has. Raises HpctrainErrors if the job cannot
+    otherwise only costs count; `curve`: and the losses of an earlier run. `steps`: rounds, None: as many as the job
+    has. Raises HpctrainErrors if the job cannot
     be simulated there."""
 
     def __init__(
@@ -60,33 +72,57 @@ class Simulation:
         ranks: int | None = None,
         learn: bool = False,
         steps: int | None = None,
+        curve: Curve | None = None,
     ) -> None:
         self.cluster = cluster
         self.hosts = cluster.each()
         self.places = nodes(self.hosts, ranks)
         check_ranks(job, len(self.places))
-        self._depth: Depth = Gradients() if learn else Costs()
+        self._depth: Depth = Gradients() if learn else Costs() if curve is None else Followed(curve)
+        self._note = f", with the losses of {curve.source}" if curve is not None else ""
         if steps is not None and len(job.schedule) > 1:
             raise JobError("--steps: the job has several phases, which would no longer be what they are; leave it out")
         self._splits = load_data(job)
         self._left = 0
+        self._train = job.train
         self.job = self._simulated(job, steps)
         self.calibration: Calibration
         self._world: World
         self._stretch: Stretch | None = None
         self._begun = 0
+        self._ended: Session | None = None  # on rank 0
+        self._counted: CountedPasses | None = None
+        self._from_flops = False
         self._processors: list[Processor] = []
 
-    def _check_known(self, prepared: Prepared) -> None:
-        """Refuse to guess what another model costs, or batches far from those that were measured."""
-        known, batch = self.calibration.model, self.job.train.batch_size
-        parameters = prepared.replica.layout.parameters
-        if parameters != known.parameters or max(known.order) >= len(prepared.replica.layout.slots):
+    def _look(self, parts: Measurable) -> None:
+        """Count what the job's model does, the first time. Raises ClusterError if it must be known and is not."""
+        if self._counted is not None or self.calibration.model.work is None:
+            return
+        try:
+            self._counted = count(parts)
+        except ClusterError:
+            if parameters_of(parts.model) != self.calibration.model.parameters:
+                raise
+
+    def _take_costs(self, prepared: Prepared) -> None:
+        """Take the calibration for the job's model; if it is of another one, what flops say. Raises ClusterError if
+        that is not known, and for batches far from those measured."""
+        if self._from_flops:
+            return
+        known, batch, layout = self.calibration.model, self.job.train.batch_size, prepared.replica.layout
+        same = layout.parameters == known.parameters and max(known.order) < len(layout.slots)
+        counted, work = self._counted, known.work
+        if counted is not None and work is not None and (not same or counted.differs(work)):
+            costs = counted.costs(known, work, self.job.model.name, layout)
+            self.calibration, self._from_flops = self.calibration.model_copy(update={"model": costs}), True
+        elif not same:
             raise ClusterError(
                 f"the calibration ({self.calibration.source}) is of a model with {known.parameters:,} parameters, but "
-                f"this job's has {parameters:,}; calibrate with this job: hpctrain calibrate --measure JOB"
+                f"this job's has {layout.parameters:,}, and it does not say how many floating-point operations its own "
+                "takes; calibrate with this job, or again with that one: hpctrain calibrate --measure JOB"
             )
-        if not known.forward.knows(batch):
+        elif not known.forward.knows(batch):
             raise ClusterError(
                 f"train.batch_size = {batch}: the calibration ({self.calibration.source}) has measured batches of "
                 f"{known.forward.least:g} to {known.forward.most:g} samples, and what others cost is not known; "
@@ -116,10 +152,10 @@ class Simulation:
         self._world = world = World(
             size, self.places, network, self._span_cost, recorders,
             isolate_torch=depth.computes, collectives="loop" if loops else "messages",
-            phantom=not depth.computes, simulates=self.cluster.summary(),
+            phantom=not depth.computes, simulates=self.cluster.summary() + self._note,
         )  # fmt: skip
         self._tallies = [recorder.tally for recorder in recorders]
-        self._processors = self._make_processors()
+        self._processors = self._make_processors(world)
         world.attention = WaitingRanks(world, self._processors, calibration.handling, self._naps())
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -132,10 +168,13 @@ class Simulation:
             raise explained from error
         finally:
             torch.set_num_threads(threads)
-        assert self._stretch is not None
+        assert self._stretch is not None and self._ended is not None
         workers = [rank for rank, tally in enumerate(self._tallies) if tally.steps]
         seconds = world.time / 1e9
-        return Simulated(self._tallies, workers, self._stretch, self._begun, self._left, seconds, folders[0], loops)
+        return Simulated(
+            self._tallies, workers, self._stretch, self._begun, self._left, seconds, folders[0], loops,
+            self._from_flops, self._ended.totals.summaries, self._pauses(self._ended),
+        )  # fmt: skip
 
     def _body(self, comm: Communicator) -> Path:
         with opened(self.job, comm, self._build) as running:
@@ -151,24 +190,32 @@ class Simulation:
                 self._depth.step(running, batch)
             if comm.rank == 0:
                 self._stretch = window.close(self._moment)
+                self._ended = running
         return running.folder
+
+    def _pauses(self, ended: Session) -> Pauses:
+        """What the job's evaluations and checkpoints take, which are not simulated."""
+        made, ends = ended.prepared, list(accumulate(phase.samples for phase in ended.totals.summaries))
+        ends[-1] += self._left
+        costs = PauseCosts(self.calibration, self.places, self._make_processors)
+        return costs.of(self._train, self._splits, made, stages(made, made.total + self._left, ends))
 
     def _moment(self) -> Moment:
         return Moment.now(self._world.time, self._tallies, self._flows)
 
     def _build(self, job: Job, comm: Communicator) -> Prepared:
         """A rank's parts. Data are loaded once for all ranks."""
-        made = self._depth.build(job, comm, self._splits)
-        self._check_known(made)
+        made = self._depth.build(job, comm, self._splits, self._look)
+        self._take_costs(made)
         return made
 
     def _recorder(self, rank: int) -> TallyRecorder:
         kind: type[TallyRecorder] = self._depth.recorder if rank < TRACED and self.job.trace.enabled else TallyRecorder
         return kind(lambda: self._world.time)
 
-    def _make_processors(self) -> list[Processor]:
+    def _make_processors(self, world: World) -> list[Processor]:
         """Of each rank: ranks of a host share its cores, or its accelerators in turn."""
-        world, seed = self._world, self.job.seed
+        seed = self.job.seed
         shared = Machine(world, self.cluster.machine_cores, seed) if self.cluster.machine_cores is not None else None
         cores = [(shared or Machine(world, None, f"{seed}/{host.number}")).host(host.cores) for host in self.hosts]
         devices = [[Machine(world, None).host(1.0) for _ in range(host.devices)] for host in self.hosts]

@@ -10,6 +10,7 @@ from statistics import fmean, median, stdev
 
 from hpctrain.errors import ClusterError
 from hpctrain.simulate.calibration import Calibration
+from hpctrain.simulate.pauses import Pauses
 from hpctrain.simulate.simulation import Simulated
 from hpctrain.simulate.window import BEGIN
 
@@ -19,9 +20,9 @@ NETWORK_ERROR = 0.2  # relative, of the time in which ranks wait for messages: d
 @dataclass(frozen=True)
 class Prediction:
     """`step`: seconds that a worker takes for a step, median over workers; `error`: relative, one standard deviation;
-    `rate`: samples per second of all workers; `whole`: seconds of the whole training; `computing`: each rank's share of
-    time; `busiest`: (name, bytes per step, share of time in use) of the link that is used most; `sent`: bytes per step
-    on all links; `staleness`: mean and maximum."""
+    `rate`: samples per second of all workers; `whole`: seconds of the whole job, with its pauses; `computing`: each
+    rank's share of time; `busiest`: (name, bytes per step, share of time in use) of the link that is used most; `sent`:
+    bytes per step on all links; `staleness`: mean and maximum."""
 
     step: float
     error: float
@@ -49,10 +50,11 @@ def predict(found: Simulated, calibration: Calibration) -> Prediction:
     taken = {rank: _seconds(found, rank, *ends) for rank, ends in known.items()}
     step = median(taken[rank] / (last - first) for rank, (first, last) in known.items())
     rate = sum(sum(found.tallies[r].samples[a + 1 : b + 1]) / taken[r] for r, (a, b) in known.items())
-    computing = {rank: min(1.0, stretch.computing(rank) / stretch.seconds) for rank in range(len(found.tallies))}
+    computing = {rank: stretch.computing(rank) / stretch.seconds for rank in range(len(found.tallies))}
     share = fmean(computing[rank] for rank in found.workers)
     chance = _chance(found, *next(iter(known.items())))
-    error = math.hypot(share * calibration.error, (1 - share) * NETWORK_ERROR, chance)
+    of_computing = calibration.error_other_model if found.from_flops else calibration.error
+    error = math.hypot(share * of_computing, (1 - share) * NETWORK_ERROR, chance)
     links = {name: each for name, each in stretch.ports().items() if each[0] and not name.endswith("memory")}
     busiest = max(links.items(), key=lambda item: item[1][1], default=None)
     stale = [value for rank in found.workers for value in found.tallies[rank].staleness]
@@ -61,7 +63,7 @@ def predict(found: Simulated, calibration: Calibration) -> Prediction:
         step,
         error,
         rate,
-        trained + found.left / rate,
+        trained + found.left / rate + found.pauses.seconds,
         computing,
         found.workers,
         (busiest[0], busiest[1][0] / stretch.steps, busiest[1][1]) if busiest is not None else None,
@@ -89,7 +91,9 @@ def lines(found: Simulated, predicted: Prediction) -> Iterator[str]:
     yield f"{'step':<20}{_time(predicted.step)} +- {_time(predicted.step * relative)}"
     yield f"{'samples per second':<20}{predicted.rate:,.0f} +- {predicted.rate * relative:,.0f}"
     finish = f"{_time(predicted.whole)} +- {_time(predicted.whole * relative)}"
-    yield f"{'time to finish':<20}{finish} of training, without start-up, evaluations and checkpoints"
+    yield f"{'time to finish':<20}{finish}, without {_left_out(found.pauses)}"
+    yield from _phases(found)
+    yield from _paused(found.pauses)
     yield f"{'cost':<20}{predicted.whole * size:,.0f} rank-seconds"
     yield f"{'efficiency':<20}{100 * predicted.efficiency:.0f} % of the workers' time is computing"
     yield from _waiting(predicted, size)
@@ -100,6 +104,30 @@ def lines(found: Simulated, predicted: Prediction) -> Iterator[str]:
     if predicted.staleness is not None:
         mean, most = predicted.staleness
         yield f"{'staleness':<20}{mean:.1f} updates on average, at most {most}"
+
+
+def _left_out(pauses: Pauses) -> str:
+    """What the time to finish does not have, for a sentence."""
+    parts = ["start-up"]
+    parts += ["evaluations"] if pauses.evaluating is None else []
+    parts += ["checkpoints"] if pauses.saving is None else []
+    return ", ".join([*parts[:-2], " and ".join(parts[-2:])])
+
+
+def _paused(pauses: Pauses) -> Iterator[str]:
+    if pauses.evaluations:
+        takes = "of a data set of unknown length" if pauses.evaluating is None else f"in {_time(pauses.evaluating)}"
+        yield f"{'evaluations':<20}{pauses.evaluations} {takes}"
+    takes = "the calibration does not say in what time" if pauses.saving is None else f"in {_time(pauses.saving)}"
+    yield f"{'checkpoints':<20}{pauses.checkpoints}{', ' if pauses.saving is None else ' '}{takes}"
+
+
+def _phases(found: Simulated) -> Iterator[str]:
+    """Where rules have ended phases."""
+    if len(found.phases) < 2:
+        return
+    for phase in found.phases:
+        yield f"{f'phase {phase.index}':<20}{phase.strategy}: {phase.samples:,} samples in {_time(phase.seconds)}"
 
 
 def _waiting(predicted: Prediction, size: int) -> Iterator[str]:

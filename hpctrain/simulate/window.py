@@ -6,20 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hpctrain.comm.virtual.flows import FlowNetwork
-from hpctrain.simulate.recording import COMPUTING, TimeTally
+from hpctrain.simulate.recording import TimeTally
 
 BEGIN = 0.2  # of the samples, which are left out: rounds are not yet what they will be
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Totals up to some virtual time (nanoseconds). `spent`: by rank and kind of span; `ports`: bytes and nanoseconds
-    in use, by name; `steps`: of rank 0."""
+    """Totals up to some virtual time (nanoseconds). `computing`: of each rank; `ports`: bytes and nanoseconds in use,
+    by name; `steps`: of rank 0."""
 
     time: int
     steps: int
-    spent: tuple[dict[str, int], ...]
-    ports: dict[str, tuple[int, int]]
+    computing: tuple[int, ...]
+    ports: dict[str, tuple[float, int]]
 
     @classmethod
     def now(cls, time: int, tallies: Sequence[TimeTally], network: FlowNetwork) -> Moment:
@@ -28,8 +28,8 @@ class Moment:
         return cls(
             time,
             len(tallies[0].steps),
-            tuple(dict(tally.nanoseconds) for tally in tallies),
-            {port.name: (port.bytes, used[port.name]) for port in network.ports()},
+            tuple(tally.computing.until(time) for tally in tallies),
+            {port.name: (port.passed(time), used[port.name]) for port in network.ports()},
         )
 
 
@@ -73,11 +73,10 @@ class Stretch:
         return self.last.steps - self.first.steps
 
     def computing(self, rank: int) -> float:
-        """The rank's seconds in passes, sums, updates and codecs."""
-        before, after = self.first.spent[rank], self.last.spent[rank]
-        return sum(after.get(kind, 0) - before.get(kind, 0) for kind in COMPUTING) / 1e9
+        """The rank's seconds in passes, sums, updates and codecs, a server's beside it included."""
+        return (self.last.computing[rank] - self.first.computing[rank]) / 1e9
 
-    def ports(self) -> dict[str, tuple[int, float]]:
+    def ports(self) -> dict[str, tuple[float, float]]:
         """(bytes, share of the time in use) of everything that messages passed."""
         found = {}
         for name, (nbytes, busy) in self.last.ports.items():

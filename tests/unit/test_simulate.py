@@ -348,7 +348,7 @@ def test_strategy_that_reads_numbers_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": wide_net}, "is of a model with 192 parameters, but this job's has 16,777,216"),
+        ({"model": wide_net}, "is of a model with 192 parameters, but this job's has 16,777,216, and it does not"),
         ({"train": {"batch_size": 200}}, "has measured batches of 1 to 64 samples, and what others cost is not known"),
     ],
 )

@@ -61,6 +61,10 @@ class Port:
         self.bytes = self.busy = self.active = self.since = 0
         self.flows: dict[Flow, None] = {}
 
+    def passed(self, time: int) -> float:
+        """Bytes, with what has passed of messages that are under way and compete here."""
+        return self.bytes + sum(flow.passed(time) for flow in self.flows)
+
 
 @dataclass(frozen=True, slots=True)
 class FlowPath:
@@ -88,6 +92,10 @@ class Flow:
         self.left, self.rate, self.updated = float(nbytes), 0.0, 0
         self.timer: Timer | None = None
         self.following: Flow | None = None  # of the same pair, which waits for this one to end
+
+    def passed(self, time: int) -> float:
+        """Bytes that have left."""
+        return min(self.bytes, self.bytes - self.left + self.rate * (time - self.updated))
 
 
 @dataclass

@@ -1,0 +1,135 @@
+"""What training stops for, evaluations and checkpoints: how many there are, and what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from hpctrain.clock.samples import Duration, Every, RunClock, interval
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.virtual.world import World
+from hpctrain.data.splits import Splits, make_order
+from hpctrain.job.tables import Train
+from hpctrain.run.evaluate import own_part
+from hpctrain.run.prepare import Prepared
+from hpctrain.simulate.calibration import Calibration
+from hpctrain.simulate.passes import Processor
+
+CHECKPOINT = "checkpoint"  # kind of span
+
+
+@dataclass(frozen=True)
+class Pauses:
+    """`evaluations`, `checkpoints`: how many; `evaluating`, `saving`: seconds of all of them, None: not known."""
+
+    evaluations: int
+    evaluating: float | None
+    checkpoints: int
+    saving: float | None
+
+    @property
+    def seconds(self) -> float:
+        """As far as known."""
+        return (self.evaluating or 0.0) + (self.saving or 0.0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A phase of a run: `workers` train from cursor `start` to `stop`."""
+
+    clock: RunClock
+    workers: tuple[int, ...]
+    start: int
+    stop: int
+
+    def marks(self, every: Duration | None) -> int:
+        """How often something is due in it, but not at the end of the run; at most once in a round."""
+        stop = min(self.stop, self.clock.total - 1)
+        if every is None or stop <= self.start:
+            return 0
+        rounds = self.clock.rounds(stop) - self.clock.rounds(self.start) + 1
+        return min(rounds, _passed(interval(self.clock, every), self.start, stop))
+
+    def ends_with(self, every: Duration) -> bool:
+        """Whether something is due at the end of the run, which this stage reaches."""
+        total = self.clock.total
+        return self.stop >= total and _passed(interval(self.clock, every), total - 1, total) > 0
+
+
+def stages(made: Prepared, total: int, ends: Sequence[int]) -> list[Stage]:
+    """Of a run with the parts `made` that has `total` samples, and whose phases end at these cursors."""
+    return [
+        Stage(RunClock(made.epoch, made.batch * len(roles.workers), total), tuple(roles.workers), start, stop)
+        for roles, (start, stop) in zip(made.roles, pairwise([0, *ends]), strict=False)
+    ]
+
+
+@dataclass(frozen=True)
+class PauseCosts:
+    """What pauses take. `places`: the ranks' nodes; `processors`: makes those of all ranks, in a world."""
+
+    calibration: Calibration
+    places: Sequence[int]
+    processors: Callable[[World], Sequence[Processor]]
+
+    def of(self, train: Train, splits: Splits, made: Prepared, course: Sequence[Stage]) -> Pauses:
+        """Of a run with the keys `train`, on this data."""
+        during = splits.validation if splits.validation is not None else splits.test
+        final = splits.test if splits.test is not None else splits.validation
+        evaluated = [(stage, during, stage.marks(train.evaluate_every)) for stage in course]
+        if during is not final and course[-1].ends_with(train.evaluate_every):
+            evaluated.append((course[-1], during, 1))
+        evaluated.append((course[-1], final, 1))
+        times, seconds = 0, list[float | None]()
+        for stage, data, count in evaluated:
+            if data is not None and count:
+                each = self._evaluation(stage.workers, data, train.evaluation_batch)
+                times += count
+                seconds.append(None if each is None else count * each)
+        known = [each for each in seconds if each is not None]
+        saved = sum(stage.marks(train.checkpoint_every) for stage in course) + 1
+        saving = self._saving(made)
+        return Pauses(
+            times,
+            sum(known) if len(known) == len(seconds) else None,
+            saved,
+            saved * saving if saving is not None else None,
+        )
+
+    def _evaluation(self, workers: Sequence[int], data: Any, batch: int) -> float | None:
+        """Seconds of an evaluation by these ranks, each its part, in forward passes of `batch` samples; None for a
+        stream of unknown length."""
+        samples, model = make_order(data).length, self.calibration.model
+        if samples is None:
+            return None
+        world = World(len(self.places), self.places, isolate_torch=False)
+        processors = self.processors(world)
+
+        def body(comm: Communicator) -> None:
+            if comm.rank not in workers:
+                return
+            processor = processors[comm.rank]
+            low, high = own_part(samples, workers.index(comm.rank), len(workers))
+            processor.draw(model.forward.spread)
+            for start in range(low, high, batch):
+                count = min(batch, high - start)
+                processor.work(model.forward.seconds(count) + self.calibration.span("data").seconds(count))
+
+        world.run(body)
+        return world.time / 1e9
+
+    def _saving(self, made: Prepared) -> float | None:
+        """Seconds in which a checkpoint is written."""
+        if CHECKPOINT not in self.calibration.spans:
+            return None
+        layout = made.replica.layout
+        return self.calibration.span(CHECKPOINT).seconds(layout.length * layout.dtype.itemsize)
+
+
+def _passed(every: int | Every, start: int, stop: int) -> int:
+    """How many intervals end in (start, stop]."""
+    if isinstance(every, Every):
+        return every.passed(stop) - every.passed(start)
+    return stop // every - start // every
