@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +24,11 @@ from hpctrain.comm.base import (
     Share,
     Thread,
     barrier_id,
+    decoded,
 )
 from hpctrain.comm.phantom import Phantom
 from hpctrain.comm.virtual import schedules
-from hpctrain.comm.virtual.loops import Course, loop_of
+from hpctrain.comm.virtual.loops import loop_of
 from hpctrain.comm.virtual.platform import Platform
 from hpctrain.comm.virtual.requests import (
     UNTRACED,
@@ -44,6 +46,8 @@ from hpctrain.comm.virtual.shared import Meeting, VirtualArena, VirtualGroup
 from hpctrain.trace.recorder import NullRecorder, Recorder
 
 Made = TypeVar("Made")
+Course = Callable[["VirtualCommunicator", Buffer], None]
+"""A collective by messages."""
 
 
 class VirtualCommunicator(Communicator):
@@ -174,7 +178,7 @@ class VirtualCommunicator(Communicator):
         if self.loop is None or schedule is None:
             looped = False
         else:
-            looped = self.loop.enter(self, self._count, course, schedule, buffer, operation)
+            looped = self.loop.enter(self, self._count, schedule, buffer, operation)
         if not looped:
             course(self, buffer)
         return looped
@@ -202,6 +206,36 @@ class VirtualCommunicator(Communicator):
 
             if self._perform(course, schedules.ring_all_gather(bounds), buffer):
                 self._learn(buffer.nbytes)
+
+    def gather_rows(self, row: Buffer) -> Buffer:
+        """One table for all ranks, which they cannot change: with thousands of ranks, one for each would not fit. Its
+        messages carry no values."""
+        table = self._table(row)
+        bounds = range(0, table.size + 1, row.size) if row.size else [0] * (self.size + 1)
+        self.all_gather(Phantom(table.size, table.dtype), bounds)
+        return table
+
+    def start_gather_rows(self, row: Buffer) -> tuple[Request, Buffer]:
+        """The same."""
+        table = self._table(row + row.dtype.type(0))  # as a sum has it: -0.0 is 0.0
+        return self.start_all_reduce(Phantom(table.size, table.dtype)), table
+
+    def _table(self, row: Buffer) -> Buffer:
+        table = self._shared("table", self.size, lambda: np.zeros((self.size, row.size), row.dtype))
+        table[self.rank] = row
+        seen = table.view()
+        seen.flags.writeable = False
+        return seen
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """As of `Communicator`, with the same messages; the texts exist once for all ranks."""
+        text = json.dumps(value).encode()
+        texts = self._shared("texts", self.size, lambda: [b""] * self.size)
+        texts[self.rank] = text
+        lengths = self.gather_rows(np.array([len(text)], np.int64))[:, 0]
+        bounds = self._shared("bounds", self.size, lambda: [0, *np.cumsum(lengths).tolist()])
+        self.all_gather(Phantom(bounds[-1], np.dtype(np.uint8)), bounds)
+        return decoded(texts)
 
     def split(self, color: int | None, key: int = 0) -> VirtualCommunicator | None:
         answers = self._meet("split", self.group.all_ranks, (color, key))
