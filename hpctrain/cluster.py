@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
 from hpctrain.errors import ClusterError
 
@@ -35,6 +36,11 @@ def assign_roles(nodes: Sequence[int], servers: int, colocated: bool) -> Roles:
     over the nodes' links; rank 0 always keeps a replica. Colocated servers share their ranks with workers. Raises
     ClusterError if there are too few ranks.
     """
+    return _assigned(tuple(nodes), servers, colocated)
+
+
+@lru_cache(maxsize=4)  # thousands of virtual ranks ask for the same
+def _assigned(nodes: tuple[int, ...], servers: int, colocated: bool) -> Roles:
     size = len(nodes)
     limit = size if colocated else size - 1
     if servers > limit:

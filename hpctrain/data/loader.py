@@ -118,7 +118,7 @@ class Loader:
 
     def bounds(
         self, cursor: int, round_size: int, workers: int, shares: Sequence[int] | None = None
-    ) -> list[int]:
+    ) -> Sequence[int]:
         """The positions that the round at `cursor` assigns to its workers; see `round_bounds`.
 
         A stream of unknown length is read to the end of the round, so that all ranks, which all read the same stream,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,7 +147,7 @@ def mix(seed: int, epoch: int, indices: NDArray[Any]) -> NDArray[np.uint64]:
 
 def round_bounds(
     cursor: int, length: int | None, round_size: int, workers: int, shares: Sequence[int] | None = None
-) -> list[int]:
+) -> Sequence[int]:
     """The positions that a round starting at `cursor` assigns to its workers: worker i takes [b[i], b[i+1]).
 
     A round has `round_size` samples but never crosses the end of an epoch, so the last round of an epoch is smaller.
@@ -157,8 +157,29 @@ def round_bounds(
     size = min(round_size, _epoch_end(cursor, length) - cursor)
     if shares is not None:
         return [cursor + size * before // round_size for before in accumulate(shares, initial=0)]
-    share, extra = divmod(size, workers)
-    return [cursor + i * share + min(i, extra) for i in range(workers + 1)]
+    return EvenBounds(cursor, size, workers)
+
+
+class EvenBounds(Sequence[int]):
+    """Bounds of `workers` shares of `size` positions from `cursor` on, which differ by at most one. Each is computed
+    when it is asked for: every one of thousands of workers needs only its own."""
+
+    def __init__(self, cursor: int, size: int, workers: int) -> None:
+        self._cursor, self._workers = cursor, workers
+        self._share, self._extra = divmod(size, workers)
+
+    def __len__(self) -> int:
+        return self._workers + 1
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        found = range(self._workers + 1)[index]
+        if isinstance(found, range):
+            return [self[worker] for worker in found]
+        return self._cursor + found * self._share + min(found, self._extra)
 
 
 def _epoch_end(cursor: int, length: int | None) -> int:

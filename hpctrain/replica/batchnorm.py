@@ -10,7 +10,7 @@ whose share of a round has fewer micro-batches than another's runs extra ones on
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, cast
@@ -70,7 +70,7 @@ class BatchNorms(Coupling):
             self._comm = workers.split(0, workers.rank)
             self._ferry = None if workers.concurrent else _Ferry()
 
-    def idle(self, batches: Sequence[int], own: int) -> int:
+    def idle(self, batches: Iterable[int], own: int) -> int:
         """The number of micro-batches that this worker has fewer than the worker with the most."""
         return max(batches) - own
 

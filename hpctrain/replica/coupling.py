@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import ClassVar
 
 from torch import Tensor
@@ -23,9 +23,9 @@ class Coupling:
     def join(self, workers: Communicator) -> None:
         """Called when a phase with these workers begins. Collective over them."""
 
-    def idle(self, batches: Sequence[int], own: int) -> int:
+    def idle(self, batches: Iterable[int], own: int) -> int:
         """The number of micro-batches that do not count, which this worker must run after the `own` ones of its share.
-        `batches`: how many each worker's share has.
+        `batches`: how many each worker's share has, counted as they are asked for.
         """
         return 0
 

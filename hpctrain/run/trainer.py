@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -196,10 +196,10 @@ class Trainer:
         fewest = 2  # samples: batch norm cannot train on one
         return min(self.phase.dealing.batch // self.batch_size, max(1, samples // fewest)) if samples else 0
 
-    def _borrowed(self, bounds: list[int], own: int) -> list[Stretch]:
+    def _borrowed(self, bounds: Sequence[int], own: int) -> list[Stretch]:
         """Micro-batches that do not count, for models that are coupled: copies of the round's last sample. (Their
         batches have size 0.)"""
-        batches = [self._batches(b - a) for a, b in pairwise(bounds)]
+        batches = (self._batches(b - a) for a, b in pairwise(bounds))
         return [(bounds[-1] - 1, bounds[-1])] * self.coupling.idle(batches, own)
 
     def _take(self, start: int, stop: int, ahead: list[Stretch], counts: bool) -> Batch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -140,7 +140,7 @@ class TimedPasses(Coupling):
     def join(self, workers: Communicator) -> None:
         self._inner.join(workers)
 
-    def idle(self, batches: Sequence[int], own: int) -> int:
+    def idle(self, batches: Iterable[int], own: int) -> int:
         return self._inner.idle(batches, own)
 
     def before(self, counts: bool) -> None:

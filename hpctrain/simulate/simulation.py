@@ -13,6 +13,7 @@ from hpctrain.clock.samples import run_total
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.flows import FlowNetwork, MessageCosts
 from hpctrain.comm.virtual.world import World
+from hpctrain.data.order import Order
 from hpctrain.data.splits import load_data, make_order
 from hpctrain.errors import ClusterError, JobError
 from hpctrain.hosts import Description, nodes
@@ -83,6 +84,7 @@ class Simulation:
         if steps is not None and len(job.schedule) > 1:
             raise JobError("--steps: the job has several phases, which would no longer be what they are; leave it out")
         self._splits = load_data(job)
+        self._order: Order | None = None
         self._left = 0
         self._train = job.train
         self.job = self._simulated(job, steps)
@@ -204,8 +206,10 @@ class Simulation:
         return Moment.now(self._world.time, self._tallies, self._flows)
 
     def _build(self, job: Job, comm: Communicator) -> Prepared:
-        """A rank's parts. Data are loaded once for all ranks."""
+        """A rank's parts. Data are loaded once for all ranks, and the order of samples is drawn once."""
         made = self._depth.build(job, comm, self._splits, self._look)
+        if made.order.length is not None:  # else each rank finds the end of its stream by itself
+            made.order = self._order = self._order or made.order
         self._take_costs(made)
         return made
 

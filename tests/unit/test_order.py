@@ -74,7 +74,7 @@ def test_range_across_an_epoch_end_is_refused() -> None:
 def test_length_learned_during_the_run() -> None:
     order = Order(None, shuffle=False)
     assert (order.epoch(10**9), order.epoch_end(5)) == (0, UNKNOWN_END)
-    assert round_bounds(96, None, 32, 4) == [96, 104, 112, 120, 128]
+    assert list(round_bounds(96, None, 32, 4)) == [96, 104, 112, 120, 128]
     order.learn(100)
     order.learn(100)
     assert (order.epoch(100), order.epoch_end(100)) == (1, 200)

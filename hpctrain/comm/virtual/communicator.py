@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +24,11 @@ from hpctrain.comm.base import (
     Share,
     Thread,
     barrier_id,
+    decoded,
 )
 from hpctrain.comm.phantom import Phantom
 from hpctrain.comm.virtual import schedules
-from hpctrain.comm.virtual.loops import Course, loop_of
+from hpctrain.comm.virtual.loops import loop_of
 from hpctrain.comm.virtual.platform import Manner, Platform
 from hpctrain.comm.virtual.requests import (
     UNTRACED,
@@ -40,10 +42,12 @@ from hpctrain.comm.virtual.requests import (
 )
 from hpctrain.comm.virtual.scheduler import Scheduler, Task
 from hpctrain.comm.virtual.schedules import Schedule
-from hpctrain.comm.virtual.shared import Meeting, VirtualArena, VirtualGroup
+from hpctrain.comm.virtual.shared import Late, Meeting, VirtualArena, VirtualGroup
 from hpctrain.trace.recorder import NullRecorder, Recorder
 
 Made = TypeVar("Made")
+Course = Callable[["VirtualCommunicator", Buffer], None]
+"""A collective by messages."""
 
 
 class VirtualCommunicator(Communicator):
@@ -180,7 +184,7 @@ class VirtualCommunicator(Communicator):
             looped = False
         else:
             since = self.world.time
-            looped = self.loop.enter(self, self._count, course, schedule, buffer, operation)
+            looped = self.loop.enter(self, self._count, schedule, buffer, operation)
             if looped:
                 self._notice(since)
         if not looped:
@@ -211,14 +215,47 @@ class VirtualCommunicator(Communicator):
             if self._perform(course, schedules.ring_all_gather(bounds), buffer):
                 self._learn(buffer.nbytes)
 
+    def gather_rows(self, row: Buffer) -> Buffer:
+        """One table for all ranks, which they cannot change: with thousands of ranks, one for each would not fit. Its
+        messages carry no values."""
+        table = self._table(row)
+        bounds = range(0, table.size + 1, row.size) if row.size else [0] * (self.size + 1)
+        self.all_gather(Phantom(table.size, table.dtype), bounds)
+        return table
+
+    def start_gather_rows(self, row: Buffer) -> tuple[Request, Buffer]:
+        """The same."""
+        table = self._table(row + row.dtype.type(0))  # as a sum has it: -0.0 is 0.0
+        return self.start_all_reduce(Phantom(table.size, table.dtype)), table
+
+    def _table(self, row: Buffer) -> Buffer:
+        table = self._shared("table", self.size, lambda: np.zeros((self.size, row.size), row.dtype))
+        table[self.rank] = row
+        seen = table.view()
+        seen.flags.writeable = False
+        return seen
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """As of `Communicator`, with the same messages; the texts exist once for all ranks."""
+        text = json.dumps(value).encode()
+        texts = self._shared("texts", self.size, lambda: [b""] * self.size)
+        texts[self.rank] = text
+        lengths = self.gather_rows(np.array([len(text)], np.int64))[:, 0]
+        bounds = self._shared("bounds", self.size, lambda: [0, *np.cumsum(lengths).tolist()])
+        self.all_gather(Phantom(bounds[-1], np.dtype(np.uint8)), bounds)
+        return decoded(texts)
+
     def split(self, color: int | None, key: int = 0) -> VirtualCommunicator | None:
         answers = self._meet("split", self.group.all_ranks, (color, key))
-        if color is None:
+        chosen = self._shared("colors", self.size, lambda: by_color(answers)).get(color)
+        if color is None or chosen is None:
             return None
-        chosen = [r for _, r in sorted((k, r) for r, (c, k) in enumerate(answers) if c == color)]
         number = zlib.crc32(f"{self.group.number}/{self._count}/{color}".encode()) & 0x3FFFF
-        members = tuple(self.members[r] for r in chosen)
-        group = self._shared(("group", color), len(chosen), lambda: VirtualGroup(self.world.nodes, members, number))
+
+        def make() -> VirtualGroup:
+            return VirtualGroup(self.world.nodes, tuple(self.members[rank] for rank in chosen), number)
+
+        group = self._shared(("group", color), len(chosen), make)
         return VirtualCommunicator(self.world, group, chosen.index(self.rank), self.recorder)
 
     # -- memory --------------------------------------------------------------------------------------------
@@ -226,7 +263,8 @@ class VirtualCommunicator(Communicator):
         mine = Phantom(length, dtype) if self.world.phantom and share != "board" else np.zeros(length, dtype)
         if share not in SHARED:
             return VirtualArena([mine], 0, [0], [], -1)
-        parts = self._meet("arena", self.local_ranks, mine)
+        arrived = self._meet("arena", self.local_ranks, mine)
+        parts = [arrived[rank] for rank in self.local_ranks]
         id = barrier_id(self.group.number, self._count)
         name, takers = ("epochs", self.local_ranks[0]), len(parts)
         board: tuple[list[int], list[Task]] = self._shared(name, takers, lambda: ([0] * len(parts), []))
@@ -263,8 +301,8 @@ class VirtualCommunicator(Communicator):
     def sync(self, arena: Arena) -> None:
         """Nothing to do: only one rank runs at a time."""
 
-    def _meet(self, what: str, ranks: Sequence[int], value: Any) -> list[Any]:
-        """The values of these ranks, in their order; waits until all have arrived."""
+    def _meet(self, what: str, ranks: Sequence[int], value: Any) -> dict[int, Any]:
+        """The values of these ranks, by rank; waits until all have arrived."""
         self._count += 1
         meetings, key = self.group.meetings, (what, self._count, ranks[0])
         meeting = meetings.setdefault(key, Meeting())
@@ -275,10 +313,9 @@ class VirtualCommunicator(Communicator):
         while len(meeting.values) < len(ranks):
             assert self.world.current is not None
             meeting.tasks.append(self.world.current)
-            late = [self.members[r] for r in ranks if r not in meeting.values]
-            self.world.block(f"{what} with ranks {late}")
+            self.world.block(Late(what, self.members, ranks, meeting))
         self._take(key, meeting, len(ranks))
-        return [meeting.values[r] for r in ranks]
+        return meeting.values
 
     def _shared(self, name: Any, takers: int, make: Callable[[], Made]) -> Made:
         """One object for all `takers` ranks that request it by the same name, after the same number of collectives."""
@@ -362,6 +399,14 @@ class VirtualCommunicator(Communicator):
 
     def free(self) -> None:
         return None
+
+
+def by_color(answers: dict[int, tuple[int | None, int]]) -> dict[int | None, list[int]]:
+    """The ranks of each color, ordered by (key, rank). `answers`: (color, key) by rank."""
+    found: dict[int | None, list[int]] = {}
+    for _, rank in sorted((key, rank) for rank, (_, key) in answers.items()):
+        found.setdefault(answers[rank][0], []).append(rank)
+    return found
 
 
 def _barrier(comm: VirtualCommunicator, token: Buffer) -> None:

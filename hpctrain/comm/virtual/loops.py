@@ -7,8 +7,8 @@ links meanwhile:
 - If the group's own messages compete with each other, they are exchanged one by one, on a clock of their own.
 - Among more than 256 ranks, messages up to the eager limit that meet at a port count as if each were alone there:
   all-reduces of less than about 100 kB end up to a fifth earlier than by messages, larger ones a few per cent.
-- If another message was under way on the network since the first rank entered, the ranks exchange messages from when
-  the last has entered, so up to that much later.
+- If another message was under way on the network since the first rank entered, all ranks begin when the last has
+  entered, so up to that much later: by messages, if one is still under way then.
 - What ranks send that have left, while messages of the collective are still under way, does not compete with them. If
   the group begins another collective meanwhile, as with started all-reduces, the one waits at each link for the other
   (but short messages do not), instead of sharing it: several that overlap end up to a fifth earlier than by messages.
@@ -19,23 +19,27 @@ In a trace such a collective is one span per rank, as one of an MPI library: wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, Protocol
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from hpctrain.comm.algorithms import COMBINE
-from hpctrain.comm.base import Buffer, Operation
+from hpctrain.comm.base import Buffer, Operation, Tag
 from hpctrain.comm.phantom import Phantom
+from hpctrain.comm.virtual import schedules
 from hpctrain.comm.virtual.lockstep import Crowded, StepTimes, step_times
 from hpctrain.comm.virtual.platform import Platform
+from hpctrain.comm.virtual.requests import VirtualRecv, VirtualSend
 from hpctrain.comm.virtual.scheduler import Task
-from hpctrain.comm.virtual.schedules import Numbers, Schedule, ScheduleStep
+from hpctrain.comm.virtual.schedules import Levels, Numbers, Schedule, ScheduleStep
 from hpctrain.comm.virtual.shared import VirtualGroup
 from hpctrain.trace.recorder import NullRecorder, Recorder
 
 SHORT = 4096  # elements per message up to which the arithmetic of all messages of a step is one operation
+BLOCK = 2**18  # elements of all ranks together that are summed at once
+BYTES = np.dtype(np.uint8)
 
 
 class Member(Protocol):
@@ -46,10 +50,8 @@ class Member(Protocol):
     rank: int
 
     def __init__(self, world: Platform, group: VirtualGroup, rank: int, recorder: Recorder) -> None: ...
-
-
-Course = Callable[[Any, Buffer], None]
-"""(communicator, buffer): the collective by messages"""
+    def start_send(self, buffer: Buffer, dest: int, tag: int) -> VirtualSend: ...
+    def start_recv(self, buffer: Buffer, source: int, tag: int) -> VirtualRecv: ...
 
 
 class Gathering:
@@ -83,7 +85,7 @@ class GroupLoop:
         return tuple(way.get(node, 0) for node in self._nodes for way in ways)
 
     def enter(
-        self, comm: Member, number: int, course: Course, schedule: Schedule, buffer: Buffer, operation: Operation
+        self, comm: Member, number: int, schedule: Schedule, buffer: Buffer, operation: Operation
     ) -> bool:
         """Take part in the group's collective of that number; returns when this rank may leave it. False: it has to be
         done by messages, which is not done here."""
@@ -93,7 +95,7 @@ class GroupLoop:
         gathering.entered[rank] = world.time, buffer, world.current
         if len(gathering.entered) == len(gathering.members):
             del self._gatherings[number]
-            ends = gathering.ends = self._ends(gathering, type(comm), course, schedule, operation)
+            ends = gathering.ends = self._ends(gathering, type(comm), schedule, operation)
             for other, (_, _, task) in gathering.entered.items():
                 if ends:
                     world.wake_at(ends[other], task)
@@ -104,24 +106,25 @@ class GroupLoop:
         return bool(gathering.ends)
 
     def _ends(
-        self, gathering: Gathering, kind: type[Member], course: Course, schedule: Schedule, operation: Operation
+        self, gathering: Gathering, kind: type[Member], schedule: Schedule, operation: Operation
     ) -> list[int]:
-        now = self.traffic()
-        if now != gathering.traffic or (self.world.flows is not None and now[0] != now[1]):
+        now, ranks = self.traffic(), range(len(gathering.members))
+        if self.world.flows is not None and now[0] != now[1]:
             return []
-        ranks = range(len(gathering.members))
         entered = np.array([gathering.entered[rank][0] for rank in ranks])
+        if now != gathering.traffic:  # the network was in use, but no longer is
+            entered[:] = self.world.time
         buffers = [gathering.entered[rank][1] for rank in ranks]
-        steps = list(schedule(len(ranks), buffers[0].size))
+        length = buffers[0].size
         try:
-            ends = self._times_of(steps, entered, buffers[0].itemsize)
+            ends = self._times_of(schedule(len(ranks), length), entered, buffers[0].itemsize)
         except Crowded:
-            return self._one_by_one(gathering, kind, course)
+            ends = self._one_by_one(gathering, kind, schedule, entered.tolist())
         if not any(isinstance(buffer, Phantom) for buffer in buffers):
-            compute(steps, buffers, operation)
+            compute(schedule, buffers, operation)
         return ends
 
-    def _times_of(self, steps: Sequence[ScheduleStep], entered: Numbers, itemsize: int) -> list[int]:
+    def _times_of(self, steps: Iterable[ScheduleStep], entered: Numbers, itemsize: int) -> list[int]:
         times, at = self._times, entered
         times.begin()
         for source, dest, low, high, _ in steps:
@@ -136,36 +139,61 @@ class GroupLoop:
         ends: list[int] = at.tolist()
         return ends
 
-    def _one_by_one(self, gathering: Gathering, kind: type[Member], course: Course) -> list[int]:
-        """By messages, from when the ranks entered and in that order, on a clock of their own."""
-        outer, group, ends = self.world, self.group, [0] * len(gathering.members)
+    def _one_by_one(
+        self, gathering: Gathering, kind: type[Member], schedule: Schedule, entered: Sequence[int]
+    ) -> list[int]:
+        """By messages without values, from when the ranks entered and in that order, on a clock of their own."""
+        outer, group, buffer = self.world, self.group, gathering.entered[0][1]
         carried = outer.flows.carried if outer.flows is not None else 0
         network = outer.flows or outer.network
         inner = Platform(outer.nodes, network, None, False, "messages", outer.phantom, outer.simulates)
-        inner.time = min(time for time, _, _ in gathering.entered.values())
-        apart = VirtualGroup(outer.nodes, group.members, group.number)
+        inner.time = min(entered)
+        apart, ends = VirtualGroup(outer.nodes, group.members, group.number), list(entered)
+        plans = by_rank(schedule(len(ends), buffer.size), buffer.itemsize)
 
-        def run(rank: int, start: int, buffer: Buffer) -> None:
-            task = inner.current
-            assert task is not None
-            if inner.time < start:
-                inner.wake_at(start, task)
-            while inner.time < start:
-                inner.block("its turn")
-            course(kind(inner, apart, rank, NullRecorder()), buffer)
+        def course(rank: int) -> Iterator[None]:
+            comm = kind(inner, apart, rank, NullRecorder())
+            if inner.time < entered[rank]:
+                inner.wake_later(entered[rank])
+            while inner.time < entered[rank]:
+                yield
+            for sends, receives in plans.get(rank, ()):
+                incoming = comm.start_recv(receives.buffer, receives.peer, Tag.COLLECTIVE) if receives else None
+                outgoing = comm.start_send(sends.buffer, sends.peer, Tag.COLLECTIVE) if sends else None
+                for request in (incoming, outgoing):
+                    if request is not None and request.ends > inner.time:
+                        request.watch(True)
+                        while request.ends > inner.time:
+                            yield
             ends[rank] = inner.time
 
-        tasks = [
-            (f"rank {gathering.members[rank]}", partial(run, rank, start, buffer))
-            for rank, (start, buffer, _) in gathering.entered.items()
-        ]
         try:
-            inner.run_all(tasks)
+            inner.run_courses([course(rank) for rank in gathering.entered])
         finally:
             if outer.flows is not None:
                 outer.flows.begin(outer, outer.nodes)
                 outer.flows.carried = outer.flows.delivered = carried  # as if they had been of a loop
         return ends
+
+
+class End(NamedTuple):
+    """One end of a message: the other end's rank, and as many bytes."""
+
+    peer: int
+    buffer: Phantom
+
+
+def by_rank(steps: Iterable[ScheduleStep], itemsize: int) -> dict[int, list[tuple[End | None, End | None]]]:
+    """What each rank sends and receives at the same time, step by step. Messages of no bytes do not exist."""
+    plans: dict[int, list[tuple[End | None, End | None]]] = defaultdict(list)
+    for source, dest, low, high, _ in steps:
+        rows = zip(source.tolist(), dest.tolist(), (itemsize * (high - low)).tolist(), strict=True)
+        found = [(here, there, Phantom(nbytes, BYTES)) for here, there, nbytes in rows if nbytes]
+        sends = {here: End(there, buffer) for here, there, buffer in found}
+        receives = {there: End(here, buffer) for here, there, buffer in found}
+        for rank in sends.keys() | receives.keys():
+            plans[rank].append((sends.get(rank), receives.get(rank)))
+    return plans
 
 
 def loop_of(world: Platform, group: VirtualGroup) -> GroupLoop | None:
@@ -190,8 +218,13 @@ def _alone(world: Platform, hosts: Sequence[int]) -> bool:
     return sum(places[node] in used for node in world.nodes) == len(hosts)
 
 
-def compute(steps: Sequence[ScheduleStep], buffers: list[Buffer], operation: Operation) -> None:
-    """What the messages of these steps do to the ranks' buffers, in the same order."""
+def compute(schedule: Schedule, buffers: list[Buffer], operation: Operation) -> None:
+    """What the messages do to the ranks' buffers, in the same order."""
+    size, length = len(buffers), buffers[0].size
+    if operation == "sum" and schedule in schedules.SUMS:
+        _sum(schedules.SUMS[schedule](size), buffers)
+        return
+    steps = list(schedule(size, length))
     if not any(step.combine for step in steps):
         _gather(steps[0], buffers)
         return
@@ -212,6 +245,20 @@ def compute(steps: Sequence[ScheduleStep], buffers: list[Buffer], operation: Ope
         rows[dest, columns] = reduce(rows[dest, columns], given) if combine else given
     for buffer, row in zip(buffers, rows, strict=True):
         buffer[...] = row
+
+
+def _sum(levels: Levels, buffers: list[Buffer]) -> None:
+    """In stretches that stay in the processor's cache."""
+    places, pairs = levels
+    length, given = buffers[0].size, [buffers[rank] for rank in places]
+    width = max(BLOCK // len(buffers), 256)
+    for low in range(0, length, width):
+        here = slice(low, low + width)
+        rows = np.stack([buffer[here] for buffer in given])
+        for into, other in pairs:
+            np.add(rows[into], rows[other], out=rows[into])
+        for buffer in buffers:
+            buffer[here] = rows[0]
 
 
 def _gather(first: ScheduleStep, buffers: list[Buffer]) -> None:

@@ -105,4 +105,27 @@ def _whole(source: Numbers, dest: Numbers, length: int, combine: bool) -> Schedu
     return ScheduleStep(source, dest, zero, zero + length, combine)
 
 
+Levels = tuple[Sequence[int], list[tuple[slice, slice]]]
+"""The ranks in some order, and which of their rows, in that order, are added to which, one level after the other. The
+first row is then the sum over all."""
+
+
+def halving_sums(size: int) -> Levels:
+    """How `halving_doubling` adds up every element: both ranks of a pair come to the same sum."""
+    half = 1 << (size.bit_length() - 1)
+    extra = size - half
+    places = [2 * place + 1 if place < extra else place + extra for place in range(half)]
+    pairs = [(slice(0, extra), slice(half, size))] if extra else []
+    while half := half // 2:
+        pairs.append((slice(0, half), slice(half, 2 * half)))
+    return [*places, *range(0, 2 * extra, 2)], pairs
+
+
+def tree_sums(size: int) -> Levels:
+    """How `tree` adds up every element."""
+    distances = [1 << i for i in range((size - 1).bit_length())]
+    return range(size), [(slice(0, size - d, 2 * d), slice(d, size, 2 * d)) for d in distances]
+
+
+SUMS: dict[Schedule, Callable[[int], Levels]] = {halving_doubling: halving_sums, tree: tree_sums}
 ALL_REDUCE: dict[str, Schedule] = {"ring": ring, "halving_doubling": halving_doubling, "tree": tree}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.comm.base import Arena, Buffer
@@ -37,6 +38,19 @@ class Meeting:
         self.values: dict[int, Any] = {}
         self.tasks: list[Task] = []
         self.taken = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """Who is missing at a meeting, for a message: there are many ranks, and few messages."""
+
+    what: str
+    members: tuple[int, ...]
+    ranks: Sequence[int]
+    meeting: Meeting
+
+    def __str__(self) -> str:
+        return f"{self.what} with ranks {[self.members[r] for r in self.ranks if r not in self.meeting.values]}"
 
 
 class VirtualArena(Arena):
