@@ -31,6 +31,7 @@ QUEUE_MS = 50  # of data that waits before a link drops packets, but at least as
 CARD_QUEUE, PORT_QUEUE = 1_500_000, 256_000  # bytes: a card's thousand packets, a port of an office switch
 PERIOD_US = 10_000  # over which a host's share of the processors is counted
 SECONDS = 30.0  # for any command
+IPV4 = Path("/proc/sys/net/ipv4")
 TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux"}
 # Stands in for ssh: runs a command on a host. MPI's launchers pass options first, then the host, then words for a shell
 # at the other end.
@@ -135,10 +136,21 @@ def _add(host: Host, names: str) -> None:
     _in(space, "ip", "link", "set", "lo", "up")
     _in(space, "ip", "address", "add", f"{host.address}/24", "dev", CARD)
     _in(space, "ip", "link", "set", CARD, "up")
+    _control_congestion(space)
     _in(SWITCH, "ip", "link", "set", port, "master", "bridge", "up")
     _limit_link(host, space, port)
     if host.cores is not None:
         _limit_cores(space, host.cores)
+
+
+def _control_congestion(space: str) -> None:
+    """Let TCP do what it does by default on Linux, whatever this machine is set to: BBR, for example, stops now and then to
+    look how fast an idle link is."""
+    allowed = (IPV4 / "tcp_allowed_congestion_control").read_text().split()
+    for usual in ("cubic", "reno"):
+        if usual in allowed:
+            _in(space, "sh", "-c", f"echo {usual} > {IPV4 / 'tcp_congestion_control'}")
+            return
 
 
 def _limit_link(host: Host, space: str, port: str) -> None:

@@ -14,6 +14,8 @@ from hpctrain.job.messages import faults
 from hpctrain.options import Table
 
 SLACK = 0.01
+NO_CODEC = "none"
+CODING = frozenset(["encode", "decode"])
 BEYOND = 2.0  # a cost is known for as much as this factor more or less than what was measured
 Seconds = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -87,21 +89,23 @@ class LinkCosts(Table):
 
 class HandlingCosts(Table):
     """What messages take of a core. `message_s`, `byte_s`: of the sender's and of the receiver's, for each; `napping`:
-    the share of a core that a rank uses that waits with naps."""
+    the share of a core that a rank uses that waits with naps; `step_s`: what other threads (data, trace) use in a step."""
 
     message_s: Seconds = 5e-6
     byte_s: Annotated[float, Field(ge=0, le=1)] = 5e-10
     napping: Annotated[float, Field(ge=0, le=1)] = 0.05
+    step_s: Seconds = 0.0
 
 
 class Calibration(Table):
-    """What was measured. `source`: the command or the runs. `spans`: by kind (reduce, update, encode ...), for bytes.
-    `step`: what a step costs besides its spans. `error`: how far a computing time may be off, relative (one standard
+    """What was measured. `source`: the command or the runs. `spans`: by kind (reduce, update ...), for bytes; `codecs`:
+    the same by codec, for those kinds that depend on it. `step`: what a step costs besides its spans. `error`: how far a computing time may be off, relative (one standard
     deviation); `error_other_model`: of a model that was never run."""
 
     source: str = ""
     model: ModelCosts
     spans: dict[str, MeasuredCost] = Field(default_factory=dict)
+    codecs: dict[str, dict[str, MeasuredCost]] = Field(default_factory=dict)
     step: MeasuredCost = MeasuredCost()
     between: LinkCosts = LinkCosts(latency_s=50e-6, overhead_s=5e-6, efficiency=0.94)
     within: LinkCosts = LinkCosts(latency_s=1e-6, bytes_per_s=5e9, overhead_s=1e-6)
@@ -109,14 +113,24 @@ class Calibration(Table):
     error: Annotated[float, Field(ge=0, le=10)] = 0.15
     error_other_model: Annotated[float, Field(ge=0, le=10)] = 0.5  # docs/simulation.md
 
-    def span(self, kind: str) -> MeasuredCost:
-        """What spans of that kind cost. Raises ClusterError if that is not known."""
-        if kind not in self.spans:
+    def span(self, kind: str, codec: str = NO_CODEC) -> MeasuredCost:
+        """What spans of that kind cost, where values are sent with that codec. Raises ClusterError if that is not
+        known."""
+        found = self.codecs.get(codec, {}).get(kind) or self.spans.get(kind)
+        if found is None or (codec != NO_CODEC and kind in CODING and codec not in self.codecs):
+            what = f'"{kind}" costs' if codec == NO_CODEC else f'"{kind}" with codec "{codec}" costs'
             raise ClusterError(
-                f'the calibration ({self.source}) does not tell what "{kind}" costs, which this job does; calibrate '
-                "with this job: hpctrain calibrate --measure JOB"
+                f"the calibration ({self.source}) does not tell what {what}, which this job does; calibrate with this "
+                "job: hpctrain calibrate --measure JOB"
             )
-        return self.spans[kind]
+        return found
+
+    def also(self, other: Calibration) -> Calibration:
+        """This one with what it lacks from another one of the same model."""
+        codecs = {name: {**other.codecs.get(name, {}), **kinds} for name, kinds in self.codecs.items()}
+        return self.model_copy(
+            update={"spans": {**other.spans, **self.spans}, "codecs": {**other.codecs, **codecs}}
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -136,3 +150,9 @@ class Calibration(Table):
             path.write_text(tomlfile.write(self.plain()))
         except OSError as error:
             raise ClusterError(f"{path}: the calibration cannot be written there ({error.strerror})") from None
+
+
+def codec_name(options: object) -> str:
+    """Of a strategy with these options; "none": without one."""
+    codec = getattr(options, "codec", NO_CODEC)
+    return codec if isinstance(codec, str) else str(codec.name)

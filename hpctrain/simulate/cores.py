@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from math import ceil, inf
 
 from hpctrain.comm.virtual.scheduler import Scheduler, Task, Timer
@@ -11,6 +10,7 @@ from hpctrain.comm.virtual.scheduler import Scheduler, Task, Timer
 DONE = 0.5  # nanoseconds
 PERIOD = 10_000_000  # nanoseconds, over which a part of a core is counted; the laboratory's, too
 TICK = 4_000_000  # nanoseconds: how often Linux looks who should run, and whether a quota is used up (CONFIG_HZ = 250)
+LATE = 2_000_000  # nanoseconds of a quota that are used too much before Linux notices, about
 KEPT = 1_000_000  # nanoseconds of an unused quota that stay for the next period (min_cfs_rq_runtime)
 
 
@@ -41,13 +41,13 @@ class Cores:
             now = self._machine.advance()
             here = min(now - since, now - (self.refresh - PERIOD))
             self.budget -= nanoseconds * here / max(1, now - since)
-            self.stopped = self.stopped or self.budget <= 0
+            self.stopped = self.stopped or self.budget <= -LATE
 
     def spend(self, nanoseconds: float, now: int) -> None:
         """Tasks of the host have computed for that long until now, where a turn, a task or a period ends."""
         if self.quota < inf:
             self.budget -= nanoseconds
-            self.stopped = self.stopped or (self.budget <= DONE and now % TICK == 0)
+            self.stopped = self.stopped or self.budget <= DONE - LATE
             while self.refresh <= now:
                 self.budget = min(self.budget, KEPT) + self.quota
                 self.refresh += PERIOD
@@ -120,8 +120,12 @@ class Machine:
         """When another task may get a core: one is done, its turn is over, or a period begins."""
         since, hosts = self._since, dict.fromkeys(self._host.values())
         times = [since + max(1, ceil(self._left[task])) for task in running]
-        times += [host.refresh for host in hosts if host.quota < inf]
-        if len(running) < len(self._host) or any(host.quota < inf for host in hosts):
+        limited = [host for host in hosts if host.quota < inf]
+        times += [host.refresh for host in limited]
+        for host in limited:
+            if busy := sum(self._host[task] is host for task in running):
+                times.append(since + max(1, ceil((host.budget + LATE) / busy)))
+        if len(running) < len(self._host):
             times.append((since // TICK + 1) * TICK)
         return min(times, default=inf)
 

@@ -24,7 +24,7 @@ from hpctrain.replica.replica import Replica
 from hpctrain.run.api import fit_batch
 from hpctrain.run.folder import title
 from hpctrain.run.prepare import Prepared, prepare, prepare_evaluation
-from hpctrain.simulate.calibration import Calibration, MeasuredCost, ModelCosts, ModelWork
+from hpctrain.simulate.calibration import Calibration, MeasuredCost, ModelCosts, codec_name, ModelWork
 from hpctrain.simulate.flops import count
 from hpctrain.simulate.opened import only_steps, opened
 from hpctrain.simulate.samples import PASSES, Samples
@@ -140,7 +140,8 @@ def measure(job: Job, nodes: Sequence[int]) -> Calibration:
     torch.set_num_threads(1)
     try:
         samples, order = Samples(), BackwardOrder()
-        for phase in range(len(job.schedule)):
+        for phase, each in enumerate(job.schedule):
+            samples.codec = codec_name(each.strategy.options)
             _measure(job.only(phase), nodes, samples, order)
         beside = _beside_spans(job.only(0).override(["strategy=all_reduce"]))
         work = _work(job)
@@ -157,7 +158,8 @@ def measure(job: Job, nodes: Sequence[int]) -> Calibration:
             shares=order.shares,
             work=work,
         ),
-        spans={kind: samples.cost(kind) for kind in samples.kinds() if kind not in ("forward", "backward")},
+        spans=samples.spans(),
+        codecs=samples.codecs(),
         step=MeasuredCost(fixed_s=beside),
     )
 

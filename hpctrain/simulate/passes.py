@@ -85,7 +85,7 @@ class Processor:
         elapsed = (self._world.time - since) / 1e9
         handled = min(elapsed, self._owed / self._host.speed)
         self._owed -= handled * self._host.speed
-        self._cores.used(min(elapsed, max(polling * elapsed, handled)) * 1e9, since)
+        self._cores.used(min(elapsed, polling * elapsed + handled) * 1e9, since)
         if self._owed or self._cores.stopped:
             self.work(NOTICING)
 
@@ -112,6 +112,7 @@ class TimedPasses(Coupling):
     def forward(self, samples: int) -> None:
         """A forward pass over that many samples, with getting them and what a step costs besides its spans."""
         known, self._samples = self._calibration, samples
+        self._processor.owe(known.handling.step_s)
         self._processor.draw(known.model.forward.spread)
         data = known.span("data").seconds(samples)
         self._processor.work(known.model.forward.seconds(samples) + known.step.seconds(0) + data)

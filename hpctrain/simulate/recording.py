@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import nan
 from typing import Any
 
-from hpctrain.trace.events import Event
+from hpctrain.trace.events import Event, PhaseEntered
 from hpctrain.trace.recorder import Recorder
 
 COMPUTING = frozenset(["data", "forward", "backward", "reduce", "update", "encode", "decode"])
@@ -65,7 +65,7 @@ class OpenSpans:
 class TimeTally:
     """Totals of one rank. `computing`: of all its lanes; of each step: when it ended (`steps`, virtual nanoseconds),
     with how many samples of this worker, its loss, whether a round ended with it, and how many updates it was behind
-    (`staleness`)."""
+    (`staleness`). `phase`: the one it is in."""
 
     def __init__(self) -> None:
         self.computing = ComputingClock()
@@ -74,6 +74,7 @@ class TimeTally:
         self.samples: list[int] = []
         self.rounds: list[bool] = []
         self.staleness: list[int] = []
+        self.phase = 0
 
     def step(self, now: int, loss: float, samples: int, ends_round: bool, stale: int) -> None:
         """A step has ended."""
@@ -129,7 +130,8 @@ class TallyRecorder(Recorder):
         return None
 
     def event(self, event: Event) -> None:
-        return None
+        if isinstance(event, PhaseEntered):
+            self.tally.phase = event.phase
 
     def step_done(self, epoch: float, loss: float, samples: int, *row: Any, **named: Any) -> None:
         outcome, stale = (row[1], row[3]) if len(row) > 3 else ("applied", -1)
@@ -160,6 +162,7 @@ class KeepingRecorder(TallyRecorder):
         Recorder.passed(self, kind, start_ns, bytes, id)
 
     def event(self, event: Event) -> None:
+        super().event(event)
         Recorder.event(self, event)
 
     def step_done(self, *row: Any, **named: Any) -> None:

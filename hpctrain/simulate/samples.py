@@ -7,35 +7,55 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median, pstdev
 
-from hpctrain.simulate.calibration import MeasuredCost
+from hpctrain.simulate.calibration import NO_CODEC, MeasuredCost
 
 PASSES = ("data", "forward", "backward")  # their costs depend on samples, those of other spans on bytes
+CODED = ("encode", "decode", "reduce")  # their costs depend on the codec
+
+Points = dict[float, list[float]]
+"""Seconds of one core by how much was done (samples or bytes)."""
 
 
 @dataclass
 class Samples:
-    """Seconds of one core by what was done (a span's kind) and how much of it (samples or bytes)."""
+    """Seconds of one core by what was done (a span's kind; with a codec, for some kinds) and how much of it. `codec`: of
+    what is measured next."""
 
-    seen: dict[str, dict[float, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+    codec: str = NO_CODEC
+    seen: dict[tuple[str, str], Points] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
 
     def add(self, kind: str, n: float, seconds: float) -> None:
         """One measurement."""
-        self.seen[kind][n].append(seconds)
-
-    def kinds(self) -> list[str]:
-        """What was measured."""
-        return sorted(self.seen)
+        self.seen[self.codec if kind in CODED else NO_CODEC, kind][n].append(seconds)
 
     def cost(self, kind: str) -> MeasuredCost:
-        """The line through the medians of a kind (least squares, relative), with no negative part; a kind that was
-        measured for one amount only costs in proportion to it."""
-        points = {n: _trimmed(values) for n, values in sorted(self.seen.get(kind, {}).items())}
-        if not points:
-            return MeasuredCost()
-        fixed, each = _line([(n, median(values), len(values)) for n, values in points.items()])
-        means = [(fmean(values), values) for values in points.values()]
-        spread = fmean(pstdev(values) / mean if mean else 0.0 for mean, values in means)
-        return MeasuredCost(fixed_s=fixed, each_s=each, least=min(points), most=max(points), spread=spread)
+        """Of a kind without a codec."""
+        return line_through(self.seen.get((NO_CODEC, kind), {}))
+
+    def spans(self) -> dict[str, MeasuredCost]:
+        """What was measured besides passes, by kind."""
+        kinds = sorted(kind for codec, kind in self.seen if codec == NO_CODEC and kind not in ("forward", "backward"))
+        return {kind: self.cost(kind) for kind in kinds}
+
+    def codecs(self) -> dict[str, dict[str, MeasuredCost]]:
+        """The same by codec."""
+        found: dict[str, dict[str, MeasuredCost]] = {}
+        for codec, kind in sorted(self.seen):
+            if codec != NO_CODEC:
+                found.setdefault(codec, {})[kind] = line_through(self.seen[codec, kind])
+        return found
+
+
+def line_through(points: Points) -> MeasuredCost:
+    """The line through the medians (least squares, relative), with no negative part; what was measured for one amount
+    only costs in proportion to it."""
+    kept = {n: _trimmed(values) for n, values in sorted(points.items())}
+    if not kept:
+        return MeasuredCost()
+    fixed, each = _line([(n, median(values), len(values)) for n, values in kept.items()])
+    means = [(fmean(values), values) for values in kept.values()]
+    spread = fmean(pstdev(values) / mean if mean else 0.0 for mean, values in means)
+    return MeasuredCost(fixed_s=fixed, each_s=each, least=min(kept), most=max(kept), spread=spread)
 
 
 def _trimmed(values: Sequence[float]) -> list[float]:

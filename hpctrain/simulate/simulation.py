@@ -23,7 +23,7 @@ from hpctrain.run.folder import PhaseSummary
 from hpctrain.run.prepare import Measurable, Prepared
 from hpctrain.run.session import Session
 from hpctrain.simulate.attention import WaitingRanks
-from hpctrain.simulate.calibration import Calibration, LinkCosts
+from hpctrain.simulate.calibration import Calibration, LinkCosts, codec_name
 from hpctrain.simulate.cores import Machine
 from hpctrain.simulate.curve import Curve
 from hpctrain.simulate.depth import Costs, Depth, Followed, Gradients
@@ -88,6 +88,7 @@ class Simulation:
         self._left = 0
         self._train = job.train
         self.job = self._simulated(job, steps)
+        self._codecs = [codec_name(phase.strategy.options) for phase in self.job.schedule]
         self.calibration: Calibration
         self._world: World
         self._stretch: Stretch | None = None
@@ -251,7 +252,8 @@ class Simulation:
         """Lets a span's time pass on its rank's processor; nothing is left for the communicator to add."""
         if kind in FREE or not nbytes:
             return 0
-        self._processors[rank].serve(self.calibration.span(kind).seconds(nbytes))
+        codec = self._codecs[self._tallies[rank].phase]
+        self._processors[rank].serve(self.calibration.span(kind, codec).seconds(nbytes))
         return 0
 
 
