@@ -22,7 +22,7 @@ from hpctrain.run.prepare import Prepared
 from hpctrain.simulate.calibration import Calibration, LinkCosts
 from hpctrain.simulate.cores import Cores
 from hpctrain.simulate.depth import Costs, Depth, Gradients
-from hpctrain.simulate.opened import opened
+from hpctrain.simulate.opened import collected_rarely, opened
 from hpctrain.simulate.passes import Processor, Spells, TimedPasses
 from hpctrain.simulate.recording import TallyRecorder, TimeTally
 from hpctrain.simulate.window import Moment, Stretch, Window
@@ -124,7 +124,8 @@ class Simulation:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            folders = world.run(self._body)
+            with collected_rarely():
+                folders = world.run(self._body)
         except Exception as error:
             explained = depth.explained(error, self.job)
             if explained is error:

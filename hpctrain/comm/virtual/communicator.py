@@ -334,8 +334,8 @@ class VirtualCommunicator(Communicator):
                 yield
         finally:
             task.inside -= 1
-            if task.torch is not None and not task.inside:
-                self.world.restore_torch(task)
+            if task.modes is not None and not task.inside:
+                self.world.restore(task)
 
     # -- time, threads -------------------------------------------------------------------------------------
     def now(self) -> int:
