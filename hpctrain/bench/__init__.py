@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 ALONE = {  # benches that need no other ranks, or start their own
     "virtual": "alone:measure_virtual",
     "simulate": "simulated:measure_simulate",
+    "simulate_learn": "simulations:measure_learn",
+    "simulate_scale": "simulations:measure_scale",
     "trace": "alone:measure_trace",
     "read": "reading:measure_read",
     "codecs": "codecs:measure_codecs",
@@ -156,7 +158,7 @@ def _measure_alone(what: str) -> Report:
     from hpctrain.bench.report import Report
 
     torch.set_num_threads(1)
-    names = OF_ONE if what == "all" else (what,)
+    names = OF_ONE if what == "all" else [name for name in ALONE if name == what or name.startswith(f"{what}_")]
     return Report([_function(ALONE[name])(_progress) for name in names])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,8 @@ from hpctrain.run.folder import Narrator
 from hpctrain.run.prepare import Prepared
 from hpctrain.run.session import Session
 
+RARELY = 100_000, 50, 100  # objects, young collections, middle ones
+
 
 @contextmanager
 def opened(
@@ -20,6 +23,18 @@ def opened(
     """A session of virtual ranks whose parts `build` makes. `out`: None: it says nothing. Collective."""
     with begun(job, comm, None, out or Narrator(enabled=False), build) as run, Session(run) as running:
         yield running
+
+
+@contextmanager
+def collected_rarely() -> Iterator[None]:
+    """Within it, garbage collection seldom looks through all objects. Those of thousands of ranks are millions, almost
+    all of which live as long as the run: it took a third of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(*RARELY)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def only_steps(job: Job, steps: int | None, output: str) -> Job:

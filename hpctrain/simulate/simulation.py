@@ -28,7 +28,7 @@ from hpctrain.simulate.cores import Machine
 from hpctrain.simulate.curve import Curve
 from hpctrain.simulate.depth import Costs, Depth, Followed, Gradients
 from hpctrain.simulate.flops import CountedPasses, count, parameters_of
-from hpctrain.simulate.opened import opened
+from hpctrain.simulate.opened import collected_rarely, opened
 from hpctrain.simulate.passes import Processor, Spells, TimedPasses
 from hpctrain.simulate.pauses import PauseCosts, Pauses, stages
 from hpctrain.simulate.recording import TallyRecorder, TimeTally
@@ -163,7 +163,8 @@ class Simulation:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            folders = world.run(self._body)
+            with collected_rarely():
+                folders = world.run(self._body)
         except Exception as error:
             explained = depth.explained(error, self.job)
             if explained is error:

@@ -344,8 +344,8 @@ class VirtualCommunicator(Communicator):
                 yield
         finally:
             task.inside -= 1
-            if task.torch is not None and not task.inside:
-                self.world.restore_torch(task)
+            if task.modes is not None and not task.inside:
+                self.world.restore(task)
 
     @contextmanager
     def _in_library(self, library: bool = True) -> Iterator[None]:

@@ -82,14 +82,16 @@ class FlowPath:
 
 
 class Flow:
-    """A message on its way. `left`: bytes that were left at time `updated`; `rate`: bytes per nanosecond since then."""
+    """A message on its way. `left`: bytes that were left at time `updated`; `rate`: bytes per nanosecond since then;
+    `due`: when it ends if that stays so. It has a `timer` only if none that it competes with ends earlier: when that
+    ends, rates change."""
 
-    __slots__ = ("bytes", "following", "left", "message", "pair", "path", "ports", "rate", "timer", "updated")
+    __slots__ = ("bytes", "due", "following", "left", "message", "pair", "path", "ports", "rate", "timer", "updated")
 
     def __init__(self, message: FlowMessage, path: FlowPath, pair: tuple[int, int], nbytes: int) -> None:
         self.message, self.path, self.pair, self.bytes = message, path, pair, nbytes
         self.ports = path.ports if nbytes > path.costs.eager_limit else path.short
-        self.left, self.rate, self.updated = float(nbytes), 0.0, 0
+        self.left, self.rate, self.updated, self.due = float(nbytes), 0.0, 0, 0
         self.timer: Timer | None = None
         self.following: Flow | None = None  # of the same pair, which waits for this one to end
 
@@ -218,7 +220,8 @@ class FlowNetwork:
             port.flows[flow] = None
         if alone:
             flow.rate = path.alone
-            flow.timer = self._clock.call_at(now + ceil(flow.left / flow.rate), self._end, flow)
+            flow.due = now + ceil(flow.left / flow.rate)
+            flow.timer = self._clock.call_at(flow.due, self._end, flow)
         else:
             self._change(flow.ports)
 
@@ -261,24 +264,42 @@ class FlowNetwork:
 
     def _share(self, _: object) -> None:
         """New rates for all flows that a change can affect."""
-        ports = list(self._changed)
+        known = dict[Port, None]()
+        changed = list(self._changed)
         self._changed.clear()
-        known, flows = dict.fromkeys(ports), dict[Flow, None]()
-        for port in ports:
-            for flow in port.flows:
-                if flow not in flows:
-                    flows[flow] = None
-                    new = [other for other in flow.ports if other not in known]
-                    known.update(dict.fromkeys(new))
-                    ports += new
+        for port in changed:
+            if port not in known and port.flows:
+                self._share_among(*_connected(port, known))
+
+    def _share_among(self, flows: dict[Flow, None], ports: Sequence[Port]) -> None:
+        """New rates for flows that compete with each other, directly or not, and with no others."""
         now = self._clock.time
         for flow, rate in max_min(flows, ports).items():
             if rate != flow.rate:
-                flow.left = max(flow.left - flow.rate * (now - flow.updated), 0.0)
-                flow.rate, flow.updated = rate, now
+                left = flow.left - flow.rate * (now - flow.updated)
+                flow.left = left = left if left > 0.0 else 0.0
+                flow.rate, flow.updated, flow.due = rate, now, now + ceil(left / rate)
                 if flow.timer is not None:
-                    flow.timer.finished = True
-                flow.timer = self._clock.call_at(now + ceil(flow.left / rate), self._end, flow)
+                    flow.timer.finished, flow.timer = True, None
+        earliest = min(flow.due for flow in flows)
+        for flow in flows:
+            if flow.due == earliest and flow.timer is None:
+                flow.timer = self._clock.call_at(earliest, self._end, flow)
+
+
+def _connected(port: Port, known: dict[Port, None]) -> tuple[dict[Flow, None], list[Port]]:
+    """The flows on this port, those that share other ports with them, and so on; and all these ports, which are added
+    to the `known` ones."""
+    ports, flows = [port], dict[Flow, None]()
+    known[port] = None
+    for each in ports:
+        for flow in each.flows:
+            if flow not in flows:
+                flows[flow] = None
+                new = [other for other in flow.ports if other not in known]
+                known.update(dict.fromkeys(new))
+                ports += new
+    return flows, ports
 
 
 def max_min(flows: dict[Flow, None], ports: Sequence[Port]) -> dict[Flow, float]:

@@ -1,16 +1,13 @@
 """Coroutines on a virtual clock, used by virtual ranks. Deterministic, in one thread.
 
 A task runs until it must wait; then the next runnable task runs, in the order in which they became runnable. When no
-task is runnable, the clock advances to the next event. State that torch keeps per thread (grad mode, autocast) is kept
-per task, and so are the states of the global generators of torch (on the CPU), NumPy and Python, which each process has
-for itself under MPI. (One exception: if NumPy has cached the second of a pair of normal numbers, it is lost when
-another task runs.)
+task is runnable, the clock advances to the next event. What each process has for itself under MPI (torch's modes, the
+global generators) is kept per task; see `globals`.
 """
 
 from __future__ import annotations
 
 import heapq
-import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +15,8 @@ from functools import partial
 from typing import Any
 
 import greenlet
-import numpy as np
-from numpy.random import mtrand
+
+from hpctrain.comm.virtual.globals import Generators, Globals, Kept, Modes
 
 LAST = 2**62  # added to the number of an event that comes after the others of its time
 
@@ -38,8 +35,9 @@ class Task:
     error: BaseException | None = None
     joiner: Task | None = None
     call: None = None  # a `Timer` has a function here
-    inside = 0  # depth of collectives: until they return, no code runs that could use torch's state
-    torch: tuple[Any, ...] | None = None  # saved state; None while it is active
+    inside = 0  # depth of collectives: until they return, no code runs that could use torch's modes or a generator
+    modes: Modes | None = None  # saved; None while they are active
+    generators: Generators | None = None  # saved when another task last needed its own
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -63,7 +61,9 @@ class Scheduler:
         self.time = 0
         self.resumptions = 0
         self.current: Task | None = None
-        self._torch = sys.modules.get("torch") if isolate_torch else None
+        torch = sys.modules.get("torch") if isolate_torch else None
+        self._globals = Globals(torch) if torch is not None else None
+        self._owner: Task | None = None  # whose generators are active
         self._ready: deque[Task] = deque()
         self._events: list[tuple[int, int, Task | Timer]] = []
         self._sequence = 0
@@ -79,15 +79,14 @@ class Scheduler:
         Raises the first exception of a task, or DeadlockError.
         """
         self._hub, self._dying = greenlet.getcurrent(), False
-        before, numpy = _torch_state(self._torch), np.random.get_state(legacy=False)
+        before, self._owner = Kept(self._globals) if self._globals is not None else None, None
         tasks = [self.start(name, function) for name, function in courses]
         try:
             self._loop(tasks)
         finally:
             self._end()
-            _restore_torch(self._torch, before)
             if before is not None:
-                np.random.set_state(numpy)
+                before.restore()
         return [task.result for task in tasks]
 
     def run_courses(self, courses: Sequence[Iterator[None]]) -> None:
@@ -102,19 +101,20 @@ class Scheduler:
             following.resume()
 
     def start(self, name: str, function: Callable[[], Any], inside: int = 0) -> Task:
-        """Start a runnable task; it inherits torch's current state. `inside` 1: it never uses that state."""
+        """Start a runnable task; it inherits torch's modes and the generators' states. `inside` 1: it uses neither."""
         task = Task(name)
         task.glet = greenlet.greenlet(lambda: self._body(task, function), parent=self._hub)
         task.resume = lambda: self._start_from_hub(task)
         task.inside = inside
-        task.torch = _torch_state(self._torch, own_numpy=True)
+        if self._globals is not None and not inside:
+            task.modes, task.generators = self._globals.modes(), self._globals.copied()
         self._tasks[task] = None
         self.wake(task)
         return task
 
     def _body(self, task: Task, function: Callable[[], Any]) -> None:
         self.current, task.queued = task, False
-        self.restore_torch(task)
+        self.restore(task)
         try:
             task.result = function()
         except greenlet.GreenletExit:
@@ -170,16 +170,16 @@ class Scheduler:
         if self._dying:
             raise greenlet.GreenletExit
         task.waits = waits
-        if task.torch is None and self._torch is not None:
-            task.torch = _torch_state(self._torch)
+        if task.modes is None and self._globals is not None:
+            task.modes = self._globals.modes()
         following = self._ready.popleft() if self._ready else self._next()
         if following is not task:
             (following.resume if following is not None else self._hub.switch)()
             self.current = task
             self.resumptions += 1
         task.queued = False
-        if task.torch is not None and not task.inside:
-            self.restore_torch(task)
+        if task.modes is not None and not task.inside:
+            self.restore(task)
 
     def _next(self) -> Task | None:
         """The next runnable task, after advancing the clock if necessary; None if there will never be one."""
@@ -197,11 +197,19 @@ class Scheduler:
                 return self._ready.popleft()
         return None
 
-    def restore_torch(self, task: Task) -> None:
-        """Restore the torch state from when the task was suspended."""
-        if task.torch is not None:
-            _restore_torch(self._torch, task.torch)
-            task.torch = None
+    def restore(self, task: Task) -> None:
+        """Restore the task's modes, from when it was suspended, and its generators, if another task has used its own
+        since then."""
+        if task.modes is None or self._globals is None:
+            return
+        self._globals.set_modes(task.modes)
+        task.modes = None
+        if self._owner is not task:
+            if self._owner is not None:
+                self._owner.generators = self._globals.generators()
+            self._owner = task
+            if task.generators is not None:
+                self._globals.set_generators(task.generators)
 
     def _loop(self, tasks: Sequence[Task]) -> None:
         left = list(tasks)
@@ -234,7 +242,7 @@ class Scheduler:
         raise DeadlockError("deadlock of virtual ranks: " + "; ".join(waiting))
 
     def _end(self) -> None:
-        self._dying = True
+        self._dying, self._owner = True, None
         for task in list(self._tasks):
             if task.glet:
                 task.glet.throw()
@@ -247,34 +255,3 @@ def _describe(waits: Any) -> str:
     if isinstance(waits, (list, tuple)):
         return " or ".join(_describe(wait) for wait in waits)
     return str(waits)
-
-
-def _torch_state(torch: Any, own_numpy: bool = False) -> tuple[Any, ...] | None:
-    """torch's state with the generators; `own_numpy`: a generator with a copy of NumPy's state, not NumPy's own."""
-    if torch is None:
-        return None
-    numpy = mtrand.get_bit_generator()
-    if own_numpy:
-        state, numpy = numpy.state, type(numpy)()
-        numpy.state = state
-    autocast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocast else None
-    generators = torch.default_generator.get_state(), random.getstate(), numpy
-    return torch.is_grad_enabled(), autocast, dtype, generators
-
-
-def _restore_torch(torch: Any, state: tuple[Any, ...] | None) -> None:
-    if torch is None or state is None:
-        return
-    grad, autocast, dtype, (random_torch, random_python, numpy) = state
-    if torch.is_grad_enabled() != grad:
-        torch._C._set_grad_enabled(grad)
-    if autocast or torch.is_autocast_enabled("cpu"):
-        torch.clear_autocast_cache()  # of casts of the other task's weights
-        torch.set_autocast_enabled("cpu", autocast)
-        if dtype is not None:
-            torch.set_autocast_dtype("cpu", dtype)
-    torch.default_generator.set_state(random_torch)
-    random.setstate(random_python)
-    if mtrand.get_bit_generator() is not numpy:
-        mtrand.set_bit_generator(numpy)
