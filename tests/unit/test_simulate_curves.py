@@ -208,6 +208,11 @@ def test_what_is_not_known_is_said_to_be_left_out(tmp_path: Path) -> None:
     text = "\n".join(lines(found, predict(found, calibration())))
     assert "without start-up and checkpoints\n" in text
     assert "the calibration does not say in what time" in text
+    for most, is_known in ((216 * 8, True), (100, False)):
+        cost = MeasuredCost(each_s=1e-6, least=most, most=most)
+        spans = {**calibration().spans, "checkpoint": cost}
+        found = simulate(job(tmp_path), known=calibration(spans=spans))
+        assert (found.pauses.saving is not None) == is_known
     known = simulate(job(tmp_path), known=saving(1.0))
     assert "without start-up\n" in "\n".join(lines(known, predict(known, saving(1.0))))
 
