@@ -103,6 +103,8 @@ class Description(Table):
         """The cluster in a TOML file. Raises ClusterError with all mistakes."""
         try:
             tables = tomlfile.read(path)
+            if (other := tomlfile.other_than("cluster file", tables)) is not None:
+                raise ClusterError(f"{path} is a {other}, not a cluster file")
             found = cls.model_validate({"name": Path(path).stem, **tables})
         except JobError as error:
             raise ClusterError(str(error).replace("job file", "cluster file")) from None

@@ -58,6 +58,15 @@ def parse(text: str) -> dict[str, Any]:
         raise ValueError("nested too deeply") from None
 
 
+def other_than(kind: str, tables: dict[str, Any]) -> str | None:
+    """What these tables describe, if it is not a `kind` of: "job file", "cluster file", "calibration file"."""
+    marks = {"cluster file": "hosts", "calibration file": "spans"}
+    found = next((name for name, key in marks.items() if key in tables), None)
+    if found is None and {"data", "train", "strategy", "phases"} & set(tables):
+        found = "job file"
+    return None if found == kind else found
+
+
 def _neighbours(path: str | os.PathLike[str]) -> str:
     try:
         found = sorted(file.name for file in Path(path).parent.glob("*.toml"))

@@ -110,7 +110,10 @@ class Job(Table):
 
         See `job.file.override`. Raises JobError.
         """
-        job = cls._checked(jobfile.read(path), overrides, shown_path(path))
+        tables = jobfile.read(path)
+        if (other := jobfile.other_than("job file", tables)) is not None:
+            raise JobError(f"{shown_path(path)} is a {other}, not a job file")
+        job = cls._checked(tables, overrides, shown_path(path))
         job._file = os.path.abspath(path)
         return job
 

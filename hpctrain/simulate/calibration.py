@@ -136,7 +136,10 @@ class Calibration(Table):
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
         """From a TOML file. Raises ClusterError with all mistakes."""
         try:
-            return cls.model_validate(tomlfile.read(path))
+            tables = tomlfile.read(path)
+            if (other := tomlfile.other_than("calibration file", tables)) is not None:
+                raise ClusterError(f"{path} is a {other}, not a calibration file (hpctrain calibrate writes one)")
+            return cls.model_validate(tables)
         except JobError as error:
             raise ClusterError(str(error).replace("job file", "calibration file")) from None
         except ValidationError as error:

@@ -55,6 +55,8 @@ def simulate(
     print(f"{job.name} on {described.summary()}; {size} rank{'s' * (size > 1)}; {depth}; calibration: {known.source}")
     if any(host.devices for host in described.each()):
         print("  note: computing times are those of a core of the calibrated machine, times the hosts' `speed`")
+    if not learn and curve is None and (job.train.target is not None or job.train.patience is not None):
+        print("  note: train.target and train.patience do not stop it; with --curve RUN they would")
     if found.from_flops:
         print(
             f"  note: the calibration is of {known.model.name}; what {job.model.name} takes was predicted from its "

@@ -24,6 +24,7 @@ from hpctrain.simulate.numbers import judged, observing, reads_numbers, refuse_l
 from hpctrain.simulate.opened import only_steps
 from hpctrain.simulate.phantom import PhantomKeeper, PhantomParts, phantom_loss
 from hpctrain.simulate.recording import CostRecorder, KeepingRecorder
+from hpctrain.text import shown
 
 Look = Callable[[Measurable], None]
 
@@ -112,7 +113,7 @@ class Costs(Depth):
         names = " or ".join(sorted({name_of(phase.strategy) for phase in job.schedule}))
         return ClusterError(
             f"strategy {names} or optimizer {job.optimizer.name} reads numbers that a simulation of costs does "
-            f"not have ({error}); simulate it with --learn, which computes them"
+            f"not have ({shown(str(error).partition(chr(10))[0])}); simulate it with --learn, which computes them"
         )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from hpctrain.clock.rules import Rule
 from hpctrain.comm.phantom import NO_VALUES
-from hpctrain.errors import JobError
+from hpctrain.errors import HpctrainError, JobError
 from hpctrain.job import Job
 from hpctrain.job.phases import PhaseTable, RuleSpec
 
+SIGNS = re.compile(rf"\bmeta\b|register_meta|\bPhantom\b|Tensor\.__format__|{NO_VALUES}", re.IGNORECASE)
 COUNTS = "after"  # the rule that only counts
 LEARN = "simulate it with --learn, which computes gradients"
 
@@ -54,6 +57,8 @@ def judged(job: Job) -> bool:
 
 
 def reads_numbers(error: Exception) -> bool:
-    """Whether this is the error of a program that reads values where there are none."""
-    text = str(error)
-    return NO_VALUES in text or "meta tensor" in text
+    """Whether this is the error of a program that reads values where there are none, or computes with them."""
+    cause: BaseException | None = error
+    while isinstance(cause, HpctrainError):  # what it was raised from says more
+        cause = cause.__cause__
+    return cause is not None and SIGNS.search(str(cause)) is not None

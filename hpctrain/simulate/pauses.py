@@ -121,11 +121,12 @@ class PauseCosts:
         return world.time / 1e9
 
     def _saving(self, made: Prepared) -> float | None:
-        """Seconds in which a checkpoint is written."""
-        if CHECKPOINT not in self.calibration.spans:
+        """Seconds in which a checkpoint is written; None: not known for as many bytes."""
+        layout, cost = made.replica.layout, self.calibration.spans.get(CHECKPOINT)
+        nbytes = layout.length * layout.dtype.itemsize
+        if cost is None or (cost.most and not cost.knows(nbytes)):  # a file has a price besides that of its bytes
             return None
-        layout = made.replica.layout
-        return self.calibration.span(CHECKPOINT).seconds(layout.length * layout.dtype.itemsize)
+        return cost.seconds(nbytes)
 
 
 def _passed(every: int | Every, start: int, stop: int) -> int:

@@ -42,15 +42,16 @@ FREE = frozenset(["forward", "backward", "data", "evaluate", "switch", "checkpoi
 @dataclass(frozen=True)
 class Simulated:
     """What came out. `tallies`: of each rank; `workers`: the ranks that took steps; `stretch`: what shares and bytes
-    come from; `begun`: when the first batch came (virtual nanoseconds); `left`: samples of the job that were not
-    simulated; `seconds`: virtual, of everything that was; `loops`: whether collectives were computed as loops;
-    `from_flops`: whether the calibration is of another model, so that flops say what the passes take; `phases`: of the
-    simulated part; `pauses`: of the whole job, none of which is in the simulated time."""
+    come from; `begun`: when the first batch came (virtual nanoseconds); `total`: samples of the job; `left`: of these,
+    those that were not simulated; `seconds`: virtual, of everything that was; `loops`: whether collectives were
+    computed as loops; `from_flops`: whether the calibration is of another model, so that flops say what the passes
+    take; `phases`: of the simulated part; `pauses`: of the whole job, none of which is in the simulated time."""
 
     tallies: list[TimeTally]
     workers: list[int]
     stretch: Stretch
     begun: int
+    total: int
     left: int
     seconds: float
     folder: Path
@@ -175,8 +176,9 @@ class Simulation:
         assert self._stretch is not None and self._ended is not None
         workers = [rank for rank, tally in enumerate(self._tallies) if tally.steps]
         seconds = world.time / 1e9
+        total = self._ended.prepared.total + self._left
         return Simulated(
-            self._tallies, workers, self._stretch, self._begun, self._left, seconds, folders[0], loops,
+            self._tallies, workers, self._stretch, self._begun, total, self._left, seconds, folders[0], loops,
             self._from_flops, self._ended.totals.summaries, self._pauses(self._ended),
         )  # fmt: skip
 

@@ -94,7 +94,8 @@ def lines(found: Simulated, predicted: Prediction) -> Iterator[str]:
     yield f"{'time to finish':<20}{finish}, without {_left_out(found.pauses)}"
     yield from _phases(found)
     yield from _paused(found.pauses)
-    yield f"{'cost':<20}{predicted.whole * size:,.0f} rank-seconds"
+    cost = predicted.whole * size
+    yield f"{'cost':<20}{f'{cost:,.0f}' if cost >= 100 else f'{cost:.3g}'} rank-seconds"
     yield f"{'efficiency':<20}{100 * predicted.efficiency:.0f} % of the workers' time is computing"
     yield from _waiting(predicted, size)
     if predicted.busiest is not None:
@@ -123,11 +124,13 @@ def _paused(pauses: Pauses) -> Iterator[str]:
 
 
 def _phases(found: Simulated) -> Iterator[str]:
-    """Where rules have ended phases."""
-    if len(found.phases) < 2:
-        return
-    for phase in found.phases:
-        yield f"{f'phase {phase.index}':<20}{phase.strategy}: {phase.samples:,} samples in {_time(phase.seconds)}"
+    """Where rules have ended phases, and evaluations training."""
+    if len(found.phases) > 1:
+        for phase in found.phases:
+            yield f"{f'phase {phase.index}':<20}{phase.strategy}: {phase.samples:,} samples in {_time(phase.seconds)}"
+    trained = sum(phase.samples for phase in found.phases) + found.left
+    if trained < found.total:
+        yield f"{'stopped early':<20}at sample {trained:,} of {found.total:,}"
 
 
 def _waiting(predicted: Prediction, size: int) -> Iterator[str]:

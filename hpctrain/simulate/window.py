@@ -35,16 +35,19 @@ class Moment:
 
 class Window:
     """From the end of the first round at or after 20 % of `total` samples to the end of the last but one; in a shorter
-    run, to its end."""
+    run, to its end; in one that stops before, from the end of its first round."""
 
     def __init__(self, total: int) -> None:
         self._low = BEGIN * total
+        self._earliest: Moment | None = None
         self.first: Moment | None = None
         self.last: Moment | None = None
 
     def round_ended(self, cursor: int, now: Callable[[], Moment]) -> None:
         """A round has ended at that cursor; `now` makes the totals."""
-        if self.first is None and (cursor >= self._low):
+        if self._earliest is None:
+            self._earliest = now()
+        if self.first is None and cursor >= self._low:
             self.first = now()
         elif self.first is not None:
             self.last = now()
@@ -52,7 +55,7 @@ class Window:
     def close(self, now: Callable[[], Moment]) -> Stretch:
         """The run has ended."""
         last = self.last or now()
-        return Stretch(self.first or last, last)
+        return Stretch(self.first or self._earliest or last, last)
 
 
 @dataclass(frozen=True)

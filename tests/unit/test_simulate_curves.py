@@ -10,6 +10,7 @@ import pytest
 
 from hpctrain.analysis import analyse
 from hpctrain.cli import main
+from hpctrain.conformance import Subject
 from hpctrain.conformance.task import noisy_net, points, small_job
 from hpctrain.data.splits import Splits
 from hpctrain.errors import HpctrainError, JobError
@@ -18,7 +19,8 @@ from hpctrain.simulate.calibration import Calibration, MeasuredCost
 from hpctrain.simulate.curve import Curve
 from hpctrain.simulate.simulation import Simulated
 from hpctrain.simulate.summary import lines, predict
-from tests.unit.test_simulate import FORWARD, calibration, simulate
+from tests.marks import mostly_slow
+from tests.unit.test_simulate import FIRST, FORWARD, SUBJECTS, calibration, simulate
 
 RULE = {"rule": "loss_stable", "rounds": 5, "window": 3, "threshold": 0.02, "armed": 0.98}
 SWITCH = {"name": "switch", "until": RULE}
@@ -73,6 +75,17 @@ def test_rule_on_other_ranks_observes_the_losses_by_samples(hosts: int, earlier:
     assert curve.loss(end - 2 * interval, end - interval) > limit - 0.01  # the last round of an epoch is smaller
 
 
+@pytest.mark.parametrize("subject", mostly_slow(SUBJECTS, FIRST), ids=lambda subject: subject.label)
+def test_every_strategy_stops_where_it_stops_with_gradients(subject: Subject, tmp_path: Path) -> None:
+    """By the losses and evaluations of its own run."""
+    stops = {"steps": 24, "evaluate_every": {"steps": 4}, "patience": 2}
+    made = subject.job(tmp_path, data=DATA, trace={"enabled": True}, train=stops, optimizer={"name": "SGD", "lr": 0.3})
+    learnt = simulate(made, learn=True)
+    followed = simulate(made, curve=Curve.of(learnt.folder, made))
+    assert phases(followed) == phases(learnt)
+    assert [len(tally.steps) for tally in followed.tallies] == [len(tally.steps) for tally in learnt.tallies]
+
+
 # -- evaluations that decide -------------------------------------------------------------------------------------
 @cache
 def evaluated(folder: Path) -> tuple[Path, list[tuple[int, float]]]:
@@ -99,6 +112,8 @@ def test_training_stops_where_the_curve_reaches_the_target(measured: Any, tmp_pa
     found = simulate(made, curve=Curve.of(run, made))
     assert sum(phases(found)) == first
     assert found.left == 0
+    shown = [" ".join(line.split()) for line in lines(found, predict(found, calibration()))]
+    assert f"stopped early at sample {first:,} of 2,060" in shown
 
 
 def test_patience_and_a_rule_by_evaluations_observe_the_curve(measured: Any, tmp_path: Path) -> None:
@@ -193,6 +208,11 @@ def test_what_is_not_known_is_said_to_be_left_out(tmp_path: Path) -> None:
     text = "\n".join(lines(found, predict(found, calibration())))
     assert "without start-up and checkpoints\n" in text
     assert "the calibration does not say in what time" in text
+    for most, is_known in ((216 * 8, True), (100, False)):
+        cost = MeasuredCost(each_s=1e-6, least=most, most=most)
+        spans = {**calibration().spans, "checkpoint": cost}
+        found = simulate(job(tmp_path), known=calibration(spans=spans))
+        assert (found.pauses.saving is not None) == is_known
     known = simulate(job(tmp_path), known=saving(1.0))
     assert "without start-up\n" in "\n".join(lines(known, predict(known, saving(1.0))))
 
@@ -214,6 +234,9 @@ def test_command_takes_a_curve(tmp_path: Path, capfd: Any, monkeypatch: pytest.M
     shown = capfd.readouterr().out
     assert f"costs only, with the losses of {run}" in shown
     assert "phase 1" in shown
+    patient = ["strategy=all_reduce", "train.patience=2", "--steps", "8"]
+    assert main(["simulate", words[0], *words[2:], *options, *patient]) == 0
+    assert "note: train.target and train.patience do not stop it" in capfd.readouterr().out
     assert main(["simulate", *words, *options, "--curve", str(run), "--learn"]) == 2
     assert main(["simulate", *words, *options, "--curve", str(tmp_path)]) == 2
     errors = capfd.readouterr().err

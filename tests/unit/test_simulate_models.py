@@ -159,6 +159,16 @@ def test_same_parameters_with_other_samples_are_another_model(tmp_path: Path) ->
     assert larger.from_flops
 
 
+def test_calibration_keeps_what_its_model_does_and_what_checkpoints_take(tmp_path: Path) -> None:
+    found = measure(small_job(tmp_path), [0, 0])
+    assert found.model.work is not None
+    assert found.model.work.forward.flops == FORWARD_FLOPS
+    assert found.spans["checkpoint"].most == 216 * 8  # bytes of the arena
+    assert found.spans["checkpoint"].seconds(216 * 8) > 0
+    found.save(tmp_path / "known.toml")
+    assert Calibration.load(tmp_path / "known.toml") == found
+
+
 def small_convolution() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
