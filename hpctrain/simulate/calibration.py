@@ -15,7 +15,6 @@ from hpctrain.options import Table
 
 SLACK = 0.01
 NO_CODEC = "none"
-CODING = frozenset(["encode", "decode"])
 BEYOND = 2.0  # a cost is known for as much as this factor more or less than what was measured
 Seconds = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -78,13 +77,15 @@ class ModelCosts(Table):
 class LinkCosts(Table):
     """Messages between two ranks. `latency_s`: one way. `bytes_per_s`: of one message on its way, None: the link's rate
     in the cluster file. `overhead_s`: of the sender and of the receiver, for each message. `efficiency`: the share of a
-    link's rate that carries data."""
+    link's rate that carries data. `unfairness`: how much the shares of messages differ that compete for a link (sigma of
+    the log-normal distribution of their weights)."""
 
     latency_s: Seconds = 0.0
     bytes_per_s: Annotated[float, Field(ge=1e3)] | None = None
     overhead_s: Seconds = 0.0
     efficiency: Annotated[float, Field(gt=0, le=1)] = 1.0
     eager_bytes: Annotated[int, Field(ge=0)] = 16384
+    unfairness: Annotated[float, Field(ge=0, le=2)] = 0.0
 
 
 class HandlingCosts(Table):
@@ -99,7 +100,7 @@ class HandlingCosts(Table):
 
 class Calibration(Table):
     """What was measured. `source`: the command or the runs. `spans`: by kind (reduce, update ...), for bytes; `codecs`:
-    the same by codec, for those kinds that depend on it. `step`: what a step costs besides its spans. `error`: how far a computing time may be off, relative (one standard
+    the same by codec ("none" is one), for those kinds that depend on it. `step`: what a step costs besides its spans. `error`: how far a computing time may be off, relative (one standard
     deviation); `error_other_model`: of a model that was never run."""
 
     source: str = ""
@@ -107,7 +108,7 @@ class Calibration(Table):
     spans: dict[str, MeasuredCost] = Field(default_factory=dict)
     codecs: dict[str, dict[str, MeasuredCost]] = Field(default_factory=dict)
     step: MeasuredCost = MeasuredCost()
-    between: LinkCosts = LinkCosts(latency_s=50e-6, overhead_s=5e-6, efficiency=0.94)
+    between: LinkCosts = LinkCosts(latency_s=50e-6, overhead_s=5e-6, efficiency=0.94, unfairness=0.3)
     within: LinkCosts = LinkCosts(latency_s=1e-6, bytes_per_s=5e9, overhead_s=1e-6)
     handling: HandlingCosts = HandlingCosts()
     error: Annotated[float, Field(ge=0, le=10)] = 0.15
@@ -117,20 +118,13 @@ class Calibration(Table):
         """What spans of that kind cost, where values are sent with that codec. Raises ClusterError if that is not
         known."""
         found = self.codecs.get(codec, {}).get(kind) or self.spans.get(kind)
-        if found is None or (codec != NO_CODEC and kind in CODING and codec not in self.codecs):
+        if found is None:
             what = f'"{kind}" costs' if codec == NO_CODEC else f'"{kind}" with codec "{codec}" costs'
             raise ClusterError(
                 f"the calibration ({self.source}) does not tell what {what}, which this job does; calibrate with this "
                 "job: hpctrain calibrate --measure JOB"
             )
         return found
-
-    def also(self, other: Calibration) -> Calibration:
-        """This one with what it lacks from another one of the same model."""
-        codecs = {name: {**other.codecs.get(name, {}), **kinds} for name, kinds in self.codecs.items()}
-        return self.model_copy(
-            update={"spans": {**other.spans, **self.spans}, "codecs": {**other.codecs, **codecs}}
-        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:

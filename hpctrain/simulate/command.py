@@ -12,8 +12,10 @@ from hpctrain.job import Job
 from hpctrain.simulate.calibration import Calibration
 from hpctrain.simulate.curve import Curve
 from hpctrain.simulate.measure import measure
+from hpctrain.simulate.runs import calibration_of, job_of
 from hpctrain.simulate.simulation import Simulation
 from hpctrain.simulate.summary import lines, predict
+from hpctrain.trace import open_run
 
 STEPS, ROUNDS = 50, 6  # simulated without --learn, at least
 MEASURED = 4  # ranks that a measurement takes, where the job can run on so few
@@ -78,6 +80,28 @@ def calibrate_here(job: Job, cluster: Path | None, output: Path) -> int:
     measure_job(job, places).save(output)
     print(f"wrote {output}")
     return 0
+
+
+def calibrate_from(folders: Sequence[Path], cluster: Path | None, output: Path) -> int:
+    """Write what the traces of real runs say of computing and messages. `cluster`: where they ran. Raises
+    HpctrainErrors."""
+    links = None
+    if cluster is not None:
+        links = 1e6 * min(host.link.mbit_per_s for host in Description.load(cluster).each())
+    print("measuring some steps of the first run's job on this machine ...", flush=True)
+    calibration_of_folders(folders, links).save(output)
+    print(f"wrote {output}")
+    return 0
+
+
+def calibration_of_folders(folders: Sequence[Path], links: float | None) -> Calibration:
+    """From run folders. `links`: bits per second between their hosts, None: not known. Raises HpctrainErrors."""
+    runs = [open_run(folder) for folder in folders]
+    jobs = [job_of(run) for run in runs]
+    models = sorted({str(job.model.plain()) for job in jobs})
+    if len(models) > 1:
+        raise ClusterError(f"{folders[0]} and others are of different models; calibrate each model by itself")
+    return calibration_of(runs, measure_job(jobs[0], (0, 0, 1, 1)), links)
 
 
 def usual_steps(job: Job, whole: bool) -> int | None:

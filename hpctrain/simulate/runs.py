@@ -135,10 +135,10 @@ def calibration_of(runs: Sequence[Run], shape: Calibration, rate: float | None =
             raise ClusterError(f'{runs[0].folder}: no "{needed}" span of a worker was traced, which a calibration needs')
     costs = {key: _typical(each) for key, each in points.items()}
     rest = min(rank.rest for rank in ranks)
-    spans = {kind: cost for (codec, kind), cost in costs.items() if codec == NO_CODEC}
+    spans = {kind: cost for (_, kind), cost in costs.items() if kind not in CODED}
     codecs: dict[str, dict[str, MeasuredCost]] = {}
     for (codec, kind), cost in costs.items():
-        if codec != NO_CODEC:
+        if kind in CODED:
             codecs.setdefault(codec, {})[kind] = cost
     forward, backward = (_like(spans.pop(kind), getattr(shape.model, kind)) for kind in ("forward", "backward"))
     between, within = _links(runs, rate, shape)
@@ -147,7 +147,7 @@ def calibration_of(runs: Sequence[Run], shape: Calibration, rate: float | None =
             "source": f"traces of {len(runs)} run{'s' * (len(runs) > 1)}, such as {runs[0].folder.name}",
             "model": shape.model.model_copy(update={"forward": forward, "backward": backward}),
             "spans": {**shape.spans, **spans},
-            "codecs": {**shape.codecs, **codecs},
+            "codecs": {name: {**shape.codecs.get(name, {}), **kinds} for name, kinds in codecs.items()},
             "step": MeasuredCost(fixed_s=rest),
             "handling": _handling(ranks, costs, rest) or shape.handling,
             "between": between,

@@ -34,14 +34,14 @@ class Samples:
 
     def spans(self) -> dict[str, MeasuredCost]:
         """What was measured besides passes, by kind."""
-        kinds = sorted(kind for codec, kind in self.seen if codec == NO_CODEC and kind not in ("forward", "backward"))
+        kinds = sorted(kind for _, kind in self.seen if kind not in (*CODED, "forward", "backward"))
         return {kind: self.cost(kind) for kind in kinds}
 
     def codecs(self) -> dict[str, dict[str, MeasuredCost]]:
         """The same by codec."""
         found: dict[str, dict[str, MeasuredCost]] = {}
         for codec, kind in sorted(self.seen):
-            if codec != NO_CODEC:
+            if kind in CODED:
                 found.setdefault(codec, {})[kind] = line_through(self.seen[codec, kind])
         return found
 

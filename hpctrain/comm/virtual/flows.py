@@ -1,4 +1,5 @@
-"""A network whose messages share ports: each is a flow, and flows through one port share it max-min fairly.
+"""A network whose messages share ports: each is a flow, and flows through one port share it max-min fairly, or by
+weights.
 
 Ports: the link of a host, out and in; the uplink and downlink of a rack; the memory of a host, for messages within it
 above the eager limit (shorter ones stay in caches).
@@ -7,6 +8,7 @@ A flow's rate changes when another begins or ends on one of its ports, so its en
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf
@@ -17,6 +19,7 @@ from hpctrain.comm.virtual.scheduler import Scheduler, Timer
 from hpctrain.hosts import Description
 
 TIE = 1 + 1e-9  # shares that differ by less are equal
+FULL = 1e-9  # weight; less is that of no flow
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class MessageCosts:
     """What messages of one class of link cost, besides sharing ports. Times in nanoseconds.
 
     A rank's sends occupy it for `send_overhead` each, one after the other, and its arriving messages for
-    `recv_overhead`. A message above `eager_limit` bytes waits for its receiver, and asks it first: one more round trip.
+    `recv_overhead`. `unfairness`: how much the shares of competing messages differ (sigma of the log-normal distribution
+    of their weights). A message above `eager_limit` bytes waits for its receiver, and asks it first: one more round trip.
     """
 
     latency: int = 20_000  # one way, besides that of the sender's own link
@@ -32,6 +36,7 @@ class MessageCosts:
     send_overhead: int = 0
     recv_overhead: int = 0
     eager_limit: int = 8192
+    unfairness: float = 0.0
 
 
 BETWEEN, WITHIN = MessageCosts(), MessageCosts(latency=500, bandwidth=8e9)
@@ -84,14 +89,15 @@ class FlowPath:
 class Flow:
     """A message on its way. `left`: bytes that were left at time `updated`; `rate`: bytes per nanosecond since then;
     `due`: when it ends if that stays so. It has a `timer` only if none that it competes with ends earlier: when that
-    ends, rates change."""
+    ends, rates change. Shares of a port are in proportion to `weight`."""
 
-    __slots__ = ("bytes", "due", "following", "left", "message", "pair", "path", "ports", "rate", "timer", "updated")
+    __slots__ = ("bytes", "due", "following", "left", "message", "pair", "path", "ports", "rate", "timer", "updated", "weight")
 
     def __init__(self, message: FlowMessage, path: FlowPath, pair: tuple[int, int], nbytes: int) -> None:
         self.message, self.path, self.pair, self.bytes = message, path, pair, nbytes
         self.ports = path.ports if nbytes > path.costs.eager_limit else path.short
         self.left, self.rate, self.updated, self.due = float(nbytes), 0.0, 0, 0
+        self.weight = 1.0
         self.timer: Timer | None = None
         self.following: Flow | None = None  # of the same pair, which waits for this one to end
 
@@ -114,6 +120,7 @@ class FlowNetwork:
     within: MessageCosts = WITHIN
     memory: float = 2e10
     goodput: float = 1.0
+    seed: int = 0  # of the weights of messages, where costs are unfair
     carried: int = 0  # messages
     delivered: int = 0  # of these, those whose last byte has left
     sends: dict[int, int] = field(default_factory=dict)  # by rank: when it is free to send
@@ -123,6 +130,7 @@ class FlowNetwork:
     _changed: dict[Port, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._weights = random.Random(f"{self.seed}/weights")
         self.hosts, self._narrowed = self.cluster.each(), self.cluster.switch.oversubscription
         per_ns = self.goodput * 1e6 / 8 / 1e9
         links = [host.link.mbit_per_s * per_ns for host in self.hosts]
@@ -170,6 +178,8 @@ class FlowNetwork:
             start += path.latency
             start = (start if start > now else now) + path.back
         flow = Flow(message, path, (sender, receiver), nbytes)
+        if costs.unfairness:
+            flow.weight = self._weights.lognormvariate(0.0, costs.unfairness)
         if start > now:
             self._clock.call_at(start, self._queue, flow)
         else:
@@ -303,27 +313,27 @@ def _connected(port: Port, known: dict[Port, None]) -> tuple[dict[Flow, None], l
 
 
 def max_min(flows: dict[Flow, None], ports: Sequence[Port]) -> dict[Flow, float]:
-    """The max-min fair rates of flows that compete for these ports only: progressive filling. The ports that fill up
-    first fix the rates of their flows; the others share what is left."""
+    """The max-min fair rates of flows that compete for these ports only, each in proportion to its weight: progressive
+    filling. The ports that fill up first fix the rates of their flows; the others share what is left."""
     rates: dict[Flow, float] = {}
-    left = {port: [port.capacity, float(len(port.flows))] for port in ports if port.flows}
+    left = {port: [port.capacity, sum(flow.weight for flow in port.flows)] for port in ports if port.flows}
     unfixed = dict(flows)
     while unfixed:
-        share = min(capacity / count for capacity, count in left.values())
-        single = min(flow.path.costs.bandwidth for flow in unfixed) / 1e9
+        share = min(capacity / weight for capacity, weight in left.values())  # of a flow with weight 1
+        single = min(flow.path.costs.bandwidth / flow.weight for flow in unfixed) / 1e9
         if single <= share:
-            rate, limit = single, single * TIE
-            fixed = [flow for flow in unfixed if flow.path.costs.bandwidth / 1e9 <= limit]
+            share, limit = single, single * TIE
+            fixed = [flow for flow in unfixed if flow.path.costs.bandwidth / flow.weight / 1e9 <= limit]
         else:
-            rate, limit = share, share * TIE
-            full = [port for port, (capacity, count) in left.items() if capacity / count <= limit]
+            limit = share * TIE
+            full = [port for port, (capacity, weight) in left.items() if capacity / weight <= limit]
             fixed = [flow for flow in dict.fromkeys(f for port in full for f in port.flows) if flow in unfixed]
         for flow in fixed:
-            rates[flow] = rate
+            rates[flow] = rate = share * flow.weight
             del unfixed[flow]
             for port in flow.ports:
                 place = left[port]
-                place[0], place[1] = max(place[0] - rate, 0.0), place[1] - 1
-                if not place[1]:
+                place[0], place[1] = max(place[0] - rate, 0.0), place[1] - flow.weight
+                if place[1] <= FULL:
                     del left[port]
     return rates
