@@ -163,10 +163,18 @@ def _add_simulator(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     simulate.add_argument("--steps", type=int, metavar="N", help="rounds (default: enough to see what a step costs)")
     simulate.set_defaults(command=_simulate)
-    calibrate = commands.add_parser("calibrate", help="measure what a job's computing costs, for `hpctrain simulate`")
-    calibrate.add_argument("--measure", dest="job", metavar="JOB", required=True, help="measure steps of this job here")
-    calibrate.add_argument("overrides", metavar="key=value", nargs="*", help="keys to change, such as train.epochs=3")
-    calibrate.add_argument("--cluster", metavar="FILE", type=Path, help="with ranks on hosts as in that cluster")
+    calibrate = commands.add_parser(
+        "calibrate", help="find out what a job's steps and messages cost, for `hpctrain simulate`"
+    )
+    calibrate.add_argument(
+        "words", metavar="RUN", nargs="*",
+        help="folders of real runs of one model, with different strategies if possible; with --measure: keys to change, "
+        "such as train.batch_size=32",
+    )  # fmt: skip
+    calibrate.add_argument("--measure", dest="job", metavar="JOB", help="instead measure steps of this job here")
+    calibrate.add_argument(
+        "--cluster", metavar="FILE", type=Path, help="where the runs were; with --measure: how its ranks lie on hosts"
+    )
     calibrate.add_argument("-o", "--output", metavar="FILE", type=Path, default=Path("calibration.toml"))
     calibrate.set_defaults(command=_calibrate)
 
@@ -288,7 +296,13 @@ def _calibrate(options: argparse.Namespace) -> int:
     from hpctrain.job import Job
     from hpctrain.simulate import command
 
-    return command.calibrate_here(Job.load(options.job, options.overrides), options.cluster, options.output)
+    if options.job is not None:
+        return command.calibrate_here(Job.load(options.job, options.words), options.cluster, options.output)
+    if not options.words:
+        raise HpctrainError(
+            "hpctrain calibrate needs folders of runs, such as runs/mnist-20261129-120000, or --measure JOB"
+        )
+    return command.calibrate_from([Path(word) for word in options.words], options.cluster, options.output)
 
 
 def _lab_up(options: argparse.Namespace) -> int:

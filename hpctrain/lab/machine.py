@@ -26,7 +26,8 @@ SWITCH = f"{PREFIX}switch"
 HOME = Path("/run/hpctrain-lab")
 HOSTS_FILES = Path("/etc/netns")  # `ip netns exec` puts their contents in place of those of /etc
 CARD = "e0"  # a host's network card
-BURST_MS = 0.6  # of data that a link passes at once after a pause: a whole packet of TCP (64 KiB) at 1 Gbit/s; at least two of the wire
+BURST_MS = 0.6  # of data that a link passes at once after a pause: at 1 Gbit/s, one of TCP's large packets (64 KiB)
+PACKETS = 3200  # bytes, at least: two packets of the wire
 QUEUE_MS = 50  # of data that waits before a link drops packets, but at least as much as follows
 CARD_QUEUE, PORT_QUEUE = 1_500_000, 256_000  # bytes: a card's thousand packets, a port of an office switch
 PERIOD_US = 10_000  # over which a host's share of the processors is counted
@@ -144,8 +145,8 @@ def _add(host: Host, names: str) -> None:
 
 
 def _control_congestion(space: str) -> None:
-    """Let TCP do what it does by default on Linux, whatever this machine is set to: BBR, for example, stops now and then to
-    look how fast an idle link is."""
+    """Let TCP do what it does by default on Linux, whatever this machine is set to. BBR, for example, slows down now and
+    then to see how fast an idle link is."""
     allowed = (IPV4 / "tcp_allowed_congestion_control").read_text().split()
     for usual in ("cubic", "reno"):
         if usual in allowed:
@@ -156,7 +157,7 @@ def _control_congestion(space: str) -> None:
 def _limit_link(host: Host, space: str, port: str) -> None:
     """Limit both directions: what the host sends, and what the switch sends to it."""
     rate = host.link.mbit_per_s * 1e6
-    burst = max(int(rate / 8 * BURST_MS / 1000), 3200)
+    burst = max(int(rate / 8 * BURST_MS / 1000), PACKETS)
     limit = ("tbf", "rate", f"{rate:.0f}bit", "burst", f"{burst}", "limit")
     for where, card, queue in ((space, CARD, CARD_QUEUE), (SWITCH, port, PORT_QUEUE)):
         waits = max(int(rate / 8 * QUEUE_MS / 1000), queue)

@@ -77,7 +77,7 @@ class ModelCosts(Table):
 class LinkCosts(Table):
     """Messages between two ranks. `latency_s`: one way. `bytes_per_s`: of one message on its way, None: the link's rate
     in the cluster file. `overhead_s`: of the sender and of the receiver, for each message. `efficiency`: the share of a
-    link's rate that carries data. `unfairness`: how much the shares of messages differ that compete for a link (sigma of
+    link's rate that carries data. `unfairness`: how much the shares of messages that compete for a link differ (sigma of
     the log-normal distribution of their weights)."""
 
     latency_s: Seconds = 0.0
@@ -90,7 +90,7 @@ class LinkCosts(Table):
 
 class HandlingCosts(Table):
     """What messages take of a core. `message_s`, `byte_s`: of the sender's and of the receiver's, for each; `napping`:
-    the share of a core that a rank uses that waits with naps; `step_s`: what other threads (data, trace) use in a step."""
+    the share that a rank uses while it waits with naps; `step_s`: what other threads (data, trace) use in a step."""
 
     message_s: Seconds = 5e-6
     byte_s: Annotated[float, Field(ge=0, le=1)] = 5e-10
@@ -100,8 +100,9 @@ class HandlingCosts(Table):
 
 class Calibration(Table):
     """What was measured. `source`: the command or the runs. `spans`: by kind (reduce, update ...), for bytes; `codecs`:
-    the same by codec ("none" is one), for those kinds that depend on it. `step`: what a step costs besides its spans. `error`: how far a computing time may be off, relative (one standard
-    deviation); `error_other_model`: of a model that was never run."""
+    the same by codec ("none" is one), for those kinds that depend on it. `step`: what a step costs besides its spans.
+    `error`: how far a computing time may be off, relative (one standard deviation); `error_other_model`: of a model that
+    was never run."""
 
     source: str = ""
     model: ModelCosts

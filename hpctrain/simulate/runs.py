@@ -38,9 +38,9 @@ Table = Any  # a frame of pandas
 
 @dataclass
 class RankCosts:
-    """What a worker's `steps` cost. `points`: seconds by (codec, kind) and amount. Per step: `step`: seconds from one to
-    the next; `rest`: of these outside of spans; `used`: seconds of cores, None: not traced; `waited`: in communication;
-    `messages`, `bytes`: that it handled."""
+    """What a worker's `steps` cost. `points`: seconds by (codec, kind) and amount. Per step: `step`: seconds from one
+    to the next; `rest`: of these outside of spans; `used`: seconds of cores, None: not traced; `waited`: in
+    communication; `messages`, `bytes`: that it handled."""
 
     step: float
     rest: float
@@ -61,8 +61,8 @@ def costs_of(run: Run) -> Iterator[RankCosts]:
         first = ceil(WARM * len(ends))
         if len(ends) - first < LEAST:
             raise ClusterError(
-                f"{run.folder}: rank {rank} has traces of {len(ends)} steps, of which the first {WARM:.0%} do not count; "
-                f"at least {ceil((LEAST + 1) / (1 - WARM))} are needed: train longer"
+                f"{run.folder}: rank {rank} has traces of {len(ends)} steps, of which the first {WARM:.0%} do not "
+                f"count; at least {ceil((LEAST + 1) / (1 - WARM))} are needed: train longer"
             )
         yield _costs(run, int(str(rank)), ends[first:], size, codec_name(job.schedule[0].strategy.options))
 
@@ -123,16 +123,18 @@ def _handled(spans: Table, size: int) -> tuple[float, float]:
 
 
 def calibration_of(runs: Sequence[Run], shape: Calibration, rate: float | None = None) -> Calibration:
-    """From real runs of one model. `shape`: measured here, for what traces do not have: in which order and when gradients
-    become complete, and how costs grow with the batch. `rate`: bits per second of the links between hosts, as in their
-    cluster file; None: not known. Raises ClusterError if the traces do not have what is needed."""
+    """From real runs of one model. `shape`: measured here, for what traces do not have: in which order and when
+    gradients become complete, and how costs grow with the batch. `rate`: bits per second of the links between hosts, as
+    in their cluster file; None: not known. Raises ClusterError if the traces do not have what is needed."""
     ranks = [rank for run in runs for rank in costs_of(run)]
     points: dict[tuple[str, str], Points] = {}
     for key in dict.fromkeys(key for rank in ranks for key in rank.points):
         points[key] = _least_disturbed([rank.points[key] for rank in ranks if key in rank.points])
     for needed in ("forward", "backward"):
         if (NO_CODEC, needed) not in points:
-            raise ClusterError(f'{runs[0].folder}: no "{needed}" span of a worker was traced, which a calibration needs')
+            raise ClusterError(
+                f'{runs[0].folder}: no "{needed}" span of a worker was traced, which a calibration needs'
+            )
     costs = {key: _typical(each) for key, each in points.items()}
     rest = min(rank.rest for rank in ranks)
     spans = {kind: cost for (_, kind), cost in costs.items() if kind not in CODED}
@@ -149,7 +151,7 @@ def calibration_of(runs: Sequence[Run], shape: Calibration, rate: float | None =
             "spans": {**shape.spans, **spans},
             "codecs": {name: {**shape.codecs.get(name, {}), **kinds} for name, kinds in codecs.items()},
             "step": MeasuredCost(fixed_s=rest),
-            "handling": _handling(ranks, costs, rest) or shape.handling,
+            "handling": handling_of(ranks, costs, rest) or shape.handling,
             "between": between,
             "within": within,
         }
@@ -157,7 +159,7 @@ def calibration_of(runs: Sequence[Run], shape: Calibration, rate: float | None =
 
 
 def _least_disturbed(ranks: Sequence[Points]) -> Points:
-    """For each amount, the measurements of the rank whose median is lowest: others waited for a core in more of them."""
+    """For each amount, the measurements of the rank whose median is lowest: others waited for a core more often."""
     found: Points = {}
     for points in ranks:
         for amount, values in points.items():
@@ -182,7 +184,7 @@ def _like(found: MeasuredCost, shape: MeasuredCost) -> MeasuredCost:
     return found.model_copy(update={**scaled, "least": min(found.least, shape.least)})
 
 
-def _handling(
+def handling_of(
     ranks: Sequence[RankCosts], costs: dict[tuple[str, str], MeasuredCost], rest: float
 ) -> HandlingCosts | None:
     """From the processor time that computing does not explain: non-negative least squares. None: nothing was traced."""
@@ -207,10 +209,10 @@ def _handling(
 
 def _computed(rank: RankCosts, costs: dict[tuple[str, str], MeasuredCost]) -> float:
     """Seconds of a core per step that the costs of its spans say."""
-    each = (
-        len(values) * costs[key].seconds(amount) for key, points in rank.points.items() for amount, values in points.items()
-    )
-    return sum(each) / rank.steps
+    total = 0.0
+    for key, points in rank.points.items():
+        total += sum(len(values) * costs[key].seconds(amount) for amount, values in points.items())
+    return total / rank.steps
 
 
 def _links(runs: Sequence[Run], rate: float | None, shape: Calibration) -> tuple[LinkCosts, LinkCosts]:

@@ -27,8 +27,9 @@ class MessageCosts:
     """What messages of one class of link cost, besides sharing ports. Times in nanoseconds.
 
     A rank's sends occupy it for `send_overhead` each, one after the other, and its arriving messages for
-    `recv_overhead`. `unfairness`: how much the shares of competing messages differ (sigma of the log-normal distribution
-    of their weights). A message above `eager_limit` bytes waits for its receiver, and asks it first: one more round trip.
+    `recv_overhead`. A message above `eager_limit` bytes waits for its receiver, and asks it first: one more round trip.
+    `unfairness`: how much the shares of messages that compete differ, as TCP's do (sigma of the log-normal distribution
+    of their weights).
     """
 
     latency: int = 20_000  # one way, besides that of the sender's own link
@@ -91,7 +92,9 @@ class Flow:
     `due`: when it ends if that stays so. It has a `timer` only if none that it competes with ends earlier: when that
     ends, rates change. Shares of a port are in proportion to `weight`."""
 
-    __slots__ = ("bytes", "due", "following", "left", "message", "pair", "path", "ports", "rate", "timer", "updated", "weight")
+    __slots__ = (
+        "bytes", "due", "following", "left", "message", "pair", "path", "ports", "rate", "timer", "updated", "weight",
+    )  # fmt: skip
 
     def __init__(self, message: FlowMessage, path: FlowPath, pair: tuple[int, int], nbytes: int) -> None:
         self.message, self.path, self.pair, self.bytes = message, path, pair, nbytes
