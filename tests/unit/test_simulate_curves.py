@@ -195,6 +195,22 @@ def test_validation_at_the_end_precedes_the_final_test(tmp_path: Path) -> None:
     assert alone.evaluations == 1 + 1  # the last one is the final test
 
 
+@pytest.mark.parametrize("strategy", ["all_reduce", "local_sgd", "parameter_server", "phases"])
+@pytest.mark.parametrize(
+    "every", [{"steps": 2}, {"steps": 5}, {"epochs": 0.3}, {"epochs": 1}, {"fraction": 0.25}, {"samples": 5}], ids=str
+)
+def test_as_many_evaluations_as_with_gradients(strategy: str, every: dict[str, float], tmp_path: Path) -> None:
+    """The rows of metrics.csv."""
+    tables: dict[str, Any] = {"strategy": {"name": strategy}}
+    if strategy == "phases":
+        tables = {"strategy": {"name": "switch", "until": {"rule": "after", "steps": 7}}}
+    elif strategy == "local_sgd":
+        tables["strategy"]["every"] = 3
+    made = job(tmp_path, train={"steps": 24, "evaluate_every": every}, **tables)
+    rows = (simulate(made, learn=True).folder / "metrics.csv").read_text().splitlines()[1:]
+    assert simulate(made).pauses.evaluations == len(rows)
+
+
 def test_ranks_that_share_cores_evaluate_more_slowly(tmp_path: Path) -> None:
     made = job(tmp_path, train={"epochs": 2})
     free, shared = (simulate(made, {"hosts": [{"ranks": 4, "cores": cores}]}).pauses for cores in (4.0, 1.0))
