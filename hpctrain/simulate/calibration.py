@@ -97,7 +97,7 @@ class Calibration(Table):
     between: LinkCosts = LinkCosts(latency_s=50e-6, overhead_s=5e-6, efficiency=0.94)
     within: LinkCosts = LinkCosts(latency_s=1e-6, bytes_per_s=5e9, overhead_s=1e-6)
     error: Annotated[float, Field(ge=0, le=10)] = 0.15
-    error_other_model: Annotated[float, Field(ge=0, le=10)] = 0.5  # docs/simulation.md
+    error_other_model: Annotated[float, Field(ge=0, le=10)] = 0.6  # docs/simulation.md
 
     def span(self, kind: str) -> MeasuredCost:
         """What spans of that kind cost. Raises ClusterError if that is not known."""

@@ -14,15 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.virtual.world import World
 from hpctrain.data.generators import Generators
 from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.moving import move
 from hpctrain.data.splits import make_order
 from hpctrain.errors import ClusterError
+from hpctrain.job import Job
 from hpctrain.models.forward import Forward
 from hpctrain.models.wrappers import named_parameters
 from hpctrain.replica.layout import Layout
-from hpctrain.run.prepare import Measurable
+from hpctrain.run.prepare import Measurable, prepare_evaluation
 from hpctrain.simulate.calibration import MeasuredCost, ModelCosts, ModelWork, PassWork
 
 META = torch.device("meta")
@@ -103,6 +106,15 @@ def count(parts: Measurable) -> CountedPasses:
             raise
         except Exception as error:
             raise _unknown(parts, f"a pass to count them raised {type(error).__name__}: {error}") from error
+
+
+def counted(job: Job) -> CountedPasses:
+    """The same for a job whose parts are not built yet. Raises HpctrainErrors."""
+
+    def body(comm: Communicator) -> CountedPasses:
+        return count(prepare_evaluation(job, comm))
+
+    return World(1, [0]).run(body)[0]
 
 
 def _unknown(parts: Measurable, why: str) -> ClusterError:
