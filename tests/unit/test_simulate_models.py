@@ -83,6 +83,24 @@ class Foreign(nn.Module):
         return out
 
 
+class Answer:
+    """An output that hides its tensors."""
+
+    def __init__(self, loss: Tensor) -> None:
+        self.loss = loss
+
+
+class Answering(nn.Module):
+    """Computes its own loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Answer:
+        return Answer(nn.functional.cross_entropy(self.inner(inputs), targets))
+
+
 class Broken(nn.Module):
     """Cannot run at all."""
 
@@ -94,9 +112,9 @@ class Broken(nn.Module):
         raise ValueError("no such thing")
 
 
-@pytest.mark.parametrize("model", [net, Reading])
-def test_passes_are_counted_with_and_without_values(model: Any, tmp_path: Path) -> None:
-    found = counted(small_job(tmp_path, model=model))
+@pytest.mark.parametrize(("model", "loss"), [(net, "cross_entropy"), (Reading, "cross_entropy"), (Answering, "model")])
+def test_passes_are_counted_with_and_without_values(model: Any, loss: str, tmp_path: Path) -> None:
+    found = counted(small_job(tmp_path, model=model, loss={"name": loss}))
     assert found.work.forward.flops == FORWARD_FLOPS
     assert found.work.backward.flops == BACKWARD_FLOPS
     assert [name.removeprefix("inner.").partition(".")[0] for name in found.order] == ["4", "4", "2", "2", "0", "0"]
