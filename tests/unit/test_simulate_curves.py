@@ -162,6 +162,14 @@ def test_curve_that_is_too_short_is_refused_where_a_rule_still_waits(tmp_path: P
     refused(job(tmp_path, strategy={**SWITCH, "until": {**RULE, "armed": 0.01}}), run, words)
 
 
+def test_losses_beyond_the_curve_are_not_made_up(tmp_path: Path) -> None:
+    run = trained(job(tmp_path / "short", train={"steps": 8}))
+    made = job(tmp_path, train={"steps": 20})
+    losses = analyse(simulate(made, curve=Curve.of(run, made)).folder).convergence
+    assert losses["loss"].notna().tolist() == [True] * 8 + [False] * (len(losses) - 8)
+    assert len(losses) == 20
+
+
 def test_guard_on_parameters_is_refused_with_a_curve_too(earlier: Path, tmp_path: Path) -> None:
     made = job(tmp_path, strategy={"name": "local_sgd", "every": "auto"})
     with pytest.raises(JobError, match="strategy.every: its guard depends on how far parameters move"):
