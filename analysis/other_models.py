@@ -13,12 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from hpctrain.comm.base import Communicator
-from hpctrain.comm.virtual.world import World
 from hpctrain.job import Job
-from hpctrain.run.prepare import prepare_evaluation
-from hpctrain.simulate.calibration import Calibration, ModelCosts
-from hpctrain.simulate.flops import CountedPasses, count, scaled
+from hpctrain.simulate.calibration import Calibration, ModelCosts, ModelWork
+from hpctrain.simulate.flops import counted, scaled
 from hpctrain.simulate.measure import measure
 
 JOBS = Path(__file__).parent.parent / "jobs"
@@ -33,31 +30,20 @@ MODELS = {
 }
 
 
-def counted(job: Job) -> CountedPasses:
-    """What the passes of the job's model do."""
-
-    def body(comm: Communicator) -> CountedPasses:
-        return count(prepare_evaluation(job, comm))
-
-    return World(1, [0]).run(body)[0]
-
-
 def seconds(model: ModelCosts, batch: int) -> float:
     """Of both passes."""
     return model.forward.seconds(batch) + model.backward.seconds(batch)
 
 
-def predicted(known: Calibration, passes: CountedPasses, batch: int) -> float:
-    """Seconds of both passes of another model."""
-    model, work = known.model, known.model.work
-    assert work is not None
-    forward = scaled(model.forward, passes.work.forward, work.forward)
-    return forward.seconds(batch) + scaled(model.backward, passes.work.backward, work.backward).seconds(batch)
+def predicted(known: ModelCosts, work: ModelWork, other: ModelWork, batch: int) -> float:
+    """Seconds of both passes of a model that does `other`, by the costs of one that does `work`."""
+    forward = scaled(known.forward, other.forward, work.forward)
+    return forward.seconds(batch) + scaled(known.backward, other.backward, work.backward).seconds(batch)
 
 
 def table(jobs: dict[str, Job], known: dict[str, Calibration]) -> Iterator[str]:
     """A row for each calibration, a column for each model."""
-    passes = {name: counted(job) for name, job in jobs.items()}
+    works = {name: counted(job).work for name, job in jobs.items()}
     yield "| calibrated with | " + " | ".join(jobs) + " |"
     yield "|---" * (len(jobs) + 1) + "|"
     apart = list[float]()
@@ -65,7 +51,8 @@ def table(jobs: dict[str, Job], known: dict[str, Calibration]) -> Iterator[str]:
         cells = []
         for column, job in jobs.items():
             batch = job.train.batch_size
-            ratio = predicted(calibration, passes[column], batch) / seconds(known[column].model, batch)
+            taken = predicted(calibration.model, works[row], works[column], batch)
+            ratio = taken / seconds(known[column].model, batch)
             cells.append("" if row == column else f"{ratio:.2f}")
             apart += [abs(ratio - 1.0)] if row != column else []
         yield f"| {row} | " + " | ".join(cells) + " |"

@@ -113,7 +113,7 @@ class Calibration(Table):
     within: LinkCosts = LinkCosts(latency_s=1e-6, bytes_per_s=5e9, overhead_s=1e-6)
     handling: HandlingCosts = HandlingCosts()
     error: Annotated[float, Field(ge=0, le=10)] = 0.15
-    error_other_model: Annotated[float, Field(ge=0, le=10)] = 0.5  # docs/simulation.md
+    error_other_model: Annotated[float, Field(ge=0, le=10)] = 0.6  # docs/simulation.md
 
     def span(self, kind: str, codec: str = NO_CODEC) -> MeasuredCost:
         """What spans of that kind cost, where values are sent with that codec. Raises ClusterError if that is not

@@ -11,6 +11,7 @@ from hpctrain.hosts import Description, nodes
 from hpctrain.job import Job
 from hpctrain.simulate.calibration import Calibration
 from hpctrain.simulate.curve import Curve
+from hpctrain.simulate.flops import counted
 from hpctrain.simulate.measure import measure
 from hpctrain.simulate.runs import calibration_of, job_of
 from hpctrain.simulate.simulation import Simulation
@@ -77,7 +78,7 @@ def calibrate_here(job: Job, cluster: Path | None, output: Path) -> int:
     places: Sequence[int] = (0, 0, 1, 1)
     if cluster is not None:
         places = nodes(Description.load(cluster).each(), None)
-    measure_job(job, places).save(output)
+    with_work(measure_job(job, places), job).save(output)
     print(f"wrote {output}")
     return 0
 
@@ -119,6 +120,16 @@ def measure_job(job: Job, places: Sequence[int]) -> Calibration:
     """What steps of the job cost, measured on a few virtual ranks, whatever number of ranks it needs."""
     free = job.override(["ranks=default"]) if job.ranks is not None else job
     return measure(free, few(job, places))
+
+
+def with_work(known: Calibration, job: Job) -> Calibration:
+    """The calibration with the flops of the job's model, which costs of other models follow from, if they can be
+    counted."""
+    try:
+        work = counted(job).work
+    except ClusterError:
+        return known
+    return known.model_copy(update={"model": known.model.model_copy(update={"work": work})})
 
 
 def few(job: Job, places: Sequence[int]) -> Sequence[int]:

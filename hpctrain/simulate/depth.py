@@ -23,9 +23,10 @@ from hpctrain.simulate.curve import Curve
 from hpctrain.simulate.numbers import judged, observing, reads_numbers, refuse_losses, refuse_values
 from hpctrain.simulate.opened import only_steps
 from hpctrain.simulate.phantom import PhantomKeeper, PhantomParts, phantom_loss
-from hpctrain.simulate.recording import CostRecorder, KeepingRecorder
+from hpctrain.simulate.recording import CostRecorder, FollowingRecorder, KeepingRecorder
 from hpctrain.text import shown
 
+UNKNOWN = 1.0  # a loss that nobody observes
 Look = Callable[[Measurable], None]
 
 
@@ -105,15 +106,16 @@ class Costs(Depth):
         run.keeper = PhantomKeeper(run.prepared, run.comm, run.folder, run.files)
 
     def step(self, running: Session, batch: Batch) -> None:
-        running.step(phantom_loss(1.0))
+        running.step(phantom_loss(UNKNOWN))
 
     def explained(self, error: Exception, job: Job) -> Exception:
         if not reads_numbers(error):
             return error
+        what = shown(str(error).partition("\n")[0])
         names = " or ".join(sorted({name_of(phase.strategy) for phase in job.schedule}))
         return ClusterError(
             f"strategy {names} or optimizer {job.optimizer.name} reads numbers that a simulation of costs does "
-            f"not have ({shown(str(error).partition(chr(10))[0])}); simulate it with --learn, which computes them"
+            f"not have ({what}); simulate it with --learn, which computes them"
         )
 
 
@@ -121,7 +123,7 @@ class Followed(Costs):
     """The same for a job whose rules and early stopping observe the losses and evaluations of an earlier run where they
     would observe its own."""
 
-    recorder = KeepingRecorder
+    recorder = FollowingRecorder
 
     def __init__(self, curve: Curve) -> None:
         super().__init__()
@@ -151,8 +153,9 @@ class Followed(Costs):
         totals, prepared = running.totals, running.prepared
         low, workers = totals.cursor, len(prepared.roles[totals.phase].workers)
         loss = self._curve.loss(low, min(low + prepared.batch * workers, prepared.order.epoch_end(low)))
-        if not isfinite(loss):
-            if observing(running.job.schedule[totals.phase]) is not None:
-                raise self._curve.too_short(low, f"phase {totals.phase} still waits for its rule")
-            loss = 1.0
-        running.step(phantom_loss(loss))
+        known, recorder = isfinite(loss), running.comm.recorder
+        if not known and observing(running.job.schedule[totals.phase]) is not None:
+            raise self._curve.too_short(low, f"phase {totals.phase} still waits for its rule")
+        if isinstance(recorder, FollowingRecorder):
+            recorder.known = known
+        running.step(phantom_loss(loss if known else UNKNOWN))

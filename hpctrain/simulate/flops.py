@@ -14,15 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from hpctrain.comm.base import Communicator
+from hpctrain.comm.virtual.world import World
 from hpctrain.data.generators import Generators
 from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.moving import move
 from hpctrain.data.splits import make_order
 from hpctrain.errors import ClusterError
+from hpctrain.job import Job
 from hpctrain.models.forward import Forward
+from hpctrain.models.losses import weigh
 from hpctrain.models.wrappers import named_parameters
 from hpctrain.replica.layout import Layout
-from hpctrain.run.prepare import Measurable
+from hpctrain.run.prepare import Measurable, prepare_evaluation
 from hpctrain.simulate.calibration import MeasuredCost, ModelCosts, ModelWork, PassWork
 
 META = torch.device("meta")
@@ -105,6 +109,15 @@ def count(parts: Measurable) -> CountedPasses:
             raise _unknown(parts, f"a pass to count them raised {type(error).__name__}: {error}") from error
 
 
+def counted(job: Job) -> CountedPasses:
+    """The same for a job whose parts are not built yet. Raises HpctrainErrors."""
+
+    def body(comm: Communicator) -> CountedPasses:
+        return count(prepare_evaluation(job, comm))
+
+    return World(1, [0]).run(body)[0]
+
+
 def _unknown(parts: Measurable, why: str) -> ClusterError:
     return ClusterError(
         f"model.name = {parts.job.model.name!r}: how many floating-point operations it takes is not known ({why}); "
@@ -130,9 +143,11 @@ def _counted(parts: Measurable, samples: int, device: torch.device) -> CountedPa
             batch = parts.move(loader.take(0, samples))
         batch = Batch(move(batch.inputs, device, {}), move(batch.targets, device, {}), batch.size)
         with operators, flops:
-            outputs = Forward(model, parts.loss).outputs(batch)
+            caller = Forward(model, parts.loss)
+            outputs = caller.outputs(batch)
             forward, called = flops.get_total_flops(), operators.calls
-            _total(outputs).backward()
+            total = _total(outputs)
+            (weigh(caller.loss(outputs, batch), samples).term if total is None else total).backward()
             backward = flops.get_total_flops() - forward
     finally:
         random.restore()
@@ -147,10 +162,11 @@ def _counted(parts: Measurable, samples: int, device: torch.device) -> CountedPa
     return CountedPasses(work, tuple(order), _shares([mark - forward for mark in marks], backward))
 
 
-def _total(outputs: Any) -> Tensor:
-    """A scalar that depends on all outputs: what losses compute besides has hardly any flops."""
+def _total(outputs: Any) -> Tensor | None:
+    """A scalar that depends on all outputs: what losses compute besides has hardly any flops. None if there is no
+    tensor in plain sight, as in an object with a loss."""
     terms = [leaf.sum() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    return torch.stack(terms).sum()
+    return torch.stack(terms).sum() if terms else None
 
 
 def _shares(marks: Sequence[float], whole: float) -> tuple[float, ...]:

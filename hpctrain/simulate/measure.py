@@ -18,14 +18,12 @@ import torch
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
 from hpctrain.data.splits import Splits
-from hpctrain.errors import ClusterError
 from hpctrain.job import Job
 from hpctrain.replica.replica import Replica
 from hpctrain.run.api import fit_batch
 from hpctrain.run.folder import title
 from hpctrain.run.prepare import Prepared, prepare, prepare_evaluation
-from hpctrain.simulate.calibration import Calibration, MeasuredCost, ModelCosts, codec_name, ModelWork
-from hpctrain.simulate.flops import count
+from hpctrain.simulate.calibration import Calibration, MeasuredCost, ModelCosts, codec_name
 from hpctrain.simulate.opened import only_steps, opened
 from hpctrain.simulate.samples import PASSES, Samples
 from hpctrain.trace.recorder import Recorder
@@ -144,7 +142,6 @@ def measure(job: Job, nodes: Sequence[int]) -> Calibration:
             samples.codec = codec_name(each.strategy.options)
             _measure(job.only(phase), nodes, samples, order)
         beside = _beside_spans(job.only(0).override(["strategy=all_reduce"]))
-        work = _work(job)
     finally:
         torch.set_num_threads(threads)
     return Calibration(
@@ -156,7 +153,6 @@ def measure(job: Job, nodes: Sequence[int]) -> Calibration:
             backward=samples.cost("backward"),
             order=order.order,
             shares=order.shares,
-            work=work,
         ),
         spans=samples.spans(),
         codecs=samples.codecs(),
@@ -191,14 +187,6 @@ def _short_rounds(job: Job) -> tuple[Job, int]:
 def _beside_spans(job: Job) -> float:
     """Seconds that a step of a single rank takes besides its spans."""
     return max(0.0, median(_run(job, [0], FIRST + 2 * LEAST, Samples())))
-
-
-def _work(job: Job) -> ModelWork | None:
-    """What the passes of the job's model do; None if that cannot be counted."""
-    try:
-        return World(1, [0]).run(lambda comm: count(prepare_evaluation(job, comm)))[0].work
-    except ClusterError:
-        return None
 
 
 def _run(

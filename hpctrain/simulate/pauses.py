@@ -37,33 +37,45 @@ class Pauses:
 
 @dataclass(frozen=True)
 class Stage:
-    """A phase of a run: `workers` train from cursor `start` to `stop`."""
+    """A phase of a run: `workers` train from cursor `start` to `stop`. `step`: samples, at most, of one step; `round`:
+    steps after which something can be done that is due."""
 
     clock: RunClock
     workers: tuple[int, ...]
     start: int
     stop: int
+    step: int
+    round: int
 
-    def marks(self, every: Duration | None) -> int:
-        """How often something is due in it, but not at the end of the run; at most once in a round."""
-        stop = min(self.stop, self.clock.total - 1)
-        if every is None or stop <= self.start:
-            return 0
-        rounds = self.clock.rounds(stop) - self.clock.rounds(self.start) + 1
-        return min(rounds, _passed(interval(self.clock, every), self.start, stop))
+    def due(self, every: Duration | None) -> tuple[int, bool]:
+        """How often something is done in it, and whether it would be once more at the end of the run."""
+        if every is None:
+            return 0, False
+        amount, epoch, total = interval(self.clock, every), self.clock.epoch, self.clock.total
+        cursor, mark, steps, times = self.start, _next(amount, self.start), 0, 0
+        while cursor < self.stop:
+            cursor = min(cursor + self.step, cursor - cursor % epoch + epoch, self.stop)
+            steps += 1
+            if cursor >= mark and (steps % self.round == 0 or cursor == self.stop):
+                if cursor >= total:
+                    return times, True
+                times, mark = times + 1, _next(amount, cursor)
+        return times, False
 
-    def ends_with(self, every: Duration) -> bool:
-        """Whether something is due at the end of the run, which this stage reaches."""
-        total = self.clock.total
-        return self.stop >= total and _passed(interval(self.clock, every), total - 1, total) > 0
+
+def _next(every: int | Every, cursor: int) -> int:
+    return every.next(cursor) if isinstance(every, Every) else (cursor // every + 1) * every
 
 
 def stages(made: Prepared, total: int, ends: Sequence[int]) -> list[Stage]:
     """Of a run with the parts `made` that has `total` samples, and whose phases end at these cursors."""
-    return [
-        Stage(RunClock(made.epoch, made.batch * len(roles.workers), total), tuple(roles.workers), start, stop)
-        for roles, (start, stop) in zip(made.roles, pairwise([0, *ends]), strict=False)
-    ]
+    found = []
+    for index, (start, stop) in enumerate(pairwise([0, *ends])):
+        strategy, workers = made.strategy(index), tuple(made.roles[index].workers)
+        clock, every = RunClock(made.epoch, made.batch * len(workers), total), getattr(strategy.options, "every", 1)
+        step = made.batch if strategy.needs.queue else clock.round
+        found.append(Stage(clock, workers, start, stop, step, every if isinstance(every, int) else 1))
+    return found
 
 
 @dataclass(frozen=True)
@@ -78,9 +90,10 @@ class PauseCosts:
         """Of a run with the keys `train`, on this data."""
         during = splits.validation if splits.validation is not None else splits.test
         final = splits.test if splits.test is not None else splits.validation
-        evaluated = [(stage, during, stage.marks(train.evaluate_every)) for stage in course]
-        if during is not final and course[-1].ends_with(train.evaluate_every):
-            evaluated.append((course[-1], during, 1))
+        evaluated = []
+        for stage in course:
+            count, at_end = stage.due(train.evaluate_every)
+            evaluated.append((stage, during, count + (at_end and during is not final)))
         evaluated.append((course[-1], final, 1))
         times, seconds = 0, list[float | None]()
         for stage, data, count in evaluated:
@@ -89,7 +102,7 @@ class PauseCosts:
                 times += count
                 seconds.append(None if each is None else count * each)
         known = [each for each in seconds if each is not None]
-        saved = sum(stage.marks(train.checkpoint_every) for stage in course) + 1
+        saved = sum(stage.due(train.checkpoint_every)[0] for stage in course) + 1
         saving = self._saving(made)
         return Pauses(
             times,
@@ -127,10 +140,3 @@ class PauseCosts:
         if cost is None or (cost.most and not cost.knows(nbytes)):  # a file has a price besides that of its bytes
             return None
         return cost.seconds(nbytes)
-
-
-def _passed(every: int | Every, start: int, stop: int) -> int:
-    """How many intervals end in (start, stop]."""
-    if isinstance(every, Every):
-        return every.passed(stop) - every.passed(start)
-    return stop // every - start // every

@@ -177,3 +177,16 @@ class CostRecorder(KeepingRecorder):
 
     def step_done(self, epoch: float, loss: float, samples: int, *row: Any, **named: Any) -> None:
         super().step_done(epoch, nan, samples, *row, **named)
+
+
+class FollowingRecorder(KeepingRecorder):
+    """The same for a run with the losses of an earlier one. `known`: whether that has one for the current step."""
+
+    __slots__ = ("known",)
+
+    def _count_into(self, tally: TimeTally) -> None:
+        super()._count_into(tally)
+        self.known = True
+
+    def step_done(self, epoch: float, loss: float, samples: int, *row: Any, **named: Any) -> None:
+        super().step_done(epoch, loss if self.known else nan, samples, *row, **named)

@@ -162,6 +162,14 @@ def test_curve_that_is_too_short_is_refused_where_a_rule_still_waits(tmp_path: P
     refused(job(tmp_path, strategy={**SWITCH, "until": {**RULE, "armed": 0.01}}), run, words)
 
 
+def test_losses_beyond_the_curve_are_not_made_up(tmp_path: Path) -> None:
+    run = trained(job(tmp_path / "short", train={"steps": 8}))
+    made = job(tmp_path, train={"steps": 20})
+    losses = analyse(simulate(made, curve=Curve.of(run, made)).folder).convergence
+    assert losses["loss"].notna().tolist() == [True] * 8 + [False] * (len(losses) - 8)
+    assert len(losses) == 20
+
+
 def test_guard_on_parameters_is_refused_with_a_curve_too(earlier: Path, tmp_path: Path) -> None:
     made = job(tmp_path, strategy={"name": "local_sgd", "every": "auto"})
     with pytest.raises(JobError, match="strategy.every: its guard depends on how far parameters move"):
@@ -193,6 +201,22 @@ def test_validation_at_the_end_precedes_the_final_test(tmp_path: Path) -> None:
     both, alone = (simulate(job(tmp_path, train=train, data=data)).pauses for data in (DATA, (points(), points(11))))
     assert both.evaluations == 1 + 1 + 1
     assert alone.evaluations == 1 + 1  # the last one is the final test
+
+
+@pytest.mark.parametrize("strategy", ["all_reduce", "local_sgd", "parameter_server", "phases"])
+@pytest.mark.parametrize(
+    "every", [{"steps": 2}, {"steps": 5}, {"epochs": 0.3}, {"epochs": 1}, {"fraction": 0.25}, {"samples": 5}], ids=str
+)
+def test_as_many_evaluations_as_with_gradients(strategy: str, every: dict[str, float], tmp_path: Path) -> None:
+    """The rows of metrics.csv."""
+    tables: dict[str, Any] = {"strategy": {"name": strategy}}
+    if strategy == "phases":
+        tables = {"strategy": {"name": "switch", "until": {"rule": "after", "steps": 7}}}
+    elif strategy == "local_sgd":
+        tables["strategy"]["every"] = 3
+    made = job(tmp_path, train={"steps": 24, "evaluate_every": every}, **tables)
+    rows = (simulate(made, learn=True).folder / "metrics.csv").read_text().splitlines()[1:]
+    assert simulate(made).pauses.evaluations == len(rows)
 
 
 def test_ranks_that_share_cores_evaluate_more_slowly(tmp_path: Path) -> None:

@@ -18,20 +18,14 @@ from hpctrain.errors import ClusterError
 from hpctrain.job import Job
 from hpctrain.run.prepare import prepare_evaluation
 from hpctrain.simulate.calibration import Calibration, ModelWork, PassWork
-from hpctrain.simulate.flops import CountedPasses, count
+from hpctrain.simulate.command import with_work
+from hpctrain.simulate.flops import count, counted
 from hpctrain.simulate.measure import measure
 from hpctrain.simulate.summary import predict
 from tests.unit.test_simulate import BACKWARD, FORWARD, calibration, intervals, simulate
 
 FORWARD_FLOPS = 2 * (7 * 13 + 13 * 5 + 5 * 3)  # of `net`, for a sample
 BACKWARD_FLOPS = FORWARD_FLOPS + 2 * (13 * 5 + 5 * 3)  # of all weights, and of all inputs but the first
-
-
-def counted(job: Job) -> CountedPasses:
-    def body(comm: Communicator) -> CountedPasses:
-        return count(prepare_evaluation(job, comm))
-
-    return World(1, [0]).run(body)[0]
 
 
 def known(factor: float = 1.0) -> Calibration:
@@ -89,6 +83,24 @@ class Foreign(nn.Module):
         return out
 
 
+class Answer:
+    """An output that hides its tensors."""
+
+    def __init__(self, loss: Tensor) -> None:
+        self.loss = loss
+
+
+class Answering(nn.Module):
+    """Computes its own loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Answer:
+        return Answer(nn.functional.cross_entropy(self.inner(inputs), targets))
+
+
 class Broken(nn.Module):
     """Cannot run at all."""
 
@@ -100,9 +112,9 @@ class Broken(nn.Module):
         raise ValueError("no such thing")
 
 
-@pytest.mark.parametrize("model", [net, Reading])
-def test_passes_are_counted_with_and_without_values(model: Any, tmp_path: Path) -> None:
-    found = counted(small_job(tmp_path, model=model))
+@pytest.mark.parametrize(("model", "loss"), [(net, "cross_entropy"), (Reading, "cross_entropy"), (Answering, "model")])
+def test_passes_are_counted_with_and_without_values(model: Any, loss: str, tmp_path: Path) -> None:
+    found = counted(small_job(tmp_path, model=model, loss={"name": loss}))
     assert found.work.forward.flops == FORWARD_FLOPS
     assert found.work.backward.flops == BACKWARD_FLOPS
     assert [name.removeprefix("inner.").partition(".")[0] for name in found.order] == ["4", "4", "2", "2", "0", "0"]
@@ -153,14 +165,14 @@ def test_same_parameters_with_other_samples_are_another_model(tmp_path: Path) ->
         data = TensorDataset(torch.randn(50, 1, size, size), torch.randint(3, (50,)))
         return small_job(tmp_path, model=small_convolution, data=(data, data), train={"precision": "float32"})
 
-    calibrated = measure(job(8), [0, 0])
+    calibrated = with_work(measure(job(8), [0, 0]), job(8))
     assert not simulate(job(8), known=calibrated).from_flops
     larger = simulate(job(16), known=calibrated)
     assert larger.from_flops
 
 
 def test_calibration_keeps_what_its_model_does_and_what_checkpoints_take(tmp_path: Path) -> None:
-    found = measure(small_job(tmp_path), [0, 0])
+    found = with_work(measure(small_job(tmp_path), [0, 0]), small_job(tmp_path))
     assert found.model.work is not None
     assert found.model.work.forward.flops == FORWARD_FLOPS
     assert found.spans["checkpoint"].most == 216 * 8  # bytes of the arena
@@ -191,6 +203,6 @@ def test_model_whose_flops_nobody_knows_is_refused(model: Any, words: str, tmp_p
 def test_such_a_model_is_simulated_if_it_was_measured(tmp_path: Path) -> None:
     """What cannot be counted is needed for other models only."""
     job = small_job(tmp_path, model=Foreign, strategy={"name": "all_reduce"})
-    calibrated = measure(job, [0, 0])
+    calibrated = with_work(measure(job, [0, 0]), job)
     assert calibrated.model.work is None
     assert not simulate(job, known=calibrated).from_flops
