@@ -288,9 +288,10 @@ def _connected(port: Port, known: dict[Port, None]) -> tuple[dict[Flow, None], l
         for flow in each.flows:
             if flow not in flows:
                 flows[flow] = None
-                new = [other for other in flow.ports if other not in known]
-                known.update(dict.fromkeys(new))
-                ports += new
+                for other in flow.ports:
+                    if other not in known:
+                        known[other] = None
+                        ports.append(other)
     return flows, ports
 
 
@@ -298,6 +299,10 @@ def max_min(flows: dict[Flow, None], ports: Sequence[Port]) -> dict[Flow, float]
     """The max-min fair rates of flows that compete for these ports only: progressive filling. The ports that fill up
     first fix the rates of their flows; the others share what is left."""
     rates: dict[Flow, float] = {}
+    narrowest = min(ports, key=lambda port: port.capacity / (len(port.flows) or 1e-9))
+    share = narrowest.capacity / len(narrowest.flows)
+    if len(narrowest.flows) == len(flows) and share < min(flow.path.costs.bandwidth for flow in flows) / 1e9:
+        return dict.fromkeys(flows, share)  # as those of many workers to one server
     left = {port: [port.capacity, float(len(port.flows))] for port in ports if port.flows}
     unfixed = dict(flows)
     while unfixed:
