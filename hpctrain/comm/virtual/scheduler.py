@@ -16,7 +16,7 @@ from typing import Any
 
 import greenlet
 
-from hpctrain.comm.virtual.globals import Generators, Globals, Modes, GlobalsBefore
+from hpctrain.comm.virtual.globals import Generators, Globals, GlobalsBefore, Modes
 
 LAST = 2**62  # added to the number of an event that comes after the others of its time
 
