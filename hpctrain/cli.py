@@ -168,8 +168,8 @@ def _add_simulator(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     calibrate.add_argument(
         "words", metavar="RUN", nargs="*",
-        help="folders of real runs of one model, with different strategies if possible; with --measure: keys to change, "
-        "such as train.batch_size=32",
+        help="folders of real runs of one model, with different strategies if possible; with --measure: keys to "
+        "change, such as train.batch_size=32",
     )  # fmt: skip
     calibrate.add_argument("--measure", dest="job", metavar="JOB", help="instead measure steps of this job here")
     calibrate.add_argument(

@@ -145,8 +145,8 @@ def _add(host: Host, names: str) -> None:
 
 
 def _control_congestion(space: str) -> None:
-    """Let TCP do what it does by default on Linux, whatever this machine is set to. BBR, for example, slows down now and
-    then to see how fast an idle link is."""
+    """Let TCP do what it does by default on Linux, whatever this machine is set to. BBR, for example, slows down now
+    and then to see how fast an idle link is."""
     allowed = (IPV4 / "tcp_allowed_congestion_control").read_text().split()
     for usual in ("cubic", "reno"):
         if usual in allowed:

@@ -7,6 +7,7 @@ import platform
 import socket
 import sys
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,6 +177,7 @@ def _gpu(prepared: Prepared) -> str | None:
     return f"GPU-{torch.cuda.get_device_properties(prepared.device).uuid}"
 
 
+@cache  # many virtual ranks ask
 def _version(name: str) -> str:
     try:
         return version(name)

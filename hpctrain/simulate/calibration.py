@@ -77,8 +77,8 @@ class ModelCosts(Table):
 class LinkCosts(Table):
     """Messages between two ranks. `latency_s`: one way. `bytes_per_s`: of one message on its way, None: the link's rate
     in the cluster file. `overhead_s`: of the sender and of the receiver, for each message. `efficiency`: the share of a
-    link's rate that carries data. `unfairness`: how much the shares of messages that compete for a link differ (sigma of
-    the log-normal distribution of their weights)."""
+    link's rate that carries data. `unfairness`: how much the shares of messages that compete for a link differ (sigma
+    of the log-normal distribution of their weights)."""
 
     latency_s: Seconds = 0.0
     bytes_per_s: Annotated[float, Field(ge=1e3)] | None = None
@@ -101,8 +101,8 @@ class HandlingCosts(Table):
 class Calibration(Table):
     """What was measured. `source`: the command or the runs. `spans`: by kind (reduce, update ...), for bytes; `codecs`:
     the same by codec ("none" is one), for those kinds that depend on it. `step`: what a step costs besides its spans.
-    `error`: how far a computing time may be off, relative (one standard deviation); `error_other_model`: of a model that
-    was never run."""
+    `error`: how far a computing time may be off, relative (one standard deviation); `error_other_model`: of a model
+    that was never run."""
 
     source: str = ""
     model: ModelCosts

@@ -102,7 +102,7 @@ def calibration_of_folders(folders: Sequence[Path], links: float | None) -> Cali
     models = sorted({str(job.model.plain()) for job in jobs})
     if len(models) > 1:
         raise ClusterError(f"{folders[0]} and others are of different models; calibrate each model by itself")
-    return calibration_of(runs, measure_job(jobs[0], (0, 0, 1, 1)), links)
+    return calibration_of(runs, with_work(measure_job(jobs[0], (0, 0, 1, 1)), jobs[0]), links)
 
 
 def usual_steps(job: Job, whole: bool) -> int | None:

@@ -53,10 +53,9 @@ class RankCosts:
 
 
 def costs_of(run: Run) -> Iterator[RankCosts]:
-    """Of each worker of a run with one phase. Raises ClusterError if its traces do not have what is needed."""
-    job = job_of(run)
-    size = len({rank for rank, _ in run.rows("steps")})
-    for rank, steps in run.steps().groupby("rank"):
+    """Of each worker of a run. Raises ClusterError if its traces do not have what is needed."""
+    steps_of, codec = run.steps().groupby("rank"), _codec(run)
+    for rank, steps in steps_of:
         ends = steps["t_s"].to_numpy()
         first = ceil(WARM * len(ends))
         if len(ends) - first < LEAST:
@@ -64,7 +63,38 @@ def costs_of(run: Run) -> Iterator[RankCosts]:
                 f"{run.folder}: rank {rank} has traces of {len(ends)} steps, of which the first {WARM:.0%} do not "
                 f"count; at least {ceil((LEAST + 1) / (1 - WARM))} are needed: train longer"
             )
-        yield _costs(run, int(str(rank)), ends[first:], size, codec_name(job.schedule[0].strategy.options))
+        yield _costs(run, int(str(rank)), ends[first:], len(steps_of), codec)
+
+
+def server_points(run: Run) -> dict[tuple[str, str], Points]:
+    """What servers compute, also those beside workers: seconds by (codec, kind) and amount."""
+    spans, workers = run.spans(), run.steps()["rank"].unique()
+    spans = spans[~spans["rank"].isin(workers) | (spans["lane"] > 0)]
+    return _points(spans[~_sent(spans)], _codec(run))
+
+
+def _codec(run: Run) -> str:
+    return codec_name(job_of(run).schedule[0].strategy.options)
+
+
+def _sent(spans: Table) -> Table:
+    """For each span: whether it is communication."""
+    return spans["kind"].isin(COMMUNICATION) & ~((spans["kind"] == SUM) & (spans["flops"] > 0))
+
+
+def _points(spans: Table, codec: str) -> dict[tuple[str, str], Points]:
+    """Seconds of spans that were perhaps cut into pieces."""
+    found: dict[tuple[str, str], Points] = defaultdict(lambda: defaultdict(list))
+    seconds = (spans["end_ns"] - spans["start_ns"]) / 1e9
+    for (kind, _, _), whole in spans.assign(seconds=seconds).groupby(["kind", "rank", "lane"], observed=True):
+        number = (whole["piece"] == 0).cumsum()
+        sums = whole.groupby(number)["seconds"].sum().to_numpy()
+        heads = whole[whole["piece"] == 0]
+        amounts = heads["items" if kind in PASSES else "bytes"].to_numpy()
+        for amount, value in zip(amounts, sums[-len(amounts) :], strict=True):
+            if amount:
+                found[codec if kind in CODED else NO_CODEC, str(kind)][float(amount)].append(float(value))
+    return found
 
 
 def job_of(run: Run) -> Job:
@@ -84,14 +114,14 @@ def _costs(run: Run, rank: int, ends: Any, size: int, codec: str) -> RankCosts:
     if not len(spans):
         raise ClusterError(f"{run.folder}: rank {rank} has no spans in its trace; train with trace.enabled = true")
     spans = spans.assign(seconds=spans["end_s"] - spans["start_s"])
-    sent = spans["kind"].isin(COMMUNICATION) & ~((spans["kind"] == SUM) & (spans["flops"] > 0))
+    sent = _sent(spans)
     steps, taken = len(ends) - 1, np.diff(ends)
     covered = np.zeros(steps)
     np.add.at(covered, np.searchsorted(ends, spans["start_s"].to_numpy(), side="right") - 1, spans["seconds"])
     messages, nbytes = _handled(spans[sent], size)
     use = run.resources(rank)
     use = use[(use["t_s"] > ends[0]) & (use["t_s"] < ends[-1]) & (use["cpu"] >= 0)]
-    found = RankCosts(
+    return RankCosts(
         step=float(taken.mean()),
         rest=max(0.0, float(np.median(taken - covered))),
         used=float(use["cpu"].mean()) / 100 * float(taken.mean()) if len(use) > 1 else None,
@@ -99,16 +129,8 @@ def _costs(run: Run, rank: int, ends: Any, size: int, codec: str) -> RankCosts:
         messages=messages / steps,
         bytes=nbytes / steps,
         steps=steps,
+        points=_points(spans[~sent], codec),
     )
-    for kind, whole in spans[~sent].groupby("kind"):
-        number = (whole["piece"] == 0).cumsum()  # a span that was cut, in pieces
-        seconds = whole.groupby(number)["seconds"].sum().to_numpy()
-        heads = whole[whole["piece"] == 0]
-        amounts = heads["items" if kind in PASSES else "bytes"].to_numpy()
-        for amount, value in zip(amounts, seconds[-len(amounts) :], strict=True):
-            if amount:
-                found.points[codec if kind in CODED else NO_CODEC, str(kind)][float(amount)].append(float(value))
-    return found
 
 
 def _handled(spans: Table, size: int) -> tuple[float, float]:
@@ -128,8 +150,9 @@ def calibration_of(runs: Sequence[Run], shape: Calibration, rate: float | None =
     in their cluster file; None: not known. Raises ClusterError if the traces do not have what is needed."""
     ranks = [rank for run in runs for rank in costs_of(run)]
     points: dict[tuple[str, str], Points] = {}
-    for key in dict.fromkeys(key for rank in ranks for key in rank.points):
-        points[key] = _least_disturbed([rank.points[key] for rank in ranks if key in rank.points])
+    measured = [*(rank.points for rank in ranks), *map(server_points, runs)]
+    for key in dict.fromkeys(key for each in measured for key in each):
+        points[key] = _least_disturbed([each[key] for each in measured if key in each])
     for needed in ("forward", "backward"):
         if (NO_CODEC, needed) not in points:
             raise ClusterError(

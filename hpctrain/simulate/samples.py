@@ -18,8 +18,8 @@ Points = dict[float, list[float]]
 
 @dataclass
 class Samples:
-    """Seconds of one core by what was done (a span's kind; with a codec, for some kinds) and how much of it. `codec`: of
-    what is measured next."""
+    """Seconds of one core by what was done (a span's kind; with a codec, for some kinds) and how much of it. `codec`:
+    of what is measured next."""
 
     codec: str = NO_CODEC
     seen: dict[tuple[str, str], Points] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))

@@ -59,7 +59,8 @@ def test_two_batch_sizes_give_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     rising = calibration().model.model_copy(update={"forward": MeasuredCost(fixed_s=1e-3, each_s=1e-4, most=64)})
     found = []
     for batch in (4, 8):
-        job = small_job(tmp_path / f"{batch}", strategy={"name": "all_reduce"}, train={"steps": 40, "batch_size": batch})
+        train = {"steps": 40, "batch_size": batch}
+        job = small_job(tmp_path / f"{batch}", strategy={"name": "all_reduce"}, train=train)
         found.append(open_run(simulate(job, APART, known().model_copy(update={"model": rising})).folder))
     forward = calibration_of(found, calibration()).model.forward
     assert (forward.fixed_s, forward.each_s) == (pytest.approx(1e-3, rel=0.02), pytest.approx(1e-4, rel=0.02))
@@ -92,7 +93,7 @@ def test_no_cost_is_negative() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": {"steps": 8}}, r"has traces of 8 steps, of which the first 20% do not count; at least 14 are needed"),
+        ({"train": {"steps": 8}}, r"traces of 8 steps, of which the first 20% do not count; at least 14 are needed"),
         ({"strategy": {"name": "all_reduce"}, "trace": {"enabled": False}}, "this run has no traces"),
     ],
 )

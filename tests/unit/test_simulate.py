@@ -150,6 +150,26 @@ def test_gradients_leave_while_backward_goes_on(tmp_path: Path) -> None:
     assert fmean(intervals(early)[0]) < 0.95 * fmean(intervals(whole)[0])
 
 
+@pytest.mark.slow
+def test_a_rank_does_as_much_however_many_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By messages, a single gather of rows takes as many turns of each rank as there are ranks."""
+    worlds: list[World] = []
+
+    class KeptWorld(World):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            worlds.append(self)
+
+    monkeypatch.setattr("hpctrain.simulate.simulation.World", KeptWorld)
+    job = small_job(tmp_path, strategy={"name": "all_reduce"}, train={"steps": 6})
+    for ranks in (32, 320):
+        found = simulate(job, {"hosts": [{"count": ranks, "jitter": 0.1}]})
+        assert found.workers == list(range(ranks))
+        assert {len(tally.steps) for tally in found.tallies} == {6}
+    few, many = (world.resumptions / world.size for world in worlds)
+    assert many < 1.3 * few
+
+
 # -- with gradients ----------------------------------------------------------------------------------------------
 def test_learning_is_what_the_job_does_on_virtual_ranks(tmp_path: Path) -> None:
     """With the same order of updates come the same losses."""

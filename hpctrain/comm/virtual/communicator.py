@@ -42,7 +42,7 @@ from hpctrain.comm.virtual.requests import (
 )
 from hpctrain.comm.virtual.scheduler import Scheduler, Task
 from hpctrain.comm.virtual.schedules import Schedule
-from hpctrain.comm.virtual.shared import Late, Meeting, VirtualArena, VirtualGroup
+from hpctrain.comm.virtual.shared import Absentees, Meeting, VirtualArena, VirtualGroup
 from hpctrain.trace.recorder import NullRecorder, Recorder
 
 Made = TypeVar("Made")
@@ -313,7 +313,7 @@ class VirtualCommunicator(Communicator):
         while len(meeting.values) < len(ranks):
             assert self.world.current is not None
             meeting.tasks.append(self.world.current)
-            self.world.block(Late(what, self.members, ranks, meeting))
+            self.world.block(Absentees(what, self.members, ranks, meeting))
         self._take(key, meeting, len(ranks))
         return meeting.values
 

@@ -309,9 +309,10 @@ def _connected(port: Port, known: dict[Port, None]) -> tuple[dict[Flow, None], l
         for flow in each.flows:
             if flow not in flows:
                 flows[flow] = None
-                new = [other for other in flow.ports if other not in known]
-                known.update(dict.fromkeys(new))
-                ports += new
+                for other in flow.ports:
+                    if other not in known:
+                        known[other] = None
+                        ports.append(other)
     return flows, ports
 
 
@@ -320,6 +321,10 @@ def max_min(flows: dict[Flow, None], ports: Sequence[Port]) -> dict[Flow, float]
     filling. The ports that fill up first fix the rates of their flows; the others share what is left."""
     rates: dict[Flow, float] = {}
     left = {port: [port.capacity, sum(flow.weight for flow in port.flows)] for port in ports if port.flows}
+    share, narrowest = min((capacity / weight, place) for place, (capacity, weight) in enumerate(left.values()))
+    if len(list(left)[narrowest].flows) == len(flows):  # as those of many workers to one server
+        if share < min(flow.path.costs.bandwidth / flow.weight for flow in flows) / 1e9:
+            return {flow: share * flow.weight for flow in flows}
     unfixed = dict(flows)
     while unfixed:
         share = min(capacity / weight for capacity, weight in left.values())  # of a flow with weight 1

@@ -119,7 +119,7 @@ class Globals:
             mtrand.set_bit_generator(numpy)
 
 
-class Kept:
+class GlobalsBefore:
     """Everything as it was when this was made, for `restore`."""
 
     def __init__(self, known: Globals) -> None:

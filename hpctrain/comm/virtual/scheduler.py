@@ -16,7 +16,7 @@ from typing import Any
 
 import greenlet
 
-from hpctrain.comm.virtual.globals import Generators, Globals, Kept, Modes
+from hpctrain.comm.virtual.globals import Generators, Globals, GlobalsBefore, Modes
 
 LAST = 2**62  # added to the number of an event that comes after the others of its time
 
@@ -79,7 +79,7 @@ class Scheduler:
         Raises the first exception of a task, or DeadlockError.
         """
         self._hub, self._dying = greenlet.getcurrent(), False
-        before, self._owner = Kept(self._globals) if self._globals is not None else None, None
+        before, self._owner = GlobalsBefore(self._globals) if self._globals is not None else None, None
         tasks = [self.start(name, function) for name, function in courses]
         try:
             self._loop(tasks)

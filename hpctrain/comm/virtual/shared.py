@@ -41,7 +41,7 @@ class Meeting:
 
 
 @dataclass(frozen=True, slots=True)
-class Late:
+class Absentees:
     """Who is missing at a meeting, for a message: there are many ranks, and few messages."""
 
     what: str
