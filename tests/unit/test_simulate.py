@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from hpctrain.cli import main
-from hpctrain.comm.virtual.scheduler import Scheduler
 from hpctrain.comm.virtual.world import World
 from hpctrain.conformance import Subject, registered
 from hpctrain.conformance.task import small_job
@@ -24,7 +22,6 @@ from hpctrain.job import Job
 from hpctrain.run.api import train
 from hpctrain.run.folder import Narrator
 from hpctrain.simulate.calibration import Calibration, LinkCosts, MeasuredCost, ModelCosts
-from hpctrain.simulate.cores import Cores
 from hpctrain.simulate.measure import measure
 from hpctrain.simulate.samples import Samples
 from hpctrain.simulate.simulation import Simulated, Simulation

@@ -322,9 +322,9 @@ def max_min(flows: dict[Flow, None], ports: Sequence[Port]) -> dict[Flow, float]
     rates: dict[Flow, float] = {}
     left = {port: [port.capacity, sum(flow.weight for flow in port.flows)] for port in ports if port.flows}
     share, narrowest = min((capacity / weight, place) for place, (capacity, weight) in enumerate(left.values()))
-    if len(list(left)[narrowest].flows) == len(flows):  # as those of many workers to one server
-        if share < min(flow.path.costs.bandwidth / flow.weight for flow in flows) / 1e9:
-            return {flow: share * flow.weight for flow in flows}
+    free = min(flow.path.costs.bandwidth / flow.weight for flow in flows) / 1e9
+    if share < free and len(list(left)[narrowest].flows) == len(flows):  # as those of many workers to one server
+        return {flow: share * flow.weight for flow in flows}
     unfixed = dict(flows)
     while unfixed:
         share = min(capacity / weight for capacity, weight in left.values())  # of a flow with weight 1
