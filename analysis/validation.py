@@ -68,7 +68,7 @@ class Trial:
     def cluster(self) -> Description:
         """The cluster of the laboratory and of the simulator."""
         return Description.model_validate(
-            {"name": "trial", "hosts": list(self.hosts), "link": {"mbit_per_s": self.mbit}, "machine_cores": 2.0}
+            {"name": "trial", "hosts": list(self.hosts), "link": {"mbit_per_s": self.mbit}, "machine_cores": 2}
         )
 
     def job(self, output: str) -> Job:
@@ -166,7 +166,8 @@ def calibrated(kept: Kept) -> Calibration:
     with tempfile.TemporaryDirectory(prefix="hpctrain-validation-") as folder:
         for number, trial in enumerate(CALIBRATED):
             kept.setdefault(trial.name, {})["measured"] = measured(trial, Path(folder) / f"{number}")
-        found = calibration_of_folders([Path(folder) / f"{number}" / "best" for number in range(len(CALIBRATED))], 1e8)
+        best = [Path(folder) / f"{number}" / "best" for number in range(len(CALIBRATED))]
+        found = calibration_of_folders(best, CALIBRATED[0].cluster)
     found.save(CALIBRATION)
     return found
 

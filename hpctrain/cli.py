@@ -167,7 +167,7 @@ def _add_simulator(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "calibrate", help="find out what a job's steps and messages cost, for `hpctrain simulate`"
     )
     calibrate.add_argument(
-        "words", metavar="RUN", nargs="*",
+        "overrides", metavar="RUN", nargs="*",
         help="folders of real runs of one model, with different strategies if possible; with --measure: keys to "
         "change, such as train.batch_size=32",
     )  # fmt: skip
@@ -297,12 +297,12 @@ def _calibrate(options: argparse.Namespace) -> int:
     from hpctrain.simulate import command
 
     if options.job is not None:
-        return command.calibrate_here(Job.load(options.job, options.words), options.cluster, options.output)
-    if not options.words:
+        return command.calibrate_here(Job.load(options.job, options.overrides), options.cluster, options.output)
+    if not options.overrides:
         raise HpctrainError(
             "hpctrain calibrate needs folders of runs, such as runs/mnist-20261129-120000, or --measure JOB"
         )
-    return command.calibrate_from([Path(word) for word in options.words], options.cluster, options.output)
+    return command.calibrate_from([Path(word) for word in options.overrides], options.cluster, options.output)
 
 
 def _lab_up(options: argparse.Namespace) -> int:

@@ -96,7 +96,7 @@ class Description(Table):
     hosts: Annotated[list[HostGroup], Field(min_length=1)]
     link: HostLink = HostLink()
     switch: HostSwitch = HostSwitch()
-    machine_cores: Annotated[float, Field(ge=0.1, le=1024)] | None = None  # of the one machine that the hosts are on
+    machine_cores: Annotated[int, Field(ge=1, le=1024)] | None = None  # of the one machine that the hosts are on
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Description:

@@ -74,7 +74,7 @@ class WireCodec(Codec):
         messages[me] = self._outgoing(addend, "out", values, addend.rest)
         if addend.rest is not None:
             self.feedback.written(addend, self, messages[me])
-        yield requests + [comm.start_send(as_array(messages[me]), rank, Tag.PART) for rank in others]
+        yield requests + [comm.start_send(as_array(messages[me]), rank, Tag.PART) for rank in _in_turn(comm)]
         count = len(messages)
         with comm.span("decode", count * messages[me].nbytes, flops=float(count * values.numel())):
             self.total([messages[rank] for rank in range(count)], values)  # in the same order on all ranks
@@ -88,7 +88,7 @@ class WireCodec(Codec):
         own, others = slices[me], [rank for rank in range(comm.size) if rank != me]
         parts = {rank: addend.scratch(f"part {rank}", *self.shape(own)) for rank in others}
         requests = [comm.start_recv(as_array(parts[rank]), rank, Tag.PART) for rank in others]
-        for rank in others:
+        for rank in _in_turn(comm):
             message = self._outgoing(addend, f"to {rank}", slices[rank])
             requests.append(comm.start_send(as_array(message), rank, Tag.PART))
         yield requests
@@ -96,7 +96,7 @@ class WireCodec(Codec):
         sums = {rank: addend.scratch(f"sum {rank}", *self.shape(slices[rank])) for rank in others}
         requests = [comm.start_recv(as_array(sums[rank]), rank, Tag.SUM) for rank in others]
         message = self._outgoing(addend, "own sum", own)
-        requests += [comm.start_send(as_array(message), rank, Tag.SUM) for rank in others]
+        requests += [comm.start_send(as_array(message), rank, Tag.SUM) for rank in _in_turn(comm)]
         yield requests
         with comm.span("decode", sum(part.nbytes for part in sums.values())):
             for rank in others:
@@ -159,3 +159,9 @@ def add_wide(values: Tensor, into: Tensor, scale: Tensor | None = None) -> None:
     for block in blocks(into):
         wide = values[block].to(dtype)
         into[block].add_(wide if scale is None else wide.mul_(scale))
+
+
+def _in_turn(comm: Communicator) -> list[int]:
+    """The other ranks, beginning with the next one: if all ranks sent to the same one first, its link would be full and
+    those of the others idle."""
+    return [(comm.rank + step) % comm.size for step in range(1, comm.size)]

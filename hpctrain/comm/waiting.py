@@ -7,6 +7,7 @@ LONGEST = 1e-3  # seconds; a nap grows to this while nothing moves
 GROWTH = 1 / 8  # of the time waited so far: the end is noticed late by a sixteenth of the wait on average
 BETWEEN = 5e-4  # seconds; the longest nap while a long message moves: 16 pieces are then 2 GB/s
 LATER = 1 / 32  # its growth
+SHORT = 1 << 12  # bytes; messages up to this are there all at once
 
 
 def nap(waited: float, idle: bool = False, shortest: float = NAP) -> float:

@@ -37,7 +37,7 @@ def load(path: str | os.PathLike[str]) -> Description:
         reasons.append(f"links of more than {MOST_MBIT:g} Mbit/s")
     cores, available = sum(host.cores or 0.0 for host in hosts), os.cpu_count() or 1
     if cluster.machine_cores not in (None, available):
-        reasons.append(f"machine_cores = {cluster.machine_cores:g} on a machine with {available} (leave the key out)")
+        reasons.append(f"machine_cores = {cluster.machine_cores} on a machine with {available} (leave the key out)")
     if cores > available:
         reasons.append(f"hosts of {cores:g} cores in total on the {available} of this machine (give `cores` in parts)")
     if reasons:

@@ -147,11 +147,10 @@ def _add(host: Host, names: str) -> None:
 def _control_congestion(space: str) -> None:
     """Let TCP do what it does by default on Linux, whatever this machine is set to. BBR, for example, slows down now
     and then to see how fast an idle link is."""
-    allowed = (IPV4 / "tcp_allowed_congestion_control").read_text().split()
-    for usual in ("cubic", "reno"):
-        if usual in allowed:
-            _in(space, "sh", "-c", f"echo {usual} > {IPV4 / 'tcp_congestion_control'}")
-            return
+    with contextlib.suppress(OSError, ClusterError):  # where it cannot be set, it stays
+        allowed = (IPV4 / "tcp_allowed_congestion_control").read_text().split()
+        usual = next(name for name in ("cubic", "reno", *allowed) if name in allowed)
+        _in(space, "sh", "-c", f"echo {usual} > {IPV4 / 'tcp_congestion_control'}")
 
 
 def _limit_link(host: Host, space: str, port: str) -> None:

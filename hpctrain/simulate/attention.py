@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hpctrain.comm.virtual.platform import Manner
-from hpctrain.comm.virtual.scheduler import Scheduler
+from hpctrain.comm.virtual.platform import Manner, Platform
 from hpctrain.comm.waiting import nap
 from hpctrain.simulate.calibration import HandlingCosts
 from hpctrain.simulate.passes import Processor
@@ -15,20 +14,17 @@ class WaitingRanks:
     """See `Attention`. A waiting rank handles messages meanwhile; what is left of that delays it. Where it naps, it
     notices the end half a nap late, on average."""
 
-    def __init__(self, world: Scheduler, processors: Sequence[Processor], costs: HandlingCosts, naps: bool) -> None:
+    def __init__(self, world: Platform, processors: Sequence[Processor], costs: HandlingCosts, naps: bool) -> None:
         self._world, self._processors, self._costs, self.naps = world, processors, costs, naps
 
-    def handled(self, rank: int, nbytes: int) -> None:
-        self._processors[rank].owe(self._costs.message_s + self._costs.byte_s * nbytes)
+    def handled(self, rank: int, nbytes: int, messages: int = 1) -> None:
+        self._processors[rank].owe(self._costs.message_s * messages + self._costs.byte_s * nbytes)
 
     def waited(self, rank: int, since: int, manner: Manner) -> None:
         world = self._world
         if self.naps and manner != "polls" and world.time > since:
-            task, end = world.current, world.time + round(nap((world.time - since) / 1e9) / 2 * 1e9)
-            assert task is not None
-            world.wake_at(end, task)
-            while world.time < end:
-                world.block("the end of a nap")
+            late = nap((world.time - since) / 1e9, idle=manner == "idles") / 2
+            world.sleep_until(world.time + round(late * 1e9))
         if manner != "beside":
-            napping = self.naps and manner == "naps"
+            napping = self.naps and manner != "polls"
             self._processors[rank].waited(since, self._costs.napping if napping else 1.0)

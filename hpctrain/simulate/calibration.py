@@ -34,8 +34,8 @@ class MeasuredCost(Table):
         return self.fixed_s + self.each_s * n
 
     def knows(self, n: float) -> bool:
-        """Whether n is near what was measured."""
-        return self.least / BEYOND <= n <= self.most * BEYOND
+        """Whether n is near what was measured; yes if the calibration does not say what was."""
+        return not self.most or self.least / BEYOND <= n <= self.most * BEYOND
 
 
 class PassWork(Table):

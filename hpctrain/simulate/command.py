@@ -86,23 +86,21 @@ def calibrate_here(job: Job, cluster: Path | None, output: Path) -> int:
 def calibrate_from(folders: Sequence[Path], cluster: Path | None, output: Path) -> int:
     """Write what the traces of real runs say of computing and messages. `cluster`: where they ran. Raises
     HpctrainErrors."""
-    links = None
-    if cluster is not None:
-        links = 1e6 * min(host.link.mbit_per_s for host in Description.load(cluster).each())
+    described = Description.load(cluster) if cluster is not None else None
     print("measuring some steps of the first run's job on this machine ...", flush=True)
-    calibration_of_folders(folders, links).save(output)
+    calibration_of_folders(folders, described).save(output)
     print(f"wrote {output}")
     return 0
 
 
-def calibration_of_folders(folders: Sequence[Path], links: float | None) -> Calibration:
-    """From run folders. `links`: bits per second between their hosts, None: not known. Raises HpctrainErrors."""
+def calibration_of_folders(folders: Sequence[Path], cluster: Description | None) -> Calibration:
+    """From run folders. `cluster`: where the runs were, None: not known. Raises HpctrainErrors."""
     runs = [open_run(folder) for folder in folders]
     jobs = [job_of(run) for run in runs]
     models = sorted({str(job.model.plain()) for job in jobs})
     if len(models) > 1:
         raise ClusterError(f"{folders[0]} and others are of different models; calibrate each model by itself")
-    return calibration_of(runs, with_work(measure_job(jobs[0], (0, 0, 1, 1)), jobs[0]), links)
+    return calibration_of(runs, with_work(measure_job(jobs[0], (0, 0, 1, 1)), jobs[0]), cluster)
 
 
 def usual_steps(job: Job, whole: bool) -> int | None:

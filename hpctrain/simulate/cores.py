@@ -40,7 +40,7 @@ class Cores:
         if self.quota < inf:
             now = self._machine.advance()
             here = min(now - since, now - (self.refresh - PERIOD))
-            self.budget -= nanoseconds * here / max(1, now - since)
+            self.budget = max(self.budget - nanoseconds * here / max(1, now - since), -LATE)
             self.stopped = self.stopped or self.budget <= -LATE
 
     def spend(self, nanoseconds: float, now: int) -> None:

@@ -82,9 +82,12 @@ class Processor:
     def waited(self, since: int, polling: float) -> None:
         """The rank has waited since then, and has handled messages meanwhile. `polling`: the share of a core that it
         has used for that. Returns when it goes on, which is later if its host's quota is used up."""
+        if self._host.devices:
+            self._owed = 0.0
+            return
         elapsed = (self._world.time - since) / 1e9
         handled = min(elapsed, self._owed / self._host.speed)
-        self._owed -= handled * self._host.speed
+        self._owed = self._owed - handled * self._host.speed if handled == elapsed else 0.0
         self._cores.used(min(elapsed, polling * elapsed + handled) * 1e9, since)
         if self._owed or self._cores.stopped:
             self.work(NOTICING)

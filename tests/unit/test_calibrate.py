@@ -40,7 +40,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
 def test_costs_come_out_of_traces(runs: list[Run]) -> None:
     shape = calibration(handling=HandlingCosts(byte_s=7e-9))
-    found = calibration_of(runs, shape, rate=1e8)
+    found = calibration_of(runs, shape)
     before = known()
     batch = found.model.forward.most
     assert found.model.forward.seconds(batch) == pytest.approx(before.model.forward.seconds(batch), rel=0.01)
@@ -69,14 +69,13 @@ def test_two_batch_sizes_give_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def rank(messages: float, nbytes: float, waited: float, used: float) -> RankCosts:
-    return RankCosts(1.0, 0.0, used, waited, messages, nbytes, 1)
+    return RankCosts(1, 0.0, used, waited, True, messages, nbytes, {})
 
 
 def test_processor_time_of_messages_comes_from_what_computing_does_not_explain() -> None:
     amounts = [(8, 494e3, 0.023), (0.6, 62e3, 0.004), (6, 124e3, 0.006), (12, 19e3, 0.005), (6, 247e3, 0.011)]
     ranks = [rank(m, b, w, 60e-6 * m + 2e-9 * b + 0.04 * w + 4e-4) for m, b, w in amounts]
-    found = handling_of(ranks, {}, rest=0.0)
-    assert found is not None
+    found = handling_of(ranks, {}, 0.0, HandlingCosts())
     assert found.message_s == pytest.approx(60e-6)
     assert found.byte_s == pytest.approx(2e-9)
     assert found.napping == pytest.approx(0.04)
@@ -85,10 +84,17 @@ def test_processor_time_of_messages_comes_from_what_computing_does_not_explain()
 
 def test_no_cost_is_negative() -> None:
     ranks = [rank(8, 5e5, 0.02, 1e-3), rank(1, 6e4, 0.004, 2e-3), rank(12, 2e4, 0.005, 1.5e-3)]
-    found = handling_of(ranks, {}, rest=0.0)
-    assert found is not None
+    found = handling_of(ranks, {}, 0.0, HandlingCosts())
     assert min(found.message_s, found.byte_s, found.napping, found.step_s) >= 0
-    assert handling_of([RankCosts(1.0, 0.0, None, 1.0, 1.0, 1.0, 1)], {}, rest=0.0) is None
+
+
+def test_ranks_that_polled_say_nothing_of_naps() -> None:
+    usual = HandlingCosts(napping=0.07)
+    ranks = [RankCosts(1, 0.0, w + 2e-9 * b, w, False, 8, b, {}) for b, w in ((494e3, 0.023), (62e3, 0.004))]
+    found = handling_of(ranks, {}, 0.0, usual)
+    assert found.napping == usual.napping
+    assert found.byte_s == pytest.approx(2e-9)
+    assert handling_of([RankCosts(1, 0.0, None, 1.0, True, 1.0, 1.0, {})], {}, 0.0, usual) == usual
 
 
 @pytest.mark.parametrize(

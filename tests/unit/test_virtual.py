@@ -647,9 +647,9 @@ def test_the_numbers_of_python_and_numpy_are_per_rank(way, monkeypatch):
     def body(comm):
         return draw(comm.rank, lambda turn: comm.barrier() if turn % 2 else comm.sleep(1e-3 * (1 + comm.rank)))
 
-    before = random.getstate(), np.random.get_state()[1].tolist()
+    before = random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()
     found = run(4, body)
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    assert (random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()) == before
     with kept():
         assert found == [draw(rank, lambda turn: None) for rank in range(4)]
 

@@ -34,9 +34,10 @@ from hpctrain.comm.base import (
 )
 from hpctrain.comm.mpi.ending import end_all_ranks
 from hpctrain.comm.mpi.quota import processor_quota
-from hpctrain.comm.mpi.requests import SHORT, MpiRecv, MpiReduce, MpiRequest, MpiSend, Waiting
+from hpctrain.comm.mpi.requests import MpiRecv, MpiReduce, MpiRequest, MpiSend, Waiting
 from hpctrain.comm.mpi.shared import PrivateArena, SharedArena, why_not_shared
 from hpctrain.comm.mpi.start import MPI
+from hpctrain.comm.waiting import SHORT
 from hpctrain.errors import ClusterError
 from hpctrain.trace.recorder import NullRecorder, Recorder
 from hpctrain.trace.schema import Kind

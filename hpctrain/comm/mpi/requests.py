@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 from hpctrain.comm.base import Buffer, Request
 from hpctrain.comm.mpi.start import MPI
-from hpctrain.comm.waiting import BETWEEN, NAP, nap
+from hpctrain.comm.waiting import BETWEEN, NAP, SHORT, nap
 from hpctrain.trace.recorder import Recorder
 
 LOOKS = 16  # polls between naps: in each, MPICH moves only one piece (about 64 KiB) of a long message
 QUICK = 5e-6  # seconds; a poll that moves a piece takes longer than twice this, or twice the quickest poll so far
-SHORT = 1 << 12  # bytes; messages up to this are there all at once
 
 
 class Waiting:

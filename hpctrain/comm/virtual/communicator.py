@@ -150,7 +150,7 @@ class VirtualCommunicator(Communicator):
     # -- collectives ---------------------------------------------------------------------------------------
     def barrier(self) -> None:
         with self._collective("wait"):
-            self._perform(_barrier, schedules.dissemination_barrier, np.zeros(1, np.uint8))
+            self._gather_up()
 
     def broadcast(self, buffer: Buffer, root: int = 0) -> None:
         all_ranks = self.group.all_ranks
@@ -207,7 +207,10 @@ class VirtualCommunicator(Communicator):
         return VirtualReduce(self, task, buffer.nbytes, id)
 
     def all_gather(self, buffer: Buffer, bounds: Sequence[int]) -> None:
-        with self._collective("recv"), self._in_library():
+        self._all_gather(buffer, bounds, short=False)
+
+    def _all_gather(self, buffer: Buffer, bounds: Sequence[int], short: bool) -> None:
+        with self._collective("recv"), self._in_library(short=short):
 
             def course(comm: VirtualCommunicator, part: Buffer) -> None:
                 algorithms.ring_all_gather(comm, part, bounds, comm.group.all_ranks)
@@ -220,7 +223,7 @@ class VirtualCommunicator(Communicator):
         messages carry no values."""
         table = self._table(row)
         bounds = range(0, table.size + 1, row.size) if row.size else [0] * (self.size + 1)
-        self.all_gather(Phantom(table.size, table.dtype), bounds)
+        self._all_gather(Phantom(table.size, table.dtype), bounds, short=True)
         return table
 
     def start_gather_rows(self, row: Buffer) -> tuple[Request, Buffer]:
@@ -292,7 +295,7 @@ class VirtualCommunicator(Communicator):
                 assert world.current is not None
                 arena.waiting.append(world.current)
                 world.block(f"notify of epoch {epoch} by ranks {late}")
-            self._notice(since)
+            self._notice(since, "idles")
 
     def behind(self, arena: Arena) -> int:
         assert isinstance(arena, VirtualArena)
@@ -348,26 +351,30 @@ class VirtualCommunicator(Communicator):
                 self.world.restore(task)
 
     @contextmanager
-    def _in_library(self, library: bool = True) -> Iterator[None]:
+    def _in_library(self, library: bool = True, short: bool = False) -> Iterator[None]:
         """A collective of the MPI library, which polls, other than messages. Where cores are scarce, ranks do as real
-        ones: they start it and nap, or if they share nodes, they gather first."""
+        ones: they start it and nap, or if they share nodes, or it is short, they gather first."""
         attention = self.world.attention
-        apart = len(set(self.nodes)) == self.size
-        if attention is None or not library or (attention.naps and apart):
+        apart = self.group.apart and not short
+        if attention is None or (attention.naps and apart):
             yield
             return
         if attention.naps:
-            self._perform(_barrier, schedules.dissemination_barrier, np.zeros(1, np.uint8))
-        before, self.manner = self.manner, "polls"
+            self._gather_up()
+        before, self.manner = self.manner, "polls" if library else self.manner
         try:
             yield
         finally:
             self.manner = before
 
-    def _notice(self, since: int) -> None:
+    def _gather_up(self) -> None:
+        before, self.manner = self.manner, "idles"
+        self._perform(_barrier, schedules.dissemination_barrier, np.zeros(1, np.uint8))
+        self.manner = before
+
+    def _notice(self, since: int, manner: Manner | None = None) -> None:
         """This rank has waited since then."""
-        if self.world.attention is not None:
-            self.world.attention.waited(self.members[self.rank], since, self.manner)
+        self.world.notice(self.members[self.rank], since, manner or self.manner)
 
     # -- time, threads -------------------------------------------------------------------------------------
     def now(self) -> int:
@@ -378,13 +385,7 @@ class VirtualCommunicator(Communicator):
 
     def pass_time(self, nanoseconds: int) -> None:
         """Let this rank sleep for that time."""
-        world = self.world
-        task, end = world.current, world.time + nanoseconds
-        assert task is not None
-        if nanoseconds > 0:
-            world.wake_at(end, task)
-        while world.time < end:
-            world.block("the end of a sleep")
+        self.world.sleep_until(self.world.time + nanoseconds)
 
     def span(
         self, kind: str, bytes: int = 0, peer: int = -1, id: int = -1, flops: float = 0.0, items: int = 0

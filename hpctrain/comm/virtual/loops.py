@@ -30,7 +30,7 @@ from hpctrain.comm.base import Buffer, Operation, Tag
 from hpctrain.comm.phantom import Phantom
 from hpctrain.comm.virtual import schedules
 from hpctrain.comm.virtual.lockstep import Crowded, StepTimes, step_times
-from hpctrain.comm.virtual.platform import Platform
+from hpctrain.comm.virtual.platform import Attention, Platform
 from hpctrain.comm.virtual.requests import VirtualRecv, VirtualSend
 from hpctrain.comm.virtual.scheduler import Task
 from hpctrain.comm.virtual.schedules import Levels, Numbers, Schedule, ScheduleStep
@@ -120,9 +120,21 @@ class GroupLoop:
             ends = self._times_of(schedule(len(ranks), length), entered, buffers[0].itemsize)
         except Crowded:
             ends = self._one_by_one(gathering, kind, schedule, entered.tolist())
+        if self.world.attention is not None:
+            self._count_messages(schedule(len(ranks), length), buffers[0].itemsize, self.world.attention)
         if not any(isinstance(buffer, Phantom) for buffer in buffers):
             compute(schedule, buffers, operation)
         return ends
+
+    def _count_messages(self, steps: Iterable[ScheduleStep], itemsize: int, attention: Attention) -> None:
+        """What every rank has sent and received, at once."""
+        messages, nbytes = np.zeros((2, len(self.group.members)), np.int64)
+        for source, dest, low, high, _ in steps:
+            for end in (source, dest):
+                np.add.at(messages, end, 1)
+                np.add.at(nbytes, end, (high - low) * itemsize)
+        for member, count, total in zip(self.group.members, messages.tolist(), nbytes.tolist(), strict=True):
+            attention.handled(member, total, count)
 
     def _times_of(self, steps: Iterable[ScheduleStep], entered: Numbers, itemsize: int) -> list[int]:
         times, at = self._times, entered

@@ -14,9 +14,9 @@ Compute = Callable[[int, str, int, float], int]
 
 Collectives = Literal["messages", "loop"]
 
-Manner = Literal["naps", "polls", "beside"]
-"""How a rank waits: it looks now and then; all the time, as MPI does within a collective; or not by itself, because
-another part of the rank does."""
+Manner = Literal["naps", "idles", "polls", "beside"]
+"""How a rank waits: it looks now and then; the same where no long message moves; all the time, as MPI does within a
+collective; or not by itself, because another part of the rank does."""
 
 
 class Attention(Protocol):
@@ -24,8 +24,8 @@ class Attention(Protocol):
 
     naps: bool
 
-    def handled(self, rank: int, nbytes: int) -> None:
-        """The rank has sent or received a message; that takes it time, from now on."""
+    def handled(self, rank: int, nbytes: int, messages: int = 1) -> None:
+        """The rank has sent or received messages; that takes it time, from now on."""
 
     def waited(self, rank: int, since: int, manner: Manner) -> None:
         """The rank has waited since then. Returns when it has noticed the end."""
@@ -60,3 +60,17 @@ class Platform(Scheduler):
         self.phantom, self.simulates = phantom, simulates
         self.collectives = collectives
         self.attention: Attention | None = None
+
+    def notice(self, rank: int, since: int, manner: Manner) -> None:
+        """The rank has waited since then. Returns when it has noticed the end."""
+        if self.attention is not None:
+            self.attention.waited(rank, since, manner)
+
+    def sleep_until(self, end: int) -> None:
+        """Let the current task sleep."""
+        task = self.current
+        assert task is not None
+        if end > self.time:
+            self.wake_at(end, task)
+        while self.time < end:
+            self.block("the end of a sleep")

@@ -11,6 +11,7 @@ from hpctrain.comm.phantom import deliver
 from hpctrain.comm.virtual.network import LATER
 from hpctrain.comm.virtual.platform import Manner, Platform
 from hpctrain.comm.virtual.scheduler import Scheduler, Task
+from hpctrain.comm.waiting import SHORT
 from hpctrain.trace.recorder import Recorder
 
 UNTRACED = nullcontext()
@@ -105,8 +106,8 @@ class VirtualRequest(Request):
         since = world.time
         while self.ends > world.time:
             world.block(self)
-        if world.attention is not None:
-            world.attention.waited(comm.members[comm.rank], since, comm.manner)
+        short = comm.manner == "naps" and self.buffer.nbytes <= SHORT
+        world.notice(comm.members[comm.rank], since, "idles" if short else comm.manner)
         if comm.traced:
             self.learn()
             comm.recorder.close(world.time)
@@ -238,8 +239,7 @@ class VirtualReduce(Request):
             with verb_span(comm, "reduce", self._nbytes, self._id):
                 since = comm.world.time
                 join(comm.world, self._work)
-                if comm.world.attention is not None:
-                    comm.world.attention.waited(comm.members[comm.rank], since, comm.manner)
+                comm.world.notice(comm.members[comm.rank], since, comm.manner)
         return 0
 
     def __str__(self) -> str:

@@ -26,6 +26,7 @@ class VirtualGroup:
             on_node.setdefault(node, []).append(rank)
         self.local_ranks = {node: tuple(ranks) for node, ranks in on_node.items()}
         self.all_ranks = tuple(range(len(members)))
+        self.apart = len(order) == len(members)
         self.boxes: Boxes = defaultdict(deque)
         self.meetings: dict[Any, Meeting] = {}
         self.loop: Any = None  # see `loops.loop_of`
