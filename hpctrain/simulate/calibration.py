@@ -77,15 +77,15 @@ class ModelCosts(Table):
 class LinkCosts(Table):
     """Messages between two ranks. `latency_s`: one way. `bytes_per_s`: of one message on its way, None: the link's rate
     in the cluster file. `overhead_s`: of the sender and of the receiver, for each message. `efficiency`: the share of a
-    link's rate that carries data. `unfairness`: how much the shares of messages that compete for a link differ (sigma
-    of the log-normal distribution of their weights)."""
+    link's rate that carries data. `seniority`: how far a message is behind those that it finds on its links: with n
+    of them, its share is theirs times (1 - seniority) ** n."""
 
     latency_s: Seconds = 0.0
     bytes_per_s: Annotated[float, Field(ge=1e3)] | None = None
     overhead_s: Seconds = 0.0
     efficiency: Annotated[float, Field(gt=0, le=1)] = 1.0
     eager_bytes: Annotated[int, Field(ge=0)] = 16384
-    unfairness: Annotated[float, Field(ge=0, le=2)] = 0.0
+    seniority: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class HandlingCosts(Table):
@@ -109,7 +109,7 @@ class Calibration(Table):
     spans: dict[str, MeasuredCost] = Field(default_factory=dict)
     codecs: dict[str, dict[str, MeasuredCost]] = Field(default_factory=dict)
     step: MeasuredCost = MeasuredCost()
-    between: LinkCosts = LinkCosts(latency_s=50e-6, overhead_s=5e-6, efficiency=0.94, unfairness=0.3)
+    between: LinkCosts = LinkCosts(latency_s=50e-6, overhead_s=5e-6, efficiency=0.94, seniority=0.3)
     within: LinkCosts = LinkCosts(latency_s=1e-6, bytes_per_s=5e9, overhead_s=1e-6)
     handling: HandlingCosts = HandlingCosts()
     error: Annotated[float, Field(ge=0, le=10)] = 0.15

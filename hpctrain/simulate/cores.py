@@ -12,6 +12,7 @@ PERIOD = 10_000_000  # nanoseconds, over which a part of a core is counted; the 
 TICK = 4_000_000  # nanoseconds: how often Linux looks who should run, and whether a quota is used up (CONFIG_HZ = 250)
 LATE = 2_000_000  # nanoseconds of a quota that are used too much before Linux notices, about
 KEPT = 1_000_000  # nanoseconds of an unused quota that stay for the next period (min_cfs_rq_runtime)
+SLICE = 5_000_000  # the same if a task runs when that begins (sched_cfs_bandwidth_slice)
 
 
 class Cores:
@@ -49,7 +50,7 @@ class Cores:
             self.budget -= nanoseconds
             self.stopped = self.stopped or self.budget <= DONE - LATE
             while self.refresh <= now:
-                self.budget = min(self.budget, KEPT) + self.quota
+                self.budget = min(self.budget, KEPT if nanoseconds <= 0 else SLICE) + self.quota
                 self.refresh += PERIOD
                 if self.budget >= self.quota and self.refresh < now:  # nothing happens in whole periods
                     self.refresh += (now - self.refresh) // PERIOD * PERIOD

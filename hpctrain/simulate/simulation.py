@@ -249,7 +249,6 @@ class Simulation:
             message_costs(costs.between),
             message_costs(costs.within),
             goodput=costs.between.efficiency,
-            seed=self.job.seed,
         )
 
     def _span_cost(self, rank: int, kind: str, nbytes: int, flops: float) -> int:
@@ -265,4 +264,4 @@ def message_costs(link: LinkCosts) -> MessageCosts:
     """As the network of virtual ranks takes them."""
     overhead = round(link.overhead_s * 1e9)
     bandwidth = inf if link.bytes_per_s is None else link.bytes_per_s
-    return MessageCosts(round(link.latency_s * 1e9), bandwidth, overhead, overhead, link.eager_bytes, link.unfairness)
+    return MessageCosts(round(link.latency_s * 1e9), bandwidth, overhead, overhead, link.eager_bytes, link.seniority)

@@ -1,5 +1,5 @@
-"""A network whose messages share ports: each is a flow, and flows through one port share it max-min fairly, or by
-weights.
+"""A network whose messages share ports: each is a flow, and flows through one port share it max-min fairly, or with an
+advantage for those that came first.
 
 Ports: the link of a host, out and in; the uplink and downlink of a rack; the memory of a host, for messages within it
 above the eager limit (shorter ones stay in caches).
@@ -8,7 +8,6 @@ A flow's rate changes when another begins or ends on one of its ports, so its en
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf
@@ -19,6 +18,7 @@ from hpctrain.comm.virtual.scheduler import Scheduler, Timer
 from hpctrain.hosts import Description
 
 TIE = 1 + 1e-9  # shares that differ by less are equal
+LEAST = 1e-3  # weight of a message behind others, at least
 FULL = 1e-9  # weight; less is that of no flow
 
 
@@ -28,8 +28,8 @@ class MessageCosts:
 
     A rank's sends occupy it for `send_overhead` each, one after the other, and its arriving messages for
     `recv_overhead`. A message above `eager_limit` bytes waits for its receiver, and asks it first: one more round trip.
-    `unfairness`: how much the shares of messages that compete differ, as TCP's do (sigma of the log-normal distribution
-    of their weights).
+    `seniority`: how far a message is behind those that it finds on its links, as with TCP, where these have filled the
+    queue: with n of them, its share is their share times (1 - seniority) ** n. 0: fair; 1: one after the other.
     """
 
     latency: int = 20_000  # one way, besides that of the sender's own link
@@ -37,7 +37,7 @@ class MessageCosts:
     send_overhead: int = 0
     recv_overhead: int = 0
     eager_limit: int = 8192
-    unfairness: float = 0.0
+    seniority: float = 0.0
 
 
 BETWEEN, WITHIN = MessageCosts(), MessageCosts(latency=500, bandwidth=8e9)
@@ -123,7 +123,6 @@ class FlowNetwork:
     within: MessageCosts = WITHIN
     memory: float = 2e10
     goodput: float = 1.0
-    seed: int = 0  # of the weights of messages, where costs are unfair
     carried: int = 0  # messages
     delivered: int = 0  # of these, those whose last byte has left
     sends: dict[int, int] = field(default_factory=dict)  # by rank: when it is free to send
@@ -133,7 +132,6 @@ class FlowNetwork:
     _changed: dict[Port, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._weights = random.Random(f"{self.seed}/weights")
         self.hosts, self._narrowed = self.cluster.each(), self.cluster.switch.oversubscription
         per_ns = self.goodput * 1e6 / 8 / 1e9
         links = [host.link.mbit_per_s * per_ns for host in self.hosts]
@@ -181,8 +179,6 @@ class FlowNetwork:
             start += path.latency
             start = (start if start > now else now) + path.back
         flow = Flow(message, path, (sender, receiver), nbytes)
-        if costs.unfairness:
-            flow.weight = self._weights.lognormvariate(0.0, costs.unfairness)
         if start > now:
             self._clock.call_at(start, self._queue, flow)
         else:
@@ -226,10 +222,11 @@ class FlowNetwork:
             if not port.active:
                 port.since = now
             port.active += 1
-        flow.updated, alone = now, True
+        before = max((len(port.flows) for port in flow.ports), default=0)
+        flow.updated, alone = now, not before
+        if before and path.costs.seniority:
+            flow.weight = max((1.0 - path.costs.seniority) ** before, LEAST)
         for port in flow.ports:
-            if port.flows:
-                alone = False
             port.flows[flow] = None
         if alone:
             flow.rate = path.alone
