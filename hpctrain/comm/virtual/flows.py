@@ -265,7 +265,7 @@ class FlowNetwork:
 
     def _share_among(self, flows: dict[Flow, None], ports: Sequence[Port]) -> None:
         """New rates for flows that compete with each other, directly or not, and with no others."""
-        now = self._clock.time
+        now, earliest = self._clock.time, LATER
         for flow, rate in max_min(flows, ports).items():
             if rate != flow.rate:
                 left = flow.left - flow.rate * (now - flow.updated)
@@ -273,7 +273,8 @@ class FlowNetwork:
                 flow.rate, flow.updated, flow.due = rate, now, now + ceil(left / rate)
                 if flow.timer is not None:
                     flow.timer.finished, flow.timer = True, None
-        earliest = min(flow.due for flow in flows)
+            if flow.due < earliest:
+                earliest = flow.due
         for flow in flows:
             if flow.due == earliest and flow.timer is None:
                 flow.timer = self._clock.call_at(earliest, self._end, flow)
@@ -299,10 +300,12 @@ def max_min(flows: dict[Flow, None], ports: Sequence[Port]) -> dict[Flow, float]
     """The max-min fair rates of flows that compete for these ports only: progressive filling. The ports that fill up
     first fix the rates of their flows; the others share what is left."""
     rates: dict[Flow, float] = {}
-    narrowest = min(ports, key=lambda port: port.capacity / (len(port.flows) or 1e-9))
-    share = narrowest.capacity / len(narrowest.flows)
-    if len(narrowest.flows) == len(flows) and share < min(flow.path.costs.bandwidth for flow in flows) / 1e9:
-        return dict.fromkeys(flows, share)  # as those of many workers to one server
+    crowds = [len(port.flows) for port in ports]
+    most = max(crowds)
+    if most == len(flows) and sum(crowds) - most == len(ports) - 1:  # they share one port only, as that of a server
+        share = ports[crowds.index(most)].capacity / most
+        if all(flow.path.alone > share for flow in flows):
+            return dict.fromkeys(flows, share)
     left = {port: [port.capacity, float(len(port.flows))] for port in ports if port.flows}
     unfixed = dict(flows)
     while unfixed:
