@@ -101,6 +101,7 @@ class HandlingCosts(Table):
 class Calibration(Table):
     """What was measured. `source`: the command or the runs. `spans`: by kind (reduce, update ...), for bytes; `codecs`:
     the same by codec ("none" is one), for those kinds that depend on it. `step`: what a step costs besides its spans.
+    `turns`: how many times longer computing takes while ranks take turns on a core.
     `error`: how far a computing time may be off, relative (one standard deviation); `error_other_model`: of a model
     that was never run."""
 
@@ -112,6 +113,7 @@ class Calibration(Table):
     between: LinkCosts = LinkCosts(latency_s=50e-6, overhead_s=5e-6, efficiency=0.94, seniority=0.3)
     within: LinkCosts = LinkCosts(latency_s=1e-6, bytes_per_s=5e9, overhead_s=1e-6)
     handling: HandlingCosts = HandlingCosts()
+    turns: Annotated[float, Field(ge=1, le=10)] = 1.0
     error: Annotated[float, Field(ge=0, le=10)] = 0.15
     error_other_model: Annotated[float, Field(ge=0, le=10)] = 0.6  # docs/simulation.md
 

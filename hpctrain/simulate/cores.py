@@ -58,10 +58,11 @@ class Cores:
 
 
 class Machine:
-    """`count` cores (None: enough for all) that one or several hosts are parts of."""
+    """`count` cores (None: enough for all) that one or several hosts are parts of. `turns`: how many times longer work
+    takes while tasks take turns on cores, whose caches they empty for each other."""
 
-    def __init__(self, world: Scheduler, count: float | None, seed: int | str = 0) -> None:
-        self._world, self._count = world, inf if count is None else count
+    def __init__(self, world: Scheduler, count: float | None, seed: int | str = 0, turns: float = 1.0) -> None:
+        self._world, self._count, self._turns = world, inf if count is None else count, turns
         self._hosts: list[Cores] = []
         self._phases = random.Random(f"{seed}/periods")
         self._left: dict[Task, float] = {}  # nanoseconds; tasks in the order in which they get cores
@@ -101,10 +102,10 @@ class Machine:
         now = self._world.time
         while self._since < now:
             running = self._running()
-            end = int(min(now, self._change(running)))
+            end, pace = int(min(now, self._change(running))), self._pace(running)
             spent = dict.fromkeys(self._hosts, 0)
             for task in running:
-                self._left[task] -= end - self._since
+                self._left[task] -= (end - self._since) * pace
                 spent[self._host[task]] += end - self._since
             for host, nanoseconds in spent.items():
                 host.spend(nanoseconds, end)
@@ -117,10 +118,16 @@ class Machine:
             self._since = end
         return now
 
+    def _pace(self, running: list[Task]) -> float:
+        """How much work a running task does in a time."""
+        wanted = sum(not host.stopped for host in self._host.values())
+        return 1.0 if len(running) == wanted else 1.0 / self._turns
+
     def _change(self, running: list[Task]) -> float:
         """When another task may get a core: one is done, its turn is over, or a period begins."""
         since, hosts = self._since, dict.fromkeys(self._host.values())
-        times = [since + max(1, ceil(self._left[task])) for task in running]
+        pace = self._pace(running)
+        times = [since + max(1, ceil(self._left[task] / pace)) for task in running]
         limited = [host for host in hosts if host.quota < inf]
         times += [host.refresh for host in limited]
         for host in limited:

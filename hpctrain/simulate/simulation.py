@@ -224,8 +224,10 @@ class Simulation:
     def _make_processors(self, world: World) -> list[Processor]:
         """Of each rank: ranks of a host share its cores, or its accelerators in turn."""
         seed = self.job.seed
-        shared = Machine(world, self.cluster.machine_cores, seed) if self.cluster.machine_cores is not None else None
-        cores = [(shared or Machine(world, None, f"{seed}/{host.number}")).host(host.cores) for host in self.hosts]
+        count, turns = self.cluster.machine_cores, self.calibration.turns
+        shared = Machine(world, count, seed, turns) if count is not None else None
+        alone = [Machine(world, None, f"{seed}/{host.number}", turns) for host in self.hosts]
+        cores = [(shared or own).host(host.cores) for host, own in zip(self.hosts, alone, strict=True)]
         devices = [[Machine(world, None).host(1.0) for _ in range(host.devices)] for host in self.hosts]
         spells = [Spells(host, seed) for host in self.hosts]
         found, before = [], dict.fromkeys(range(len(self.hosts)), 0)

@@ -208,7 +208,7 @@ def test_read_ahead_on_one_rank_changes_nothing() -> None:
             assert order.length == 40
         found, cursor = [], 0
         while cursor < 100:
-            found.append(loader.bounds(cursor, 12, comm.size))
+            found.append(list(loader.bounds(cursor, 12, comm.size)))
             cursor = found[-1][-1]
         return found
 

@@ -20,7 +20,7 @@ from hpctrain.comm.virtual.globals import AskedState, CopiedState, python_state
 from hpctrain.comm.virtual.network import FreeNetwork, LinkNetwork
 from hpctrain.comm.virtual.scheduler import DeadlockError
 from hpctrain.comm.virtual.world import World
-from hpctrain.data.generators import kept
+from hpctrain.data.generators import Generators, kept
 from hpctrain.errors import HpctrainError
 from hpctrain.trace.recorder import Recorder
 from tests.helpers import barriers_are_traced, messages_are_traced
@@ -647,9 +647,9 @@ def test_the_numbers_of_python_and_numpy_are_per_rank(way, monkeypatch):
     def body(comm):
         return draw(comm.rank, lambda turn: comm.barrier() if turn % 2 else comm.sleep(1e-3 * (1 + comm.rank)))
 
-    before = random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()
+    before = Generators.now()
     found = run(4, body)
-    assert (random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist()) == before
+    assert not Generators.now().differing(before)
     with kept():
         assert found == [draw(rank, lambda turn: None) for rank in range(4)]
 

@@ -283,7 +283,7 @@ class FlowNetwork:
 
     def _share_among(self, flows: dict[Flow, None], ports: Sequence[Port]) -> None:
         """New rates for flows that compete with each other, directly or not, and with no others."""
-        now = self._clock.time
+        now, earliest = self._clock.time, LATER
         for flow, rate in max_min(flows, ports).items():
             if rate != flow.rate:
                 left = flow.left - flow.rate * (now - flow.updated)
@@ -291,7 +291,8 @@ class FlowNetwork:
                 flow.rate, flow.updated, flow.due = rate, now, now + ceil(left / rate)
                 if flow.timer is not None:
                     flow.timer.finished, flow.timer = True, None
-        earliest = min(flow.due for flow in flows)
+            if flow.due < earliest:
+                earliest = flow.due
         for flow in flows:
             if flow.due == earliest and flow.timer is None:
                 flow.timer = self._clock.call_at(earliest, self._end, flow)
@@ -317,11 +318,13 @@ def max_min(flows: dict[Flow, None], ports: Sequence[Port]) -> dict[Flow, float]
     """The max-min fair rates of flows that compete for these ports only, each in proportion to its weight: progressive
     filling. The ports that fill up first fix the rates of their flows; the others share what is left."""
     rates: dict[Flow, float] = {}
+    crowds = [len(port.flows) for port in ports]
+    most = max(crowds)
+    if most == len(flows) and sum(crowds) - most == len(ports) - 1:  # they share one port only, as that of a server
+        share = ports[crowds.index(most)].capacity / sum(flow.weight for flow in flows)
+        if all(flow.path.alone > share * flow.weight for flow in flows):
+            return {flow: share * flow.weight for flow in flows}
     left = {port: [port.capacity, sum(flow.weight for flow in port.flows)] for port in ports if port.flows}
-    share, narrowest = min((capacity / weight, place) for place, (capacity, weight) in enumerate(left.values()))
-    free = min(flow.path.costs.bandwidth / flow.weight for flow in flows) / 1e9
-    if share < free and len(list(left)[narrowest].flows) == len(flows):  # as those of many workers to one server
-        return {flow: share * flow.weight for flow in flows}
     unfixed = dict(flows)
     while unfixed:
         share = min(capacity / weight for capacity, weight in left.values())  # of a flow with weight 1

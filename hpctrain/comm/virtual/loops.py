@@ -188,21 +188,25 @@ class GroupLoop:
         return ends
 
 
-class End(NamedTuple):
+class MessageEnd(NamedTuple):
     """One end of a message: the other end's rank, and as many bytes."""
 
     peer: int
     buffer: Phantom
 
 
-def by_rank(steps: Iterable[ScheduleStep], itemsize: int) -> dict[int, list[tuple[End | None, End | None]]]:
+BothEnds = tuple[MessageEnd | None, MessageEnd | None]
+"""What a rank sends at a time, and what it receives."""
+
+
+def by_rank(steps: Iterable[ScheduleStep], itemsize: int) -> dict[int, list[BothEnds]]:
     """What each rank sends and receives at the same time, step by step. Messages of no bytes do not exist."""
-    plans: dict[int, list[tuple[End | None, End | None]]] = defaultdict(list)
+    plans: dict[int, list[BothEnds]] = defaultdict(list)
     for source, dest, low, high, _ in steps:
         rows = zip(source.tolist(), dest.tolist(), (itemsize * (high - low)).tolist(), strict=True)
         found = [(here, there, Phantom(nbytes, BYTES)) for here, there, nbytes in rows if nbytes]
-        sends = {here: End(there, buffer) for here, there, buffer in found}
-        receives = {there: End(here, buffer) for here, there, buffer in found}
+        sends = {here: MessageEnd(there, buffer) for here, there, buffer in found}
+        receives = {there: MessageEnd(here, buffer) for here, there, buffer in found}
         for rank in sends.keys() | receives.keys():
             plans[rank].append((sends.get(rank), receives.get(rank)))
     return plans
