@@ -18,7 +18,7 @@ from hpctrain.replica.blocks import blocks
 from hpctrain.replica.tensors import as_array
 
 if TYPE_CHECKING:
-    from hpctrain.comm.base import Request
+    from hpctrain.comm.base import Communicator, Request
 
 
 class WireCodec(Codec):

@@ -113,7 +113,7 @@ class Calibration(Table):
     between: LinkCosts = LinkCosts(latency_s=50e-6, overhead_s=5e-6, efficiency=0.94, seniority=0.3)
     within: LinkCosts = LinkCosts(latency_s=1e-6, bytes_per_s=5e9, overhead_s=1e-6)
     handling: HandlingCosts = HandlingCosts()
-    turns: Annotated[float, Field(ge=1, le=10)] = 1.0
+    turns: Annotated[float, Field(ge=1, le=10)] = 1.2
     error: Annotated[float, Field(ge=0, le=10)] = 0.15
     error_other_model: Annotated[float, Field(ge=0, le=10)] = 0.6  # docs/simulation.md
 

@@ -121,7 +121,7 @@ def job_of(run: Run) -> Job:
 def costs_of(run: Run) -> Iterator[RankCosts]:
     """Of each worker of a run. Raises ClusterError if its traces do not have what is needed."""
     steps_of, job = run.steps().groupby("rank"), job_of(run)
-    workers = [int(rank) for rank, _ in steps_of]
+    workers = [int(str(rank)) for rank, _ in steps_of]
     nodes = {run.attributes(rank)["node"] for rank in workers}
     size = len(nodes) if len(nodes) > 1 else len(workers)  # of a sum: ranks of a node share memory
     cores = [float(run.attributes(rank).get("cores", 1.0)) for rank in run.ranks]
@@ -134,7 +134,7 @@ def costs_of(run: Run) -> Iterator[RankCosts]:
                 f"{run.folder}: rank {rank} has traces of {len(ends)} steps, of which the first {WARM:.0%} do not "
                 f"count; at least {ceil((LEAST + 1) / (1 - WARM))} are needed: train longer"
             )
-        yield _costs(run, int(rank), ends[first:], size, codec_name(job.schedule[0].strategy.options), naps)
+        yield _costs(run, int(str(rank)), ends[first:], size, codec_name(job.schedule[0].strategy.options), naps)
 
 
 def server_points(run: Run) -> Costs:

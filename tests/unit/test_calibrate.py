@@ -2,50 +2,62 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hpctrain.cli import main
-from hpctrain.conformance.task import small_job
 from hpctrain.errors import ClusterError
-from hpctrain.simulate.calibration import Calibration, HandlingCosts, LinkCosts, MeasuredCost
-from hpctrain.simulate.runs import RankCosts, calibration_of, handling_of, job_of
+from hpctrain.hosts import Description
+from hpctrain.job import Job
+from hpctrain.simulate.calibration import Calibration, HandlingCosts, LinkCosts, MeasuredCost, ModelCosts
+from hpctrain.simulate.runs import RankCosts, calibration_of, handling_of
+from hpctrain.simulate.simulation import Simulation
 from hpctrain.trace import Run, open_run
-from tests.unit.test_simulate import calibration, simulate
 
-CODED = {"encode": MeasuredCost(each_s=3e-7), "decode": MeasuredCost(each_s=2e-7)}
+CODED = {"encode": MeasuredCost(each_s=3e-9), "decode": MeasuredCost(each_s=2e-9)}
+DIGITS = Path(__file__).parents[2] / "jobs" / "digits.toml"
+FORWARD = MeasuredCost(fixed_s=2e-3, least=1, most=64)
+TEN, PARAMETERS = list(range(10)), 72842
 APART = {"hosts": [{"count": 2}], "link": {"mbit_per_s": 100.0}}
-SPANS = {"update": MeasuredCost(each_s=1e-6), "data": MeasuredCost(), "send": MeasuredCost(each_s=1e-9)}
+SPANS = {"update": MeasuredCost(each_s=1e-9), "data": MeasuredCost(), "send": MeasuredCost(each_s=1e-9)}
 
 
-def known() -> Calibration:
-    """Costs in which each kind has its own price."""
-    codecs = {"int8": {**CODED, "reduce": MeasuredCost()}, "none": {**CODED, "reduce": MeasuredCost(each_s=1e-8)}}
+def known(forward: MeasuredCost = FORWARD) -> Calibration:
+    """Costs of the digits' net in which each kind has its own price."""
+    model = ModelCosts(
+        name="convnet", parameters=PARAMETERS, order=TEN[::-1], shares=[0.1] * 10,
+        forward=forward, backward=MeasuredCost(fixed_s=3e-3, least=1, most=64),
+    )  # fmt: skip
+    codecs = {"int8": {**CODED, "reduce": MeasuredCost()}, "none": {**CODED, "reduce": MeasuredCost(each_s=1e-10)}}
     free = HandlingCosts(message_s=0.0, byte_s=0.0, napping=0.0)
-    return calibration(spans=SPANS, codecs=codecs, between=LinkCosts(latency_s=1e-4), handling=free)
+    between = LinkCosts(latency_s=1e-4)
+    return Calibration(source="a test", model=model, spans=SPANS, codecs=codecs, between=between, handling=free)
+
+
+def trained(folder: Path, *keys: str) -> Run:
+    """A simulated run of the digits."""
+    words = ["strategy=all_reduce", "threads=1", "train={steps=40, batch_size=32}", "trace.report=false", *keys]
+    job = Job.load(DIGITS, [*words, f"output={folder}"])
+    return open_run(Simulation(job, Description.model_validate(APART)).run(known()).folder)
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """Two runs, as if they had been real."""
+def real(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated runs pass for real ones."""
+    attributes = Run.attributes
     monkeypatch.setattr(Run, "simulated", "")
-    found = []
-    for codec in ("int8", "none"):
-        job = small_job(tmp_path / codec, strategy={"name": "all_reduce", "codec": codec}, train={"steps": 40})
-        found.append(open_run(simulate(job, APART, known()).folder))
-    return found
+    monkeypatch.setattr(Run, "attributes", lambda run, rank: {**attributes(run, rank), "device": "cpu"})
 
 
-def test_costs_come_out_of_traces(runs: list[Run]) -> None:
-    shape = calibration(handling=HandlingCosts(byte_s=7e-9))
-    found = calibration_of(runs, shape)
-    before = known()
-    batch = found.model.forward.most
-    assert found.model.forward.seconds(batch) == pytest.approx(before.model.forward.seconds(batch), rel=0.01)
-    assert found.model.backward.seconds(batch) == pytest.approx(before.model.backward.seconds(batch), rel=0.01)
-    assert found.spans["update"].each_s == pytest.approx(1e-6, rel=0.01)
+@pytest.mark.usefixtures("real")
+def test_costs_come_out_of_traces(tmp_path: Path) -> None:
+    shape = known().model_copy(update={"handling": HandlingCosts(byte_s=7e-9), "spans": {}, "codecs": {}})
+    found = calibration_of([trained(tmp_path, f"strategy.codec={codec}") for codec in ("int8", "none")], shape)
+    assert found.model.forward.seconds(32) == pytest.approx(2e-3, rel=0.01)
+    assert found.model.backward.seconds(32) == pytest.approx(3e-3, rel=0.01)
+    assert found.spans["update"].each_s == pytest.approx(1e-9, rel=0.01)
     for kind, cost in CODED.items():
         assert found.codecs["int8"][kind].each_s == pytest.approx(cost.each_s, rel=0.05)
     assert found.step.fixed_s == pytest.approx(0.0, abs=1e-4)
@@ -54,18 +66,15 @@ def test_costs_come_out_of_traces(runs: list[Run]) -> None:
     assert found.model.order == shape.model.order
 
 
+@pytest.mark.usefixtures("real")
 def test_two_batch_sizes_give_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Run, "simulated", "")
-    rising = calibration().model.model_copy(update={"forward": MeasuredCost(fixed_s=1e-3, each_s=1e-4, most=64)})
-    found = []
-    for batch in (4, 8):
-        train = {"steps": 40, "batch_size": batch}
-        job = small_job(tmp_path / f"{batch}", strategy={"name": "all_reduce"}, train=train)
-        found.append(open_run(simulate(job, APART, known().model_copy(update={"model": rising})).folder))
-    forward = calibration_of(found, calibration()).model.forward
+    rising = MeasuredCost(fixed_s=1e-3, each_s=1e-4, least=1, most=64)
+    monkeypatch.setattr(f"{__name__}.known", partial(known, rising))
+    runs = [trained(tmp_path, f"train.batch_size={batch}") for batch in (16, 32)]
+    forward = calibration_of(runs, known()).model.forward
     assert forward.fixed_s == pytest.approx(1e-3, rel=0.02)
     assert forward.each_s == pytest.approx(1e-4, rel=0.02)
-    assert (forward.least, forward.most) == (4, 8)
+    assert (forward.least, forward.most) == (16, 32)
 
 
 def rank(messages: float, nbytes: float, waited: float, used: float) -> RankCosts:
@@ -97,30 +106,25 @@ def test_ranks_that_polled_say_nothing_of_naps() -> None:
     assert handling_of([RankCosts(1, 0.0, None, 1.0, True, 1.0, 1.0, {})], {}, 0.0, usual) == usual
 
 
+@pytest.mark.usefixtures("real")
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("key", "message"),
     [
-        ({"train": {"steps": 8}}, r"traces of 8 steps, of which the first 20% do not count; at least 14 are needed"),
-        ({"strategy": {"name": "all_reduce"}, "trace": {"enabled": False}}, "this run has no traces"),
+        ("train.steps=8", "traces of 8 steps, of which the first 20% do not count; at least 14 are needed"),
+        ("threads=2", "rank 0 computed with 2 threads; a calibration is of single cores: train with threads=1"),
+        ("strategy={name='switch', until={rule='after', epochs=1}}", "its job has several phases"),
     ],
+    ids=["short", "threads", "phases"],
 )
-def test_runs_without_what_is_needed(
-    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Run, "simulated", "")
-    job = small_job(tmp_path, **{"strategy": {"name": "all_reduce"}, **changes})
-    folder = simulate(job, APART, known()).folder
-    with pytest.raises(Exception, match=message):
-        calibration_of([open_run(folder)], calibration())
+def test_runs_without_what_is_needed(key: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=message):
+        calibration_of([trained(tmp_path, key)], known())
 
 
 def test_simulated_runs_are_no_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = small_job(tmp_path, strategy={"name": "all_reduce"}, train={"steps": 40})
-    folder = simulate(job, APART, known()).folder
-    with pytest.raises(ClusterError, match="was simulated; a calibration needs real runs"):
-        job_of(open_run(folder))
+    folder = trained(tmp_path).folder
     assert main(["calibrate", str(folder)]) == 2
-    assert "was simulated; a calibration needs real runs" in capsys.readouterr().err
+    assert f"{folder} was simulated; a calibration needs real runs" in capsys.readouterr().err
 
 
 def test_calibrate_says_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
