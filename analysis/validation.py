@@ -48,7 +48,8 @@ mean step, from the run's traces, in the faster of two runs (other work on the m
 by `hpctrain simulate`. A host of 0.5 cores gets half the time of a core in every 10 ms; all hosts share two cores.
 
 The calibration comes from the traces of {count} runs on two hosts of half a core at 100 Mbit/s: the first table. The
-second one has other numbers of hosts, other links and hosts, with the same calibration.
+second one has other numbers of hosts, other links and hosts, with the same calibration. Two numbers in it come from
+none of these runs: `turns` is an estimate, and `seniority` was chosen so that the servers' cases come out.
 """
 VERDICT = """
 Over {count} cases the median difference is {median:.0f} %, the largest {largest:.0f} % (wanted: 5 and 15 %).

@@ -14,7 +14,7 @@ from hpctrain.job.messages import faults
 from hpctrain.options import Table
 
 SLACK = 0.01
-NO_CODEC = "none"
+NO_CODEC, SUM = "none", "reduce"
 BEYOND = 2.0  # a cost is known for as much as this factor more or less than what was measured
 Seconds = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -121,6 +121,8 @@ class Calibration(Table):
         """What spans of that kind cost, where values are sent with that codec. Raises ClusterError if that is not
         known."""
         found = self.codecs.get(codec, {}).get(kind) or self.spans.get(kind)
+        if found is None and kind == SUM:  # a plain one, whatever is sent
+            found = self.codecs.get(NO_CODEC, {}).get(kind)
         if found is None:
             what = f'"{kind}" costs' if codec == NO_CODEC else f'"{kind}" with codec "{codec}" costs'
             raise ClusterError(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hpctrain.analysis import Analysis
 from hpctrain.errors import ClusterError
+from hpctrain.filenames import JOB
 from hpctrain.job import Job
 from hpctrain.job.spec import Named
 from hpctrain.trace import open_run
@@ -99,7 +100,7 @@ def _metrics(rows: pd.DataFrame) -> dict[str, tuple[Numbers, Numbers]]:
 def _check_alike(earlier: Job | str, job: Job, folder: Path) -> None:
     """Raise ClusterError unless both jobs train the same model on the same data, and measure it alike."""
     if isinstance(earlier, str):
-        raise ClusterError(f"--curve {folder}: what that run trained is not known ({earlier})")
+        raise ClusterError(f"--curve {folder}: what that run trained is not known: its {JOB} is not a valid job file")
     for table in ("model", "data", "loss", "metric"):
         old, new = (getattr(each, table) for each in (earlier, job))
         if (old.name, old.options) != (new.name, new.options):

@@ -23,7 +23,7 @@ from hpctrain.replica.replica import Replica
 from hpctrain.run.api import fit_batch
 from hpctrain.run.folder import title
 from hpctrain.run.prepare import Prepared, prepare, prepare_evaluation
-from hpctrain.simulate.calibration import Calibration, MeasuredCost, ModelCosts, codec_name
+from hpctrain.simulate.calibration import NO_CODEC, SUM, Calibration, MeasuredCost, ModelCosts, codec_name
 from hpctrain.simulate.opened import only_steps, opened
 from hpctrain.simulate.samples import PASSES, Samples
 from hpctrain.trace.recorder import Recorder
@@ -141,6 +141,9 @@ def measure(job: Job, nodes: Sequence[int]) -> Calibration:
         for phase, each in enumerate(job.schedule):
             samples.codec = codec_name(each.strategy.options)
             _measure(job.only(phase), nodes, samples, order)
+        if not any(kind == SUM for _, kind in samples.seen):  # servers' workers sum now and then, at the end of an epoch
+            samples.codec = NO_CODEC
+            _run(job.only(0).override(["strategy=all_reduce"]), nodes, FIRST + LEAST, samples)
         beside = _beside_spans(job.only(0).override(["strategy=all_reduce"]))
     finally:
         torch.set_num_threads(threads)

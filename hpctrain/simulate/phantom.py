@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 from hpctrain.comm.base import Communicator
 from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.splits import Splits
+from hpctrain.errors import ClusterError
 from hpctrain.job import Job
 from hpctrain.replica.state import Own, State
 from hpctrain.run.keeper import Keeper
@@ -100,8 +101,14 @@ class PhantomParts:
 
 
 def _sized(dataset: Any) -> TensorDataset:
-    """A data set of the same length."""
-    return TensorDataset(torch.empty(len(dataset), 0))
+    """A data set of the same length. Raises ClusterError if it has none."""
+    try:
+        return TensorDataset(torch.empty(len(dataset), 0))
+    except TypeError:
+        raise ClusterError(
+            "the data set is a stream without a length (__len__), so how long costs go on is not known; simulate it "
+            "with --learn, which reads it"
+        ) from None
 
 
 def phantom_loss(value: float) -> Tensor:

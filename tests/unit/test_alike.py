@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,7 @@ def test_unequal_streams_are_refused(tmp_path: Path, strategy: helpers.Tables, l
 def test_read_ahead_on_one_rank_changes_nothing() -> None:
     """It sees the end rounds before the other ranks, but compares in the same round as they do."""
 
-    def body(comm: Communicator) -> list[Sequence[int]]:
+    def body(comm: Communicator) -> list[list[int]]:
         order = Order(None, shuffle=False)
         loader = Loader(Numbers(40), order, threads=0, workers=comm)
         assert loader._stream is not None

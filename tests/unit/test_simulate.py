@@ -51,7 +51,7 @@ def calibration(spread: float = 0.0, **changes: Any) -> Calibration:
         shares=[0.5, 0.1, 0.1, 0.1, 0.1, 0.1],
     )
     spans = {kind: MeasuredCost(each_s=EACH_BYTE, least=1, most=1e9) for kind in KINDS} | {"data": MeasuredCost()}
-    return Calibration(**{"model": known, "spans": spans, "source": "a test", **changes})
+    return Calibration(**{"model": known, "spans": spans, "source": "a test", "turns": 1.0, **changes})
 
 
 def simulate(

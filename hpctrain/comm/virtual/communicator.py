@@ -373,7 +373,6 @@ class VirtualCommunicator(Communicator):
         self.manner = before
 
     def _notice(self, since: int, manner: Manner | None = None) -> None:
-        """This rank has waited since then."""
         self.world.notice(self.members[self.rank], since, manner or self.manner)
 
     # -- time, threads -------------------------------------------------------------------------------------
