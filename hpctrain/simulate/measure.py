@@ -141,7 +141,7 @@ def measure(job: Job, nodes: Sequence[int]) -> Calibration:
         for phase, each in enumerate(job.schedule):
             samples.codec = codec_name(each.strategy.options)
             _measure(job.only(phase), nodes, samples, order)
-        if not any(kind == SUM for _, kind in samples.seen):  # servers' workers sum now and then, at the end of an epoch
+        if not any(kind == SUM for _, kind in samples.seen):  # with servers, only at the end of an epoch
             samples.codec = NO_CODEC
             _run(job.only(0).override(["strategy=all_reduce"]), nodes, FIRST + LEAST, samples)
         beside = _beside_spans(job.only(0).override(["strategy=all_reduce"]))

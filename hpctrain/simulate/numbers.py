@@ -10,7 +10,8 @@ from hpctrain.errors import HpctrainError, JobError
 from hpctrain.job import Job
 from hpctrain.job.phases import PhaseTable, RuleSpec
 
-SIGNS = re.compile(rf"meta tensor|meta device|device[^/]{{0,12}}\bmeta\b|\bmeta\b[^/]{{0,12}}(device|backend)|register_meta|\bPhantom\b|Tensor\.__format__|{NO_VALUES}", re.IGNORECASE)
+META = r"meta tensor|device[^/]{0,12}\bmeta\b|\bmeta\b[^/]{0,12}(device|backend)|register_meta"
+SIGNS = re.compile(rf"{META}|\bPhantom\b|Tensor\.__format__|{NO_VALUES}", re.IGNORECASE)
 COUNTS = "after"  # the rule that only counts
 LEARN = "simulate it with --learn, which computes gradients"
 
