@@ -326,10 +326,10 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _ingest(options: argparse.Namespace) -> int:
-    from hpctrain.ingest.command import Request, main
+    from hpctrain.ingest.command import Ingestion, main
 
     classes = None if options.classes is None else tuple(name.strip() for name in options.classes.split(","))
-    return main(Request(options.kind, options.source, options.out, options.n, options.size, options.fit, classes,
+    return main(Ingestion(options.kind, options.source, options.out, options.n, options.size, options.fit, classes,
                         options.strict))  # fmt: skip
 
 

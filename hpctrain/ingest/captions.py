@@ -10,7 +10,7 @@ from typing import Any
 
 from hpctrain.errors import DataError
 from hpctrain.ingest.folder import SUFFIXES
-from hpctrain.ingest.plan import Column, Item, Layout, LeftOut, Plan, Row
+from hpctrain.ingest.reading import Column, Format, Item, LeftOut, Listing, Row
 
 FLICKR_LIST = "Flickr8k.token.txt"
 FLICKR_PLACES = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images", ".")  # the first is how it is published
@@ -21,13 +21,13 @@ FLICKR_SPLITS = {
 }
 
 
-class Captions(Layout):
+class Captions(Format):
     """Any number of captions per picture. Captions without a picture and pictures without a caption are reported."""
 
     kind = "captions"
     columns = (Column("captions", "|u1", offsets=True),)  # UTF-8, a zero after each caption
 
-    def plan(self, root: Path) -> Plan:
+    def listing(self, root: Path) -> Listing:
         for folder in (root, root / "Flickr8k_text"):
             if (folder / FLICKR_LIST).is_file():
                 return _flickr(root, folder)
@@ -46,9 +46,9 @@ class Captions(Layout):
         return {"captions": list("".join(f"{text}\0" for text in row["captions"]).encode())}
 
 
-def _coco(root: Path, files: list[Path]) -> Plan:
+def _coco(root: Path, files: list[Path]) -> Listing:
     """The pictures of all files; a file is a split, unless it says for each picture in which it is."""
-    plan = Plan()
+    listing = Listing()
     for path in files:
         split = path.stem.removeprefix("captions").strip("_") or "all"
         places = [place for place in (split, f"images/{split}", "images", ".") if (root / place).is_dir()]
@@ -59,12 +59,12 @@ def _coco(root: Path, files: list[Path]) -> Plan:
             folder = next((place for place in places if (root / place / name).exists()), places[0])
             used.setdefault(folder, set()).add(name)
             item = Item(os.path.normpath(f"{folder}/{name}"), f"{folder}/{name}", captions.pop(key, []))
-            plan.add(str(image.get("coco_split") or image.get("split") or split), item)
+            listing.add(str(image.get("coco_split") or image.get("split") or split), item)
         for key, texts in captions.items():
-            plan.problems.append(f"{path.name}: {len(texts)} captions are of the picture {key}, which is not listed")
+            listing.problems.append(f"{path.name}: {len(texts)} captions are of the picture {key}, which is not listed")
         for folder, names in used.items():
-            plan.problems += _unused(root / folder, names)
-    return plan
+            listing.problems += _unused(root / folder, names)
+    return listing
 
 
 def _coco_file(path: Path) -> tuple[dict[Any, dict[str, Any]], dict[Any, list[str]]]:
@@ -91,22 +91,22 @@ def _coco_file(path: Path) -> tuple[dict[Any, dict[str, Any]], dict[Any, list[st
     return images, captions
 
 
-def _flickr(root: Path, texts: Path) -> Plan:
+def _flickr(root: Path, texts: Path) -> Listing:
     folder = next(root / place for place in FLICKR_PLACES if (root / place).is_dir())
-    plan, captions = Plan(), dict[str, list[str]]()
+    listing, captions = Listing(), dict[str, list[str]]()
     for number, line in enumerate(_lines(texts / FLICKR_LIST), start=1):
         name, tab, caption = line.partition("\t")
         if not tab:
-            plan.problems.append(f"{FLICKR_LIST}: line {number} has no tab; left out")
+            listing.problems.append(f"{FLICKR_LIST}: line {number} has no tab; left out")
             continue
         captions.setdefault(name.rpartition("#")[0] or name, []).append(caption)
     lists = {split: texts / name for split, name in FLICKR_SPLITS.items() if (texts / name).is_file()}
     split_of = {name.strip(): split for split, path in lists.items() for name in _lines(path)}
     for name, given in captions.items():
         path = os.path.relpath(folder / name, root)
-        plan.add(split_of.get(name, "other" if lists else "all"), Item(path, path, given))
-    plan.problems += _unused(folder, set(captions))
-    return plan
+        listing.add(split_of.get(name, "other" if lists else "all"), Item(path, path, given))
+    listing.problems += _unused(folder, set(captions))
+    return listing
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -16,7 +16,7 @@ from hpctrain.ingest.captions import Captions
 from hpctrain.ingest.folder import ClassFolders
 from hpctrain.ingest.journal import Journal
 from hpctrain.ingest.picture import FITS
-from hpctrain.ingest.plan import Layout, Plan, Reading, Recipe, batches
+from hpctrain.ingest.reading import Format, Listing, Reading, Recipe, batches
 from hpctrain.ingest.store import About, PictureFile, complete, problems_of
 from hpctrain.ingest.tasks import Inline, ordered, processes
 from hpctrain.ingest.voc import VOC
@@ -24,7 +24,7 @@ from hpctrain.launcher.started import launched_rank, launched_size
 from hpctrain.text import escaped, shown_path
 from hpctrain.views.progress import Progress
 
-LAYOUTS: dict[str, type[Layout]] = {layout.kind: layout for layout in (VOC, Captions, ClassFolders)}
+FORMATS: dict[str, type[Format]] = {each.kind: each for each in (VOC, Captions, ClassFolders)}
 SIZE, MOST_SIZE = 256, 8192
 BATCH = 8  # pictures per task
 AHEAD = 3  # tasks per worker that are under way, or wait to be written
@@ -32,7 +32,7 @@ SYNC_S = 1.0  # between writing down what has been read; what is read in between
 
 
 @dataclass(frozen=True)
-class Request:
+class Ingestion:
     """What a user asked for. `workers`: None: as many as there are cores; `fit`: a name in FITS."""
 
     kind: str
@@ -60,7 +60,7 @@ class Request:
             raise DataError(f"{self.out}: expected the name of a file to write, in a folder that exists")
 
 
-def main(request: Request) -> int:
+def main(request: Ingestion) -> int:
     """Make the file, on the ranks that a launcher started or on processes of this machine, and print what became of it.
 
     Collective over these ranks: rank 0 writes, the others read. Returns the exit status.
@@ -85,20 +85,20 @@ def main(request: Request) -> int:
         return report(mistake, rank)
 
 
-def _make(request: Request, executor: Executor | None = None, workers: int | None = None) -> int:
+def _make(request: Ingestion, executor: Executor | None = None, workers: int | None = None) -> int:
     """Make the file, with `workers` of that executor, or with processes of this machine."""
     request.check()
-    recipe = Recipe(request.source.absolute(), LAYOUTS[request.kind](request.classes), request.size, request.fit)
+    recipe = Recipe(request.source.absolute(), FORMATS[request.kind](request.classes), request.size, request.fit)
     try:
-        plan = recipe.layout.plan(recipe.root)
-        if not plan.items:
-            raise DataError(f"{request.source} has no pictures where the layout {request.kind!r} has them")
-        if not _complete(request, recipe.fingerprint(plan)):
+        listing = recipe.format.listing(recipe.root)
+        if not listing.items:
+            raise DataError(f"{request.source} has no pictures where the format {request.kind!r} has them")
+        if not _complete(request, recipe.fingerprint(listing)):
             count = workers or request.workers or len(os.sched_getaffinity(0))
             with contextlib.ExitStack() as stack:
                 if executor is None:
-                    executor = stack.enter_context(_executor(min(count, -(-len(plan.items) // BATCH))))
-                ingest(recipe, plan, request.out, executor, count, request.strict)
+                    executor = stack.enter_context(_executor(min(count, -(-len(listing.items) // BATCH))))
+                ingest(recipe, listing, request.out, executor, count, request.strict)
     except BrokenProcessPool:
         raise HpctrainError(
             "a process that reads pictures was killed, perhaps as memory ran out; the same command goes on from there"
@@ -114,7 +114,7 @@ def _executor(count: int) -> contextlib.AbstractContextManager[Executor]:
     return processes(count, "hpctrain.ingest.command") if count > 1 else Inline()
 
 
-def _complete(request: Request, fingerprint: str) -> bool:
+def _complete(request: Ingestion, fingerprint: str) -> bool:
     """Whether the output file is already what it should become. Raises DataError if it is something else."""
     if not request.out.exists():
         return False
@@ -131,24 +131,24 @@ def _complete(request: Request, fingerprint: str) -> bool:
     return True
 
 
-def ingest(recipe: Recipe, plan: Plan, out: Path, executor: Executor, workers: int, strict: bool = False) -> None:
+def ingest(recipe: Recipe, listing: Listing, out: Path, executor: Executor, workers: int, strict: bool = False) -> None:
     """Read what is planned into the file `out`, which exists only once it is complete. Until then there are
     `out`.part and `out`.journal, from which another call goes on.
 
     Raises DataError if no picture can be read or, if `strict`, for the first problem; OSError for the output file.
     """
     part, notes = (out.with_name(f"{out.name}.{suffix}") for suffix in ("part", "journal"))
-    fingerprint = recipe.fingerprint(plan)
+    fingerprint = recipe.fingerprint(listing)
     with Journal(notes, fingerprint) as journal:
         if strict:
-            _refuse(plan.problems)
+            _refuse(listing.problems)
             for _, _, problems in journal.rows():
                 _refuse(problems)
         if not part.exists() and journal.done:
             raise DataError(f"{part} is missing, but {notes} says how far it was; remove that as well, to begin again")
-        with PictureFile(part, len(plan.items), recipe.size) as pictures, Progress() as progress:
-            rate = Rate(journal.done, len(plan.items))
-            tasks = batches(plan.items, journal.done, BATCH)
+        with PictureFile(part, len(listing.items), recipe.size) as pictures, Progress() as progress:
+            rate = Rate(journal.done, len(listing.items))
+            tasks = batches(listing.items, journal.done, BATCH)
             for reading in _flat(ordered(executor, recipe.read, tasks, AHEAD * workers)):
                 if strict:
                     _refuse(reading.problems)
@@ -162,11 +162,11 @@ def ingest(recipe: Recipe, plan: Plan, out: Path, executor: Executor, workers: i
             pictures.sync()
             journal.sync()
         if not journal.kept:
-            first = next(iter([*plan.problems, *(text for _, _, texts in journal.rows() for text in texts)]))
+            first = next(iter([*listing.problems, *(text for _, _, texts in journal.rows() for text in texts)]))
             part.unlink()
             notes.unlink()
             raise DataError(f"no picture can be read; the first problem is: {first}")
-        complete(part, plan, recipe.layout, recipe.fit, fingerprint, journal.rows)
+        complete(part, listing, recipe, fingerprint, journal.rows)
         os.replace(part, out)
         notes.unlink()
 

@@ -8,33 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.errors import DataError
-from hpctrain.ingest.plan import Column, Item, Layout, Plan, Row
+from hpctrain.ingest.reading import Column, Format, Item, Listing, Row
 
 SPLITS = ("train", "val", "valid", "validation", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-class ClassFolders(Layout):
+class ClassFolders(Format):
     """One class per picture: the name of its folder. Files with other suffixes than pictures have are ignored."""
 
     kind = "folder"
     columns = (Column("labels", "<i8"),)
 
-    def plan(self, root: Path) -> Plan:
-        plan, tops = Plan(), _folders(root)
+    def listing(self, root: Path) -> Listing:
+        listing, tops = Listing(), _folders(root)
         parts = {name: Path(name) for name in tops} if tops and set(tops) <= set(SPLITS) else {"all": Path()}
         for split, place in parts.items():
-            plan.splits[split] = []
+            listing.splits[split] = []
             for name in _folders(root / place):
                 if self.classes is not None and name not in self.classes:
-                    plan.problems.append(f"{place / name}: the folder is of an unknown class; left out")
+                    listing.problems.append(f"{place / name}: the folder is of an unknown class; left out")
                     continue
                 for file in _pictures(root / place / name):
                     path = str(place / name / file)
-                    plan.add(split, Item(path, path, name))
+                    listing.add(split, Item(path, path, name))
         if not tops:
             raise DataError(f"{root}: no folders of classes; expected a folder per class, with its pictures")
-        return plan
+        return listing
 
     def row(self, root: Path, item: Item, size: tuple[int, int], scale: tuple[float, float]) -> tuple[Row, list[str]]:
         return {"class": item.about}, []

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpctrain.errors import DataError
-from hpctrain.ingest.plan import Reading, Row
+from hpctrain.ingest.reading import Reading, Row
 
 
 class Journal:

@@ -13,7 +13,7 @@ holes where nothing has been written. All else is added at the end.
 | split_NAME | (any,) int64 | the samples of that split, in its order |
 | problems | (bytes,) | UTF-8, a line each |
 | about | (bytes,) | JSON: see `About` |
-| the layout's columns | | see voc, captions, folder |
+| the format's columns | | see voc, captions, folder |
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import numpy as np
 from h5py import h5d, h5p, h5s, h5t
 
 from hpctrain.errors import DataError
-from hpctrain.ingest.plan import Column, Layout, Plan, Row
+from hpctrain.ingest.reading import Column, Listing, Recipe, Row
 
 VERSIONS = ("v110", "v110")  # of HDF5's format: the first with implicit indices
 BLOCK = 1 << 14  # elements of a column that are written at once
@@ -114,13 +114,13 @@ class PictureFile:
 
 def _create(path: Path, count: int, size: int) -> int:
     """Create a file for that many pictures; returns where the first one begins. The others follow it immediately."""
-    shape, plan = (count, size, size, 3), h5p.create(h5p.DATASET_CREATE)
-    plan.set_chunk((1, size, size, 3))
-    plan.set_alloc_time(h5d.ALLOC_TIME_EARLY)
-    plan.set_fill_time(h5d.FILL_TIME_NEVER)
-    plan.set_obj_track_times(False)
+    shape, properties = (count, size, size, 3), h5p.create(h5p.DATASET_CREATE)
+    properties.set_chunk((1, size, size, 3))
+    properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)
     with h5py.File(path, "w", libver=VERSIONS, locking=False) as file:
-        h5d.create(file.id, b"pictures", h5t.STD_U8LE, h5s.create_simple(shape, shape), plan)
+        h5d.create(file.id, b"pictures", h5t.STD_U8LE, h5s.create_simple(shape, shape), properties)
         where = file["pictures"].id
         first, last = (int(where.get_chunk_info_by_coord((slot, 0, 0, 0)).byte_offset) for slot in (0, count - 1))
         if last - first != (count - 1) * 3 * size * size:
@@ -142,40 +142,41 @@ def _reset(path: Path, fresh: Path, start: int, stop: int) -> None:
 Rows = Callable[[], Iterator[tuple[str, Row | None, Sequence[str]]]]  # name, row (None: left out), problems: per item
 
 
-def complete(path: Path, plan: Plan, layout: Layout, fit: str, fingerprint: str, rows: Rows) -> None:
+def complete(path: Path, listing: Listing, recipe: Recipe, fingerprint: str, rows: Rows) -> None:
     """Add all that is not pixels. Reads `rows()` twice: first to see which classes there are."""
     with h5py.File(path, "r+", libver=VERSIONS, locking=False) as file:
-        classes = layout.classes
+        form, classes = recipe.format, recipe.format.classes
         if classes is None:
-            classes = tuple(sorted({name for _, row, _ in rows() if row is not None for name in layout.names(row)}))
+            classes = tuple(sorted({name for _, row, _ in rows() if row is not None for name in form.names(row)}))
         numbers = {name: number for number, name in enumerate(classes)}
-        counts, slots = [0] * len(classes), np.full(len(plan.items), -1, np.int64)
-        writers = {each.name: ColumnWriter(file, each) for each in (*COMMON, *layout.columns)}
+        counts, slots = [0] * len(classes), np.full(len(listing.items), -1, np.int64)
+        writers = {each.name: ColumnWriter(file, each) for each in (*COMMON, *form.columns)}
         problems, kept = ColumnWriter(file, Column("problems", "|u1")), 0
-        problems.add(_lines(plan.problems))
+        problems.add(_lines(listing.problems))
         for place, (name, row, found) in enumerate(rows()):
             problems.add(_lines(found))
             if row is None:
                 continue
             values = {"names": _text(name), "sizes": [row["size"]], "scales": [row["scale"]]}
-            for column, added in (values | layout.values(row, numbers)).items():
+            for column, added in (values | form.values(row, numbers)).items():
                 writers[column].add(added)
-            for each in layout.names(row):
+            for each in form.names(row):
                 counts[numbers[each]] += 1
             slots[place], kept = kept, kept + 1
         for writer in (*writers.values(), problems):
             writer.close()
         splits = {}
-        for split, items in plan.splits.items():
+        for split, items in listing.splits.items():
             members = slots[np.asarray(items, np.int64)]
             members = members[members >= 0]
-            file.create_dataset(f"split_{split.replace('/', '_')}", data=members, track_times=False)
-            splits[split.replace("/", "_")] = len(members)
+            name = split.replace("/", "_")
+            file.create_dataset(f"split_{name}", data=members, track_times=False)
+            splits[name] = len(members)
         pictures = file["pictures"]
         size = pictures.shape[1]
         pictures.id.set_extent((kept, size, size, 3))
         most = {name: writer.most for name, writer in writers.items() if writer.column.offsets}
-        about = About(FORMAT, layout.kind, size, fit, kept, list(classes), counts, splits, most, fingerprint)
+        about = About(FORMAT, form.kind, size, recipe.fit, kept, list(classes), counts, splits, most, fingerprint)
         text = json.dumps(asdict(about)).encode()
         file.create_dataset("about", data=np.frombuffer(text, np.uint8), track_times=False)
 

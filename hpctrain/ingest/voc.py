@@ -12,7 +12,7 @@ from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from hpctrain.errors import DataError
-from hpctrain.ingest.plan import Column, Item, Layout, LeftOut, Plan, Row
+from hpctrain.ingest.reading import Column, Format, Item, LeftOut, Listing, Row
 
 SPLITS = ("train", "val", "trainval", "test")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -20,7 +20,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 MOST_BYTES = 1 << 24  # of an annotation
 
 
-class VOC(Layout):
+class VOC(Format):
     """Boxes with classes. A box is left out, and its picture kept, if it is of an unknown class, has no area, or is not
     inside the picture."""
 
@@ -31,13 +31,13 @@ class VOC(Layout):
         Column("difficult", "|u1"),
     )
 
-    def plan(self, root: Path) -> Plan:
+    def listing(self, root: Path) -> Listing:
         places: dict[str, int] = {}
-        plan = Plan()
+        listing = Listing()
         for split, names in _lists(root).items():
-            plan.splits[split] = [places.setdefault(name, len(places)) for name in dict.fromkeys(names)]
-        plan.items = [Item(name, f"JPEGImages/{name}") for name in places]
-        return plan
+            listing.splits[split] = [places.setdefault(name, len(places)) for name in dict.fromkeys(names)]
+        listing.items = [Item(name, f"JPEGImages/{name}") for name in places]
+        return listing
 
     def picture(self, root: Path, item: Item) -> Path:
         files = [root / f"{item.picture}{suffix}" for suffix in SUFFIXES]

@@ -23,7 +23,7 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class Item:
-    """A sample to read: its name, unique in the data set; its picture, relative to the source; what else its layout
+    """A sample to read: its name, unique in the data set; its picture, relative to the source; what else its format
     knows about it (plain values)."""
 
     name: str
@@ -32,7 +32,7 @@ class Item:
 
 
 @dataclass
-class Plan:
+class Listing:
     """All samples to read, in their order in the file, and the numbers of those in each split. `problems`: what was
     found to be wrong before any picture is read."""
 
@@ -57,7 +57,7 @@ class Column:
     offsets: bool = False
 
 
-class Layout(ABC):
+class Format(ABC):
     """How pictures and annotations lie in a folder."""
 
     kind: ClassVar[str]
@@ -67,8 +67,8 @@ class Layout(ABC):
         self.classes = None if classes is None else tuple(classes)
 
     @abstractmethod
-    def plan(self, root: Path) -> Plan:
-        """What there is to read. Raises DataError if it is not of this layout."""
+    def listing(self, root: Path) -> Listing:
+        """What there is to read. Raises DataError if the folder is not of this format."""
 
     def picture(self, root: Path, item: Item) -> Path:
         """The file of that picture."""
@@ -103,7 +103,7 @@ class Recipe:
     """How items are read. `size`: side of the pictures in pixels; `fit`: a name in `picture.FITS`."""
 
     root: Path
-    layout: Layout
+    format: Format
     size: int
     fit: str
 
@@ -113,19 +113,18 @@ class Recipe:
 
     def _read(self, item: Item) -> Reading:
         try:
-            picture = fitted(self.layout.picture(self.root, item), self.size, self.fit)
-            row, problems = self.layout.row(self.root, item, picture.size, picture.scale)
+            picture = fitted(self.format.picture(self.root, item), self.size, self.fit)
+            row, problems = self.format.row(self.root, item, picture.size, picture.scale)
         except (LeftOut, ValueError) as error:
             return Reading(item.name, None, None, (f"{item.name}: {error}; left out",))
         row |= {"size": picture.size, "scale": picture.scale}
         return Reading(item.name, picture.pixels, row, tuple(f"{item.name}: {text}" for text in problems))
 
-    def fingerprint(self, plan: Plan) -> str:
+    def fingerprint(self, listing: Listing) -> str:
         """Equal for data sets that are made of the same names and annotations in the same way, whatever their place."""
-        layout = self.layout
-        head = [VERSION, layout.kind, layout.classes, self.size, self.fit, plan.splits, plan.problems]
+        head = [VERSION, self.format.kind, self.format.classes, self.size, self.fit, listing.splits, listing.problems]
         made = hashlib.sha256(json.dumps(head).encode())
-        for item in plan.items:
+        for item in listing.items:
             made.update(json.dumps([item.name, item.picture, item.about]).encode())
         return made.hexdigest()
 
