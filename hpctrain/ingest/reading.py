@@ -21,7 +21,7 @@ class LeftOut(Exception):
     """This sample cannot be part of the data set; the message says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """A sample to read: its name, unique in the data set; its picture, relative to the source; what else its format
     knows about it (plain values)."""

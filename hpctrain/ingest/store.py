@@ -34,7 +34,7 @@ from hpctrain.errors import DataError
 from hpctrain.ingest.reading import Column, Listing, Recipe, Row
 
 VERSIONS = ("v110", "v110")  # of HDF5's format: the first with implicit indices
-BLOCK = 1 << 14  # elements of a column that are written at once
+BLOCK = 1 << 12  # elements of a column that are written at once
 FORMAT = "hpctrain ingest 1"
 COMMON = (Column("names", "|u1", offsets=True), Column("sizes", "<i4", 2), Column("scales", "<f8", 2))
 
