@@ -43,7 +43,7 @@ class Captions(Format):
         return {"captions": [text for text in texts if text]}, []
 
     def values(self, row: Row, numbers: Mapping[str, int]) -> dict[str, list[Any]]:
-        return {"captions": list("".join(f"{text}\0" for text in row["captions"]).encode())}
+        return {"captions": list("".join(f"{text}\0" for text in row["captions"]).encode(errors="replace"))}
 
 
 def _coco(root: Path, files: list[Path]) -> Listing:

@@ -19,6 +19,7 @@ class Journal:
     def __init__(self, path: Path, fingerprint: str) -> None:
         """Open the file, or create it. Raises DataError if another process writes it, or it is of another data set."""
         self.path, self.done, self.kept = path, 0, 0
+        self._waiting: list[bytes] = []
         self._file = open(path, "a+b")  # noqa: SIM115
         try:
             self._lock()
@@ -58,20 +59,22 @@ class Journal:
         self._file.truncate(end)
 
     def add(self, reading: Reading) -> None:
-        """Append an item; not on the disk before `sync`."""
+        """Append an item. It is not in the file before `sync`, which must follow that of its picture: after a loss of
+        power the file must not name a picture that is lost."""
         line = {"name": reading.name, "row": reading.row, "problems": reading.problems}
-        self._file.write(json.dumps(line).encode() + b"\n")
+        self._waiting.append(json.dumps(line).encode() + b"\n")
         self.done += 1
         self.kept += reading.row is not None
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk."""
+        """Write all lines, and wait until they are on the disk."""
+        self._file.writelines(self._waiting)
+        self._waiting.clear()
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def rows(self) -> Iterator[tuple[str, Row | None, list[str]]]:
         """(name, row, problems) of every item, from the file."""
-        self._file.flush()
         with open(self.path, "rb") as file:
             next(file)
             for line in file:

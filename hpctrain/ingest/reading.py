@@ -115,7 +115,7 @@ class Recipe:
         try:
             picture = fitted(self.format.picture(self.root, item), self.size, self.fit)
             row, problems = self.format.row(self.root, item, picture.size, picture.scale)
-        except (LeftOut, ValueError) as error:
+        except (LeftOut, ValueError, OSError) as error:  # OSError: a folder that may not be searched, a name too long
             return Reading(item.name, None, None, (f"{item.name}: {error}; left out",))
         row |= {"size": picture.size, "scale": picture.scale}
         return Reading(item.name, picture.pixels, row, tuple(f"{item.name}: {text}" for text in problems))

@@ -143,7 +143,8 @@ Rows = Callable[[], Iterator[tuple[str, Row | None, Sequence[str]]]]  # name, ro
 
 
 def complete(path: Path, listing: Listing, recipe: Recipe, fingerprint: str, rows: Rows) -> None:
-    """Add all that is not pixels. Reads `rows()` twice: first to see which classes there are."""
+    """Add all that is not pixels, and wait until the file is on the disk. Reads `rows()` twice: first to see which
+    classes there are."""
     with h5py.File(path, "r+", libver=VERSIONS, locking=False) as file:
         form, classes = recipe.format, recipe.format.classes
         if classes is None:
@@ -179,6 +180,8 @@ def complete(path: Path, listing: Listing, recipe: Recipe, fingerprint: str, row
         about = About(FORMAT, form.kind, size, recipe.fit, kept, list(classes), counts, splits, most, fingerprint)
         text = json.dumps(asdict(about)).encode()
         file.create_dataset("about", data=np.frombuffer(text, np.uint8), track_times=False)
+    with open(path, "rb") as written:
+        os.fsync(written.fileno())
 
 
 class ColumnWriter:

@@ -25,6 +25,7 @@ from hpctrain.data.splits import load_data
 from hpctrain.errors import DataError
 from hpctrain.ingest import command, store
 from hpctrain.ingest.dataset import IngestedSet, ingested
+from hpctrain.ingest.journal import Journal
 from hpctrain.ingest.reading import Item, Reading, Recipe
 from hpctrain.ingest.tasks import Inline, ordered
 from hpctrain.job import Job
@@ -276,6 +277,11 @@ def living(mark: str) -> list[str]:
     return found
 
 
+def test_one_process_at_a_time(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Journal(tmp_path / "out.h5.journal", "any"):
+        assert "another process is making this data set" in refused(capsys, "voc", voc, tmp_path / "out.h5", "-n", 1)
+
+
 def test_complete_file_is_left_alone(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = made(capsys, "voc", voc, tmp_path / "out.h5", "-n", 1)
     before = (tmp_path / "out.h5").stat().st_mtime_ns
@@ -328,11 +334,11 @@ def test_captions_beside_their_pictures_in_one_json_file(tmp_path: Path, capsys:
     picture(tmp_path / "set" / "images" / "a.jpg")
     picture(tmp_path / "set" / "images" / "b.jpg")
     images = [{"id": name, "file_name": f"{name}.jpg", "coco_split": split, "captions": texts}
-              for name, split, texts in (("a", "train", ["x", "y"]), ("b", "val", []))]  # fmt: skip
+              for name, split, texts in (("a", "train", ["x", "\ud800"]), ("b", "val", []))]  # fmt: skip
     (tmp_path / "set" / "captions.json").write_text(json.dumps({"images": images}))
     printed = made(capsys, "captions", tmp_path / "set", tmp_path / "out.h5", "-n", 1)
     assert "images/b.jpg: it has no caption; left out" in printed
-    assert IngestedSet(tmp_path / "out.h5", "train").captions(0) == ["x", "y"]
+    assert IngestedSet(tmp_path / "out.h5", "train").captions(0) == ["x", "?"]  # not a character
 
 
 def test_flickr8k(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
