@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     test.set_defaults(command=_test_strategy)
     _add_lab(commands)
     _add_simulator(commands)
+    _add_ingest(commands)
     job = commands.add_parser("job", help="show and explain job files")
     about = job.add_subparsers(required=True, metavar="ACTION")
     explain = about.add_parser("explain", help="list every key of a job with its type, default and meaning")
@@ -177,6 +178,25 @@ def _add_simulator(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     calibrate.add_argument("-o", "--output", metavar="FILE", type=Path, default=Path("calibration.toml"))
     calibrate.set_defaults(command=_calibrate)
+
+
+def _add_ingest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command that makes a data set."""
+    ingest = commands.add_parser("ingest", help="make one HDF5 file of pictures and annotations, with many processes")
+    ingest.add_argument("kind", choices=("voc", "captions", "folder"), help="how they lie in SRC: see docs/ingest.md")
+    ingest.add_argument("source", metavar="SRC", type=Path, help="the folder of the data set")
+    ingest.add_argument("out", metavar="OUT.h5", type=Path, help="the file to make")
+    ingest.add_argument(
+        "-n", type=int, metavar="N", help="processes that read (default: one per core); under mpirun, ranks do"
+    )
+    ingest.add_argument("--size", type=int, default=256, metavar="PIXELS", help="both sides of a picture (default 256)")
+    ingest.add_argument(
+        "--fit", default="pad", metavar="pad|stretch",
+        help="pad (default): keep the aspect ratio, black on the right or below; stretch: do not keep it",
+    )  # fmt: skip
+    ingest.add_argument("--classes", metavar="A,B,...", help="the classes, in this order (default: all, sorted)")
+    ingest.add_argument("--strict", action="store_true", help="end at the first problem instead of listing it")
+    ingest.set_defaults(command=_ingest)
 
 
 def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -303,6 +323,14 @@ def _calibrate(options: argparse.Namespace) -> int:
             "hpctrain calibrate needs folders of runs, such as runs/mnist-20261129-120000, or --measure JOB"
         )
     return command.calibrate_from([Path(word) for word in options.overrides], options.cluster, options.output)
+
+
+def _ingest(options: argparse.Namespace) -> int:
+    from hpctrain.ingest.command import Ingestion, main
+
+    classes = None if options.classes is None else tuple(name.strip() for name in options.classes.split(","))
+    return main(Ingestion(options.kind, options.source, options.out, options.n, options.size, options.fit, classes,
+                        options.strict))  # fmt: skip
 
 
 def _lab_up(options: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ ALONE = {  # benches that need no other ranks, or start their own
     "read": "reading:measure_read",
     "codecs": "codecs:measure_codecs",
     "start": "start:measure_start",
+    "ingest": "ingest:measure_ingest",
 }
 TOGETHER = {
     "all_reduce": "together:measure_all_reduce",

@@ -34,6 +34,7 @@ MODELS = {
 DATASETS = {
     "bccd_crops": "hpctrain.data.bccd:bccd_crops",
     "digits": "hpctrain.data.digits:digits",
+    "ingested": "hpctrain.ingest.dataset:ingested",
     "mnist": "hpctrain.data.mnist:mnist",
     "tinyshakespeare": "hpctrain.data.text:tinyshakespeare",
 }

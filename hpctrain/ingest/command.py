@@ -1,0 +1,217 @@
+"""The command `hpctrain ingest`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpctrain.errors import DataError, HpctrainError
+from hpctrain.ingest.captions import Captions
+from hpctrain.ingest.folder import ClassFolders
+from hpctrain.ingest.journal import Journal
+from hpctrain.ingest.picture import FITS
+from hpctrain.ingest.reading import Format, Listing, Reading, Recipe, batches
+from hpctrain.ingest.store import About, PictureFile, complete, problems_of
+from hpctrain.ingest.tasks import Inline, ordered, processes
+from hpctrain.ingest.voc import VOC
+from hpctrain.launcher.started import launched_rank, launched_size
+from hpctrain.text import escaped, shown_path
+from hpctrain.views.progress import Progress
+
+FORMATS: dict[str, type[Format]] = {each.kind: each for each in (VOC, Captions, ClassFolders)}
+SIZE, MOST_SIZE = 256, 8192
+BATCH = 8  # pictures per task
+AHEAD = 3  # tasks per worker that are under way, or wait to be written
+SYNC_S = 1.0  # between writing down what has been read; what is read in between is read again after a crash
+
+
+@dataclass(frozen=True)
+class Ingestion:
+    """What a user asked for. `workers`: None: as many as there are cores; `fit`: a name in FITS."""
+
+    kind: str
+    source: Path
+    out: Path
+    workers: int | None = None
+    size: int = SIZE
+    fit: str = "pad"
+    classes: Sequence[str] | None = None
+    strict: bool = False
+
+    def check(self) -> None:
+        """Raise DataError for what cannot be done."""
+        if self.workers is not None and self.workers < 1:
+            raise DataError(f"-n {self.workers}: at least 1 process must read")
+        if not 1 <= self.size <= MOST_SIZE:
+            raise DataError(f"--size {self.size}: expected a number of pixels from 1 to {MOST_SIZE}")
+        if self.fit not in FITS:
+            raise DataError(f"--fit {self.fit}: expected {' or '.join(FITS)}")
+        if self.classes is not None and (not all(self.classes) or len(set(self.classes)) < len(self.classes)):
+            raise DataError(f"--classes {','.join(self.classes)}: expected different names, with commas between them")
+        if not self.source.is_dir():
+            raise DataError(f"{self.source}: there is no such folder; name the folder of the data set")
+        if self.out.is_dir() or not self.out.absolute().parent.is_dir():
+            raise DataError(f"{self.out}: expected the name of a file to write, in a folder that exists")
+
+
+def main(request: Ingestion) -> int:
+    """Make the file, on the ranks that a launcher started or on processes of this machine, and print what became of it.
+
+    Collective over these ranks: rank 0 writes, the others read. Returns the exit status.
+    """
+    launched, by = launched_size(os.environ)
+    if launched == 1:
+        return _make(request)
+    from hpctrain.comm.connect import connect, report
+    from hpctrain.comm.mpi.executor import ranks
+
+    rank = launched_rank(os.environ)
+    try:
+        comm = connect()
+        rank = comm.rank
+        with ranks() as executor:
+            if executor is None:
+                return 0
+            if request.workers is not None:
+                raise DataError(f"-n {request.workers}: {by} has already started {launched} ranks; leave -n out")
+            return _make(request, executor, comm.size - 1)
+    except HpctrainError as mistake:
+        return report(mistake, rank)
+
+
+def _make(request: Ingestion, executor: Executor | None = None, workers: int | None = None) -> int:
+    """Make the file, with `workers` of that executor, or with processes of this machine."""
+    request.check()
+    recipe = Recipe(request.source.absolute(), FORMATS[request.kind](request.classes), request.size, request.fit)
+    try:
+        listing = recipe.format.listing(recipe.root)
+        if not listing.items:
+            raise DataError(f"{request.source} has no pictures where the format {request.kind!r} has them")
+        if not _complete(request, recipe.fingerprint(listing)):
+            count = workers or request.workers or len(os.sched_getaffinity(0))
+            with contextlib.ExitStack() as stack:
+                if executor is None:
+                    executor = stack.enter_context(_executor(min(count, -(-len(listing.items) // BATCH))))
+                ingest(recipe, listing, request.out, executor, count, request.strict)
+    except BrokenProcessPool:
+        raise HpctrainError(
+            "a process that reads pictures was killed, perhaps as memory ran out; the same command goes on from there"
+        ) from None
+    except OSError as error:
+        name = error.filename or request.out
+        raise DataError(f"{name}: {error.strerror or error}; what has been read so far is kept") from None
+    print("\n".join(map(escaped, summary(request.out))))
+    return 0
+
+
+def _executor(count: int) -> contextlib.AbstractContextManager[Executor]:
+    return processes(count, "hpctrain.ingest.command") if count > 1 else Inline()
+
+
+def _complete(request: Ingestion, fingerprint: str) -> bool:
+    """Whether the output file is already what it should become. Raises DataError if it is something else."""
+    if not request.out.exists():
+        return False
+    try:
+        same = About.of(request.out).fingerprint == fingerprint
+    except DataError:
+        same = False
+    if not same:
+        raise DataError(
+            f"{request.out} exists and is another data set, or made with other options; name another file, or remove it"
+        )
+    if request.strict:
+        _refuse(problems_of(request.out))
+    return True
+
+
+def ingest(recipe: Recipe, listing: Listing, out: Path, executor: Executor, workers: int, strict: bool = False) -> None:
+    """Read what is planned into the file `out`, which exists only once it is complete. Until then there are
+    `out`.part and `out`.journal, from which another call goes on.
+
+    Raises DataError if no picture can be read or, if `strict`, for the first problem; OSError for the output file.
+    """
+    part, notes = (out.with_name(f"{out.name}.{suffix}") for suffix in ("part", "journal"))
+    fingerprint = recipe.fingerprint(listing)
+    with Journal(notes, fingerprint) as journal:
+        if strict:
+            _refuse(listing.problems)
+            for _, _, problems in journal.rows():
+                _refuse(problems)
+        if not part.exists() and journal.done:
+            raise DataError(f"{part} is missing, but {notes} says how far it was; remove that as well, to begin again")
+        with PictureFile(part, len(listing.items), recipe.size) as pictures, Progress() as progress:
+            rate = Rate(journal.done, len(listing.items))
+            tasks = batches(listing.items, journal.done, BATCH)
+            for reading in _flat(ordered(executor, recipe.read, tasks, AHEAD * workers)):
+                if strict:
+                    _refuse(reading.problems)
+                if reading.pixels is not None:
+                    pictures.write(journal.kept, reading.pixels)
+                journal.add(reading)
+                if rate.due():
+                    pictures.sync()
+                    journal.sync()
+                    progress(rate.text(journal.done))
+            pictures.sync()
+            journal.sync()
+        if not journal.kept:
+            first = next(iter([*listing.problems, *(text for _, _, texts in journal.rows() for text in texts)]))
+            part.unlink()
+            notes.unlink()
+            raise DataError(f"no picture can be read; the first problem is: {first}")
+        complete(part, listing, recipe, fingerprint, journal.rows)
+        os.replace(part, out)
+        notes.unlink()
+
+
+def _flat(parts: Iterator[list[Reading]]) -> Iterator[Reading]:
+    for part in parts:
+        yield from part
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise DataError(f"{problems[0]} (--strict)")
+
+
+class Rate:
+    """Says when to write things down, and how long the rest will take."""
+
+    def __init__(self, done: int, total: int) -> None:
+        self._first, self._total, self._began = done, total, time.monotonic()
+        self._due = self._began + SYNC_S
+
+    def due(self) -> bool:
+        """Whether SYNC_S seconds have passed since this was last true."""
+        now = time.monotonic()
+        if now < self._due:
+            return False
+        self._due = now + SYNC_S
+        return True
+
+    def text(self, done: int) -> str:
+        """For the progress line."""
+        rate = (done - self._first) / (time.monotonic() - self._began)
+        left = (self._total - done) / rate if rate else float("inf")
+        return f"ingest: {done:,} of {self._total:,} pictures, {rate:.0f}/s, {left:.0f} s left"
+
+
+def summary(out: Path) -> list[str]:
+    """What is in a file, and the problems that were found when it was made, as lines."""
+    about, problems = About.of(out), problems_of(out)
+    parts = [f"{about.samples:,} pictures of {about.size} x {about.size} pixels ({about.kind})"]
+    if about.classes:
+        counts = zip(about.classes, about.counts, strict=True)
+        parts.append(f"{len(about.classes)} classes: " + ", ".join(f"{name} {count:,}" for name, count in counts))
+    parts.append("splits: " + ", ".join(f"{name} {count:,}" for name, count in about.splits.items()))
+    lines = [f"{shown_path(out)}: {'; '.join(parts)}"]
+    if problems:
+        lines += [f"{len(problems)} problem{'s' * (len(problems) > 1)}:", *(f"  {text}" for text in problems)]
+    return lines
