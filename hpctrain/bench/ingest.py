@@ -42,7 +42,7 @@ if way == "one process":
     command.ingest(recipe, listing, out, Inline(), 1)
 elif way == "plain map":
     rows, slot = [], 0
-    parts = list(batches(listing.items, 0, command.BATCH))
+    parts = list(batches(listing.items, 0, command.batch_size(recipe.size)))
     with (
         ProcessPoolExecutor(workers, get_context("forkserver")) as executor,
         PictureFile(out, len(listing.items), recipe.size) as pictures,

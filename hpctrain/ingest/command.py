@@ -26,8 +26,8 @@ from hpctrain.views.progress import Progress
 
 FORMATS: dict[str, type[Format]] = {each.kind: each for each in (VOC, Captions, ClassFolders)}
 SIZE, MOST_SIZE = 256, 8192
-BATCH = 8  # pictures per task
-AHEAD = 3  # tasks per worker that are under way, or wait to be written
+BATCH, TASK_BYTES = 16, 3 << 20  # pictures per task, and what they take at most, unless one takes more
+AHEAD = 4  # tasks per worker that are under way, or wait to be written
 SYNC_S = 1.0  # between writing down what has been read; what is read in between is read again after a crash
 
 
@@ -97,7 +97,8 @@ def _make(request: Ingestion, executor: Executor | None = None, workers: int | N
             count = workers or request.workers or len(os.sched_getaffinity(0))
             with contextlib.ExitStack() as stack:
                 if executor is None:
-                    executor = stack.enter_context(_executor(min(count, -(-len(listing.items) // BATCH))))
+                    tasks = -(-len(listing.items) // batch_size(request.size))
+                    executor = stack.enter_context(_executor(min(count, tasks)))
                 ingest(recipe, listing, request.out, executor, count, request.strict)
     except BrokenProcessPool:
         raise HpctrainError(
@@ -108,6 +109,11 @@ def _make(request: Ingestion, executor: Executor | None = None, workers: int | N
         raise DataError(f"{name}: {error.strerror or error}; what has been read so far is kept") from None
     print("\n".join(map(escaped, summary(request.out))))
     return 0
+
+
+def batch_size(size: int) -> int:
+    """Pictures of size x size pixels per task."""
+    return max(1, min(BATCH, TASK_BYTES // (3 * size * size)))
 
 
 def _executor(count: int) -> contextlib.AbstractContextManager[Executor]:
@@ -148,7 +154,7 @@ def ingest(recipe: Recipe, listing: Listing, out: Path, executor: Executor, work
             raise DataError(f"{part} is missing, but {notes} says how far it was; remove that as well, to begin again")
         with PictureFile(part, len(listing.items), recipe.size) as pictures, Progress() as progress:
             rate = Rate(journal.done, len(listing.items))
-            tasks = batches(listing.items, journal.done, BATCH)
+            tasks = batches(listing.items, journal.done, batch_size(recipe.size))
             for reading in _flat(ordered(executor, recipe.read, tasks, AHEAD * workers)):
                 if strict:
                     _refuse(reading.problems)

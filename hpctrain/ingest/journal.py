@@ -24,12 +24,12 @@ class Journal:
         try:
             self._lock()
             self._file.seek(0)
-            head = self._file.readline()
+            head, mine = self._file.readline(), json.dumps({"fingerprint": fingerprint}).encode() + b"\n"
             if not head.endswith(b"\n"):
                 self._file.truncate(0)
-                self._file.write(json.dumps({"fingerprint": fingerprint}).encode() + b"\n")
+                self._file.write(mine)
                 self._file.flush()
-            elif json.loads(head) != {"fingerprint": fingerprint}:
+            elif head != mine:
                 raise DataError(
                     f"{path} is of another data set, or of other options, that was not completed; remove it, or name "
                     "another output file"
