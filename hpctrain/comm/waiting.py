@@ -10,6 +10,11 @@ LATER = 1 / 32  # its growth
 SHORT = 1 << 12  # bytes; messages up to this are there all at once
 
 
+def takes_naps(wait: str, cores: float) -> bool:
+    """Whether a rank with that many cores naps while it waits. `wait`: of the job: spin, nap, or auto."""
+    return wait == "nap" or (wait == "auto" and cores < 1)
+
+
 def nap(waited: float, idle: bool = False, shortest: float = NAP) -> float:
     """Seconds to sleep before the next poll, after having waited for that many; `idle`: no long message moves
     meanwhile."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from xml.etree.ElementTree import Element, TreeBuilder
-from xml.parsers import expat
+from xml.etree.ElementTree import Element, ParseError
 
 import numpy as np
 import torch
+from defusedxml.common import DefusedXmlException
+from defusedxml.ElementTree import fromstring
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
@@ -102,19 +102,13 @@ def _place(path: Path, text: str | None) -> int:
 
 def _annotation(path: Path) -> Element:
     """The tree of an XML file. A document type is refused: entities could expand to any length."""
-    builder, parser = TreeBuilder(), expat.ParserCreate()
-    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
-    parser.CharacterDataHandler = builder.data
-
-    def refuse(*declared: Any) -> None:
-        raise DataError(f"{path} declares a document type, which annotations do not have; download it again")
-
-    parser.StartDoctypeDeclHandler = refuse
     try:
-        parser.Parse(_bytes(path), True)
-    except expat.ExpatError as error:
+        tree: Element = fromstring(_bytes(path), forbid_dtd=True)
+        return tree
+    except DefusedXmlException:
+        raise DataError(f"{path} declares a document type, which annotations do not have; download it again") from None
+    except (ParseError, ValueError, LookupError) as error:
         raise DataError(f"{path} is not valid XML ({error}); download it again") from None
-    return builder.close()
 
 
 def _bytes(path: Path) -> bytes:

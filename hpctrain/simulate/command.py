@@ -13,7 +13,7 @@ from hpctrain.simulate.calibration import Calibration
 from hpctrain.simulate.curve import Curve
 from hpctrain.simulate.flops import counted
 from hpctrain.simulate.measure import measure
-from hpctrain.simulate.runs import calibration_of, job_of
+from hpctrain.simulate.runs import RealRun, calibration_of
 from hpctrain.simulate.simulation import Simulation
 from hpctrain.simulate.summary import lines, predict
 from hpctrain.trace import open_run
@@ -87,7 +87,6 @@ def calibrate_from(folders: Sequence[Path], cluster: Path | None, output: Path) 
     """Write what the traces of real runs say of computing and messages. `cluster`: where they ran. Raises
     HpctrainErrors."""
     described = Description.load(cluster) if cluster is not None else None
-    print("measuring some steps of the first run's job on this machine ...", flush=True)
     calibration_of_folders(folders, described).save(output)
     print(f"wrote {output}")
     return 0
@@ -95,12 +94,12 @@ def calibrate_from(folders: Sequence[Path], cluster: Path | None, output: Path) 
 
 def calibration_of_folders(folders: Sequence[Path], cluster: Description | None) -> Calibration:
     """From run folders. `cluster`: where the runs were, None: not known. Raises HpctrainErrors."""
-    runs = [open_run(folder) for folder in folders]
-    jobs = [job_of(run) for run in runs]
-    models = sorted({str(job.model.plain()) for job in jobs})
-    if len(models) > 1:
+    runs = [RealRun.of(open_run(folder)) for folder in folders]
+    if len({str(each.job.model.plain()) for each in runs}) > 1:
         raise ClusterError(f"{folders[0]} and others are of different models; calibrate each model by itself")
-    return calibration_of(runs, with_work(measure_job(jobs[0], (0, 0, 1, 1)), jobs[0]), cluster)
+    first = runs[0].job
+    print("measuring some steps of the first run's job on this machine ...", flush=True)
+    return calibration_of(runs, with_work(measure_job(first, (0, 0, 1, 1)), first), cluster)
 
 
 def usual_steps(job: Job, whole: bool) -> int | None:

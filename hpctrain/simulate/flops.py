@@ -94,7 +94,7 @@ def parameters_of(model: nn.Module) -> int:
 
 def count(parts: Measurable) -> CountedPasses:
     """Run one batch of the job through its model and count. Without memory (on the meta device) if the model can, else
-    really. Raises ClusterError if that tells nothing."""
+    really. Raises ClusterError if nothing can be counted."""
     samples = min(parts.job.train.batch_size, make_order(parts.splits.train).length or 1)
     try:
         return _counted(parts, samples, META)

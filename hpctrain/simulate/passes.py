@@ -68,23 +68,19 @@ class Processor:
 
     def work(self, seconds: float) -> None:
         """Compute for that long, as measured on one whole core of the calibrated machine."""
-        here = seconds * self._luck
-        if not self._host.devices:  # else a core of the host handles messages meanwhile
-            here, self._owed = here + self._owed, 0.0
-        here *= self._spells.factor(self._world.time) / self._host.speed
+        here = (seconds * self._luck + self._owed) * self._spells.factor(self._world.time) / self._host.speed
+        self._owed = 0.0
         if here > 0:
             self._cores.work(here * 1e9)
 
     def owe(self, seconds: float) -> None:
-        """Handle messages for that long, as soon as possible."""
-        self._owed += seconds
+        """Handle messages for that long, as soon as possible. Beside an accelerator, a core of the host does it."""
+        if not self._host.devices:
+            self._owed += seconds
 
     def waited(self, since: int, polling: float) -> None:
         """The rank has waited since then, and has handled messages meanwhile. `polling`: the share of a core that it
         has used for that. Returns when it goes on, which is later if its host's quota is used up."""
-        if self._host.devices:
-            self._owed = 0.0
-            return
         elapsed = (self._world.time - since) / 1e9
         handled = min(elapsed, self._owed / self._host.speed)
         self._owed = self._owed - handled * self._host.speed if handled == elapsed else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from math import ceil, log2
 from statistics import fmean, median
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.comm.waiting import NAP
+from hpctrain.comm.waiting import NAP, takes_naps
 from hpctrain.errors import ClusterError
 from hpctrain.filenames import JOB
 from hpctrain.hosts import Description, Host
@@ -45,7 +45,7 @@ Costs = dict[tuple[str, str], Points]
 class RankCosts:
     """What a worker's `steps` cost. Per step: `rest`: seconds outside of spans; `used`: seconds of cores, None: not
     traced, or a server ran beside it; `waited`: seconds in communication, in which it `napped` or polled; `messages`,
-    `bytes`: that it handled."""
+    `bytes`: that it handled. `points`: of its own spans; `beside`: of those of a server beside it."""
 
     steps: int
     rest: float
@@ -55,14 +55,33 @@ class RankCosts:
     messages: float
     bytes: float
     points: Costs
+    beside: Costs = field(default_factory=dict)
 
 
-def calibration_of(runs: Sequence[Run], shape: Calibration, cluster: Description | None = None) -> Calibration:
+@dataclass(frozen=True)
+class RealRun:
+    """A run that a calibration can come from, and the job that it trained."""
+
+    run: Run
+    job: Job
+
+    @classmethod
+    def of(cls, run: Run) -> RealRun:
+        """Raises ClusterError if none can, JobError if what the job names cannot be imported."""
+        return cls(run, job_of(run))
+
+    @property
+    def codec(self) -> str:
+        """In which its values were sent."""
+        return codec_name(self.job.schedule[0].strategy.options)
+
+
+def calibration_of(runs: Sequence[RealRun], shape: Calibration, cluster: Description | None = None) -> Calibration:
     """From real runs of one model. `shape`: measured here, for what traces do not have: in which order and when
     gradients become complete, and how costs grow with the batch. `cluster`: where the runs were; None: not known.
     Raises ClusterError if the traces do not have what is needed."""
     ranks = [rank for run in runs for rank in costs_of(run)]
-    measured = [*(rank.points for rank in ranks), *map(server_points, runs)]
+    measured = [*(each for rank in ranks for each in (rank.points, rank.beside)), *map(server_points, runs)]
     costs = {
         key: _typical(_least_disturbed([each[key] for each in measured if key in each]))
         for key in dict.fromkeys(key for each in measured for key in each)
@@ -70,7 +89,7 @@ def calibration_of(runs: Sequence[Run], shape: Calibration, cluster: Description
     for needed in ("forward", "backward"):
         if (NO_CODEC, needed) not in costs:
             raise ClusterError(
-                f'{runs[0].folder}: no "{needed}" span of a worker was traced, which a calibration needs'
+                f'{runs[0].run.folder}: no "{needed}" span of a worker was traced, which a calibration needs'
             )
     rest = min(rank.rest for rank in ranks)
     spans = {kind: cost for (_, kind), cost in costs.items() if kind not in CODED}
@@ -79,10 +98,10 @@ def calibration_of(runs: Sequence[Run], shape: Calibration, cluster: Description
         if kind in CODED:
             codecs.setdefault(codec, {})[kind] = cost
     forward, backward = (_like(spans.pop(kind), getattr(shape.model, kind)) for kind in ("forward", "backward"))
-    between, within = _links(runs, cluster, shape)
+    between, within = _links([each.run for each in runs], cluster, shape)
     return shape.model_copy(
         update={
-            "source": f"traces of {len(runs)} run{'s' * (len(runs) > 1)}, such as {runs[0].folder.name}",
+            "source": f"traces of {len(runs)} run{'s' * (len(runs) > 1)}, such as {runs[0].run.folder.name}",
             "model": shape.model.model_copy(update={"forward": forward, "backward": backward}),
             "spans": {**shape.spans, **spans},
             "codecs": {name: {**shape.codecs.get(name, {}), **kinds} for name, kinds in codecs.items()},
@@ -118,14 +137,15 @@ def job_of(run: Run) -> Job:
 
 
 # -- from traces -------------------------------------------------------------------------------------------------
-def costs_of(run: Run) -> Iterator[RankCosts]:
+def costs_of(real: RealRun) -> Iterator[RankCosts]:
     """Of each worker of a run. Raises ClusterError if its traces do not have what is needed."""
-    steps_of, job = run.steps().groupby("rank"), job_of(run)
+    run = real.run
+    steps_of = run.steps().groupby("rank")
     workers = [int(str(rank)) for rank, _ in steps_of]
     nodes = {run.attributes(rank)["node"] for rank in workers}
     size = len(nodes) if len(nodes) > 1 else len(workers)  # of a sum: ranks of a node share memory
     cores = [float(run.attributes(rank).get("cores", 1.0)) for rank in run.ranks]
-    naps = job.communicator.wait == "nap" or (job.communicator.wait == "auto" and min(cores) < 1)
+    naps = takes_naps(real.job.communicator.wait, min(cores))
     for rank, steps in steps_of:
         ends = steps["t_s"].to_numpy()
         first = ceil(WARM * len(ends))
@@ -134,25 +154,30 @@ def costs_of(run: Run) -> Iterator[RankCosts]:
                 f"{run.folder}: rank {rank} has traces of {len(ends)} steps, of which the first {WARM:.0%} do not "
                 f"count; at least {ceil((LEAST + 1) / (1 - WARM))} are needed: train longer"
             )
-        yield _costs(run, int(str(rank)), ends[first:], size, codec_name(job.schedule[0].strategy.options), naps)
+        yield _costs(run, int(str(rank)), ends[first:], size, real.codec, naps)
 
 
-def server_points(run: Run) -> Costs:
-    """What servers compute, also those beside workers."""
-    spans, workers = run.spans(), run.steps()["rank"].unique()
-    spans = spans[~spans["rank"].isin(workers) | (spans["lane"] > 0)]
-    return _points(spans[~_sent(spans)], codec_name(job_of(run).schedule[0].strategy.options))
+def server_points(real: RealRun) -> Costs:
+    """What servers on ranks of their own compute."""
+    workers = set(real.run.steps()["rank"])
+    servers = [rank for rank in real.run.ranks if rank not in workers]
+    if not servers:
+        return {}
+    spans = real.run.spans(servers)
+    return _points(spans[~_sent(spans)], real.codec)
 
 
 def _costs(run: Run, rank: int, ends: Any, size: int, codec: str, naps: bool) -> RankCosts:
     spans = run.spans(rank)
-    beside = bool((spans["lane"] > 0).any())
+    beside = spans[spans["lane"] > 0]
     spans = spans[(spans["lane"] == 0) & (spans["start_s"] >= ends[0]) & (spans["start_s"] < ends[-1])]
     if not len(spans):
         raise ClusterError(f"{run.folder}: rank {rank} has no spans in its trace; train with trace.enabled = true")
     step = np.searchsorted(ends, spans["start_s"].to_numpy(), side="right") - 1
     paused = np.zeros(len(ends) - 1, bool)
     paused[step[spans["kind"].isin(PAUSES).to_numpy()]] = True
+    if paused.all():
+        raise ClusterError(f"{run.folder}: rank {rank} was evaluated or saved in every step; train with fewer pauses")
     spans, step = spans[~paused[step]], step[~paused[step]]
     seconds, sent = (spans["end_s"] - spans["start_s"]).to_numpy(), _sent(spans).to_numpy()
     covered = np.zeros(len(paused))
@@ -163,12 +188,13 @@ def _costs(run: Run, rank: int, ends: Any, size: int, codec: str, naps: bool) ->
     return RankCosts(
         steps=steps,
         rest=max(0.0, float(np.median((taken - covered)[~paused]))),
-        used=None if cpu is None or beside else cpu * float(taken[~paused].mean()),
+        used=None if cpu is None or len(beside) else cpu * float(taken[~paused].mean()),
         waited=float(seconds[sent].sum()) / steps,
         napped=naps,
         messages=messages / steps,
         bytes=nbytes / steps,
         points=_points(spans[~sent], codec),
+        beside=_points(beside[~_sent(beside)], codec),
     )
 
 

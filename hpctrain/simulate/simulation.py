@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 from math import inf
@@ -13,6 +14,7 @@ from hpctrain.clock.samples import run_total
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.flows import FlowNetwork, MessageCosts
 from hpctrain.comm.virtual.world import World
+from hpctrain.comm.waiting import takes_naps
 from hpctrain.data.order import Order
 from hpctrain.data.splits import load_data, make_order
 from hpctrain.errors import ClusterError, JobError
@@ -240,9 +242,10 @@ class Simulation:
 
     def _naps(self) -> bool:
         """Whether waiting ranks nap: as real ones, if any has less than a core."""
-        ranks = [self.places.count(index) for index in range(len(self.hosts))]
-        scarce = any(h.cores is not None and h.cores < n for h, n in zip(self.hosts, ranks, strict=True))
-        return self.job.communicator.wait == "nap" or (self.job.communicator.wait == "auto" and scarce)
+        ranks = Counter(self.places)
+        limits = [(host.cores, ranks[index]) for index, host in enumerate(self.hosts) if ranks[index]]
+        shares = [cores / count for cores, count in limits if cores is not None]
+        return takes_naps(self.job.communicator.wait, min(shares, default=1.0))
 
     def _network(self) -> FlowNetwork:
         costs = self.calibration

@@ -12,7 +12,7 @@ from hpctrain.errors import ClusterError
 from hpctrain.hosts import Description
 from hpctrain.job import Job
 from hpctrain.simulate.calibration import Calibration, HandlingCosts, LinkCosts, MeasuredCost, ModelCosts
-from hpctrain.simulate.runs import RankCosts, calibration_of, handling_of
+from hpctrain.simulate.runs import RankCosts, RealRun, calibration_of, handling_of
 from hpctrain.simulate.simulation import Simulation
 from hpctrain.trace import Run, open_run
 
@@ -36,11 +36,11 @@ def known(forward: MeasuredCost = FORWARD) -> Calibration:
     return Calibration(source="a test", model=model, spans=SPANS, codecs=codecs, between=between, handling=free)
 
 
-def trained(folder: Path, *keys: str) -> Run:
+def trained(folder: Path, *keys: str, learn: bool = False) -> Run:
     """A simulated run of the digits."""
     words = ["strategy=all_reduce", "threads=1", "train={steps=40, batch_size=32}", "trace.report=false", *keys]
     job = Job.load(DIGITS, [*words, f"output={folder}"])
-    return open_run(Simulation(job, Description.model_validate(APART)).run(known()).folder)
+    return open_run(Simulation(job, Description.model_validate(APART), learn=learn).run(known()).folder)
 
 
 @pytest.fixture
@@ -54,7 +54,8 @@ def real(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("real")
 def test_costs_come_out_of_traces(tmp_path: Path) -> None:
     shape = known().model_copy(update={"handling": HandlingCosts(byte_s=7e-9), "spans": {}, "codecs": {}})
-    found = calibration_of([trained(tmp_path, f"strategy.codec={codec}") for codec in ("int8", "none")], shape)
+    runs = [RealRun.of(trained(tmp_path, f"strategy.codec={codec}")) for codec in ("int8", "none")]
+    found = calibration_of(runs, shape)
     assert found.model.forward.seconds(32) == pytest.approx(2e-3, rel=0.01)
     assert found.model.backward.seconds(32) == pytest.approx(3e-3, rel=0.01)
     assert found.spans["update"].each_s == pytest.approx(1e-9, rel=0.01)
@@ -70,7 +71,7 @@ def test_costs_come_out_of_traces(tmp_path: Path) -> None:
 def test_two_batch_sizes_give_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rising = MeasuredCost(fixed_s=1e-3, each_s=1e-4, least=1, most=64)
     monkeypatch.setattr(f"{__name__}.known", partial(known, rising))
-    runs = [trained(tmp_path, f"train.batch_size={batch}") for batch in (16, 32)]
+    runs = [RealRun.of(trained(tmp_path, f"train.batch_size={batch}")) for batch in (16, 32)]
     forward = calibration_of(runs, known()).model.forward
     assert forward.fixed_s == pytest.approx(1e-3, rel=0.02)
     assert forward.each_s == pytest.approx(1e-4, rel=0.02)
@@ -118,7 +119,15 @@ def test_ranks_that_polled_say_nothing_of_naps() -> None:
 )
 def test_runs_without_what_is_needed(key: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match=message):
-        calibration_of([trained(tmp_path, *key.split())], known())
+        calibration_of([RealRun.of(trained(tmp_path, *key.split()))], known())
+
+
+@pytest.mark.usefixtures("real")
+def test_steps_with_evaluations_do_not_count(tmp_path: Path) -> None:
+    """With one in every step, nothing is left."""
+    keys = ["train={steps=16, batch_size=32, evaluate_every={steps=1}}"]
+    with pytest.raises(ClusterError, match="rank 0 was evaluated or saved in every step"):
+        calibration_of([RealRun.of(trained(tmp_path, *keys, learn=True))], known())
 
 
 def test_simulated_runs_are_no_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,6 +85,21 @@ def test_all_ranks_get_the_same_sum(name: Any, size: int, dtype: torch.dtype):
     assert np.abs(found[0][1] - exact).max() <= rounding * 0.04
 
 
+@pytest.mark.parametrize("name", ["int8", "topk"])
+def test_ranks_do_not_all_send_to_the_same_one_first(name: Any):
+    """Its link would be full and the others' idle."""
+
+    def body(comm: Any) -> int:
+        sent, send = list[int](), comm.start_send
+        comm.start_send = lambda buffer, dest, tag: (sent.append(dest), send(buffer, dest, tag))[1]
+        sums = StretchSums(comm, codec_by(name), as_tensor(comm.arena(5000, np.dtype(np.float32)).mine), 700)
+        sums.start(0, 5000)
+        sums.finish()
+        return sent[0]
+
+    assert sorted(World(4, nodes=range(4)).run(body)) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("name", PRECISION)
 def test_sums_arrive_in_order_and_few_are_under_way_at_once(name: Any):
     """More are where the network was found idle; another operation's wait lets them go on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import inf, log2
 from typing import Any
 
@@ -138,6 +139,14 @@ def test_flow_speeds_up_when_another_ends() -> None:
     ends = World(3, range(3), FlowNetwork(equal(3), PLAIN)).run(transfers((0, 1, 2 * 10**6), (0, 2, 10**6)))
     assert ends[2][0] == pytest.approx(2e6 / RATE * 1e9, rel=1e-6)
     assert ends[1][0] == pytest.approx(3e6 / RATE * 1e9, rel=1e-6)
+
+
+def test_earlier_messages_have_an_advantage_and_the_port_is_always_full() -> None:
+    """The second one has half the share of the first: 1/3 of the port, until that has ended."""
+    costs = replace(PLAIN, seniority=0.5)
+    ends = World(3, range(3), FlowNetwork(equal(3), costs)).run(transfers((0, 1, 10**6), (0, 2, 10**6)))
+    assert ends[1][0] == pytest.approx(1.5e6 / RATE * 1e9, rel=1e-6)
+    assert ends[2][0] == pytest.approx(2e6 / RATE * 1e9, rel=1e-6)
 
 
 def test_shares_are_max_min_fair() -> None:

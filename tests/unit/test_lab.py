@@ -33,6 +33,7 @@ def test_laboratory_loads_its_own_clusters(name: str) -> None:
         ("[[hosts]]\nmemory_gbyte_per_s = 9.0\n", "cannot build memory_gbyte_per_s of node1"),
         ("[[hosts]]\n[[hosts]]\nrack = 2\n", "cannot build several racks"),
         ("[[hosts]]\n[link]\nmbit_per_s = 4e5\n", "cannot build links of more than 100000 Mbit/s"),
+        ("machine_cores = 999\n[[hosts]]\n", "cannot build machine_cores = 999 on a machine with"),
         ("[[hosts]]\ncores = 1024.0\n", "cannot build hosts of 1024 cores in total on the"),
     ],
 )

@@ -37,7 +37,7 @@ from hpctrain.comm.mpi.quota import processor_quota
 from hpctrain.comm.mpi.requests import MpiRecv, MpiReduce, MpiRequest, MpiSend, Waiting
 from hpctrain.comm.mpi.shared import PrivateArena, SharedArena, why_not_shared
 from hpctrain.comm.mpi.start import MPI
-from hpctrain.comm.waiting import SHORT
+from hpctrain.comm.waiting import SHORT, takes_naps
 from hpctrain.errors import ClusterError
 from hpctrain.trace.recorder import NullRecorder, Recorder
 from hpctrain.trace.schema import Kind
@@ -65,7 +65,7 @@ def world(recorder: Recorder | None = None, ranks_per_node: int | None = None, w
     cores = min(share_of_cores(mine, shared.allgather(mine)), processor_quota() / shared.size)
     shared.Free()
     hosts = tuple(handle.allgather((host, place)))
-    naps = any(handle.allgather(wait == "nap" or (wait == "auto" and cores < 1)))  # on one rank means on all
+    naps = any(handle.allgather(takes_naps(wait, cores)))  # on one rank means on all
     members = tuple(range(handle.size))
     return MpiCommunicator(handle, members, hosts, 1, Waiting(naps), recorder or NullRecorder(), cores)
 

@@ -80,8 +80,7 @@ class VirtualCommunicator(Communicator):
             send.id = self._number(dest, tag, 0)
             self.recorder.open("send", world.time, buffer.nbytes, self.members[dest], send.id)
             self.recorder.close(world.time)
-        if world.attention is not None:
-            world.attention.handled(self.members[self.rank], buffer.nbytes)
+        world.handled(self.members[self.rank], buffer.nbytes)
         send.since = world.time
         box = self.boxes[dest, self.rank, tag]
         if box and isinstance(recv := box[0], VirtualRecv):

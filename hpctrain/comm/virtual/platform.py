@@ -61,6 +61,11 @@ class Platform(Scheduler):
         self.collectives = collectives
         self.attention: Attention | None = None
 
+    def handled(self, rank: int, nbytes: int) -> None:
+        """The rank has sent or received a message."""
+        if self.attention is not None:
+            self.attention.handled(rank, nbytes)
+
     def notice(self, rank: int, since: int, manner: Manner) -> None:
         """The rank has waited since then. Returns when it has noticed the end."""
         if self.attention is not None:

@@ -206,8 +206,7 @@ def match(world: Platform, send: VirtualSend, recv: VirtualRecv) -> None:
     else:
         raise ValueError(f"a message of {out.nbytes} bytes does not fit a buffer of {into.nbytes}: {recv}")
     recv.elements = out.size
-    if world.attention is not None:
-        world.attention.handled(recv.comm.members[recv.comm.rank], out.nbytes)
+    world.handled(recv.comm.members[recv.comm.rank], out.nbytes)
     arrives = send.arrives
     if world.flows is not None and (arrives < 0 or arrives == LATER):
         send.into = recv
