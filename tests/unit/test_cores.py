@@ -95,10 +95,10 @@ def test_what_was_used_while_waiting_counts(world: Platform) -> None:
 def test_a_rank_that_polls_does_not_pay_for_long(world: Platform) -> None:
     """However many ranks of a host poll for however long, the next period is theirs again."""
     host = Machine(world, None).host(0.5)
-    begin = host.refresh + 10 * PERIOD
+    begin = host.refresh + 10 * PERIOD + 9 * MS  # late in a period
 
     def work(length: float) -> None:
-        host.used(10 * PERIOD, 0)
+        host.used(begin, 0)
         host.work(length)
 
     found = ends(world, [(work, begin, MS)] * 4)
