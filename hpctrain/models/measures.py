@@ -1,7 +1,8 @@
 """How a metric is computed over a data set that several ranks share: start, update, merge, value.
 
 A job names a metric in one of two forms: a function of a batch's (outputs, targets), which `Tally` sums up, or a class
-with the methods `METHODS`, which `UserMeasure` calls. Evaluations use only `Measure`.
+with the methods `METHODS`, which `UserMeasure` calls. `Several` holds several metrics. Evaluations use only `Measure`.
+An evaluation of the job's own has the same two forms; its arguments are (model, batch).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hpctrain.errors import HpctrainError, ModelError
+from hpctrain.models.examples import Example
 
 State = Mapping[str, Any]
 Value = float | dict[str, float]
@@ -49,6 +51,10 @@ class Measure(ABC):
     @abstractmethod
     def value(self) -> Value:
         """The value over all batches; in a dictionary of several values, the first is the metric."""
+
+    def examples(self) -> Sequence[Example]:
+        """Samples of this rank to show, with what the model makes of them; after the last `update`, before `merge`."""
+        return ()
 
 
 # -- functions ---------------------------------------------------------------------------------------------------
@@ -129,6 +135,7 @@ class UserMeasure(Measure):
     def __init__(self, name: str, metric: Any) -> None:
         super().__init__(name)
         self._metric = metric
+        self._keys: list[str] | None = None  # of earlier values
 
     def start(self) -> None:
         self._call("start")
@@ -164,7 +171,21 @@ class UserMeasure(Measure):
                 f"{what.format('dictionary')} with the keys {list(found)}; it must have at least one, and keys must be "
                 "strings"
             )
+        if self._keys not in (None, list(found)):
+            raise ModelError(
+                f"{what.format('dictionary')} with the keys {list(found)}, but earlier with {self._keys}; it must have "
+                "the same keys in every evaluation"
+            )
+        self._keys = list(found)
         return {key: _number(value, f"{what} under {key}; it must be a number") for key, value in found.items()}
+
+    def examples(self) -> Sequence[Example]:
+        if not callable(getattr(self._metric, "examples", None)):
+            return ()
+        found = self._call("examples")
+        if not isinstance(found, Sequence) or not all(isinstance(each, Example) for each in found):
+            raise ModelError(f'metric "{self.name}": examples() must return a list of hpctrain.Example')
+        return found
 
     def _call(self, method: str, *arguments: Any) -> Any:
         try:
@@ -189,3 +210,49 @@ def _kinds(state: State) -> dict[str, str]:
 
 def _listed(kinds: dict[str, str]) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "nothing"
+
+
+# -- several -----------------------------------------------------------------------------------------------------
+class Several(Measure):
+    """Several metrics of the same outputs. A metric that gives a number appears under its name, without its module;
+    one that gives a dictionary, under the dictionary's keys."""
+
+    def __init__(self, metrics: Sequence[Measure]) -> None:
+        super().__init__(metrics[0].name)
+        self._metrics = metrics
+
+    def start(self) -> None:
+        for metric in self._metrics:
+            metric.start()
+
+    def update(self, outputs: Any, targets: Any, samples: int) -> None:
+        for metric in self._metrics:
+            metric.update(outputs, targets, samples)
+
+    def state(self) -> State:
+        states = [metric.state() for metric in self._metrics]
+        return {f"{place} {name}": value for place, state in enumerate(states) for name, value in state.items()}
+
+    def merge(self, states: Sequence[State]) -> None:
+        for place, metric in enumerate(self._metrics):
+            start = f"{place} "
+            own = [{n.removeprefix(start): v for n, v in state.items() if n.startswith(start)} for state in states]
+            metric.merge(own)
+
+    def value(self) -> Value:
+        found: dict[str, float] = {}
+        for metric in self._metrics:
+            value = metric.value()
+            named = value if isinstance(value, dict) else {short_name(metric.name): value}
+            if both := sorted(found.keys() & named.keys()):
+                raise ModelError(f'metric "{metric.name}" gives {both[0]}, and so does an earlier one; leave one out')
+            found |= named
+        return found
+
+    def examples(self) -> Sequence[Example]:
+        return [example for metric in self._metrics for example in metric.examples()]
+
+
+def short_name(name: str) -> str:
+    """The name of a metric without its module: "my_metrics:recall" -> "recall"."""
+    return name.rpartition(":")[2]

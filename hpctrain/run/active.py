@@ -126,18 +126,28 @@ class ActiveRun:
         self.works()  # any earlier checkpoint has been written
         with workers.span("evaluate"), buffers, self._known_to(workers):
             found = self.evaluator(name) if self.evaluator is not None else self._evaluate(workers, dataset)
+            self._keep_best(name, found)
         epoch = totals.cursor / prepared.epoch
         if self.files is not None:
             self.files.add_row(metrics_row(totals.step, totals.cursor, epoch, totals.seconds, name, found.plain()))
-        first, *others = found.text(name, job.metric.name)
+            if found.examples:
+                self.files.write_examples(found.examples, {"split": name, "epoch": epoch})
+        first, *others = found.text(name, job.measured)
         self.out.say(f"epoch {epoch:.2f}: {', '.join([first, *(text.removeprefix(f'{name} ') for text in others)])}")
         return found
 
+    def _keep_best(self, split: str, found: Evaluation) -> None:
+        """Save the model if this evaluation is the best of those during training."""
+        best, cursor = self.totals.best, self.totals.cursor
+        during = "validation" if self.prepared.splits.validation is not None else "test"
+        if best is not None and split == during and best.improves(found, cursor):
+            about = {"epoch": cursor / self.prepared.epoch, "split": split, **best.plain()}
+            self.keeper.save_best(about)
+
     def _evaluate(self, workers: Communicator, dataset: Any) -> Evaluation:
-        made, batch = self.prepared, self.job.train.evaluation_batch
-        return evaluate(
-            made.model, dataset, made.loss, made.metric, workers, batch, self._move_measured, made.autocast
-        )  # fmt: skip
+        made, job = self.prepared, self.job
+        batch, monitor = job.train.evaluation_batch, job.metric.monitor
+        return evaluate(made.judge, dataset, workers, batch, self._move_measured, made.collate, monitor)
 
     @contextmanager
     def _known_to(self, workers: Communicator) -> Iterator[None]:

@@ -90,7 +90,10 @@ class RunSummary:
     @property
     def metric(self) -> str:
         """The name of the metric."""
-        return str(self.job.get("metric.name", self.job.get("metric", "accuracy")))
+        if (monitor := self.job.get("metric.monitor")) is not None:
+            return str(monitor)
+        own = "evaluate" in self.job or "evaluate.name" in self.job
+        return "metric" if own else str(self.job.get("metric.name", self.job.get("metric", "accuracy")))
 
     @property
     def higher_is_better(self) -> bool:
