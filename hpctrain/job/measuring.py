@@ -29,7 +29,7 @@ class AlsoMetric(Named):
 
     @classmethod
     def _check_object(cls, thing: object) -> None:
-        _not_an_instance(thing)
+        _not_an_instance(thing, cls.KIND)
         super()._check_object(thing)
 
 
@@ -45,7 +45,7 @@ class Evaluate(Named):
 
     @classmethod
     def _check_object(cls, thing: object) -> None:
-        _not_an_instance(thing)
+        _not_an_instance(thing, cls.KIND)
         super()._check_object(thing)
 
 
@@ -76,10 +76,10 @@ class Metric(Named):
 
     @classmethod
     def _check_object(cls, thing: object) -> None:
-        _not_an_instance(thing)
+        _not_an_instance(thing, cls.KIND)
         super()._check_object(thing)
 
 
-def _not_an_instance(thing: object) -> None:
+def _not_an_instance(thing: object, kind: str) -> None:
     if not callable(thing) and hasattr(thing, "update"):
-        fail((), thing, "must be the class, with its options beside it, not an instance")
+        fail((), thing, f"must be the {kind}'s class, with its options beside it, not an instance")

@@ -167,7 +167,7 @@ def bind_evaluation(spec: Evaluate) -> Measure:
     """The evaluation that a job's `evaluate` specifies: a class with the methods `METHODS`, or a function of (model,
     batch). Raises JobError."""
     found = spec.resolve()
-    return _made(spec, found) if inspect.isclass(found) else Tally(spec.name, spec.bind(positional=2))
+    return _made(spec, found) if inspect.isclass(found) else Tally(spec.name, spec.bind(positional=2), spec.KIND)
 
 
 def _bound(spec: Metric | AlsoMetric, loss: LossFunction) -> Measure:
@@ -187,11 +187,11 @@ def _made(spec: Named, cls: type) -> Measure:
     if missing:
         raise JobError(
             f"{what} is a class without {' and '.join(f'{name}()' for name in missing)}; such a class has "
-            f"{', '.join(METHODS)}; or name a function"
+            f"{', '.join(METHODS)}"
         )
     make = bound(what, cls, spec.options, positional=0)
     try:
-        return UserMeasure(spec.name, make())
+        return UserMeasure(spec.name, make(), spec.KIND)
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else "no message"
         raise JobError(f"{what} cannot be made: {type(error).__name__}: {text}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from hpctrain.run.prepare import Prepared
 from hpctrain.run.scaling import LossScale
 from hpctrain.run.totals import Totals
 from hpctrain.run.tracing import Tracing
-from hpctrain.trace.events import Failure
+from hpctrain.trace.events import Failure, Logged
 
 LOSS_SCALE = "loss_scale"  # key in a worker's own numbers
 Evaluator = Callable[[str], Evaluation]
@@ -38,7 +38,7 @@ class ActiveRun:
     are not caught. `closing`: what to undo when the session ends, however it ends. `state`: the state that the next
     phase takes over, whole on rank 0. `own`: what this worker's strategy continues from; None unless the phase is
     resumed. `loss_scale`: this rank's; None: losses are not scaled. `evaluator`: what evaluates a part of the data in
-    place of the model, if anything.
+    place of the model, if anything. `logged`: the latest of what this rank's program has logged.
     """
 
     job: Job
@@ -57,6 +57,7 @@ class ActiveRun:
     own: Own | None = None
     loss_scale: LossScale | None = None
     evaluator: Evaluator | None = None
+    logged: dict[str, float] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
 
     def take_state(self) -> State | None:
@@ -110,6 +111,18 @@ class ActiveRun:
         if text not in self._warned:
             self._warned.add(text)
             self.out.say(f"warning: {text}")
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Record numbers that the program logs. Raises HpctrainError for a value that is no number."""
+        for name, value in values.items():
+            try:
+                number = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                raise HpctrainError(
+                    f"log({name}=...) got a {type(value).__name__}; it takes numbers and tensors with one element"
+                ) from None
+            self.logged[str(name)] = number
+            self.comm.recorder.event(Logged(str(name), number, self.totals.step, self.totals.cursor))
 
     def note_failure(self, error: Exception) -> None:
         """Record the failure in the trace."""

@@ -214,7 +214,7 @@ class _Fed:
     def _state(self) -> Packed:
         if self._failure is not None:
             raise self._failure
-        return pack(self._metric.state(), f'metric "{self._metric.name}": state() has')
+        return pack(self._metric.state(), f"{self._metric.title}: state() has")
 
     def _merged(self, states: list[dict[str, Any]]) -> float | dict[str, float]:
         self.examples = self._metric.examples()

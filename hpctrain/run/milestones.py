@@ -12,6 +12,9 @@ from hpctrain.run.folder import PhaseSummary
 from hpctrain.run.totals import Ending, TrainingClock
 from hpctrain.strategies.base import Outcome, Strategy
 from hpctrain.strategies.phase import Phase
+from hpctrain.text import escaped
+
+MOST_LOGGED = 4  # values of the program's own in a progress line
 
 
 class Milestones:
@@ -76,7 +79,9 @@ class Milestones:
         run, totals, seconds = self._run, self._run.totals, self._clock.seconds
         rate = self._summary.samples / seconds if seconds > 0 else 0.0
         share, epoch = 100 * totals.cursor / run.prepared.total, totals.cursor / run.prepared.epoch
-        run.out.update(f"{share:3.0f} %  epoch {epoch:.2f}  step {totals.step}  loss {loss:.4f}  {rate:,.0f} samples/s")
+        logged = "".join(f"  {escaped(name)} {value:.4g}" for name, value in [*run.logged.items()][:MOST_LOGGED])
+        text = f"{share:3.0f} %  epoch {epoch:.2f}  step {totals.step}  loss {loss:.4f}{logged}  {rate:,.0f} samples/s"
+        run.out.update(text)
 
     # -- what is asked ---------------------------------------------------------------------------------------
     def _act_on(self, ask: Ask, why: str, held: int = 0) -> bool:
