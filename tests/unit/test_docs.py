@@ -60,5 +60,6 @@ def test_code_on_the_samples_page_trains(tmp_path: Path, monkeypatch: pytest.Mon
     for result in found:
         assert result.metrics["metric"] > 0.95
         assert result.metrics["loss"] < 0.5
-    of_its_own = helpers.make_job(tmp_path / "runs", evaluate="my_metrics:Errors", data=(helpers.points(), helpers.points(9)))
+    data = (helpers.points(), helpers.points(9))
+    of_its_own = helpers.make_job(tmp_path / "runs", evaluate="my_metrics:Errors", data=data)
     assert 0.0 <= World(2).run(lambda comm: helpers.quiet_train(comm, of_its_own))[0].metrics["metric.error"] <= 1.0
