@@ -21,7 +21,8 @@ from hpctrain import Box, Example
 from hpctrain.analysis import Analysis
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
-from hpctrain.data.loader import Batch
+from hpctrain.data.loader import Batch, Loader
+from hpctrain.data.order import Order
 from hpctrain.data.splits import Splits
 from hpctrain.errors import HpctrainError, JobError, ModelError
 from hpctrain.job import Job
@@ -100,14 +101,17 @@ def test_samples_of_different_lengths_are_collated_by_the_users_function(
         assert torch.allclose(value, load_file(wanted.folder / "model.safetensors")[key], atol=1e-6)
 
 
-def test_collating_draws_the_same_whoever_fetches(tmp_path: Path) -> None:
-    """A function that draws from a global generator, for data in memory and a model that draws as well."""
-    models = []
+def test_collating_draws_the_same_whoever_fetches() -> None:
+    """A function that draws from a global generator, for data in memory, while the training loop draws as well."""
+    whole = Loader(helpers.pictures().train, Order(75, seed=4), threads=0, seed=4, collate=noisy)
+    wanted = [whole.take(start, start + 5).inputs for start in range(0, 75, 5)]
     for threads in (0, 2):
-        data = {"name": "tests.helpers:pictures", "collate": noisy, "threads": threads}
-        job = helpers.make_job(tmp_path, model="tests.helpers:noisy_net", data=data, train={"epochs": 2})
-        models.append((run(1, job).folder / "model.safetensors").read_bytes())
-    assert models[0] == models[1]
+        with Loader(helpers.pictures().train, Order(75, seed=4), threads=threads, seed=4, collate=noisy) as loader:
+            for place, start in enumerate(range(0, 75, 5)):
+                batch = loader.take(start, start + 5)
+                loader.request(start + 5, min(75, start + 10))
+                torch.rand(3)
+                assert torch.equal(batch.inputs, wanted[place])
 
 
 def noisy(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
