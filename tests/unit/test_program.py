@@ -12,7 +12,7 @@ import pytest
 from hpctrain import launcher
 from hpctrain.cli import main
 from hpctrain.errors import HpctrainError
-from hpctrain.launcher.noise import NoiseFilter
+from hpctrain.launcher import start
 from hpctrain.launcher.program import find_program
 
 
@@ -149,9 +149,14 @@ def test_another_python_without_mpi4py_is_named(here: Path) -> None:
         launcher.find_library(find_program(["python3.9", "train.py"]).python)
 
 
-def test_rank_without_hpctrain_is_noticed() -> None:
-    noise = NoiseFilter()
-    noise.feed(b"ModuleNotFoundError: No module named 'hpctrains'\n")
-    assert not noise.without_hpctrain
-    assert noise.feed(b"rank 1: ModuleNotFoundError: No module named 'hpctrain'\n") != b""
-    assert noise.without_hpctrain
+@pytest.mark.parametrize(("module", "advised"), [("hpctrain", True), ("hpctrains", False)])
+def test_advice_if_a_rank_has_no_hpctrain(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, module: str, advised: bool
+) -> None:
+    mpiexec = here / "bin" / "tool"
+    mpiexec.write_text(f"#!/bin/sh\necho \"rank 1: ModuleNotFoundError: No module named '{module}'\" >&2; exit 7\n")
+    mpi = launcher.Mpi(str(mpiexec), launcher.Library("mpich", "", ""))
+    monkeypatch.setattr(start, "find_mpiexec", lambda asked: mpi)
+    assert launcher.run(2, ["tool"]) == 7
+    advice = f"\nhpctrain run: the Python of the ranks lacks hpctrain; {sys.executable} has it"
+    assert (advice in capfd.readouterr().err) == advised
