@@ -64,7 +64,7 @@ test-openmpi: $(OPENMPI)/.tests
 
 test-slurm: $(MPICH)/.tests $(OPENMPI)/.tests
 	$(MPICH)/bin/python -m pytest -q tests/cluster
-	$(OPENMPI)/bin/python -m pytest -q tests/cluster
+	$(OPENMPI)/bin/python -m pytest -q -m "not any_mpi" tests/cluster
 
 test-hosts: $(MPICH)/.tests $(OPENMPI)/.tests
 	$(MPICH)/bin/python -m pytest -q tests/hosts

@@ -91,6 +91,7 @@ def test_the_template_trains_on_two_nodes(slurm: Slurm, folder: Path) -> None:
     assert "test accuracy 0." in text
 
 
+@pytest.mark.any_mpi
 def test_the_template_for_gpus_starts_its_ranks_and_trains_without_gpus_if_told_to(slurm: Slurm, folder: Path) -> None:
     """This Slurm has no GPUs, so this shows only that the script finds train.sbatch and passes everything on."""
     options = ["--nodes=1", "--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1"]
@@ -149,6 +150,7 @@ def test_job_saves_and_requeues_before_its_time_limit_and_resumes(
     announce()  # Python has just started: torch is not imported yet
     until(lambda: slurm.state(job)["Restarts"] == "1", 120)
     (run,) = (folder / "runs").iterdir()
+    other = slurm.submit(SCRIPT, "tiny.toml", "train.epochs=1", cwd=folder, environment=ENVIRONMENT)  # the same name
     assert list((run / "checkpoints").glob("*.safetensors"))
     assert "saved; queueing again (restart 1)" in output(folder, job)
     assert "make --time much longer" in output(folder, job)
@@ -160,7 +162,6 @@ def test_job_saves_and_requeues_before_its_time_limit_and_resumes(
     until((run / "trace" / "rank_00003.3.h5").exists, 60)
     holder = json.loads((run / "run.lock").read_text())
     assert (holder["slurm_job"].partition("@")[0], holder["restarts"]) == (str(job), 2)
-    other = slurm.submit(SCRIPT, "tiny.toml", "train.epochs=1", cwd=folder, environment=ENVIRONMENT)  # the same name
     slurm.command("scancel", str(job))
     slurm.wait(job, 30)
     assert slurm.wait(other, 60) == "COMPLETED", output(folder, other)
@@ -183,6 +184,7 @@ def ranks(slurm: Slurm) -> list[list[str]]:
     return found
 
 
+@pytest.mark.any_mpi
 @pytest.mark.parametrize(
     ("words", "message"),
     [(["tiny.toml", "train.epochs=-1"], "train.epochs"), (["--", "tiny.toml"], "tiny.toml: a job file is not a ")],
