@@ -22,7 +22,7 @@ THRESHOLD = 0.3
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PredictRequest:
     """What a user asked for. `json`: a file that also gets the detections; `size`, `fit`: see `Predictor`."""
 
     run: Path
@@ -85,13 +85,13 @@ def add_predict(commands: Any) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     return main(
-        Prediction(
+        PredictRequest(
             options.run, options.pictures, options.output, options.threshold, options.json, options.size, options.fit
         )
     )
 
 
-def main(request: Prediction) -> int:
+def main(request: PredictRequest) -> int:
     """Draw boxes onto all pictures, with a line for each. Returns the exit status.
 
     Pictures that cannot be read are left out and reported at the end. Raises HpctrainErrors.
@@ -120,7 +120,7 @@ def main(request: Prediction) -> int:
     return 0
 
 
-def _find(request: Prediction, predictor: Predictor, path: Path) -> list[Detection]:
+def _find(request: PredictRequest, predictor: Predictor, path: Path) -> list[Detection]:
     """Detect and draw. Raises ValueError for a picture that cannot be read."""
     from hpctrain.vision.drawing import drawn
 

@@ -7,15 +7,13 @@ from pathlib import Path
 from hpctrain.comm.virtual.world import World
 from hpctrain.data.splits import Splits
 from hpctrain.errors import CheckpointError, DataError
-from hpctrain.filenames import JOB, MODEL
+from hpctrain.filenames import BEST, JOB, MODEL
 from hpctrain.ingest.store import About
 from hpctrain.job import Job
 from hpctrain.models.wrappers import load_plain_state
 from hpctrain.run.checkpoint import load_model
 from hpctrain.run.prepare import Measurable, prepare_evaluation
 from hpctrain.text import shown_path
-
-BEST = "best.safetensors"  # of the best evaluation so far, if the job keeps it
 
 
 def saved_model(folder: Path) -> Measurable:
