@@ -105,6 +105,15 @@ def test_nothing_to_find() -> None:
     assert math.isnan(empty.value()["mAP"])
 
 
+def test_a_hundred_detections_count_per_picture_and_class() -> None:
+    """The right one is the last of 100, or of 101."""
+    for wrong, expected in ((MOST - 1, 1 / MOST), (MOST, 0.0)):
+        rows = [([80.0, 80, 90, 90], 0, 0.9)] * wrong + [(CELL, 0, 0.1), (PLATE, 1, 0.05)]
+        found = value_of((outputs_of([rows], most=MOST + 5), batch_of([[(CELL, 0), (PLATE, 1)]])))
+        assert found["AP 0"] == pytest.approx(expected)
+        assert found["AP 1"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("outputs", "targets", "message"),
     [
