@@ -51,7 +51,8 @@ class Predictor:
             raise DataError(f"{_unknown_size(job)}; give it with --size")
         self._side, self._fit = side, fit or (about.fit if about is not None else next(iter(FITS)))
         named = job.metric.options.get("classes")
-        self._names: Sequence[str] = named or (about.classes if about is not None else ())
+        known = named if isinstance(named, list) else about.classes if about is not None else []
+        self._names: Sequence[object] = known
 
     def detections(self, picture: Image.Image, threshold: float) -> list[Detection]:
         """What the model finds in a picture (RGB) with at least that score, the best first."""
