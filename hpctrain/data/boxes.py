@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from hpctrain.errors import DataError
 
-NO_LABEL = -1
+NO_LABEL = -1  # of rows that pad a sample's boxes
 Sample = Mapping[str, Any]
 
 
@@ -53,27 +53,27 @@ def crop_boxes(
     Raises DataError for a sample without boxes.
     """
     image, boxes, labels = _parts("crop_boxes", sample)
-    height, width = image.shape[-2:]
     draws = torch.rand(3, generator=generator).tolist()
     factor = max(zoom ** (2 * draws[0] - 1), share)
-    sides = [round(share * length / factor) for length in (width, height)]
+    frame = image.shape[-1], image.shape[-2]
+    (wide, high), (width, height) = ([round(share * length / by) for length in frame] for by in (factor, 1))
     there = boxes[labels >= 0]
-    corner = []
-    for axis, (side, length) in enumerate(zip(sides, (width, height), strict=True)):
-        low, high = (float(there[:, axis].min()), float(there[:, axis + 2].max())) if len(there) else (0.0, length)
-        places = sorted((low, high - side))  # the window has all boxes, or lies within their hull
-        place = places[0] + draws[1 + axis] * (places[1] - places[0])
-        corner.append(min(max(round(place), 0), length - side))
-    left, top = corner
-    window = image[None, :, top : top + sides[1], left : left + sides[0]]
-    size = (round(share * height), round(share * width))
-    scaled = functional.interpolate(window, size, mode="bilinear", align_corners=False)[0]
-    factors = torch.tensor([size[1] / sides[0], size[0] / sides[1]]).repeat(2)
-    moved = (boxes - torch.tensor([left, top, left, top])) * factors
-    cut = torch.minimum(moved.clamp(min=0), torch.tensor([size[1], size[0]]).repeat(2))
-    kept = _area(cut) >= visible * _area(moved)
-    labels = torch.where(kept, labels, NO_LABEL)
+    left = _place(there[:, 0::2], wide, frame[0], draws[1])
+    top = _place(there[:, 1::2], high, frame[1], draws[2])
+    window = image[None, :, top : top + high, left : left + wide]
+    scaled = functional.interpolate(window, (height, width), mode="bilinear", align_corners=False)[0]
+    moved = (boxes - torch.tensor([left, top] * 2)) * torch.tensor([width / wide, height / high] * 2)
+    cut = torch.minimum(moved.clamp(min=0), torch.tensor([width, height] * 2))
+    labels = torch.where(_area(cut) >= visible * _area(moved), labels, NO_LABEL)
     return {**sample, "image": scaled, "boxes": _blank(cut, labels), "labels": labels}
+
+
+def _place(ends: Tensor, side: int, length: int, draw: float) -> int:
+    """Where a window of `side` pixels begins on an axis of `length`: it has all boxes, or lies where boxes are. `ends`
+    (n, 2): of the boxes on that axis; `draw`: from 0 to 1."""
+    low, high = (float(ends.min()), float(ends.max())) if len(ends) else (0.0, float(length))
+    first, last = sorted((low, high - side))
+    return min(max(round(first + draw * (last - first)), 0), length - side)
 
 
 def _area(boxes: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class Detector(nn.Module):
         if image.dim() != 4 or image.shape[1] != 3 or image.shape[2] % COARSEST or image.shape[3] % COARSEST:
             raise ModelError(
                 f"the detector takes pictures (n, 3, height, width) with sides that are multiples of {COARSEST}, not "
-                f"{tuple(image.shape)}; choose such a size for `hpctrain ingest` (--size)"
+                f"{tuple(image.shape)}; choose such a size for `hpctrain ingest` (--size), of 64 with crop_boxes"
             )
         maps, levels = self.stem((image - MEAN) / STD), list[Tensor]()
         for stage, across in zip(self.down, self.across, strict=True):
