@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hpctrain import __version__
-from hpctrain.commandline import job_arguments, job_file, load, named, parse, resume_arguments
+from hpctrain.commandline import check_alone, job_arguments, job_file, load, named, parse, resume_arguments
 from hpctrain.errors import HpctrainError
+from hpctrain.launcher.program import find_program
 from hpctrain.text import escaped, shown_path
 
 DESCRIPTION = "Train PyTorch models on MPI and Slurm clusters with the synchronisation strategy that is fastest there."
 EXPORT = "trace export"
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+RUN = "%(prog)s [-n N] [--resume [RUN]] [--reset-optimizer] JOB [key=value ...]\n       %(prog)s [-n N] -- PROGRAM ..."
 SHOW = (
     "Check a job file and print it with every default written out. Nothing that the job names is imported: the options "
     "of your own strategies and rules are printed as given; `hpctrain doctor --job FILE` also checks those."
@@ -83,11 +85,15 @@ def _parser() -> argparse.ArgumentParser:
     job_arguments(train)
     resume_arguments(train)
     train.set_defaults(command=_train)
-    run = commands.add_parser("run", help="start ranks on this machine and train (finds the right mpiexec)")
+    run = commands.add_parser(
+        "run", help="start ranks on this machine, of a job or of your own program (finds the right mpiexec)", usage=RUN,
+        description="Start ranks of a job, or of a program of your own (-- python train.py), with the mpiexec that "
+        "belongs to mpi4py's MPI. After --, plain `python` is the Python that hpctrain is installed in.",
+    )  # fmt: skip
     run.add_argument("-n", type=int, default=2, metavar="N", help="how many ranks (default 2)")
     job_arguments(run)
     resume_arguments(run)
-    run.set_defaults(command=_run)
+    run.set_defaults(command=_run, program=None)
     evaluate = commands.add_parser("evaluate", help="compute loss and metric of a run's model on its test samples")
     evaluate.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     evaluate.set_defaults(command=_evaluate)
@@ -247,6 +253,13 @@ def _run(options: argparse.Namespace) -> int:
     from hpctrain import launcher
     from hpctrain.launcher.mpiexec import LibraryQuery
 
+    if options.program is not None:
+        check_alone(options)
+        program = find_program(options.program)
+        asked = LibraryQuery(program.python)
+        if program.note:
+            print(f"hpctrain run: {program.note}", file=sys.stderr)
+        return launcher.run(options.n, program.command, asked=asked)
     job_file(options)  # rank 0 reports mistakes in the file: to read it here as well would delay the ranks by 0.3 s
     asked = LibraryQuery()
     command = [sys.executable, "-m", "hpctrain", "train"]
