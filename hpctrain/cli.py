@@ -76,7 +76,7 @@ def _discard_output() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     from hpctrain.bench import CHOICES
-    from hpctrain.vision.command import add_predict
+    from hpctrain.vision.arguments import add_predict
 
     parser = argparse.ArgumentParser(prog="hpctrain", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"hpctrain {__version__}")
