@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hpctrain import __version__
-from hpctrain.commandline import job_arguments, job_file, load, named, parse, resume_arguments
+from hpctrain.commandline import caption_arguments, feature_arguments, job_arguments, job_file, load, named, parse, resume_arguments
 from hpctrain.errors import HpctrainError
 from hpctrain.text import escaped, shown_path
 
@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_lab(commands)
     _add_simulator(commands)
     _add_ingest(commands)
+    _add_captions(commands)
     job = commands.add_parser("job", help="show and explain job files")
     about = job.add_subparsers(required=True, metavar="ACTION")
     explain = about.add_parser("explain", help="list every key of a job with its type, default and meaning")
@@ -197,6 +198,16 @@ def _add_ingest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     ingest.add_argument("--classes", metavar="A,B,...", help="the classes, in this order (default: all, sorted)")
     ingest.add_argument("--strict", action="store_true", help="end at the first problem instead of listing it")
     ingest.set_defaults(command=_ingest)
+
+
+def _add_captions(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands around models that describe pictures."""
+    features = commands.add_parser("features", help="compute once what a net sees in each picture, for data.name=captions")
+    feature_arguments(features)
+    features.set_defaults(command=_features)
+    caption = commands.add_parser("caption", help="describe pictures with a run's model (docs/captions.md)")
+    caption_arguments(caption)
+    caption.set_defaults(command=_caption)
 
 
 def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -331,6 +342,18 @@ def _ingest(options: argparse.Namespace) -> int:
     classes = None if options.classes is None else tuple(name.strip() for name in options.classes.split(","))
     return main(Ingestion(options.kind, options.source, options.out, options.n, options.size, options.fit, classes,
                         options.strict))  # fmt: skip
+
+
+def _features(options: argparse.Namespace) -> int:
+    from hpctrain.vision.features import Extraction, main
+
+    return main(Extraction(options.captions, options.out, options.backbone, options.weights, options.n))
+
+
+def _caption(options: argparse.Namespace) -> int:
+    from hpctrain.vision.caption import main
+
+    return main(options.run, options.pictures, options.beam, options.weights)
 
 
 def _lab_up(options: argparse.Namespace) -> int:

@@ -99,3 +99,27 @@ def load(options: argparse.Namespace) -> tuple[Job, Resume | None]:
     folder = Path(path).parent if resume == HERE else Path(resume)
     own = os.path.exists(folder / JOB) and os.path.samefile(path, folder / JOB)
     return job, Resume(folder, "take" if own else "refuse", optimizer)  # changes to the run's own job are intended
+
+
+def feature_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `hpctrain features`."""
+    parser.add_argument("captions", metavar="CAPTIONS.h5", type=Path, help="made by `hpctrain ingest captions`")
+    parser.add_argument("out", metavar="OUT.h5", type=Path, help="the file to make")
+    parser.add_argument(
+        "--backbone", default="efficientnet_lite0", metavar="NAME", help="efficientnet_lite0 (default) or vgg16"
+    )
+    parser.add_argument("--weights", metavar="FILE", type=Path, help=_WEIGHTS)
+    parser.add_argument(
+        "-n", type=int, metavar="N", help="processes that compute (default: one per core); under mpirun, ranks do"
+    )
+
+
+def caption_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `hpctrain caption`."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    parser.add_argument("pictures", metavar="PICTURE", nargs="+", type=Path)
+    parser.add_argument("--beam", type=int, default=3, metavar="WIDTH", help="of the search; 1: greedy (default 3)")
+    parser.add_argument("--weights", metavar="FILE", type=Path, help=_WEIGHTS)
+
+
+_WEIGHTS = "the net's weights (default: those of its package)"

@@ -30,9 +30,12 @@ MODELS = {
     "resnet18": "hpctrain.models.resnet18:resnet18",
     "convnet": "hpctrain.models.convnet:convnet",
     "transformer": "hpctrain.models.transformer:transformer",
+    "vgg16": "hpctrain.models.vgg:vgg16",
+    "captioner": "hpctrain.models.captioner:captioner",
 }
 DATASETS = {
     "bccd_crops": "hpctrain.data.bccd:bccd_crops",
+    "captions": "hpctrain.vision.captions:captions",
     "digits": "hpctrain.data.digits:digits",
     "ingested": "hpctrain.ingest.dataset:ingested",
     "mnist": "hpctrain.data.mnist:mnist",
