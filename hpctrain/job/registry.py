@@ -51,6 +51,8 @@ METRICS = {
     "balanced_accuracy": "hpctrain.models.metrics:BalancedAccuracy",
     "bits": "hpctrain.models.metrics:bits",
 }
+EVALUATIONS: dict[str, str] = {}
+COLLATES: dict[str, str] = {}
 AUGMENTATIONS = {"shift": "hpctrain.data.augment:shift", "flip": "hpctrain.data.augment:flip"}
 SCHEDULES = {name: f"hpctrain.clock.rates:{name}" for name in ("constant", "linear", "cosine", "step")}
 GROUPS = {"decay": "hpctrain.replica.optimizer:decay"}
@@ -92,6 +94,8 @@ TABLES: dict[str, dict[str, str]] = {
     "loss": LOSSES,
     "metric": METRICS,
     "augmentation": AUGMENTATIONS,
+    "evaluation": EVALUATIONS,
+    "collate": COLLATES,
     "schedule": SCHEDULES,
     "rule": RULES,
     "groups": GROUPS,
@@ -116,8 +120,9 @@ def check(kind: str, name: str) -> None:
         raise JobError("was an object of the program that made this run; start that program again")
     known = ", ".join(table)
     if ":" in name:
-        raise JobError(f'is not of the form "package.module:attribute"; or use one of {known}')
-    raise JobError(f'unknown {kind}{did_you_mean(name, table)}; use one of {known}, or "package.module:attribute"')
+        raise JobError(f'is not of the form "package.module:attribute"{f"; or use one of {known}" if known else ""}')
+    use = f'one of {known}, or "package.module:attribute"' if known else '"package.module:attribute"'
+    raise JobError(f"unknown {kind}{did_you_mean(name, table)}; use {use}")
 
 
 def resolve(kind: str, name: str) -> Any:
