@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpctrain import __version__
-from hpctrain.commandline import caption_arguments, feature_arguments, job_arguments, job_file, load, named, parse, resume_arguments
+from hpctrain import __version__, commandline
+from hpctrain.commandline import job_arguments, job_file, load, named, parse, resume_arguments
 from hpctrain.errors import HpctrainError
 from hpctrain.text import escaped, shown_path
 
@@ -202,11 +202,11 @@ def _add_ingest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _add_captions(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands around models that describe pictures."""
-    features = commands.add_parser("features", help="compute once what a net sees in each picture, for data.name=captions")
-    feature_arguments(features)
+    features = commands.add_parser("features", help="compute once what a net sees in each picture (docs/captions.md)")
+    commandline.feature_arguments(features)
     features.set_defaults(command=_features)
     caption = commands.add_parser("caption", help="describe pictures with a run's model (docs/captions.md)")
-    caption_arguments(caption)
+    commandline.caption_arguments(caption)
     caption.set_defaults(command=_caption)
 
 

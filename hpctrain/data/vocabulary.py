@@ -93,4 +93,4 @@ class Vocabulary:
                 raise TypeError
             return cls(tuple(words), int(length), pictures)
         except (ValueError, TypeError, KeyError, RecursionError):
-            raise DataError("the vocabulary in the model cannot be read; the file was not written by hpctrain") from None
+            raise DataError("the vocabulary in the model cannot be read; hpctrain did not write it") from None

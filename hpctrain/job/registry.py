@@ -51,7 +51,7 @@ METRICS = {
     "balanced_accuracy": "hpctrain.models.metrics:BalancedAccuracy",
     "bits": "hpctrain.models.metrics:bits",
 }
-EVALUATIONS: dict[str, str] = {}
+EVALUATIONS = {"captions": "hpctrain.vision.bleu:CaptionScores"}
 COLLATES: dict[str, str] = {}
 AUGMENTATIONS = {"shift": "hpctrain.data.augment:shift", "flip": "hpctrain.data.augment:flip"}
 SCHEDULES = {name: f"hpctrain.clock.rates:{name}" for name in ("constant", "linear", "cosine", "step")}

@@ -14,6 +14,8 @@ from hpctrain.errors import ModelError
 from hpctrain.models.arguments import share, whole
 from hpctrain.models.decoding import beam_search
 
+Continued = tuple[Tensor, Tensor, Tensor]  # what the picture shows; the LSTM's hidden state and cell, (n, width) each
+
 
 class Captioner(nn.Module):
     """Scores of the next word at each place of a caption, from the picture's features and the words before it.
@@ -76,8 +78,8 @@ class Captioner(nn.Module):
             raise ModelError("the model has no vocabulary, so it was not trained; train it first")
         return Vocabulary.unpacked(self.vocabulary)
 
-    def _next(self, tokens: Tensor, state: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """A step of beam search. `state`: of the picture, and the LSTM's two."""
+    def _next(self, tokens: Tensor, state: Continued) -> tuple[Tensor, Continued]:
+        """A step of beam search."""
         seen, hidden, cell = state
         told, (hidden, cell) = self._told(tokens[:, None], (hidden[None], cell[None]))
         scores = self._scores(told[:, 0], seen).float()
@@ -96,8 +98,8 @@ class Captioner(nn.Module):
 
     def _scores(self, told: Tensor, seen: Tensor) -> Tensor:
         """Of the vocabulary's tokens: (m, tokens), from (m, width) each."""
-        used = int(self.used)
-        return functional.linear(functional.relu(self.both(told + seen)), self.scores.weight[:used], self.scores.bias[:used])
+        weight, bias = (part[: int(self.used)] for part in (self.scores.weight, self.scores.bias))
+        return functional.linear(functional.relu(self.both(told + seen)), weight, bias)
 
     def _check(self, batch: Mapping[str, Tensor]) -> None:
         given = batch["vocabulary"]
@@ -107,8 +109,8 @@ class Captioner(nn.Module):
             own, other = self.known(), Vocabulary.unpacked(given)
             raise ModelError(
                 f"the data has the vocabulary of another run: {other.tokens} tokens, not the {own.tokens} that this "
-                "model was trained with, or words or features made in another way; give the run its own data (data.file "
-                "and the data's other keys as they were)"
+                "model was trained with, or other words, or features made in another way; give the run its own data "
+                "(data.file and the data's other keys as they were)"
             )
         self._check_features(batch["features"])
 
@@ -116,8 +118,8 @@ class Captioner(nn.Module):
         tokens = Vocabulary.unpacked(packed).tokens
         if tokens > self.words:
             raise ModelError(
-                f"the training captions have {tokens} tokens, but model.words = {self.words}; set model.words = {tokens}, "
-                "or a higher data.min_count, so that rare words are left out"
+                f"the training captions have {tokens} tokens, but model.words = {self.words}; set model.words = "
+                f"{tokens}, or a higher data.min_count, so that rare words are left out"
             )
         self.vocabulary = packed.clone()
         self.used.fill_(tokens)
@@ -131,8 +133,8 @@ class Captioner(nn.Module):
     def _check_features(self, features: Tensor) -> None:
         if features.shape[1] != self.picture.in_features:
             raise ModelError(
-                f"the pictures have {features.shape[1]} features each, but model.features = {self.picture.in_features}; "
-                f"set model.features = {features.shape[1]}"
+                f"the pictures have {features.shape[1]} features each, but model.features = "
+                f"{self.picture.in_features}; set model.features = {features.shape[1]}"
             )
 
 

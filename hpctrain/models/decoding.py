@@ -20,8 +20,8 @@ def beam_search(
     `state`: what `step` continues from, tensors (n, ...). `step` gives the log probabilities of the next token; -inf
     for what must not come. In each step the `width` best hypotheses of a batch are kept. A sequence that has ended
     stays one of them while no other is better. Hypotheses are compared by the sum of log probabilities, divided by
-    (tokens, the end included) ** `normalise`: 0 prefers short sequences, 1 compares means (after Wu et al. 2016, section
-    7). `width` 1 is greedy search. Equal ones keep their order, so the result is deterministic.
+    (tokens, the end included) ** `normalise`: 0 prefers short sequences, 1 compares means (after Wu et al. 2016,
+    section 7). `width` 1 is greedy search. Equal ones keep their order, so the result is deterministic.
     """
     n, device = len(state[0]), state[0].device
     state = tuple(part.repeat_interleave(width, 0) for part in state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpctrain.data.vocabulary import tokenize
 from hpctrain.vision.captions import CaptionSet, PictureSet
@@ -30,7 +31,7 @@ def training_captions(train: CaptionSet) -> list[str]:
     return [text for picture in np.unique(train.pictures) for text in train.known.captions[picture]]
 
 
-def _unit(features: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def _unit(features: NDArray[np.float32]) -> NDArray[np.float32]:
     """Of length 1 each."""
-    found: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = features / np.linalg.norm(features, axis=1, keepdims=True)
+    found: NDArray[np.float32] = features / np.linalg.norm(features, axis=1, keepdims=True)
     return found

@@ -1,4 +1,4 @@
-"""BLEU (Papineni et al. 2002) of a model's captions: `evaluate = "hpctrain.vision.bleu:CaptionScores"` in a job."""
+"""BLEU (Papineni et al. 2002) of a model's captions: `evaluate = "captions"` in a job."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from hpctrain.models.examples import MOST, Example
 from hpctrain.vision.captions import texts_of
 
 ORDERS = (4, 1, 2, 3)  # BLEU-4 first: it is what a target and patience look at
+TINY = 1e-12  # nltk's score is less, but not 0, if there is no common sequence of that many words
 
 
 def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -32,12 +33,13 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
         return {name: float("nan") for name in (*(f"BLEU-{order}" for order in ORDERS), "sacreBLEU")}
     words, truth = [tokenize(text) for text in captions], [[tokenize(text) for text in each] for each in references]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of no common sequence of four words: the score is then next to 0
+        warnings.simplefilter("ignore")  # of no common sequence of four words
         found = corpus_bleu(truth, words, [(1 / order,) * order for order in ORDERS])
     most = max(map(len, references))
     streams = [[each[place] if place < len(each) else None for each in references] for place in range(most)]
     other = sacrebleu.corpus_bleu(captions, streams, lowercase=True, tokenize="13a").score / 100
-    return {f"BLEU-{order}": float(value) for order, value in zip(ORDERS, found, strict=True)} | {"sacreBLEU": other}
+    scores = (float(value) if value > TINY else 0.0 for value in found)
+    return dict(zip((f"BLEU-{order}" for order in ORDERS), scores, strict=True)) | {"sacreBLEU": other}
 
 
 def _packages() -> Any:

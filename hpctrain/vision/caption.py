@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hpctrain.errors import CheckpointError, DataError, HpctrainError, JobError
-from hpctrain.filenames import JOB, MODEL
+from hpctrain.filenames import BEST, JOB, MODEL
 from hpctrain.ingest.picture import fitted
 from hpctrain.job import Job
 from hpctrain.models.captioner import Captioner
@@ -18,8 +18,6 @@ from hpctrain.models.wrappers import load_plain_state
 from hpctrain.run.checkpoint import load_model
 from hpctrain.text import escaped, shown, shown_path
 from hpctrain.vision.features import Seeing, seeing
-
-BEST = "best.safetensors"
 
 
 def main(run: Path, pictures: Sequence[Path], beam: int, weights: Path | None = None) -> int:
@@ -44,8 +42,8 @@ def trained(run: Path) -> Captioner:
     job = Job.recorded(run / JOB)
     if job.model.name != "captioner":
         raise JobError(
-            f"{shown_path(run)} is a run of model.name = {shown(job.model.name)!r}, which describes no pictures; expected a "
-            "run of captioner"
+            f"{shown_path(run)} is a run of model.name = {shown(job.model.name)!r}, which describes no pictures; expected "
+            "a run of captioner"
         )
     path = next((run / name for name in (BEST, MODEL) if (run / name).exists()), None)
     if path is None:
@@ -75,12 +73,12 @@ class Describer:
             name, digest = str(recipe["backbone"]), str(recipe["weights"])
             self._size, self._fit = int(recipe["size"]), str(recipe["fit"])
         except (KeyError, ValueError, TypeError):
-            raise DataError("the model does not say how its features were made; train it with data.name=captions") from None
+            raise DataError("the model does not say how its features were made; train it again") from None
         self.seeing: Seeing = seeing(name, weights)
         if self.seeing.digest != digest:
             raise DataError(
-                f"{shown_path(self.seeing.weights)}: the model was trained with features of {name} with other weights; name "
-                "their file with --weights"
+                f"{shown_path(self.seeing.weights)}: the model was trained with features of {name} with other weights; "
+                "name their file with --weights"
             )
 
     def caption(self, path: Path, beam: int) -> str:

@@ -34,8 +34,8 @@ def captions(
     validation_split: str | None = None,
     test_split: str | None = None,
 ) -> Splits:
-    """The splits of a file made by `hpctrain features`: to train, one sample per caption (`CaptionSet`); to validate and
-    to test, one per picture (`PictureSet`).
+    """The splits of a file made by `hpctrain features`: to train, one sample per caption (`CaptionSet`); to validate
+    and to test, one per picture (`PictureSet`).
 
     By default `train`, `val` and `test`, or what begins so (`train2017`). `fold`: instead, pictures number fold, fold +
     folds, fold + 2 folds ... are to validate and all others to train, whatever their split. `min_count`: words that
@@ -43,23 +43,26 @@ def captions(
     caption). Raises DataError.
     """
     known = FeatureFile(Path(file))
-    parts = _splits(known, train_split, validation_split, test_split) if fold is None else _folds(known, fold, folds)
-    own = [text for picture in parts[0] for text in known.captions[picture]]
+    named = (train_split, validation_split, test_split)
+    train, *others = _splits(known, *named) if fold is None else _folds(known, fold, folds)
+    own = [text for picture in train for text in known.captions[picture]]
     longest = None if length is None else whole("length", length)
     words = Vocabulary.of(own, whole("min_count", min_count), longest, known.about.recipe)
-    held = (None if part is None else PictureSet(known, part, words) for part in parts[1:])
-    return Splits(CaptionSet(known, parts[0], words), *held)
+    return Splits(
+        CaptionSet(known, train, words), *(PictureSet(known, part, words) if len(part) else None for part in others)
+    )
 
 
-def _splits(known: FeatureFile, *names: str | None) -> list[NDArray[np.int64] | None]:
+def _splits(known: FeatureFile, *names: str | None) -> list[NDArray[np.int64]]:
+    """The pictures to train, to validate and to test on; none where there is no such split."""
     has, found = known.about.splits, []
     for name, start in zip(names, ("train", "val", "test"), strict=True):
         if name is not None and name not in has:
             guess = did_you_mean(name, has)
             raise DataError(f"{shown_path(known.path)} has no split {name!r}{guess}; it has {', '.join(has)}")
         name = name or (start if start in has else next((split for split in has if split.startswith(start)), None))
-        found.append(known.split(name) if name is not None and has[name] else None)
-    if found[0] is None:
+        found.append(np.zeros(0, np.int64) if name is None else known.split(name))
+    if not len(found[0]):
         raise DataError(
             f"{shown_path(known.path)} has no pictures to train on among its splits ({', '.join(has)}); name one with "
             "data.train_split, or set data.fold = 0 to hold back a fifth of all pictures"
@@ -67,14 +70,15 @@ def _splits(known: FeatureFile, *names: str | None) -> list[NDArray[np.int64] | 
     return found
 
 
-def _folds(known: FeatureFile, fold: int, folds: int) -> list[NDArray[np.int64] | None]:
+def _folds(known: FeatureFile, fold: int, folds: int) -> list[NDArray[np.int64]]:
+    """The pictures to train and to validate on."""
     count = known.about.samples
     if whole("folds", folds) < 2 or folds > count:
         raise DataError(f"data.folds = {folds}: expected a number from 2 to {count}, the number of pictures")
     if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < folds:
         raise DataError(f"data.fold = {fold!r}: expected a number from 0 to {folds - 1} (data.folds = {folds})")
     pictures = np.arange(count)
-    return [pictures[pictures % folds != fold], pictures[pictures % folds == fold], None]
+    return [pictures[pictures % folds != fold], pictures[pictures % folds == fold]]
 
 
 class CaptionSet(Dataset[Sample]):

@@ -101,7 +101,7 @@ def _texts(file: h5py.File, column: str) -> list[str]:
 
 
 class FeatureWriter:
-    """Writes such a file from the one it is made of, `source`. A context manager; the result does not depend on time."""
+    """Writes such a file from the one it is made of, `source`; its bytes do not depend on time. A context manager."""
 
     def __init__(self, path: Path, about: FeatureAbout, source: Path) -> None:
         self._file = h5py.File(path, "w", libver=VERSIONS, locking=False)

@@ -50,8 +50,8 @@ class Extraction:
             raise DataError(f"{where} was made by `hpctrain ingest {about.kind}`; expected `hpctrain ingest captions`")
         if about.size != SIZE:
             raise DataError(
-                f"{where} has pictures of {about.size} x {about.size} pixels; {self.backbone} takes {SIZE} x {SIZE}: make "
-                f"it with `hpctrain ingest captions SRC OUT.h5 --size {SIZE}`"
+                f"{where} has pictures of {about.size} x {about.size} pixels; {self.backbone} takes {SIZE} x {SIZE}: "
+                f"make it with `hpctrain ingest captions SRC OUT.h5 --size {SIZE}`"
             )
         return about
 
