@@ -106,11 +106,11 @@ class Captioner(nn.Module):
         if not self.vocabulary.numel():
             self._take(given)
         elif not torch.equal(self.vocabulary, given):
-            own, other = self.known(), Vocabulary.unpacked(given)
+            own, other = self.known().tokens, Vocabulary.unpacked(given).tokens
             raise ModelError(
-                f"the data has the vocabulary of another run: {other.tokens} tokens, not the {own.tokens} that this "
-                "model was trained with, or other words, or features made in another way; give the run its own data "
-                "(data.file and the data's other keys as they were)"
+                f"the data's vocabulary ({other} tokens) is that of another run than this model's ({own} tokens), or its "
+                "features were made in another way; give the run its own data: data.file and the data's other keys as "
+                "they were"
             )
         self._check_features(batch["features"])
 

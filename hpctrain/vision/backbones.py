@@ -138,8 +138,8 @@ def _load(net: nn.Module, path: Path, name: str) -> None:
     except Exception as error:  # of a damaged or foreign file, an unpickler may raise anything
         line = " ".join(str(error).split())[:160]
         raise DataError(
-            f"{shown_path(path)} does not hold the weights of {name} ({type(error).__name__}: {line}); expected a file of "
-            "torch.save or safetensors with the tensors of that net"
+            f"{shown_path(path)} does not hold the weights of {name} ({type(error).__name__}: {line}); expected a file "
+            "of torch.save or safetensors with the tensors of that net"
         ) from None
 
 

@@ -42,8 +42,8 @@ def trained(run: Path) -> Captioner:
     job = Job.recorded(run / JOB)
     if job.model.name != "captioner":
         raise JobError(
-            f"{shown_path(run)} is a run of model.name = {shown(job.model.name)!r}, which describes no pictures; expected "
-            "a run of captioner"
+            f"{shown_path(run)} is a run of model.name = {shown(job.model.name)!r}, which describes no pictures; "
+            "expected a run of captioner"
         )
     path = next((run / name for name in (BEST, MODEL) if (run / name).exists()), None)
     if path is None:
@@ -83,7 +83,7 @@ class Describer:
 
     def caption(self, path: Path, beam: int) -> str:
         """Of the picture in that file. Raises ValueError, saying what is wrong, if it cannot be read."""
-        pixels = np.frombuffer(fitted(path, self._size, self._fit).pixels, np.uint8)
+        pixels = np.frombuffer(fitted(path, self._size, self._fit).pixels, np.uint8).copy()
         features = self.seeing.of(pixels.reshape(1, self._size, self._size, 3))
         with torch.inference_mode():
             return self.model.describe(torch.from_numpy(features), beam)[0]
