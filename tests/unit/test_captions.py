@@ -34,9 +34,11 @@ from hpctrain.models.captioner import Captioner, captioner
 from hpctrain.models.decoding import beam_search
 from hpctrain.models.vgg import VGG16, vgg16
 from hpctrain.run.checkpoint import list_checkpoints
+from hpctrain.run.command import evaluate_run
 from hpctrain.vision import backbones
 from hpctrain.vision.baselines import frequent_words, nearest_neighbour
 from hpctrain.vision.bleu import CaptionScores, bleu
+from hpctrain.vision.caption import trained
 from hpctrain.vision.captions import CaptionSet, captions, texts_of
 from hpctrain.vision.featurefile import FORMAT, FeatureAbout, FeatureFile, FeatureWriter
 from tests import helpers
@@ -453,6 +455,17 @@ def test_a_run_learns_shows_examples_and_is_resumed(features: Path, tmp_path: Pa
         file["captions"][:] = np.frombuffer(file["captions"][:].tobytes().replace(b"wall", b"door"), np.uint8)
     with pytest.raises(ModelError, match="is that of another run"):
         World(2).run(lambda comm: helpers.quiet_train(comm, job, resume=found.folder))
+
+
+@pytest.mark.parametrize("strategy", ["local_sgd", "streaming_diloco", "parameter_server", "switch"])
+def test_every_strategy_saves_the_vocabulary(features: Path, tmp_path: Path, strategy: str) -> None:
+    """With parameter servers one of the ranks has no batches."""
+    job = caption_job(features, tmp_path, f"strategy={strategy}", "train.epochs=3", "train.keep_best=metric")
+    found = World(3).run(lambda comm: helpers.quiet_train(comm, job))[0]
+    assert trained(found.folder).known() == captions(str(features), fold=0, min_count=2).train.vocabulary
+    (found.folder / "best.safetensors").unlink()
+    assert trained(found.folder).known().length == 7
+    assert evaluate_run(found.folder)[1].startswith("validation BLEU-4 ")
 
 
 # -- nets for pictures -------------------------------------------------------------------------------------------
