@@ -29,6 +29,7 @@ OPTIONS ?=
 GPU_PYTHON ?= 3.12
 
 PIP = -m pip --disable-pip-version-check install -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+SITE = import sysconfig; print(sysconfig.get_path("purelib"))
 MPICH := .venv
 OPENMPI := .venv-openmpi
 # Start $(2) ranks with the mpiexec that belongs to the environment $(1).
@@ -55,15 +56,15 @@ test-mpich: $(MPICH)/.tests
 test-slow: $(MPICH)/.tests
 	$(MPICH)/bin/python -m pytest -q -n 2 --dist worksteal -m slow tests/unit tests/conformance
 	$(call under_mpi,$(MPICH),$(OTHER_RANKS))
-	$(call launching,$(MPICH),launch and slow)
+	$(call launching,$(MPICH),launch and slow,-n 2 --dist worksteal)
 
 test-openmpi: $(OPENMPI)/.tests
 	$(call under_mpi,$(OPENMPI),$(OPENMPI_RANKS))
-	$(call launching,$(OPENMPI),launch and not any_mpi)
+	$(call launching,$(OPENMPI),launch and not any_mpi,-n 2 --dist worksteal)
 
 test-slurm: $(MPICH)/.tests $(OPENMPI)/.tests
 	$(MPICH)/bin/python -m pytest -q tests/cluster
-	$(OPENMPI)/bin/python -m pytest -q tests/cluster
+	$(OPENMPI)/bin/python -m pytest -q -m "not any_mpi" tests/cluster
 
 test-hosts: $(MPICH)/.tests $(OPENMPI)/.tests
 	$(MPICH)/bin/python -m pytest -q tests/hosts
@@ -118,12 +119,20 @@ endef
 		echo "hpctrain needs Python 3.11 or newer, and $(PYTHON) is `$(PYTHON) --version 2>&1`; say which to take: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@[ -x $*/bin/python ] || $(PYTHON) -m venv $*
 	@echo "installing hpctrain into $* (a few minutes the first time: PyTorch is large)"
-	@$*/bin/python $(PIP) -e ".[$(if $(findstring openmpi,$*),openmpi,mpich)]"
+	@$*/bin/python $(PIP) -e ".[mpich]"
 	@touch $@
 
 %/.tests: %/.installed
 	@echo "installing what tests need into $*"
-	@$*/bin/python $(PIP) -e ".[$(if $(findstring openmpi,$*),openmpi,mpich),test]"
+	@$*/bin/python $(PIP) -e ".[mpich,test]"
+	@touch $@
+
+# Takes all packages but MPI and hpctrain itself from MPICH's environment: PyTorch is large.
+$(OPENMPI)/.tests: $(MPICH)/.tests
+	@echo "installing Open MPI into $(OPENMPI); all other packages are those of $(MPICH)"
+	@[ -x $(OPENMPI)/bin/python ] || $(MPICH)/bin/python -m venv $(OPENMPI)
+	@$(MPICH)/bin/python -c '$(SITE)' >"$$($(OPENMPI)/bin/python -c '$(SITE)')/other-packages.pth"
+	@$(OPENMPI)/bin/python $(PIP) -e ".[openmpi,test]"
 	@touch $@
 
 .PRECIOUS: %/.installed %/.tests

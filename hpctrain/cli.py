@@ -10,14 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpctrain import __version__, commandline
-from hpctrain.commandline import job_arguments, job_file, load, named, parse, resume_arguments
+from hpctrain import __version__
+from hpctrain.commandline import check_alone, job_arguments, job_file, load, named, parse, resume_arguments
 from hpctrain.errors import HpctrainError
+from hpctrain.launcher.program import find_program
 from hpctrain.text import escaped, shown_path
 
 DESCRIPTION = "Train PyTorch models on MPI and Slurm clusters with the synchronisation strategy that is fastest there."
 EXPORT = "trace export"
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+RUN = "%(prog)s [-n N] [--resume [RUN]] [--reset-optimizer] JOB [key=value ...]\n       %(prog)s [-n N] -- PROGRAM ..."
 SHOW = (
     "Check a job file and print it with every default written out. Nothing that the job names is imported: the options "
     "of your own strategies and rules are printed as given; `hpctrain doctor --job FILE` also checks those."
@@ -74,6 +76,8 @@ def _discard_output() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     from hpctrain.bench import CHOICES
+    from hpctrain.vision.caption_command import add_captions
+    from hpctrain.vision.command import add_predict
 
     parser = argparse.ArgumentParser(prog="hpctrain", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"hpctrain {__version__}")
@@ -82,11 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     job_arguments(train)
     resume_arguments(train)
     train.set_defaults(command=_train)
-    run = commands.add_parser("run", help="start ranks on this machine and train (finds the right mpiexec)")
+    run = commands.add_parser(
+        "run", help="start ranks on this machine, of a job or of your own program (finds the right mpiexec)", usage=RUN,
+        description="Start ranks of a job, or of a program of your own (-- python train.py), with the mpiexec that "
+        "belongs to mpi4py's MPI. After --, plain `python` is the Python that hpctrain is installed in.",
+    )  # fmt: skip
     run.add_argument("-n", type=int, default=2, metavar="N", help="how many ranks (default 2)")
     job_arguments(run)
     resume_arguments(run)
-    run.set_defaults(command=_run)
+    run.set_defaults(command=_run, program=None)
     evaluate = commands.add_parser("evaluate", help="compute loss and metric of a run's model on its test samples")
     evaluate.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     evaluate.set_defaults(command=_evaluate)
@@ -114,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_lab(commands)
     _add_simulator(commands)
     _add_ingest(commands)
-    _add_captions(commands)
+    add_predict(commands)
+    add_captions(commands)
     job = commands.add_parser("job", help="show and explain job files")
     about = job.add_subparsers(required=True, metavar="ACTION")
     explain = about.add_parser("explain", help="list every key of a job with its type, default and meaning")
@@ -200,16 +209,6 @@ def _add_ingest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     ingest.set_defaults(command=_ingest)
 
 
-def _add_captions(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the commands around models that describe pictures."""
-    features = commands.add_parser("features", help="compute once what a net sees in each picture (docs/captions.md)")
-    commandline.feature_arguments(features)
-    features.set_defaults(command=_features)
-    caption = commands.add_parser("caption", help="describe pictures with a run's model (docs/captions.md)")
-    commandline.caption_arguments(caption)
-    caption.set_defaults(command=_caption)
-
-
 def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands that read traces."""
     report = commands.add_parser("report", help="write report.html: timeline, waiting, efficiency, convergence ...")
@@ -256,6 +255,13 @@ def _run(options: argparse.Namespace) -> int:
     from hpctrain import launcher
     from hpctrain.launcher.mpiexec import LibraryQuery
 
+    if options.program is not None:
+        check_alone(options)
+        program = find_program(options.program)
+        asked = LibraryQuery(program.python)
+        if program.note:
+            print(f"hpctrain run: {program.note}", file=sys.stderr)
+        return launcher.run(options.n, program.command, asked=asked)
     job_file(options)  # rank 0 reports mistakes in the file: to read it here as well would delay the ranks by 0.3 s
     asked = LibraryQuery()
     command = [sys.executable, "-m", "hpctrain", "train"]
@@ -342,18 +348,6 @@ def _ingest(options: argparse.Namespace) -> int:
     classes = None if options.classes is None else tuple(name.strip() for name in options.classes.split(","))
     return main(Ingestion(options.kind, options.source, options.out, options.n, options.size, options.fit, classes,
                         options.strict))  # fmt: skip
-
-
-def _features(options: argparse.Namespace) -> int:
-    from hpctrain.vision.features import Extraction, main
-
-    return main(Extraction(options.captions, options.out, options.backbone, options.weights, options.n))
-
-
-def _caption(options: argparse.Namespace) -> int:
-    from hpctrain.vision.caption import main
-
-    return main(options.run, options.pictures, options.beam, options.weights)
 
 
 def _lab_up(options: argparse.Namespace) -> int:

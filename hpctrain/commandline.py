@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from hpctrain.errors import JobError
 from hpctrain.filenames import JOB, LATEST
+from hpctrain.launcher.program import EXAMPLE, looks_like_program
+from hpctrain.text import shown, shown_path
 
 if TYPE_CHECKING:
     from hpctrain.job import Job
@@ -19,10 +21,18 @@ HERE = "here"  # --resume without a folder
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Like `parser.parse_args`, but `key=value` may also stand before the job file and after options."""
-    options, rest = parser.parse_known_args(words)
+    """Like `parser.parse_args`, but `key=value` may also stand before the job file and after options.
+
+    `hpctrain run ... -- PROGRAM ...`: `program` gets the words after the first `--`, or None without one.
+    """
+    own = list(words).index("--") if words[:1] == ["run"] and "--" in words else len(words)
+    options, rest = parser.parse_known_args(words[:own])
     if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        program = "program" in options and looks_like_program(options.job or "")
+        hint = f"; put -- before a program of your own: {EXAMPLE}" if program else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    if own < len(words):
+        options.program = words[own + 1 :]
     if "overrides" not in options:
         return options
     given = [*options.overrides, *rest]
@@ -79,9 +89,26 @@ def job_file(options: argparse.Namespace) -> str:
     if path is None and resume not in (None, HERE, LATEST):
         path = os.path.join(resume, JOB)
     path = named(path)
+    if looks_like_program(path):
+        raise JobError(f"{shown_path(path)} is not a job file (TOML); put -- before a program of your own: {EXAMPLE}")
     if resume is None and options.reset_optimizer:
         raise JobError("--reset-optimizer: there is nothing to reset without --resume RUN")
     return path
+
+
+def check_alone(options: argparse.Namespace) -> None:
+    """Raises JobError if keys or a job were given beside a program after `--`."""
+    program = f"the program after -- ({shown(' '.join(options.program))})"
+    if options.job is not None:
+        raise JobError(f"{shown_path(options.job)}: give either a job file or {program}")
+    if options.overrides:
+        raise JobError(f"{shown(options.overrides[0])}: {program} sets the keys of its job itself")
+    if options.resume is not None or options.reset_optimizer:
+        option = "--reset-optimizer" if options.resume is None else "--resume"
+        raise JobError(
+            f"{option} is for job files; {program} says itself what it resumes, such as "
+            'hpctrain.train(job, resume="latest")'
+        )
 
 
 def load(options: argparse.Namespace) -> tuple[Job, Resume | None]:
@@ -99,27 +126,3 @@ def load(options: argparse.Namespace) -> tuple[Job, Resume | None]:
     folder = Path(path).parent if resume == HERE else Path(resume)
     own = os.path.exists(folder / JOB) and os.path.samefile(path, folder / JOB)
     return job, Resume(folder, "take" if own else "refuse", optimizer)  # changes to the run's own job are intended
-
-
-def feature_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `hpctrain features`."""
-    parser.add_argument("captions", metavar="CAPTIONS.h5", type=Path, help="made by `hpctrain ingest captions`")
-    parser.add_argument("out", metavar="OUT.h5", type=Path, help="the file to make")
-    parser.add_argument(
-        "--backbone", default="efficientnet_lite0", metavar="NAME", help="efficientnet_lite0 (default) or vgg16"
-    )
-    parser.add_argument("--weights", metavar="FILE", type=Path, help=_WEIGHTS)
-    parser.add_argument(
-        "-n", type=int, metavar="N", help="processes that compute (default: one per core); under mpirun, ranks do"
-    )
-
-
-def caption_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `hpctrain caption`."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
-    parser.add_argument("pictures", metavar="PICTURE", nargs="+", type=Path)
-    parser.add_argument("--beam", type=int, default=3, metavar="WIDTH", help="of the search; 1: greedy (default 3)")
-    parser.add_argument("--weights", metavar="FILE", type=Path, help=_WEIGHTS)
-
-
-_WEIGHTS = "the net's weights (default: those of its package)"

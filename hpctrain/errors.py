@@ -2,6 +2,8 @@
 
 from typing import Any
 
+INTERRUPTED = 130  # the exit status of a run that a signal has stopped, and that can be resumed
+
 
 class HpctrainError(Exception):
     """A mistake that the user can fix: the message says what, where, what was expected and what to do.

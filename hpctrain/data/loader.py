@@ -260,17 +260,17 @@ class Loader:
             sample = item[0] if pair else item
             if isinstance(sample, np.ndarray):
                 sample = tensor_of(sample)
-            if not isinstance(sample, Tensor):
+            if not isinstance(sample, (Tensor, Mapping)):
                 raise DataError(
-                    f"data.augment works on tensors and arrays, but sample {index} of the data set is of type "
-                    f"{type(sample).__name__}; return tensors from the data set, or augment there"
+                    f"data.augment works on tensors, arrays and mappings, but sample {index} of the data set is of "
+                    f"type {type(sample).__name__}; return one of these from the data set, or augment there"
                 )
             augment = partial(self._augment_one, sample, seed)
             sample = self._run(seed ^ _AUGMENT, augment) if self._draws_augmenting else augment()
             done.append((sample, item[1]) if pair else sample)
         return done
 
-    def _augment_one(self, sample: Tensor, seed: int) -> Tensor:
+    def _augment_one(self, sample: Any, seed: int) -> Any:
         generator = torch.Generator()
         generator.manual_seed(seed)
         for function in self._augment:

@@ -32,6 +32,7 @@ MODELS = {
     "transformer": "hpctrain.models.transformer:transformer",
     "vgg16": "hpctrain.models.vgg:vgg16",
     "captioner": "hpctrain.models.captioner:captioner",
+    "detector": "hpctrain.models.detector:detector",
 }
 DATASETS = {
     "bccd_crops": "hpctrain.data.bccd:bccd_crops",
@@ -48,12 +49,20 @@ LOSSES = {
 }
 METRICS = {
     "accuracy": "hpctrain.models.metrics:accuracy",
+    "average_precision": "hpctrain.models.average_precision:AveragePrecision",
     "balanced_accuracy": "hpctrain.models.metrics:BalancedAccuracy",
     "bits": "hpctrain.models.metrics:bits",
 }
 EVALUATIONS = {"captions": "hpctrain.vision.bleu:CaptionScores"}
 COLLATES: dict[str, str] = {}
-AUGMENTATIONS = {"shift": "hpctrain.data.augment:shift", "flip": "hpctrain.data.augment:flip"}
+AUGMENTATIONS = {
+    "shift": "hpctrain.data.augment:shift",
+    "flip": "hpctrain.data.augment:flip",
+    "light": "hpctrain.data.augment:light",
+    "flip_boxes": "hpctrain.data.boxes:flip_boxes",
+    "turn_boxes": "hpctrain.data.boxes:turn_boxes",
+    "crop_boxes": "hpctrain.data.boxes:crop_boxes",
+}
 SCHEDULES = {name: f"hpctrain.clock.rates:{name}" for name in ("constant", "linear", "cosine", "step")}
 GROUPS = {"decay": "hpctrain.replica.optimizer:decay"}
 RULES = {

@@ -43,7 +43,7 @@ class Deadline:
 
     def long(self) -> bool:
         """Whether the wait is long enough to tell the user why."""
-        return self.asked is not None and time.monotonic() >= self.asked + QUIET and self.hopeful()
+        return self.asked is not None and time.monotonic() >= self.asked + QUIET
 
 
 def temporary() -> Path:

@@ -71,6 +71,7 @@ class LibraryQuery:
     """
 
     def __init__(self, python: str = sys.executable) -> None:
+        self._python = python
         self._child = subprocess.Popen(
             [python, "-c", PROBE],
             stdin=subprocess.DEVNULL,
@@ -90,7 +91,7 @@ class LibraryQuery:
             finally:
                 if child.poll() is None:
                     child.kill()
-        return _library(output, errors, child.returncode)
+        return _library(output, errors, child.returncode, self._python)
 
 
 def find_library(python: str = sys.executable) -> Library:
@@ -98,12 +99,14 @@ def find_library(python: str = sys.executable) -> Library:
     return LibraryQuery(python).answer()
 
 
-def _library(output: str, errors: str, status: int) -> Library:
+def _library(output: str, errors: str, status: int, python: str) -> Library:
     if status or not output.strip():
         reason = (errors.strip().splitlines() or [f"status {status}"])[-1]
+        own = python == sys.executable
         raise ClusterError(
-            f"mpi4py cannot load an MPI library ({reason}); install one (pip install mpich) "
-            "or load the cluster's MPI module"
+            f"mpi4py cannot load an MPI library{'' if own else f' for {python}'} ({reason}); "
+            f"{'' if own else f'use {sys.executable}, which hpctrain runs on, or '}"
+            "install one (pip install mpich) or load the cluster's MPI module"
         )
     vendor, version, paths = json.loads(output.strip().splitlines()[-1])
     return Library(_library_kind(vendor), version.splitlines()[0].strip(), paths[0] if paths else "")

@@ -36,6 +36,7 @@ WHO = _compiled(lambda words: [words.who])
 LEFT = _compiled(lambda words: [words.left])
 SIGNAL = _compiled(lambda words: [words.signal])
 CODES = _compiled(lambda words: [words.codes])
+WITHOUT_HPCTRAIN = b"ModuleNotFoundError: No module named 'hpctrain'"
 
 
 class NoiseFilter:
@@ -43,12 +44,14 @@ class NoiseFilter:
 
     A rank that was killed could report nothing: `reported` has what the blocks say about it. `codes`: how each rank
     ended, as from waitpid, if the launcher lists all of them and they were on one host; they may be wrong for ranks
-    that the launcher itself has killed. Lines that might begin a block are held until the next line, or `flush`.
+    that the launcher itself has killed. `without_hpctrain`: a rank's Python does not have hpctrain. Lines that might
+    begin a block are held until the next line, or `flush`.
     """
 
     def __init__(self) -> None:
         self.reported: list[Reported] = []
         self.codes: list[int] = []
+        self.without_hpctrain = False
         self._held: list[bytes] = []
         self._block: bytes | None = None
         self._who: re.Match[bytes] | None = None
@@ -57,6 +60,7 @@ class NoiseFilter:
         """Take one line with its line end; return what may be printed now."""
         line = line.replace(b"\0", b"")  # prterun ends its blocks with a NUL
         text = line.strip()
+        self.without_hpctrain |= text.endswith(WITHOUT_HPCTRAIN)
         rule = RULE.match(text) is not None
         if self._block is not None:
             self._block += b" " + text

@@ -64,8 +64,8 @@ def run(
             if status != 128 + signal.SIGKILL:
                 job.drain()
             why = job.why(ranks, unfinished(mark))
-            if why:
-                _say(why)
+            for text in filter(None, (why, job.advice())):
+                _say(text)
             return status or int(bool(why))
         finally:  # also ends the ranks of a launcher that was killed
             clear(mark, process.pid, started)
@@ -129,6 +129,12 @@ class _Job:
         codes = [code for pump in self._pumps for code in pump.noise.codes]
         return verdict(ranks.finish(), reported, codes, silent, unfinished)
 
+    def advice(self) -> str:
+        """What to do about an error that a rank has printed; "" if there is nothing to say."""
+        if not any(pump.noise.without_hpctrain for pump in self._pumps):
+            return ""
+        return f"the Python of the ranks lacks hpctrain; {sys.executable} has it (write plain `python` after --)"
+
     def drain(self) -> None:
         """Wait until all output has been forwarded."""
         for pump in self._pumps:
@@ -144,7 +150,8 @@ class _Job:
             if self.deadline.late() or self._abandoned(lost):
                 return False
             if self.deadline.long() and not self._explained:
-                _say("waiting for the step in progress and its checkpoint; press Ctrl-C again to stop at once")
+                what = "step in progress and its checkpoint" if self.deadline.hopeful() else "ranks to end"
+                _say(f"waiting for the {what}; press Ctrl-C again to stop at once")
                 self._explained = True
             wait(self.process, 0.1)
         return True

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from hpctrain.comm.alike import check_alike, job_topic
 from hpctrain.comm.connect import report
 from hpctrain.comm.mpi.ending import end_all_ranks
-from hpctrain.errors import CheckpointError, HpctrainError
+from hpctrain.errors import INTERRUPTED, CheckpointError, HpctrainError
 from hpctrain.filenames import JOB, MODEL
 from hpctrain.job.roles import roles_of
 from hpctrain.launcher.started import launched_rank
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from hpctrain.comm.base import Communicator
     from hpctrain.job import Job
     from hpctrain.run.resume import Resume
-
-INTERRUPTED = 130
 
 
 def main(load: Callable[[], tuple[Job, Resume | Path | str | None]]) -> int:
@@ -68,7 +66,7 @@ def main(load: Callable[[], tuple[Job, Resume | Path | str | None]]) -> int:
         raise
     except KeyboardInterrupt:
         return INTERRUPTED
-    return _exit(INTERRUPTED if result.interrupted and rank == 0 else 0)
+    return _exit(result.status if rank == 0 else 0)
 
 
 @contextmanager

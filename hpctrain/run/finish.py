@@ -87,7 +87,8 @@ def _close_files(run: ActiveRun, untraced: str | None) -> str | None:
 
 def _announce_interruption(run: ActiveRun, unwritten: str | None) -> None:
     missing = "" if unwritten is None else f"not all of it was saved: {unwritten}; "
-    text = f"interrupted at sample {run.totals.cursor:,}; {missing}continue with: hpctrain train --resume {run.folder}"
+    how = f"hpctrain train --resume {run.folder}" if run.job.file else f'resume="{run.folder}", in the program'
+    text = f"interrupted at sample {run.totals.cursor:,}; {missing}continue with: {how}"
     if run.signals is not None and run.comm.rank == 0:
         run.signals.say(text)
     else:

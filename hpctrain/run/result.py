@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from hpctrain.errors import INTERRUPTED
 from hpctrain.run.folder import PhaseSummary
 
 
@@ -26,3 +27,9 @@ class Result:
     phases: list[PhaseSummary]
     samples: int
     interrupted: bool
+
+    @property
+    def status(self) -> int:
+        """The exit status for a program that ends with this run, `sys.exit(result.status)` on all ranks: 130 after an
+        interruption, which makes slurm/train.sbatch requeue its job; else 0."""
+        return INTERRUPTED if self.interrupted else 0

@@ -9,15 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hpctrain.errors import CheckpointError, DataError, HpctrainError, JobError
-from hpctrain.filenames import BEST, JOB, MODEL
+from hpctrain.errors import DataError, JobError
 from hpctrain.ingest.picture import fitted
-from hpctrain.job import Job
 from hpctrain.models.captioner import Captioner
-from hpctrain.models.wrappers import load_plain_state
-from hpctrain.run.checkpoint import load_model
 from hpctrain.text import escaped, shown, shown_path
 from hpctrain.vision.features import Seeing, seeing
+from hpctrain.vision.saved import saved_model
 
 
 def main(run: Path, pictures: Sequence[Path], beam: int, weights: Path | None = None) -> int:
@@ -38,28 +35,14 @@ def main(run: Path, pictures: Sequence[Path], beam: int, weights: Path | None = 
 
 def trained(run: Path) -> Captioner:
     """The model that a run has trained: the best that it kept, or the last. Raises JobError for a run of another kind,
-    CheckpointError if there is no model or it does not fit."""
-    job = Job.recorded(run / JOB)
-    if job.model.name != "captioner":
+    and errors of `saved_model`."""
+    parts = saved_model(run)
+    if not isinstance(parts.model, Captioner):
         raise JobError(
-            f"{shown_path(run)} is a run of model.name = {shown(job.model.name)!r}, which describes no pictures; "
+            f"{shown_path(run)} is a run of model.name = {shown(parts.job.model.name)!r}, which describes no pictures; "
             "expected a run of captioner"
         )
-    path = next((run / name for name in (BEST, MODEL) if (run / name).exists()), None)
-    if path is None:
-        raise CheckpointError(
-            f"{shown_path(run)} has no model yet: the run has not come to its end; `hpctrain train --resume "
-            f"{shown_path(run)}` continues it"
-        )
-    model = job.model.bind()()
-    assert isinstance(model, Captioner)
-    try:
-        load_plain_state(model, load_model(path))
-        model.known()
-    except (RuntimeError, HpctrainError) as error:
-        line = " ".join(str(error).split())
-        raise CheckpointError(f"{shown_path(path)} does not fit the run's job: {line}") from None
-    return model.float().eval()
+    return parts.model.cpu().float()
 
 
 class Describer:

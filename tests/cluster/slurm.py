@@ -87,7 +87,7 @@ class Slurm:
     `folder`'s path must be short (the munge socket is in it) and all its parents readable.
     """
 
-    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 4) -> None:
+    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 8) -> None:
         self.folder = folder
         self.nodes = [f"n{i + 1}" for i in range(nodes)]
         self.cpus = cpus

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from hpctrain import launcher
 from hpctrain.trace import open_run
 from tests.conftest import launch
-from tests.helpers_mpi import RUN, TRAIN, write_job
+from tests.helpers_mpi import RUN, TRAIN, Started, write_job
 
 pytestmark = pytest.mark.launch
 
@@ -122,15 +122,57 @@ if MPI.COMM_WORLD.rank == 0:
 """
 
 
-def test_script_with_its_own_objects_and_loop(mpi: launcher.Mpi, tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(OWN)
-    ended = launch([*mpi.command(3), sys.executable, str(program), str(tmp_path / "runs")], mpi, timeout=60)
-    assert ended.status == 0, ended
-    assert "COUNTS [5, 5, 0]" in ended.out
-    assert "REFUSED " in ended.out
-    assert "was an object of the program that made this run" in ended.out
+Start = Callable[..., Started]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """start(count, source): `hpctrain run -n count -- python program.py FOLDER`, for runs in that folder."""
+    began = []
+
+    def begin(count: int, source: str) -> Started:
+        program = tmp_path / "program.py"
+        program.write_text(source)
+        words = ["-n", str(count), "--", "python", str(program), str(tmp_path / "runs")]
+        began.append(Started(tmp_path, [*RUN, *words]))
+        return began[-1]
+
+    yield begin
+    for one in began:
+        one.clear()
+
+
+def test_program_with_its_own_objects_and_loop(start: Start, tmp_path: Path) -> None:
+    started = start(3, OWN)
+    assert started.end(60) == 0, started.out + started.err
+    assert "COUNTS [5, 5, 0]" in started.out
+    assert "REFUSED " in started.out
+    assert "was an object of the program that made this run" in started.out
     [own] = (tmp_path / "runs").glob("own-*")
     assert set(load_file(own / "model.safetensors")) == {"layer.weight", "layer.bias"}
     assert "<lambda in program.py:" in (own / "job.toml").read_text()
-    assert ended.out.count("own: 3 ranks on 1 node") == 1
+    assert started.out.count("own: 3 ranks on 1 node") == 1
+
+
+FAILING = """
+import os, sys
+import hpctrain
+from tests import helpers
+
+assert "glibc.malloc.trim_threshold=" in os.environ["GLIBC_TUNABLES"]
+with hpctrain.session(helpers.make_job(sys.argv[1])) as s:
+    for batch in s.batches():
+        if s.totals.step == 2 and s.comm.rank == 1:
+            1 / 0
+        s.step(s.loss(s.model(batch.inputs), batch.targets))
+"""
+
+
+def test_traceback_of_a_program_that_fails_on_one_rank_comes_first(start: Start) -> None:
+    """It ends all ranks, with the program's status."""
+    started = start(2, FAILING)
+    assert started.end(60) == 1, started.out + started.err
+    started.gone(5)
+    printed = [line for line in started.err.splitlines() if "hpctrain run: python is " not in line]
+    assert printed[0] == "rank 1: Traceback (most recent call last):", started.err
+    assert printed[-1] == "rank 1: ZeroDivisionError: division by zero", started.err

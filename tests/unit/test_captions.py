@@ -553,7 +553,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
 def refused_runs(run: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = folder / "blue.jpg"
     assert "--beam 0" in refused(capsys, "caption", run, picture, "--beam", 0)
-    assert "there is no job file" in refused(capsys, "caption", folder / "none", picture)
+    assert "is not a run folder" in refused(capsys, "caption", folder / "none", picture)
     (folder / "w.pth").write_text("other weights")
     assert "w.pth does not hold the weights" in refused(capsys, "caption", run, picture, "--weights", folder / "w.pth")
     net = backbones.EfficientNetLite0.build()
@@ -561,13 +561,17 @@ def refused_runs(run: Path, folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "with other weights" in refused(capsys, "caption", run, picture, "--weights", folder / "w.pth")
     job = (run / "job.toml").read_text()
     (run / "job.toml").write_text(job.replace("words = 40", "words = 7"))
-    assert "does not fit the run's job" in refused(capsys, "caption", run, picture)
+    assert "does not fit the job's model" in refused(capsys, "caption", run, picture)
     (run / "job.toml").write_text(job)
     for path in run.glob("*.safetensors"):
         path.unlink()
     assert "has no model yet" in refused(capsys, "caption", run, picture)
-    (run / "job.toml").write_text(job.replace('name = "captioner"', 'name = "mlp"'))
-    assert "is a run of model.name = 'mlp', which describes no pictures" in refused(capsys, "caption", run, picture)
+
+
+def test_a_run_of_another_kind_describes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = World(1).run(lambda comm: helpers.quiet_train(comm, helpers.make_job(tmp_path)))[0].folder
+    message = f"{run} is a run of model.name = 'tests.helpers:net', which describes no pictures; expected a run of captioner"
+    assert message in refused(capsys, "caption", run, tmp_path / "a.jpg")
 
 
 def test_features_refuses_what_it_cannot_do(
@@ -597,5 +601,5 @@ def test_features_refuses_what_it_cannot_do(
 
 def test_bleu_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(JobError, match=r"BLEU needs sacrebleu, which is not installed: pip install hpctrain\[captions\]"):
+    with pytest.raises(JobError, match=r"BLEU needs nltk and sacrebleu .*: pip install hpctrain\[captions\]"):
         CaptionScores()

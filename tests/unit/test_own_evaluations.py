@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from hpctrain import Box, Example
 from hpctrain.analysis import Analysis
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
-from hpctrain.data.loader import Batch
+from hpctrain.data.loader import Batch, Loader
+from hpctrain.data.order import Order
 from hpctrain.data.splits import Splits
 from hpctrain.errors import HpctrainError, JobError, ModelError
 from hpctrain.job import Job
@@ -28,6 +30,7 @@ from hpctrain.run.api import fit_batch, session
 from hpctrain.run.command import evaluate_run
 from hpctrain.run.folder import Narrator
 from hpctrain.run.result import Result
+from hpctrain.run.resume import Resume
 from hpctrain.run.session import Session
 from hpctrain.trace import open_run
 from hpctrain.views import compare
@@ -98,21 +101,22 @@ def test_samples_of_different_lengths_are_collated_by_the_users_function(
         assert torch.allclose(value, load_file(wanted.folder / "model.safetensors")[key], atol=1e-6)
 
 
-def test_collating_draws_the_same_whoever_fetches(tmp_path: Path) -> None:
-    """A function that draws from a global generator: data.threads must not matter."""
-    models = []
+def test_collating_draws_the_same_whoever_fetches() -> None:
+    """A function that draws from a global generator, for data in memory, while the training loop draws as well."""
+    whole = Loader(helpers.pictures().train, Order(75, seed=4), threads=0, seed=4, collate=noisy)
+    wanted = [whole.take(start, start + 5).inputs for start in range(0, 75, 5)]
     for threads in (0, 2):
-        job = helpers.make_job(
-            tmp_path, model=linear, data={"name": sentences, "collate": noisy, "threads": threads}, loss="mse",
-            metric="torch.nn.functional:mse_loss", train={"epochs": 2, "batch_size": 5},
-        )  # fmt: skip
-        models.append((run(1, job).folder / "model.safetensors").read_bytes())
-    assert models[0] == models[1]
+        with Loader(helpers.pictures().train, Order(75, seed=4), threads=threads, seed=4, collate=noisy) as loader:
+            for place, start in enumerate(range(0, 75, 5)):
+                batch = loader.take(start, start + 5)
+                loader.request(start + 5, min(75, start + 10))
+                torch.rand(3)
+                assert torch.equal(batch.inputs, wanted[place])
 
 
-def noisy(samples: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    numbers, totals = padded(samples)
-    return numbers + 0.1 * torch.randn(numbers.shape), totals
+def noisy(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    inputs = torch.stack([pair[0] for pair in samples])
+    return inputs + 0.1 * torch.randn(inputs.shape), torch.stack([pair[1] for pair in samples])
 
 
 def test_data_in_memory_can_be_collated_too(tmp_path: Path) -> None:
@@ -313,6 +317,34 @@ def test_best_model_of_a_resumed_run_is_that_of_an_uninterrupted_one(tmp_path: P
         run(2, job, resume=folder)
         assert (folder / "best.safetensors").read_bytes() == whole
         assert (folder / "best.toml").read_text() == about
+
+
+def test_best_model_of_a_run_resumed_with_changes_is_one_of_its_own(tmp_path: Path) -> None:
+    """Not that of an evaluation after the checkpoint, which no longer belongs to the run."""
+    job = job_with(
+        tmp_path, train={"keep_best": "loss", "checkpoint_every": {"epochs": 1}, "keep_checkpoints": 9},
+        optimizer={"name": "SGD", "lr": 0.2},
+    )  # fmt: skip
+    folder = run(2, job).folder
+    for later in sorted((folder / "checkpoints").iterdir())[1:]:
+        later.unlink()
+    (folder / "model.safetensors").unlink()
+    worse = job.override(["optimizer.lr=20.0"])
+    World(2).run(lambda comm: helpers.quiet_train(comm, worse, resume=Resume(folder, changes="take")))
+    kept = tomllib.loads((folder / "best.toml").read_text())
+    assert [kept["value"]] == [
+        pytest.approx(float(row["loss"]), rel=1e-5)
+        for row in rows(folder)
+        if row["split"] == "validation" and int(row["samples"]) == kept["samples"]
+    ]
+
+
+def test_samples_to_test_on_do_not_choose_the_best_model(tmp_path: Path) -> None:
+    targets = helpers.points(49).tensors[1]
+    more = next(k for k in range(3) if (targets[42:] == k).float().mean() > (targets[30:42] == k).float().mean())
+    metric = {"name": f"{__name__}:share", "of": more, "goal": "max"}
+    folder = run(2, job_with(tmp_path, metric=metric, train={"keep_best": "metric"})).folder
+    assert tomllib.loads((folder / "best.toml").read_text())["split"] == "validation"
 
 
 def test_evaluation_that_fails_at_the_end_does_not_lose_the_model(tmp_path: Path) -> None:

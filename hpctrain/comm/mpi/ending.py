@@ -9,11 +9,10 @@ import time
 import traceback
 from typing import Any
 
-from hpctrain.errors import HpctrainError
+from hpctrain.errors import INTERRUPTED, HpctrainError
 
 PATIENCE = 2.0  # maximum time in seconds that a rank lets others report first
 FORWARDING = 0.2  # seconds for the launcher to forward what was just written; MPICH's may drop it in an abort
-INTERRUPTED = 130
 
 
 def end_all_ranks(rank: int, error: BaseException) -> None:
