@@ -4,8 +4,9 @@
     python analysis/captions.py FEATURES.h5 --table    only these, from docs/captions.csv
 
 For each of five folds one process trains with the batch of four workers (128), once with the pictures' features and
-once without them (all 0): what the model says about no picture in particular. Ten minutes on two free cores. FEATURES.h5
-is made as jobs/captions.toml says. Prints the tables of docs/captions.md and draws docs/captions.png.
+once without them (all 0): what the model says about no picture in particular. It can be interrupted and goes on where
+it stopped. FEATURES.h5 is made as jobs/captions.toml says. Prints the tables of docs/captions.md and draws
+docs/captions.png.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import h5py
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 
 from hpctrain.comm.virtual.world import World
 from hpctrain.filenames import METRICS
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("features", metavar="FEATURES.h5", type=Path)
     parser.add_argument("--table", action="store_true", help="train nothing")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     known = pd.read_csv(RESULTS) if RESULTS.exists() else Table()
     for way, fold in [] if options.table else missing(known):
         known = pd.concat([known, result(way, fold, options.features)])

@@ -108,9 +108,9 @@ class Captioner(nn.Module):
         elif not torch.equal(self.vocabulary, given):
             own, other = self.known().tokens, Vocabulary.unpacked(given).tokens
             raise ModelError(
-                f"the data's vocabulary ({other} tokens) is that of another run than this model's ({own} tokens), or its "
-                "features were made in another way; give the run its own data: data.file and the data's other keys as "
-                "they were"
+                f"the data's vocabulary ({other} tokens) is that of another run than this model's ({own} tokens), or "
+                "its features were made in another way; give the run its own data: data.file and the data's other keys "
+                "as they were"
             )
         self._check_features(batch["features"])
 

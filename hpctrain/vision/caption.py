@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hpctrain.errors import DataError, JobError
-from hpctrain.ingest.picture import fitted
+from hpctrain.ingest.picture import fitted, opened_picture
 from hpctrain.models.captioner import Captioner
 from hpctrain.text import escaped, shown, shown_path
 from hpctrain.vision.features import Seeing, seeing
@@ -29,7 +29,7 @@ def main(run: Path, pictures: Sequence[Path], beam: int, weights: Path | None = 
             print(f"{shown_path(path)}: {describer.caption(path, beam)}")
         except ValueError as error:
             problems += 1
-            print(escaped(f"hpctrain: {shown_path(path)}: {error}; left out"), file=sys.stderr)
+            print(escaped(f"hpctrain: {shown_path(path)} {error}; left out"), file=sys.stderr)
     return 2 if problems else 0
 
 
@@ -66,7 +66,8 @@ class Describer:
 
     def caption(self, path: Path, beam: int) -> str:
         """Of the picture in that file. Raises ValueError, saying what is wrong, if it cannot be read."""
-        pixels = np.frombuffer(fitted(path, self._size, self._fit).pixels, np.uint8).copy()
+        picture = fitted(opened_picture(path), self._size, self._fit)
+        pixels = np.frombuffer(picture.pixels, np.uint8).copy()
         features = self.seeing.of(pixels.reshape(1, self._size, self._size, 3))
         with torch.inference_mode():
             return self.model.describe(torch.from_numpy(features), beam)[0]
