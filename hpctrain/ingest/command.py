@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hpctrain.errors import DataError, HpctrainError
@@ -18,17 +18,15 @@ from hpctrain.ingest.journal import Journal
 from hpctrain.ingest.picture import FITS
 from hpctrain.ingest.reading import Format, Listing, Reading, Recipe, batches
 from hpctrain.ingest.store import About, PictureFile, complete, problems_of
-from hpctrain.ingest.tasks import Inline, ordered, processes
+from hpctrain.ingest.tasks import ordered
 from hpctrain.ingest.voc import VOC
-from hpctrain.launcher.started import launched_rank, launched_size
+from hpctrain.ingest.workers import AHEAD, Rate, cores, local, on_ranks
 from hpctrain.text import escaped, shown_path
 from hpctrain.views.progress import Progress
 
 FORMATS: dict[str, type[Format]] = {each.kind: each for each in (VOC, Captions, ClassFolders)}
 SIZE, MOST_SIZE = 256, 8192
 BATCH, TASK_BYTES = 16, 3 << 20  # pictures per task, and what they take at most, unless one takes more
-AHEAD = 4  # tasks per worker that are under way, or wait to be written
-SYNC_S = 1.0  # between writing down what has been read; what is read in between is read again after a crash
 
 
 @dataclass(frozen=True)
@@ -65,24 +63,7 @@ def main(request: Ingestion) -> int:
 
     Collective over these ranks: rank 0 writes, the others read. Returns the exit status.
     """
-    launched, by = launched_size(os.environ)
-    if launched == 1:
-        return _make(request)
-    from hpctrain.comm.connect import connect, report
-    from hpctrain.comm.mpi.executor import ranks
-
-    rank = launched_rank(os.environ)
-    try:
-        comm = connect()
-        rank = comm.rank
-        with ranks() as executor:
-            if executor is None:
-                return 0
-            if request.workers is not None:
-                raise DataError(f"-n {request.workers}: {by} has already started {launched} ranks; leave -n out")
-            return _make(request, executor, comm.size - 1)
-    except HpctrainError as mistake:
-        return report(mistake, rank)
+    return on_ranks(request.workers, partial(_make, request))
 
 
 def _make(request: Ingestion, executor: Executor | None = None, workers: int | None = None) -> int:
@@ -94,11 +75,11 @@ def _make(request: Ingestion, executor: Executor | None = None, workers: int | N
         if not listing.items:
             raise DataError(f"{request.source} has no pictures where the format {request.kind!r} has them")
         if not _complete(request, recipe.fingerprint(listing)):
-            count = workers or request.workers or len(os.sched_getaffinity(0))
+            count = workers or request.workers or cores()
             with contextlib.ExitStack() as stack:
                 if executor is None:
                     tasks = -(-len(listing.items) // batch_size(request.size))
-                    executor = stack.enter_context(_executor(min(count, tasks)))
+                    executor = stack.enter_context(local(min(count, tasks), "hpctrain.ingest.command"))
                 ingest(recipe, listing, request.out, executor, count, request.strict)
     except BrokenProcessPool:
         raise HpctrainError(
@@ -114,10 +95,6 @@ def _make(request: Ingestion, executor: Executor | None = None, workers: int | N
 def batch_size(size: int) -> int:
     """Pictures of size x size pixels per task."""
     return max(1, min(BATCH, TASK_BYTES // (3 * size * size)))
-
-
-def _executor(count: int) -> contextlib.AbstractContextManager[Executor]:
-    return processes(count, "hpctrain.ingest.command") if count > 1 else Inline()
 
 
 def _complete(request: Ingestion, fingerprint: str) -> bool:
@@ -153,7 +130,7 @@ def ingest(recipe: Recipe, listing: Listing, out: Path, executor: Executor, work
         if not part.exists() and journal.done:
             raise DataError(f"{part} is missing, but {notes} says how far it was; remove that as well, to begin again")
         with PictureFile(part, len(listing.items), recipe.size) as pictures, Progress() as progress:
-            rate = Rate(journal.done, len(listing.items))
+            rate = Rate("ingest", journal.done, len(listing.items))
             tasks = batches(listing.items, journal.done, batch_size(recipe.size))
             for reading in _flat(ordered(executor, recipe.read, tasks, AHEAD * workers)):
                 if strict:
@@ -185,28 +162,6 @@ def _flat(parts: Iterator[list[Reading]]) -> Iterator[Reading]:
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
         raise DataError(f"{problems[0]} (--strict)")
-
-
-class Rate:
-    """Says when to write things down, and how long the rest will take."""
-
-    def __init__(self, done: int, total: int) -> None:
-        self._first, self._total, self._began = done, total, time.monotonic()
-        self._due = self._began + SYNC_S
-
-    def due(self) -> bool:
-        """Whether SYNC_S seconds have passed since this was last true."""
-        now = time.monotonic()
-        if now < self._due:
-            return False
-        self._due = now + SYNC_S
-        return True
-
-    def text(self, done: int) -> str:
-        """For the progress line."""
-        rate = (done - self._first) / (time.monotonic() - self._began)
-        left = (self._total - done) / rate if rate else float("inf")
-        return f"ingest: {done:,} of {self._total:,} pictures, {rate:.0f}/s, {left:.0f} s left"
 
 
 def summary(out: Path) -> list[str]:

@@ -30,10 +30,13 @@ MODELS = {
     "resnet18": "hpctrain.models.resnet18:resnet18",
     "convnet": "hpctrain.models.convnet:convnet",
     "transformer": "hpctrain.models.transformer:transformer",
+    "vgg16": "hpctrain.models.vgg:vgg16",
+    "captioner": "hpctrain.models.captioner:captioner",
     "detector": "hpctrain.models.detector:detector",
 }
 DATASETS = {
     "bccd_crops": "hpctrain.data.bccd:bccd_crops",
+    "captions": "hpctrain.vision.captions:captions",
     "digits": "hpctrain.data.digits:digits",
     "ingested": "hpctrain.ingest.dataset:ingested",
     "mnist": "hpctrain.data.mnist:mnist",
@@ -50,7 +53,7 @@ METRICS = {
     "balanced_accuracy": "hpctrain.models.metrics:BalancedAccuracy",
     "bits": "hpctrain.models.metrics:bits",
 }
-EVALUATIONS: dict[str, str] = {}
+EVALUATIONS = {"captions": "hpctrain.vision.bleu:CaptionScores"}
 COLLATES: dict[str, str] = {}
 AUGMENTATIONS = {
     "shift": "hpctrain.data.augment:shift",

@@ -241,8 +241,8 @@ def test_resumes_after_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     many_classes(tmp_path / "set", 600)
     out, mark = tmp_path / "out.h5", f"{tmp_path}"
     code = (
-        "import sys\nfrom hpctrain.ingest import command\nfrom hpctrain.cli import main\n"
-        "command.SYNC_S = 0.02\nsys.exit(main())"
+        "import sys\nfrom hpctrain.ingest import workers\nfrom hpctrain.cli import main\n"
+        "workers.SYNC_S = 0.02\nsys.exit(main())"
     )
     options = ["-n", "2", "--size", "200"]
     words = [sys.executable, "-c", code, "ingest", "folder", str(tmp_path / "set"), str(out), *options]
