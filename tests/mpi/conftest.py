@@ -41,6 +41,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     pytest-mpi takes the name of this folder for a mark: without --with-mpi it skips everything in it.
     """
+    # Processes of pytest-xdist would not finalize it, and leave shared memory behind.
+    assert "mpi4py.MPI" not in sys.modules or config.getoption("--with-mpi"), "importing the tests initialises MPI"
     launching = [item for item in items if item.get_closest_marker("launch") is not None]
     if config.getoption("--with-mpi"):
         config.hook.pytest_deselected(items=launching)
