@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpctrain.errors import HpctrainError
     from hpctrain.job import Job
+    from hpctrain.models.examples import Box, Example
     from hpctrain.run.api import Result, Session, session, train
     from hpctrain.run.resume import Resume
 
 __version__ = "0.1.0"
-__all__ = ["HpctrainError", "Job", "Result", "Resume", "Session", "session", "train"]
+__all__ = ["Box", "Example", "HpctrainError", "Job", "Result", "Resume", "Session", "session", "train"]
 
 _WHERE = {
+    "Box": "hpctrain.models.examples",
+    "Example": "hpctrain.models.examples",
     "HpctrainError": "hpctrain.errors",
     "Job": "hpctrain.job",
     "Result": "hpctrain.run.api",

@@ -76,6 +76,7 @@ def _discard_output() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     from hpctrain.bench import CHOICES
+    from hpctrain.vision.arguments import add_predict
 
     parser = argparse.ArgumentParser(prog="hpctrain", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"hpctrain {__version__}")
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_lab(commands)
     _add_simulator(commands)
     _add_ingest(commands)
+    add_predict(commands)
     job = commands.add_parser("job", help="show and explain job files")
     about = job.add_subparsers(required=True, metavar="ACTION")
     explain = about.add_parser("explain", help="list every key of a job with its type, default and meaning")

@@ -11,15 +11,18 @@ Times are milliseconds of the run's clock. The files are written by the real wri
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.trace import Recorder, TraceWriter, link_ranks, trace_path
-from hpctrain.trace.events import PhaseEntered
+from hpctrain.trace.events import Logged, PhaseEntered
 from hpctrain.trace.versions import parsed
 
 if TYPE_CHECKING:
+    from hpctrain.comm.base import Communicator
     from hpctrain.job import Job
+    from hpctrain.run.session import Session
     from hpctrain.trace.reader import Run
 
 JOB = 'model = "mlp"\ndata = "digits"\n'
@@ -60,6 +63,11 @@ class HandMadeRank:
         """The event that this message describes."""
         self._at(at)
         self.recorder.event(parsed(kind, text))
+
+    def log(self, at: float, name: str, value: float, step: int, samples: int) -> None:
+        """What a program logs."""
+        self._at(at)
+        self.recorder.event(Logged(name, value, step, samples))
 
     def phase(self, at: float, index: int, role: str, strategy: str) -> None:
         """The event that every rank records when a phase begins."""
@@ -118,23 +126,33 @@ class HandMade:
         link_ranks(self.folder)
 
 
-def train_traced(folder: Path, job: Job, size: int, **world: Any) -> Run:
-    """Train over virtual ranks (with `World`'s arguments); traces in virtual time go to `folder`."""
+Loop = Callable[["Session"], None]
+
+
+def train_traced(folder: Path, job: Job, size: int, loop: Loop | None = None, **world: Any) -> Run:
+    """Train over virtual ranks (with `World`'s arguments), by `loop` or the standard one; traces in virtual time go to
+    `folder`."""
     from hpctrain.comm.virtual.world import World
-    from hpctrain.run.api import train
+    from hpctrain.run.api import fit, session
     from hpctrain.run.folder import Narrator
     from hpctrain.trace import open_run
 
     ranks = World(size, **world)
     recorders = [Recorder(lambda: ranks.time) for _ in range(size)]
     ranks.recorders = recorders
-    results = ranks.run(lambda comm: train(job, comm, out=Narrator(enabled=False)))
+
+    def body(comm: Communicator) -> Path:
+        with session(job, comm, out=Narrator(enabled=False)) as running:
+            (loop or fit)(running)
+        return running.result.folder
+
+    folders = ranks.run(body)
     for rank, recorder in enumerate(recorders):
         facts = {"rank": rank, "size": size, "role": "worker", "node": ranks.nodes[rank], "host": "virtual",
                  "attempt": 1, "device": "cpu", "job": job.dump()}  # fmt: skip
         TraceWriter(trace_path(folder, rank), recorder, facts).close()
     link_ranks(folder)
-    for name in ("job.toml", "metrics.csv"):
-        if (results[0].folder / name).exists():
-            (folder / name).write_text((results[0].folder / name).read_text())
+    for name in ("job.toml", "metrics.csv", "examples.json"):
+        if (folders[0] / name).exists():
+            (folder / name).write_text((folders[0] / name).read_text())
     return open_run(folder)

@@ -128,6 +128,13 @@ class Analysis:
         return evaluations(self.run, self.convergence)
 
     @cached_property
+    def logged(self) -> pd.DataFrame:
+        """Columns rank, attempt, t_s, step, samples, name, value: what programs logged by `Session.log`."""
+        from hpctrain.analysis.convergence import logged
+
+        return logged(self.run)
+
+    @cached_property
     def staleness(self) -> pd.DataFrame:
         """Columns phase, rank, step, t_s, staleness_min, staleness_max."""
         from hpctrain.analysis.convergence import staleness

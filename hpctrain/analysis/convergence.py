@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.trace.events import PhaseSwitch, RuleStatistic
+from hpctrain.trace.events import Logged, PhaseSwitch, RuleStatistic, chosen
 from hpctrain.trace.schema import KIND_CODES
 
 if TYPE_CHECKING:
@@ -50,15 +50,17 @@ def losses(run: Run, phases: pd.DataFrame) -> pd.DataFrame:
 
 
 def evaluations(run: Run, losses: pd.DataFrame) -> pd.DataFrame:
-    """The rows of metrics.csv on the clocks of `losses`: columns are the clocks, then epoch, split, loss, metric.
+    """The rows of metrics.csv on the clocks of `losses`: columns are the clocks, then epoch, split, loss, metric
+    and, of evaluations with several values, metric.NAME.
 
     An evaluation gets the clock values of the last update before it, so its t_s lies before the evaluation itself.
     Empty, with these columns, if there was no evaluation.
     """
     import pandas as pd
 
-    names = [*CLOCKS, "epoch", "split", "loss", "metric"]
     metrics = run.metrics()
+    named = [name for name in metrics.columns if name.startswith("metric.")]
+    names = [*CLOCKS, "epoch", "split", "loss", "metric", *named]
     if not {"samples", "epoch", "split", "loss", "metric"} <= set(metrics.columns) or not len(losses):
         return pd.DataFrame({name: pd.Series(dtype="object" if name == "split" else "float64") for name in names})
     last = np.searchsorted(losses["samples"].to_numpy(), metrics["samples"].to_numpy(), side="right") - 1
@@ -66,6 +68,24 @@ def evaluations(run: Run, losses: pd.DataFrame) -> pd.DataFrame:
         values = losses[name].to_numpy(np.float64)
         metrics[name] = np.where(last >= 0, values[np.maximum(last, 0)], np.nan)
     return metrics[names]
+
+
+def logged(run: Run) -> pd.DataFrame:
+    """What programs logged (`Session.log`), in order: rank, attempt, t_s, step, samples, name, value.
+
+    `step`, `samples`: the steps that the rank had taken, and the run's cursor. Work that a resumed run repeated is left
+    out.
+    """
+    import pandas as pd
+
+    rows = [
+        (rank, attempt, (t_ns - run.start_ns) / 1e9, event.step, event.samples, event.name, event.value)
+        for rank, attempt, t_ns, event in chosen(run.events(), Logged)
+    ]
+    frame = pd.DataFrame(rows, columns=["rank", "attempt", "t_s", "step", "samples", "name", "value"])
+    for attempt, samples in frame.groupby("attempt")["samples"].min().items():
+        frame = frame[(frame["attempt"] >= attempt) | (frame["samples"] < samples)]
+    return frame.reset_index(drop=True)
 
 
 def staleness(run: Run) -> pd.DataFrame:

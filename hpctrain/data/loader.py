@@ -59,16 +59,22 @@ class Batch:
         return self.inputs if self.targets is None and isinstance(self.inputs, Mapping) else self.targets
 
 
-def fetches_ahead(dataset: Any, threads: int, prefetch: int, augment: Sequence[Any]) -> bool:
-    """Whether a loader with these arguments fetches batches ahead: not for unaugmented data in memory."""
+Collate = Callable[[list[Any]], Any]
+"""Makes a batch of samples, like torch's `collate_fn`: a pair (inputs, targets), or all of it as inputs."""
+
+
+def fetches_ahead(dataset: Any, threads: int, prefetch: int, work: Sequence[Any]) -> bool:
+    """Whether a loader with these arguments fetches batches ahead: not for data in memory without `work`, functions
+    that augment or collate its samples."""
     base, _ = unwrap(dataset)
-    in_memory = not isinstance(base, IterableDataset) and gatherer(base) is not None and not augment
+    in_memory = not isinstance(base, IterableDataset) and gatherer(base) is not None and not work
     return threads > 0 and prefetch > 0 and not in_memory
 
 
 PROBES = 2  # batches fetched inline, to detect draws by the data set, and by the training loop in between
 _BLOCK = 256
-_ITEM, _AUGMENT = 0x5851F42D4C957F2D, 0x14057B7EF767814F  # keeps the draws of samples and of augmentations unrelated
+# keep the draws of samples, augmentations and collating unrelated
+_ITEM, _AUGMENT, _COLLATE = 0x5851F42D4C957F2D, 0x14057B7EF767814F, 0x2545F4914F6CDD1D
 
 
 class Loader:
@@ -90,9 +96,11 @@ class Loader:
         augment: Sequence[Augmentation] = (),
         seed: int = 0,
         workers: Communicator | None = None,
+        collate: Collate | None = None,
     ) -> None:
         """`threads` 0: fetch inline. `prefetch`: how many batches may be requested ahead. `workers`: the ranks that
-        call `bounds` together; if given, they compare where a stream of unknown length ends."""
+        call `bounds` together; if given, they compare where a stream of unknown length ends. `collate`: makes batches
+        of samples; None: as torch's default does (`data.collate`)."""
         self._order = order
         self._workers = workers if workers is not None and workers.size > 1 else None
         self._augment = tuple(augment)
@@ -103,12 +111,15 @@ class Loader:
         self._base, self._picked = unwrap(dataset)
         streaming = isinstance(self._base, IterableDataset)
         self._stream = Stream(self._base, order, self._read) if streaming else None
-        self._gather = None if streaming else gatherer(self._base)
+        self._collate = collate
+        self._gather = None if streaming or collate is not None else gatherer(self._base)
         self._threads = min(threads, 1) if streaming else threads  # a stream has one order
         self._pool: ThreadPoolExecutor | None = None
         self._draws_augmenting = not all(draws_only_from_its_own(function) for function in self._augment)
-        self._draws = self._draws_augmenting or not only_indexed(self._base)  # assume so unless known otherwise
-        self._alone = not fetches_ahead(dataset, self._threads, prefetch, augment)
+        own = self._draws_augmenting or collate is not None or not only_indexed(self._base)
+        self._draws = own  # the user's own code is assumed to draw
+        work = [*self._augment, *([] if collate is None else [collate])]
+        self._alone = not fetches_ahead(dataset, self._threads, prefetch, work)
         self._probes = PROBES if self._draws and not self._alone else 0
         self._drew = False  # during a probe
         self._guarded = streaming
@@ -203,11 +214,11 @@ class Loader:
         epoch, offset = self._order.place(start, stop)
         if self._stream is not None:
             indices = np.arange(offset, offset + stop - start)
-            return _collate(self._augmented(self._stream.read(start, stop), epoch, indices), indices)
+            return self._batched(self._augmented(self._stream.read(start, stop), epoch, indices), epoch, indices)
         indices = self._order.indices(start, stop)
         places = indices if self._picked is None else self._picked[indices]  # in the data set inside the `Subset`s
         if self._gather is None:
-            return _collate(self._augmented(self._items(places, epoch, indices), epoch, indices), places)
+            return self._batched(self._augmented(self._items(places, epoch, indices), epoch, indices), epoch, places)
         gather = self._gather
         seed = self._seeds(epoch, indices[:1])[0] ^ _ITEM if self._draws else 0
         columns = list(self._run(seed, lambda: gather(places)))
@@ -231,6 +242,14 @@ class Loader:
                 raise
         return items
 
+    def _batched(self, items: list[Any], epoch: int, indices: NDArray[np.int64]) -> Batch:
+        """A batch of these samples, which have these indices."""
+        own = self._collate
+        if own is None:
+            return _batch(collate(items, indices), _is_pair(items[0]), len(items))
+        made = self._run(self._seeds(epoch, indices[:1])[0] ^ _COLLATE, partial(own, items))
+        return _batch(made, _is_pair(made), len(items))
+
     def _augmented(self, items: list[Any], epoch: int, indices: NDArray[np.int64]) -> list[Any]:
         """The items, with the augmentations applied to each input."""
         if not self._augment:
@@ -241,17 +260,17 @@ class Loader:
             sample = item[0] if pair else item
             if isinstance(sample, np.ndarray):
                 sample = tensor_of(sample)
-            if not isinstance(sample, Tensor):
+            if not isinstance(sample, (Tensor, Mapping)):
                 raise DataError(
-                    f"data.augment works on tensors and arrays, but sample {index} of the data set is of type "
-                    f"{type(sample).__name__}; return tensors from the data set, or augment there"
+                    f"data.augment works on tensors, arrays and mappings, but sample {index} of the data set is of "
+                    f"type {type(sample).__name__}; return one of these from the data set, or augment there"
                 )
             augment = partial(self._augment_one, sample, seed)
             sample = self._run(seed ^ _AUGMENT, augment) if self._draws_augmenting else augment()
             done.append((sample, item[1]) if pair else sample)
         return done
 
-    def _augment_one(self, sample: Tensor, seed: int) -> Tensor:
+    def _augment_one(self, sample: Any, seed: int) -> Any:
         generator = torch.Generator()
         generator.manual_seed(seed)
         for function in self._augment:
@@ -419,7 +438,6 @@ def _is_pair(item: Any) -> bool:
     return isinstance(item, (tuple, list)) and len(item) == 2
 
 
-def _collate(items: list[Any], indices: NDArray[np.int64]) -> Batch:
-    collated = collate(items, indices)
-    inputs, targets = collated if _is_pair(items[0]) else (collated, None)
-    return Batch(inputs, targets, len(items))
+def _batch(collated: Any, pair: bool, size: int) -> Batch:
+    inputs, targets = collated if pair else (collated, None)
+    return Batch(inputs, targets, size)

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hpctrain.data.boxes import NO_LABEL
 from hpctrain.data.splits import Splits
 from hpctrain.errors import DataError
 from hpctrain.ingest.store import About, opened
 from hpctrain.text import did_you_mean
-
-NO_LABEL = -1  # of rows that pad a sample's boxes
 
 
 def ingested(

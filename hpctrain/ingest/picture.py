@@ -36,23 +36,26 @@ def stretched(size: Size, side: int) -> Size:
 FITS: dict[str, Callable[[Size, int], Size]] = {"pad": padded, "stretch": stretched}
 
 
-def fitted(path: Path, side: int, fit: str) -> Fitted:
-    """The picture in that file, in a square; the left upper corner stays where it is, so boxes need only be scaled.
-
-    Raises ValueError, saying what is wrong, if the file is missing or is not a picture that can be read.
-    """
+def opened_picture(path: Path) -> Image.Image:
+    """The picture in that file, as RGB. Raises ValueError, saying what is wrong, if there is none that can be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
-                picture = file.convert("RGB")
+                return file.convert("RGB")
     except FileNotFoundError:
-        raise ValueError("its picture is missing") from None
+        raise ValueError("is missing") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"its picture has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+        raise ValueError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # of a damaged file, Pillow's formats raise anything
-        reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ValueError(f"its picture cannot be read ({reason})") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is of no known format"
+        raise ValueError(f"cannot be read ({reason})") from None
+
+
+def fitted(picture: Image.Image, side: int, fit: str) -> Fitted:
+    """The picture (RGB) in a square; the left upper corner stays where it is, so boxes need only be scaled."""
     width, height = FITS[fit](picture.size, side)
     square = picture.resize((width, height), Image.Resampling.BILINEAR)
     if (width, height) != (side, side):

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hpctrain.ingest.picture import fitted
+from PIL import Image
+
+from hpctrain.ingest.picture import fitted, opened_picture
 
 VERSION = 1  # of the file's layout
 
@@ -113,12 +115,18 @@ class Recipe:
 
     def _read(self, item: Item) -> Reading:
         try:
-            picture = fitted(self.format.picture(self.root, item), self.size, self.fit)
+            picture = fitted(self._picture(item), self.size, self.fit)
             row, problems = self.format.row(self.root, item, picture.size, picture.scale)
         except (LeftOut, ValueError, OSError) as error:  # OSError: a folder that may not be searched, a name too long
             return Reading(item.name, None, None, (f"{item.name}: {error}; left out",))
         row |= {"size": picture.size, "scale": picture.scale}
         return Reading(item.name, picture.pixels, row, tuple(f"{item.name}: {text}" for text in problems))
+
+    def _picture(self, item: Item) -> Image.Image:
+        try:
+            return opened_picture(self.format.picture(self.root, item))
+        except ValueError as error:
+            raise LeftOut(f"its picture {error}") from None
 
     def fingerprint(self, listing: Listing) -> str:
         """Equal for data sets that are made of the same names and annotations in the same way, whatever their place."""

@@ -24,6 +24,7 @@ from pydantic import (
 
 from hpctrain.errors import ClusterError, JobError
 from hpctrain.job import file as jobfile
+from hpctrain.job.measuring import Evaluate, Loss, Metric
 from hpctrain.job.messages import LARGEST, FaultyJobError, fail, faults, job_error, raise_all, unwritable
 from hpctrain.job.phases import Enter, PhaseTable, StrategySpec, SwitchOptions
 from hpctrain.job.spec import RECORDED, Choice, Named
@@ -32,8 +33,6 @@ from hpctrain.job.tables import (
     CommunicatorTable,
     Data,
     Debug,
-    Loss,
-    Metric,
     ModelTable,
     Optimizer,
     Trace,
@@ -81,6 +80,11 @@ class Job(Table):
     data: Data = Field(default_factory=Data, description=Data.__doc__)
     loss: Loss = Field(default_factory=Loss, description=Loss.__doc__)
     metric: Metric = Field(default_factory=Metric, description=Metric.__doc__)
+    evaluate: Evaluate | None = Field(
+        default=None,
+        description="an evaluation of your own, in place of the loss and the metric; metric.goal and metric.monitor "
+        "still apply",
+    )
     optimizer: Optimizer = Field(default_factory=lambda: Optimizer.model_validate({}), description=Optimizer.__doc__)
     train: Train = Field(default_factory=lambda: Train.model_validate({}), description=Train.__doc__)
     strategy: StrategySpec | None = Field(
@@ -156,6 +160,11 @@ class Job(Table):
         return self._file
 
     @property
+    def measured(self) -> str:
+        """What the metric is called: metric.monitor, else the name of the metric, or of an evaluation of one's own."""
+        return self.metric.monitor or (self.metric.name if self.evaluate is None else "metric")
+
+    @property
     def overrides(self) -> tuple[str, ...]:
         """The overrides applied by `load`, followed by those applied by `override`."""
         return self._overrides
@@ -198,6 +207,8 @@ class Job(Table):
         tables = self.plain()
         specs = [(tables[name], getattr(self, name)) for name in tables if isinstance(tables[name], dict)]
         specs += [(tables["optimizer"].get(key), getattr(self.optimizer, key)) for key in ("schedule", "groups")]
+        specs += [(tables["data"].get("collate"), self.data.collate)]
+        specs += zip(tables["metric"].get("also", []), self.metric.also, strict=True)
         for table, spec in specs:
             if isinstance(spec, Named) and spec.thing is not None:
                 table[spec.KEY] = spec.thing

@@ -30,6 +30,7 @@ MODELS = {
     "resnet18": "hpctrain.models.resnet18:resnet18",
     "convnet": "hpctrain.models.convnet:convnet",
     "transformer": "hpctrain.models.transformer:transformer",
+    "detector": "hpctrain.models.detector:detector",
 }
 DATASETS = {
     "bccd_crops": "hpctrain.data.bccd:bccd_crops",
@@ -45,10 +46,20 @@ LOSSES = {
 }
 METRICS = {
     "accuracy": "hpctrain.models.metrics:accuracy",
+    "average_precision": "hpctrain.models.average_precision:AveragePrecision",
     "balanced_accuracy": "hpctrain.models.metrics:BalancedAccuracy",
     "bits": "hpctrain.models.metrics:bits",
 }
-AUGMENTATIONS = {"shift": "hpctrain.data.augment:shift", "flip": "hpctrain.data.augment:flip"}
+EVALUATIONS: dict[str, str] = {}
+COLLATES: dict[str, str] = {}
+AUGMENTATIONS = {
+    "shift": "hpctrain.data.augment:shift",
+    "flip": "hpctrain.data.augment:flip",
+    "light": "hpctrain.data.augment:light",
+    "flip_boxes": "hpctrain.data.boxes:flip_boxes",
+    "turn_boxes": "hpctrain.data.boxes:turn_boxes",
+    "crop_boxes": "hpctrain.data.boxes:crop_boxes",
+}
 SCHEDULES = {name: f"hpctrain.clock.rates:{name}" for name in ("constant", "linear", "cosine", "step")}
 GROUPS = {"decay": "hpctrain.replica.optimizer:decay"}
 RULES = {
@@ -89,6 +100,8 @@ TABLES: dict[str, dict[str, str]] = {
     "loss": LOSSES,
     "metric": METRICS,
     "augmentation": AUGMENTATIONS,
+    "evaluation": EVALUATIONS,
+    "collate": COLLATES,
     "schedule": SCHEDULES,
     "rule": RULES,
     "groups": GROUPS,
@@ -113,8 +126,9 @@ def check(kind: str, name: str) -> None:
         raise JobError("was an object of the program that made this run; start that program again")
     known = ", ".join(table)
     if ":" in name:
-        raise JobError(f'is not of the form "package.module:attribute"; or use one of {known}')
-    raise JobError(f'unknown {kind}{did_you_mean(name, table)}; use one of {known}, or "package.module:attribute"')
+        raise JobError(f'is not of the form "package.module:attribute"{f"; or use one of {known}" if known else ""}')
+    use = f'one of {known}, or "package.module:attribute"' if known else '"package.module:attribute"'
+    raise JobError(f"unknown {kind}{did_you_mean(name, table)}; use {use}")
 
 
 def resolve(kind: str, name: str) -> Any:

@@ -57,11 +57,21 @@ class ModelTable(Named):
     name: str = Field(default="convnet", description="the model; further keys are its function's keyword arguments")
 
 
+class CollateTable(Named):
+    """What makes a batch of samples."""
+
+    KIND = "collate"
+    name: str = Field(
+        description="function of a list of samples that returns a batch, like torch's collate_fn: a pair (inputs, "
+        "targets), or anything else, all of which is the inputs. Further keys are its keyword arguments",
+    )
+
+
 class Data(Named):
     """What it is trained on, and how samples reach the workers."""
 
     KIND = "dataset"
-    KEPT = ("validation", "queue", "partition", "shuffle", "last", "prefetch", "threads", "augment")
+    KEPT = ("validation", "queue", "partition", "shuffle", "last", "prefetch", "threads", "augment", "collate")
     name: str = Field(default="digits", description="the data set; further keys are its function's keyword arguments")
     validation: Share = Field(default=0.0, description="share of the training samples held back for validation")
     queue: Literal["auto", "static", "shared"] = Field(
@@ -87,6 +97,11 @@ class Data(Named):
         description="threads per worker that fetch and augment samples; 0: the training loop does it",
     )
     augment: list[str] = Field(default=[], description="augmentations of training samples, in this order")
+    collate: CollateTable | None = Field(
+        default=None,
+        description="what makes a batch of samples, in training and in evaluations; left out: each tensor or number of "
+        "a sample becomes a tensor with a row per sample",
+    )
 
     @field_validator("augment", mode="before")
     @classmethod
@@ -97,39 +112,6 @@ class Data(Named):
     def _check_object(cls, thing: object) -> None:
         if not callable(thing) and not any(hasattr(thing, n) for n in ("__getitem__", "__iter__", "train")):
             fail((), thing, "must be a data set, a pair (train, test), or a function that makes one")
-
-
-class Loss(Named):
-    """The loss, which training minimises."""
-
-    KIND = "loss"
-    name: str = Field(
-        default="cross_entropy",
-        description="function of (outputs, targets), or model: the model returns its loss. Further keys are the "
-        "function's keyword arguments",
-    )
-
-
-class Metric(Named):
-    """What is reported, and what train.target and train.patience use."""
-
-    KIND = "metric"
-    name: str = Field(
-        default="accuracy",
-        description="function of a batch's (outputs, targets) that returns a number, its mean over the batch; or a "
-        "pair (sum, weight); or a dictionary of these, whose first entry is the metric. Or a class with start, update, "
-        "state, merge and value, for a metric that is not a mean over batches. Further keys are keyword "
-        "arguments of the function, or of the class's constructor; accuracy has dim, ignore_index and threshold",
-    )
-    goal: Literal["max", "min"] = Field(
-        default="max", description="whether larger or smaller values of the metric are better"
-    )
-
-    @classmethod
-    def _check_object(cls, thing: object) -> None:
-        if not callable(thing) and hasattr(thing, "update"):
-            fail((), thing, "must be the metric's class, with its options beside it, not an instance")
-        super()._check_object(thing)
 
 
 class LearningRate(Named):
@@ -288,6 +270,11 @@ class Train(Table):
     evaluate_every: Amount = Field(
         default_factory=lambda: Amount(epochs=1.0),
         description="how often to evaluate; {fraction = 1}: only at the end",
+    )
+    keep_best: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="write best.safetensors whenever this value of the evaluations is better than ever: metric (by "
+        "metric.goal), loss (smaller is better), or the name of another value (by metric.goal); left out: never",
     )
     evaluate_batch: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
         default=None,

@@ -7,11 +7,23 @@ the data set.
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from hpctrain.errors import ModelError
+
 MOST = 16  # examples in a report
+MOST_BOXES, MOST_TEXT = 200, 2000  # of an example; characters of each text
+MOST_PIXELS = 320  # of the longer side of a picture in a report
+JPEG_QUALITY = 85
 
 
 @dataclass(frozen=True)
@@ -39,3 +51,37 @@ class Example:
     boxes: Sequence[Box] = ()
     text: str = ""
     truth: Sequence[str] = ()
+
+
+def plain(example: Example) -> dict[str, Any]:
+    """The example for a JSON file. Its picture is a JPEG as base64, smaller if it is large; `width` and `height` are
+    those of the picture that the boxes belong to. Raises ModelError for a picture of another shape."""
+    found = {
+        "name": str(example.name)[:MOST_TEXT],
+        "text": str(example.text)[:MOST_TEXT],
+        "truth": [str(line)[:MOST_TEXT] for line in example.truth],
+        "boxes": [asdict(box) for box in example.boxes[:MOST_BOXES]],
+    }
+    if example.picture is None:
+        return found
+    image = Image.fromarray(_pixels(example))
+    width, height = image.size
+    image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return found | {"width": width, "height": height, "jpeg": base64.b64encode(buffer.getvalue()).decode()}
+
+
+def _pixels(example: Example) -> NDArray[np.uint8]:
+    """(height, width, 3)."""
+    given = example.picture
+    if isinstance(given, Tensor) and given.dim() == 3 and given.shape[0] == 3:
+        bright = given.detach().float().clamp(0, 1).mul(255).round()
+        return bright.permute(1, 2, 0).to("cpu").numpy().astype(np.uint8)
+    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim == 3 and given.shape[2] == 3:
+        return np.ascontiguousarray(given)
+    shape = f" of shape {tuple(given.shape)}" if hasattr(given, "shape") else ""
+    raise ModelError(
+        f"example {example.name!r}: its picture is a {type(given).__name__}{shape}; expected (height, width, 3) uint8, "
+        "or a tensor (3, height, width) with values from 0 to 1"
+    )

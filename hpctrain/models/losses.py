@@ -22,7 +22,7 @@ from hpctrain.errors import ModelError
 from hpctrain.job.spec import bound
 
 if TYPE_CHECKING:
-    from hpctrain.job.tables import Loss
+    from hpctrain.job.measuring import Loss
 
 LossFunction = Callable[..., Any]
 _WEIGHT = "_hpctrain_weight"  # attribute of a tensor that is a mean over something other than samples

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpctrain.errors import JobError, ModelError
+from hpctrain.errors import HpctrainError, JobError, ModelError
 from hpctrain.job.spec import bound
 from hpctrain.models.losses import ClassLoss, LossFunction
-from hpctrain.models.measures import METHODS, Measure, Tally, UserMeasure
+from hpctrain.models.measures import METHODS, Measure, Several, Tally, UserMeasure
 
 if TYPE_CHECKING:
-    from hpctrain.job.tables import Metric
+    from hpctrain.job.measuring import AlsoMetric, Evaluate, Metric
+    from hpctrain.job.spec import Named
 
 _OWN = 'name a metric of your own: metric.name = "module:function", a function of (outputs, targets)'
 _LOGITS = (nn.BCEWithLogitsLoss, functional.binary_cross_entropy_with_logits)
@@ -154,11 +155,23 @@ def _shapes(outputs: Tensor, targets: Tensor) -> str:
 
 
 def bind(spec: Metric, loss: LossFunction) -> Measure:
-    """The metric that a job's [metric] specifies: a class with the methods `METHODS`, or a function of (outputs,
-    targets). Raises JobError.
+    """The metric that a job's [metric] specifies, together with those in `metric.also`. Raises JobError.
 
     For accuracy, the job's `loss` determines which targets do not count, where the classes are and what means yes.
     """
+    first = _bound(spec, loss)
+    return Several([first, *(_bound(each, loss) for each in spec.also)]) if spec.also else first
+
+
+def bind_evaluation(spec: Evaluate) -> Measure:
+    """The evaluation that a job's `evaluate` specifies: a class with the methods `METHODS`, or a function of (model,
+    batch). Raises JobError."""
+    found = spec.resolve()
+    return _made(spec, found) if inspect.isclass(found) else Tally(spec.name, spec.bind(positional=2), spec.KIND)
+
+
+def _bound(spec: Metric | AlsoMetric, loss: LossFunction) -> Measure:
+    """One metric: a class with the methods `METHODS`, or a function of (outputs, targets)."""
     found = spec.resolve()
     if inspect.isclass(found):
         return _made(spec, found)
@@ -168,17 +181,19 @@ def bind(spec: Metric, loss: LossFunction) -> Measure:
     return Tally(spec.name, function)
 
 
-def _made(spec: Metric, cls: type) -> Measure:
-    what = f'metric "{spec.name}"'
+def _made(spec: Named, cls: type) -> Measure:
+    what = f'{spec.KIND} "{spec.name}"'
     missing = [name for name in METHODS if not callable(getattr(cls, name, None))]
     if missing:
         raise JobError(
-            f"{what} is a class without {' and '.join(f'{name}()' for name in missing)}; a metric is a class with "
-            f"{', '.join(METHODS)}, or a function of (outputs, targets)"
+            f"{what} is a class without {' and '.join(f'{name}()' for name in missing)}; such a class has "
+            f"{', '.join(METHODS)}"
         )
     make = bound(what, cls, spec.options, positional=0)
     try:
-        return UserMeasure(spec.name, make())
+        return UserMeasure(spec.name, make(), spec.KIND)
+    except HpctrainError:
+        raise
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else "no message"
         raise JobError(f"{what} cannot be made: {type(error).__name__}: {text}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from hpctrain.run.prepare import Prepared
 from hpctrain.run.scaling import LossScale
 from hpctrain.run.totals import Totals
 from hpctrain.run.tracing import Tracing
-from hpctrain.trace.events import Failure
+from hpctrain.trace.events import Failure, Logged
 
 LOSS_SCALE = "loss_scale"  # key in a worker's own numbers
 Evaluator = Callable[[str], Evaluation]
@@ -38,7 +38,7 @@ class ActiveRun:
     are not caught. `closing`: what to undo when the session ends, however it ends. `state`: the state that the next
     phase takes over, whole on rank 0. `own`: what this worker's strategy continues from; None unless the phase is
     resumed. `loss_scale`: this rank's; None: losses are not scaled. `evaluator`: what evaluates a part of the data in
-    place of the model, if anything.
+    place of the model, if anything. `logged`: the latest of what this rank's program has logged.
     """
 
     job: Job
@@ -57,6 +57,7 @@ class ActiveRun:
     own: Own | None = None
     loss_scale: LossScale | None = None
     evaluator: Evaluator | None = None
+    logged: dict[str, float] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
 
     def take_state(self) -> State | None:
@@ -111,6 +112,18 @@ class ActiveRun:
             self._warned.add(text)
             self.out.say(f"warning: {text}")
 
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Record numbers that the program logs. Raises HpctrainError for a value that is no number."""
+        for name, value in values.items():
+            try:
+                number = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                raise HpctrainError(
+                    f"log({name}=...) got a {type(value).__name__}; it takes numbers and tensors with one element"
+                ) from None
+            self.logged[str(name)] = number
+            self.comm.recorder.event(Logged(str(name), number, self.totals.step, self.totals.cursor))
+
     def note_failure(self, error: Exception) -> None:
         """Record the failure in the trace."""
         self.comm.recorder.event(Failure(type(error).__name__, str(error)))
@@ -126,18 +139,28 @@ class ActiveRun:
         self.works()  # any earlier checkpoint has been written
         with workers.span("evaluate"), buffers, self._known_to(workers):
             found = self.evaluator(name) if self.evaluator is not None else self._evaluate(workers, dataset)
+            self._keep_best(name, found)
         epoch = totals.cursor / prepared.epoch
         if self.files is not None:
             self.files.add_row(metrics_row(totals.step, totals.cursor, epoch, totals.seconds, name, found.plain()))
-        first, *others = found.text(name, job.metric.name)
+            if found.examples:
+                self.files.write_examples(found.examples, {"split": name, "epoch": epoch})
+        first, *others = found.text(name, job.measured)
         self.out.say(f"epoch {epoch:.2f}: {', '.join([first, *(text.removeprefix(f'{name} ') for text in others)])}")
         return found
 
+    def _keep_best(self, split: str, found: Evaluation) -> None:
+        """Save the model if this evaluation is the best of those during training."""
+        best, cursor = self.totals.best, self.totals.cursor
+        during = "validation" if self.prepared.splits.validation is not None else "test"
+        if best is not None and split == during and best.improves(found, cursor):
+            about = {"epoch": cursor / self.prepared.epoch, "split": split, **best.plain()}
+            self.keeper.save_best(about)
+
     def _evaluate(self, workers: Communicator, dataset: Any) -> Evaluation:
-        made, batch = self.prepared, self.job.train.evaluation_batch
-        return evaluate(
-            made.model, dataset, made.loss, made.metric, workers, batch, self._move_measured, made.autocast
-        )  # fmt: skip
+        made, job = self.prepared, self.job
+        batch, monitor = job.train.evaluation_batch, job.metric.monitor
+        return evaluate(made.judge, dataset, workers, batch, self._move_measured, made.collate, monitor)
 
     @contextmanager
     def _known_to(self, workers: Communicator) -> Iterator[None]:

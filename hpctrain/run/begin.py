@@ -21,6 +21,7 @@ from hpctrain.run import claim, leaving
 from hpctrain.run import folder as runfolder
 from hpctrain.run.active import ActiveRun
 from hpctrain.run.agreement import agreed
+from hpctrain.run.best import Best
 from hpctrain.run.claim import Claim
 from hpctrain.run.files import RunFiles
 from hpctrain.run.folder import Narrator
@@ -133,7 +134,9 @@ def _check_built_alike(comm: Communicator, prepared: Prepared) -> None:
 
 def _totals(job: Job) -> Totals:
     train = job.train
-    return Totals(EarlyStopping(train.target, train.patience, train.min_delta, job.metric.goal == "max"))
+    higher = job.metric.goal == "max"
+    best = Best(train.keep_best, higher and train.keep_best != "loss") if train.keep_best is not None else None
+    return Totals(EarlyStopping(train.target, train.patience, train.min_delta, higher), best=best)
 
 
 def _restore(run: ActiveRun, resume: Resume | None) -> None:
@@ -141,8 +144,19 @@ def _restore(run: ActiveRun, resume: Resume | None) -> None:
     head, run.state, own = run.keeper.restore(resume.optimizer if resume is not None else "keep")
     run.restore_scale(own)
     run.totals.take(head["account"])
+    _check_best(run)
     if run.totals.ending is Ending.NOTHING and run.comm.rank in head["workers"]:
         run.own = own  # otherwise it belongs to the phase that has ended, or would stay for the next one
+
+
+def _check_best(run: ActiveRun) -> None:
+    """Forget the best evaluation if the folder has another one's model: of a later one that is not in the checkpoint.
+    Collective."""
+    if (best := run.totals.best) is None:
+        return
+    found = run.files.best() if run.files is not None else {}
+    if run.comm.broadcast_json(found.get("samples")) != best.samples:
+        best.forget()
 
 
 def _open(run: ActiveRun, kept: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hpctrain.comm.base import Buffer
 from hpctrain.errors import CheckpointError
-from hpctrain.filenames import CHECKPOINTS, MODEL
+from hpctrain.filenames import CHECKPOINTS
 from hpctrain.models.wrappers import plain_name
 from hpctrain.replica.state import OPTIMIZER, Own, State
 from hpctrain.replica.tensors import as_array, as_tensor
@@ -212,15 +212,13 @@ def _load_rest(path: Path, code: str | None, own: Mapping[str, Tensor]) -> dict[
     return {name: _stored(tensor, own[name]) for name, tensor in found.items()}
 
 
-def save_model(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write the state_dict to model.safetensors, which loads without hpctrain. On rank 0 only."""
-    path = folder / MODEL
+def save_model(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a state_dict, which loads without hpctrain. On rank 0 only. Raises CheckpointError."""
     _write(path, tensors, dict(metadata))
-    return path
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
-    """The tensors of a model.safetensors. Raises CheckpointError."""
+    """The tensors of a model that `save_model` wrote. Raises CheckpointError."""
     return _read(path)[1]
 
 

@@ -121,10 +121,7 @@ def evaluate_run(folder: Path) -> list[str]:
         name, dataset = ("test", splits.test) if splits.test is not None else ("validation", splits.validation)
         if dataset is None:
             raise DataError(f"data.name = {job.data.name!r} has no test or validation samples to evaluate on")
-        found = evaluate(
-            parts.model, dataset, parts.loss, parts.metric, comm, job.train.evaluation_batch, parts.move,
-            parts.autocast,
-        )  # fmt: skip
-        return found.text(name, job.metric.name)
+        batch, monitor = job.train.evaluation_batch, job.metric.monitor
+        return evaluate(parts.judge, dataset, comm, batch, parts.move, parts.collate, monitor).text(name, job.measured)
 
     return World(1).run(body)[0]

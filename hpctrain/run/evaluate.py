@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,26 +14,32 @@ from torch import Tensor, nn
 
 from hpctrain.comm.base import Communicator
 from hpctrain.data.generators import Generators
-from hpctrain.data.loader import Batch, Loader
+from hpctrain.data.loader import Batch, Collate, Loader
 from hpctrain.data.order import Order
 from hpctrain.data.splits import make_order
-from hpctrain.errors import HpctrainError
+from hpctrain.errors import HpctrainError, ModelError
+from hpctrain.models.examples import Example
 from hpctrain.models.forward import Forward
 from hpctrain.models.losses import weigh
 from hpctrain.models.measures import Measure, mean
 from hpctrain.models.packing import Packed, collect, pack
 from hpctrain.run.agreement import agreed
+from hpctrain.text import did_you_mean
 
 Loss = Callable[..., Tensor]
+Precision = Callable[[], AbstractContextManager[Any]]
 
 
-class Evaluation(NamedTuple):
-    """The result on a data set. `loss`: None if the model should return it but does not in evaluation mode. `entries`:
-    the values of a metric that returns a dictionary, otherwise empty; `metric` is then the first of them."""
+@dataclass(frozen=True)
+class Evaluation:
+    """The result on a data set. `loss`: None if the model should return it but does not in evaluation mode. `metric`:
+    the monitored value. `entries`: all values by name, if there are several, otherwise empty. `examples`: samples to
+    show, on rank 0."""
 
     loss: float | None
     metric: float
     entries: dict[str, float]
+    examples: Sequence[Example] = ()
 
     def text(self, split: str, metric_name: str) -> list[str]:
         """For people: "test loss 0.1234", "test accuracy 0.9876"."""
@@ -43,53 +51,134 @@ class Evaluation(NamedTuple):
         entries = {f"metric.{name}": value for name, value in self.entries.items()}
         return {**self._known_loss, "metric": self.metric, **entries}
 
+    def named(self, name: str) -> float | None:
+        """The value of that name: "metric", "loss", or an entry; None if there is none."""
+        return {**self.entries, **self._known_loss, "metric": self.metric}.get(name)
+
+    @property
+    def names(self) -> list[str]:
+        """What `named` knows."""
+        return ["metric", *self._known_loss, *self.entries]
+
     @property
     def _known_loss(self) -> dict[str, float]:
         return {} if self.loss is None else {"loss": self.loss}
 
 
+class Judge(ABC):
+    """What an evaluation computes of each batch. `metric`: accumulates it."""
+
+    def __init__(self, model: nn.Module, metric: Measure, precision: Precision) -> None:
+        self.model, self.precision = model, precision
+        self.fed = _Fed(metric)
+
+    def start(self) -> None:
+        """An evaluation begins."""
+        self.fed.start()
+
+    @abstractmethod
+    def take(self, batch: Batch) -> None:
+        """Add one of this rank's batches, on the device of the model."""
+
+    @abstractmethod
+    def found(self, comm: Communicator) -> tuple[float | None, float | dict[str, float]]:
+        """(loss or None, the metric's value) over the batches of all ranks. Collective."""
+
+
+class StandardJudge(Judge):
+    """The job's loss, and its metric of the model's outputs."""
+
+    def __init__(self, model: nn.Module, loss: Loss, metric: Measure, precision: Precision) -> None:
+        super().__init__(model, metric, precision)
+        self._forward = Forward(model, loss)
+        self._losses = np.zeros(3, np.float64)  # sum and weight, and the number of batches without a loss
+
+    def start(self) -> None:
+        super().start()
+        self._losses[:] = 0.0
+
+    def take(self, batch: Batch) -> None:
+        with self._forward.explained(batch):
+            with self.precision():
+                outputs = self._forward.outputs(batch)
+                self._losses += _terms(self._forward.found_loss(outputs, batch), batch.size)
+            self.fed.update(outputs, batch.reference, batch.size)
+
+    def found(self, comm: Communicator) -> tuple[float | None, float | dict[str, float]]:
+        value = self.fed.value(comm)
+        comm.all_reduce(self._losses)
+        return None if self._losses[2] else mean(self._losses[0], self._losses[1]), value
+
+
+class OwnJudge(Judge):
+    """An evaluation of the user's own, which gets the model and each batch; its entry "loss" is the loss."""
+
+    def take(self, batch: Batch) -> None:
+        with self.precision():
+            self.fed.update(self.model, batch, batch.size)
+
+    def found(self, comm: Communicator) -> tuple[float | None, float | dict[str, float]]:
+        value = self.fed.value(comm)
+        if not isinstance(value, dict) or not (set(value) - {"loss"}):
+            error = ModelError(
+                f"evaluate.name = {self.fed.name!r} must give a dictionary of numbers by name, with one that "
+                "is not the loss"
+            )
+            error.everywhere = True
+            raise error
+        return value.pop("loss", None), value
+
+
 def evaluate(
-    model: nn.Module,
+    judge: Judge,
     dataset: Any,
-    loss: Loss,
-    metric: Measure,
     comm: Communicator,
     batch_size: int,
     move: Callable[[Batch], Batch],
-    precision: Callable[[], AbstractContextManager[Any]],
+    collate: Collate | None = None,
+    monitor: str | None = None,
 ) -> Evaluation:
-    """Compute loss and metric over `dataset`, each worker its share. Collective over `comm`.
+    """Let `judge` see all of `dataset`, each worker its share. Collective over `comm`.
 
+    `collate`: makes batches, as in training. `monitor`: the name of the value that is the metric; None: the first one.
     Samples that draw from global generators are the same in every evaluation and every run. The model's mode, its
     gradients and the states of Python's, NumPy's and torch's generators are left unchanged. If the metric fails on a
     rank, all ranks raise its ModelError.
     """
     order = make_order(dataset, shuffle=False)
-    losses = np.zeros(3, np.float64)  # sum and weight of the losses, and the number of batches without one
-    fed, forward = _Fed(metric), Forward(model, loss)
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in judge.model.modules()]
     random = Generators.now()
-    model.eval()
-    loader = Loader(dataset, order, threads=0, workers=comm)
+    judge.model.eval()
+    loader = Loader(dataset, order, threads=0, workers=comm, collate=collate)
     try:
         with torch.no_grad():
+            judge.start()
             for start, stop in _share(loader, order, comm, batch_size):
-                batch = move(loader.take(start, stop))
-                with forward.explained(batch):
-                    with precision():
-                        outputs = forward.outputs(batch)
-                        losses += _terms(forward.found_loss(outputs, batch), batch.size)
-                    fed.update(outputs, batch)
-            value = fed.value(comm)
+                judge.take(move(loader.take(start, stop)))
+            loss, value = judge.found(comm)
     finally:
         loader.close()
         for module, training in modes:  # modes differ if a user keeps some layers in evaluation mode
             module.training = training
         random.restore()
-    comm.all_reduce(losses)
+    return _evaluation(loss, value, monitor, judge.fed)
+
+
+def _evaluation(loss: float | None, value: float | dict[str, float], monitor: str | None, fed: _Fed) -> Evaluation:
     entries = value if isinstance(value, dict) else {}
-    mean_loss = None if losses[2] else mean(losses[0], losses[1])
-    return Evaluation(mean_loss, next(iter(entries.values())) if isinstance(value, dict) else value, entries)
+    first = next(iter(entries.values())) if isinstance(value, dict) else value
+    found = Evaluation(loss, first, entries, fed.examples)
+    if monitor is None:
+        return found
+    chosen = found.named(monitor)
+    if chosen is None:
+        error = ModelError(
+            f"metric.monitor = {monitor!r}{did_you_mean(monitor, found.names)}: the evaluation gives "
+            f"{', '.join(found.names)}"
+        )
+        error.everywhere = True
+        raise error
+    return replace(found, metric=chosen)
 
 
 def _terms(loss: Any, samples: int) -> list[float]:
@@ -101,15 +190,19 @@ def _terms(loss: Any, samples: int) -> list[float]:
 
 class _Fed:
     """A metric fed with this rank's batches. After a failure it ignores further batches, but the rank continues: it
-    meets the others in `value`, where all raise the error."""
+    meets the others in `value`, where all raise the error. `examples`: what the metric shows, on rank 0."""
 
     def __init__(self, metric: Measure) -> None:
-        self._metric = metric
+        self._metric, self.name = metric, metric.name
         self._failure: HpctrainError | None = None
-        self._try(metric.start)
+        self.examples: Sequence[Example] = ()
 
-    def update(self, outputs: Any, batch: Batch) -> None:
-        self._try(lambda: self._metric.update(outputs, batch.reference, batch.size))
+    def start(self) -> None:
+        self._failure, self.examples = None, ()
+        self._try(self._metric.start)
+
+    def update(self, outputs: Any, targets: Any, samples: int) -> None:
+        self._try(lambda: self._metric.update(outputs, targets, samples))
 
     def value(self, comm: Communicator) -> float | dict[str, float]:
         """The value over all ranks' batches. Rank 0 merges and computes, the others get its result. Collective."""
@@ -121,9 +214,10 @@ class _Fed:
     def _state(self) -> Packed:
         if self._failure is not None:
             raise self._failure
-        return pack(self._metric.state(), f'metric "{self._metric.name}": state() has')
+        return pack(self._metric.state(), f"{self._metric.title}: state() has")
 
     def _merged(self, states: list[dict[str, Any]]) -> float | dict[str, float]:
+        self.examples = self._metric.examples()
         self._metric.merge(states)
         return self._metric.value()
 

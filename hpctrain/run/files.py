@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import tomli_w
 
 from hpctrain.errors import CheckpointError
-from hpctrain.filenames import JOB, METRICS, MODEL
+from hpctrain.filenames import BEST, BEST_ABOUT, EXAMPLES, JOB, METRICS, MODEL
+from hpctrain.models.examples import MOST, Example, plain
 from hpctrain.run.folder import Narrator, append_metrics
 
 PAUSES = 0.0, 1.0, 3.0  # seconds before each attempt to write the model
@@ -73,6 +80,28 @@ class RunFiles:
             except CheckpointError:
                 place.rmdir()
 
+    def write_best(self, save: Callable[[Path], object], about: Mapping[str, Any]) -> None:
+        """Call `save(folder)`, then write `about` it. A pair of files of different evaluations is recognised by `best`
+        when the run is resumed."""
+
+        def both() -> None:
+            save(self.folder)
+            write_whole(self.folder / BEST_ABOUT, tomli_w.dumps(dict(about)))
+
+        self.write(BEST, both, "training continues without it")
+
+    def best(self) -> dict[str, Any]:
+        """What is known of the best model in the folder; empty if there is none."""
+        try:
+            return tomllib.loads((self.folder / BEST_ABOUT).read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def write_examples(self, examples: Sequence[Example], about: Mapping[str, Any]) -> None:
+        """Replace the examples by those of another evaluation."""
+        text = json.dumps({**about, "examples": [plain(each) for each in examples[:MOST]]})
+        self.write(EXAMPLES, lambda: write_whole(self.folder / EXAMPLES, text), "training continues without them")
+
     def unwritten(self) -> str | None:
         """What the run folder lacks, and why; None if nothing is missing."""
         return "; ".join([*self._failed.values(), *self._notes]) or None
@@ -87,6 +116,13 @@ class RunFiles:
         text = f"the run folder {self.folder} was removed during the run and has been recreated"
         self._out.say(f"warning: {text}; its contents are lost, and so are the traces")
         self._notes.append(f"{text}, without its earlier contents and without traces")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, all of it or nothing. Raises OSError."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def _sentence(path: Path, error: OSError) -> str:

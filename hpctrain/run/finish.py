@@ -102,7 +102,7 @@ def _announce_end(run: ActiveRun, measured: str, result: Result) -> None:
         if summary.dropped:
             run.out.say(f"phase {summary.index}: {summary.dropped} late gradients were dropped")
     if result.metrics:
-        run.out.say(f"{measured} {run.job.metric.name} {result.metrics['metric']:.4f}")
+        run.out.say(f"{measured} {run.job.measured} {result.metrics['metric']:.4f}")
     run.out.say(f"run folder {run.folder}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from hpctrain.comm.base import Communicator
 from hpctrain.data.generators import Generators, restore_texts
 from hpctrain.errors import CheckpointError, NanError
-from hpctrain.filenames import CHECKPOINTS
+from hpctrain.filenames import BEST, CHECKPOINTS, MODEL
 from hpctrain.models.wrappers import named_parameters, plain_name, plain_state
 from hpctrain.replica.blocks import is_finite
 from hpctrain.replica.layout import Layout
@@ -282,9 +283,18 @@ class Keeper:
     def save_model(self) -> None:
         """Write model.safetensors from rank 0's model. Not collective."""
         if self.files is not None:
-            # One key: safetensors writes several keys in varying order, and equal runs must give equal files.
-            tensors, keys = _untied(plain_state(self.prepared.model)), {"format": "pt"}
-            self.files.write_model(lambda folder: save_model(folder, tensors, keys))
+            tensors = _untied(plain_state(self.prepared.model))
+            self.files.write_model(lambda folder: save_model(folder / MODEL, tensors, _KEYS))
+
+    def save_best(self, about: Mapping[str, Any]) -> None:
+        """Write best.safetensors from rank 0's model, and what it reached. Not collective."""
+        if self.files is not None:
+            tensors = _untied(plain_state(self.prepared.model))
+            self.files.write_best(lambda folder: save_model(folder / BEST, tensors, _KEYS), about)
+
+
+# One key: safetensors writes several keys in varying order, and equal runs must give equal files.
+_KEYS = {"format": "pt"}
 
 
 def packed(tensors: dict[str, Tensor]) -> State:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hpctrain.clock.decisions import Ask
 from hpctrain.comm.base import Communicator
 from hpctrain.run import leaving
@@ -10,6 +12,9 @@ from hpctrain.run.folder import PhaseSummary
 from hpctrain.run.totals import Ending, TrainingClock
 from hpctrain.strategies.base import Outcome, Strategy
 from hpctrain.strategies.phase import Phase
+from hpctrain.text import escaped
+
+MOST_LOGGED = 4  # values of the program's own in a progress line
 
 
 class Milestones:
@@ -74,7 +79,9 @@ class Milestones:
         run, totals, seconds = self._run, self._run.totals, self._clock.seconds
         rate = self._summary.samples / seconds if seconds > 0 else 0.0
         share, epoch = 100 * totals.cursor / run.prepared.total, totals.cursor / run.prepared.epoch
-        run.out.update(f"{share:3.0f} %  epoch {epoch:.2f}  step {totals.step}  loss {loss:.4f}  {rate:,.0f} samples/s")
+        logged = "".join(f"  {escaped(name)} {value:.4g}" for name, value in [*run.logged.items()][:MOST_LOGGED])
+        text = f"{share:3.0f} %  epoch {epoch:.2f}  step {totals.step}  loss {loss:.4f}{logged}  {rate:,.0f} samples/s"
+        run.out.update(text)
 
     # -- what is asked ---------------------------------------------------------------------------------------
     def _act_on(self, ask: Ask, why: str, held: int = 0) -> bool:
@@ -96,8 +103,10 @@ class Milestones:
     def _carry_out(self, ask: Ask, why: str) -> bool:
         totals, reason = self._run.totals, None
         stops = bool(ask & Ask.STOP) or (self._last and bool(ask & Ask.END_PHASE))
-        if ask & Ask.EVALUATE:
-            reason, ruled = self._evaluate(stops)
+        if ask & Ask.EVALUATE and (measured := self._measured(stops)) is not None:
+            if stops:
+                self._save_first(ask, why)
+            reason, ruled = self._evaluate(*measured)
             if ruled is not None:
                 ask, why, stops = ask | Ask.END_PHASE, ruled, stops or self._last
         ends = bool(ask & (Ask.STOP | Ask.END_PHASE)) or reason is not None
@@ -111,17 +120,26 @@ class Milestones:
             self._checkpoint(totals.ending if ends and not ask & Ask.STOP else Ending.NOTHING)
         return ends
 
-    def _evaluate(self, stops: bool) -> tuple[str | None, str | None]:
-        """Evaluate on the validation samples (or else the test samples). Returns why training should stop, and why the
-        phase should end, each None if it should not. Collective over the workers.
+    def _measured(self, stops: bool) -> tuple[str, Any] | None:
+        """(name, data set) to evaluate on: the validation samples or else the test samples. None if there are none, or
+        if the run stops anyway and ends with that same evaluation."""
+        splits = self._run.prepared.splits
+        if stops and (splits.validation is None or splits.test is None):
+            return None
+        named = {"validation": splits.validation, "test": splits.test}
+        return next(((name, dataset) for name, dataset in named.items() if dataset is not None), None)
 
-        Does nothing if the run stops anyway and ends with that same evaluation.
-        """
-        run, conductor = self._run, self._phase.conductor
-        splits, untrained = run.prepared.splits, run.prepared.untrained
-        name, dataset = ("validation", splits.validation) if splits.validation is not None else ("test", splits.test)
-        if dataset is None or (stops and (splits.validation is None or splits.test is None)):
-            return None, None
+    def _save_first(self, ask: Ask, why: str) -> None:
+        """Save a checkpoint from which the run goes on with the evaluation that is due, should that fail."""
+        totals = self._run.totals
+        before, totals.owed, totals.why = totals.why, ask & (Ask.EVALUATE | Ask.END_PHASE), why
+        self._checkpoint(Ending.NOTHING)
+        totals.owed, totals.why = Ask.NOTHING, before
+
+    def _evaluate(self, name: str, dataset: Any) -> tuple[str | None, str | None]:
+        """Evaluate. Returns why training should stop, and why the phase should end, each None if it should not.
+        Collective over the workers."""
+        run, conductor, untrained = self._run, self._phase.conductor, self._run.prepared.untrained
         with self._strategy.settled():
             metric = run.measure(self._workers, name, dataset, untrained.agreed(self._workers)).metric
         ruled = conductor.evaluated(run.totals.cursor, metric)

@@ -21,7 +21,7 @@ from hpctrain.codecs import CodecChoice, CodecTable, codec_by
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.device.gpu import usable_gpus
 from hpctrain.data.generators import seed_run
-from hpctrain.data.loader import Batch, Loader, fetches_ahead
+from hpctrain.data.loader import Batch, Collate, Loader, fetches_ahead
 from hpctrain.data.moving import casts, move
 from hpctrain.data.order import FixedOrder, Order
 from hpctrain.data.splits import Splits, load_data, make_order
@@ -37,6 +37,7 @@ from hpctrain.replica.batchnorm import BatchNorms
 from hpctrain.replica.coupling import Coupling
 from hpctrain.replica.optimizer import OptimizerChoice
 from hpctrain.replica.replica import Replica
+from hpctrain.run.evaluate import Judge, OwnJudge, StandardJudge
 from hpctrain.run.lastround import check_batchnorm, whole_rounds
 from hpctrain.run.precision import bring
 from hpctrain.run.schedulers import stepped_course
@@ -51,7 +52,8 @@ MIXED = {"mixed_bfloat16": torch.bfloat16, "mixed_float16": torch.float16}
 
 @dataclass
 class Measurable:
-    """The parts of a job that an evaluation needs: data, model, loss and metric, the arithmetic and the device."""
+    """The parts of a job that an evaluation needs: data, model, loss and metric, the arithmetic and the device.
+    `evaluation`: the job's own, or None."""
 
     job: Job
     device: torch.device
@@ -59,11 +61,25 @@ class Measurable:
     model: nn.Module
     loss: Callable[..., Any]
     metric: Measure
+    evaluation: Measure | None
 
     @cached_property
     def forward(self) -> Forward:
         """Calls model and loss as the standard loop does."""
         return Forward(self.model, self.loss)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """What an evaluation computes of each batch."""
+        if self.evaluation is not None:
+            return OwnJudge(self.model, self.evaluation, self.autocast)
+        return StandardJudge(self.model, self.loss, self.metric, self.autocast)
+
+    @cached_property
+    def collate(self) -> Collate | None:
+        """What makes batches of samples; None: the default."""
+        spec = self.job.data.collate
+        return spec.bind(positional=1) if spec is not None else None
 
     def move(self, batch: Batch) -> Batch:
         """The batch on the device, in dtypes that suit the job's precision and torch's losses; see `casts`."""
@@ -154,7 +170,8 @@ class Prepared(Measurable):
         """How many stretches of samples a worker gets in advance: one per fetching thread, but few, since all samples
         dealt are finished before an evaluation or the end of a phase."""
         data = self.job.data
-        fetches = fetches_ahead(self.splits.train, data.threads, data.prefetch, data.augment)
+        work = [*data.augment, *([] if data.collate is None else [data.collate])]
+        fetches = fetches_ahead(self.splits.train, data.threads, data.prefetch, work)
         return min(data.threads, data.prefetch, MOST_AHEAD) if fetches else 0
 
     def loader(self, phase: int, threads: int | None = None, workers: Communicator | None = None) -> Loader:
@@ -169,6 +186,7 @@ class Prepared(Measurable):
             augment=augment,
             seed=self.job.seed,
             workers=workers,
+            collate=self.collate,
         )
 
 
@@ -180,7 +198,11 @@ def prepare_evaluation(job: Job, comm: Communicator, splits: Splits | None = Non
     splits = splits or load_data(job)
     model = _model(job, device)
     loss = losses.bind(job.loss, device)
-    return Measurable(job, device, splits, model, loss, metrics.bind(job.metric, loss))
+    own = metrics.bind_evaluation(job.evaluate) if job.evaluate is not None else None
+    metric = metrics.bind(job.metric, loss)
+    parts = Measurable(job, device, splits, model, loss, metric, own)
+    _ = parts.collate  # a mistake there shows now
+    return parts
 
 
 def prepare(job: Job, comm: Communicator, parts: Measurable | None = None) -> Prepared:
@@ -219,8 +241,8 @@ def prepare(job: Job, comm: Communicator, parts: Measurable | None = None) -> Pr
         schedule.bind(positional=1), {}, warmup, total
     )
     prepared = Prepared(
-        job, device, splits, model, parts.loss, parts.metric, order, replica, untrained, optimizer, roles, batch, total,
-        course, coupling,
+        job, device, splits, model, parts.loss, parts.metric, parts.evaluation, order, replica, untrained, optimizer,
+        roles, batch, total, course, coupling,
     )  # fmt: skip
     _check_schedule(prepared)
     check_batchnorm(prepared)

@@ -23,6 +23,7 @@ FREE = {
     "data.threads": "how many threads fetch them",
     "train.checkpoint_every": "how often a checkpoint is saved",
     "train.keep_checkpoints": "how many are kept",
+    "train.keep_best": "which evaluation's model is kept as well",
     "trace": "what is recorded about the run",
     "communicator.wait": "how ranks wait",
     "communicator.cuda_aware": "how buffers reach MPI",
@@ -37,6 +38,7 @@ FIXED = {
     "data.last": "it determines how long an epoch is",
     "data.shuffle": "the order of the samples depends on it",
     "data.partition": "the order of the samples depends on it",
+    "evaluate": "metrics.csv and the best value so far are for that evaluation",
     "metric": "metrics.csv and the best value so far are for that metric",
 }
 MEASURED = (".bucket_mb",)  # where a job says "auto", a continuation takes what the run has measured

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
@@ -104,6 +104,15 @@ class Session:
         if self._work is None:
             raise HpctrainError("step(loss) was called outside of batches()")
         self._work.step(loss)
+
+    def log(self, values: Mapping[str, Any] | None = None, /, **named: Any) -> None:
+        """Record numbers by name, such as parts of a loss: `s.log(boxes=0.3)` or `s.log({"loss/boxes": 0.3})`.
+
+        They go into this rank's trace (`Analysis.logged`, a figure of the report); rank 0's latest are shown with the
+        progress. Not collective: ranks may log different names at different times. A value is a number, or a tensor
+        with one element. Raises HpctrainError for anything else.
+        """
+        self.run.log({**(values or {}), **named})
 
     def batches(self) -> Iterator[Batch]:
         """This rank's batches, phase after phase, while it is a worker; serves in between. Collective."""

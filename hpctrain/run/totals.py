@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 from hpctrain.clock.decisions import Ask, EarlyStopping
+from hpctrain.run.best import Best
 from hpctrain.run.folder import PhaseSummary
 
 
@@ -27,7 +28,7 @@ class Totals:
     `cursor`: samples consumed. `step`: steps taken. `phase`: the index of the phase, which began at the cursor
     `phase_start`. `stopping`: early stopping. `ending`: what ends with the current phase, and `why`. `owed`: what an
     interruption left pending at `cursor`. `interrupted`, `left`: how this process ends the run early; not saved in
-    checkpoints.
+    checkpoints. `best`: by train.keep_best; None without that key.
     """
 
     stopping: EarlyStopping
@@ -41,6 +42,7 @@ class Totals:
     owed: Ask = Ask.NOTHING
     interrupted: bool = False
     left: bool = False
+    best: Best | None = None
 
     @property
     def seconds(self) -> float:
@@ -54,7 +56,8 @@ class Totals:
         counters = {name: getattr(self, name) for name in ("cursor", "step", "phase", "phase_start")}
         books = {**counters, "summaries": [vars(summary) for summary in summaries]}
         ending = {"ending": self.ending.value, "why": self.why, "owed": int(self.owed)}
-        return {"books": books, "stopping": vars(self.stopping), **ending}
+        best = self.best.plain() if self.best is not None else None
+        return {"books": books, "stopping": vars(self.stopping), "best": best, **ending}
 
     def take(self, plain: dict[str, Any]) -> None:
         """Continue from these values, which `plain` returned on another rank or in another process."""
@@ -68,6 +71,8 @@ class Totals:
         self.stopping = EarlyStopping(**{key: value for key, value in plain["stopping"].items() if key in known})
         self.ending, self.why = Ending(plain["ending"]), plain["why"]
         self.owed = Ask(plain.get("owed", 0))  # version 0.1 began without it
+        if self.best is not None:
+            self.best.take(plain.get("best"))  # likewise
 
 
 class TrainingClock:

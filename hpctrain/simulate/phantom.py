@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -89,12 +89,12 @@ class PhantomParts:
             splits.validation = _sized(parts.splits.validation)
         elif judged and parts.splits.test is not None:
             splits.test = _sized(parts.splits.test)
-        self._parts = Measurable(parts.job, META, splits, model, parts.loss, parts.metric)
+        self._parts = Measurable(parts.job, META, splits, model, parts.loss, parts.metric, parts.evaluation)
 
     def build(self, job: Job, comm: Communicator) -> Prepared:
         """As `prepare`."""
         known = self._parts
-        own = Measurable(job, META, known.splits, copy.deepcopy(known.model), known.loss, known.metric)
+        own = replace(known, job=job, device=META, model=copy.deepcopy(known.model))
         made = prepare(job, comm, own)
         values = {each.name: getattr(made, each.name) for each in fields(made)}
         return PhantomPrepared(**{**values, "untrained": NothingUntrained(own.model)})

@@ -163,6 +163,20 @@ class IntervalChanged(Event):
 
 
 @dataclass(frozen=True)
+class Logged(Event):
+    """A number that the user's program logged on this rank (`Session.log`), after so many steps and samples."""
+
+    kind = "log"
+    name: str
+    value: float
+    step: int
+    samples: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value:.6g}"
+
+
+@dataclass(frozen=True)
 class Failure(Event):
     """The run failed on this rank. `error`, `message`: the exception's class and text."""
 
@@ -247,6 +261,7 @@ KINDS: dict[str, type[Event]] = {
         ShardsSized,
         LossScaleChanged,
         IntervalChanged,
+        Logged,
         Failure,
         SamplingStopped,
         DeviceTimesMissing,

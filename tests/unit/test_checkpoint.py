@@ -204,9 +204,9 @@ def test_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pyte
 
 
 def test_model_is_a_plain_world_readable_safetensors_file(tmp_path: Path) -> None:
-    before = os.umask(0o022)
+    before, path = os.umask(0o022), tmp_path / "model.safetensors"
     try:
-        path = save_model(tmp_path, nn.Linear(2, 3).state_dict(), {"framework": "pt"})
+        save_model(path, nn.Linear(2, 3).state_dict(), {"framework": "pt"})
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o644

@@ -15,6 +15,7 @@ from hpctrain.job import Job
 from hpctrain.run.api import train
 from hpctrain.run.folder import Narrator
 from hpctrain.run.resume import FIXED, FREE
+from tests import helpers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,8 +49,8 @@ def test_runs_page_lists_free_and_fixed_keys() -> None:
 
 
 def test_code_on_the_samples_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program, metric = code_blocks("docs/samples.md")
-    (tmp_path / "my_metrics.py").write_text(metric)
+    program, *classes = code_blocks("docs/samples.md")
+    (tmp_path / "my_metrics.py").write_text("\n".join(classes))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_metrics", raising=False)
     names: dict[str, Any] = {"__name__": "program"}
@@ -59,3 +60,6 @@ def test_code_on_the_samples_page_trains(tmp_path: Path, monkeypatch: pytest.Mon
     for result in found:
         assert result.metrics["metric"] > 0.95
         assert result.metrics["loss"] < 0.5
+    data = (helpers.points(), helpers.points(9))
+    of_its_own = helpers.make_job(tmp_path / "runs", evaluate="my_metrics:Errors", data=data)
+    assert 0.0 <= World(2).run(lambda comm: helpers.quiet_train(comm, of_its_own))[0].metrics["metric.error"] <= 1.0

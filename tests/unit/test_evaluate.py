@@ -17,13 +17,14 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
+from hpctrain.data.loader import Batch
 from hpctrain.errors import DataError
 from hpctrain.job import Job
 from hpctrain.models import losses, metrics
-from hpctrain.models.measures import Tally
+from hpctrain.models.measures import Measure, Tally
 from hpctrain.run.api import session
 from hpctrain.run.command import evaluate_run
-from hpctrain.run.evaluate import evaluate
+from hpctrain.run.evaluate import StandardJudge, evaluate
 from hpctrain.run.folder import COLUMNS, Narrator
 from hpctrain.views.watch.evaluations import read_evaluations
 from tests import helpers
@@ -59,9 +60,18 @@ def largest(outputs: Tensor, targets: Tensor) -> float:
     return float(outputs.sum() / len(outputs))
 
 
+def unmoved(batch: Batch) -> Batch:
+    return batch
+
+
+def judge(loss: Any, metric: Measure) -> StandardJudge:
+    return StandardJudge(nn.Identity(), loss, metric, nullcontext)
+
+
 def measure(model: nn.Module, dataset: Any, comm: Communicator, batch_size: int = 4) -> tuple[float | None, float]:
     metric = Tally("largest", largest)
-    return evaluate(model, dataset, mse_loss, metric, comm, batch_size, lambda batch: batch, nullcontext)[:2]
+    found = evaluate(StandardJudge(model, mse_loss, metric, nullcontext), dataset, comm, batch_size, unmoved)
+    return found.loss, found.metric
 
 
 @pytest.mark.parametrize("kind", [in_memory, Numbers, Measured])
@@ -86,9 +96,7 @@ def counts(outputs: Tensor, targets: Tensor) -> dict[str, Any]:
 def test_metric_entries_are_weighted_by_their_weights(count: int, ranks: int) -> None:
     data = in_memory(count)
     found = World(ranks).run(
-        lambda comm: evaluate(
-            nn.Identity(), data, mse_loss, Tally("m", counts), comm, 4, lambda batch: batch, nullcontext
-        )
+        lambda comm: evaluate(judge(mse_loss, Tally("m", counts)), data, comm, 4, unmoved)
     )
     even = range(0, count, 2)
     wanted = {"mean": (count - 1) / 2, "ones": 1.0, "even": sum(even) / len(even)}
@@ -111,7 +119,7 @@ def test_ignored_tokens_have_no_weight_in_the_accuracy() -> None:
     def by_batches(comm: Communicator, batch_size: int) -> Any:
         metric = metrics.bind(job.metric, losses.bind(job.loss, torch.device("cpu")))
         given = TensorDataset(outputs, targets)
-        return evaluate(nn.Identity(), given, mse_of_first, metric, comm, batch_size, lambda batch: batch, nullcontext)
+        return evaluate(judge(mse_of_first, metric), given, comm, batch_size, unmoved)
 
     for ranks, batch_size in [(1, 1), (1, 23), (3, 2), (4, 5)]:
         found = World(ranks).run(partial(by_batches, batch_size=batch_size))

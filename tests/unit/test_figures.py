@@ -64,6 +64,7 @@ def together(rank, number, size, steps):
         rank.span("reduce", t + 1.0 + 10.0 * slow, t + 23.0, step, bytes=100_000, id=step)
         rank.span("update", t + 23.0, t + 24.0, step)
         cursor = 32 * size * (step + 1)
+        rank.log(t + 24.0, "loss of boxes", 1.0 / (step + 1 + number), step, cursor)
         rank.done(t + 25.0, step, loss=2.0 / (step + 1), cursor=cursor, staleness_min=0, staleness_max=0)
         if number == 0:
             fires = step == steps - 1

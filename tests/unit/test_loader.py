@@ -256,7 +256,7 @@ def test_samples_that_do_not_collate() -> None:
     ):
         with pytest.raises(DataError, match=words):
             Loader(samples, order, threads=0).take(0, 4)
-    with pytest.raises(DataError, match="data.augment works on tensors and arrays, but sample 0 .* of type str"):
+    with pytest.raises(DataError, match="works on tensors, arrays and mappings, but sample 0 .* of type str"):
         Loader(["a"] * 4, order, threads=0, augment=[flip]).take(0, 2)
 
 

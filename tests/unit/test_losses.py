@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from hpctrain.comm.virtual.world import World
 from hpctrain.errors import HpctrainError, ModelError
-from hpctrain.job.tables import Loss
+from hpctrain.job.measuring import Loss
 from hpctrain.models import losses
 from hpctrain.models.losses import weigh
 from tests import helpers

@@ -23,7 +23,7 @@ from hpctrain.job import Job
 from hpctrain.models import losses, metrics
 from hpctrain.models.measures import METHODS, Measure, Tally
 from hpctrain.models.packing import Packed, collect, pack, unpack
-from hpctrain.run.evaluate import Evaluation, evaluate
+from hpctrain.run.evaluate import Evaluation, StandardJudge, evaluate
 from tests import helpers
 
 
@@ -100,7 +100,8 @@ def sentences(count: int) -> TensorDataset:
 def measure(spec: Any, data: Any, comm: Communicator, batch: int = 2) -> Evaluation:
     job = Job(metric=spec)
     metric = metrics.bind(job.metric, losses.bind(job.loss, torch.device("cpu")))
-    return evaluate(nn.Identity(), data, no_loss, metric, comm, batch, lambda each: each, nullcontext)
+    judge = StandardJudge(nn.Identity(), no_loss, metric, nullcontext)
+    return evaluate(judge, data, comm, batch, lambda each: each)
 
 
 def no_loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -245,7 +246,7 @@ def test_invalid_metric_classes_are_refused_before_training() -> None:
     def bind(spec: Any) -> Measure:
         return metrics.bind(Job(metric=spec).metric, no_loss)
 
-    with pytest.raises(JobError, match=r"is a class without state\(\) and merge\(\) and value\(\); a metric is"):
+    with pytest.raises(JobError, match=r"is a class without state\(\) and merge\(\) and value\(\); such a class has"):
         bind(Lacking)
     with pytest.raises(JobError, match=r"has no keyword depth; it takes order"):
         bind({"name": Bleu, "depth": 2})

@@ -160,9 +160,9 @@ def failing_metric(outputs: torch.Tensor, targets: torch.Tensor) -> float:
 def test_failing_test_keeps_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On any rank, and however long rank 0 takes to write."""
 
-    def slowly(*args: Any) -> Path:
+    def slowly(*args: Any) -> None:
         time.sleep(0.5)
-        return checkpoint.save_model(*args)
+        checkpoint.save_model(*args)
 
     monkeypatch.setattr(keeper, "save_model", slowly)
     job = helpers.make_job(

@@ -9,7 +9,7 @@ from hpctrain.views.compare.summary import RunSummary
 
 # Keys that a comparison varies on purpose, or that do not matter for it.
 EXPECTED = ("strategy", "phases", "ranks", "seed", "output", "name")
-TASK = ("model", "data", "loss", "metric")
+TASK = ("model", "data", "loss", "metric", "evaluate")
 SPELLED_OUT = 8  # number of keys shown with their values; of the rest only the names
 
 

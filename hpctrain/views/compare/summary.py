@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hpctrain.analysis import Analysis
     from hpctrain.trace import Run
 
+NAMED = "metric."  # columns of evaluations with several values
 NAN = float("nan")
 EPOCH_END = ("validation", "test")  # the split evaluated during training is the first of these that exists
 
@@ -31,7 +32,7 @@ class RunSummary:
     all ranks sent during training, in messages, in collectives and through shared memory. Efficiencies: over all
     phases, weighted by their seconds. Staleness: over all gradients, in versions. `finished`: whether the run reached
     its end. `losses`: a row per step: samples, seconds, loss (in training). `evaluations`: a row per evaluation:
-    samples, seconds, split, loss, metric.
+    samples, seconds, split, loss, metric and, of evaluations with several values, metric.NAME.
     """
 
     name: str
@@ -90,7 +91,10 @@ class RunSummary:
     @property
     def metric(self) -> str:
         """The name of the metric."""
-        return str(self.job.get("metric.name", self.job.get("metric", "accuracy")))
+        if (monitor := self.job.get("metric.monitor")) is not None:
+            return str(monitor)
+        own = "evaluate" in self.job or "evaluate.name" in self.job
+        return "metric" if own else str(self.job.get("metric.name", self.job.get("metric", "accuracy")))
 
     @property
     def higher_is_better(self) -> bool:
@@ -123,6 +127,12 @@ class RunSummary:
     def test_metric(self) -> float:
         """The metric of the last evaluation on the test samples."""
         return self._last_test("metric")
+
+    @property
+    def test_values(self) -> dict[str, float]:
+        """The values of the last evaluation on the test samples by name, where evaluations have several."""
+        named = [name for name in self.evaluations.columns if name.startswith(NAMED)]
+        return {name.removeprefix(NAMED): self._last_test(name) for name in named}
 
     def _last_test(self, column: str) -> float:
         values = self.evaluations.loc[self.evaluations["split"] == "test", column]
@@ -219,7 +229,8 @@ def _evaluations(analysis: Analysis) -> pd.DataFrame:
 
     columns = ["samples", "seconds", "split", "loss", "metric"]
     rows = analysis.metrics
-    return rows[columns] if len(rows) else pd.DataFrame(columns=columns)
+    named = [name for name in rows.columns if name.startswith(NAMED)]
+    return rows[[*columns, *named]] if len(rows) else pd.DataFrame(columns=columns)
 
 
 def _count(rows: pd.DataFrame, which: pd.Series[bool]) -> tuple[int, ...]:

@@ -31,6 +31,8 @@ SCALING = (
     "speed-up, its training seconds per sample / the run's; scaling efficiency, speed-up / ratio of ranks, servers "
     "included; computation scaling (POP), its useful computation per sample / the run's."
 )
+TESTED = ("test_loss", "test_metric")  # have columns of their own
+MOST_NAMED = 6  # further values in a table
 Row = dict[str, Any]
 Cells = Sequence[Sequence[str]]
 Show = Callable[[Sequence[float]], list[str]]  # of a column
@@ -87,6 +89,7 @@ def _row(letter: str, run: RunSummary, targets: Targets) -> Row:
         "training_s": run.training_s,
         "total_s": run.total_s,
         "cost_rank_s": run.rank_seconds,
+        **{f"test_{name}": value for name, value in run.test_values.items()},
     }
 
 
@@ -101,7 +104,10 @@ def as_text(frame: pd.DataFrame, definitions: Sequence[str], notes: Sequence[str
     """Tables of the runs, their losses and metrics, their speed and, with a baseline, their scaling; then the meaning
     of the columns, then the notes."""
     rows: list[Row] = [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
-    parts, meanings = [_about(rows), _learned(rows), _speed(rows)], [*definitions, CLOCKS, EFFICIENCY]
+    named = [str(name) for name in frame.columns if str(name).startswith("test_") and name not in TESTED]
+    tables = [_named(rows, named[i : i + MOST_NAMED]) for i in range(0, len(named), MOST_NAMED)]
+    learned = [_learned(rows), *tables]
+    parts, meanings = [_about(rows), *learned, _speed(rows)], [*definitions, CLOCKS, EFFICIENCY]
     if "baseline" in frame:
         parts.append(_scaled(rows))
         meanings.append(f"Scaling against {rows[0]['baseline']}: {SCALING}")
@@ -137,6 +143,12 @@ def _learned(rows: list[Row]) -> str:
     stale = zip(*(tenths([row[f"staleness_{name}_versions"] for row in rows]) for name in ("mean", "p95")), strict=True)
     both = [mean if mean == "-" else f"{mean} / {p95}" for mean, p95 in stale]
     return aligned(head, [[*cells, cell] for cells, cell in zip(_body(rows, columns), both, strict=True)], left=2)
+
+
+def _named(rows: list[Row], columns: Sequence[str]) -> str:
+    """Values of the last evaluation on the test samples, by name."""
+    head = [["", "", *("test" for _ in columns)], ["", "strategy", *(clip(name[5:], 12) for name in columns)]]
+    return aligned(head, _body(rows, dict.fromkeys(columns, plain)), left=2)
 
 
 def _speed(rows: list[Row]) -> str:

@@ -17,6 +17,7 @@ FIGURES = (
     "overlap",
     "throughput",
     "loss",
+    "logged",
     "staleness",
     "switching",
     "resources",

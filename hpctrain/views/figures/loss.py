@@ -67,7 +67,9 @@ def _draw_evaluations(axes: Axes, metrics: pd.DataFrame, clock: str, factor: flo
 
 def _named(analysis: Analysis, key: str) -> str:
     """The job's name for its loss or metric."""
-    return literal(escaped(str(getattr(getattr(analysis.run.job, key, None), "name", key))))
+    job = analysis.run.job
+    found = getattr(job, "measured", key) if key == "metric" else getattr(getattr(job, key, None), "name", key)
+    return literal(escaped(str(found)))
 
 
 if __name__ == "__main__":

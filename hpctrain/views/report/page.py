@@ -17,6 +17,7 @@ from hpctrain.text import escaped
 from hpctrain.trace.schema import KIND_CODES
 from hpctrain.views.figures.style import KIND_COLOURS
 from hpctrain.views.report import tables
+from hpctrain.views.report.examples import read_examples
 from hpctrain.views.report.pictures import draw_pictures, inline
 from hpctrain.views.report.spans import collect_spans
 from hpctrain.views.report.timeline import row_pixels, timeline_data, timeline_plot
@@ -64,6 +65,7 @@ def render_page(analysis: Analysis, notify: Notify) -> tuple[str, str]:
         "matrix": part("waiting", lambda: tables.waiting(analysis.waiting_matrix())),
         "traffic": part("traffic", lambda: tables.traffic(analysis.volumes)),
         "metrics": part("metrics", lambda: tables.metrics(run)),
+        "examples": part("examples", lambda: read_examples(run)),
         "job": run.job_text,
     }
     found = part("figures", lambda: draw_pictures(analysis, folder, notify))

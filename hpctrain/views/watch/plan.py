@@ -69,7 +69,7 @@ def read_plan(folder: Path) -> Plan:
         name=job.name,
         phases=len(schedule),
         epochs=train.epochs,
-        metric=job.metric.name,
+        metric=job.measured,
         higher_is_better=job.metric.goal == "max",
         flush_seconds=job.trace.flush_seconds,
         may_stop_early=train.target is not None or train.patience is not None or schedule[-1].until is not None,

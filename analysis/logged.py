@@ -1,0 +1,1 @@
+../hpctrain/views/figures/logged.py
