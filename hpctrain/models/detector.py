@@ -53,7 +53,7 @@ class Detector(nn.Module):
 
     Training: `image` (n, 3, height, width) from 0 to 1, both sides multiples of 16; `boxes` (n, most, 4): left, top,
     right, bottom in pixels; `labels` (n, most) int64, negative where there is no further box. Returns {"loss": (sum,
-    weight)}; the weight is the number of boxes. Further keys of a sample are accepted and not used.
+    weight)}; the weight is the number of boxes and pictures. Further keys of a sample are accepted and not used.
 
     In evaluation mode also, for each picture, the 100 (MOST) best detections, the best first: `boxes` (n, 100, 4),
     `scores` (n, 100) from 0 to 1, `labels` (n, 100); and no loss if there are no `boxes`.
@@ -101,7 +101,8 @@ class Detector(nn.Module):
         while levels:  # from coarse to fine (feature pyramid: Lin et al. 2017)
             summed = functional.interpolate(summed, scale_factor=2.0, mode="nearest") + levels.pop()
         head = self.head(summed.relu())
-        return Found(self.scores(head).to(image), self.shapes(head).to(image))  # bfloat16 is too coarse for pixels
+        exact = image.dtype if image.dtype == torch.float64 else torch.float32  # 16 bits are too few for pixels
+        return Found(self.scores(head).to(exact), self.shapes(head).to(exact))
 
     def _check(self, labels: Tensor) -> None:
         if labels.numel() and int(labels.max()) >= self.classes:
@@ -124,7 +125,7 @@ def detector(classes: int = 3, width: int = 32) -> nn.Module:
 
 def detection_loss(found: Found, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(sum, weight): the focal loss of the scores and the L1 losses of centres and sizes, summed over all pictures; the
-    number of boxes. `boxes` (n, most, 4) in pixels, `labels` (n, most), negative where there is no box."""
+    number of boxes and of pictures, so that a batch without boxes has a weight. `boxes` (n, most, 4) in pixels, `labels` (n, most), negative where there is no box."""
     there = labels >= 0
     boxes = boxes / STRIDE
     centres, sizes = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
@@ -136,7 +137,7 @@ def detection_loss(found: Found, boxes: Tensor, labels: Tensor) -> tuple[Tensor,
     offsets = (centres - cells)[picture, which]
     wanted = torch.cat([offsets, sizes[picture, which].clamp(min=1 / STRIDE).log()], 1)
     shape_loss = (found.shapes[picture, :, row, column] - wanted).abs().sum()
-    return focal_loss(found.scores, heat) + shape_loss, there.sum()
+    return focal_loss(found.scores, heat) + shape_loss, there.sum() + len(boxes)
 
 
 def heat_map(like: Tensor, cells: Tensor, sizes: Tensor, labels: Tensor, there: Tensor) -> Tensor:

@@ -31,11 +31,12 @@ _PAIR = "return a scalar, the mean over the batch's samples, or a pair (sum, wei
 
 class Weighed(NamedTuple):
     """A micro-batch's loss: `term`, the scalar to differentiate, is the mean times `share`; `weight` is what the mean
-    is taken over: the number of samples, unless the loss specifies otherwise."""
+    is taken over: the number of samples, unless the loss specifies otherwise. `total`: what to add up over batches: the
+    mean times the weight, or a loss that has no weight."""
 
     term: Tensor
     share: float
-    mean: float
+    total: float
     weight: float
 
 
@@ -47,8 +48,8 @@ def weigh(loss: Any, samples: int) -> Weighed:
     else:
         _check_scalar(loss, "the loss")
         weight = float(getattr(loss, _WEIGHT, samples))
-        found = Weighed(loss, weight, float(loss.detach()), weight)
-    return found if samples else found._replace(share=0.0, weight=0.0)
+        found = Weighed(loss, weight, float(loss.detach()) * weight, weight)
+    return found if samples else found._replace(share=0.0, total=0.0, weight=0.0)
 
 
 def _weigh_pair(pair: Any) -> Weighed:
@@ -58,7 +59,7 @@ def _weigh_pair(pair: Any) -> Weighed:
     _check_scalar(total, "the sum of a loss (sum, weight)")
     if not (math.isfinite(weight) and weight >= 0.0):
         raise ModelError(f"the weight of a loss (sum, weight) is {weight}; it must be a finite number, at least 0")
-    return Weighed(total, 1.0, float(total.detach()) / weight if weight else 0.0, weight)
+    return Weighed(total, 1.0, float(total.detach()), weight)
 
 
 def _check_scalar(value: Any, what: str) -> None:

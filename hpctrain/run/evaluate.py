@@ -185,7 +185,7 @@ def _terms(loss: Any, samples: int) -> list[float]:
     if loss is None:
         return [0.0, 0.0, 1.0]
     weighed = weigh(loss, samples)
-    return [weighed.mean * weighed.weight, weighed.weight, 0.0]
+    return [weighed.total, weighed.weight, 0.0]
 
 
 class _Fed:

@@ -109,7 +109,7 @@ class Trainer:
             self.coupling.backward(weighed.term if scale == 1.0 else weighed.term * scale)
         self.samples += batch.size
         self._weight += weighed.weight
-        self._loss += weighed.mean * weighed.weight
+        self._loss += weighed.total
         self._dawdle()
         if self._counts:
             self.phase.step.seconds += (self._computed() - self._begun) / 1e9

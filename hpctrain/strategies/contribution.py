@@ -146,8 +146,8 @@ class RoundTotals:
         return self.faulty is not None or self.overflow or not self.samples
 
     def divisor(self, batch: int) -> float:
-        """The divisor of the sum of the gradients, which are already divided by `batch`. If the weight is 0, so are the
-        gradients, and they stay 0: the optimizer then does what torch's does with zeros."""
+        """The divisor of the sum of the gradients, which are already divided by `batch`. Where no target counts, the
+        weight and the gradients are 0; they stay so, and the optimizer does what torch's does with zeros."""
         return self.weight / batch or 1.0
 
 

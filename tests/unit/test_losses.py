@@ -84,14 +84,14 @@ def test_class_losses_of_parts_add_up_to_the_whole(spec: Any, shape: tuple[int, 
     parts = [weigh(loss(outputs[a:b], targets[a:b]), b - a) for a, b in ((0, 1), (1, 6), (6, 8))]
     weight = sum(part.weight for part in parts)
     assert weight == pytest.approx(whole.weight, rel=1e-12)
-    assert sum(part.mean * part.weight for part in parts) / weight == pytest.approx(whole.mean, rel=1e-12)
-    assert sum(float(part.term) * part.share for part in parts) / weight == pytest.approx(whole.mean, rel=1e-12)
+    assert sum(part.total for part in parts) == pytest.approx(whole.total, rel=1e-12)
+    assert sum(float(part.term) * part.share for part in parts) == pytest.approx(whole.total, rel=1e-12)
 
 
 def test_batch_without_counting_targets_has_no_weight_and_no_gradient():
     outputs = torch.randn(4, 3, requires_grad=True)
     found = weigh(bound("cross_entropy")(outputs, torch.full((4,), -100)), 4)
-    assert (found.mean, found.weight) == (0.0, 0.0)
+    assert (found.total, found.weight) == (0.0, 0.0)
     (found.term * found.share).backward()
     assert outputs.grad is not None
     assert not outputs.grad.any()
@@ -106,7 +106,7 @@ def test_probabilities_and_other_losses_are_means_over_samples():
 
 def test_loss_returning_sum_and_weight():
     found = weigh((torch.tensor(6.0), torch.tensor(3)), 99)
-    assert (found.mean, found.weight, float(found.term), found.share) == (2.0, 3.0, 6.0, 1.0)
+    assert (found.total, found.weight, float(found.term), found.share) == (6.0, 3.0, 6.0, 1.0)
 
 
 @pytest.mark.parametrize(
