@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +18,16 @@ from hpctrain.errors import DataError
 PAD, START, END, UNKNOWN = range(4)
 SPECIAL = 4  # how many tokens are no words
 NEVER = (PAD, START, UNKNOWN)  # what no caption contains that a model makes
-_WORD = re.compile(r"[^\W_]+")
 _APOSTROPHES = str.maketrans("", "", "'\u2019")
 
 
 def tokenize(text: str) -> list[str]:
-    """The words of a caption: in lower case, without apostrophes; all other punctuation separates words."""
-    return _WORD.findall(text.lower().translate(_APOSTROPHES))
+    """The words of a caption, of letters, digits and marks (Unicode's categories L, N and M), composed (NFC), in lower
+    case and without apostrophes; everything else separates words, so languages without spaces have none of their own.
+    """
+    plain = unicodedata.normalize("NFC", text).lower().translate(_APOSTROPHES)
+    words = "".join(each if unicodedata.category(each)[0] in "LNM" else " " for each in plain).split()
+    return [word for word in words if any(map(str.isalnum, word))]
 
 
 @dataclass(frozen=True)

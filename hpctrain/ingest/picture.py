@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 Size = tuple[int, int]
 
@@ -36,13 +37,45 @@ def stretched(size: Size, side: int) -> Size:
 FITS: dict[str, Callable[[Size, int], Size]] = {"pad": padded, "stretch": stretched}
 
 
-def opened_picture(path: Path) -> Image.Image:
-    """The picture in that file, as RGB. Raises ValueError, saying what is wrong, if there is none that can be read."""
+class _TooDeep(ValueError):
+    """A picture with more than 8 bits per colour."""
+
+
+def stored_picture(path: Path) -> Image.Image:
+    """The picture as the file stores it, as RGB, on white if it is transparent. Raises ValueError, saying what is
+    wrong, if there is none that can be read."""
+    with _loaded(path) as file:
+        return _opaque(file)
+
+
+def upright_picture(path: Path) -> Image.Image:
+    """The same, turned or mirrored as EXIF says that it is to be looked at."""
+    with _loaded(path) as file:
+        with suppress(Exception):  # of damaged EXIF data, Pillow raises anything; the picture itself may be fine
+            ImageOps.exif_transpose(file, in_place=True)
+        return _opaque(file)
+
+
+def _opaque(picture: Image.Image) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    colours = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+
+
+@contextmanager
+def _loaded(path: Path) -> Iterator[Image.Image]:
+    """The picture in that file. Errors of the block are its errors."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
-                return file.convert("RGB")
+                if file.mode[0] in "IF":  # Pillow cuts their values off at 255 instead of scaling them
+                    raise _TooDeep(f"has more than 8 bits per colour (mode {file.mode}); convert it to 8 bits")
+                file.load()
+                yield file
+    except _TooDeep:
+        raise
     except FileNotFoundError:
         raise ValueError("is missing") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

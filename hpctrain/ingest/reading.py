@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from hpctrain.ingest.picture import fitted, opened_picture
+from hpctrain.ingest.picture import fitted, upright_picture
 
-VERSION = 1  # of the file's layout
+VERSION = 2  # of the file's layout, and of how pictures are read
 
 Row = dict[str, Any]  # plain values, as JSON has them
 
@@ -76,6 +76,10 @@ class Format(ABC):
         """The file of that picture."""
         return root / item.picture
 
+    def opened(self, path: Path) -> Image.Image:
+        """The picture in that file, as RGB. Raises ValueError, saying what is wrong, if it cannot be read."""
+        return upright_picture(path)
+
     @abstractmethod
     def row(self, root: Path, item: Item, size: tuple[int, int], scale: tuple[float, float]) -> tuple[Row, list[str]]:
         """The annotation of a picture of that size in pixels (width, height), scaled; and what is wrong with it. Raises
@@ -124,7 +128,7 @@ class Recipe:
 
     def _picture(self, item: Item) -> Image.Image:
         try:
-            return opened_picture(self.format.picture(self.root, item))
+            return self.format.opened(self.format.picture(self.root, item))
         except ValueError as error:
             raise LeftOut(f"its picture {error}") from None
 

@@ -10,8 +10,10 @@ from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
+from PIL import Image
 
 from hpctrain.errors import DataError
+from hpctrain.ingest.picture import stored_picture
 from hpctrain.ingest.reading import Column, Format, Item, LeftOut, Listing, Row
 
 SPLITS = ("train", "val", "trainval", "test")
@@ -42,6 +44,10 @@ class VOC(Format):
     def picture(self, root: Path, item: Item) -> Path:
         files = [root / f"{item.picture}{suffix}" for suffix in SUFFIXES]
         return next((file for file in files if file.exists()), files[0])
+
+    def opened(self, path: Path) -> Image.Image:
+        """The picture as it is stored: boxes are of that, whatever EXIF says."""
+        return stored_picture(path)
 
     def row(self, root: Path, item: Item, size: tuple[int, int], scale: tuple[float, float]) -> tuple[Row, list[str]]:
         row: Row = {"boxes": [], "classes": [], "difficult": []}

@@ -24,8 +24,11 @@ class AveragePrecision:
 
     Outputs: a mapping with `boxes` (n, any, 4), left, top, right, bottom; `scores` and `labels` (n, any). Targets: a
     mapping with `boxes` (n, most, 4) and `labels` (n, most), negative where there is no further box; `image` (n, 3,
-    height, width) from 0 to 1, if there, is shown in examples. `classes`: names in the order of their numbers; without
-    them, the numbers are used. Boxes are compared as they are, so in pixels of the stored picture.
+    height, width) from 0 to 1, if there, is shown in examples. Detections with the score 0 do not count: they fill up.
+    Boxes are compared as they are, so in pixels of the stored picture.
+
+    `classes`: names in the order of their numbers. Without them there is only the mean, since a part of the data need
+    not have all classes.
     """
 
     def __init__(self, classes: Sequence[str] = ()) -> None:
@@ -48,11 +51,12 @@ class AveragePrecision:
         found = zip(*_parts(outputs, "boxes", "scores", "labels"), strict=True)
         true = zip(*_parts(targets, "boxes", "labels"), strict=True)
         for place, ((boxes, scores, labels), (true_boxes, true_labels)) in enumerate(zip(found, true, strict=True)):
-            there = true_labels >= 0
+            there, counts = true_labels >= 0, scores > 0
             truth = true_boxes[there], true_labels[there]
-            self._add(boxes, scores, labels, *truth)
+            detected = boxes[counts], scores[counts], labels[counts]
+            self._add(*detected, *truth)
             if len(self._examples) < SHOWN and "image" in targets:
-                self._show(targets["image"][place], (boxes, scores, labels), truth)
+                self._show(targets["image"][place], detected, truth)
 
     def _add(self, boxes: Tensor, scores: Tensor, labels: Tensor, true_boxes: Tensor, true_labels: Tensor) -> None:
         if self._names and len(true_labels) and int(true_labels.max()) >= len(self._names):
@@ -78,20 +82,19 @@ class AveragePrecision:
             setattr(self, f"_{name}", [part for state in states for part in state[name]])
 
     def value(self) -> dict[str, float]:
-        """`mAP`, and `AP NAME` for each class; NaN for a class without a box, which does not count in the mean."""
+        """`mAP`, and `AP NAME` for each class of `classes`; NaN for a class without a box, which does not count in the
+        mean."""
         scores, labels, right, truth = (
             torch.cat([torch.zeros(0), *parts]) for parts in (self._scores, self._labels, self._right, self._truth)
         )
         most = len(self._names) or (int(truth.max()) + 1 if len(truth) else 0)
         found = {
-            self._name(label): average_precision(
-                scores[labels == label], right[labels == label] > 0, int((truth == label).sum())
-            )
+            label: average_precision(scores[labels == label], right[labels == label] > 0, int((truth == label).sum()))
             for label in range(most)
         }
         counted = [value for value in found.values() if value == value]
         return {"mAP": sum(counted) / len(counted) if counted else float("nan")} | {
-            f"AP {name}": value for name, value in found.items()
+            f"AP {name}": found[label] for label, name in enumerate(self._names)
         }
 
     def examples(self) -> list[Example]:

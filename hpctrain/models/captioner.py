@@ -22,7 +22,7 @@ class Captioner(nn.Module):
 
     The picture: features -> dropout -> a layer of `width` units. The text: embedding -> dropout -> LSTM, both `width`
     wide. Their sum -> a layer -> a score per word. `words`: tokens at most; those that the vocabulary does not have are
-    not used, and stay as they are.
+    not used, and get no gradient.
 
     The buffer `vocabulary` (`Vocabulary.packed`) comes with the first batch and is saved with the model, which refuses
     batches with another one.

@@ -125,7 +125,10 @@ def detector(classes: int = 3, width: int = 32) -> nn.Module:
 
 def detection_loss(found: Found, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(sum, weight): the focal loss of the scores and the L1 losses of centres and sizes, summed over all pictures; the
-    number of boxes and of pictures, so that a batch without boxes has a weight. `boxes` (n, most, 4) in pixels, `labels` (n, most), negative where there is no box."""
+    number of boxes and of pictures, so that a batch without boxes has a weight.
+
+    `boxes` (n, most, 4) in pixels, `labels` (n, most), negative where there is no box.
+    """
     there = labels >= 0
     boxes = boxes / STRIDE
     centres, sizes = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
@@ -168,7 +171,8 @@ def focal_loss(scores: Tensor, heat: Tensor) -> Tensor:
 def detections(found: Found, most: int = MOST) -> dict[str, Tensor]:
     """The `most` highest peaks of each picture: `boxes` (n, most, 4) in pixels, inside the picture, `scores` and
     `labels` (n, most). A peak is a cell that has the highest score of a class among the 3 by 3 around it. If there are
-    fewer cells than `most`, as many as there are."""
+    fewer peaks than `most`, rows with the score 0 follow, which are no detections; if there are fewer cells, as many
+    rows as cells."""
     chances = found.scores.sigmoid()
     rows, columns = chances.shape[2:]
     peaks = chances * (functional.max_pool2d(chances, 3, 1, 1) == chances)

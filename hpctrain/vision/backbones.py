@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
@@ -135,12 +136,18 @@ def _load(net: nn.Module, path: Path, name: str) -> None:
         net.load_state_dict(tensors)
     except OSError as error:
         raise DataError(f"{shown_path(path)}: the weights cannot be read: {error.strerror or error}") from None
+    except UnpicklingError:  # torch's text tells how to load it in spite of that
+        raise _not_weights(path, name, "it is no file of torch.save, or holds other things than tensors") from None
     except Exception as error:  # of a damaged or foreign file, an unpickler may raise anything
         line = " ".join(str(error).split())[:160]
-        raise DataError(
-            f"{shown_path(path)} does not hold the weights of {name} ({type(error).__name__}: {line}); expected a file "
-            "of torch.save or safetensors with the tensors of that net"
-        ) from None
+        raise _not_weights(path, name, f"{type(error).__name__}: {line}") from None
+
+
+def _not_weights(path: Path, name: str, reason: str) -> DataError:
+    return DataError(
+        f"{shown_path(path)} does not hold the weights of {name} ({reason}); expected a file of torch.save or "
+        "safetensors with the tensors of that net"
+    )
 
 
 def _without_extra() -> ModelError:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hpctrain.errors import DataError, JobError
-from hpctrain.ingest.picture import fitted, opened_picture
+from hpctrain.ingest.picture import fitted, upright_picture
 from hpctrain.models.captioner import Captioner
 from hpctrain.text import escaped, shown, shown_path
 from hpctrain.vision.features import Seeing, seeing
@@ -66,7 +66,7 @@ class Describer:
 
     def caption(self, path: Path, beam: int) -> str:
         """Of the picture in that file. Raises ValueError, saying what is wrong, if it cannot be read."""
-        picture = fitted(opened_picture(path), self._size, self._fit)
+        picture = fitted(upright_picture(path), self._size, self._fit)
         pixels = np.frombuffer(picture.pixels, np.uint8).copy()
         features = self.seeing.of(pixels.reshape(1, self._size, self._size, 3))
         with torch.inference_mode():

@@ -21,13 +21,14 @@ from hpctrain.models.examples import MOST
 from hpctrain.text import did_you_mean, shown_path
 from hpctrain.vision.featurefile import FeatureFile
 
+FOLDS = 5
 Sample = tuple[dict[str, Tensor], None]
 
 
 def captions(
     file: str,
     fold: int | None = None,
-    folds: int = 5,
+    folds: int | None = None,
     min_count: int = 1,
     length: int | None = None,
     train_split: str | None = None,
@@ -37,14 +38,23 @@ def captions(
     """The splits of a file made by `hpctrain features`: to train, one sample per caption (`CaptionSet`); to validate
     and to test, one per picture (`PictureSet`).
 
-    By default `train`, `val` and `test`, or what begins so (`train2017`). `fold`: instead, pictures number fold, fold +
-    folds, fold + 2 folds ... are to validate and all others to train, whatever their split. `min_count`: words that
-    occur less often in the training captions are unknown; `length`: words at most (default: the longest training
-    caption). Raises DataError.
+    By default `train`, `val` and `test`, or what begins so (`train2017`). `fold`: instead, of all pictures but those to
+    test on, number fold, fold + folds, fold + 2 folds ... (default: 5 folds) are to validate and the others to train.
+    `min_count`: words that occur less often in the training captions are unknown; `length`: words at most (default: the
+    longest training caption). Raises DataError.
     """
     known = FeatureFile(Path(file))
-    named = (train_split, validation_split, test_split)
-    train, *others = _splits(known, *named) if fold is None else _folds(known, fold, folds)
+    if fold is None:
+        if folds is not None:
+            raise DataError(f"data.folds = {folds!r} without data.fold: set data.fold = 0 or another, or leave it out")
+        train, *others = _splits(known, train_split, validation_split, test_split)
+    else:
+        for key, split in (("train_split", train_split), ("validation_split", validation_split)):
+            if split is not None:
+                raise DataError(
+                    f"data.fold = {fold!r} and data.{key} = {split!r} both say what to train on; leave one out"
+                )
+        train, *others = _folds(known, fold, FOLDS if folds is None else folds, test_split)
     own = [text for picture in train for text in known.captions[picture]]
     longest = None if length is None else whole("length", length)
     words = Vocabulary.of(own, whole("min_count", min_count), longest, known.about.recipe)
@@ -55,14 +65,9 @@ def captions(
 
 def _splits(known: FeatureFile, *names: str | None) -> list[NDArray[np.int64]]:
     """The pictures to train, to validate and to test on; none where there is no such split."""
-    has, found = known.about.splits, []
-    for name, start in zip(names, ("train", "val", "test"), strict=True):
-        if name is not None and name not in has:
-            guess = did_you_mean(name, has)
-            raise DataError(f"{shown_path(known.path)} has no split {name!r}{guess}; it has {', '.join(has)}")
-        name = name or (start if start in has else next((split for split in has if split.startswith(start)), None))
-        found.append(np.zeros(0, np.int64) if name is None else known.split(name))
+    found = [_split(known, name, start) for name, start in zip(names, ("train", "val", "test"), strict=True)]
     if not len(found[0]):
+        has = known.about.splits
         raise DataError(
             f"{shown_path(known.path)} has no pictures to train on among its splits ({', '.join(has)}); name one with "
             "data.train_split, or set data.fold = 0 to hold back a fifth of all pictures"
@@ -70,15 +75,27 @@ def _splits(known: FeatureFile, *names: str | None) -> list[NDArray[np.int64]]:
     return found
 
 
-def _folds(known: FeatureFile, fold: int, folds: int) -> list[NDArray[np.int64]]:
-    """The pictures to train and to validate on."""
-    count = known.about.samples
+def _split(known: FeatureFile, name: str | None, start: str) -> NDArray[np.int64]:
+    """The pictures of the split `name`, or of that which is called `start` or begins so; none if there is no such."""
+    has = known.about.splits
+    if name is not None and name not in has:
+        guess = did_you_mean(name, has)
+        raise DataError(f"{shown_path(known.path)} has no split {name!r}{guess}; it has {', '.join(has)}")
+    name = name or (start if start in has else next((split for split in has if split.startswith(start)), None))
+    return np.zeros(0, np.int64) if name is None else known.split(name)
+
+
+def _folds(known: FeatureFile, fold: int, folds: int, test_split: str | None) -> list[NDArray[np.int64]]:
+    """The pictures to train, to validate and to test on."""
+    test = _split(known, test_split, "test")
+    pictures = np.setdiff1d(np.arange(known.about.samples), test)
+    count = len(pictures)
     if whole("folds", folds) < 2 or folds > count:
         raise DataError(f"data.folds = {folds}: expected a number from 2 to {count}, the number of pictures")
     if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < folds:
         raise DataError(f"data.fold = {fold!r}: expected a number from 0 to {folds - 1} (data.folds = {folds})")
-    pictures = np.arange(count)
-    return [pictures[pictures % folds != fold], pictures[pictures % folds == fold]]
+    held = np.arange(count) % folds == fold
+    return [pictures[~held], pictures[held], test]
 
 
 class CaptionSet(Dataset[Sample]):

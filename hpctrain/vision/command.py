@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.errors import DataError
-from hpctrain.ingest.picture import FITS, opened_picture
+from hpctrain.ingest.picture import FITS, upright_picture
 from hpctrain.output import make_folder, output_file, output_text
 from hpctrain.text import escaped, shown_path
 from hpctrain.vision.drawing import drawn
@@ -48,15 +48,22 @@ class PredictRequest:
     def _check_names(self) -> None:
         """No file may be written twice, or replace one of the pictures."""
         given = {picture.resolve() for picture in self.pictures}
+        table = self.json.resolve() if self.json is not None else None
+        if table in given:
+            raise DataError(f"--json {self.json}: this would replace that picture; choose another file")
         taken: dict[Path, Path] = {}
         for picture in self.pictures:
             drawing = self.drawing(picture).resolve()
             if drawing in given:
                 raise DataError(f"{shown_path(picture)}: this would replace {drawing}; choose another folder with -o")
+            if drawing == table:
+                raise DataError(
+                    f"--json {self.json}: the boxes of {shown_path(picture)} are to be in that file; name another"
+                )
             if taken.setdefault(drawing, picture).resolve() != picture.resolve():
                 raise DataError(
                     f"{shown_path(taken[drawing])} and {shown_path(picture)} have the same name, so their boxes would "
-                    "be in one file; call the command for each of their folders"
+                    "be in one file; call the command once for each, with another -o"
                 )
 
 
@@ -89,7 +96,7 @@ def main(request: PredictRequest) -> int:
 
 def _find(request: PredictRequest, predictor: Predictor, path: Path) -> list[Detection]:
     """Detect and draw. Raises ValueError for a picture that cannot be read."""
-    picture = opened_picture(path)
+    picture = upright_picture(path)
     found = predictor.detections(picture, request.threshold)
     with output_file(request.drawing(path)) as file:
         drawn(picture, found).save(file, "PNG")

@@ -11,6 +11,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +56,8 @@ class FeatureAbout:
                 found = cls(**json.loads(file["about"][:].tobytes()))
         except FileNotFoundError:
             raise DataError(f"{shown_path(path)}: there is no such file; `hpctrain features` makes one") from None
-        except (OSError, KeyError, TypeError, ValueError, AttributeError):
-            raise DataError(f"{shown_path(path)} was not made by `hpctrain features`; name another file") from None
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+            raise _no_features(path) from None
         if found.format != FORMAT:
             raise DataError(f"{shown_path(path)} has the format {found.format!r}, not {FORMAT!r}; make it again")
         return found
@@ -76,11 +79,13 @@ class FeatureFile:
                 data = file["features"]
                 place, shape = data.id.get_offset(), (self.about.samples, self.about.width)
                 names, captions = (_texts(file, column) for column in COPIED)
-                self._splits = {name: file[f"split_{name}"][:].astype(np.int64) for name in self.about.splits}
-                if place is None or data.shape != shape or data.dtype != np.float32 or len(captions) != shape[0]:
+                self._splits = {name: _members(file, name, shape[0]) for name in self.about.splits}
+                if place is None or data.shape != shape or data.dtype != np.float32:
                     raise ValueError
-            except (KeyError, ValueError, TypeError):
-                raise DataError(f"{shown_path(self.path)} is damaged; remove it and make it again") from None
+                if not len(names) == len(captions) == shape[0]:
+                    raise ValueError
+            except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
+                raise _no_features(self.path) from None
         self.features: NDArray[np.float32] = np.memmap(self.path, np.float32, "r", place, shape)
         self.names, self.captions = names, [text.split("\0")[:-1] for text in captions]
 
@@ -94,16 +99,47 @@ class FeatureFile:
         return self.path.parent / self.about.pictures
 
 
+def _no_features(path: Path) -> DataError:
+    return DataError(
+        f"{shown_path(path)} was not made by `hpctrain features`, or is damaged; make it again, or name another file"
+    )
+
+
+def _members(file: h5py.File, split: str, samples: int) -> NDArray[np.int64]:
+    """The pictures of a split, of so many. Raises ValueError if it has others."""
+    found: NDArray[np.int64] = file[f"split_{split}"][:].astype(np.int64)
+    if len(found) and not 0 <= found.min() <= found.max() < samples:
+        raise ValueError
+    return found
+
+
 def _texts(file: h5py.File, column: str) -> list[str]:
     whole, offsets = file[column][:].tobytes(), file[f"{column}_offsets"][:]
     pairs = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
     return [whole[first:last].decode(errors="replace") for first, last in pairs]
 
 
+@contextmanager
+def readable(source: Path) -> Iterator[None]:
+    """Errors of the block are those of the file `source` that `hpctrain ingest` has made: they become DataErrors."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError) as error:
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number else "it is damaged"
+        raise DataError(
+            f"{shown_path(source)} cannot be read ({reason}); make it again with `hpctrain ingest captions`"
+        ) from None
+
+
 class FeatureWriter:
     """Writes such a file from the one it is made of, `source`; its bytes do not depend on time. A context manager."""
 
     def __init__(self, path: Path, about: FeatureAbout, source: Path) -> None:
+        """Raises DataError if the source cannot be read, OSError if the file cannot be written."""
+        columns = [each for column in COPIED for each in (column, f"{column}_offsets")]
+        with readable(source), opened(source) as known:
+            copied = {name: known[name][:] for name in (*columns, *(f"split_{split}" for split in about.splits))}
         self._file = h5py.File(path, "w", libver=VERSIONS, locking=False)
         shape, properties = (about.samples, about.width), h5p.create(h5p.DATASET_CREATE)
         properties.set_layout(h5d.CONTIGUOUS)
@@ -111,10 +147,8 @@ class FeatureWriter:
         properties.set_fill_time(h5d.FILL_TIME_NEVER)
         properties.set_obj_track_times(False)
         h5d.create(self._file.id, b"features", h5t.IEEE_F32LE, h5s.create_simple(shape, shape), properties)
-        with opened(source) as known:
-            columns = [each for column in COPIED for each in (column, f"{column}_offsets")]
-            for name in (*columns, *(f"split_{split}" for split in about.splits)):
-                self._file.create_dataset(name, data=known[name][:], track_times=False)
+        for name, values in copied.items():
+            self._file.create_dataset(name, data=values, track_times=False)
         text = np.frombuffer(json.dumps(asdict(about)).encode(), np.uint8)
         self._file.create_dataset("about", data=text, track_times=False)
 

@@ -24,7 +24,7 @@ from hpctrain.ingest.workers import AHEAD, Rate, cores, local, on_ranks
 from hpctrain.text import escaped, shown_path
 from hpctrain.views.progress import Progress
 from hpctrain.vision.backbones import SIZE, Backbone, backbone, digest
-from hpctrain.vision.featurefile import FORMAT, FeatureAbout, FeatureWriter
+from hpctrain.vision.featurefile import FORMAT, FeatureAbout, FeatureWriter, readable
 
 BATCH = 8  # pictures per task: always as many, since the last bits depend on it
 
@@ -85,8 +85,10 @@ class FromFile:
     seeing: Seeing
 
     def __call__(self, first: int) -> NDArray[np.float32]:
-        with opened(self.pictures) as file:
-            return self.seeing.of(file["pictures"][first : first + BATCH])
+        """Of the pictures from number `first` on. Raises DataError if they cannot be read."""
+        with readable(self.pictures), opened(self.pictures) as file:
+            pixels = file["pictures"][first : first + BATCH]
+        return self.seeing.of(pixels)
 
 
 @lru_cache(maxsize=1)
@@ -128,7 +130,7 @@ def _make(request: Extraction, executor: Executor | None = None, workers: int | 
             "a process that computes features was killed, perhaps as memory ran out; start fewer with -n"
         ) from None
     except OSError as error:
-        raise DataError(f"{error.filename or shown_path(request.out)}: {error.strerror or error}") from None
+        raise HpctrainError(f"the features cannot be computed: {error}") from None
     splits = ", ".join(f"{name} {count:,}" for name, count in about.splits.items())
     print(escaped(
         f"{shown_path(request.out)}: {about.samples:,} pictures, {about.width:,} features each ({about.backbone}); "
@@ -166,17 +168,29 @@ def extract(request: Extraction, about: FeatureAbout, net: Seeing, executor: Exe
     """Compute all features into the output file, which exists only once it is complete."""
     part = request.out.with_name(f"{request.out.name}.part")
     try:
-        with FeatureWriter(part, about, request.captions) as file, Progress() as progress:
-            rate, task = Rate("features", 0, about.samples), FromFile(request.captions.absolute(), net)
-            for place, found in _placed(ordered(executor, task, range(0, about.samples, BATCH), AHEAD * workers)):
-                file.write(place, found)
-                if rate.due():
-                    progress(rate.text(place + len(found)))
-        with open(part, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(part, request.out)
+        with _writing(request.out):
+            with FeatureWriter(part, about, request.captions) as file, Progress() as progress:
+                rate, task = Rate("features", 0, about.samples), FromFile(request.captions.absolute(), net)
+                for place, found in _placed(ordered(executor, task, range(0, about.samples, BATCH), AHEAD * workers)):
+                    file.write(place, found)
+                    if rate.due():
+                        progress(rate.text(place + len(found)))
+            with open(part, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(part, request.out)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Errors of the block are those of the output file, but not in HDF5's words, which fill lines."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DataError(f"{shown_path(out)}: cannot be written ({reason}); choose another place for it") from None
 
 
 def _placed(parts: Iterator[NDArray[np.float32]]) -> Iterator[tuple[int, NDArray[np.float32]]]:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from hpctrain.data.loader import Batch
 from hpctrain.errors import DataError, HpctrainError
-from hpctrain.ingest.picture import FITS, Fitted, fitted
+from hpctrain.ingest.picture import Fitted, fitted
+from hpctrain.ingest.store import About
+from hpctrain.ingest.voc import VOC
 from hpctrain.job import Job
 from hpctrain.run.prepare import Measurable
 from hpctrain.text import shown, shown_path
@@ -38,37 +40,39 @@ class Predictor:
     """The detector of a run, used on one picture at a time.
 
     `size`, `fit`: how pictures are brought to the size that the model takes, as `hpctrain ingest` does; None: as in the
-    run's data set, which must then be there. Raises DataError for a folder that is no detection run, CheckpointError
-    for a model that cannot be loaded.
+    run's data set, which must then be there. Classes have the names in the job's metric.classes, or else those in the
+    data set. Raises DataError for a folder that is no detection run, and for a data set that is not the run's,
+    CheckpointError for a model that cannot be loaded.
     """
 
     def __init__(self, folder: Path, size: int | None = None, fit: str | None = None) -> None:
         self._parts = saved_model(folder)
-        job, about = self._parts.job, about_data(self._parts.job)
-        side = size or (about.size if about is not None else None)
-        _try_out(self._parts, side or TRIED, folder)
-        if side is None:
-            raise DataError(f"{_unknown_size(job)}; give it with --size")
-        self._side, self._fit = side, fit or (about.fit if about is not None else next(iter(FITS)))
-        named = job.metric.options.get("classes")
-        known = named if isinstance(named, list) else about.classes if about is not None else []
-        self._names: Sequence[object] = known
+        job = self._parts.job
+        self._names = _named_classes(job)
+        about = None if size and fit and self._names else about_data(job)
+        _try_out(self._parts, size or (about.size if about is not None else TRIED), folder)
+        if about is not None:
+            _check_data(job, about, self._names)
+            size, fit, self._names = size or about.size, fit or about.fit, about.classes
+        if size is None or fit is None:
+            raise DataError(f"{_unknown_size(job)}; give it with --size and --fit")
+        self._side, self._fit = size, fit
 
     def detections(self, picture: Image.Image, threshold: float) -> list[Detection]:
-        """What the model finds in a picture (RGB) with at least that score, the best first."""
+        """What the model finds in a picture (RGB) with at least that score, and more than 0, the best first."""
         small = fitted(picture, self._side, self._fit)
         with torch.no_grad():
             found = _outputs(self._parts, _tensor(small, self._side))
         boxes, scores, labels = (found[key][0].cpu() for key in KEYS)
         limits = torch.tensor(picture.size * 2, dtype=torch.float64)
         boxes = torch.minimum((boxes.double() / torch.tensor(small.scale * 2)).clamp(min=0), limits)
-        kept = (scores >= threshold) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        kept = (scores > 0) & (scores >= threshold) & (boxes[:, 2:] > boxes[:, :2]).all(1)
         order = scores[kept].argsort(descending=True, stable=True)
         rows = zip(labels[kept][order].tolist(), scores[kept][order].tolist(), boxes[kept][order].tolist(), strict=True)
         return [Detection(self._name(number), number, score, tuple(box)) for number, score, box in rows]
 
     def _name(self, number: int) -> str:
-        return str(self._names[number]) if 0 <= number < len(self._names) else f"class {number}"
+        return self._names[number] if 0 <= number < len(self._names) else f"class {number}"
 
 
 def _tensor(small: Fitted, side: int) -> Tensor:
@@ -97,6 +101,24 @@ def _try_out(parts: Measurable, side: int, folder: Path) -> None:
     if not isinstance(found, Mapping) or not all(isinstance(found.get(key), Tensor) for key in KEYS):
         keys = f"the keys {', '.join(map(str, found))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
         raise DataError(f"{what} returned {keys} instead of {', '.join(KEYS)}")
+
+
+def _named_classes(job: Job) -> list[str]:
+    """The job's metric.classes; empty if there are none."""
+    named = job.metric.options.get("classes")
+    return list(map(str, named)) if isinstance(named, list) else []
+
+
+def _check_data(job: Job, about: About, named: Sequence[str]) -> None:
+    """Raise DataError if the file at data.file is not what the run had: another one may lie there by now, or in the
+    current folder."""
+    file = f"{shown_path(Path(str(job.data.options['file'])))}, the run's data.file,"
+    advice = "call the command in the folder where the run was started, or give --size and --fit"
+    if about.kind != VOC.kind:
+        raise DataError(f"{file} was made by `hpctrain ingest {about.kind}`, not by `... {VOC.kind}`; {advice}")
+    if named and list(named) != about.classes:
+        theirs, ours = (shown(", ".join(names), 200) for names in (about.classes, named))
+        raise DataError(f"{file} has the classes {theirs}, but the run's metric.classes are {ours}; {advice}")
 
 
 def _unknown_size(job: Job) -> str:

@@ -35,7 +35,8 @@ def saved_model(folder: Path) -> Measurable:
     try:
         load_plain_state(parts.model, tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{shown_path(file)} does not fit the job's model: {error}") from None
+        line = " ".join(str(error).split())[:200]  # torch names each tensor on a line of its own
+        raise CheckpointError(f"{shown_path(file)} does not fit the job's model: {line}") from None
     parts.model.eval()
     return parts
 

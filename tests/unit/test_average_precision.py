@@ -95,10 +95,20 @@ def test_mean_over_the_classes_that_occur() -> None:
     assert found["mAP"] == pytest.approx((1 + 51 / 101) / 2)
 
 
-def test_classes_without_names_have_numbers() -> None:
-    found = value_of((outputs_of([[(CELL, 2, 0.9)]]), batch_of([[(CELL, 2)]])))
-    assert list(found) == ["mAP", "AP 0", "AP 1", "AP 2"]
-    assert (found["mAP"], found["AP 2"]) == (1.0, 1.0)
+def test_without_names_of_classes_there_is_only_the_mean() -> None:
+    """Whatever classes a part of the data has: an evaluation's values are always the same ones."""
+    for label in (0, 2):
+        found = value_of((outputs_of([[(CELL, label, 0.9), (PLATE, 1, 0.5)]]), batch_of([[(CELL, label), (PLATE, 1)]])))
+        assert found == {"mAP": 1.0}
+
+
+def test_detections_with_the_score_0_do_not_count() -> None:
+    """Rows that fill up may lie on a box; and they are no wrong detections either."""
+    outputs = outputs_of([[([80.0, 80, 90, 90], 0, 0.9), (CELL, 0, 0.0)]])
+    assert value_of((outputs, batch_of([[(CELL, 0)]])), classes=("cell",)) == {"mAP": 0.0, "AP cell": 0.0}
+    metric = AveragePrecision(["cell"])
+    metric.update(outputs, batch_of([[(CELL, 0)]]))
+    assert sum(map(len, metric.state()["scores"])) == 1
 
 
 def test_nothing_to_find() -> None:
@@ -112,9 +122,10 @@ def test_a_hundred_detections_count_per_picture_and_class() -> None:
     """The right one is the last of 100, or of 101."""
     for wrong, expected in ((MOST - 1, 1 / MOST), (MOST, 0.0)):
         rows = [([80.0, 80, 90, 90], 0, 0.9)] * wrong + [(CELL, 0, 0.1), (PLATE, 1, 0.05)]
-        found = value_of((outputs_of([rows], most=MOST + 5), batch_of([[(CELL, 0), (PLATE, 1)]])))
-        assert found["AP 0"] == pytest.approx(expected)
-        assert found["AP 1"] == 1.0
+        batch = outputs_of([rows], most=MOST + 5), batch_of([[(CELL, 0), (PLATE, 1)]])
+        found = value_of(batch, classes=("cell", "platelet"))
+        assert found["AP cell"] == pytest.approx(expected)
+        assert found["AP platelet"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -151,7 +162,7 @@ def scene(generator: torch.Generator, pictures: int, found: int) -> tuple[dict[s
     near = labels.gather(1, which).clamp(min=0)
     other = torch.randint(0, 3, near.shape, generator=generator)
     kinds = torch.where(torch.rand(near.shape, generator=generator) < 0.8, near, other)
-    scores = (torch.rand(near.shape, generator=generator) * 100).round() / 100
+    scores = (torch.rand(near.shape, generator=generator) * 100).round().clamp(min=1) / 100  # 0 is no detection
     return {"boxes": moved, "scores": scores, "labels": kinds}, {"boxes": boxes, "labels": labels}
 
 

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from hpctrain.cli import main
 from hpctrain.data.splits import load_data
@@ -26,6 +26,7 @@ from hpctrain.errors import DataError
 from hpctrain.ingest import command, store
 from hpctrain.ingest.dataset import IngestedSet, ingested
 from hpctrain.ingest.journal import Journal
+from hpctrain.ingest.picture import stored_picture, upright_picture
 from hpctrain.ingest.reading import Item, Reading, Recipe
 from hpctrain.ingest.tasks import Inline, ordered
 from hpctrain.job import Job
@@ -359,6 +360,81 @@ def test_flickr8k(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "Flicker8k_Dataset/e.jpg: its picture is missing; left out",
     ]
     assert IngestedSet(tmp_path / "out.h5", "train").captions(0) == ["first .", "second"]
+
+
+# -- kinds of pictures -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("mode", "suffix"), [("I;16", "png"), ("I", "tif"), ("F", "tif")])
+def test_more_than_8_bits_per_colour_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, suffix: str
+) -> None:
+    """Their values would be cut off at 255, so that a picture becomes white."""
+    (tmp_path / "set" / "class").mkdir(parents=True)
+    file = tmp_path / "set" / "class" / f"deep.{suffix}"
+    values = np.full((8, 8), 1000, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
+    Image.fromarray(values).save(file)
+    reason = f"has more than 8 bits per colour (mode {mode}); convert it to 8 bits"
+    for opened in (stored_picture, upright_picture):
+        with pytest.raises(ValueError) as caught:
+            opened(file)
+        assert str(caught.value) == reason
+    message = refused(capsys, "folder", tmp_path / "set", tmp_path / "out.h5", "-n", 1)
+    assert f"class/deep.{suffix}: its picture {reason}; left out" in message
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_transparent_pictures_are_put_onto_white(tmp_path: Path, mode: str) -> None:
+    """Of a transparent pixel the colour in the file means nothing; here it is black."""
+    colours = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
+    colours.paste((100, 100, 100, 255), (2, 0, 4, 2))
+    if mode in ("P", "L"):  # one of the colours is transparent
+        colours.convert("L").convert(mode).save(tmp_path / "a.png", transparency=0)
+    else:
+        colours.convert(mode).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as file:
+        assert file.mode == mode
+    for opened in (stored_picture, upright_picture):
+        pixels = np.asarray(opened(tmp_path / "a.png"))
+        assert pixels.shape == (2, 4, 3)
+        assert (pixels[:, :2] == 255).all()
+        assert (pixels[:, 2:] == 100).all()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_pictures_are_turned_as_exif_says(tmp_path: Path, turn: int, suffix: str) -> None:
+    """Whatever the turn, the red half is on the left for people, and nothing changes as it is stored."""
+    upright, file, exif = tmp_path / "upright.png", tmp_path / f"a.{suffix}", Image.Exif()
+    picture(upright)
+    exif[ExifTags.Base.Orientation] = turn
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose, of upright pictures into stored ones
+    with Image.open(upright) as seen:
+        stored = seen.transpose(Image.Transpose(back[turn])) if turn in back else seen.copy()
+        stored.save(file, exif=exif, quality=95)
+        assert upright_picture(file).size == seen.size
+        assert np.abs(np.asarray(upright_picture(file), int) - np.asarray(seen, int)).mean() < 3
+        assert np.abs(np.asarray(stored_picture(file), int) - np.asarray(stored, int)).mean() < 3
+
+
+def test_damaged_exif_does_not_matter(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 4), (9, 9, 9)).save(tmp_path / "a.png", exif=b"Exif\0\0nothing of the kind")
+    assert upright_picture(tmp_path / "a.png").getpixel((3, 3)) == (9, 9, 9)
+
+
+def test_only_boxes_keep_a_picture_as_it_is_stored(
+    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same picture, which is to be turned upside down: kind voc with its boxes, and kind folder."""
+    file, exif = voc / "JPEGImages" / "b.png", Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    with Image.open(file) as stored:
+        stored.copy().save(file, exif=exif)
+    (tmp_path / "set" / "class").mkdir(parents=True)
+    (tmp_path / "set" / "class" / "b.png").write_bytes(file.read_bytes())
+    made(capsys, "voc", voc, tmp_path / "voc.h5", "-n", 1, "--size", 80)
+    made(capsys, "folder", tmp_path / "set", tmp_path / "folder.h5", "-n", 1, "--size", 80)
+    boxes, turned = IngestedSet(tmp_path / "voc.h5", "train")[0], IngestedSet(tmp_path / "folder.h5")[0]
+    assert boxes["boxes"][0].tolist() == [10, 20, 30, 80]
+    assert boxes["image"][:, 9, 9].tolist() == turned["image"][:, 70, 30].tolist() == [1, 0, 0]
 
 
 def test_folder_of_classes_trains_in_a_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageColor
+from PIL import ExifTags, Image, ImageColor
 
 from hpctrain.cli import main
 from hpctrain.comm.virtual.world import World
 from hpctrain.filenames import MODEL
+from hpctrain.ingest.picture import upright_picture
 from hpctrain.job import Job
 from hpctrain.models.average_precision import intersection_over_union
 from hpctrain.vision.drawing import PALETTE, drawn
-from hpctrain.vision.predict import Detection
+from hpctrain.vision.predict import Detection, Predictor
 from tests import helpers
 
 BOX = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
@@ -167,11 +169,59 @@ def test_size_is_asked_for_if_the_data_set_is_gone(run: Path, pictures: Path, tm
     try:
         words = [run, pictures / "tall.png", "-o", tmp_path / "out"]
         assert refused(capsys, *words) == (
-            f"hpctrain: {data}, which says how large the run's pictures are, is not there; give it with --size\n"
+            f"hpctrain: {data}, which says how large the run's pictures are, is not there; give it with "
+            "--size and --fit\n"
         )
-        assert predicted(capsys, *words, "--size", 64)[0] == f"{words[1]}: 1 blue, 1 red\n"
+        assert "give it with --size and --fit" in refused(capsys, *words, "--size", 64)  # with another fit it may fail
+        assert predicted(capsys, *words, "--size", 64, "--fit", "pad")[0] == f"{words[1]}: 1 blue, 1 red\n"
     finally:
         data.with_suffix(".away").rename(data)
+
+
+def test_a_data_set_that_is_not_the_runs_is_refused(
+    run: Path, pictures: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the job named squares.h5, and in the current folder lay another file of that name."""
+    moved, data = tmp_path / "moved", tmp_path / "squares.h5"
+    shutil.copytree(run, moved)
+    job = (moved / "job.toml").read_text()
+    (moved / "job.toml").write_text(job.replace(str(run.parent.parent / "squares.h5"), "squares.h5"))
+    monkeypatch.chdir(tmp_path)
+    words = [moved, pictures / "tall.png", "-o", tmp_path / "out"]
+    options = [str(data), "-n=1", "--size=64"]
+    assert main(["ingest", "voc", str(run.parent.parent / "voc"), *options, "--classes=red,blue"]) == 0
+    capsys.readouterr()
+    assert refused(capsys, *words) == (
+        "hpctrain: squares.h5, the run's data.file, has the classes red, blue, but the run's metric.classes are blue, "
+        "red; call the command in the folder where the run was started, or give --size and --fit\n"
+    )
+    data.unlink()
+    assert main(["ingest", "folder", str(pictures.parent), *options]) == 0
+    capsys.readouterr()
+    assert "data.file, was made by `hpctrain ingest folder`, not by `... voc`; call" in refused(capsys, *words)
+    assert predicted(capsys, *words, "--size", 64, "--fit", "pad")[0] == f"{words[1]}: 1 blue, 1 red\n"
+
+
+def test_pictures_are_turned_upright(run: Path, pictures: Path, tmp_path: Path, capsys: Captured) -> None:
+    """A picture that lies on its side in its file, with EXIF that says so: boxes and drawing are of what people see."""
+    tall, turned = pictures / "tall.png", tmp_path / "turned.png"
+    with Image.open(tall) as picture:
+        exif = picture.getexif()
+        exif[ExifTags.Base.Orientation] = 6
+        picture.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
+    predicted(capsys, run, tall, turned, "-o", tmp_path / "out", "--json", tmp_path / "found.json")
+    rows = json.loads((tmp_path / "found.json").read_text())["pictures"]
+    assert rows[0]["detections"] == rows[1]["detections"] != []
+    drawings = [np.asarray(Image.open(tmp_path / "out" / name)) for name in ("tall.png", "turned.png")]
+    assert np.array_equal(*drawings)
+
+
+def test_nothing_with_the_score_0_is_found(run: Path, pictures: Path) -> None:
+    """The model fills up with such rows, which a threshold of 0 lets through."""
+    predictor, picture = Predictor(run), upright_picture(pictures / "tall.png")
+    found = predictor.detections(picture, 0.0)
+    assert len(found) < 100
+    assert min(each.score for each in found) > 0
 
 
 def other_run(folder: Path) -> Path:
@@ -220,7 +270,13 @@ def test_no_file_is_replaced_or_written_twice(run: Path, pictures: Path, tmp_pat
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "tall.jpg").write_bytes(before)
     words = [run, pictures / "tall.png", tmp_path / "more" / "tall.jpg", "-o", tmp_path / "out"]
-    assert "have the same name" in refused(capsys, *words)
+    assert "be in one file; call the command once for each, with another -o" in refused(capsys, *words)
+    words = [run, pictures / "tall.png", "-o", tmp_path / "out", "--json"]
+    (tmp_path / "out").mkdir()
+    assert "this would replace that picture" in refused(capsys, *words, pictures / "tall.png")
+    assert f"boxes of {words[1]} are to be in that file" in refused(capsys, *words, tmp_path / "out" / "tall.png")
+    assert (pictures / "tall.png").read_bytes() == before
+    assert not list((tmp_path / "out").iterdir())
     (tmp_path / "file").touch()
     assert "cannot be written" in refused(capsys, run, pictures / "tall.png", "-o", tmp_path / "file")
 
