@@ -41,6 +41,7 @@ from hpctrain.vision.bleu import CaptionScores, bleu
 from hpctrain.vision.caption import trained
 from hpctrain.vision.captions import CaptionSet, captions, texts_of
 from hpctrain.vision.featurefile import FORMAT, FeatureAbout, FeatureFile, FeatureWriter
+from hpctrain.vision.features import Seeing
 from tests import helpers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +101,18 @@ def test_words_of_a_caption() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cafe\u0301 CAF\u00c9", ["caf\u00e9", "caf\u00e9"]),  # composed or not, it is the same word
+        ("\u0939\u093f, \u0928\u094d\u0926\u0940.", ["\u0939\u093f", "\u0928\u094d\u0926\u0940"]),  # vowels of Hindi
+        ("m\u00b2 x_y \u2764\ufe0f", ["m\u00b2", "x", "y"]),  # a mark alone, here of an emoji, is no word
+    ],
+)
+def test_marks_are_parts_of_words(text: str, words: list[str]) -> None:
+    assert tokenize(text) == words
+
+
 def test_vocabulary_orders_words_and_keeps_lengths() -> None:
     words = Vocabulary.of(["b a b", "a b c", "d c"], min_count=2, pictures={"size": 3})
     assert (words.words, words.length, words.tokens) == (("b", "a", "c"), 3, 7)
@@ -148,6 +161,31 @@ def test_folds_hold_back_every_picture_once(features: Path) -> None:
         assert not set(part.train.pictures.tolist()) & set(part.validation.numbers.tolist())
 
 
+def test_folds_do_not_touch_the_test_pictures(features: Path, tmp_path: Path) -> None:
+    """Of a file with a split `test2017`, and of one that the user names."""
+    other = with_splits(features, tmp_path / "other.h5", train=range(10), test2017=(3, 11, 19), extra=(0, 1))
+    for name, test in ((None, [3, 11, 19]), ("extra", [0, 1])):
+        parts = [captions(str(other), fold=fold, folds=4, test_split=name) for fold in range(4)]
+        held = [part.validation.numbers.tolist() for part in parts]
+        assert sorted([*itertools.chain(*held), *test]) == list(range(COUNT))
+        for part in parts:
+            assert part.test.numbers.tolist() == test
+            assert not set(part.train.pictures.tolist()) & {*test, *part.validation.numbers.tolist()}
+
+
+def with_splits(features: Path, path: Path, **splits: Sequence[int]) -> Path:
+    """That file with other splits."""
+    shutil.copy(features, path)
+    with h5py.File(path, "r+") as file:
+        about = json.loads(file["about"][:].tobytes()) | {"splits": {name: len(each) for name, each in splits.items()}}
+        for name in [name for name in file if name.startswith("split_") or name == "about"]:
+            del file[name]
+        for name, each in splits.items():
+            file[f"split_{name}"] = np.array(each, np.int64)
+        file["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    return path
+
+
 def test_examples_need_the_pictures_that_the_features_are_of(features: Path, photos: Path, tmp_path: Path) -> None:
     alone = tmp_path / "features.h5"
     shutil.copy(features, alone)
@@ -166,6 +204,10 @@ def test_examples_need_the_pictures_that_the_features_are_of(features: Path, pho
         ({"train_split": "trian"}, r"has no split 'trian' \(did you mean train\?\); it has train, val"),
         ({"fold": 5}, r"data\.fold = 5: expected a number from 0 to 4"),
         ({"fold": 0, "folds": 21}, r"data\.folds = 21: expected a number from 2 to 20"),
+        ({"folds": 5}, r"data\.folds = 5 without data\.fold: set data\.fold = 0 or another, or leave it out"),
+        ({"fold": 0, "train_split": "train"}, r"data\.fold = 0 and data\.train_split = 'train' both say"),
+        ({"fold": 0, "validation_split": "val"}, r"data\.fold = 0 and data\.validation_split = 'val' both say"),
+        ({"fold": 0, "test_split": "vall"}, r"has no split 'vall' \(did you mean val\?\)"),
         ({"min_count": 0}, r"data\.min_count = 0"),
         ({"length": 1.5}, r"data\.length = 1\.5"),
         ({"min_count": 50}, "no word occurs 50 times"),
@@ -181,8 +223,10 @@ def test_other_files_are_no_features(features: Path, photos: Path, tmp_path: Pat
     torn.write_bytes(features.read_bytes()[:3000])
     for path, message in (
         (tmp_path / "none.h5", "there is no such file; `hpctrain features` makes one"),
-        (photos, "was not made by `hpctrain features`"),
-        (torn, "was not made by `hpctrain features`|is damaged"),
+        (photos, "was not made by `hpctrain features`, or is damaged; make it again, or name another file"),
+        (torn, "was not made by `hpctrain features`, or is damaged"),
+        (with_splits(features, tmp_path / "high.h5", train=(0, COUNT)), "or is damaged; make it again"),
+        (with_splits(features, tmp_path / "low.h5", train=(0, -1)), "or is damaged; make it again"),
     ):
         with pytest.raises(DataError, match=message):
             captions(str(path))
@@ -348,7 +392,8 @@ def test_bleu_by_hand() -> None:
 
 def test_sacrebleu_reads_the_captions_as_they_are() -> None:
     texts, truth = ["a red wall is here", "it is all blue"], [["A red wall, is here."], ["It's blue", "It is all blue"]]
-    wanted = sacrebleu.corpus_bleu(texts, [[truth[0][0], truth[1][0]], [None, truth[1][1]]], lowercase=True).score / 100
+    streams: Any = [[truth[0][0], truth[1][0]], [None, truth[1][1]]]
+    wanted = sacrebleu.corpus_bleu(texts, streams, lowercase=True).score / 100
     assert bleu(texts, truth)["sacreBLEU"] == pytest.approx(wanted)
     assert 0 < wanted < 1
 
@@ -508,8 +553,9 @@ def test_vgg16_weights_come_from_the_users_file(tmp_path: Path, monkeypatch: pyt
     torch.save(net, tmp_path / "pickled.pth")
     (tmp_path / "text.pth").write_text("no weights")
     for name in ("other.pth", "pickled.pth", "text.pth"):
-        with pytest.raises(DataError, match=f"{name} does not hold the weights of vgg16"):
+        with pytest.raises(DataError, match=f"{name} does not hold the weights of vgg16") as caught:
             backbones.ImageNetVGG16(tmp_path / name)
+        assert "weights_only" not in str(caught.value)  # torch's advice for people who trust the file
     with pytest.raises(DataError, match=r"gone\.pth: the weights cannot be read: No such file"):
         backbones.ImageNetVGG16(tmp_path / "gone.pth")
 
@@ -603,6 +649,29 @@ def test_features_refuses_what_it_cannot_do(
         monkeypatch.setitem(sys.modules, package, None)
     assert "pip install hpctrain[captions]" in refused(capsys, "features", photos, tmp_path / "new.h5")
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_features_tells_its_files_apart(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of them cannot be read or written, without HDF5's own words."""
+    monkeypatch.setattr(Seeing, "of", lambda self, pixels: np.zeros((len(pixels), 1280), np.float32))
+    out, words = tmp_path / "out.h5", ["features", photos, tmp_path / "out.h5", "-n", 1]
+    Path(f"{out}.part").mkdir()
+    assert refused(capsys, *words) == (
+        f"hpctrain: {out}: cannot be written (Is a directory); choose another place for it\n"
+    )
+    Path(f"{out}.part").rmdir()
+    for name in ("captions", "pictures"):
+        damaged = tmp_path / f"{name}.h5"
+        shutil.copy(photos, damaged)
+        with h5py.File(damaged, "r+") as file:
+            del file[name]
+        assert refused(capsys, "features", damaged, out, "-n", 1) == (
+            f"hpctrain: {damaged} cannot be read (it is damaged); make it again with `hpctrain ingest captions`\n"
+        )
+        damaged.unlink()
+    assert not list(tmp_path.iterdir())
 
 
 def test_bleu_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:

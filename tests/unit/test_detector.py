@@ -233,18 +233,31 @@ def trained(job: Job, ranks: int) -> Any:
 
 
 @pytest.mark.parametrize(
+    ("strategy", "ranks"), [("all_reduce", 3), ("{name='parameter_server', mode='sync'}", 4)], ids=["all_reduce", "ps"]
+)
+@pytest.mark.parametrize(
     ("precision", "optimizer", "limit"),
     [("float64", "{name='AdamW', lr=0.003}", 1e-9), ("float32", "{name='SGD', lr=0.005, momentum=0.9}", 1e-5)],
 )
-def test_several_workers_equal_one_process(tmp_path: Path, precision: str, optimizer: str, limit: float) -> None:
-    """With augmentation, and rounds in which some workers have pictures without a box."""
+def test_three_workers_equal_one_process(
+    tmp_path: Path, precision: str, optimizer: str, limit: float, strategy: str, ranks: int
+) -> None:
+    """With augmentation, and rounds in which some workers have pictures without a box. One rank is a server."""
     keys = [f"train.precision={precision}", f"optimizer={optimizer}"]
-    together = trained(square_job(tmp_path, *keys), 3)
+    together = trained(square_job(tmp_path, *keys, f"strategy={strategy}"), ranks)
     alone = trained(square_job(tmp_path, *keys, "train.batch_size=9"), 1)
     assert distance(vector(together.model), vector(alone.model)) < limit
     assert together.metrics == pytest.approx(alone.metrics, abs=100 * limit, nan_ok=True)
     torch.manual_seed(0)
     assert distance(vector(together.model), vector(detector(classes=2, width=16))) > 0.01  # it has learnt something
+
+
+def test_the_loss_of_an_evaluation_does_not_depend_on_its_batches(tmp_path: Path) -> None:
+    """Some of the pictures have no box; alone in a batch they count as in one with others."""
+    keys = ["train.epochs=1", "optimizer.lr=0.001", "train.precision=float64"]
+    one, eight = (trained(square_job(tmp_path, *keys, f"train.evaluate_batch={size}"), 1).metrics for size in (1, 8))
+    assert one == pytest.approx(eight, rel=1e-9)
+    assert (squares().validation[4]["labels"] < 0).all()
 
 
 @pytest.mark.parametrize(

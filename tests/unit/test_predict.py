@@ -213,7 +213,7 @@ def test_pictures_are_turned_upright(run: Path, pictures: Path, tmp_path: Path, 
     rows = json.loads((tmp_path / "found.json").read_text())["pictures"]
     assert rows[0]["detections"] == rows[1]["detections"] != []
     drawings = [np.asarray(Image.open(tmp_path / "out" / name)) for name in ("tall.png", "turned.png")]
-    assert np.array_equal(*drawings)
+    assert np.array_equal(drawings[0], drawings[1])
 
 
 def test_nothing_with_the_score_0_is_found(run: Path, pictures: Path) -> None:
