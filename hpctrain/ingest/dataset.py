@@ -52,8 +52,9 @@ class IngestedSet(Dataset[dict[str, Tensor]]):
     - kind `captions`: `captions` (most,) uint8, UTF-8 with a zero after each caption, and zeros at the end;
     - kind `folder`: `label`, int64.
 
-    The file is opened by the process that first reads a sample, also after a fork; a data set can be pickled. Several
-    threads may read. Raises DataError if the file was not made by `hpctrain ingest` or has no such split.
+    `classes`: their names, in the order of their numbers. The file is opened by the process that first reads a sample,
+    also after a fork; a data set can be pickled. Several threads may read. Raises DataError if the file was not made by
+    `hpctrain ingest` or has no such split.
     """
 
     def __init__(self, path: str | Path, split: str | None = None) -> None:
@@ -61,6 +62,7 @@ class IngestedSet(Dataset[dict[str, Tensor]]):
         if split is not None and split not in self.about.splits:
             guess, known = did_you_mean(split, self.about.splits), ", ".join(self.about.splits)
             raise DataError(f"{path} has no split {split!r}{guess}; it has {known}")
+        self.classes = self.about.classes
         self._members: NDArray[np.int64] | None = None
         if split is not None:
             with opened(self.path) as file:

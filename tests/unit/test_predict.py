@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageColor
+from torch.utils.data import Subset
 
 from hpctrain.cli import main
 from hpctrain.comm.virtual.world import World
+from hpctrain.data.splits import Splits, load_data
+from hpctrain.errors import JobError
 from hpctrain.filenames import MODEL
 from hpctrain.ingest.picture import upright_picture
 from hpctrain.job import Job
 from hpctrain.models.average_precision import intersection_over_union
+from hpctrain.run.prepare import prepare_evaluation
 from hpctrain.vision.drawing import PALETTE, drawn
 from hpctrain.vision.predict import Detection, Predictor
 from tests import helpers
@@ -200,6 +204,15 @@ def test_a_data_set_that_is_not_the_runs_is_refused(
     capsys.readouterr()
     assert "data.file, was made by `hpctrain ingest folder`, not by `... voc`; call" in refused(capsys, *words)
     assert predicted(capsys, *words, "--size", 64, "--fit", "pad")[0] == f"{words[1]}: 1 blue, 1 red\n"
+
+
+def test_classes_in_another_order_are_refused_before_training(run: Path) -> None:
+    """Also where a share of the training part is held back; without names there is nothing to compare."""
+    job = Job.load(run / "job.toml", ["metric.classes=['red', 'blue']"])
+    for given in (None, Splits(Subset(load_data(job).train, [0]))):
+        with pytest.raises(JobError, match=r"^metric\.classes = \['red', 'blue'\], but .* are \['blue', 'red'\]; name"):
+            World(1).run(lambda comm, given=given: prepare_evaluation(job, comm, given))
+    World(1).run(lambda comm: prepare_evaluation(job.override(["metric.classes=[]"]), comm))
 
 
 def test_pictures_are_turned_upright(run: Path, pictures: Path, tmp_path: Path, capsys: Captured) -> None:
