@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def test_classes_in_another_order_are_refused_before_training(run: Path) -> None
     job = Job.load(run / "job.toml", ["metric.classes=['red', 'blue']"])
     for given in (None, Splits(Subset(load_data(job).train, [0]))):
         with pytest.raises(JobError, match=r"^metric\.classes = \['red', 'blue'\], but .* are \['blue', 'red'\]; name"):
-            World(1).run(lambda comm, given=given: prepare_evaluation(job, comm, given))
+            World(1).run(partial(prepare_evaluation, job, splits=given))
     World(1).run(lambda comm: prepare_evaluation(job.override(["metric.classes=[]"]), comm))
 
 
