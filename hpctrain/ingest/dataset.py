@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from hpctrain.data.boxes import NO_LABEL
 from hpctrain.data.splits import Splits
 from hpctrain.errors import DataError
-from hpctrain.ingest.store import About, opened
+from hpctrain.ingest.store import About, not_ours, opened
 from hpctrain.text import did_you_mean
 
 
@@ -65,8 +65,11 @@ class IngestedSet(Dataset[dict[str, Tensor]]):
         self.classes = self.about.classes
         self._members: NDArray[np.int64] | None = None
         if split is not None:
-            with opened(self.path) as file:
-                self._members = file[f"split_{split}"][:]
+            try:
+                with opened(self.path) as file:
+                    self._members = file[f"split_{split}"][:]
+            except (OSError, RuntimeError, KeyError):
+                raise not_ours(self.path) from None
         self._open: tuple[int, h5py.File] | None = None  # by which process, and the file
 
     def __len__(self) -> int:

@@ -63,11 +63,16 @@ class About:
                 found = cls(**json.loads(file["about"][:].tobytes()))
         except FileNotFoundError:
             raise DataError(f"{path}: there is no such file; `hpctrain ingest` makes one") from None
-        except (OSError, KeyError, TypeError, ValueError):
-            raise DataError(f"{path} was not made by `hpctrain ingest`; name another file") from None
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+            raise not_ours(path) from None
         if found.format != FORMAT:
             raise DataError(f"{path} has the format {found.format!r}, not {FORMAT!r}; make it again")
         return found
+
+
+def not_ours(path: Path) -> DataError:
+    """For a file that cannot be read."""
+    return DataError(f"{path} was not made by `hpctrain ingest`, or is damaged; make it again, or name another file")
 
 
 def opened(path: Path) -> h5py.File:

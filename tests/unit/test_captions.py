@@ -580,14 +580,17 @@ def test_from_photographs_to_captions(photos: Path, tmp_path: Path, capsys: pyte
     run = World(1).run(lambda comm: helpers.quiet_train(comm, job))[0].folder
     Image.new("RGB", (50, 90), COLOURS["blue"]).save(tmp_path / "blue.jpg")
     (tmp_path / "text.jpg").write_text("no picture")
-    words = ["caption", str(run), *(str(tmp_path / name) for name in ("text.jpg", "gone.jpg", "blue.jpg"))]
+    Image.fromarray(np.full((9, 9), 1000, np.uint16)).save(tmp_path / "deep.png")
+    text, gone, deep, blue = (tmp_path / name for name in ("text.jpg", "gone.jpg", "deep.png", "blue.jpg"))
+    words = ["caption", *map(str, (run, text, gone, deep, blue))]
     assert main(words) == 2
     out, err = capsys.readouterr()
     assert out.startswith(f"{tmp_path / 'blue.jpg'}: ")
     assert "blue" in out
     assert err.splitlines() == [
-        f"hpctrain: {tmp_path / 'text.jpg'} cannot be read (it is of no known format); left out",
-        f"hpctrain: {tmp_path / 'gone.jpg'} is missing; left out",
+        f"hpctrain: {text} cannot be read (it is of no known format); left out",
+        f"hpctrain: {gone} is missing; left out",
+        f"hpctrain: {deep} has more than 8 bits per colour (mode I;16); convert it to 8 bits; left out",
     ]
     assert main(["caption", str(run), str(tmp_path / "blue.jpg"), "--beam", "1"]) == 0
     capsys.readouterr()

@@ -483,6 +483,11 @@ def test_ingested_says_what_is_wrong(voc: Path, tmp_path: Path, capsys: pytest.C
     with pytest.raises(DataError, match="was not made by `hpctrain ingest`"):
         ingested(str(tmp_path / "text.h5"))
     made(capsys, "voc", voc, tmp_path / "out.h5", "-n", 1)
+    (tmp_path / "damaged.h5").write_bytes((tmp_path / "out.h5").read_bytes())
+    with h5py.File(tmp_path / "damaged.h5", "r+") as file:
+        del file["split_train"]
+    with pytest.raises(DataError, match=r"damaged\.h5 was not made by `hpctrain ingest`, or is damaged; make it again"):
+        ingested(str(tmp_path / "damaged.h5"))
     with pytest.raises(DataError, match=r"has no split 'tran' \(did you mean train\?\); it has train, val, trainval"):
         ingested(str(tmp_path / "out.h5"), train_split="tran")
 
