@@ -22,7 +22,7 @@ TORCH_INDEX ?=
 # the number of cores of most machines.
 RANKS ?= 4
 OTHER_RANKS ?= 1 2 3 8
-OPENMPI_RANKS ?= 1 4
+OPENMPI_RANKS ?= 4
 WHEELS ?=
 OUT ?= build/gpu
 OPTIONS ?=

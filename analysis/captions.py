@@ -101,7 +101,7 @@ def without_pictures(features: Path, folder: Path) -> Path:
 def page(means: Table) -> str:
     """Two tables for docs/captions.md: ways at the model's best epoch, and the model by epoch."""
     model = means[means["way"] == MODEL]
-    best = model.sort_values("BLEU-4").iloc[-1]["epoch"]
+    best = float(model["epoch"].iloc[int(model["BLEU-4"].to_numpy().argmax())])
     rows = {f"{way}": means[means["way"] == way].iloc[0] for way in BASELINES}
     for way in (BLIND, MODEL):
         own = means[means["way"] == way]

@@ -76,8 +76,8 @@ def _discard_output() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     from hpctrain.bench import CHOICES
+    from hpctrain.vision.arguments import add_predict
     from hpctrain.vision.caption_command import add_captions
-    from hpctrain.vision.command import add_predict
 
     parser = argparse.ArgumentParser(prog="hpctrain", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"hpctrain {__version__}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpctrain.errors import JobError, ModelError
+from hpctrain.errors import HpctrainError, JobError, ModelError
 from hpctrain.job.spec import bound
 from hpctrain.models.losses import ClassLoss, LossFunction
 from hpctrain.models.measures import METHODS, Measure, Several, Tally, UserMeasure
@@ -192,6 +192,8 @@ def _made(spec: Named, cls: type) -> Measure:
     make = bound(what, cls, spec.options, positional=0)
     try:
         return UserMeasure(spec.name, make(), spec.KIND)
+    except HpctrainError:
+        raise
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else "no message"
         raise JobError(f"{what} cannot be made: {type(error).__name__}: {text}") from error

@@ -56,8 +56,8 @@ class Totals:
         counters = {name: getattr(self, name) for name in ("cursor", "step", "phase", "phase_start")}
         books = {**counters, "summaries": [vars(summary) for summary in summaries]}
         ending = {"ending": self.ending.value, "why": self.why, "owed": int(self.owed)}
-        best = self.best.plain() if self.best is not None else None
-        return {"books": books, "stopping": vars(self.stopping), "best": best, **ending}
+        best = {"best": self.best.plain()} if self.best is not None else {}
+        return {"books": books, "stopping": vars(self.stopping), **best, **ending}
 
     def take(self, plain: dict[str, Any]) -> None:
         """Continue from these values, which `plain` returned on another rank or in another process."""
@@ -72,7 +72,7 @@ class Totals:
         self.ending, self.why = Ending(plain["ending"]), plain["why"]
         self.owed = Ask(plain.get("owed", 0))  # version 0.1 began without it
         if self.best is not None:
-            self.best.take(plain.get("best"))  # likewise
+            self.best.take(plain.get("best"))  # a run without train.keep_best has none
 
 
 class TrainingClock:

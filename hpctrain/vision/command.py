@@ -1,24 +1,20 @@
-"""The command `hpctrain predict`. Imports torch only when it runs."""
+"""The command `hpctrain predict`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpctrain.errors import DataError
 from hpctrain.ingest.picture import FITS, opened_picture
 from hpctrain.output import make_folder, output_file, output_text
 from hpctrain.text import escaped, shown_path
-
-if TYPE_CHECKING:
-    from hpctrain.vision.predict import Detection, Predictor
-
-THRESHOLD = 0.3
+from hpctrain.vision.drawing import drawn
+from hpctrain.vision.predict import Detection, Predictor
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class PredictRequest:
     run: Path
     pictures: Sequence[Path]
     output: Path
-    threshold: float = THRESHOLD
+    threshold: float
     json: Path | None = None
     size: int | None = None
     fit: str | None = None
@@ -64,41 +60,12 @@ class PredictRequest:
                 )
 
 
-def add_predict(commands: Any) -> None:
-    """Add the command to the others (of argparse)."""
-    predict = commands.add_parser("predict", help="find objects in pictures with a trained detector, and draw boxes")
-    predict.add_argument("run", metavar="RUN", type=Path, help="the run folder of a detector")
-    predict.add_argument("pictures", metavar="PICTURE", nargs="+", type=Path, help="picture files")
-    predict.add_argument(
-        "-o", "--output", metavar="FOLDER", type=Path, required=True, help="for the pictures with boxes: NAME.png"
-    )
-    predict.add_argument(
-        "--threshold", metavar="SCORE", type=float, default=THRESHOLD, help="least score, 0 to 1 (default %(default)s)"
-    )
-    predict.add_argument("--json", metavar="FILE", type=Path, help="also write the detections to FILE")
-    predict.add_argument(
-        "--size", metavar="PIXELS", type=int, help="sides of the pictures that the model takes (default: as its data)"
-    )
-    predict.add_argument("--fit", metavar="pad|stretch", help="as of `hpctrain ingest` (default: as its data)")
-    predict.set_defaults(command=_predict)
-
-
-def _predict(options: argparse.Namespace) -> int:
-    return main(
-        PredictRequest(
-            options.run, options.pictures, options.output, options.threshold, options.json, options.size, options.fit
-        )
-    )
-
-
 def main(request: PredictRequest) -> int:
     """Draw boxes onto all pictures, with a line for each. Returns the exit status.
 
     Pictures that cannot be read are left out and reported at the end. Raises HpctrainErrors.
     """
     request.check()
-    from hpctrain.vision.predict import Predictor
-
     predictor = Predictor(request.run, request.size, request.fit)
     make_folder(request.output)
     rows, problems = list[dict[str, Any]](), list[str]()
@@ -122,8 +89,6 @@ def main(request: PredictRequest) -> int:
 
 def _find(request: PredictRequest, predictor: Predictor, path: Path) -> list[Detection]:
     """Detect and draw. Raises ValueError for a picture that cannot be read."""
-    from hpctrain.vision.drawing import drawn
-
     picture = opened_picture(path)
     found = predictor.detections(picture, request.threshold)
     with output_file(request.drawing(path)) as file:

@@ -41,6 +41,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     pytest-mpi takes the name of this folder for a mark: without --with-mpi it skips everything in it.
     """
+    # Processes of pytest-xdist do not finalize MPI, and would leave shared memory behind.
+    if "mpi4py.MPI" in sys.modules and not config.getoption("--with-mpi"):
+        raise pytest.UsageError("importing the tests has initialised MPI; import that module where it is used")
     launching = [item for item in items if item.get_closest_marker("launch") is not None]
     if config.getoption("--with-mpi"):
         config.hook.pytest_deselected(items=launching)

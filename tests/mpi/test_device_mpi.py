@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from hpctrain.comm.base import Tag
 from hpctrain.comm.device import choice
@@ -15,8 +14,8 @@ from hpctrain.comm.device.communicator import DeviceCommunicator
 from hpctrain.comm.device.gpu import SlotPool
 from hpctrain.comm.device.ipc import IpcCommunicator
 from hpctrain.comm.device.staged import StagedCommunicator
-from hpctrain.comm.mpi.communicator import world
 from tests import helpers
+from tests.helpers_mpi import Join
 from tests.stand_in_cupy import Cuda, Memory
 
 pytestmark = pytest.mark.mpi
@@ -30,11 +29,10 @@ class Ipc(IpcCommunicator):
 
 @pytest.fixture(params=[StagedCommunicator, Ipc])
 def comm(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, join: Join, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[DeviceCommunicator]:
     """With slots so small that every message needs several. Device memory lies in files, which ranks map."""
-    torch.set_num_threads(1)
-    ranks = world()
+    ranks = join()
     monkeypatch.setattr(Memory, "folder", Path(ranks.broadcast_json(str(tmp_path))))
     gpu = Cuda(ranks).gpu()
     made: DeviceCommunicator = request.param.around(ranks, gpu, SlotPool(gpu, 64))
@@ -71,8 +69,10 @@ def test_training_equals_one_process(comm: DeviceCommunicator, folder: Path, agr
     assert helpers.equivalence(comm, folder, agree, "all", "float64") < 1e-10
 
 
-def test_ipc_is_probed_and_measured_between_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = world()
+def test_ipc_is_probed_and_measured_between_processes(
+    join: Join, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = join()
     monkeypatch.setattr(Memory, "folder", Path(ranks.broadcast_json(str(tmp_path))))
     monkeypatch.setattr(choice.measure, "__defaults__", (2, 1 << 15))
     found = choice.choose(ranks, Cuda(ranks).gpu(), "auto", "no")

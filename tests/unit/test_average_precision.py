@@ -12,8 +12,11 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from hpctrain.errors import ModelError
+from hpctrain.job import Job
+from hpctrain.models import metrics
 from hpctrain.models.average_precision import (
     MOST,
     AveragePrecision,
@@ -130,8 +133,8 @@ def test_wrong_outputs_and_targets_are_refused(outputs: Any, targets: Any, messa
 
 @pytest.mark.parametrize("classes", ["cell", [1, 2], 3, ["a", "a"]])
 def test_wrong_names_are_refused(classes: Any) -> None:
-    with pytest.raises(ModelError, match=r"metric\.classes = .*expected a list of different names"):
-        AveragePrecision(classes)
+    with pytest.raises(ModelError, match=r"^metric\.classes = .*expected a list of different names"):
+        metrics.bind(Job(metric={"name": "average_precision", "classes": classes}).metric, cross_entropy)
 
 
 # -- against pycocotools -----------------------------------------------------------------------------------------

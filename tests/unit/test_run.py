@@ -374,7 +374,7 @@ def test_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, strategy: help
     assert left.metrics == {}
     assert left.phases[0].steps == 6  # noticed after the fifth, agreed on with the sixth
     assert len(messages) == 1
-    assert "--resume" in messages[0]
+    assert "resume=" in messages[0]
     assert str(left.folder) in messages[0]
     resumed = run(4, job, resume="latest")[0]
     assert resumed.folder == left.folder
