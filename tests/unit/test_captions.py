@@ -212,7 +212,7 @@ def test_a_caption_counts_as_its_pairs_of_beginning_and_next_word(features: Path
             pairs += functional.cross_entropy(scores, text[place : place + 1]).item()
             count += 1
     assert int(weight) == count
-    assert float(total) == pytest.approx(pairs, rel=1e-5)
+    assert total.item() == pytest.approx(pairs, rel=1e-5)
 
 
 def test_the_loss_of_a_picture_is_that_of_all_its_captions(features: Path) -> None:
