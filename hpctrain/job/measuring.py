@@ -21,7 +21,7 @@ class Loss(Named):
     )
 
 
-class Measured(Named):
+class Scored(Named):
     """A function, or a class whose instances accumulate what they are given."""
 
     @classmethod
@@ -31,14 +31,14 @@ class Measured(Named):
         super()._check_object(thing)
 
 
-class AlsoMetric(Measured):
+class AlsoMetric(Scored):
     """A metric besides the main one."""
 
     KIND = "metric"
     name: str = Field(description="as metric.name; further keys are keyword arguments")
 
 
-class Evaluate(Measured):
+class Evaluate(Scored):
     """An evaluation of your own, in place of the loss and the metric."""
 
     KIND = "evaluation"
@@ -49,7 +49,7 @@ class Evaluate(Measured):
     )
 
 
-class Metric(Measured):
+class Metric(Scored):
     """What is reported, and what train.target and train.patience use."""
 
     KIND = "metric"
