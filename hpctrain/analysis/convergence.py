@@ -83,8 +83,9 @@ def logged(run: Run) -> pd.DataFrame:
         for rank, attempt, t_ns, event in chosen(run.events(), Logged)
     ]
     frame = pd.DataFrame(rows, columns=["rank", "attempt", "t_s", "step", "samples", "name", "value"])
-    for attempt, samples in frame.groupby("attempt")["samples"].min().items():
-        frame = frame[(frame["attempt"] >= attempt) | (frame["samples"] < samples)]
+    steps = run.steps()
+    for attempt, step in steps.groupby("attempt")["step"].min().items():  # its first; before it, as many were taken
+        frame = frame[(frame["attempt"] >= attempt) | (frame["step"] <= step)]
     return frame.reset_index(drop=True)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hpctrain.job.messages import fail
 from hpctrain.job.spec import Named
@@ -21,19 +21,24 @@ class Loss(Named):
     )
 
 
-class AlsoMetric(Named):
+class Scored(Named):
+    """A function, or a class whose instances accumulate what they are given."""
+
+    @classmethod
+    def _check_object(cls, thing: object) -> None:
+        if not callable(thing) and hasattr(thing, "update"):
+            fail((), thing, f"must be the {cls.KIND}'s class, with its options beside it, not an instance")
+        super()._check_object(thing)
+
+
+class AlsoMetric(Scored):
     """A metric besides the main one."""
 
     KIND = "metric"
     name: str = Field(description="as metric.name; further keys are keyword arguments")
 
-    @classmethod
-    def _check_object(cls, thing: object) -> None:
-        _not_an_instance(thing, cls.KIND)
-        super()._check_object(thing)
 
-
-class Evaluate(Named):
+class Evaluate(Scored):
     """An evaluation of your own, in place of the loss and the metric."""
 
     KIND = "evaluation"
@@ -43,13 +48,8 @@ class Evaluate(Named):
         "entry loss is the loss, the first other one the metric. Further keys are keyword arguments",
     )
 
-    @classmethod
-    def _check_object(cls, thing: object) -> None:
-        _not_an_instance(thing, cls.KIND)
-        super()._check_object(thing)
 
-
-class Metric(Named):
+class Metric(Scored):
     """What is reported, and what train.target and train.patience use."""
 
     KIND = "metric"
@@ -74,12 +74,8 @@ class Metric(Named):
         "name in a metric's dictionary, the name of one of metric.also, or loss; left out: the first",
     )
 
-    @classmethod
-    def _check_object(cls, thing: object) -> None:
-        _not_an_instance(thing, cls.KIND)
-        super()._check_object(thing)
-
-
-def _not_an_instance(thing: object, kind: str) -> None:
-    if not callable(thing) and hasattr(thing, "update"):
-        fail((), thing, f"must be the {kind}'s class, with its options beside it, not an instance")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.monitor == "loss" and self.goal == "max":
+            fail(("monitor",), self.monitor, 'smaller losses are better: set metric.goal = "min" too')
+        return self

@@ -125,10 +125,8 @@ def detector(classes: int = 3, width: int = 32) -> nn.Module:
 
 def detection_loss(found: Found, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(sum, weight): the focal loss of the scores and the L1 losses of centres and sizes, summed over all pictures; the
-    number of boxes and of pictures, so that a batch without boxes has a weight.
-
-    `boxes` (n, most, 4) in pixels, `labels` (n, most), negative where there is no box.
-    """
+    number of boxes and of pictures, so that a batch without boxes has a weight. `boxes` (n, most, 4) in pixels,
+    `labels` (n, most), negative where there is no box."""
     there = labels >= 0
     boxes = boxes / STRIDE
     centres, sizes = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]

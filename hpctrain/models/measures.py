@@ -8,6 +8,7 @@ An evaluation of the job's own has the same two forms; its arguments are (model,
 from __future__ import annotations
 
 import os
+import re
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -74,10 +75,12 @@ class Tally(Measure):
         measured = self.function(outputs, targets)
         given = measured if isinstance(measured, dict) else {"": measured}
         shares = {key: self._share(value, key, samples) for key, value in given.items()}
-        if not shares or (self._sums and list(shares) != list(self._sums)):
+        if not shares:
+            raise ModelError(f"{self.title} returned an empty dictionary; it must have at least one key")
+        if self._sums and list(shares) != list(self._sums):
             raise ModelError(
                 f"{self.title} returned a dictionary with the keys {list(shares)}, but earlier with "
-                f"{list(self._sums)}; it must have the same keys, at least one, for every batch"
+                f"{list(self._sums)}; it must have the same keys for every batch"
             )
         for key, share in shares.items():
             before = self._sums.get(key, [0.0, 0.0])
@@ -135,7 +138,6 @@ class UserMeasure(Measure):
     def __init__(self, name: str, metric: Any, kind: str = "metric") -> None:
         super().__init__(name, kind)
         self._metric = metric
-        self._keys: list[str] | None = None  # of earlier values
 
     def start(self) -> None:
         self._call("start")
@@ -171,12 +173,6 @@ class UserMeasure(Measure):
                 f"{what.format('dictionary')} with the keys {list(found)}; it must have at least one, and keys must be "
                 "strings"
             )
-        if self._keys not in (None, list(found)):
-            raise ModelError(
-                f"{what.format('dictionary')} with the keys {list(found)}, but earlier with {self._keys}; it must have "
-                "the same keys in every evaluation"
-            )
-        self._keys = list(found)
         return {key: _number(value, f"{what} under {key}; it must be a number") for key, value in found.items()}
 
     def examples(self) -> Sequence[Example]:
@@ -254,5 +250,7 @@ class Several(Measure):
 
 
 def short_name(name: str) -> str:
-    """The name of a metric without its module: "my_metrics:recall" -> "recall"."""
-    return name.rpartition(":")[2]
+    """The name of a metric without its module: "my_metrics:recall", or the record of an object, "<recall in a.py:3>" ->
+    "recall"."""
+    record = re.fullmatch(r"<(\S+)( object)?( in .*)?>", name)
+    return record[1] if record is not None else name.rpartition(":")[2]

@@ -10,7 +10,7 @@ from typing import Any
 
 from hpctrain.comm.base import Communicator
 from hpctrain.data.loader import Batch
-from hpctrain.errors import HpctrainError
+from hpctrain.errors import HpctrainError, ModelError
 from hpctrain.job import Job
 from hpctrain.launcher.signals import StopSignals
 from hpctrain.replica.state import Own, State
@@ -59,6 +59,7 @@ class ActiveRun:
     evaluator: Evaluator | None = None
     logged: dict[str, float] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
+    _names: list[str] | None = None  # of the values of earlier evaluations, if they have names
 
     def take_state(self) -> State | None:
         """The state for the phase; not kept any longer, since it is as large as the model or larger."""
@@ -116,8 +117,10 @@ class ActiveRun:
         """Record numbers that the program logs. Raises HpctrainError for a value that is no number."""
         for name, value in values.items():
             try:
+                if isinstance(value, (str, bytes)):
+                    raise TypeError
                 number = float(value)
-            except (TypeError, ValueError, RuntimeError):
+            except (TypeError, ValueError, RuntimeError, OverflowError):
                 raise HpctrainError(
                     f"log({name}=...) got a {type(value).__name__}; it takes numbers and tensors with one element"
                 ) from None
@@ -135,19 +138,35 @@ class ActiveRun:
 
         `name`: the part of the data. Collective over the workers.
         """
-        prepared, totals, job = self.prepared, self.totals, self.job
+        prepared, totals = self.prepared, self.totals
         self.works()  # any earlier checkpoint has been written
         with workers.span("evaluate"), buffers, self._known_to(workers):
             found = self.evaluator(name) if self.evaluator is not None else self._evaluate(workers, dataset)
-            self._keep_best(name, found)
+            self._check_names(found)
+            self._note(name, found)
+            if self.evaluator is None:
+                self._keep_best(name, found)
         epoch = totals.cursor / prepared.epoch
-        if self.files is not None:
-            self.files.add_row(metrics_row(totals.step, totals.cursor, epoch, totals.seconds, name, found.plain()))
-            if found.examples:
-                self.files.write_examples(found.examples, {"split": name, "epoch": epoch})
-        first, *others = found.text(name, job.measured)
+        first, *others = found.text(name, self.job.measured)
         self.out.say(f"epoch {epoch:.2f}: {', '.join([first, *(text.removeprefix(f'{name} ') for text in others)])}")
         return found
+
+    def _check_names(self, found: Evaluation) -> None:
+        """Raise ModelError, on all workers, unless the values have the same names as in earlier evaluations."""
+        if self._names is not None and list(found.entries) != self._names:
+            now, before = (", ".join(names) or "one without a name" for names in (found.entries, self._names))
+            error = ModelError(f"the evaluation gives {now}, but earlier {before}; it must give the same every time")
+            error.everywhere = True
+            raise error
+        self._names = list(found.entries)
+
+    def _note(self, name: str, found: Evaluation) -> None:
+        """Write what was found into the run folder."""
+        totals, epoch = self.totals, self.totals.cursor / self.prepared.epoch
+        if self.files is not None:
+            self.files.add_row(metrics_row(totals.step, totals.cursor, epoch, totals.seconds, name, found.plain()))
+            about = {"split": name, "epoch": epoch, "samples": totals.cursor}
+            self.files.write_examples(found.examples, about)
 
     def _keep_best(self, split: str, found: Evaluation) -> None:
         """Save the model if this evaluation is the best of those during training."""

@@ -223,6 +223,8 @@ def _announce_resume(run: ActiveRun, resume: Resume | None) -> None:
 def _forget_metrics(run: ActiveRun) -> None:
     try:
         runfolder.forget_metrics(run.folder, run.totals.cursor, owed=bool(run.totals.owed & Ask.EVALUATE))
+        if run.files is not None:
+            run.files.forget_examples(run.totals.cursor)
     except OSError as error:
         raise CheckpointError(
             f"{run.folder}: its metrics.csv cannot be written ({error.strerror}); free space or fix permissions"

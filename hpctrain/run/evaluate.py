@@ -18,7 +18,7 @@ from hpctrain.data.loader import Batch, Collate, Loader
 from hpctrain.data.order import Order
 from hpctrain.data.splits import make_order
 from hpctrain.errors import HpctrainError, ModelError
-from hpctrain.models.examples import Example
+from hpctrain.models.examples import MOST, plain
 from hpctrain.models.forward import Forward
 from hpctrain.models.losses import weigh
 from hpctrain.models.measures import Measure, mean
@@ -27,6 +27,7 @@ from hpctrain.run.agreement import agreed
 from hpctrain.text import did_you_mean
 
 Loss = Callable[..., Tensor]
+OWN_NAMES = frozenset({"loss", "metric"})  # what every evaluation has
 Precision = Callable[[], AbstractContextManager[Any]]
 
 
@@ -34,12 +35,12 @@ Precision = Callable[[], AbstractContextManager[Any]]
 class Evaluation:
     """The result on a data set. `loss`: None if the model should return it but does not in evaluation mode. `metric`:
     the monitored value. `entries`: all values by name, if there are several, otherwise empty. `examples`: samples to
-    show, on rank 0."""
+    show, on rank 0, as plain values."""
 
     loss: float | None
     metric: float
     entries: dict[str, float]
-    examples: Sequence[Example] = ()
+    examples: Sequence[dict[str, Any]] = ()
 
     def text(self, split: str, metric_name: str) -> list[str]:
         """For people: "test loss 0.1234", "test accuracy 0.9876"."""
@@ -106,6 +107,11 @@ class StandardJudge(Judge):
 
     def found(self, comm: Communicator) -> tuple[float | None, float | dict[str, float]]:
         value = self.fed.value(comm)
+        if taken := sorted(OWN_NAMES & set(value if isinstance(value, dict) else ())):
+            raise _everywhere(
+                f'{self.fed.title} gives a value of the name "{taken[0]}", which every evaluation has; give it another '
+                "name"
+            )
         comm.all_reduce(self._losses)
         return None if self._losses[2] else mean(self._losses[0], self._losses[1]), value
 
@@ -120,12 +126,9 @@ class OwnJudge(Judge):
     def found(self, comm: Communicator) -> tuple[float | None, float | dict[str, float]]:
         value = self.fed.value(comm)
         if not isinstance(value, dict) or not (set(value) - {"loss"}):
-            error = ModelError(
-                f"evaluate.name = {self.fed.name!r} must give a dictionary of numbers by name, with one that "
-                "is not the loss"
-            )
-            error.everywhere = True
-            raise error
+            raise _everywhere(f"{self.fed.title} must give a dictionary of numbers by name, one besides the loss")
+        if "metric" in value:
+            raise _everywhere(f'{self.fed.title} gives a value of the name "metric"; give it another name')
         return value.pop("loss", None), value
 
 
@@ -172,13 +175,18 @@ def _evaluation(loss: float | None, value: float | dict[str, float], monitor: st
         return found
     chosen = found.named(monitor)
     if chosen is None:
-        error = ModelError(
+        raise _everywhere(
             f"metric.monitor = {monitor!r}{did_you_mean(monitor, found.names)}: the evaluation gives "
             f"{', '.join(found.names)}"
         )
-        error.everywhere = True
-        raise error
     return replace(found, metric=chosen)
+
+
+def _everywhere(text: str) -> ModelError:
+    """An error that all workers raise alike."""
+    error = ModelError(text)
+    error.everywhere = True
+    return error
 
 
 def _terms(loss: Any, samples: int) -> list[float]:
@@ -193,9 +201,9 @@ class _Fed:
     meets the others in `value`, where all raise the error. `examples`: what the metric shows, on rank 0."""
 
     def __init__(self, metric: Measure) -> None:
-        self._metric, self.name = metric, metric.name
+        self._metric, self.title = metric, metric.title
         self._failure: HpctrainError | None = None
-        self.examples: Sequence[Example] = ()
+        self.examples: Sequence[dict[str, Any]] = ()
 
     def start(self) -> None:
         self._failure, self.examples = None, ()
@@ -214,10 +222,10 @@ class _Fed:
     def _state(self) -> Packed:
         if self._failure is not None:
             raise self._failure
-        return pack(self._metric.state(), f"{self._metric.title}: state() has")
+        return pack(self._metric.state(), f"{self.title}: state() has")
 
     def _merged(self, states: list[dict[str, Any]]) -> float | dict[str, float]:
-        self.examples = self._metric.examples()
+        self.examples = [plain(each) for each in self._metric.examples()[:MOST]]
         self._metric.merge(states)
         return self._metric.value()
 

@@ -16,7 +16,6 @@ import tomli_w
 
 from hpctrain.errors import CheckpointError
 from hpctrain.filenames import BEST, BEST_ABOUT, EXAMPLES, JOB, METRICS, MODEL
-from hpctrain.models.examples import MOST, Example, plain
 from hpctrain.run.folder import Narrator, append_metrics
 
 PAUSES = 0.0, 1.0, 3.0  # seconds before each attempt to write the model
@@ -81,10 +80,11 @@ class RunFiles:
                 place.rmdir()
 
     def write_best(self, save: Callable[[Path], object], about: Mapping[str, Any]) -> None:
-        """Call `save(folder)`, then write `about` it. A pair of files of different evaluations is recognised by `best`
-        when the run is resumed."""
+        """Call `save(folder)`, then write `about` it. In between there is no such file, so that a crash cannot leave
+        two files of different evaluations."""
 
         def both() -> None:
+            (self.folder / BEST_ABOUT).unlink(missing_ok=True)
             save(self.folder)
             write_whole(self.folder / BEST_ABOUT, tomli_w.dumps(dict(about)))
 
@@ -97,10 +97,21 @@ class RunFiles:
         except (OSError, ValueError):
             return {}
 
-    def write_examples(self, examples: Sequence[Example], about: Mapping[str, Any]) -> None:
-        """Replace the examples by those of another evaluation."""
-        text = json.dumps({**about, "examples": [plain(each) for each in examples[:MOST]]})
-        self.write(EXAMPLES, lambda: write_whole(self.folder / EXAMPLES, text), "training continues without them")
+    def write_examples(self, examples: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
+        """Replace the examples by those of another evaluation, which may have none."""
+        path = self.folder / EXAMPLES
+        if examples:
+            text = json.dumps({**about, "examples": examples})
+            self.write(EXAMPLES, lambda: write_whole(path, text), "training continues without them")
+        else:
+            self.write(EXAMPLES, lambda: path.unlink(missing_ok=True), "it shows an earlier evaluation")
+
+    def forget_examples(self, samples: int) -> None:
+        """Remove the examples of an evaluation after `samples`, where a resumed run continues. Raises OSError."""
+        path = self.folder / EXAMPLES
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            if json.loads(path.read_text())["samples"] > samples:
+                path.unlink()
 
     def unwritten(self) -> str | None:
         """What the run folder lacks, and why; None if nothing is missing."""

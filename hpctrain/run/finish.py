@@ -102,7 +102,9 @@ def _announce_end(run: ActiveRun, measured: str, result: Result) -> None:
         if summary.dropped:
             run.out.say(f"phase {summary.index}: {summary.dropped} late gradients were dropped")
     if result.metrics:
-        run.out.say(f"{measured} {run.job.measured} {result.metrics['metric']:.4f}")
+        named = [name.removeprefix("metric.") for name in result.metrics if name.startswith("metric.")]
+        name = named[0] if named and run.job.metric.monitor is None else run.job.measured
+        run.out.say(f"{measured} {name} {result.metrics['metric']:.4f}")
     run.out.say(f"run folder {run.folder}")
 
 

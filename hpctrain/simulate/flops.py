@@ -139,7 +139,8 @@ def _counted(parts: Measurable, samples: int, device: torch.device) -> CountedPa
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(partial(lambda name, _: complete(name), name))
     try:
-        with Loader(parts.splits.train, make_order(parts.splits.train, shuffle=False), threads=0) as loader:
+        train = parts.splits.train
+        with Loader(train, make_order(train, shuffle=False), threads=0, collate=parts.collate) as loader:
             batch = parts.move(loader.take(0, samples))
         batch = Batch(move(batch.inputs, device, {}), move(batch.targets, device, {}), batch.size)
         with operators, flops:

@@ -340,7 +340,7 @@ def test_entries_of_ranks_without_a_batch() -> None:
         ((1.0, torch.zeros(2)), r"returned a Tensor of shape \(2,\)"),
         ({"f1": torch.zeros(3)}, r"returned a Tensor of shape \(3,\) under f1"),
         ({1: 0.5}, "keys must be strings"),
-        ({}, "it must have the same keys, at least one"),
+        ({}, "returned an empty dictionary; it must have at least one key"),
     ],
 )
 def test_invalid_metric_values_are_refused(value: Any, words: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import re
 import tomllib
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -26,6 +29,8 @@ from hpctrain.data.order import Order
 from hpctrain.data.splits import Splits
 from hpctrain.errors import HpctrainError, JobError, ModelError
 from hpctrain.job import Job
+from hpctrain.models.examples import plain
+from hpctrain.run import files
 from hpctrain.run.api import fit_batch, session
 from hpctrain.run.command import evaluate_run
 from hpctrain.run.folder import Narrator
@@ -223,16 +228,34 @@ def test_evaluation_that_lacks_methods_is_refused_before_training(tmp_path: Path
         run(1, job_with(tmp_path, evaluate=Sentences))
 
 
-def test_values_may_not_change_their_names_between_evaluations(tmp_path: Path) -> None:
-    class Changing(Errors):
-        calls = 0
+class Changing(Errors):
+    """Another name in every evaluation, or first a number."""
 
-        def value(self) -> dict[str, float]:
-            Changing.calls += 1
-            return {f"error {Changing.calls}": 0.0}
+    calls = 0
 
-    with pytest.raises(ModelError, match="must have the same keys in every evaluation"):
-        run(2, job_with(tmp_path, evaluate=Changing))
+    def value(self) -> dict[str, float]:
+        Changing.calls += 1
+        return {f"error {Changing.calls}": 0.0}
+
+
+def changing(outputs: Tensor, targets: Tensor) -> Any:
+    Changing.calls += 1
+    return 0.0 if Changing.calls <= 3 else {"now": 0.0}
+
+
+@pytest.mark.parametrize("tables", [{"evaluate": Changing}, {"metric": {"name": changing, "goal": "min"}}])
+def test_values_may_not_change_their_names_between_evaluations(tmp_path: Path, tables: Any) -> None:
+    Changing.calls = 0
+    with pytest.raises(ModelError, match="it must give the same every time"):
+        run(1, job_with(tmp_path, **tables))
+    lines = (next(tmp_path.iterdir()) / "metrics.csv").read_text().splitlines()
+    assert len({line.count(",") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("name", ["loss", "metric"])
+def test_values_may_not_have_the_names_that_every_evaluation_has(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ModelError, match=f'gives a value of the name "{name}"'):
+        run(2, job_with(tmp_path, metric={"name": lambda outputs, targets: {name: 1.0}, "goal": "min"}))
 
 
 # -- several metrics, and which of them counts -------------------------------------------------------------------
@@ -246,6 +269,23 @@ def test_further_metrics_have_columns_and_one_is_monitored(tmp_path: Path) -> No
     assert last["metric"] == last["metric.balanced_accuracy"] == rows(alone.folder)[-1]["metric"]
     targets = helpers.points(49).tensors[1][42:]
     assert float(last["metric.share"]) == pytest.approx(float((targets == 1).float().mean()), abs=1e-6)
+
+
+def test_metrics_given_as_objects_have_their_own_names(tmp_path: Path) -> None:
+    """Also those of a main program, which jobs record as "<share in FILE:LINE>"."""
+
+    def inner(outputs: Tensor, targets: Tensor) -> float:
+        return 0.25
+
+    job = job_with(tmp_path, metric={"name": "accuracy", "also": [inner, share], "monitor": "inner"})
+    last = rows(run(2, job).folder)[-1]
+    assert list(last)[5:] == ["loss", "metric", "metric.accuracy", "metric.inner", "metric.share"]
+    assert float(last["metric"]) == 0.25
+
+
+def test_monitored_loss_needs_its_direction() -> None:
+    with pytest.raises(JobError, match=r'metric\.monitor = "loss": smaller losses are better: set metric\.goal'):
+        Job(metric={"monitor": "loss"})
 
 
 def share(outputs: Tensor, targets: Tensor, of: int = 0) -> Tensor:
@@ -339,6 +379,33 @@ def test_best_model_of_a_run_resumed_with_changes_is_one_of_its_own(tmp_path: Pa
     ]
 
 
+def test_crash_between_the_best_model_and_its_description_is_seen(tmp_path: Path, monkeypatch: Any) -> None:
+    """The resumed run does not take the new model for the old one."""
+    train = {"keep_best": "loss", "checkpoint_every": {"epochs": 1}, "keep_checkpoints": 9}
+    job = job_with(tmp_path, train=train, optimizer={"name": "SGD", "lr": 0.2})
+    written = files.write_whole
+
+    def crashes(path: Path, text: str) -> None:
+        if path.name == "best.toml" and "samples = 60" in text:
+            raise KeyboardInterrupt
+        written(path, text)
+
+    monkeypatch.setattr(files, "write_whole", crashes)
+    with pytest.raises(KeyboardInterrupt):
+        run(1, job.override(["train.batch_size=10"]))
+    monkeypatch.undo()
+    folder = next(tmp_path.iterdir())
+    assert not (folder / "best.toml").exists()
+    worse = job.override(["train.batch_size=10", "optimizer.lr=20.0"])
+    World(1).run(lambda comm: helpers.quiet_train(comm, worse, resume=Resume(folder, changes="take")))
+    model, about = helpers.net(), tomllib.loads((folder / "best.toml").read_text())
+    model.load_state_dict(load_file(folder / "best.safetensors"))
+    inputs, targets = helpers.points(49).tensors
+    with torch.no_grad():
+        loss = float(nn.functional.cross_entropy(model(inputs[30:42]), targets[30:42]))
+    assert loss == pytest.approx(about["value"], rel=1e-5)
+
+
 def test_samples_to_test_on_do_not_choose_the_best_model(tmp_path: Path) -> None:
     targets = helpers.points(49).tensors[1]
     more = next(k for k in range(3) if (targets[42:] == k).float().mean() > (targets[30:42] == k).float().mean())
@@ -393,20 +460,22 @@ def test_values_logged_again_after_a_resume_replace_the_earlier_ones(tmp_path: P
         with HandMade(tmp_path, 1, attempt=attempt) as run:
             for place, cursor in enumerate(cursors):
                 run[0].span("forward", 10.0 * place + 100 * attempt, 10.0 * place + 5.0 + 100 * attempt, place)
-                run[0].log(10.0 * place + 6.0 + 100 * attempt, "x", attempt, place, cursor)
+                run[0].done(10.0 * place + 5.5 + 100 * attempt, attempt - 1 + place, cursor=cursor)
+                run[0].log(10.0 * place + 6.0 + 100 * attempt, "x", attempt, attempt + place, cursor)
     logged = Analysis(open_run(tmp_path)).logged
     assert list(zip(logged["samples"], logged["value"], strict=True)) == [(10, 1.0), (20, 2.0), (30, 2.0), (40, 2.0)]
 
 
-def test_logging_anything_but_numbers_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["3", None, torch.zeros(2), 10**400])
+def test_logging_anything_but_numbers_is_refused(tmp_path: Path, value: Any) -> None:
     job = job_with(tmp_path)
 
     def body(comm: Communicator) -> None:
         with session(job, comm, out=Narrator(enabled=False)) as s:
             for _ in s.batches():
-                s.log(x="three")
+                s.log(x=value)
 
-    with pytest.raises(HpctrainError, match=r"log\(x=\.\.\.\) got a str; it takes numbers"):
+    with pytest.raises(HpctrainError, match=r"log\(x=\.\.\.\) got an? \w+; it takes numbers"):
         World(1).run(body)
 
 
@@ -424,13 +493,38 @@ def test_report_shows_examples_and_their_texts_cannot_become_markup(tmp_path: Pa
     assert "<b>" not in shown
 
 
+def test_examples_of_all_kinds_are_plain() -> None:
+    nan, grey = float("nan"), torch.full((3, 4, 6), 60, dtype=torch.uint8)
+    good: Any = (np.float32(1), torch.tensor(2.0), 3, 4, "a", np.float64(0.5))
+    boxes = [Box(*good), Box(nan, 0, 1, 1), Box(0, 0, 1, 1, "", nan)]
+    found = plain(Example("n", grey, boxes, "text", "a dog"))
+    assert found["boxes"] == [{"sides": [1.0, 2.0, 3.0, 4.0], "label": "a", "score": 0.5}]
+    assert found["truth"] == ["a dog"]
+    assert (found["width"], found["height"]) == (6, 4)
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["jpeg"]))))
+    assert abs(picture.astype(int) - 60).max() <= 2
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"boxes": [1]}, {"boxes": None}, {"picture": np.zeros((0, 4, 3), np.uint8)}, {"picture": 3}]
+)
+def test_examples_that_are_none_are_an_error_of_all_ranks(tmp_path: Path, wrong: Any) -> None:
+    class Wrong(Errors):
+        def examples(self) -> list[Example]:
+            return [Example("that one", **wrong)]
+
+    with pytest.raises(ModelError, match="example 'that one': its (boxes|picture)"):
+        run(2, job_with(tmp_path, evaluate=Wrong))
+
+
 def test_damaged_examples_are_left_out_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpctrain.views.figures.FIGURES", ())
     job = job_with(tmp_path / "runs", evaluate=Errors, trace={"enabled": True})
     folder = train_traced(tmp_path, job, 1).folder
     path = folder / "examples.json"
     whole = json.loads(path.read_text())
-    for key, value in {"jpeg": '"><script>', "width": "1e999", "boxes": [{"left": 1}], "truth": 3}.items():
+    for key, value in {"jpeg": '"><script>', "width": "1e999", "boxes": [{"sides": [1, 2]}], "truth": "ab"}.items():
         path.write_text(json.dumps({**whole, "examples": [{**whole["examples"][0], key: value}]}))
         page = write_report(folder)[0].read_text()
         assert "examples: examples.json cannot be read: it is damaged" in page

@@ -67,7 +67,7 @@ def test_torchs_optimizers_are_known_with_their_learning_rates() -> None:
 def test_unknown_names_get_a_suggestion_and_the_list() -> None:
     assert refusal("model", "lenet") == (
         'model "lenet": unknown model (did you mean lenet5?); use one of mlp, lenet5, resnet18, convnet, '
-        'transformer, detector, or "package.module:attribute"'
+        'transformer, vgg16, captioner, detector, or "package.module:attribute"'
     )
     assert "did you mean" not in refusal("model", "rnn")
     assert "(did you mean Adam?)" in refusal("optimizer", "adam")

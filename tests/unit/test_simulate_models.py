@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 from hpctrain.comm.base import Communicator
 from hpctrain.comm.virtual.world import World
 from hpctrain.conformance.task import net, small_job
+from hpctrain.data.splits import Splits
 from hpctrain.errors import ClusterError
 from hpctrain.job import Job
 from hpctrain.run.prepare import prepare_evaluation
@@ -120,6 +121,21 @@ def test_passes_are_counted_with_and_without_values(model: Any, loss: str, tmp_p
     assert [name.removeprefix("inner.").partition(".")[0] for name in found.order] == ["4", "4", "2", "2", "0", "0"]
     assert sum(found.shares) == pytest.approx(1.0)
     assert sum(found.shares[-2:]) == pytest.approx(2 * 7 * 13 / BACKWARD_FLOPS)  # of the first layer, which is the last
+
+
+def test_counting_makes_batches_as_training_does(tmp_path: Path) -> None:
+    """Of samples of different lengths."""
+    made = small_job(tmp_path, data={"name": ragged, "collate": padded}, model=nn.Linear(3, 2), loss={"name": "mse"})
+    assert counted(made).work.forward.flops > 0
+
+
+def ragged() -> Splits:
+    return Splits([(torch.ones(1 + index % 3), torch.zeros(2)) for index in range(30)])
+
+
+def padded(samples: list[Any]) -> tuple[Tensor, Tensor]:
+    rows = torch.nn.utils.rnn.pad_sequence([pair[0] for pair in samples], batch_first=True)
+    return torch.nn.functional.pad(rows, (0, 3 - rows.shape[1])), torch.stack([pair[1] for pair in samples])
 
 
 def test_counting_leaves_the_model_alone(tmp_path: Path) -> None:

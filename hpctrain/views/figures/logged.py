@@ -9,6 +9,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from hpctrain.analysis import Analysis
+from hpctrain.text import escaped
 from hpctrain.views.figures import NothingToShow
 from hpctrain.views.figures.script import main
 from hpctrain.views.figures.style import BLUE, SKY, literal, new_figure
@@ -29,7 +30,7 @@ def draw(analysis: Analysis) -> Figure:
         values = logged[logged["name"] == name].groupby("samples")["value"].agg(["mean", "min", "max"])
         axes.fill_between(values.index, values["min"], values["max"], color=SKY, alpha=0.4, linewidth=0)
         axes.plot(values.index, values["mean"], "-" if len(values) > 1 else "D", color=BLUE, linewidth=1.2)
-        axes.set_title(literal(name), fontsize=9)
+        axes.set_title(literal(escaped(name)), fontsize=9)
         axes.set_xlabel("samples")
         axes.ticklabel_format(axis="x", style="plain", useOffset=False)
         axes.grid(alpha=0.3)

@@ -67,14 +67,16 @@ def read_examples(run: Run) -> PageExamples | None:
         found = json.loads(read_regular(path, LARGEST))
         examples = [_example(each) for each in found["examples"][:MOST]]
         when = f"{escaped(str(found['split']))}, epoch {float(found['epoch']):.2f}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise TraceError(f"{EXAMPLES} cannot be read: it is damaged ({type(error).__name__})") from None
     return PageExamples(when, examples) if examples else None
 
 
 def _example(each: dict[str, Any]) -> PageExample:
-    truth = [escaped(str(line)) for line in each["truth"]]
+    truth = [escaped(str(line)) for line in list[Any](each["truth"])]
     picture, width, height = each.get("jpeg"), _number(each.get("width", 1)), _number(each.get("height", 1))
+    if min(width, height) <= 0 or isinstance(each["truth"], str):
+        raise ValueError(each["name"])
     url = f"data:image/jpeg;base64,{_base64(picture)}" if picture is not None else ""
     boxes = list(_boxes(each["boxes"][:MOST_BOXES]))
     return PageExample(escaped(str(each["name"])), escaped(str(each["text"])), truth, url, width, height, boxes)
@@ -82,7 +84,7 @@ def _example(each: dict[str, Any]) -> PageExample:
 
 def _boxes(given: list[dict[str, Any]]) -> Iterator[PageBox]:
     for each in given:
-        left, top, right, bottom = (_number(each[side]) for side in ("left", "top", "right", "bottom"))
+        left, top, right, bottom = map(_number, each["sides"])
         score = each["score"]
         title = escaped(str(each["label"])) + ("" if score is None else f" {_number(score):.2f}")
         yield PageBox(left, top, max(0.0, right - left), max(0.0, bottom - top), title, score is None)
