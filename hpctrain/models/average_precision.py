@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpctrain.errors import ModelError
+from hpctrain.errors import JobError, ModelError
 from hpctrain.models.examples import Box, Example
 
 IOU = 0.5
@@ -37,6 +37,16 @@ class AveragePrecision:
             raise ModelError(f"metric.classes = {classes!r}: expected a list of different names")
         self._names = list(classes)
         self.start()
+
+    def check_data(self, dataset: Any) -> None:
+        """Raise JobError if the data set names its classes, and they are others or in another order: values would get
+        the names of other classes."""
+        known = getattr(dataset, "classes", None)
+        if self._names and known is not None and list(known) != list(self._names):
+            raise JobError(
+                f"metric.classes = {list(self._names)!r}, but the classes of the data are {list(known)!r}; name them "
+                "all, in that order"
+            )
 
     def start(self) -> None:
         """Reset."""

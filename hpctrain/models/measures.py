@@ -33,6 +33,9 @@ class Measure(ABC):
     def __init__(self, name: str, kind: str = "metric") -> None:
         self.name, self.title = name, f'{kind} "{name}"'
 
+    def check_data(self, dataset: Any) -> None:
+        """Raise an HpctrainError if the metric does not suit that part of the data, or None. Before training."""
+
     @abstractmethod
     def start(self) -> None:
         """Reset: an evaluation begins."""
@@ -139,6 +142,10 @@ class UserMeasure(Measure):
         super().__init__(name, kind)
         self._metric = metric
 
+    def check_data(self, dataset: Any) -> None:
+        if callable(getattr(self._metric, "check_data", None)):
+            self._call("check_data", dataset)
+
     def start(self) -> None:
         self._call("start")
 
@@ -216,6 +223,10 @@ class Several(Measure):
     def __init__(self, metrics: Sequence[Measure]) -> None:
         super().__init__(metrics[0].name)
         self._metrics = metrics
+
+    def check_data(self, dataset: Any) -> None:
+        for metric in self._metrics:
+            metric.check_data(dataset)
 
     def start(self) -> None:
         for metric in self._metrics:

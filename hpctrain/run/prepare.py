@@ -200,25 +200,11 @@ def prepare_evaluation(job: Job, comm: Communicator, splits: Splits | None = Non
     loss = losses.bind(job.loss, device)
     own = metrics.bind_evaluation(job.evaluate) if job.evaluate is not None else None
     metric = metrics.bind(job.metric, loss)
-    _check_classes(job, splits)
+    for part in (splits.train, splits.validation, splits.test):
+        metric.check_data(getattr(part, "dataset", part))  # `dataset`: of a share that is held back
     parts = Measurable(job, device, splits, model, loss, metric, own)
     _ = parts.collate  # a mistake there shows now
     return parts
-
-
-def _check_classes(job: Job, splits: Splits) -> None:
-    """Raise JobError if the metric names other classes than a data set that names its own, or in another order: values
-    would get the names of other classes."""
-    named = job.metric.options.get("classes")
-    if job.metric.name != "average_precision" or not named:
-        return
-    for data in (splits.train, splits.validation, splits.test):
-        known = getattr(getattr(data, "dataset", data), "classes", None)  # of a share that is held back
-        if known is not None and list(known) != list(named):
-            raise JobError(
-                f"metric.classes = {named!r}, but the classes of data.name = {job.data.name!r} are {list(known)!r}; "
-                "name them all, in that order"
-            )
 
 
 def prepare(job: Job, comm: Communicator, parts: Measurable | None = None) -> Prepared:
