@@ -43,18 +43,10 @@ def captions(
     `min_count`: words that occur less often in the training captions are unknown; `length`: words at most (default: the
     longest training caption). Raises DataError.
     """
-    known = FeatureFile(Path(file))
-    if fold is None:
-        if folds is not None:
-            raise DataError(f"data.folds = {folds!r} without data.fold: set data.fold = 0 or another, or leave it out")
-        train, *others = _splits(known, train_split, validation_split, test_split)
-    else:
-        for key, split in (("train_split", train_split), ("validation_split", validation_split)):
-            if split is not None:
-                raise DataError(
-                    f"data.fold = {fold!r} and data.{key} = {split!r} both say what to train on; leave one out"
-                )
-        train, *others = _folds(known, fold, FOLDS if folds is None else folds, test_split)
+    if fold is None and folds is not None:
+        raise DataError(f"data.folds = {folds!r} without data.fold: set data.fold = 0 or another, or leave it out")
+    known, named = FeatureFile(Path(file)), (train_split, validation_split, test_split)
+    train, *others = _splits(known, *named) if fold is None else _folds(known, fold, folds, *named)
     own = [text for picture in train for text in known.captions[picture]]
     longest = None if length is None else whole("length", length)
     words = Vocabulary.of(own, whole("min_count", min_count), longest, known.about.recipe)
@@ -85,11 +77,14 @@ def _split(known: FeatureFile, name: str | None, start: str) -> NDArray[np.int64
     return np.zeros(0, np.int64) if name is None else known.split(name)
 
 
-def _folds(known: FeatureFile, fold: int, folds: int, test_split: str | None) -> list[NDArray[np.int64]]:
-    """The pictures to train, to validate and to test on."""
-    test = _split(known, test_split, "test")
+def _folds(known: FeatureFile, fold: int, folds: int | None, *names: str | None) -> list[NDArray[np.int64]]:
+    """The pictures to train, to validate and to test on; of the names of splits only that to test on may be given."""
+    for key, name in zip(("train_split", "validation_split"), names, strict=False):
+        if name is not None:
+            raise DataError(f"data.fold = {fold!r} and data.{key} = {name!r} both say what to train on; leave one out")
+    test = _split(known, names[-1], "test")
     pictures = np.setdiff1d(np.arange(known.about.samples), test)
-    count = len(pictures)
+    count, folds = len(pictures), FOLDS if folds is None else folds
     if whole("folds", folds) < 2 or folds > count:
         raise DataError(f"data.folds = {folds}: expected a number from 2 to {count}, the number of pictures")
     if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < folds:
