@@ -33,7 +33,7 @@ class Measure(ABC):
     def __init__(self, name: str, kind: str = "metric") -> None:
         self.name, self.title = name, f'{kind} "{name}"'
 
-    def check_data(self, dataset: Any) -> None:
+    def check_data(self, dataset: Any) -> None:  # noqa: B027 (most metrics suit any data)
         """Raise an HpctrainError if the metric does not suit that part of the data, or None. Before training."""
 
     @abstractmethod
