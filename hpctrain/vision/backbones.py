@@ -18,7 +18,7 @@ from hpctrain.models.vgg import VGG16
 from hpctrain.text import did_you_mean, shown_path
 
 SIZE = 224  # both sides of the pictures, in pixels
-EXTRA = "pip install hpctrain[captions]"
+EXTRA = "pip install 'hpctrain[captions]'"
 
 
 class Backbone(ABC):

@@ -47,7 +47,7 @@ def _packages() -> Any:
         import sacrebleu
         from nltk.translate.bleu_score import corpus_bleu
     except ImportError as error:
-        raise JobError(f"BLEU needs nltk and sacrebleu ({error}): pip install hpctrain[captions]") from None
+        raise JobError(f"BLEU needs nltk and sacrebleu ({error}): pip install 'hpctrain[captions]'") from None
     return corpus_bleu, sacrebleu
 
 

