@@ -265,7 +265,7 @@ def test_the_loss_of_a_picture_is_that_of_all_its_captions(features: Path) -> No
     total, weight = model(held)["loss"]
     flat = {"features": held["features"].repeat_interleave(2, 0), "tokens": held["tokens"].flatten(0, 1)}
     again, other = model(held | flat)["loss"]
-    assert float(total) == pytest.approx(float(again), rel=1e-6)
+    assert total.item() == pytest.approx(again.item(), rel=1e-6)
     assert int(weight) == int(other)
     padded = torch.cat([held["tokens"], torch.zeros_like(held["tokens"][:, :1])], 1)  # one caption less than others
     assert float(model(held | {"tokens": padded})["loss"][0]) == pytest.approx(float(total), rel=1e-6)
@@ -681,5 +681,5 @@ def test_features_tells_its_files_apart(
 
 def test_bleu_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(JobError, match=r"BLEU needs nltk and sacrebleu .*: pip install hpctrain\[captions\]"):
+    with pytest.raises(JobError, match=r"BLEU needs nltk and sacrebleu .*: pip install 'hpctrain\[captions\]'"):
         CaptionScores()
