@@ -683,3 +683,22 @@ def test_bleu_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(JobError, match=r"BLEU needs nltk and sacrebleu .*: pip install 'hpctrain\[captions\]'"):
         CaptionScores()
+
+
+def test_unfinished_captions_compete_by_their_means() -> None:
+    """The one that has ended would win by its sum in the second step; the best of all is found only without it."""
+    end, a, b, c = range(4)
+    chances = {(): {end: -1.0, a: -1.2}, (a,): {b: -0.6, c: -0.7}, (a, b): {end: -3.0}, (a, c): {end: -0.1}}
+
+    def step(tokens: Tensor, state: tuple[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
+        """The state is the tokens so far, -1 before the first."""
+        so_far = torch.cat([state[0], tokens[:, None]], 1)
+        scores = torch.full((len(tokens), 4), -torch.inf)
+        for row, words in zip(scores, so_far[:, 2:].tolist(), strict=True):
+            for token, chance in chances.get(tuple(words), {}).items():
+                row[token] = chance
+        return scores, (so_far,)
+
+    begin = torch.full((1, 1), -1)
+    assert beam_search(step, (begin,), -1, end, 4, width=2)[0].tolist()[:3] == [a, c, end]
+    assert beam_search(step, (begin,), -1, end, 4, width=2, normalise=0.0)[0].tolist()[:1] == [end]

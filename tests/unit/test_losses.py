@@ -88,6 +88,12 @@ def test_class_losses_of_parts_add_up_to_the_whole(spec: Any, shape: tuple[int, 
     assert sum(float(part.term) * part.share for part in parts) == pytest.approx(whole.total, rel=1e-12)
 
 
+def test_pair_without_weight_counts_in_the_total():
+    """As of a detector on pictures without objects: the means of more batches must not depend on how they are cut."""
+    assert weigh((torch.tensor(3.0), 0), 4).total == 3.0
+    assert weigh((torch.tensor(3.0), 0), 0).total == 0.0
+
+
 def test_batch_without_counting_targets_has_no_weight_and_no_gradient():
     outputs = torch.randn(4, 3, requires_grad=True)
     found = weigh(bound("cross_entropy")(outputs, torch.full((4,), -100)), 4)

@@ -88,7 +88,7 @@ def test_every_strategy_stops_where_it_stops_with_gradients(subject: Subject, tm
 
 @pytest.mark.parametrize("keep", ["metric", "loss", "recall"])
 def test_best_models_are_not_kept_where_nothing_is_learnt(keep: str, earlier: Path, tmp_path: Path) -> None:
-    made = job(tmp_path, strategy=SWITCH, train={**LONG, "keep_best": keep})
+    made = job(tmp_path, strategy=SWITCH, train={**LONG, "keep_best": keep, "patience": 99})
     found = simulate(made, curve=Curve.of(earlier, made))
     assert len(phases(found)) == 2
     assert not (found.folder / "best.safetensors").exists()
