@@ -58,7 +58,7 @@ def upright_picture(path: Path) -> Image.Image:
 
 def _opaque(picture: Image.Image) -> Image.Image:
     if not picture.has_transparency_data:
-        return picture.convert("RGB")
+        return picture if picture.mode == "RGB" else picture.convert("RGB")  # a copy would cost a tenth of the reading
     colours = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
 
