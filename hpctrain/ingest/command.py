@@ -20,7 +20,7 @@ from hpctrain.ingest.reading import Format, Listing, Reading, Recipe, batches
 from hpctrain.ingest.store import About, PictureFile, complete, problems_of
 from hpctrain.ingest.tasks import ordered
 from hpctrain.ingest.voc import VOC
-from hpctrain.ingest.workers import AHEAD, Rate, cores, local, on_ranks
+from hpctrain.ingest.workers import AHEAD, Rate, check_options, cores, local, on_ranks
 from hpctrain.text import escaped, shown_path
 from hpctrain.views.progress import Progress
 
@@ -44,8 +44,6 @@ class Ingestion:
 
     def check(self) -> None:
         """Raise DataError for what cannot be done."""
-        if self.workers is not None and self.workers < 1:
-            raise DataError(f"-n {self.workers}: at least 1 process must read")
         if not 1 <= self.size <= MOST_SIZE:
             raise DataError(f"--size {self.size}: expected a number of pixels from 1 to {MOST_SIZE}")
         if self.fit not in FITS:
@@ -54,8 +52,7 @@ class Ingestion:
             raise DataError(f"--classes {','.join(self.classes)}: expected different names, with commas between them")
         if not self.source.is_dir():
             raise DataError(f"{self.source}: there is no such folder; name the folder of the data set")
-        if self.out.is_dir() or not self.out.absolute().parent.is_dir():
-            raise DataError(f"{self.out}: expected the name of a file to write, in a folder that exists")
+        check_options(self.workers, self.out)
 
 
 def main(request: Ingestion) -> int:

@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import h5py
 import numpy as np
@@ -32,10 +32,12 @@ from h5py import h5d, h5p, h5s, h5t
 
 from hpctrain.errors import DataError
 from hpctrain.ingest.reading import Column, Listing, Recipe, Row
+from hpctrain.text import shown_path
 
 VERSIONS = ("v110", "v110")  # of HDF5's format: the first with implicit indices
 BLOCK = 1 << 12  # elements of a column that are written at once
-FORMAT = "hpctrain ingest 1"
+FORMAT, COMMAND = "hpctrain ingest 1", "hpctrain ingest"
+UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError)  # of h5py, for other files
 COMMON = (Column("names", "|u1", offsets=True), Column("sizes", "<i4", 2), Column("scales", "<f8", 2))
 
 
@@ -58,21 +60,39 @@ class About:
     @classmethod
     def of(cls, path: Path) -> About:
         """What that file says. Raises DataError if it is none of ours."""
-        try:
-            with opened(path) as file:
-                found = cls(**json.loads(file["about"][:].tobytes()))
-        except FileNotFoundError:
-            raise DataError(f"{path}: there is no such file; `hpctrain ingest` makes one") from None
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-            raise not_ours(path) from None
-        if found.format != FORMAT:
-            raise DataError(f"{path} has the format {found.format!r}, not {FORMAT!r}; make it again")
-        return found
+        return read_about(cls, path, FORMAT, COMMAND)
 
 
-def not_ours(path: Path) -> DataError:
-    """For a file that cannot be read."""
-    return DataError(f"{path} was not made by `hpctrain ingest`, or is damaged; make it again, or name another file")
+class Described(Protocol):
+    """What a file says about itself; `format`: which kind of file it is."""
+
+    @property
+    def format(self) -> str: ...
+
+
+Kind = TypeVar("Kind", bound=Described)
+
+
+def read_about(kind: Callable[..., Kind], path: Path, format: str, command: str) -> Kind:
+    """What the file says about itself, in its data set `about`. `format`: which it must have; `command`: what makes
+    such files. Raises DataError if it is another file."""
+    try:
+        with opened(path) as file:
+            found = kind(**json.loads(file["about"][:].tobytes()))
+    except FileNotFoundError:
+        raise DataError(f"{shown_path(path)}: there is no such file; `{command}` makes one") from None
+    except UNREADABLE:
+        raise not_ours(path, command) from None
+    if found.format != format:
+        raise DataError(f"{shown_path(path)} has the format {found.format!r}, not {format!r}; make it again")
+    return found
+
+
+def not_ours(path: Path, command: str = COMMAND) -> DataError:
+    """For a file that cannot be read, although `command` seems to have made it."""
+    return DataError(
+        f"{shown_path(path)} was not made by `{command}`, or is damaged; make it again, or name another file"
+    )
 
 
 def opened(path: Path) -> h5py.File:

@@ -7,10 +7,12 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
+from pathlib import Path
 
 from hpctrain.errors import DataError, HpctrainError
 from hpctrain.ingest.tasks import Inline, processes
 from hpctrain.launcher.started import launched_rank, launched_size
+from hpctrain.text import shown_path
 
 AHEAD = 4  # tasks per worker that are under way, or wait to be written
 SYNC_S = 1.0  # between writing down what has been done; what is done in between is done again after a crash
@@ -42,6 +44,14 @@ def on_ranks(asked: int | None, make: Make) -> int:
             return make(executor, comm.size - 1)
     except HpctrainError as mistake:
         return report(mistake, rank)
+
+
+def check_options(workers: int | None, out: Path) -> None:
+    """Raise DataError for a number of workers or an output file that cannot be."""
+    if workers is not None and workers < 1:
+        raise DataError(f"-n {workers}: at least 1 process must read")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise DataError(f"{shown_path(out)}: expected the name of a file to write, in a folder that exists")
 
 
 def cores() -> int:

@@ -53,9 +53,9 @@ class Captioner(nn.Module):
         if tokens.dim() == 3:
             features, tokens = features.repeat_interleave(tokens.shape[1], 0), tokens.flatten(0, 1)
         tokens = tokens[:, : max(2, int((tokens != PAD).sum(1).max()))]  # the longest caption of the batch
-        told, _ = self._told(tokens[:, :-1])
+        text, _ = self._encoded_text(tokens[:, :-1])
         counted = tokens[:, 1:] != PAD
-        scores = self._scores(told[counted], self._seen(features)[counted.nonzero()[:, 0]])
+        scores = self._scores(text[counted], self._encoded_picture(features)[counted.nonzero()[:, 0]])
         total = functional.cross_entropy(scores, tokens[:, 1:][counted], reduction="sum")
         return {"loss": (total, counted.sum())}
 
@@ -66,9 +66,9 @@ class Captioner(nn.Module):
         """
         known = self.known()
         self._check_features(features)
-        seen = self._seen(features)
-        hidden = seen.new_zeros(len(seen), self.text.hidden_size)
-        found = beam_search(self._next, (seen, hidden, hidden), START, END, known.length + 1, width, normalise)
+        picture = self._encoded_picture(features)
+        hidden = picture.new_zeros(len(picture), self.text.hidden_size)
+        found = beam_search(self._next, (picture, hidden, hidden), START, END, known.length + 1, width, normalise)
         return [known.decode(row) for row in found.tolist()]
 
     def known(self) -> Vocabulary:
@@ -80,26 +80,26 @@ class Captioner(nn.Module):
 
     def _next(self, tokens: Tensor, state: Continued) -> tuple[Tensor, Continued]:
         """A step of beam search."""
-        seen, hidden, cell = state
-        told, (hidden, cell) = self._told(tokens[:, None], (hidden[None], cell[None]))
-        scores = self._scores(told[:, 0], seen).float()
+        picture, hidden, cell = state
+        text, (hidden, cell) = self._encoded_text(tokens[:, None], (hidden[None], cell[None]))
+        scores = self._scores(text[:, 0], picture).float()
         scores[:, list(NEVER)] = -torch.inf
-        return scores.log_softmax(1), (seen, hidden[0], cell[0])
+        return scores.log_softmax(1), (picture, hidden[0], cell[0])
 
-    def _seen(self, features: Tensor) -> Tensor:
+    def _encoded_picture(self, features: Tensor) -> Tensor:
         return functional.relu(self.picture(functional.dropout(features, self.dropout, self.training)))
 
-    def _told(
+    def _encoded_text(
         self, tokens: Tensor, state: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """What the text says so far, at each place: (n, length, width); and the LSTM's state after it."""
-        told, state = self.text(functional.dropout(self.token(tokens), self.dropout, self.training), state)
-        return told, state
+        text, state = self.text(functional.dropout(self.token(tokens), self.dropout, self.training), state)
+        return text, state
 
-    def _scores(self, told: Tensor, seen: Tensor) -> Tensor:
+    def _scores(self, text: Tensor, picture: Tensor) -> Tensor:
         """Of the vocabulary's tokens: (m, tokens), from (m, width) each."""
         weight, bias = (part[: int(self.used)] for part in (self.scores.weight, self.scores.bias))
-        return functional.linear(functional.relu(self.both(told + seen)), weight, bias)
+        return functional.linear(functional.relu(self.both(text + picture)), weight, bias)
 
     def _check(self, batch: Mapping[str, Tensor]) -> None:
         given = batch["vocabulary"]

@@ -71,7 +71,8 @@ class Detector(nn.Module):
         self.across = nn.ModuleList(nn.Conv2d(each, 2 * width, 1) for each in widths)
         self.head = nn.Sequential(*_normed(2 * width, 2 * width), nn.ReLU())
         self.scores, self.shapes = nn.Conv2d(2 * width, classes, 1), nn.Conv2d(2 * width, 4, 1)
-        nn.init.constant_(self.scores.bias, -math.log(1 / RARE - 1))  # type: ignore[arg-type]
+        assert self.scores.bias is not None
+        nn.init.constant_(self.scores.bias, -math.log(1 / RARE - 1))
 
     def forward(
         self, image: Tensor, boxes: Tensor | None = None, labels: Tensor | None = None, **_: Any

@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from hpctrain.errors import ModelError
+from hpctrain.filenames import MOST_BOXES
 
-MOST = 16  # examples in a report
-MOST_BOXES, MOST_LINES = 200, 20  # of an example
+MOST_LINES = 20  # of an example's truth
 MOST_TEXT, MOST_LABEL = 2000, 100  # characters
 MOST_PIXELS = 320  # of the longer side of a picture in a report
 JPEG_QUALITY = 85

@@ -18,7 +18,8 @@ from hpctrain.data.loader import Batch, Collate, Loader
 from hpctrain.data.order import Order
 from hpctrain.data.splits import make_order
 from hpctrain.errors import HpctrainError, ModelError
-from hpctrain.models.examples import MOST, plain
+from hpctrain.filenames import MOST_EXAMPLES
+from hpctrain.models.examples import plain
 from hpctrain.models.forward import Forward
 from hpctrain.models.losses import weigh
 from hpctrain.models.measures import Measure, mean
@@ -225,7 +226,7 @@ class _Fed:
         return pack(self._metric.state(), f"{self.title}: state() has")
 
     def _merged(self, states: list[dict[str, Any]]) -> float | dict[str, float]:
-        self.examples = [plain(each) for each in self._metric.examples()[:MOST]]
+        self.examples = [plain(each) for each in self._metric.examples()[:MOST_EXAMPLES]]
         self._metric.merge(states)
         return self._metric.value()
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hpctrain.data.loader import Batch
 from hpctrain.data.vocabulary import tokenize
 from hpctrain.errors import JobError, ModelError
-from hpctrain.models.examples import MOST, Example
+from hpctrain.filenames import MOST_EXAMPLES
+from hpctrain.models.examples import Example
 from hpctrain.vision.captions import texts_of
 
 ORDERS = (4, 1, 2, 3)  # BLEU-4 first: it is what a target and patience look at
@@ -85,7 +86,7 @@ class CaptionScores:
 
     def _show(self, found: Sequence[tuple[str, list[str]]], inputs: Mapping[str, Tensor]) -> None:
         pictures = inputs["pictures"].cpu().numpy()
-        for place, (text, truth) in enumerate(found[: MOST - len(self._examples)]):
+        for place, (text, truth) in enumerate(found[: MOST_EXAMPLES - len(self._examples)]):
             name = "".join(texts_of(inputs["name"][place]))
             picture = pictures[place] if place < len(pictures) else None
             self._examples.append(Example(name, picture, text=text, truth=truth))

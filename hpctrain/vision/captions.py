@@ -16,8 +16,8 @@ from hpctrain.data.options import whole
 from hpctrain.data.splits import Splits
 from hpctrain.data.vocabulary import Vocabulary
 from hpctrain.errors import DataError
+from hpctrain.filenames import MOST_EXAMPLES
 from hpctrain.ingest.store import About, opened
-from hpctrain.models.examples import MOST
 from hpctrain.text import did_you_mean, shown_path
 from hpctrain.vision.featurefile import FeatureFile
 
@@ -121,8 +121,8 @@ class PictureSet(Dataset[Sample]):
     with rows of PAD if there are fewer captions than of other pictures, and besides:
 
     - `captions` (bytes,) uint8: UTF-8, a zero after each, and zeros at the end; `name` likewise: the picture's;
-    - in a batch, `pictures` (m, size, size, 3) uint8: of its first m samples, those among the first `MOST` of the data
-      set; none if the file that `hpctrain features` has read is no longer there.
+    - in a batch, `pictures` (m, size, size, 3) uint8: of its first m samples, those among the first `MOST_EXAMPLES` of
+      the data set; none if the file that `hpctrain features` has read is no longer there.
     """
 
     def __init__(self, known: FeatureFile, pictures: NDArray[np.int64], words: Vocabulary) -> None:
@@ -134,7 +134,7 @@ class PictureSet(Dataset[Sample]):
             row[: len(texts)] = words.encode(texts)
         self._texts = _bytes(["".join(f"{text}\0" for text in texts) for texts in self.captions])
         self._names = _bytes([known.names[picture] for picture in pictures])
-        self._pictures = _first(known, pictures[:MOST])
+        self._pictures = _first(known, pictures[:MOST_EXAMPLES])
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -24,10 +24,10 @@ from h5py import h5d, h5p, h5s, h5t
 from numpy.typing import NDArray
 
 from hpctrain.errors import DataError
-from hpctrain.ingest.store import VERSIONS, opened
+from hpctrain.ingest.store import UNREADABLE, VERSIONS, not_ours, opened, read_about
 from hpctrain.text import shown_path
 
-FORMAT = "hpctrain features 1"
+FORMAT, COMMAND = "hpctrain features 1", "hpctrain features"
 COPIED = "names", "captions"
 
 
@@ -51,16 +51,7 @@ class FeatureAbout:
     @classmethod
     def of(cls, path: Path) -> FeatureAbout:
         """What that file says. Raises DataError if it is none of ours."""
-        try:
-            with opened(path) as file:
-                found = cls(**json.loads(file["about"][:].tobytes()))
-        except FileNotFoundError:
-            raise DataError(f"{shown_path(path)}: there is no such file; `hpctrain features` makes one") from None
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-            raise _no_features(path) from None
-        if found.format != FORMAT:
-            raise DataError(f"{shown_path(path)} has the format {found.format!r}, not {FORMAT!r}; make it again")
-        return found
+        return read_about(cls, path, FORMAT, COMMAND)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -84,8 +75,8 @@ class FeatureFile:
                     raise ValueError
                 if not len(names) == len(captions) == shape[0]:
                     raise ValueError
-            except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
-                raise _no_features(self.path) from None
+            except UNREADABLE:
+                raise not_ours(self.path, COMMAND) from None
         self.features: NDArray[np.float32] = np.memmap(self.path, np.float32, "r", place, shape)
         self.names, self.captions = names, [text.split("\0")[:-1] for text in captions]
 
@@ -97,12 +88,6 @@ class FeatureFile:
     def pictures(self) -> Path:
         """Where the file of pictures was, relative to this one."""
         return self.path.parent / self.about.pictures
-
-
-def _no_features(path: Path) -> DataError:
-    return DataError(
-        f"{shown_path(path)} was not made by `hpctrain features`, or is damaged; make it again, or name another file"
-    )
 
 
 def _members(file: h5py.File, split: str, samples: int) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from hpctrain.errors import DataError, HpctrainError
 from hpctrain.ingest.store import About, opened
 from hpctrain.ingest.tasks import ordered
-from hpctrain.ingest.workers import AHEAD, Rate, cores, local, on_ranks
+from hpctrain.ingest.workers import AHEAD, Rate, check_options, cores, local, on_ranks
 from hpctrain.text import escaped, shown_path
 from hpctrain.views.progress import Progress
 from hpctrain.vision.backbones import SIZE, Backbone, backbone, digest
@@ -41,10 +41,7 @@ class Extraction:
 
     def check(self) -> About:
         """What the file of pictures says. Raises DataError for what cannot be done."""
-        if self.workers is not None and self.workers < 1:
-            raise DataError(f"-n {self.workers}: at least 1 process must compute")
-        if self.out.is_dir() or not self.out.absolute().parent.is_dir():
-            raise DataError(f"{shown_path(self.out)}: expected the name of a file to write, in a folder that exists")
+        check_options(self.workers, self.out)
         about, where = About.of(self.captions), shown_path(self.captions)
         if about.kind != "captions":
             raise DataError(f"{where} was made by `hpctrain ingest {about.kind}`; expected `hpctrain ingest captions`")

@@ -323,6 +323,12 @@ def best_row(folder: Path, column: str, largest: bool = True) -> dict[str, str]:
     return (max if largest else min)(found, key=lambda row: float(row[column]))
 
 
+def job_that_keeps(folder: Path, lr: float) -> Job:
+    """The model with the lowest loss, and a checkpoint of every epoch."""
+    train = {"keep_best": "loss", "checkpoint_every": {"epochs": 1}, "keep_checkpoints": 9}
+    return job_with(folder, train=train, optimizer={"name": "SGD", "lr": lr})
+
+
 @pytest.mark.parametrize("keep", ["metric", "loss", "balanced_accuracy"])
 def test_best_model_is_that_of_the_best_validation(tmp_path: Path, keep: str) -> None:
     metric = {"also": ["balanced_accuracy"], "goal": "max"}
@@ -343,10 +349,7 @@ def test_best_model_is_that_of_the_best_validation(tmp_path: Path, keep: str) ->
 
 def test_best_model_of_a_resumed_run_is_that_of_an_uninterrupted_one(tmp_path: Path) -> None:
     """Resumed from before the best evaluation, from after it, and after a later one had replaced the file."""
-    job = job_with(
-        tmp_path, train={"keep_best": "loss", "checkpoint_every": {"epochs": 1}, "keep_checkpoints": 9},
-        optimizer={"name": "SGD", "lr": 0.5},
-    )  # fmt: skip
+    job = job_that_keeps(tmp_path, lr=0.5)
     folder = run(2, job).folder
     whole, about = (folder / "best.safetensors").read_bytes(), (folder / "best.toml").read_text()
     for checkpoint in sorted((folder / "checkpoints").iterdir(), reverse=True)[1:]:
@@ -361,10 +364,7 @@ def test_best_model_of_a_resumed_run_is_that_of_an_uninterrupted_one(tmp_path: P
 
 def test_best_model_of_a_run_resumed_with_changes_is_one_of_its_own(tmp_path: Path) -> None:
     """Not that of an evaluation after the checkpoint, which no longer belongs to the run."""
-    job = job_with(
-        tmp_path, train={"keep_best": "loss", "checkpoint_every": {"epochs": 1}, "keep_checkpoints": 9},
-        optimizer={"name": "SGD", "lr": 0.2},
-    )  # fmt: skip
+    job = job_that_keeps(tmp_path, lr=0.2)
     folder = run(2, job).folder
     for later in sorted((folder / "checkpoints").iterdir())[1:]:
         later.unlink()
@@ -381,8 +381,7 @@ def test_best_model_of_a_run_resumed_with_changes_is_one_of_its_own(tmp_path: Pa
 
 def test_crash_between_the_best_model_and_its_description_is_seen(tmp_path: Path, monkeypatch: Any) -> None:
     """The resumed run does not take the new model for the old one."""
-    train = {"keep_best": "loss", "checkpoint_every": {"epochs": 1}, "keep_checkpoints": 9}
-    job = job_with(tmp_path, train=train, optimizer={"name": "SGD", "lr": 0.2})
+    job = job_that_keeps(tmp_path, lr=0.2)
     written = files.write_whole
 
     def crashes(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hpctrain.errors import TraceError
-from hpctrain.filenames import EXAMPLES
+from hpctrain.filenames import EXAMPLES, MOST_BOXES, MOST_EXAMPLES
 from hpctrain.text import escaped
 from hpctrain.trace.files import read_regular
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from hpctrain.trace import Run
 
 LARGEST = 4 << 20  # bytes of examples.json
-MOST, MOST_BOXES = 16, 200
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def read_examples(run: Run) -> PageExamples | None:
         return None
     try:
         found = json.loads(read_regular(path, LARGEST))
-        examples = [_example(each) for each in found["examples"][:MOST]]
+        examples = [_example(each) for each in found["examples"][:MOST_EXAMPLES]]
         when = f"{escaped(str(found['split']))}, epoch {float(found['epoch']):.2f}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise TraceError(f"{EXAMPLES} cannot be read: it is damaged ({type(error).__name__})") from None
