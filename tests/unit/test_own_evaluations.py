@@ -465,6 +465,21 @@ def test_values_logged_again_after_a_resume_replace_the_earlier_ones(tmp_path: P
     assert list(zip(logged["samples"], logged["value"], strict=True)) == [(10, 1.0), (20, 2.0), (30, 2.0), (40, 2.0)]
 
 
+def test_progress_has_what_was_logged_and_the_end_names_its_value(tmp_path: Path) -> None:
+    out = io.StringIO()
+
+    def body(comm: Communicator) -> None:
+        shown = Narrator(every=0.0, out=out) if comm.rank == 0 else Narrator(enabled=False)
+        with session(job_with(tmp_path, evaluate=f"{__name__}:errors"), comm, out=shown) as s:
+            for batch in s.batches():
+                s.log(boxes=comm.rank + 0.25)
+                fit_batch(s, batch)
+
+    World(2).run(body)
+    assert re.search(r"step 2  loss \d\.\d+  boxes 0\.25  ", out.getvalue())
+    assert re.search(r"^test error 0\.\d+$", out.getvalue(), re.MULTILINE)
+
+
 @pytest.mark.parametrize("value", ["3", None, torch.zeros(2), 10**400])
 def test_logging_anything_but_numbers_is_refused(tmp_path: Path, value: Any) -> None:
     job = job_with(tmp_path)
@@ -517,6 +532,33 @@ def test_examples_that_are_none_are_an_error_of_all_ranks(tmp_path: Path, wrong:
         run(2, job_with(tmp_path, evaluate=Wrong))
 
 
+class Once(Errors):
+    """Shows examples in its first evaluation only."""
+
+    calls = 0
+
+    def examples(self) -> list[Example]:
+        Once.calls += 1
+        return super().examples() if Once.calls == 1 else []
+
+
+def test_examples_are_those_of_the_latest_evaluation(tmp_path: Path) -> None:
+    """None if it shows none; and a resumed run forgets those of an evaluation after its checkpoint."""
+    Once.calls = 0
+    train = {"epochs": 2, "checkpoint_every": {"epochs": 1}, "keep_checkpoints": 9}
+    assert not (run(1, job_with(tmp_path, evaluate=Once, train=train)).folder / "examples.json").exists()
+    job = job_with(tmp_path, evaluate=f"{__name__}:Fails", train=train)
+    Fails.fails = False
+    folder = run(1, job).folder
+    for later in sorted((folder / "checkpoints").iterdir())[1:]:
+        later.unlink()
+    (folder / "model.safetensors").unlink()
+    Fails.fails = True
+    with pytest.raises(ModelError):
+        run(1, job, resume=folder)
+    assert not (folder / "examples.json").exists()
+
+
 def test_damaged_examples_are_left_out_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpctrain.views.figures.FIGURES", ())
     job = job_with(tmp_path / "runs", evaluate=Errors, trace={"enabled": True})
@@ -538,6 +580,8 @@ def test_comparison_lists_values_by_name(tmp_path: Path, capsys: pytest.CaptureF
         train_traced(folder, job.override([f"seed={seed}"]), 2)
     compare.main(folders, csv=tmp_path / "c.csv")
     with open(tmp_path / "c.csv", newline="") as file:
-        found = [float(row["test_error of 0"]) for row in csv.DictReader(file)]
+        table = list(csv.DictReader(file))
+    assert [row["metric_name"] for row in table] == ["metric", "metric"]
+    found = [float(row["test_error of 0"]) for row in table]
     assert found == pytest.approx([float(rows(folder)[-1]["metric.error of 0"]) for folder in folders])
     assert re.search(r"strategy +error +error of 0\n", capsys.readouterr().out)
