@@ -93,7 +93,7 @@ class RunSummary:
         """The name of the metric."""
         if (monitor := self.job.get("metric.monitor")) is not None:
             return str(monitor)
-        own = "evaluate" in self.job or "evaluate.name" in self.job
+        own = "evaluate.name" in self.job
         return "metric" if own else str(self.job.get("metric.name", self.job.get("metric", "accuracy")))
 
     @property
